@@ -1,0 +1,48 @@
+# make generate PROMPT="a red ball moving right"    a video in outputs/
+# make test                                         linters and the whole test suite
+#
+# Both set up .venv if it is missing. Overridable: PYTHON, VENV, TORCH, WORKERS, and ARGS with further options of
+# blade-generate, such as ARGS="--compare --seed 3".
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+WORKERS ?= 2
+PROMPT ?= a red ball moving right
+ARGS ?=
+
+BIN := $(VENV)/bin
+SOURCES := blade kernels pipelines scripts tests
+# PyTorch goes first, so that the package finds it and leaves it as it is.
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check
+
+.PHONY: generate test clean
+
+# The prompt travels in the environment, where no character of it means anything to a shell.
+generate: export BLADE_PROMPT = $(value PROMPT)
+generate: $(VENV)/.installed
+	@$(BIN)/blade-generate --prompt="$$BLADE_PROMPT" $(ARGS)
+
+test: $(VENV)/.installed-dev
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/mypy
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+
+$(VENV)/.torch-installed:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo 'error: Python 3.11 or newer is needed; name one with PYTHON=python3.12, for example'; exit 1; }
+	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	$(INSTALL) "$(TORCH)"
+	@touch $@
+
+$(VENV)/.installed: pyproject.toml | $(VENV)/.torch-installed
+	$(INSTALL) -e .
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml | $(VENV)/.torch-installed
+	$(INSTALL) -e ".[dev]"
+	@touch $@ $(VENV)/.installed
+
+clean:
+	rm -rf $(VENV)

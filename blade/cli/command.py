@@ -1,0 +1,71 @@
+"""Running a Typer command so that every failure ends in one line on stderr and a non-zero exit code."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+import typer
+
+USAGE_EXIT_CODE = 2
+INTERRUPTED_EXIT_CODE = 130
+"""128 + SIGINT, as shells have it."""
+
+DEBUG = "--debug"
+
+
+def run_command(function: Callable[..., Any], arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run a function as a command line and exit.
+
+    Args:
+        function: a function returning None that Typer can make a command of. Its options include `--debug`, with
+            which errors keep their traceback.
+        arguments: the command line without the program's name; None takes the process's own.
+
+    Raises:
+        SystemExit: always; 0 if the function returned, 2 for a command line that makes no sense, 130 for Ctrl-C, and
+            1 for everything else.
+    """
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    _log_to_stderr()
+    app = typer.Typer(add_completion=False)
+    app.command()(function)
+    try:
+        code = typer.main.get_command(app).main(arguments, standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
+        code = INTERRUPTED_EXIT_CODE
+    except Exception as error:
+        # Typer brings its own copy of Click in newer versions, so that usage errors have no one class
+        if hasattr(error, "format_message"):
+            _fail(error.format_message(), USAGE_EXIT_CODE)
+        if DEBUG in arguments:
+            raise
+        _fail(describe(error), 1)
+    if code == INTERRUPTED_EXIT_CODE:  # newer versions of Typer return it instead of raising
+        _fail("interrupted", INTERRUPTED_EXIT_CODE)
+    sys.exit(code)
+
+
+def describe(error: Exception) -> str:
+    """Return one line for an error: its message alone where that is meant to be read, else with its class."""
+    message = " ".join(str(error).split())
+    if isinstance(error, ValueError | OSError | ArithmeticError) and message:
+        return message
+    return f"{type(error).__name__}: {message} ({DEBUG} shows where)".replace(": (", " (")
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _log_to_stderr() -> None:
+    """Show what BLADE logs as plain lines."""
+    logger = logging.getLogger("blade")
+    if not logger.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        logger.addHandler(handler)
+        logger.propagate = False

@@ -1,0 +1,99 @@
+"""`blade-generate`: a video from a prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from blade.cli.command import run_command
+
+
+def _option(help: str, *names: str) -> Any:
+    return typer.Option(*names, help=help, show_default=False)
+
+
+def generate(
+    *,
+    prompt: Annotated[str | None, _option("What the video shows.")] = None,
+    negative_prompt: Annotated[str | None, _option("What it should not show.")] = None,
+    model: Annotated[
+        str | None, _option("A folder in Diffusers format or a Hub id; by default the bundled model of moving shapes.")
+    ] = None,
+    attention: Annotated[
+        str | None, _option("dense, asa (adaptive block-sparse, the default) or asa-gt (asa with all pooled tokens).")
+    ] = None,
+    config: Annotated[
+        str | None, _option("A folder or Hub id with a blade_config.json; by default the model's preset.")
+    ] = None,
+    sparsity: Annotated[
+        float | None, _option("Share of query-key pairs that sparse layers leave out, in [0, 1).")
+    ] = None,
+    dense_steps: Annotated[
+        float | None, _option("Steps from the start that stay dense: a count, or a fraction below 1.")
+    ] = None,
+    dense_layers: Annotated[str | None, _option('Layers that stay dense, such as "0-1,39".')] = None,
+    steps: Annotated[int | None, _option("Denoising steps.")] = None,
+    guidance_scale: Annotated[float | None, _option("Weight of classifier-free guidance; at most 1: none.")] = None,
+    height: Annotated[int | None, _option("Pixels.")] = None,
+    width: Annotated[int | None, _option("Pixels.")] = None,
+    frames: Annotated[int | None, _option("Number of frames.")] = None,
+    fps: Annotated[int | None, _option("Frames a second.")] = None,
+    seed: Annotated[int | None, _option("Seed of the noise; by default 0.")] = None,
+    device: Annotated[str | None, _option("cpu, cuda, cuda:1, ...; by default CUDA if there is one.")] = None,
+    dtype: Annotated[
+        str | None, _option("float32, bfloat16 or float16; by default bfloat16 on CUDA and float32 elsewhere.")
+    ] = None,
+    output: Annotated[
+        Path | None, _option("The MP4; a JSON goes beside it. By default outputs/PROMPT-SEED.mp4.")
+    ] = None,
+    compare: Annotated[
+        bool,
+        _option("Also generate with dense attention, and write both side by side with PSNR and SSIM.", "--compare"),
+    ] = False,
+    from_json: Annotated[
+        Path | None, _option("Make the video of this JSON again; options given beside it change it.")
+    ] = None,
+    debug: Annotated[bool, _option("Show the traceback of an error.", "--debug")] = False,
+) -> None:
+    """Generate a video from a prompt with adaptive block-sparse attention."""
+    options: dict[str, Any] = {
+        "prompt": prompt,
+        "negative_prompt": negative_prompt,
+        "model": model,
+        "attention": attention,
+        "config": config,
+        "sparsity": sparsity,
+        "dense_steps": dense_steps,
+        "dense_layers": dense_layers,
+        "steps": steps,
+        "guidance_scale": guidance_scale,
+        "height": height,
+        "width": width,
+        "frames": frames,
+        "fps": fps,
+        "seed": seed,
+        "device": device,
+        "dtype": dtype,
+    }
+    # imported here, so that --help and usage errors don't wait for PyTorch
+    from blade.generation import GenerationRequest
+    from blade.generation_files import generate_files
+    from blade.generation_record import read_request
+
+    given = {name: value for name, value in options.items() if value is not None}
+    if from_json is None and prompt is None:
+        raise ValueError('`--prompt` must be given, such as --prompt "a red ball moving right".')
+    request = GenerationRequest(**given) if from_json is None else read_request(from_json, given)
+    print(generate_files(request, output, compare=compare))
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run `blade-generate` and exit.
+
+    Args:
+        arguments: the command line without the program's name; None takes the process's own.
+    """
+    run_command(generate, arguments)

@@ -1,0 +1,309 @@
+"""One generation: what is asked for, with a pipeline's defaults filled in, and the video with what it cost."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from blade.attention.apply import find_transformers, use_blade
+from blade.attention.family import find_family
+from blade.attention.finite import NonFiniteError, watch_finite
+from blade.attention.summary import BladeSummary, blade_summary
+from blade.config import CONFIG_NAME, BladeConfig
+from blade.models import BUNDLED, DTYPES, check_size, look_up, main_transformer
+
+FPS = 16
+"""Frames a second of a model that does not say its own: Wan's."""
+
+BUNDLED_DEFAULTS = {"height": 96, "width": 96, "frames": 33, "steps": 30, "guidance_scale": 4.0}
+"""What the shapes model was trained for; Diffusers' own defaults are those of the large models."""
+
+SPARSE_OPTIONS = ("sparsity", "dense_steps", "dense_layers")
+"""Fields of a request that change a field of the same name in the BLADE configuration."""
+
+MAXIMUM_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationRequest:
+    """Everything that decides a video. None takes the model's default, which `resolve_request` fills in."""
+
+    prompt: str
+    """What the video shows."""
+    negative_prompt: str | None = None
+    """What it should not show; without effect where `guidance_scale` is at most 1."""
+    model: str = BUNDLED
+    """`BUNDLED`, a folder in Diffusers format, or a Hub id."""
+    attention: Literal["dense", "asa", "asa-gt"] | None = None
+    """The attention method: over the configuration's, or over the model's training-free preset."""
+    config: str | None = None
+    """Where a BLADE configuration is read from: a folder, a file, or a Hub id."""
+    blade_config: BladeConfig | None = None
+    """The BLADE configuration itself, instead of `config`. None in a resolved request: dense."""
+    sparsity: float | None = None
+    """Over the configuration's `sparsity`."""
+    dense_steps: int | float | None = None
+    """Over the configuration's `dense_steps`."""
+    dense_layers: str | tuple[int, ...] | None = None
+    """Over the configuration's `dense_layers`."""
+    steps: int | None = None
+    """Denoising steps."""
+    guidance_scale: float | None = None
+    """Weight of classifier-free guidance; at most 1: none."""
+    height: int | None = None
+    """Pixels."""
+    width: int | None = None
+    """Pixels."""
+    frames: int | None = None
+    """Number of frames."""
+    fps: int | None = None
+    """Frames a second, when played."""
+    seed: int = 0
+    """Seed of the noise, which is drawn on the CPU whatever the device."""
+    device: str | None = None
+    """A torch device; None takes CUDA if there is one."""
+    dtype: str | None = None
+    """A name of `blade.models.DTYPES`; None takes bfloat16 on CUDA and float32 elsewhere."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.prompt, str) or not self.prompt.strip():
+            raise ValueError("`prompt` must say what the video shows, got an empty one.")
+        if not self.model:
+            raise ValueError("`model` must be a folder or a Hub id, got an empty one.")
+        for name in ("steps", "height", "width", "frames", "fps"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}.")
+        if self.guidance_scale is not None and not 0 <= self.guidance_scale < math.inf:
+            raise ValueError(f"`guidance_scale` must be at least 0 and finite, got {self.guidance_scale!r}.")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed <= MAXIMUM_SEED:
+            raise ValueError(f"`seed` must be an integer from 0 to 2**63 - 1, got {self.seed!r}.")
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise ValueError(f"`dtype` must be one of {', '.join(DTYPES)}, got {self.dtype!r}.")
+        if self.config is not None and self.blade_config is not None:
+            raise ValueError("`config` and `blade_config` must not both be given.")
+        given = self._given(*SPARSE_OPTIONS)
+        BladeConfig(attention=self.attention or "asa", **given)
+        if self.attention == "dense" and given:
+            raise ValueError(f'`{next(iter(given))}` must not be given where `attention` is "dense".')
+
+    def _given(self, *names: str) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    def sparse_config(self, preset: Callable[[], BladeConfig]) -> BladeConfig | None:
+        """Return the BLADE configuration of this request, None for dense.
+
+        Args:
+            preset: what to start from where the request names no configuration.
+        """
+        if self.attention == "dense":
+            return None
+        config = read_config(self.config) if self.config is not None else self.blade_config or preset()
+        changes = self._given(*SPARSE_OPTIONS)
+        if self.attention == "asa-gt":
+            changes |= {"attention": "asa", "pooled_tokens": "all"}
+        elif self.attention == "asa":
+            changes |= {"attention": "asa", "pooled_tokens": _without_all(config.pooled_tokens)}
+        config = replace(config, **changes)
+        return None if config.attention == "dense" else config
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """A finished video, and what it cost."""
+
+    video: torch.Tensor
+    """(frames, 3, H, W), float32 on the CPU, in [0, 1]."""
+    seconds_text: float
+    """From the start to the transformer's first forward pass: text encoding."""
+    seconds_denoising: float
+    """From there to the end of the last step."""
+    seconds_decoding: float
+    """From there to the finished frames."""
+    summary: BladeSummary | None
+    """What BLADE did; None if the run was dense."""
+    layer_density: float | None = field(init=False)
+    """Mean density over sparse layers and steps; None if there was none."""
+    run_density: float = field(init=False)
+    """Mean density over all layers and steps."""
+
+    def __post_init__(self) -> None:
+        layer = self.summary.layer_density if self.summary else None
+        run = self.summary.run_density if self.summary else None
+        object.__setattr__(self, "layer_density", layer)
+        object.__setattr__(self, "run_density", 1.0 if run is None else run)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds in all."""
+        return self.seconds_text + self.seconds_denoising + self.seconds_decoding
+
+
+def resolve_request(request: GenerationRequest, pipe: Any) -> GenerationRequest:
+    """Fill in everything that a request leaves to the model, so that it stays the same when defaults change.
+
+    Args:
+        request: what was asked for.
+        pipe: the loaded pipeline.
+
+    Returns:
+        A request without None, but for `negative_prompt`, `config`, and, where it is dense, what belongs to BLADE.
+
+    Raises:
+        ValueError: if the model cannot make a video of this size, or no configuration can be had.
+    """
+    config = request.sparse_config(lambda: _preset(pipe))
+    defaults: Mapping[str, Any] = BUNDLED_DEFAULTS if request.model == BUNDLED else _pipeline_defaults(pipe)
+    asked = {name: getattr(request, name) for name in BUNDLED_DEFAULTS}
+    settings: dict[str, Any] = {name: defaults.get(name) if value is None else value for name, value in asked.items()}
+    missing = [name for name, value in settings.items() if value is None]
+    if missing:
+        raise ValueError(f"`{missing[0]}` must be given: {type(pipe).__name__} has no default for it.")
+    check_size(pipe, settings["height"], settings["width"], settings["frames"])
+    sparse: dict[str, Any] = dict.fromkeys(SPARSE_OPTIONS)
+    if config is not None:
+        sparse = {name: getattr(config, name) for name in SPARSE_OPTIONS}
+    return replace(
+        request,
+        **settings,
+        **sparse,
+        attention="dense" if config is None else "asa-gt" if config.pooled_tokens == "all" else "asa",
+        config=None,
+        blade_config=config,
+        fps=request.fps or FPS,
+        device=str(pipe.device),
+        dtype=str(main_transformer(pipe).dtype).removeprefix("torch."),
+    )
+
+
+def read_config(source: str) -> BladeConfig:
+    """Read a BLADE configuration.
+
+    Args:
+        source: a folder or file that holds it, or a Hub id.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    if not Path(source).exists():
+        look_up(source, "config", CONFIG_NAME)
+    return BladeConfig.from_pretrained(source)
+
+
+def generate(pipe: Any, request: GenerationRequest) -> Generation:
+    """Make a video.
+
+    Args:
+        pipe: the pipeline that `request.model` names, loaded.
+        request: a request that `resolve_request` returned.
+
+    Raises:
+        NonFiniteError: if the latents turned infinite or not-a-number; names the step and the first layer. Nothing is
+            decoded then.
+        ValueError: if BLADE cannot be applied to this model.
+    """
+    wanted = {
+        "prompt": request.prompt,
+        "negative_prompt": request.negative_prompt,
+        "height": request.height,
+        "width": request.width,
+        "num_frames": request.frames,
+        "num_inference_steps": request.steps,
+        "guidance_scale": request.guidance_scale,
+        "generator": torch.Generator("cpu").manual_seed(request.seed),
+        "output_type": "pt",
+    }
+    sparse = nullcontext() if request.blade_config is None else use_blade(pipe, request.blade_config)
+    with ExitStack() as stack:
+        stack.enter_context(sparse)
+        clock = stack.enter_context(_stage_clock(pipe))
+        watch = stack.enter_context(watch_finite(pipe))
+
+        def on_step_end(pipe: Any, step: int, timestep: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+            inputs = watch.on_step_end(pipe, step, timestep, inputs)
+            clock.step_ended()
+            return inputs
+
+        frames = pipe(**wanted, callback_on_step_end=on_step_end).frames[0]
+        video = frames.float().cpu()
+        clock.finished()
+        summary = None if request.blade_config is None else blade_summary(pipe)
+    if not video.isfinite().all():
+        raise NonFiniteError("Non-finite values in the decoded video, made by the VAE; the latents were finite.")
+    return Generation(
+        video=video,
+        seconds_text=clock.denoising - clock.start,
+        seconds_denoising=clock.decoding - clock.denoising,
+        seconds_decoding=clock.end - clock.decoding,
+        summary=summary,
+    )
+
+
+def dense_request(request: GenerationRequest) -> GenerationRequest:
+    """Return the same request with dense attention, for comparison."""
+    nothing: dict[str, Any] = dict.fromkeys(SPARSE_OPTIONS)
+    return replace(request, attention="dense", blade_config=None, **nothing)
+
+
+class _StageClock:
+    """Times at which a pipeline's stages began, in seconds."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.start = self.denoising = self.decoding = self.end = self._now()
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def denoising_began(self) -> None:
+        self.denoising = self.decoding = self._now()
+
+    def step_ended(self) -> None:
+        self.decoding = self._now()
+
+    def finished(self) -> None:
+        self.end = self._now()
+
+
+@contextmanager
+def _stage_clock(pipe: Any) -> Iterator[_StageClock]:
+    """Time a pipeline's run: the first forward pass of a transformer ends text encoding, the last step denoising."""
+    clock = _StageClock(pipe.device)
+
+    def first_forward(module: Any, args: Any) -> None:
+        clock.denoising_began()
+        while handles:
+            handles.pop().remove()
+
+    handles = [one.register_forward_pre_hook(first_forward) for one in find_transformers(pipe).values()]
+    try:
+        yield clock
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _preset(pipe: Any) -> BladeConfig:
+    transformer = main_transformer(pipe)
+    return BladeConfig.from_preset(find_family(transformer).preset_name(transformer))
+
+
+def _pipeline_defaults(pipe: Any) -> dict[str, Any]:
+    """Return the defaults of a pipeline's call under this module's names."""
+    names = {"num_frames": "frames", "num_inference_steps": "steps"}
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    return {names.get(name, name): value.default for name, value in parameters.items()}
+
+
+def _without_all(pooled_tokens: str) -> str:
+    return "none" if pooled_tokens == "all" else pooled_tokens

@@ -1,0 +1,213 @@
+"""From a request to files: an MP4, a JSON record from which the same video is made again, and a comparison."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from blade.generation import (
+    BUNDLED_DEFAULTS,
+    Generation,
+    GenerationRequest,
+    dense_request,
+    generate,
+    read_config,
+    resolve_request,
+)
+from blade.generation_record import make_record
+from blade.models import BUNDLED, EXAMPLE_MODEL, load_pipeline, resolve_device, resolve_dtype
+from blade.video_io import check_writable, encode_mp4, side_by_side, write_files
+
+logger = logging.getLogger("blade")
+
+OUTPUT_FOLDER = Path("outputs")
+"""Where videos go that are given no path."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationReport:
+    """What was made, and what it cost; `print` it."""
+
+    generation: Generation
+    """The video itself."""
+    video_path: Path
+    """The MP4."""
+    record_path: Path
+    """The JSON beside it."""
+    comparison_path: Path | None
+    """The dense and the sparse video side by side, if that was asked for."""
+    record: Mapping[str, Any]
+    """The content of the JSON."""
+
+    def __str__(self) -> str:
+        record = self.record
+        lines = [
+            f"video       {self.video_path} ({record['frames']} frames of {record['width']}x{record['height']}, "
+            f"{record['fps']} a second)",
+            f"record      {self.record_path} (the same again: blade-generate --from-json)",
+            f"seconds     text {record['seconds_text']:.2f}, denoising {record['seconds_denoising']:.2f} "
+            f"({record['steps']} steps), decoding {record['seconds_decoding']:.2f}; "
+            f"loading {record['seconds_loading']:.2f}",
+            f"attention   {describe_attention(record)}",
+        ]
+        if record["score"] is not None:
+            lines.append(f"scorer      {describe_score(record['score'])}")
+        if self.comparison_path is not None:
+            lines += [
+                f"comparison  {self.comparison_path}",
+                f"to dense    PSNR {record['psnr']:.2f} dB, SSIM {record['ssim']:.4f}; "
+                f"dense denoising {record['seconds_denoising_dense']:.2f} s",
+            ]
+        return "\n".join(lines)
+
+
+def generate_files(
+    request: GenerationRequest, output: str | Path | None = None, *, compare: bool = False
+) -> GenerationReport:
+    """Make a video, and write it with its record: all files or none.
+
+    Args:
+        request: what to make.
+        output: path of the MP4; the record has the same name with ".json". None: see `default_output`.
+        compare: also make it with dense attention and the same seed, and write both side by side.
+
+    Raises:
+        ValueError: for a request that cannot be met; found before the model runs.
+        OutputError: if a file cannot be written.
+        NonFiniteError: see `blade.generation.generate`.
+    """
+    path = default_output(request) if output is None else Path(output)
+    if path.suffix.lower() != ".mp4":
+        raise ValueError(f"`output` must end in .mp4, got {path}.")
+    check_writable(path)
+    pipe, resolved, seconds_loading = _prepare(request)
+    if compare and resolved.attention == "dense":
+        raise ValueError("`compare` sets sparse attention beside dense, but this request is dense already.")
+
+    pipe.set_progress_bar_config(desc=f"denoising, {resolved.attention}")
+    generation = generate(pipe, resolved)
+    record = make_record(resolved, generation, seconds_loading=seconds_loading)
+    record["score"] = _score(resolved, generation)
+    files = {path: encode_mp4(generation.video, record["fps"])}
+    comparison_path = None
+    if compare:
+        pipe.set_progress_bar_config(desc="denoising, dense")
+        dense = generate(pipe, dense_request(resolved))
+        record |= _compared(generation, dense)
+        videos = {
+            "dense": dense.video,
+            f"{resolved.attention}, density {generation.run_density:.2f}": generation.video,
+        }
+        comparison_path = path.with_name(f"{path.stem}-compare.mp4")
+        files[comparison_path] = encode_mp4(side_by_side(videos), record["fps"])
+    record_path = path.with_suffix(".json")
+    files[record_path] = (json.dumps(record, indent=2) + "\n").encode()
+    write_files(files)
+    return GenerationReport(
+        generation=generation,
+        video_path=path,
+        record_path=record_path,
+        comparison_path=comparison_path,
+        record=record,
+    )
+
+
+def default_output(request: GenerationRequest) -> Path:
+    """Return the path of a video that is given none: prompt and seed, in `OUTPUT_FOLDER`."""
+    words = re.sub(r"[^\w]+", "-", request.prompt.lower()).strip("-")[:80]
+    return OUTPUT_FOLDER / f"{words or 'video'}-{request.seed}.mp4"
+
+
+def describe_attention(record: Mapping[str, Any]) -> str:
+    """Say in one line what a record tells of attention."""
+    if record["attention"] == "dense":
+        return "dense (density 1)"
+    layer = record["layer_density"]
+    sparse = "no layer was sparse" if layer is None else f"layer density {layer:.3f} (sparse layers and steps)"
+    return (
+        f"{record['attention']}, requested sparsity {record['sparsity']:g}; {sparse}, "
+        f"run density {record['run_density']:.3f} (dense ones included)"
+    )
+
+
+def describe_score(score: Mapping[str, Any]) -> str:
+    """Say in one line what the scorer of the moving-shapes world saw of each object."""
+    parts = []
+    for number, attributes in enumerate(score["objects"], start=1):
+        marks = ", ".join(f"{name} {'right' if right else 'wrong'}" for name, right in attributes.items())
+        parts.append(f"object {number}: {marks}" if len(score["objects"]) > 1 else marks)
+    if score["background"] is not None:
+        parts.append(f"background {'right' if score['background'] else 'wrong'}")
+    return "; ".join(parts)
+
+
+def prompt_warning(prompt: str, negative_prompt: str | None = None) -> str | None:
+    """Return what to tell about prompts that the bundled model was not trained on, None if it was."""
+    from blade.moving_shapes import captions
+
+    unknown = captions.unknown_words(f"{prompt} {negative_prompt or ''}")
+    if unknown:
+        problem = "The bundled model does not know " + ", ".join(f'"{word}"' for word in unknown) + "."
+    else:
+        try:
+            captions.parse_caption(prompt)
+            return None
+        except ValueError:
+            problem = "The bundled model knows these words, but not in this order."
+    kinds = {
+        "colours": captions.COLOURS,
+        "shapes": captions.SHAPES,
+        "directions": captions.DIRECTIONS,
+        "sizes": captions.SIZES,
+        "fills": captions.FILLS,
+        "speeds": captions.SPEEDS,
+        "backgrounds": captions.BACKGROUNDS,
+    }
+    known = "; ".join(f"{kind} {', '.join(words)}" for kind, words in kinds.items())
+    return (
+        f'{problem} It knows sentences such as "a red ball moving right" or "a small striped red ball moving right '
+        f'fast and a blue square moving up over a checkered background": {known}. '
+        f"For anything else take a real model, for example --model {EXAMPLE_MODEL}."
+    )
+
+
+def _prepare(request: GenerationRequest) -> tuple[Any, GenerationRequest, float]:
+    """Return the loaded pipeline, the resolved request, and the seconds that loading took."""
+    device = resolve_device(request.device)
+    dtype = resolve_dtype(request.dtype, device)
+    if request.model == BUNDLED:
+        warning = prompt_warning(request.prompt, request.negative_prompt)
+        if warning:
+            logger.warning(warning)
+    if request.config is not None and request.attention != "dense":
+        request = replace(request, config=None, blade_config=read_config(request.config))
+    start = time.perf_counter()
+    pipe = load_pipeline(request.model, device=device, dtype=dtype)
+    return pipe, resolve_request(request, pipe), time.perf_counter() - start
+
+
+def _score(request: GenerationRequest, generation: Generation) -> dict[str, Any] | None:
+    """Return what the scorer saw, if this is a video of the bundled model that it can judge."""
+    size_is_known = all(getattr(request, name) == BUNDLED_DEFAULTS[name] for name in ("height", "width", "frames"))
+    if request.model != BUNDLED or not size_is_known or prompt_warning(request.prompt):
+        return None
+    from blade.moving_shapes.scoring import score
+
+    seen = score(generation.video, request.prompt)
+    return {"objects": [scored.attributes for scored in seen.objects], "background": seen.background}
+
+
+def _compared(generation: Generation, dense: Generation) -> dict[str, Any]:
+    from blade.evaluation.metrics import psnr, ssim
+
+    return {
+        "psnr": float(psnr(generation.video, dense.video)),
+        "ssim": float(ssim(generation.video, dense.video)),
+        "seconds_denoising_dense": dense.seconds_denoising,
+    }

@@ -1,0 +1,107 @@
+"""The record of a generation: everything needed to make the same video again, and what it cost, as flat JSON."""
+
+from __future__ import annotations
+
+import json
+import platform
+import resource
+from collections.abc import Mapping
+from dataclasses import fields
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from blade.config import BladeConfig
+from blade.generation import SPARSE_OPTIONS, Generation, GenerationRequest
+
+PACKAGES = ("blade-video", "torch", "diffusers", "transformers", "av")
+"""Packages whose versions are recorded."""
+
+REQUEST_FIELDS = tuple(item.name for item in fields(GenerationRequest))
+
+
+def make_record(request: GenerationRequest, generation: Generation, *, seconds_loading: float) -> dict[str, Any]:
+    """Return the record of a generation, plain JSON values.
+
+    Args:
+        request: the resolved request.
+        generation: what came of it.
+        seconds_loading: how long loading the pipeline took.
+
+    Returns:
+        First the fields of the request, by name, then what it cost (`seconds_...`, densities, `peak_memory_gib`), then
+        `machine` and `versions`.
+    """
+    record = {name: getattr(request, name) for name in REQUEST_FIELDS if name != "config"}
+    config = request.blade_config
+    record["blade_config"] = None if config is None else config.to_dict()
+    record["dense_layers"] = None if config is None else list(config.dense_layers)
+    return record | {
+        "layer_density": generation.layer_density,
+        "run_density": generation.run_density,
+        "seconds_loading": seconds_loading,
+        "seconds_text": generation.seconds_text,
+        "seconds_denoising": generation.seconds_denoising,
+        "seconds_decoding": generation.seconds_decoding,
+        "peak_memory_gib": _peak_memory_gib(torch.device(request.device or "cpu")),
+        "machine": _machine(torch.device(request.device or "cpu")),
+        "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
+    }
+
+
+def read_request(path: str | Path, changes: Mapping[str, Any] | None = None) -> GenerationRequest:
+    """Return the request of a record, so that the same video can be made again.
+
+    Args:
+        path: the JSON.
+        changes: fields of the request to change. A changed `model`, `attention` or `config` takes the recorded
+            values that belong to the old one along only where they still make sense.
+
+    Raises:
+        ValueError: if this is no such record.
+    """
+    try:
+        record = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"`from_json` must be the JSON beside a video, but there is no file {path}.") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"`from_json` {path} cannot be read as JSON: {error}.") from error
+    if not isinstance(record, dict) or "prompt" not in record:
+        raise ValueError(f"`from_json` must be the JSON beside a video, with a `prompt`; {path} has none.")
+    changes = dict(changes or {})
+    values = {name: record[name] for name in REQUEST_FIELDS if record.get(name) is not None}
+    forgotten: tuple[str, ...] = ()
+    if "config" in changes or ("model" in changes and changes["model"] != values.get("model")):
+        forgotten = ("blade_config", "attention", *SPARSE_OPTIONS)
+    elif changes.get("attention") == "dense":
+        forgotten = ("blade_config", *SPARSE_OPTIONS)
+    values = {name: value for name, value in values.items() if name not in forgotten} | changes
+    try:
+        if isinstance(values.get("blade_config"), dict):
+            values["blade_config"] = BladeConfig.from_dict(values["blade_config"])
+        return GenerationRequest(**values)
+    except TypeError as error:
+        raise ValueError(f"`from_json` {path} holds a value of the wrong type: {error}.") from error
+
+
+def _machine(device: torch.device) -> dict[str, Any]:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {"system": f"{platform.system()} {platform.machine()}", "device": name, "threads": torch.get_num_threads()}
+
+
+def _peak_memory_gib(device: torch.device) -> float:
+    """Peak memory of the device in GiB; on the CPU, of the whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    # Linux counts in KiB, macOS in bytes
+    unit = 1 if platform.system() == "Darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

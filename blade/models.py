@@ -1,0 +1,261 @@
+"""Loading a text-to-video pipeline: the bundled shapes model, a folder, or a Hugging Face Hub id."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from blade.attention.apply import find_transformers
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+BUNDLED = "bundled"
+"""Name of the shapes model that ships with this package."""
+
+INDEX_NAME = "model_index.json"
+"""The file that makes a folder a Diffusers pipeline."""
+
+EXAMPLE_MODEL = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+"""A real model, named in messages."""
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""What the transformer and the text encoder can run in. The VAE always runs in float32."""
+
+HUB_TIMEOUT = 10.0
+"""Seconds to wait for the Hub before the local cache is taken."""
+
+WAN_SIZE_MULTIPLE = 16
+"""Diffusers' video pipelines take heights and widths of whole multiples of this, whatever the VAE."""
+
+
+class ModelError(ValueError):
+    """A model that cannot be found, loaded or used; its message names the model and what would be right."""
+
+
+def bundled_model_path() -> Path:
+    """Return the folder of the shapes model, an ordinary `WanPipeline` in Diffusers format.
+
+    Raises:
+        ModelError: if the package was installed without it.
+    """
+    path = Path(str(files("blade") / "assets" / "shapes"))
+    if not (path / INDEX_NAME).is_file():
+        raise ModelError(f"This installation lacks the bundled model; name another, such as `{EXAMPLE_MODEL}`.")
+    return path
+
+
+def resolve_device(device: str | None = None) -> torch.device:
+    """Return a device that is there.
+
+    Args:
+        device: "cpu", "cuda", "cuda:1", ...; None takes CUDA if there is one.
+
+    Raises:
+        ValueError: if it is no device, or isn't there.
+    """
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f'`device` must be "cpu", "cuda" or a device such as "cuda:1", got {device!r}.') from None
+    if resolved.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if not count:
+            raise ValueError(f'`device` is "{device}", but PyTorch finds no CUDA device here; take "cpu".')
+        if resolved.index is not None and resolved.index >= count:
+            raise ValueError(f"`device` must be one of the {count} CUDA devices here, from cuda:0, got {device!r}.")
+    else:
+        try:
+            torch.empty(1, device=resolved).cpu()
+        except (RuntimeError, NotImplementedError, AssertionError):
+            raise ValueError(f'`device` is "{device}", which this PyTorch cannot use; take "cpu".') from None
+    return resolved
+
+
+def resolve_dtype(dtype: str | None, device: torch.device) -> torch.dtype:
+    """Return the dtype of a name; None takes bfloat16 on CUDA and float32 elsewhere.
+
+    Raises:
+        ValueError: if the models cannot run in it.
+    """
+    if dtype is None:
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if dtype not in DTYPES:
+        raise ValueError(f"`dtype` must be one of {', '.join(DTYPES)}, got {dtype!r}.")
+    return DTYPES[dtype]
+
+
+def load_pipeline(
+    model: str | Path = BUNDLED, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> DiffusionPipeline:
+    """Load a Diffusers text-to-video pipeline.
+
+    Args:
+        model: `BUNDLED`, a folder in Diffusers format, or a Hub id.
+        device: where it runs.
+        dtype: dtype of all parts but the VAE, which runs in float32.
+
+    Raises:
+        ModelError: if there is no such model, it cannot be read, or it makes no video from a prompt alone.
+    """
+    import diffusers
+    from packaging.version import Version
+
+    source, options = _locate(model)
+    # named `torch_dtype` before Diffusers 0.40, which warns about that name
+    dtype_argument = "dtype" if Version(diffusers.__version__) >= Version("0.40") else "torch_dtype"
+    options[dtype_argument] = {"default": dtype, "vae": torch.float32}
+    try:
+        pipe = diffusers.DiffusionPipeline.from_pretrained(source, **options)
+    except Exception as error:  # whatever Diffusers, Transformers and safetensors raise for a broken model
+        raise ModelError(f"`model` {model} cannot be loaded: {_reason(source, error)}") from error
+    _check_text_to_video(model, pipe)
+    return pipe.to(device)
+
+
+def main_transformer(pipe: Any) -> nn.Module:
+    """Return the transformer of a pipeline, the first one where it has two."""
+    return next(iter(find_transformers(pipe).values()))
+
+
+def check_size(pipe: Any, height: int, width: int, frames: int) -> None:
+    """Check that a pipeline can make a video of this size, which Diffusers would change with a mere warning.
+
+    Args:
+        pipe: the pipeline.
+        height: pixels.
+        width: pixels.
+        frames: number of frames.
+
+    Raises:
+        ValueError: naming the nearest sizes that it can make.
+    """
+    patch = getattr(main_transformer(pipe).config, "patch_size", 1)
+    patch_height, patch_width = (patch, patch) if isinstance(patch, int) else patch[-2:]
+    for name, value, edge in (("height", height, patch_height), ("width", width, patch_width)):
+        multiple = math.lcm(WAN_SIZE_MULTIPLE, getattr(pipe, "vae_scale_factor_spatial", 8) * edge)
+        _check_step(name, value, first=multiple, step=multiple, rule=f"a multiple of {multiple}")
+    step = getattr(pipe, "vae_scale_factor_temporal", 4)
+    _check_step("frames", frames, first=1, step=step, rule=f"{step}n + 1 for a whole number n")
+
+
+def _check_step(name: str, value: int, *, first: int, step: int, rule: str) -> None:
+    below = first + (value - first) // step * step
+    if value == below and value >= first:
+        return
+    nearest = f"{first}" if value < first else f"{below} or {below + step}"
+    raise ValueError(f"`{name}` must be {rule} for this model, got {value}; the nearest is {nearest}.")
+
+
+def look_up(name: str, option: str, file: str) -> list[str] | None:
+    """Ask the Hub for a repository, once and with a time limit, where Diffusers would retry for minutes.
+
+    Args:
+        name: what ought to be a Hub id, as it is no path here.
+        option: name of the option that it was given for, for messages.
+        file: the file that tells whether the local cache has it.
+
+    Returns:
+        The names of the repository's files; None if the Hub cannot be reached but the cache has `file`.
+
+    Raises:
+        ModelError: if there is no such repository.
+    """
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+
+    problem = f"`{option}` {name} is no folder here"
+    parts = name.split("/")
+    if len(parts) != 2 or not all(parts) or name[0] in ".~":
+        raise ModelError(f"{problem}, and no Hub id, which reads owner/name.")
+    try:
+        info = HfApi().model_info(name, timeout=HUB_TIMEOUT)
+    except HFValidationError as error:
+        raise ModelError(f"{problem}, and no Hub id: {first_line(error)}") from error
+    except GatedRepoError as error:
+        raise ModelError(f"{problem}; on the Hub its licence must be accepted first (`hf auth login`).") from error
+    except RepositoryNotFoundError as error:
+        raise ModelError(f"{problem}, and the Hub has no such repository, or not without `hf auth login`.") from error
+    except HfHubHTTPError as error:
+        raise ModelError(f"{problem}, and the Hub refused to look it up: {first_line(error)}") from error
+    except Exception as error:  # no network: each version of the Hub's client has another class for it
+        if isinstance(try_to_load_from_cache(name, file), str):
+            return None
+        raise ModelError(
+            f"{problem} and not in the Hub's local cache, and the Hub cannot be reached ({first_line(error)})."
+        ) from error
+    return [item.rfilename for item in info.siblings or []]
+
+
+def _locate(model: str | Path) -> tuple[str, dict[str, Any]]:
+    """Return what to hand to Diffusers, and how, for a model that seems to be one."""
+    name = str(model)
+    if name == BUNDLED:
+        return str(bundled_model_path()), {}
+    path = Path(name).expanduser()
+    if path.is_file():
+        raise ModelError(f"`model` must be a folder in Diffusers format or a Hub id, got the file {name}.")
+    if path.is_dir():
+        files = [item.name for item in path.iterdir()]
+        options = {}
+    else:
+        found = look_up(name, "model", INDEX_NAME)
+        files = [INDEX_NAME] if found is None else found
+        options = {"local_files_only": True} if found is None else {}
+    if INDEX_NAME not in files:
+        raise ModelError(f"`model` {name} is no Diffusers pipeline: it has no {INDEX_NAME}{_resemblance(files)}.")
+    return (str(path) if path.is_dir() else name), options
+
+
+def _resemblance(files: list[str]) -> str:
+    """Say what a folder without a pipeline looks like."""
+    if any(name.endswith((".safetensors", ".pth", ".pt", ".ckpt", ".bin", ".gguf")) for name in files):
+        return (
+            ". It looks like a model in its original format, or a single component; take the repository whose name "
+            f"ends in -Diffusers, such as {EXAMPLE_MODEL}"
+        )
+    return ""
+
+
+def _check_text_to_video(model: str | Path, pipe: Any) -> None:
+    kind = type(pipe).__name__
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    if "num_frames" not in parameters or not (
+        getattr(pipe, "transformer", None) or getattr(pipe, "transformer_2", None)
+    ):
+        raise ModelError(
+            f"`model` {model} is a {kind}, which makes no video with a transformer; take {EXAMPLE_MODEL}."
+        )
+    needed = [name for name, value in parameters.items() if value.default is value.empty and name != "self"]
+    needed = [name for name in needed if name != "prompt" and parameters[name].kind != inspect.Parameter.VAR_KEYWORD]
+    if needed:
+        raise ModelError(
+            f"`model` {model} is a {kind}, which needs `{needed[0]}` beside a prompt; take {EXAMPLE_MODEL}."
+        )
+
+
+def _reason(source: str, error: Exception) -> str:
+    """Name the weight file that cannot be read, if it is that; else the first line of the error."""
+    from safetensors import SafetensorError, safe_open
+
+    for path in sorted(Path(source).rglob("*.safetensors")) if Path(source).is_dir() else ():
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as damage:
+            return f"{path.relative_to(source)} is damaged or incomplete ({first_line(damage)})"
+    return first_line(error)
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its class where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

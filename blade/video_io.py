@@ -1,0 +1,151 @@
+"""Videos as files: MP4 encoding and decoding, files that are written whole or not at all, labelled comparisons.
+
+A video is a float tensor (frames, 3, H, W) in [0, 1].
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import tempfile
+from collections.abc import Iterable, Mapping
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+QUALITY = 14
+"""Constant rate factor of H.264: 0 is lossless, 18 already looks so; small videos of few colours need better."""
+
+LABEL_HEIGHT = 28
+"""Pixels of the strip above each video of a comparison."""
+
+COMPARISON_HEIGHT = 288
+"""Videos of a comparison are enlarged by whole factors as far as this, so that the labels fit."""
+
+
+class OutputError(OSError):
+    """A file that cannot be written."""
+
+
+def encode_mp4(frames: Iterable[torch.Tensor], fps: int) -> bytes:
+    """Encode frames as an H.264 MP4 that any player shows (4:2:0), in memory.
+
+    Args:
+        frames: a video, or anything that yields its frames (3, H, W) in [0, 1]; H and W are even.
+        fps: frames a second.
+
+    Returns:
+        The file's bytes.
+
+    Raises:
+        ValueError: if there is no frame, or a frame's size is odd or unlike the first one's.
+    """
+    import av
+
+    buffer = io.BytesIO()
+    with av.open(buffer, mode="w", format="mp4") as container:
+        stream = None
+        for frame in frames:
+            pixels = _to_pixels(frame)
+            height, width = pixels.shape[:2]
+            if stream is None:
+                if height % 2 or width % 2:
+                    raise ValueError(f"`frames` must have an even height and width, got {height}x{width}.")
+                stream = container.add_stream("libx264", rate=Fraction(fps), options={"crf": str(QUALITY)})
+                stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
+            if (height, width) != (stream.height, stream.width):
+                raise ValueError(f"`frames` must all be {stream.height}x{stream.width}, got one of {height}x{width}.")
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        if stream is None:
+            raise ValueError("`frames` must hold at least one frame.")
+        container.mux(stream.encode())
+    return buffer.getvalue()
+
+
+def read_mp4(path: str | Path) -> torch.Tensor:
+    """Return the video in a file, (frames, 3, H, W) in [0, 1]."""
+    import av
+
+    with av.open(str(path)) as container:
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2).float() / 255
+
+
+def side_by_side(videos: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Lay videos of one size side by side, each under its label.
+
+    Args:
+        videos: label -> video, left to right.
+
+    Returns:
+        One video, enlarged by a whole factor where the videos are small.
+    """
+    panels = []
+    for label, video in videos.items():
+        factor = max(1, COMPARISON_HEIGHT // video.shape[-2])
+        enlarged = functional.interpolate(video.float(), scale_factor=factor, mode="nearest")
+        strip = _label_strip(label, enlarged.shape[-1]).expand(len(video), -1, -1, -1)
+        panels.append(torch.cat([strip.to(enlarged), enlarged], dim=2))
+    return torch.cat(panels, dim=3)
+
+
+def check_writable(path: str | Path) -> None:
+    """Check, before hours are spent on it, that a file can be written here; the folder is made if missing.
+
+    Raises:
+        OutputError: saying why it cannot.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise OutputError(f"`output` {path} is a folder; name a file in it.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise OutputError(f"`output` {path} cannot be written: {error.strerror or error}.") from error
+
+
+def write_files(contents: Mapping[Path, bytes]) -> None:
+    """Write all of these files, or none: each goes to a temporary file beside its place, then all are moved.
+
+    Raises:
+        OutputError: if one cannot be written, for example on a full disk. Nothing of them is left then.
+    """
+    temporary: dict[Path, Path] = {}
+    path = Path()
+    try:
+        for path, content in contents.items():
+            temporary[path] = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+            with temporary[path].open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        for path, source in temporary.items():
+            os.replace(source, path)
+    except OSError as error:
+        raise OutputError(f"`output` {path} cannot be written: {error.strerror or error}.") from error
+    finally:
+        for source in temporary.values():
+            source.unlink(missing_ok=True)
+
+
+def _to_pixels(frame: torch.Tensor) -> np.ndarray:
+    pixels = (frame.detach().float().clamp(0, 1) * 255).round().to(torch.uint8)
+    return np.ascontiguousarray(pixels.permute(1, 2, 0).cpu().numpy())
+
+
+def _label_strip(label: str, width: int) -> torch.Tensor:
+    """Return white text on black, (3, LABEL_HEIGHT, width)."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    image = Image.new("RGB", (width, LABEL_HEIGHT))
+    draw = ImageDraw.Draw(image)
+    size = LABEL_HEIGHT // 2
+    while size > 6 and draw.textlength(label, font=ImageFont.load_default(size)) > width - 8:
+        size -= 1
+    draw.text((4, LABEL_HEIGHT // 2), label, fill="white", font=ImageFont.load_default(size), anchor="lm")
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255

@@ -1,0 +1,118 @@
+"""What the Makefile does on a fresh machine, and what a wheel will hold."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def dry_run(folder: Path, *arguments: str) -> list[str]:
+    """Return what make would run."""
+    command = ["make", "--dry-run", "--no-print-directory", *arguments]
+    environment = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL")}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A folder with the files that the Makefile looks at."""
+    for name in ("Makefile", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    return tmp_path
+
+
+@pytest.mark.parametrize("target", ["generate", "test"])
+def test_torch_is_installed_first(checkout: Path, target: str) -> None:
+    installs = [line for line in dry_run(checkout, target) if "pip install" in line]
+    assert len(installs) == 2
+    assert installs[0].endswith('"torch==2.13.0"')
+    assert "-e" in installs[1].split() and "--upgrade" not in installs[1]
+
+
+@pytest.mark.parametrize("target", ["generate", "test"])
+def test_nothing_is_installed_twice(checkout: Path, target: str) -> None:
+    (checkout / ".venv").mkdir()
+    for stamp in (".torch-installed", ".installed", ".installed-dev"):
+        (checkout / ".venv" / stamp).touch()
+    assert not [line for line in dry_run(checkout, target) if "pip install" in line or "-m venv" in line]
+    later = (checkout / "pyproject.toml").stat().st_mtime + 60
+    os.utime(checkout / "pyproject.toml", (later, later))
+    (install,) = [line for line in dry_run(checkout, target) if "pip install" in line]
+    assert "torch==" not in install
+
+
+@pytest.mark.parametrize("prompt", ['it\'s "red"', "costs $5 or $(more)", "`ls`; #1 & -x \\"])
+def test_a_prompt_reaches_the_command_as_it_is(checkout: Path, prompt: str) -> None:
+    (checkout / ".venv" / "bin").mkdir(parents=True)
+    for stamp in (".torch-installed", ".installed"):
+        (checkout / ".venv" / stamp).touch()
+    command = checkout / ".venv" / "bin" / "blade-generate"
+    command.write_text(f"#!{sys.executable}\nimport sys; print(sys.argv[1:])\n")
+    command.chmod(0o755)
+    done = subprocess.run(
+        ["make", "--no-print-directory", "generate", f"PROMPT={prompt}", "ARGS=--seed 3"],
+        cwd=checkout,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == str([f"--prompt={prompt}", "--seed", "3"])
+
+
+def test_an_old_python_is_refused_in_words(checkout: Path) -> None:
+    python = checkout / "old-python"
+    python.write_text("#!/bin/sh\nexit 1\n")
+    python.chmod(0o755)
+    done = subprocess.run(
+        ["make", "generate", f"PYTHON={python}"], cwd=checkout, capture_output=True, text=True, check=False
+    )
+    assert done.returncode != 0
+    assert "Python 3.11 or newer is needed" in done.stdout
+    assert not (checkout / ".venv").exists()
+
+
+def test_continuous_integration_runs_make_test() -> None:
+    script = ROOT / ".ci" / "run"
+    assert os.access(script, os.X_OK)
+    assert script.read_text().rstrip().endswith("make test")
+
+
+def test_no_dependency_brings_another_torch() -> None:
+    """Packages that pin a version of PyTorch would replace the one that was installed first."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    required = [
+        *project["dependencies"],
+        *(line for lines in project["optional-dependencies"].values() for line in lines),
+    ]
+    names = {line.split("[")[0].split(">")[0].split("=")[0].strip() for line in required}
+    assert not names & {"torchvision", "torchaudio", "lpips", "xformers"}
+    assert [line for line in required if line.startswith("torch>")] == ["torch>=2.11"]
+
+
+def test_a_wheel_will_hold_every_data_file() -> None:
+    # the manifest of a version control plug-in must not stand in for the patterns in pyproject.toml
+    program = (
+        "from setuptools import Distribution\n"
+        "distribution = Distribution(); distribution.parse_config_files(); distribution.include_package_data = False\n"
+        "build = distribution.get_command_obj('build_py'); build.ensure_finalized()\n"
+        "print(*(f'{folder}/{name}' for _, folder, _, names in build.data_files for name in names), sep='\\n')"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    held = {(ROOT / line).resolve() for line in done.stdout.splitlines() if (ROOT / line).is_file()}
+    folders = (ROOT / "blade", ROOT / "kernels" / "blade_kernels", ROOT / "pipelines" / "blade_pipelines")
+    data = {
+        path
+        for folder in folders
+        for path in folder.rglob("*")
+        if path.is_file() and path.suffix not in (".py", ".pyc") and not path.name.endswith(".tmp")
+    }
+    assert data and data <= held, f"not in the wheel: {sorted(map(str, data - held))}"
