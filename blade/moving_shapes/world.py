@@ -101,7 +101,7 @@ def sample_scene(caption: Caption, rng: np.random.Generator, *, frames: int, hei
     """
     for _ in range(100):
         objects = tuple(_sample_object(described, rng, frames, height, width) for described in caption.objects)
-        if len(objects) == 1 or _both_visible(objects[0], objects[1], frames):
+        if len(objects) == 1 or both_visible(objects[0], objects[1], frames):
             break
     return Scene(objects=objects, background=caption.background)
 
@@ -140,23 +140,26 @@ def render(
         colour = torch.tensor(drawn.colour)[None, :, None, None]
         if drawn.striped:
             colour = colour * stripe_shade(dy)[:, None]
-        canvas = canvas + coverage(drawn.shape, drawn.radius, dx, dy)[:, None] * (colour - canvas)
+        canvas = canvas + coverage(signed_distance(drawn.shape, drawn.radius, dx, dy))[:, None] * (colour - canvas)
     return canvas.contiguous()
 
 
-def coverage(
-    shape: str, radius: float | torch.Tensor, dx: torch.Tensor, dy: torch.Tensor, *, edge_width: float = 1.0
-) -> torch.Tensor:
-    """How much of each pixel a shape covers, in [0, 1], for offsets (dx, dy) of pixel centres from its centre.
+def coverage(distance: torch.Tensor, *, edge_width: float = 1.0) -> torch.Tensor:
+    """How much of each pixel a shape covers, in [0, 1].
 
     Args:
-        shape: One of `captions.SHAPES`.
-        radius: A ball's radius in pixels; other shapes are scaled to look as large.
-        dx: Offset to the right in pixels.
-        dy: Offset downwards in pixels.
+        distance: From pixel centres to the outline, in pixels, negative inside.
         edge_width: Over how many pixels coverage falls from 1 to 0. The world draws 1; a fit may start softer.
     """
-    return (0.5 - signed_distance(shape, radius, dx, dy) / edge_width).clamp(0, 1)
+    return (0.5 - distance / edge_width).clamp(0, 1)
+
+
+def object_distance(drawn: MovingObject, *, frames: int, height: int, width: int) -> torch.Tensor:
+    """Distance in pixels of every pixel centre from an object's outline, negative inside: (frames, height, width)."""
+    time = torch.arange(frames, dtype=torch.float32)[:, None, None]
+    dx = (torch.arange(width) + 0.5)[None, None, :] - (drawn.start[0] + time * drawn.velocity[0])
+    dy = (torch.arange(height) + 0.5)[None, :, None] - (drawn.start[1] + time * drawn.velocity[1])
+    return signed_distance(drawn.shape, drawn.radius, dx, dy)
 
 
 def stripe_shade(dy: torch.Tensor) -> torch.Tensor:
@@ -236,7 +239,8 @@ def _sample_object(
     )
 
 
-def _both_visible(front: MovingObject, rear: MovingObject, frames: int) -> bool:
+def both_visible(front: MovingObject, rear: MovingObject, frames: int) -> bool:
+    """Whether two objects start and end apart, and the front one never hides most of the rear one."""
     reach = front.radius + rear.radius
     distances = [math.dist(front.centre(frame), rear.centre(frame)) for frame in range(frames)]
     return min(distances[0], distances[-1]) >= 1.1 * reach and min(distances) >= 0.4 * reach

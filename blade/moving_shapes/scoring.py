@@ -1,0 +1,234 @@
+"""Whether a video shows what its caption says, from pixels alone and attribute by attribute.
+
+This is a measure, not a training signal: nothing may be trained on it, and no checkpoint chosen by it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+
+import torch
+
+from . import world
+from .captions import SHAPES, Caption, ObjectCaption, parse_caption
+from .segmentation import Segmentation, Track, segment
+
+BASICS = ("colour", "shape", "direction")
+"""The attributes that every caption names for every object."""
+
+COLOUR_TOLERANCE = 0.25
+"""Distance in RGB from the palette's colour; two palette colours are at least 0.45 apart."""
+LEAST_OVERLAP = 0.8
+"""Intersection over union with the named silhouette. A square's with a disc of equal area is 0.83."""
+LEAST_SPEED = world.SPEED[None][0] / 2
+"""Pixels a frame below which an object counts as static: half the world's slowest."""
+LEAST_PRESENCE = 0.9
+"""Share of frames in which an object must be seen, or be hidden by another one."""
+SIZE_THRESHOLD = (world.RADIUS["small"][1] + world.RADIUS["large"][0]) / 2
+SPEED_THRESHOLD = (world.SPEED["slowly"][1] + world.SPEED["fast"][0]) / 2
+MOST_TRACKS = 4
+"""How many of the largest objects in a video are considered."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ObjectScore:
+    """Which of an object's named attributes the video shows."""
+
+    attributes: dict[str, bool]
+    """`colour`, `shape` and `direction`, and those of `size`, `fill` and `speed` that the caption names. All are False
+    where the video shows no such object, or one that is missing in more than a tenth of the frames."""
+
+    @property
+    def basics(self) -> bool:
+        """Whether colour, shape and direction are all right."""
+        return all(self.attributes[name] for name in BASICS)
+
+    @property
+    def all_attributes(self) -> bool:
+        """Whether everything that the caption says of the object is right."""
+        return all(self.attributes.values())
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Score:
+    """Which of a caption's attributes a video shows."""
+
+    objects: tuple[ObjectScore, ...]
+    """In the caption's order."""
+    background: bool | None = None
+    """Whether the named background is there; None where the caption names none."""
+
+    @property
+    def basics(self) -> bool:
+        """Whether every object has its colour, shape and direction."""
+        return all(scored.basics for scored in self.objects)
+
+    @property
+    def all_attributes(self) -> bool:
+        """Whether the video shows everything that the caption says."""
+        return self.background is not False and all(scored.all_attributes for scored in self.objects)
+
+    @property
+    def fraction(self) -> float:
+        """Share of the named attributes that are right."""
+        marks = [mark for scored in self.objects for mark in scored.attributes.values()]
+        marks += [] if self.background is None else [self.background]
+        return sum(marks) / len(marks)
+
+
+def score(video: torch.Tensor, prompt: str) -> Score:
+    """Say which of the attributes that a caption names a video shows.
+
+    Each described object is compared with one object of the video: that of its colour, and where there is none, the
+    one that has most else in common with it. Its attributes are then judged one by one.
+
+    Args:
+        video: (frames, 3, height, width) in [0, 1].
+        prompt: A caption of the grammar; see `captions`.
+
+    Raises:
+        ValueError: If `video` does not have that shape or is not finite, or `prompt` is no sentence of the grammar.
+    """
+    caption = parse_caption(prompt)
+    return score_segmentation(segment(video), caption)
+
+
+def score_segmentation(seen: Segmentation, caption: Caption) -> Score:
+    """`score` for a video that is already segmented."""
+    views = [_look_at(track) for track in seen.tracks[:MOST_TRACKS]]
+    matched = _match(views, caption)
+    return Score(
+        objects=tuple(
+            _judge(None if n is None else views[n], described) for n, described in zip(matched, caption.objects)
+        ),
+        background=None if caption.background is None else _background_shown(seen, caption.background),
+    )
+
+
+def match_objects(seen: Segmentation, caption: Caption) -> tuple[Track | None, ...]:
+    """The object of a video that each described one is compared with, or None where the video has too few."""
+    matched = _match([_look_at(track) for track in seen.tracks[:MOST_TRACKS]], caption)
+    return tuple(None if n is None else seen.tracks[n] for n in matched)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _View:
+    """What one object of a video looks like."""
+
+    present: bool
+    colour: str | None
+    shape: str | None
+    size: str
+    striped: bool
+    velocity: tuple[float, float]
+    steady: bool
+
+
+def _look_at(track: Track) -> _View:
+    overlaps = silhouette_overlaps(track)
+    shape = max(overlaps, key=lambda name: overlaps[name])
+    radius = float(radius_of_area(shape, torch.tensor(track.full_area)))
+    return _View(
+        present=_present_throughout(track),
+        colour=nearest_colour(track.colour),
+        shape=shape if overlaps[shape] >= LEAST_OVERLAP else None,
+        size="small" if radius < SIZE_THRESHOLD else "large",
+        striped=track.striped,
+        velocity=track.velocity,
+        steady=_steady(track, tolerance=max(4.0, radius / 2)),
+    )
+
+
+def _match(views: list[_View], caption: Caption) -> tuple[int | None, ...]:
+    """For each described object the index of a view: most colours right first, then most attributes."""
+
+    def agreement(choice: tuple[int | None, ...]) -> tuple[int, int, int]:
+        chosen = [(views[n], described) for n, described in zip(choice, caption.objects) if n is not None]
+        marks = [_judge(view, described).attributes for view, described in chosen]
+        return (sum(mark["colour"] for mark in marks), sum(sum(mark.values()) for mark in marks), len(marks))
+
+    wanted = len(caption.objects)
+    return max(itertools.permutations([*range(len(views)), *[None] * wanted], wanted), key=agreement)
+
+
+def _background_shown(seen: Segmentation, name: str) -> bool:
+    return seen.background_matches and seen.background == name
+
+
+def _judge(view: _View | None, described: ObjectCaption) -> ObjectScore:
+    named = [name for name, value in dataclasses.asdict(described).items() if value is not None]
+    if view is None or not view.present:
+        return ObjectScore(attributes=dict.fromkeys(named, False))
+    verdicts = {
+        "colour": view.colour == described.colour,
+        "shape": view.shape == described.shape,
+        "direction": view.steady and _moves(view.velocity, described.direction),
+        "size": view.size == described.size,
+        "fill": view.striped == (described.fill == "striped"),
+        "speed": ("slowly" if math.hypot(*view.velocity) < SPEED_THRESHOLD else "fast") == described.speed,
+    }
+    return ObjectScore(attributes={name: verdicts[name] for name in named})
+
+
+def nearest_colour(rgb: tuple[float, float, float]) -> str | None:
+    """The palette's colour nearest to an RGB triple; None if none is near."""
+    name = min(world.RGB, key=lambda name: math.dist(world.RGB[name], rgb))
+    return name if math.dist(world.RGB[name], rgb) <= COLOUR_TOLERANCE else None
+
+
+def silhouette_overlaps(track: Track) -> dict[str, float]:
+    """Intersection over union of a track with each shape of its area at its centre, summed over frames.
+
+    Frames in which nothing is near the object count; where there are none, what can be seen in the others does.
+    """
+    frames, centre, area = track.free, track.centre, track.area
+    if not bool(frames.any()):
+        frames, centre, area = track.area > 0, track.line, torch.full_like(track.area, track.full_area)
+    mask, known = track.mask[frames], ~track.near_other[frames]
+    dx, dy = _offsets(centre[frames], mask)
+    overlaps = {}
+    for shape in SHAPES:
+        radius = radius_of_area(shape, area[frames])[:, None, None]
+        silhouette = world.signed_distance(shape, radius, dx, dy) < 0
+        union = int(((silhouette | mask) & known).sum())
+        overlaps[shape] = int((silhouette & mask & known).sum()) / max(union, 1)
+    return overlaps
+
+
+def radius_of_area(shape: str, area: torch.Tensor) -> torch.Tensor:
+    """The radius, as `world.MovingObject` counts it, at which a shape covers so many pixels."""
+    if shape == "triangle":
+        return (area / (0.75 * math.sqrt(3))).sqrt() / world.TRIANGLE_CIRCUMRADIUS
+    return (area / math.pi).sqrt()
+
+
+def _present_throughout(track: Track) -> bool:
+    """Whether at least half of what nothing hides of the object is there, in nearly all frames."""
+    dx, dy = _offsets(track.line, track.mask)
+    expected = (math.pi * (dx.square() + dy.square()) < track.full_area) & ~track.near_other
+    present = track.area >= 0.5 * expected.sum((1, 2))
+    return float(present.float().mean()) >= LEAST_PRESENCE
+
+
+def _steady(track: Track, tolerance: float) -> bool:
+    """Whether at least four fifths of the frames lie near the straight track."""
+    frames = track.free if bool(track.free.any()) else track.area > 0
+    deviation = (track.centre - track.line)[frames].norm(dim=1)
+    return float((deviation <= tolerance).float().mean()) >= 0.8
+
+
+def _moves(velocity: tuple[float, float], direction: str) -> bool:
+    """Whether a velocity is fast enough to be seen and within 27 degrees of a direction."""
+    unit = world.VELOCITY[direction]
+    along = velocity[0] * unit[0] + velocity[1] * unit[1]
+    across = velocity[0] * unit[1] - velocity[1] * unit[0]
+    return along >= LEAST_SPEED and abs(across) <= along / 2
+
+
+def _offsets(centre: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Offsets (frames, 1, width) to the right and (frames, height, 1) downwards of pixel centres from a centre."""
+    y = (torch.arange(mask.shape[1]) + 0.5)[None, :, None]
+    x = (torch.arange(mask.shape[2]) + 0.5)[None, None, :]
+    return x - centre[:, 0, None, None], y - centre[:, 1, None, None]
