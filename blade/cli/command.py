@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import typer
@@ -14,6 +16,9 @@ INTERRUPTED_EXIT_CODE = 130
 """128 + SIGINT, as shells have it."""
 
 DEBUG = "--debug"
+
+READABLE = (ValueError, OSError, ArithmeticError, NotImplementedError)
+"""Errors whose message says by itself what is wrong."""
 
 
 def run_command(function: Callable[..., Any], arguments: Sequence[str] | None = None) -> NoReturn:
@@ -29,11 +34,11 @@ def run_command(function: Callable[..., Any], arguments: Sequence[str] | None = 
             1 for everything else.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    _log_to_stderr()
     app = typer.Typer(add_completion=False)
     app.command()(function)
     try:
-        code = typer.main.get_command(app).main(arguments, standalone_mode=False)
+        with _plain_messages():
+            code = typer.main.get_command(app).main(arguments, standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED_EXIT_CODE
     except Exception as error:
@@ -51,7 +56,7 @@ def run_command(function: Callable[..., Any], arguments: Sequence[str] | None = 
 def describe(error: Exception) -> str:
     """Return one line for an error: its message alone where that is meant to be read, else with its class."""
     message = " ".join(str(error).split())
-    if isinstance(error, ValueError | OSError | ArithmeticError) and message:
+    if isinstance(error, READABLE) and message:
         return message
     return f"{type(error).__name__}: {message} ({DEBUG} shows where)".replace(": (", " (")
 
@@ -61,11 +66,19 @@ def _fail(message: str, code: int) -> NoReturn:
     sys.exit(code)
 
 
-def _log_to_stderr() -> None:
-    """Show what BLADE logs as plain lines."""
-    logger = logging.getLogger("blade")
-    if not logger.handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(message)s"))
+@contextmanager
+def _plain_messages() -> Iterator[None]:
+    """Show warnings, and what BLADE logs, as plain lines on stderr."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    loggers = [logging.getLogger(name) for name in ("blade", "blade_kernels", "blade_pipelines")]
+    format_before = warnings.formatwarning
+    warnings.formatwarning = lambda message, category, *where: f"{category.__name__}: {message}\n"
+    for logger in loggers:
         logger.addHandler(handler)
-        logger.propagate = False
+    try:
+        yield
+    finally:
+        warnings.formatwarning = format_before
+        for logger in loggers:
+            logger.removeHandler(handler)
