@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from blade.cli.generate import main
 from blade.config import BladeConfig
 
-PROMPT = "a red ball moving right"
+OK = ("--prompt", "a red ball moving right")
 SIZE = ("--height", "64", "--width", "64", "--frames", "9", "--steps", "2", "--device", "cpu")
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 
@@ -47,6 +47,10 @@ class CommandLine:
         return errors[0]
 
 
+def refuse_to_load(*args, **options):
+    pytest.fail("the model was loaded first")
+
+
 @pytest.fixture
 def command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> CommandLine:
     return CommandLine(tmp_path / "output", capsys)
@@ -58,38 +62,38 @@ def command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> CommandLine:
         (["--prompt", ""], "`prompt` must say what the video shows"),
         (["--prompt", "  \n"], "`prompt` must say what the video shows"),
         ([], "`--prompt` must be given"),
-        (["--prompt", PROMPT, "--sparsity", "1"], r"`sparsity` must be in \[0, 1\), got 1.0"),
-        (["--prompt", PROMPT, "--sparsity", "-0.1"], r"`sparsity` must be in \[0, 1\), got -0.1"),
-        (["--prompt", PROMPT, "--sparsity", "nan"], r"`sparsity` must be in \[0, 1\), got nan"),
-        (["--prompt", PROMPT, "--steps", "0"], "`steps` must be an integer of at least 1, got 0"),
-        (["--prompt", PROMPT, "--steps", "-3"], "`steps` must be an integer of at least 1, got -3"),
-        (["--prompt", PROMPT, "--frames", "0"], "`frames` must be an integer of at least 1, got 0"),
-        (["--prompt", PROMPT, "--fps", "0"], "`fps` must be an integer of at least 1, got 0"),
-        (["--prompt", PROMPT, "--guidance-scale", "inf"], "`guidance_scale` must be at least 0 and finite, got inf"),
-        (["--prompt", PROMPT, "--seed", "-1"], "`seed` must be an integer from 0"),
+        ([*OK, "--sparsity", "1"], r"`sparsity` must be in \[0, 1\), got 1.0"),
+        ([*OK, "--sparsity", "-0.1"], r"`sparsity` must be in \[0, 1\), got -0.1"),
+        ([*OK, "--sparsity", "nan"], r"`sparsity` must be in \[0, 1\), got nan"),
+        ([*OK, "--steps", "0"], "`steps` must be an integer of at least 1, got 0"),
+        ([*OK, "--steps", "-3"], "`steps` must be an integer of at least 1, got -3"),
+        ([*OK, "--frames", "0"], "`frames` must be an integer of at least 1, got 0"),
+        ([*OK, "--fps", "0"], "`fps` must be an integer of at least 1, got 0"),
+        ([*OK, "--guidance-scale", "inf"], "`guidance_scale` must be at least 0 and finite, got inf"),
+        ([*OK, "--seed", "-1"], "`seed` must be an integer from 0"),
         (
-            ["--prompt", PROMPT, "--attention", "flash"],
+            [*OK, "--attention", "flash"],
             '`attention` must be one of "dense", "asa", "asa-gt", got .flash',
         ),
-        (["--prompt", PROMPT, "--attention", "dense", "--sparsity", "0.5"], "`sparsity` must not be given"),
-        (["--prompt", PROMPT, "--dense-steps", "1.5"], "`dense_steps` must be a count of steps or a fraction"),
-        (["--prompt", PROMPT, "--dense-layers", "3-1"], "`dense_layers` must be layer numbers"),
-        (["--prompt", PROMPT, "--dtype", "int8"], "`dtype` must be one of float32, bfloat16, float16, got 'int8'"),
-        (["--prompt", PROMPT, "--device", "abacus"], '`device` must be "cpu", "cuda" or a device'),
-        (["--prompt", PROMPT, "--device", "meta"], '`device` is "meta", which this PyTorch cannot use'),
-        (["--prompt", PROMPT, "--model", ""], "`model` must be a folder or a Hub id"),
-        (["--prompt", PROMPT, "--model", "no-such-model"], "`model` no-such-model is no folder here, and no Hub id"),
+        ([*OK, "--attention", "dense", "--sparsity", "0.5"], "`sparsity` must not be given"),
+        ([*OK, "--dense-steps", "1.5"], "`dense_steps` must be a count of steps or a fraction"),
+        ([*OK, "--dense-layers", "3-1"], "`dense_layers` must be layer numbers"),
+        ([*OK, "--dtype", "int8"], "`dtype` must be one of float32, bfloat16, float16, got 'int8'"),
+        ([*OK, "--device", "abacus"], '`device` must be "cpu", "cuda" or a device'),
+        ([*OK, "--device", "meta"], '`device` is "meta", which this PyTorch cannot use'),
+        ([*OK, "--model", ""], "`model` must be a folder or a Hub id"),
+        ([*OK, "--model", "no-such-model"], "`model` no-such-model is no folder here, and no Hub id"),
         (
-            ["--prompt", PROMPT, "--model", "./no/such/folder"],
+            [*OK, "--model", "./no/such/folder"],
             "`model` ./no/such/folder is no folder here, and no Hub",
         ),
-        (["--prompt", PROMPT, "--model", "a/b--c..d"], "`model` a/b--c..d is no folder here, and no Hub id"),
+        ([*OK, "--model", "a/b--c..d"], "`model` a/b--c..d is no folder here, and no Hub id"),
         (
-            ["--prompt", PROMPT, "--config", "no-such-config"],
+            [*OK, "--config", "no-such-config"],
             "`config` no-such-config is no folder here, and no Hub id",
         ),
         (["--from-json", "no-such.json"], "there is no file no-such.json"),
-        (["--prompt", PROMPT, "--output", "video.avi"], "`output` must end in .mp4, got video.avi"),
+        ([*OK, "--output", "video.avi"], "`output` must end in .mp4, got video.avi"),
     ],
 )
 def test_a_request_that_makes_no_sense(command: CommandLine, options: list[str], problem: str) -> None:
@@ -103,13 +107,13 @@ def test_a_command_line_that_makes_no_sense(command: CommandLine, options: list[
 
 def test_cuda_where_there_is_none(command: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert 'PyTorch finds no CUDA device here; take "cpu"' in command.fails("--prompt", PROMPT, "--device", "cuda")
+    assert 'PyTorch finds no CUDA device here; take "cpu"' in command.fails(*OK, "--device", "cuda")
 
 
 def test_a_cuda_device_beyond_the_last(command: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert "one of the 2 CUDA devices here" in command.fails("--prompt", PROMPT, "--device", "cuda:2")
+    assert "one of the 2 CUDA devices here" in command.fails(*OK, "--device", "cuda:2")
 
 
 @pytest.mark.parametrize(
@@ -123,11 +127,11 @@ def test_a_cuda_device_beyond_the_last(command: CommandLine, monkeypatch: pytest
 def test_a_size_that_the_model_cannot_take(
     command: CommandLine, saved_tiny_pipeline: Path, size: list[str], problem: str
 ) -> None:
-    assert problem in command.fails("--prompt", PROMPT, "--model", str(saved_tiny_pipeline), *SIZE, *size)
+    assert problem in command.fails(*OK, "--model", str(saved_tiny_pipeline), *SIZE, *size)
 
 
 def test_a_layer_that_the_model_does_not_have(command: CommandLine, saved_tiny_pipeline: Path) -> None:
-    options = ["--prompt", PROMPT, "--model", str(saved_tiny_pipeline), *SIZE, "--dense-layers", "7"]
+    options = [*OK, "--model", str(saved_tiny_pipeline), *SIZE, "--dense-layers", "7"]
     assert "`dense_layers` must be layers from 0 to 1 of this transformer, got [7]" in command.fails(*options)
 
 
@@ -145,13 +149,13 @@ def test_a_folder_that_is_no_pipeline(command: CommandLine, tmp_path: Path, file
     folder.mkdir()
     for name in files:
         (folder / name).touch()
-    line = command.fails("--prompt", PROMPT, "--model", str(folder))
+    line = command.fails(*OK, "--model", str(folder))
     assert "is no Diffusers pipeline" in line and problem in line
 
 
 def test_a_model_that_is_a_file(command: CommandLine, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").touch()
-    line = command.fails("--prompt", PROMPT, "--model", str(tmp_path / "model.safetensors"))
+    line = command.fails(*OK, "--model", str(tmp_path / "model.safetensors"))
     assert "must be a folder in Diffusers format or a Hub id, got the file" in line
 
 
@@ -159,7 +163,7 @@ def test_a_model_that_is_a_file(command: CommandLine, tmp_path: Path) -> None:
 def test_a_damaged_index(command: CommandLine, tmp_path: Path, content: str) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "model_index.json").write_text(content)
-    line = command.fails("--prompt", PROMPT, "--model", str(tmp_path / "model"))
+    line = command.fails(*OK, "--model", str(tmp_path / "model"))
     assert f"`model` {tmp_path / 'model'} cannot be loaded" in line
 
 
@@ -168,19 +172,19 @@ def test_a_corrupt_safetensors_file_is_named(command: CommandLine, tiny_pipeline
     (weights,) = (tiny_pipeline_copy / component).glob("*.safetensors")
     content = weights.read_bytes()
     weights.write_bytes(content[: len(content) // 2])
-    line = command.fails("--prompt", PROMPT, "--model", str(tiny_pipeline_copy))
+    line = command.fails(*OK, "--model", str(tiny_pipeline_copy))
     assert f"{component}/{weights.name} is damaged or incomplete" in line
 
 
 def test_a_missing_component(command: CommandLine, tiny_pipeline_copy: Path) -> None:
     (tiny_pipeline_copy / WEIGHTS).unlink()
-    assert "cannot be loaded" in command.fails("--prompt", PROMPT, "--model", str(tiny_pipeline_copy))
+    assert "cannot be loaded" in command.fails(*OK, "--model", str(tiny_pipeline_copy))
 
 
 def test_a_pipeline_that_makes_no_video(command: CommandLine, tiny_pipeline_copy: Path) -> None:
     index = tiny_pipeline_copy / "model_index.json"
     index.write_text(json.dumps({**json.loads(index.read_text()), "_class_name": "WanImageToVideoPipeline"}))
-    line = command.fails("--prompt", PROMPT, "--model", str(tiny_pipeline_copy))
+    line = command.fails(*OK, "--model", str(tiny_pipeline_copy))
     assert "is a WanImageToVideoPipeline, which needs `image` beside a prompt" in line
 
 
@@ -194,7 +198,7 @@ def test_an_unknown_hub_id_without_a_network_fails_at_once(
             "blade.generation_files.load_pipeline", lambda *args, **options: pytest.fail("loaded first")
         )
     start = time.perf_counter()
-    line = command.fails("--prompt", PROMPT, f"--{option}", "nobody-here/nothing")
+    line = command.fails(*OK, f"--{option}", "nobody-here/nothing")
     assert time.perf_counter() - start < 30  # Diffusers by itself retries for a minute or two
     assert f"`{option}` nobody-here/nothing is no folder here and not in the Hub's local cache" in line
     assert "the Hub cannot be reached" in line
@@ -204,10 +208,10 @@ def test_an_unknown_hub_id_without_a_network_fails_at_once(
 def test_an_output_that_cannot_be_written(
     command: CommandLine, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("blade.generation_files.load_pipeline", lambda *args, **options: pytest.fail("loaded first"))
+    monkeypatch.setattr("blade.generation_files.load_pipeline", refuse_to_load)
     (tmp_path / "file").touch()
     (tmp_path / "folder.mp4").mkdir()
-    line = command.fails("--prompt", PROMPT, "--output", str(tmp_path / name))
+    line = command.fails(*OK, "--output", str(tmp_path / name))
     assert f"`output` {tmp_path / name} " in line
 
 
@@ -220,7 +224,7 @@ def test_non_finite_latents_name_step_and_layer_and_are_not_decoded(
     weights = load_file(tiny_pipeline_copy / WEIGHTS)
     weights["blocks.1.ffn.net.2.weight"][0, 0] = torch.inf
     save_file(weights, tiny_pipeline_copy / WEIGHTS, metadata={"format": "pt"})
-    line = command.fails("--prompt", PROMPT, "--model", str(tiny_pipeline_copy), *SIZE)
+    line = command.fails(*OK, "--model", str(tiny_pipeline_copy), *SIZE)
     assert "Non-finite values at step 0, first in the output of layer 1 of `transformer`" in line
 
 
@@ -229,7 +233,7 @@ def test_a_vae_that_decodes_to_nothing_finite(command: CommandLine, tiny_pipelin
     weights = load_file(path)
     weights["decoder.conv_out.bias"][0] = torch.nan
     save_file(weights, path, metadata={"format": "pt"})
-    line = command.fails("--prompt", PROMPT, "--model", str(tiny_pipeline_copy), *SIZE)
+    line = command.fails(*OK, "--model", str(tiny_pipeline_copy), *SIZE)
     assert "Non-finite values in the decoded video" in line
 
 
@@ -240,7 +244,7 @@ def test_a_full_disk_during_writing(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
-    line = command.fails("--prompt", PROMPT, "--model", str(saved_tiny_pipeline), *SIZE)
+    line = command.fails(*OK, "--model", str(saved_tiny_pipeline), *SIZE)
     assert "cannot be written: No space left on device" in line
 
 
@@ -259,7 +263,7 @@ def test_ctrl_c_during_encoding(
         return real(frames(), fps)
 
     monkeypatch.setattr(generation_files, "encode_mp4", interrupted)
-    line = command.fails("--prompt", PROMPT, "--model", str(saved_tiny_pipeline), *SIZE, code=130)
+    line = command.fails(*OK, "--model", str(saved_tiny_pipeline), *SIZE, code=130)
     assert line == "error: interrupted"
 
 
@@ -270,7 +274,7 @@ def test_an_implementation_that_cannot_compute_this(
     BladeConfig.from_preset("shapes").save_pretrained(tmp_path / "config")
     path = tmp_path / "config" / "blade_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "implementation": "flex", "dense_steps": 0}))
-    options = ["--prompt", PROMPT, "--model", str(saved_tiny_pipeline), *SIZE, "--config", str(path)]
+    options = [*OK, "--model", str(saved_tiny_pipeline), *SIZE, "--config", str(path)]
     assert "can not compute this" in command.fails(*options)
 
 
@@ -297,5 +301,5 @@ def test_a_record_that_is_none(command: CommandLine, tmp_path: Path, content: st
 
 
 def test_a_comparison_of_dense_with_itself(command: CommandLine, saved_tiny_pipeline: Path) -> None:
-    options = ["--prompt", PROMPT, "--model", str(saved_tiny_pipeline), *SIZE, "--attention", "dense", "--compare"]
+    options = [*OK, "--model", str(saved_tiny_pipeline), *SIZE, "--attention", "dense", "--compare"]
     assert "`compare` sets sparse attention beside dense" in command.fails(*options)
