@@ -1,0 +1,47 @@
+"""Adaptive block-sparse attention for Diffusers video pipelines."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from blade_kernels.block_mask import BlockMask
+    from blade_kernels.block_sparse.api import block_sparse_attention
+
+    from blade.attention.apply import apply_blade, remove_blade, use_blade
+    from blade.attention.summary import blade_summary
+    from blade.config import BladeConfig
+    from blade.token_grid import TokenGrid
+
+__all__ = [
+    "BladeConfig",
+    "BlockMask",
+    "TokenGrid",
+    "apply_blade",
+    "blade_summary",
+    "block_sparse_attention",
+    "remove_blade",
+    "use_blade",
+]
+
+_HOMES = {
+    "BladeConfig": "blade.config",
+    "BlockMask": "blade_kernels.block_mask",
+    "TokenGrid": "blade.token_grid",
+    "apply_blade": "blade.attention.apply",
+    "blade_summary": "blade.attention.summary",
+    "block_sparse_attention": "blade_kernels.block_sparse.api",
+    "remove_blade": "blade.attention.apply",
+    "use_blade": "blade.attention.apply",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
