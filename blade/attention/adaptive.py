@@ -1,0 +1,190 @@
+"""Adaptive block-sparse attention (ASA): score key blocks, keep the best, attend to those and to pooled tokens.
+
+Source: BLADE, arXiv 2508.10774. The probe's offsets are drawn once, keyed by seed, layer and step, so that the same
+seed gives the same video whatever else draws random numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from blade_kernels.block_mask import BlockMask
+from blade_kernels.block_selection import mean_pooled_importance, sampled_importance, select_blocks
+from blade_kernels.block_sparse.api import block_sparse_attention
+from blade_kernels.block_sparse.pooled import PooledTokens, pool_tokens
+
+from blade.attention.budget import BlockBudget, is_text_block, plan_budget
+from blade.config import AdaptiveConfig, BladeConfig
+from blade.token_grid import TokenGrid
+
+DRAWN_STEPS = 64
+"""Steps with draws of their own; later steps begin again with the first's."""
+
+
+@dataclass(frozen=True, eq=False)
+class AdaptivePlan:
+    """What all layers share for one shape of latent, worked out once."""
+
+    grid: TokenGrid
+    """The tokens."""
+    config: AdaptiveConfig
+    """Details of the method."""
+    budget: BlockBudget
+    """Blocks to keep."""
+    implementation: str
+    """Implementation of the block-sparse attention."""
+    text_blocks: torch.Tensor | None
+    """(blocks,) bool, which blocks hold text; None where none does."""
+    nearness: torch.Tensor | None
+    """(1, 1, blocks, blocks) float32, how near blocks are in the video; only for the `local` selector."""
+
+    @classmethod
+    def of(cls, config: BladeConfig, grid: TokenGrid, device: torch.device) -> AdaptivePlan:
+        """Make the plan for a grid."""
+        details = config.asa
+        budget = plan_budget(
+            grid,
+            config.sparsity,
+            block_size=details.block_size,
+            pooled_tokens=config.pooled_tokens,
+            pooled_window=details.pooled_window,
+        )
+        with torch.inference_mode(False):
+            text = torch.tensor(is_text_block(grid, details.block_size)) if budget.text_blocks else None
+            nearness = block_nearness(grid, details) if details.selector == "local" else None
+            return cls(
+                grid=grid,
+                config=details,
+                budget=budget,
+                implementation=config.implementation,
+                text_blocks=None if text is None else text.to(device),
+                nearness=None if nearness is None else nearness.to(device),
+            )
+
+    @property
+    def min_blocks(self) -> int:
+        """Blocks of video that the rule of cumulative mass leaves at least."""
+        share = math.floor(self.budget.blocks * self.config.min_fraction)
+        return max(1, min(share, self.budget.kept_blocks))
+
+
+def adaptive_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: AdaptivePlan, draw: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attend to the key blocks that matter. Differentiable, but for the choice of blocks.
+
+    Args:
+        query: (B, S, H, D), in token order, after position embeddings.
+        key: (B, S, H, D).
+        value: (B, S, H, D).
+        plan: the plan for this grid.
+        draw: this layer's and step's row of `draw_table`.
+
+    Returns:
+        (B, S, H, D) output, and the realised density, a float32 tensor of no dimensions.
+    """
+    with torch.no_grad():
+        mask = select(query, key, plan, draw)
+    pooled = _pool(key, value, plan)
+    output = block_sparse_attention(query, key, value, mask, pooled=pooled, implementation=plan.implementation)
+    tokens = query.shape[1]
+    with torch.no_grad():
+        pooled_pairs = 0 if pooled is None else pooled.pairs(mask, tokens)
+        density = mask.density(tokens, tokens, pooled_pairs=pooled_pairs)
+    return output, density
+
+
+def select(query: torch.Tensor, key: torch.Tensor, plan: AdaptivePlan, draw: torch.Tensor) -> BlockMask:
+    """Choose the key blocks of every query block. See `adaptive_attention`."""
+    config, budget = plan.config, plan.budget
+    block_size = (config.block_size, config.block_size)
+    if config.selector == "sampled":
+        query_offsets, key_offsets = draw.to(torch.int64).unbind(0)
+        importance = sampled_importance(
+            query, key, query_offsets, key_offsets, block_size, softmax_denominator=config.softmax_denominator
+        )
+    elif config.selector == "mean-pooled":
+        importance = mean_pooled_importance(query, key, block_size)
+    elif config.selector == "random":
+        importance = random_scores(draw, (1, query.shape[2], budget.blocks, budget.blocks))
+    else:
+        assert plan.nearness is not None
+        importance = plan.nearness
+    return select_blocks(
+        importance,
+        block_size,
+        max_blocks=budget.kept_blocks,
+        min_blocks=plan.min_blocks,
+        cumulative_mass=config.cumulative_mass,
+        text_blocks=plan.text_blocks,
+    )
+
+
+def _pool(key: torch.Tensor, value: torch.Tensor, plan: AdaptivePlan) -> PooledTokens | None:
+    if plan.budget.pooled_tokens == "none":
+        return None
+    return pool_tokens(
+        key,
+        value,
+        plan.config.pooled_window,
+        start=plan.grid.video_start,
+        stop=plan.grid.video_stop,
+        block_size=plan.config.block_size if plan.budget.pooled_tokens == "dropped" else None,
+    )
+
+
+def draw_table(config: BladeConfig, layer: int, heads: int) -> torch.Tensor:
+    """Draw what a layer's selector needs by chance, for every step.
+
+    Args:
+        config: the configuration; its seed, with `layer` and the step, is the key.
+        layer: number of the layer.
+        heads: number of attention heads.
+
+    Returns:
+        For the `sampled` selector, int16 (steps, 2, heads, probe tokens): distinct offsets in a query block and, drawn
+        independently, in a key block. For `random`, int64 (steps, 1): a key for `random_scores`. Otherwise empty.
+    """
+    details = config.asa
+    if details.selector not in ("sampled", "random"):
+        return torch.empty(DRAWN_STEPS, 0)
+    generators = [np.random.default_rng([config.seed, layer, step]) for step in range(DRAWN_STEPS)]
+    if details.selector == "random":
+        return torch.tensor([[int(generator.integers(2**62))] for generator in generators])
+    shuffled = np.stack([generator.random((2, heads, details.block_size)).argsort(-1) for generator in generators])
+    return torch.from_numpy(shuffled[..., : details.probe_tokens].astype(np.int16))
+
+
+def random_scores(key: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """Return float32 scores in [0, 1) that depend on a key on the device, by hashing their place.
+
+    Args:
+        key: (1,) int64.
+        shape: shape of the scores.
+
+    Source: the 64-bit finaliser of MurmurHash3.
+    """
+    bits = torch.arange(math.prod(shape), device=key.device) + key
+    for multiplier in (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53):
+        bits = bits ^ ((bits >> 33) & 0x7FFFFFFF)  # a logical shift: the sign doesn't follow
+        bits = bits * (multiplier - 2**64)
+    return (((bits >> 40) & 0xFFFFFF).to(torch.float32) / 2**24).view(shape)
+
+
+def block_nearness(grid: TokenGrid, details: AdaptiveConfig) -> torch.Tensor:
+    """Score blocks by how near their centres are in the video.
+
+    Returns:
+        (1, 1, blocks, blocks) float32 in (0, 1], 1 for the block itself; `1 / (1 + distance)` with the distance of
+        centres in tokens along frames, rows and columns. Blocks of text alone stand at the origin: they are kept
+        anyway.
+    """
+    blocks = -(-grid.sequence_length // details.block_size)
+    block = torch.arange(grid.video_start, grid.video_stop) // details.block_size
+    positions = grid.positions(details.token_order).to(torch.float32)
+    counts = torch.zeros(blocks).index_add_(0, block, torch.ones(len(block)))
+    centres = torch.zeros(blocks, 3).index_add_(0, block, positions) / counts.clamp(min=1).unsqueeze(-1)
+    return (1 + torch.cdist(centres, centres)).reciprocal()[None, None]

@@ -1,0 +1,221 @@
+"""BLADE as applied to one transformer: its layers, and the hook around the transformer's forward pass."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from diffusers.hooks import HookRegistry, ModelHook
+from torch import nn
+
+from blade.attention.adaptive import DRAWN_STEPS, AdaptivePlan
+from blade.attention.budget import BlockBudget
+from blade.attention.family import Inputs, ModelFamily
+from blade.attention.layer import SparseLayer
+from blade.attention.steps import ASSUMED_STEPS, StepResolver
+from blade.config import BladeConfig
+from blade.token_grid import TokenGrid
+
+logger = logging.getLogger("blade")
+
+HOOK_NAME = "blade"
+"""Name of BLADE's hook in the transformer's registry of Diffusers hooks."""
+
+
+class AppliedBlade(ModelHook):
+    """The hook around a transformer's forward pass, and everything that belongs to it.
+
+    Before the transformer runs, it works out the token grid and the step, tells every layer whether it is sparse, and
+    permutes the latent's patches; afterwards it puts the output's patches back. The token order is the same in all
+    steps of a run, dense ones included, so that caches that carry hidden states from step to step see one order.
+    """
+
+    _is_stateful = True  # so that Diffusers hands the cache context to `self.context` and resets the hook after a run
+
+    def __init__(self, transformer: nn.Module, family: ModelFamily, config: BladeConfig, pipe: Any = None) -> None:
+        """Work out the layers; nothing is changed yet.
+
+        Args:
+            transformer: the transformer to apply BLADE to.
+            family: its family.
+            config: the configuration.
+            pipe: the pipeline that drives it, for its scheduler.
+
+        Raises:
+            ValueError: if `dense_layers` names a layer that isn't there, the transformer is split by a parallelism,
+                or, with `strict`, a layer cannot be made sparse.
+        """
+        super().__init__()
+        self.family = family
+        self.config = config
+        self.steps = StepResolver(pipe)
+        self.context = self.steps.context
+        self.grid: TokenGrid | None = None
+        self.notes: list[str] = []
+        self.permutation: torch.Tensor | None = None
+        self.budget: BlockBudget | None = None
+        self._plans: dict[tuple[TokenGrid, torch.device], AdaptivePlan] = {}
+        self._parameters = tuple(inspect.signature(type(transformer).forward).parameters)[1:]
+        self._handles: Sequence[Any] = ()
+
+        _refuse_parallelism(transformer)
+        self.attentions = tuple(family.attention_layers(transformer))
+        beyond = [layer for layer in config.dense_layers if layer >= len(self.attentions)]
+        if beyond:
+            raise ValueError(
+                f"`dense_layers` must be from 0 to {len(self.attentions) - 1}, the last layer here, got {beyond}."
+            )
+        self.step = torch.zeros(1, dtype=torch.int64)
+        self.layers = tuple(
+            SparseLayer(index, config, family.heads(attention), self.step, self._dense_reason(index, attention))
+            for index, attention in enumerate(self.attentions)
+        )
+
+    def install(self, transformer: nn.Module) -> None:
+        """Put the processors and hooks in place."""
+        for layer, attention in zip(self.layers, self.attentions):
+            attention.set_processor(self.family.make_processor(layer, attention.processor))
+        self._handles = self.family.hook_positions(transformer, lambda: self.permutation)
+        with _beneath_offloading(transformer):
+            HookRegistry.check_if_exists_or_initialize(transformer).register_hook(self, HOOK_NAME)
+
+    def uninstall(self, transformer: nn.Module) -> None:
+        """Put the previous processors back and take the hooks away."""
+        for layer, attention in zip(self.layers, self.attentions):
+            # somebody else's processor, set since, stays
+            if getattr(attention.processor, "layer", None) is layer:
+                attention.set_processor(attention.processor.previous)
+        for handle in self._handles:
+            handle.remove()
+        with _beneath_offloading(transformer):
+            transformer._diffusers_hook.remove_hook(HOOK_NAME, recurse=False)
+
+    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Run the transformer with its tokens in order and its layers told what to do."""
+        _refuse_parallelism(module)
+        inputs: Inputs = {**dict(zip(self._parameters, args)), **kwargs}
+        plan = self._prepare(module, inputs)
+        for layer in self.layers:
+            layer.running = True
+        try:
+            if plan is None:
+                return self.fn_ref.original_forward(**inputs)
+            device = self.step.device
+            self.permutation = plan.grid.order(plan.config.token_order, device)
+            inputs = self.family.permute_inputs(module, inputs, self.permutation)
+            output = self.fn_ref.original_forward(**inputs)
+            return self.family.restore_output(module, output, plan.grid.inverse_order(plan.config.token_order, device))
+        finally:
+            self.permutation = None
+            for layer in self.layers:
+                layer.running = False
+
+    def reset_state(self, module: nn.Module) -> nn.Module:
+        """Forget where the last run stood; Diffusers calls it when a pipeline ends."""
+        self.steps.reset()
+        return module
+
+    def _dense_reason(self, index: int, attention: nn.Module) -> str | None:
+        if self.config.attention == "dense":
+            return 'the configuration says `attention="dense"`'
+        if index in self.config.dense_layers:
+            return "it is one of `dense_layers`"
+        reason = self.family.dense_reason(attention)
+        if reason is not None:
+            self._stays_dense(f"Layer {index} stays dense: {reason}.")
+        return reason
+
+    def _stays_dense(self, message: str) -> None:
+        """Say once that something which should be sparse is not."""
+        if self.config.strict:
+            raise ValueError(f"{message} (`strict=True`)")
+        self._note(message)
+
+    def _note(self, message: str) -> None:
+        if message not in self.notes:
+            self.notes.append(message)
+            logger.warning(message)
+
+    def _prepare(self, module: nn.Module, inputs: Inputs) -> AdaptivePlan | None:
+        """Tell every layer what it is in this forward pass; return the plan, or None if no step ever is sparse."""
+        step, total = self.steps.resolve(inputs["timestep"])
+        if total is None and isinstance(self.config.dense_steps, float):
+            self._note(
+                f"The number of steps is unknown, so that `dense_steps` {self.config.dense_steps} is taken of "
+                f"{ASSUMED_STEPS}. Give a count, or apply BLADE to the pipeline instead of the transformer."
+            )
+        dense_steps = self.config.dense_step_count(total if total is not None else max(ASSUMED_STEPS, step + 1))
+        sparse_layers = [layer for layer in self.layers if layer.dense_reason is None]
+        plan = self._plan(module, inputs) if sparse_layers and (total is None or dense_steps < total) else None
+        if plan is not None and plan.budget.is_full:
+            plan = None
+        device = inputs["hidden_states"].device
+        if self.step.device != device:
+            with torch.inference_mode(False):
+                self.step = self.step.to(device)
+        for layer in self.layers:
+            layer.move(device, self.step)
+            layer.plan = plan
+            layer.sparse = plan is not None and layer.dense_reason is None and step >= dense_steps
+        self.step.fill_(step % DRAWN_STEPS)
+        return plan
+
+    def _plan(self, module: nn.Module, inputs: Inputs) -> AdaptivePlan:
+        grid, device = self.family.token_grid(module, inputs), inputs["hidden_states"].device
+        if (grid, device) not in self._plans:
+            self._plans[grid, device] = AdaptivePlan.of(self.config, grid, device)
+            self._judge(self._plans[grid, device])
+        plan = self._plans[grid, device]
+        self.grid, self.budget = grid, plan.budget
+        return plan
+
+    def _judge(self, plan: AdaptivePlan) -> None:
+        """Say where a budget doesn't come to what was asked for."""
+        grid, budget = plan.grid, plan.budget
+        where = f"{grid.frames} x {grid.height} x {grid.width} tokens in {budget.blocks} blocks"
+        if budget.is_full and self.config.sparsity > 0:
+            self._stays_dense(
+                f"All layers stay dense at {where}: a row keeps at least one block of video, and all text."
+            )
+        elif budget.is_exceeded:
+            self._note(
+                f"At {where}, text, pooled tokens and the one block that each row keeps take a density of "
+                f"{budget.density:.3f}, more than the {budget.requested_density:.3f} that was requested."
+            )
+
+
+def applied_to(transformer: nn.Module) -> AppliedBlade | None:
+    """Return BLADE's hook on a transformer, or None if it isn't applied."""
+    registry = getattr(transformer, "_diffusers_hook", None)
+    return registry.get_hook(HOOK_NAME) if registry is not None else None
+
+
+def _refuse_parallelism(transformer: nn.Module) -> None:
+    if getattr(transformer, "_parallel_config", None) is not None:
+        raise ValueError(
+            "BLADE's attention cannot be split by Diffusers' context or tensor parallelism (the transformer has a "
+            "`_parallel_config`); use the transformer without `enable_parallelism`."
+        )
+
+
+@contextmanager
+def _beneath_offloading(transformer: nn.Module) -> Iterator[None]:
+    """Lift Accelerate's offloading hook off for a moment, so that ours goes beneath it.
+
+    Accelerate puts back the forward that it found whenever it takes its hook off, which `enable_model_cpu_offload`
+    does after every generation: a hook above it would then be lost.
+    """
+    if not hasattr(transformer, "_old_forward"):
+        yield
+        return
+    outer = transformer.forward
+    transformer.forward = transformer._old_forward
+    try:
+        yield
+    finally:
+        transformer._old_forward = transformer.forward
+        transformer.forward = outer

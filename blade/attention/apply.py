@@ -1,0 +1,127 @@
+"""Applying BLADE to a Diffusers pipeline or transformer, and taking it off again."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from torch import nn
+
+from blade.attention.applied import AppliedBlade, applied_to
+from blade.attention.family import find_family
+from blade.config import BladeConfig
+
+Target = TypeVar("Target")
+
+
+def apply_blade(pipe_or_transformer: Target, config: BladeConfig | None = None) -> Target:
+    """Make the self-attention of a pipeline's transformers block-sparse.
+
+    Order with the rest of Diffusers: quantise, load LoRA weights, `apply_blade`, `enable_cache`, compile.
+
+    Args:
+        pipe_or_transformer: a Diffusers pipeline, of which every transformer is changed in place, or one transformer.
+            With a pipeline, steps are counted by its scheduler.
+        config: the configuration. None recognises the model and takes its training-free preset.
+
+    Returns:
+        The same object. A second call replaces the first.
+
+    Raises:
+        ValueError: if the model is of no family that BLADE knows, `dense_layers` names a layer that it doesn't have,
+            it is split by a parallelism, or, with `strict`, a layer cannot be made sparse. Nothing is changed then.
+    """
+    if config is not None and not isinstance(config, BladeConfig):
+        raise ValueError(f"`config` must be a BladeConfig or None, got {type(config).__name__}.")
+    if config is not None and config.kind == "student":
+        warnings.warn(
+            "These are a student's values, for weights that were trained with them; on ordinary weights the video "
+            'suffers badly. Use a preset of `kind="training-free"` instead.',
+            UserWarning,
+            stacklevel=2,
+        )
+    install_blade(pipe_or_transformer, config)
+    return pipe_or_transformer
+
+
+def remove_blade(pipe_or_transformer: Target) -> Target:
+    """Put everything back as it was before `apply_blade`; does nothing where BLADE isn't applied.
+
+    Args:
+        pipe_or_transformer: what `apply_blade` was given.
+
+    Returns:
+        The same object.
+    """
+    for transformer in find_transformers(pipe_or_transformer).values():
+        applied = applied_to(transformer)
+        if applied is not None:
+            applied.uninstall(transformer)
+    return pipe_or_transformer
+
+
+@contextmanager
+def use_blade(pipe_or_transformer: Target, config: BladeConfig | None = None) -> Iterator[Target]:
+    """Apply BLADE inside a `with` block; what was applied before is put back at its end.
+
+    Args:
+        pipe_or_transformer: see `apply_blade`.
+        config: see `apply_blade`.
+    """
+    transformers = find_transformers(pipe_or_transformer)
+    before = {name: applied_to(transformer) for name, transformer in transformers.items()}
+    apply_blade(pipe_or_transformer, config)
+    try:
+        yield pipe_or_transformer
+    finally:
+        remove_blade(pipe_or_transformer)
+        _install(transformers, before)
+
+
+def install_blade(pipe_or_transformer: Any, config: BladeConfig | None) -> None:
+    """Apply BLADE as `apply_blade` does, without asking whether the weights suit the configuration."""
+    transformers = find_transformers(pipe_or_transformer)
+    pipe = None if isinstance(pipe_or_transformer, nn.Module) else pipe_or_transformer
+    before = {name: applied_to(transformer) for name, transformer in transformers.items()}
+    remove_blade(pipe_or_transformer)
+    new: dict[str, AppliedBlade | None] = {}
+    try:
+        for name, transformer in transformers.items():
+            family = find_family(transformer)
+            own_config = config or BladeConfig.from_preset(family.preset_name(transformer))
+            new[name] = AppliedBlade(transformer, family, own_config, pipe)
+    except Exception:
+        _install(transformers, before)
+        raise
+    _install(transformers, new)
+
+
+def _install(transformers: dict[str, nn.Module], applied: dict[str, AppliedBlade | None]) -> None:
+    for name, transformer in transformers.items():
+        hook = applied[name]
+        if hook is not None:
+            hook.install(transformer)
+
+
+def find_transformers(pipe_or_transformer: Any) -> dict[str, nn.Module]:
+    """Return the transformers of a pipeline by their component's name, or the one given as "transformer".
+
+    Raises:
+        ValueError: if this is neither a transformer nor a pipeline that holds one.
+    """
+    if isinstance(pipe_or_transformer, nn.Module):
+        # what `torch.compile` returns stands around the transformer
+        return {"transformer": getattr(pipe_or_transformer, "_orig_mod", pipe_or_transformer)}
+    found = {}
+    for name in ("transformer", "transformer_2"):
+        transformer = getattr(pipe_or_transformer, name, None)
+        if isinstance(transformer, nn.Module):
+            found[name] = getattr(transformer, "_orig_mod", transformer)
+    if not found:
+        raise ValueError(
+            "`pipe_or_transformer` must be a Diffusers pipeline with a `transformer`, or a transformer, got "
+            f"{type(pipe_or_transformer).__name__}."
+        )
+    return found

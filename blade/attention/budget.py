@@ -1,0 +1,106 @@
+"""From the requested sparsity to the number of key blocks that a query block keeps."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from blade.token_grid import TokenGrid
+
+
+@dataclass(frozen=True)
+class BlockBudget:
+    """How the pairs of tokens that a sparsity leaves are spent in one layer.
+
+    Density is (pairs of real tokens in kept blocks + pairs with pooled tokens) / all pairs. Blocks that hold text are
+    kept as columns and as rows; they and the pooled tokens are paid first, the rest goes to blocks of video alone.
+    """
+
+    blocks: int
+    """Blocks that the sequence is cut into, for queries and keys alike."""
+    text_blocks: int
+    """Blocks that hold a text token, and are kept by every row."""
+    kept_blocks: int
+    """Blocks of video alone that a row keeps, of `blocks - text_blocks`. At least one, if there is one."""
+    pooled_tokens: Literal["none", "all", "dropped"]
+    """Pooled tokens in force: none where every block is kept."""
+    density: float
+    """Density that this comes to if the blocks kept are whole ones."""
+    requested_density: float
+    """1 - the requested sparsity."""
+
+    @property
+    def is_full(self) -> bool:
+        """Whether every block is kept, so that nothing is left out."""
+        return self.kept_blocks == self.blocks - self.text_blocks
+
+    @property
+    def is_exceeded(self) -> bool:
+        """Whether text, pooled tokens and the one block that each row keeps alone take more than was requested."""
+        return self.density > self.requested_density + 1e-6
+
+    @property
+    def capacity(self) -> int:
+        """Most blocks that a row keeps: all of them in a row of text, if there is one."""
+        return self.blocks if self.text_blocks else self.kept_blocks
+
+
+def is_text_block(grid: TokenGrid, block_size: int) -> list[bool]:
+    """Return for each block of the sequence whether it holds a text token."""
+    starts = range(0, grid.sequence_length, block_size)
+    return [
+        start < grid.video_start or min(start + block_size, grid.sequence_length) > grid.video_stop for start in starts
+    ]
+
+
+def plan_budget(
+    grid: TokenGrid,
+    sparsity: float,
+    *,
+    block_size: int,
+    pooled_tokens: Literal["none", "all", "dropped"],
+    pooled_window: int,
+) -> BlockBudget:
+    """Spend what a sparsity leaves.
+
+    Args:
+        grid: the tokens that the layer sees.
+        sparsity: share of all pairs to leave out, in [0, 1).
+        block_size: tokens in a block.
+        pooled_tokens: see `BladeConfig`.
+        pooled_window: tokens averaged into a pooled one.
+
+    Returns:
+        The budget with the most kept blocks whose density is not above `1 - sparsity`, but for what is forced.
+    """
+    tokens = grid.sequence_length
+    text = is_text_block(grid, block_size)
+    blocks, text_blocks = len(text), sum(text)
+    sizes = [min(block_size, tokens - block * block_size) for block in range(blocks)]
+    forced = sum(size for size, holds_text in zip(sizes, text) if holds_text)
+    video_blocks = blocks - text_blocks
+
+    if sparsity == 0:
+        pooled_tokens = "none"
+    pooled_everywhere = math.ceil(grid.video_tokens / pooled_window) if pooled_tokens == "all" else 0
+    # in "dropped" mode a block that is not kept is replaced by its pooled tokens
+    pooled_in_block = block_size / pooled_window if pooled_tokens == "dropped" else 0.0
+
+    def density(kept: int) -> float:
+        video_row = forced + min(kept * block_size, tokens - forced) + (video_blocks - kept) * pooled_in_block
+        text_row = tokens
+        return (forced * text_row + (tokens - forced) * video_row) / tokens**2 + pooled_everywhere / tokens
+
+    kept = min(1, video_blocks)
+    if video_blocks:
+        pairs = (1 - sparsity - pooled_everywhere / tokens) * tokens**2 - forced * tokens
+        video_row = pairs / (tokens - forced) - forced - video_blocks * pooled_in_block
+        whole = block_size - pooled_in_block
+        kept = max(1, min(math.floor(video_row / whole + 1e-6), video_blocks)) if whole > 0 else video_blocks
+        # Every block kept is shorter in tokens than in blocks where the last one is cut.
+        if density(video_blocks) <= 1 - sparsity + 1e-9:
+            kept = video_blocks
+    if kept == video_blocks:
+        pooled_tokens, pooled_everywhere = "none", 0
+    return BlockBudget(blocks, text_blocks, kept, pooled_tokens, density(kept), 1 - sparsity)

@@ -1,0 +1,93 @@
+"""What BLADE needs to know of a model family: the protocol that an adapter of `blade_pipelines` fulfils."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import nn
+
+from blade.token_grid import TokenGrid
+
+if TYPE_CHECKING:
+    from blade.attention.layer import SparseLayer
+
+Inputs = dict[str, Any]
+"""The arguments of a transformer's forward pass by name."""
+
+Permutation = Callable[[], torch.Tensor | None]
+"""Answers with the token order in force, an int64 permutation of the video tokens, or None for raster order."""
+
+
+class ModelFamily(Protocol):
+    """One family of video transformers.
+
+    Its adapter knows the architecture and nothing of methods: where the self-attention layers are, how a latent is
+    cut into tokens, and what has to be permuted for the tokens to pass through the blocks in another order.
+    """
+
+    name: str
+    """The family's name, for messages."""
+
+    def recognises(self, transformer: nn.Module) -> bool:
+        """Return whether the transformer is of this family."""
+        ...
+
+    def preset_name(self, transformer: nn.Module) -> str:
+        """Return the name of the preset that suits the transformer."""
+        ...
+
+    def attention_layers(self, transformer: nn.Module) -> Sequence[nn.Module]:
+        """Return the self-attention modules of the main blocks, in the order in which they run."""
+        ...
+
+    def blocks(self, transformer: nn.Module) -> Sequence[nn.Module]:
+        """Return the main blocks, one for each of `attention_layers`."""
+        ...
+
+    def heads(self, attention: nn.Module) -> int:
+        """Return the number of heads of a self-attention module."""
+        ...
+
+    def dense_reason(self, attention: nn.Module) -> str | None:
+        """Return why the module cannot be made sparse, or None if it can."""
+        ...
+
+    def make_processor(self, layer: SparseLayer, previous: Any) -> Any:
+        """Return the attention processor for a layer; `previous` is the one it stands in for, its dense fallback."""
+        ...
+
+    def token_grid(self, transformer: nn.Module, inputs: Inputs) -> TokenGrid:
+        """Return the grid of the tokens that these inputs make."""
+        ...
+
+    def permute_inputs(self, transformer: nn.Module, inputs: Inputs, permutation: torch.Tensor) -> Inputs:
+        """Return the inputs with whatever belongs to single tokens put into token order."""
+        ...
+
+    def restore_output(self, transformer: nn.Module, output: Any, inverse: torch.Tensor) -> Any:
+        """Return the transformer's output with its patches put back from token order into raster order."""
+        ...
+
+    def hook_positions(self, transformer: nn.Module, permutation: Permutation) -> Sequence[Any]:
+        """Make position embeddings follow the token order; return handles whose `remove()` undoes it."""
+        ...
+
+
+def find_family(transformer: nn.Module) -> ModelFamily:
+    """Return the family that recognises a transformer.
+
+    Raises:
+        ValueError: if none does; the message lists the families that there are.
+    """
+    from blade.pipelines import model_families
+
+    families = model_families()
+    for family in families:
+        if family.recognises(transformer):
+            return family
+    listed = ", ".join(family.name for family in families)
+    raise ValueError(
+        f"`{type(transformer).__name__}` is of no model family that BLADE knows; it must be one of: {listed}."
+    )

@@ -1,0 +1,103 @@
+"""Presets for Wan transformers. Every function's docstring says where its values come from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from blade.config import AdaptiveConfig, BladeConfig
+
+
+def wan() -> BladeConfig:
+    """Training-free values for any Wan transformer on ordinary weights.
+
+    Sources:
+        sparsity 0.5: at 0.5, training-free ASA keeps 22.2 dB to dense on Wan2.1-1.3B, at 0.75 only 19.6 dB
+            (BLADE, arXiv 2508.10774, table 3).
+        dense_steps 0.2: the first steps fix the layout; table 3 keeps the first 2 of 8, Pyramid Sparse Attention
+            (arXiv 2512.04025) the first quarter.
+        dense_layers (0,): this project's choice; attention of the first layer is nearly flat, with no blocks to drop.
+        block_size 128, token_order gilbert, probe_tokens 16, softmax_denominator: BLADE, as published.
+        pooled_tokens none: untrained weights never saw pooled tokens.
+    """
+    return BladeConfig(
+        attention="asa",
+        sparsity=0.5,
+        pooled_tokens="none",
+        dense_steps=0.2,
+        dense_layers=(0,),
+        kind="training-free",
+        asa=AdaptiveConfig(
+            block_size=128,
+            token_order="gilbert",
+            selector="sampled",
+            probe_tokens=16,
+            softmax_denominator=True,
+        ),
+    )
+
+
+def wan_shapes() -> BladeConfig:
+    """Training-free values for the bundled moving-shapes model: 3 heads, 9 x 12 x 12 = 1,296 video tokens.
+
+    Sources:
+        block_size 32: cuts 1,296 tokens into 41 blocks, so that a sparsity of 0.9 still leaves 4.
+        probe_tokens 16: half a block; a smaller share of so small a block would be mostly chance.
+        All else: as `wan`.
+    """
+    return BladeConfig(
+        attention="asa",
+        sparsity=0.5,
+        pooled_tokens="none",
+        dense_steps=0.2,
+        dense_layers=(0,),
+        kind="training-free",
+        asa=AdaptiveConfig(
+            block_size=32,
+            token_order="gilbert",
+            selector="sampled",
+            probe_tokens=16,
+            softmax_denominator=True,
+            pooled_window=16,
+        ),
+    )
+
+
+def wan_2_1_t2v_1_3b_student() -> BladeConfig:
+    """Values of the paper's Wan2.1-T2V-1.3B student (ASA_GT, 480 x 832, 81 frames, 8 steps); trained weights only.
+
+    Sources, BLADE, arXiv 2508.10774, paper or release:
+        sparsity 0.798: 43 of 256 blocks (`max_retain_ratio` 0.17) and 1/30 in pooled tokens.
+        pooled_tokens all, pooled_window 30: the release's `sample_gap`.
+        dense_steps 0, dense_layers (): every layer and step is sparse in training and in use.
+        block_size 128, token_order gilbert, probe_tokens 16 (the release takes 32), softmax_denominator: the paper.
+        cumulative_mass 0.95, min_fraction 0.05: the release; the budget's cap is nearly always reached first.
+    """
+    return BladeConfig(
+        attention="asa",
+        sparsity=0.798,
+        pooled_tokens="all",
+        dense_steps=0,
+        dense_layers=(),
+        kind="student",
+        asa=AdaptiveConfig(
+            block_size=128,
+            token_order="gilbert",
+            selector="sampled",
+            probe_tokens=16,
+            softmax_denominator=True,
+            cumulative_mass=0.95,
+            min_fraction=0.05,
+            pooled_window=30,
+        ),
+    )
+
+
+TRAINING_FREE: dict[str, Callable[[], BladeConfig]] = {
+    "wan": wan,
+    "wan2.1-t2v-1.3b": wan,
+    "shapes": wan_shapes,
+}
+"""Presets for ordinary weights, by name."""
+
+STUDENT: dict[str, Callable[[], BladeConfig]] = {"wan2.1-t2v-1.3b": wan_2_1_t2v_1_3b_student}
+"""Presets for weights that were trained with them, by name."""

@@ -1,0 +1,199 @@
+"""Wan (2.1 and 2.2) transformers of Diffusers: attention processor, token order, position embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor, WanTransformer3DModel
+from torch import nn
+
+from blade.attention.family import Inputs, Permutation
+from blade.attention.layer import SparseLayer
+from blade.token_grid import TokenGrid
+
+
+class WanFamily:
+    """Adapter for `WanTransformer3DModel`: text to video, image to video, and per-token timesteps (TI2V-5B)."""
+
+    name = "Wan (WanTransformer3DModel)"
+
+    def recognises(self, transformer: nn.Module) -> bool:
+        """Return whether this is a `WanTransformer3DModel`.
+
+        Raises:
+            ValueError: for a VACE transformer, whose control latents run through blocks of their own.
+        """
+        if type(transformer).__name__ == "WanVACETransformer3DModel":
+            raise ValueError(
+                "`WanVACETransformer3DModel` is not supported: its control latents (`control_hidden_states`) would "
+                "have to follow the token order through `vace_blocks`. Use a WanTransformer3DModel."
+            )
+        return isinstance(transformer, WanTransformer3DModel)
+
+    def preset_name(self, transformer: nn.Module) -> str:
+        """Return the preset for this size of model."""
+        width = transformer.config.num_attention_heads * transformer.config.attention_head_dim
+        if width < 768:
+            return "shapes"
+        return "wan2.1-t2v-1.3b" if width == 1536 else "wan"
+
+    def blocks(self, transformer: nn.Module) -> Sequence[nn.Module]:
+        """Return the transformer's blocks."""
+        return list(transformer.blocks)
+
+    def attention_layers(self, transformer: nn.Module) -> Sequence[nn.Module]:
+        """Return the self-attention of every block."""
+        return [block.attn1 for block in transformer.blocks]
+
+    def heads(self, attention: nn.Module) -> int:
+        """Return the number of heads."""
+        return attention.heads
+
+    def dense_reason(self, attention: nn.Module) -> str | None:
+        """Return why the module cannot be made sparse: a processor that does something else than Diffusers' own."""
+        if type(attention.processor) is not WanAttnProcessor:
+            return f"its processor is a {type(attention.processor).__name__}, not Diffusers' WanAttnProcessor"
+        return None
+
+    def make_processor(self, layer: SparseLayer, previous: Any) -> WanSparseProcessor:
+        """Return the processor for a layer."""
+        return WanSparseProcessor(layer, previous)
+
+    def token_grid(self, transformer: nn.Module, inputs: Inputs) -> TokenGrid:
+        """Return the grid of a latent (B, C, F, H, W); the text is seen by cross-attention only."""
+        latent = inputs["hidden_states"]
+        if latent.ndim != 5:
+            raise ValueError(f"`hidden_states` must be (B, C, F, H, W), got shape {tuple(latent.shape)}.")
+        return TokenGrid(*(size // patch for size, patch in zip(latent.shape[2:], transformer.config.patch_size)))
+
+    def permute_inputs(self, transformer: nn.Module, inputs: Inputs, permutation: torch.Tensor) -> Inputs:
+        """Permute the latent's patches and, where there is one for each token, the timesteps."""
+        patch = transformer.config.patch_size
+        permuted = {**inputs, "hidden_states": permute_patches(inputs["hidden_states"], patch, permutation)}
+        timestep = inputs["timestep"]
+        if timestep.ndim == 2:
+            if timestep.shape[1] != len(permutation):
+                raise ValueError(
+                    f"`timestep` must be (B,) or (B, tokens) with {len(permutation)} tokens, got shape "
+                    f"{tuple(timestep.shape)}."
+                )
+            permuted["timestep"] = timestep.index_select(1, permutation)
+        return permuted
+
+    def restore_output(self, transformer: nn.Module, output: Any, inverse: torch.Tensor) -> Any:
+        """Put the patches of the predicted latent back into raster order."""
+        patch = transformer.config.patch_size
+        if isinstance(output, tuple):
+            return (permute_patches(output[0], patch, inverse), *output[1:])
+        return type(output)(sample=permute_patches(output.sample, patch, inverse))
+
+    def hook_positions(self, transformer: nn.Module, permutation: Permutation) -> Sequence[Any]:
+        """Permute the tables (1, S, 1, D) that the rope module makes."""
+
+        def follow(module: nn.Module, args: Any, tables: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+            order = permutation()
+            return tables if order is None else tuple(table.index_select(1, order) for table in tables)
+
+        return [transformer.rope.register_forward_hook(follow)]
+
+
+class WanSparseProcessor:
+    """Self-attention of a Wan block through BLADE; a dense layer or step goes to the processor it stands in for."""
+
+    def __init__(self, layer: SparseLayer, previous: Any) -> None:
+        """Make a processor.
+
+        Args:
+            layer: what the method has set up for this layer.
+            previous: the processor before it, the dense fallback.
+        """
+        self.layer = layer
+        self.previous = previous
+
+    @property
+    def _attention_backend(self) -> Any:
+        """Diffusers' attention backend, which serves the dense fallback."""
+        return self.previous._attention_backend
+
+    @_attention_backend.setter
+    def _attention_backend(self, backend: Any) -> None:
+        self.previous._attention_backend = backend
+
+    @property
+    def _parallel_config(self) -> None:
+        """Always None: context parallelism is refused."""
+        return None
+
+    @_parallel_config.setter
+    def _parallel_config(self, config: Any) -> None:
+        if config is not None:
+            raise ValueError(
+                "BLADE's attention cannot be split by context parallelism; call `remove_blade` before "
+                "`enable_parallelism`."
+            )
+
+    def __call__(
+        self,
+        attn: WanAttention,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Attend, with Diffusers' own signature."""
+        if not self.layer.sparse:
+            self.layer.count_dense()
+            return self.previous(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb, **kwargs)
+        if encoder_hidden_states is not None or attention_mask is not None:
+            raise ValueError("A sparse Wan layer takes neither `encoder_hidden_states` nor an `attention_mask`.")
+
+        if attn.fused_projections:
+            query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
+        else:
+            query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
+        query, key = attn.norm_q(query), attn.norm_k(key)
+        query, key, value = (tensor.unflatten(2, (attn.heads, -1)) for tensor in (query, key, value))
+        if rotary_emb is not None:
+            query, key = rotate(query, *rotary_emb), rotate(key, *rotary_emb)
+
+        output = self.layer.attend(query, key, value).flatten(2, 3).type_as(query)
+        return attn.to_out[1](attn.to_out[0](output))
+
+
+def rotate(tensor: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Apply rotary position embeddings to pairs of neighbouring channels.
+
+    Args:
+        tensor: (B, S, H, D).
+        cos: (1, S, 1, D), each value given twice.
+        sin: (1, S, 1, D), each value given twice.
+
+    Returns:
+        (B, S, H, D), in the tensor's dtype.
+    """
+    even, odd = tensor.unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = cos[..., 0::2], sin[..., 1::2]
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).type_as(tensor)
+
+
+def permute_patches(latent: torch.Tensor, patch: Sequence[int], permutation: torch.Tensor) -> torch.Tensor:
+    """Reorder the patches of a latent, as the patch embedding would flatten them.
+
+    Args:
+        latent: (B, C, F, H, W). What no whole patch covers at its far faces is cut off, as the patch embedding does.
+        patch: size of a patch along (F, H, W).
+        permutation: int64 (patches,); patch i of the result is patch `permutation[i]` of the latent, both counted in
+            raster order.
+
+    Returns:
+        (B, C, F', H', W') with F', H', W' the largest multiples of the patch size.
+    """
+    frames, height, width = (size // length for size, length in zip(latent.shape[2:], patch))
+    latent = latent[:, :, : frames * patch[0], : height * patch[1], : width * patch[2]]
+    pieces = latent.unflatten(4, (width, patch[2])).unflatten(3, (height, patch[1])).unflatten(2, (frames, patch[0]))
+    tokens = pieces.permute(0, 1, 2, 4, 6, 3, 5, 7).flatten(2, 4)  # (B, C, patches, *patch)
+    tokens = tokens.index_select(2, permutation).unflatten(2, (frames, height, width))
+    return tokens.permute(0, 1, 2, 5, 3, 6, 4, 7).flatten(6, 7).flatten(4, 5).flatten(2, 3)

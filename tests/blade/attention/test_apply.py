@@ -1,0 +1,321 @@
+"""apply_blade, remove_blade, use_blade and blade_summary on a tiny Wan model and pipeline."""
+
+import logging
+import warnings
+
+import pytest
+import torch
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
+from diffusers.models.transformers.transformer_wan import WanAttnProcessor
+from torch import nn
+
+from blade import BladeConfig, apply_blade, blade_summary, remove_blade, use_blade
+from blade.attention.applied import applied_to
+from blade.config import AdaptiveConfig
+
+DETAILS = AdaptiveConfig(block_size=8, probe_tokens=4, pooled_window=4)
+CONFIG = BladeConfig(sparsity=0.5, asa=DETAILS)
+
+
+def run(transformer, inputs):
+    with torch.no_grad():
+        return transformer(**inputs).sample
+
+
+def processors(transformer):
+    return [block.attn1.processor for block in transformer.blocks]
+
+
+def calls(transformer):
+    layers = blade_summary(transformer).transformers[0].layers
+    return [(layer.sparse_calls, layer.dense_calls) for layer in layers]
+
+
+@pytest.fixture
+def pipe(make_wan):
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    pipe = WanPipeline(tokenizer=None, text_encoder=None, vae=None, scheduler=scheduler, transformer=make_wan())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def generate(pipe, steps=4, guidance_scale=5.0, **options):
+    embeds = torch.randn(2, 1, 6, 8, generator=torch.Generator().manual_seed(3))
+    return pipe(
+        prompt_embeds=embeds[0],
+        negative_prompt_embeds=embeds[1],
+        height=80,
+        width=112,
+        num_frames=9,
+        num_inference_steps=steps,
+        guidance_scale=guidance_scale,
+        generator=torch.Generator().manual_seed(4),
+        output_type="latent",
+        **options,
+    ).frames
+
+
+def test_the_same_object_comes_back_and_cross_attention_stays(make_wan):
+    transformer = make_wan()
+    before = transformer.attn_processors
+    assert apply_blade(transformer, CONFIG) is transformer
+    after = transformer.attn_processors
+    changed = {name for name in before if before[name] is not after[name]}
+    assert changed == {f"blocks.{index}.attn1.processor" for index in range(3)}
+    assert not any(isinstance(processor, nn.Module) for processor in after.values())
+    assert remove_blade(transformer) is transformer
+
+
+def test_removing_puts_everything_back(make_wan, wan_inputs):
+    transformer, inputs = make_wan(), wan_inputs()
+    plain, before, state = run(transformer, inputs), processors(transformer), list(transformer.state_dict())
+    forward = type(transformer).forward
+    apply_blade(transformer, CONFIG)
+    assert not torch.equal(run(transformer, inputs), plain)
+    assert list(transformer.state_dict()) == state
+    remove_blade(transformer)
+    assert all(now is then for now, then in zip(processors(transformer), before))
+    assert not transformer.rope._forward_hooks
+    assert applied_to(transformer) is None
+    assert torch.equal(run(transformer, inputs), plain)
+    assert type(transformer).forward is forward
+    remove_blade(transformer)  # once more does nothing
+
+
+def test_a_second_call_replaces_the_first(make_wan, wan_inputs):
+    transformer, inputs = make_wan(), wan_inputs()
+    before = processors(transformer)
+    apply_blade(transformer, BladeConfig(sparsity=0.8, asa=DETAILS))
+    apply_blade(transformer, CONFIG)
+    assert all(now.previous is then for now, then in zip(processors(transformer), before))
+    assert len(transformer.rope._forward_hooks) == 1
+    assert torch.equal(run(transformer, inputs), run(apply_blade(make_wan(), CONFIG), inputs))
+
+
+def test_a_call_that_fails_changes_nothing(make_wan, wan_inputs):
+    transformer, inputs = apply_blade(make_wan(), CONFIG), wan_inputs()
+    expected = run(transformer, inputs)
+    with pytest.raises(ValueError, match=r"`dense_layers` must be from 0 to 2, the last layer here, got \[7\]"):
+        apply_blade(transformer, BladeConfig(dense_layers=[0, 7]))
+    assert torch.equal(run(transformer, inputs), expected)
+
+
+def test_use_blade_puts_back_what_was_there(make_wan, wan_inputs):
+    transformer, inputs = make_wan(), wan_inputs()
+    plain = run(transformer, inputs)
+    with use_blade(transformer, CONFIG) as same:
+        assert same is transformer
+        sparse = run(transformer, inputs)
+        with use_blade(transformer, BladeConfig(sparsity=0.8, asa=DETAILS)):
+            assert not torch.equal(run(transformer, inputs), sparse)
+        assert torch.equal(run(transformer, inputs), sparse)
+        assert calls(transformer) == [(2, 0)] * 3  # the inner block's calls are not counted here
+    assert torch.equal(run(transformer, inputs), plain)
+    with pytest.raises(RuntimeError, match="inside"), use_blade(transformer, CONFIG):
+        raise RuntimeError("inside")
+    assert applied_to(transformer) is None
+
+
+def test_a_processor_set_later_by_someone_else_stays(make_wan):
+    transformer = apply_blade(make_wan(), CONFIG)
+    theirs = WanAttnProcessor()
+    transformer.blocks[1].attn1.set_processor(theirs)
+    remove_blade(transformer)
+    assert transformer.blocks[1].attn1.processor is theirs
+
+
+def test_a_layer_that_cannot_be_sparse_says_why_once(make_wan, wan_inputs, caplog):
+    class TheirProcessor(WanAttnProcessor):
+        pass
+
+    transformer, inputs = make_wan(), wan_inputs()
+    transformer.blocks[1].attn1.set_processor(TheirProcessor())
+    with pytest.raises(ValueError, match=r"Layer 1 stays dense: its processor is a TheirProcessor.*`strict=True`"):
+        apply_blade(transformer, BladeConfig(strict=True, asa=DETAILS))
+    with caplog.at_level(logging.WARNING, logger="blade"):
+        apply_blade(transformer, CONFIG)
+        run(transformer, inputs)
+        run(transformer, inputs)
+    assert [record.message for record in caplog.records] == [
+        "Layer 1 stays dense: its processor is a TheirProcessor, not Diffusers' WanAttnProcessor."
+    ]
+    assert calls(transformer) == [(2, 0), (0, 2), (2, 0)]
+    assert "dense layer 1: its processor is a TheirProcessor" in str(blade_summary(transformer))
+
+
+def test_a_video_of_one_block_stays_dense_and_says_so(make_wan, wan_inputs, caplog):
+    inputs = wan_inputs(grid=(1, 2, 3))
+    transformer = make_wan()
+    plain = run(transformer, inputs)
+    with caplog.at_level(logging.WARNING, logger="blade"):
+        assert torch.equal(run(apply_blade(transformer, CONFIG), inputs), plain)
+    assert "All layers stay dense at 1 x 2 x 3 tokens in 1 blocks" in caplog.text
+    apply_blade(transformer, BladeConfig(strict=True, asa=DETAILS))
+    with pytest.raises(ValueError, match=r"All layers stay dense at .*`strict=True`"):
+        run(transformer, inputs)
+
+
+def test_a_budget_that_is_too_small_is_told(make_wan, wan_inputs):
+    config = BladeConfig(attention="asa-gt", sparsity=0.9, asa=DETAILS)  # pooled tokens alone are a quarter
+    transformer = apply_blade(make_wan(), config)
+    run(transformer, wan_inputs())
+    summary = blade_summary(transformer)
+    assert summary.transformers[0].budget.kept_blocks == 1
+    assert "take a density of 0.333, more than the 0.100 that was requested" in str(summary)
+    assert summary.layer_density == pytest.approx(0.333, abs=0.01)
+
+
+@pytest.mark.parametrize("pooled", ["none", "all", "dropped"])
+@pytest.mark.parametrize("selector", ["sampled", "mean-pooled", "random", "local"])
+def test_densities_are_those_of_the_masks(make_wan, wan_inputs, monkeypatch, pooled, selector):
+    """The densities come from what the attention was given, read apart from the counters."""
+    from blade.attention import adaptive
+
+    seen = []
+    attend = adaptive.block_sparse_attention
+
+    def spy(query, key, value, mask, *, pooled=None, **options):
+        pairs = mask.keep.repeat_interleave(8, -1).repeat_interleave(8, -2)[..., :105, :105].sum((-1, -2)).double()
+        if pooled is not None and pooled.key_block is None:
+            pairs += 105 * len(pooled)
+        elif pooled is not None:
+            dropped = ~mask.keep[..., pooled.key_block.long()]
+            pairs += dropped.repeat_interleave(8, -2)[..., :105, :].sum((-1, -2))
+        seen.append((pairs / 105**2).mean().item())
+        return attend(query, key, value, mask, pooled=pooled, **options)
+
+    monkeypatch.setattr(adaptive, "block_sparse_attention", spy)
+    details = AdaptiveConfig(block_size=8, probe_tokens=4, pooled_window=4, selector=selector)
+    config = BladeConfig(sparsity=0.5, pooled_tokens=pooled, dense_layers=[0], dense_steps=1, asa=details)
+    transformer = apply_blade(make_wan(), config)
+    for timestep in (900.0, 600.0, 300.0):
+        run(transformer, wan_inputs(batch=2, timestep=timestep))
+    summary = blade_summary(transformer)
+    assert calls(transformer) == [(0, 3), (2, 1), (2, 1)]
+    assert len(seen) == 4
+    assert summary.layer_density == pytest.approx(sum(seen) / 4, rel=1e-5)
+    assert summary.run_density == pytest.approx((sum(seen) + 5) / 9, rel=1e-5)
+    assert 0.4 < summary.layer_density <= 0.5
+    text = str(summary)
+    assert f"layer density {summary.layer_density:.4f} (sparse layers and steps)" in text
+    assert f"run density {summary.run_density:.4f} (dense ones included)" in text
+    assert "dense layer 0: it is one of `dense_layers`" in text
+
+
+def test_the_summary_before_the_first_run_and_without_blade(make_wan):
+    transformer = apply_blade(make_wan(), CONFIG)
+    summary = blade_summary(transformer)
+    assert (summary.layer_density, summary.run_density) == (None, None)
+    assert "no forward pass yet" in str(summary)
+    with pytest.raises(ValueError, match="BLADE is not applied here"):
+        blade_summary(remove_blade(transformer))
+
+
+def test_a_pipelines_steps_are_counted_with_guidance(pipe):
+    apply_blade(pipe, BladeConfig(dense_steps=0.25, asa=DETAILS))
+    generate(pipe, steps=4)
+    assert calls(pipe) == [(6, 2)] * 3
+    generate(pipe, steps=2, guidance_scale=1.0)  # a quarter of two steps is rounded up to one
+    assert calls(pipe) == [(7, 3)] * 3
+
+
+def test_an_older_pipeline_that_names_no_step_counts_the_same(pipe, monkeypatch):
+    expected = generate(apply_blade(pipe, BladeConfig(dense_steps=1, asa=DETAILS)))
+    context = type(pipe.transformer).cache_context
+    monkeypatch.setattr(type(pipe.transformer), "cache_context", lambda self, name, **options: context(self, name))
+    apply_blade(pipe, BladeConfig(dense_steps=1, asa=DETAILS))
+    assert torch.equal(generate(pipe), expected)
+    assert calls(pipe) == [(6, 2)] * 3
+
+
+def test_a_run_of_dense_steps_is_bitwise_the_same(pipe):
+    plain = generate(pipe)
+    assert torch.equal(generate(apply_blade(pipe, BladeConfig(dense_steps=4, asa=DETAILS))), plain)
+    assert blade_summary(pipe).run_density == 1.0
+
+
+def test_the_seed_alone_decides(pipe):
+    first = generate(apply_blade(pipe, CONFIG))
+    torch.manual_seed(99)
+    assert torch.equal(generate(apply_blade(pipe, CONFIG)), first)
+    assert torch.equal(generate(pipe), first)
+    other = generate(apply_blade(pipe, BladeConfig(seed=1, asa=DETAILS)))
+    assert not torch.equal(other, first)
+
+
+def test_both_transformers_of_a_pipeline_are_sparse(make_wan, pipe):
+    two = WanPipeline(**pipe.components | {"transformer_2": make_wan(seed=1)}, boundary_ratio=0.5)
+    two.set_progress_bar_config(disable=True)
+    generate(apply_blade(two, BladeConfig(dense_steps=1, asa=DETAILS)), steps=6)
+    summary = blade_summary(two)
+    assert [transformer.name for transformer in summary.transformers] == ["transformer", "transformer_2"]
+    high, low = ([(layer.sparse_calls, layer.dense_calls) for layer in one.layers] for one in summary.transformers)
+    # steps are those of the scheduler: the second transformer has no dense step of its own
+    assert high[0][1] == 2 and low[0][1] == 0
+    assert high[0][0] + low[0][0] == 10 and low[0][0] > 0
+    remove_blade(two)
+    assert applied_to(two.transformer) is None and applied_to(two.transformer_2) is None
+
+
+def test_offloading_hooks_may_come_before_or_after(make_wan, wan_inputs):
+    inputs = wan_inputs()
+    expected = run(apply_blade(make_wan(), CONFIG), inputs)
+    for offloading_first in (True, False):
+        transformer = make_wan()
+        plain = run(transformer, inputs)
+        if offloading_first:
+            add_hook_to_module(transformer, ModelHook())
+        apply_blade(transformer, CONFIG)
+        if not offloading_first:
+            add_hook_to_module(transformer, ModelHook())
+        assert torch.equal(run(transformer, inputs), expected)
+        # `enable_model_cpu_offload` takes its hooks off and puts them on again after each generation
+        remove_hook_from_module(transformer)
+        assert torch.equal(run(transformer, inputs), expected)
+        add_hook_to_module(transformer, ModelHook())
+        remove_blade(transformer)
+        assert torch.equal(run(transformer, inputs), plain)
+        remove_hook_from_module(transformer)
+        assert torch.equal(run(transformer, inputs), plain)
+
+
+def test_a_lost_hook_is_an_error_and_no_silent_damage(make_wan, wan_inputs):
+    transformer, inputs = apply_blade(make_wan(), CONFIG), wan_inputs()
+    run(transformer, inputs)
+    del transformer.forward
+    with pytest.raises(RuntimeError, match="BLADE's hook on the transformer did not run"):
+        run(transformer, inputs)
+
+
+def test_what_torch_compile_returns_is_looked_through(make_wan):
+    transformer = make_wan()
+    compiled = torch.compile(transformer, backend="eager")
+    assert apply_blade(compiled, CONFIG) is compiled
+    assert applied_to(transformer) is not None
+    remove_blade(compiled)
+    assert applied_to(transformer) is None
+
+
+def test_a_students_values_warn(make_wan):
+    with pytest.warns(UserWarning, match="a student's values, for weights that were trained with them"):
+        apply_blade(make_wan(), BladeConfig(kind="student"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        apply_blade(make_wan(), CONFIG)
+
+
+@pytest.mark.parametrize("target", [None, 3, object()])
+def test_what_is_no_model_is_refused(target):
+    with pytest.raises(ValueError, match="`pipe_or_transformer` must be a Diffusers pipeline with a `transformer`"):
+        apply_blade(target, CONFIG)
+
+
+def test_an_unknown_model_is_refused():
+    with pytest.raises(ValueError, match=r"`Linear` is of no model family that BLADE knows; it must be one of: Wan"):
+        apply_blade(nn.Linear(2, 2), CONFIG)
+
+
+def test_a_wrong_configuration_is_refused(make_wan):
+    with pytest.raises(ValueError, match="`config` must be a BladeConfig or None, got dict"):
+        apply_blade(make_wan(), {"sparsity": 0.5})

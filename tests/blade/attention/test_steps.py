@@ -1,0 +1,103 @@
+"""The step of a forward pass is found whichever way it is told, or not told."""
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+
+from blade.attention.steps import StepResolver
+
+
+class Context:
+    """What newer versions of Diffusers hand to cache hooks."""
+
+    def __init__(self, step_index=None, num_inference_steps=None):
+        self.step_index = step_index
+        self.num_inference_steps = num_inference_steps
+
+
+class Pipe:
+    def __init__(self, scheduler):
+        self.scheduler = scheduler
+
+
+def at(value):
+    return torch.full((2,), float(value))
+
+
+def test_the_cache_context_comes_first():
+    pipe = Pipe(UniPCMultistepScheduler())
+    pipe.scheduler.set_timesteps(8)
+    steps = StepResolver(pipe)
+    steps.context.set_context(Context(step_index=5, num_inference_steps=30))
+    assert steps.resolve(at(100)) == (5, 30)
+    steps.context.set_context(Context(step_index=6))
+    assert steps.resolve(at(100)) == (6, 8)
+    steps.context.set_context(None)
+    assert steps.resolve(at(100)) == (0, 8)
+
+
+def test_a_context_that_is_only_a_name_leaves_it_to_the_scheduler():
+    pipe = Pipe(UniPCMultistepScheduler())
+    pipe.scheduler.set_timesteps(4)
+    steps = StepResolver(pipe)
+    steps.context.set_context("cond")  # as before Diffusers 0.37
+    assert steps.resolve(at(999)) == (0, 4)
+
+
+@pytest.mark.parametrize("make_scheduler", [UniPCMultistepScheduler, FlowMatchEulerDiscreteScheduler])
+def test_the_schedulers_steps_are_followed_with_guidance(make_scheduler):
+    pipe = Pipe(make_scheduler())
+    steps = StepResolver(pipe)
+    for _ in range(2):  # a second run starts over
+        pipe.scheduler.set_timesteps(4)
+        sample, seen = torch.zeros(1, 2), []
+        for timestep in pipe.scheduler.timesteps:
+            seen += [steps.resolve(timestep[None]), steps.resolve(timestep[None])]
+            sample = pipe.scheduler.step(torch.ones(1, 2), timestep, sample, return_dict=False)[0]
+        assert seen == [(step, 4) for step in (0, 0, 1, 1, 2, 2, 3, 3)]
+
+
+def test_a_run_may_begin_in_the_middle_of_the_schedule():
+    pipe = Pipe(UniPCMultistepScheduler())
+    pipe.scheduler.set_timesteps(10)
+    pipe.scheduler.set_begin_index(6)
+    assert StepResolver(pipe).resolve(at(400)) == (6, 10)
+
+
+def test_without_a_scheduler_in_use_timesteps_are_compared():
+    for pipe in (None, Pipe(UniPCMultistepScheduler())):
+        steps = StepResolver(pipe)
+        seen = [steps.resolve(at(value)) for value in (900, 900, 600, 600, 300, 900, 600)]
+        assert seen == [(step, None) for step in (0, 0, 1, 1, 2, 0, 1)]
+
+
+def test_after_the_pipelines_run_timesteps_are_compared():
+    pipe = Pipe(FlowMatchEulerDiscreteScheduler())
+    pipe.scheduler.set_timesteps(2)
+    for timestep in pipe.scheduler.timesteps:
+        pipe.scheduler.step(torch.ones(1, 2), timestep, torch.zeros(1, 2))
+    steps = StepResolver(pipe)
+    assert [steps.resolve(at(value)) for value in (700, 500)] == [(0, None), (1, None)]
+
+
+def test_timesteps_of_tokens_count_by_the_largest():
+    """The first frame of image to video stands at 0 throughout."""
+    steps = StepResolver()
+    seen = [steps.resolve(torch.tensor([[0.0, value, value]])) for value in (900.0, 600.0)]
+    assert seen == [(0, None), (1, None)]
+
+
+def test_a_reset_begins_a_new_run():
+    steps = StepResolver()
+    steps.resolve(at(900))
+    steps.resolve(at(500))
+    steps.reset()
+    assert steps.resolve(at(400)) == (0, None)
+
+
+def test_the_pipeline_is_not_kept_alive():
+    pipe = Pipe(UniPCMultistepScheduler())
+    pipe.scheduler.set_timesteps(4)
+    steps = StepResolver(pipe)
+    del pipe
+    assert steps.resolve(at(900)) == (0, None)
