@@ -171,11 +171,13 @@ def resolve_request(request: GenerationRequest, pipe: Any) -> GenerationRequest:
     sparse: dict[str, Any] = dict.fromkeys(SPARSE_OPTIONS)
     if config is not None:
         sparse = {name: getattr(config, name) for name in SPARSE_OPTIONS}
+    folder = Path(request.model).expanduser()
     return replace(
         request,
         **settings,
         **sparse,
         attention="dense" if config is None else "asa-gt" if config.pooled_tokens == "all" else "asa",
+        model=str(folder.resolve()) if request.model != BUNDLED and folder.is_dir() else request.model,
         config=None,
         blade_config=config,
         fps=request.fps or FPS,

@@ -79,14 +79,22 @@ def generate(
         "dtype": dtype,
     }
     # imported here, so that --help and usage errors don't wait for PyTorch
+    import diffusers
+    import transformers
+
     from blade.generation import GenerationRequest
     from blade.generation_files import generate_files
     from blade.generation_record import read_request
+    from blade.models import BUNDLED
 
     given = {name: value for name, value in options.items() if value is not None}
     if from_json is None and prompt is None:
         raise ValueError('`--prompt` must be given, such as --prompt "a red ball moving right".')
     request = GenerationRequest(**given) if from_json is None else read_request(from_json, given)
+    if request.model == BUNDLED:
+        # loaded in a moment, so that progress bars would only hide what follows
+        diffusers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.disable_progress_bar()
     print(generate_files(request, output, compare=compare))
 
 
