@@ -209,5 +209,5 @@ def _compared(generation: Generation, dense: Generation) -> dict[str, Any]:
     return {
         "psnr": float(psnr(generation.video, dense.video)),
         "ssim": float(ssim(generation.video, dense.video)),
-        "seconds_denoising_dense": dense.seconds_denoising,
+        "seconds_denoising_dense": round(dense.seconds_denoising, 4),
     }

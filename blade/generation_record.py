@@ -35,18 +35,18 @@ def make_record(request: GenerationRequest, generation: Generation, *, seconds_l
         `machine` and `versions`.
     """
     record = {name: getattr(request, name) for name in REQUEST_FIELDS if name != "config"}
-    config = request.blade_config
+    config, device = request.blade_config, torch.device(request.device or "cpu")
     record["blade_config"] = None if config is None else config.to_dict()
     record["dense_layers"] = None if config is None else list(config.dense_layers)
     return record | {
         "layer_density": generation.layer_density,
         "run_density": generation.run_density,
-        "seconds_loading": seconds_loading,
-        "seconds_text": generation.seconds_text,
-        "seconds_denoising": generation.seconds_denoising,
-        "seconds_decoding": generation.seconds_decoding,
-        "peak_memory_gib": _peak_memory_gib(torch.device(request.device or "cpu")),
-        "machine": _machine(torch.device(request.device or "cpu")),
+        "seconds_loading": round(seconds_loading, 4),
+        "seconds_text": round(generation.seconds_text, 4),
+        "seconds_denoising": round(generation.seconds_denoising, 4),
+        "seconds_decoding": round(generation.seconds_decoding, 4),
+        "peak_memory_gib": round(_peak_memory_gib(device), 4),
+        "machine": _machine(device),
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
     }
 
@@ -87,8 +87,18 @@ def read_request(path: str | Path, changes: Mapping[str, Any] | None = None) -> 
 
 
 def _machine(device: torch.device) -> dict[str, Any]:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     return {"system": f"{platform.system()} {platform.machine()}", "device": name, "threads": torch.get_num_threads()}
+
+
+def _processor() -> str:
+    """Return the processor's name, which Python itself does not know on Linux."""
+    try:
+        listing = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        listing = ""
+    names = [line.partition(":")[2].strip() for line in listing.splitlines() if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _peak_memory_gib(device: torch.device) -> float:

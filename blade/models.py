@@ -84,12 +84,15 @@ def resolve_dtype(dtype: str | None, device: torch.device) -> torch.dtype:
     """Return the dtype of a name; None takes bfloat16 on CUDA and float32 elsewhere.
 
     Raises:
-        ValueError: if the models cannot run in it.
+        ValueError: if the models cannot run in it there.
     """
     if dtype is None:
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     if dtype not in DTYPES:
         raise ValueError(f"`dtype` must be one of {', '.join(DTYPES)}, got {dtype!r}.")
+    if dtype == "float16" and device.type == "cpu":
+        raise ValueError("`dtype` must be float32 or bfloat16 on the CPU, got 'float16', which is for GPUs.")
+
     return DTYPES[dtype]
 
 

@@ -50,7 +50,7 @@ def run_command(function: Callable[..., Any], arguments: Sequence[str] | None = 
         _fail(describe(error), 1)
     if code == INTERRUPTED_EXIT_CODE:  # newer versions of Typer return it instead of raising
         _fail("interrupted", INTERRUPTED_EXIT_CODE)
-    sys.exit(code)
+    sys.exit(code or 0)
 
 
 def describe(error: Exception) -> str:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -12,6 +15,7 @@ import torch
 
 from blade.cli.generate import main
 from blade.config import AdaptiveConfig, BladeConfig
+from blade.evaluation.metrics import MAX_PSNR
 from blade.generation import GenerationRequest, dense_request, generate, resolve_request
 from blade.generation_files import GenerationReport, default_output, describe_score, generate_files, prompt_warning
 from blade.generation_record import read_request
@@ -138,7 +142,8 @@ def test_a_comparison_shows_and_measures_both(report: GenerationReport) -> None:
     assert report.comparison_path is not None
     both = read_mp4(report.comparison_path)
     assert both.shape[-1] == 2 * 64 * (288 // 64)
-    assert 5 < report.record["psnr"] < 80
+    # the random weights are nearly indifferent to attention, but the videos are not the same
+    assert 5 < report.record["psnr"] < MAX_PSNR
     assert 0 < report.record["ssim"] < 1
     for text in (str(report.comparison_path), "PSNR", "SSIM"):
         assert text in str(report)
@@ -179,6 +184,25 @@ def test_a_saved_configuration_is_taken(saved_tiny_pipeline: Path, tmp_path: Pat
     assert BladeConfig.from_dict(record["blade_config"]) == BladeConfig(
         sparsity=0.3, dense_layers=(1,), dense_steps=1, asa=config.asa
     )
+
+
+def test_everything_works_without_a_compiler(saved_tiny_pipeline: Path, tmp_path: Path) -> None:
+    program = "from blade.cli.generate import main; main()"
+    size = [text for name, value in TINY.items() for text in (f"--{name}", str(value))]
+    output = tmp_path / "video.mp4"
+    options = ["--prompt", PROMPT, "--model", str(saved_tiny_pipeline), "--dtype", "bfloat16", "--output", str(output)]
+    done = subprocess.run(
+        [sys.executable, "-c", program, *options, *size],
+        env={**os.environ, "CC": "/nowhere/cc", "CXX": "/nowhere/c++"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "layer density 0.5" in done.stdout
+    assert read_mp4(output).shape == (9, 3, 64, 64)
+    assert sum("/nowhere" in line for line in done.stderr.splitlines()) <= 1
 
 
 def test_the_default_output_names_prompt_and_seed() -> None:

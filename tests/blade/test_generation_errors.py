@@ -79,6 +79,7 @@ def command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> CommandLine:
         ([*OK, "--dense-steps", "1.5"], "`dense_steps` must be a count of steps or a fraction"),
         ([*OK, "--dense-layers", "3-1"], "`dense_layers` must be layer numbers"),
         ([*OK, "--dtype", "int8"], "`dtype` must be one of float32, bfloat16, float16, got 'int8'"),
+        ([*OK, "--dtype", "float16", "--device", "cpu"], "`dtype` must be float32 or bfloat16 on the CPU"),
         ([*OK, "--device", "abacus"], '`device` must be "cpu", "cuda" or a device'),
         ([*OK, "--device", "meta"], '`device` is "meta", which this PyTorch cannot use'),
         ([*OK, "--model", ""], "`model` must be a folder or a Hub id"),
