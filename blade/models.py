@@ -92,7 +92,6 @@ def resolve_dtype(dtype: str | None, device: torch.device) -> torch.dtype:
         raise ValueError(f"`dtype` must be one of {', '.join(DTYPES)}, got {dtype!r}.")
     if dtype == "float16" and device.type == "cpu":
         raise ValueError("`dtype` must be float32 or bfloat16 on the CPU, got 'float16', which is for GPUs.")
-
     return DTYPES[dtype]
 
 
