@@ -1,0 +1,1 @@
+"""Block-sparse attention for video transformers: masks, selection and attention. Imports nothing of BLADE."""

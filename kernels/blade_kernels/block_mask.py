@@ -1,0 +1,169 @@
+"""BlockMask: which key blocks each query block attends to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class BlockMask:
+    """Which blocks of keys each block of queries attends to, per batch item and head.
+
+    The same choice is held twice: as a bit map, for look-ups by position, and as counted lists, for walking over what
+    is kept. `from_dense` makes both without waiting for the device, so a mask can be made anew in every layer.
+
+    Attributes:
+        keep: (B or 1, H or 1, query blocks, key blocks) bool, true where a pair of blocks is attended to. A batch or
+            head size of 1 is shared by all.
+        counts: (.., query blocks) int32, number of kept key blocks in a row. A row may keep none.
+        indices: (.., query blocks, capacity) int32, the kept key blocks of a row in ascending order. Slots past the
+            row's count hold 0. The capacity is a Python number, so that shapes never depend on the data.
+        block_size: tokens in a (query block, key block). The last block of a sequence may hold fewer.
+    """
+
+    keep: Tensor
+    counts: Tensor
+    indices: Tensor
+    block_size: tuple[int, int]
+
+    def __post_init__(self) -> None:
+        if self.keep.ndim != 4 or self.keep.dtype != torch.bool:
+            raise ValueError(
+                "`keep` must be bool of shape (batch or 1, heads or 1, query blocks, key blocks), "
+                f"got {self.keep.dtype} of shape {tuple(self.keep.shape)}."
+            )
+        if self.counts.shape != self.keep.shape[:3] or self.counts.dtype != torch.int32:
+            raise ValueError(
+                f"`counts` must be int32 of shape {tuple(self.keep.shape[:3])} to match `keep`, "
+                f"got {self.counts.dtype} of shape {tuple(self.counts.shape)}."
+            )
+        if self.indices.shape[:-1] != self.keep.shape[:3] or self.indices.dtype != torch.int32:
+            raise ValueError(
+                f"`indices` must be int32 of shape {(*self.keep.shape[:3], 'capacity')} to match `keep`, "
+                f"got {self.indices.dtype} of shape {tuple(self.indices.shape)}."
+            )
+        if len(self.block_size) != 2 or any(not isinstance(size, int) or size < 1 for size in self.block_size):
+            raise ValueError(f"`block_size` must be two positive numbers of tokens, got {self.block_size!r}.")
+
+    @classmethod
+    def from_dense(
+        cls, keep: Tensor, block_size: tuple[int, int] = (64, 64), capacity: int | None = None
+    ) -> BlockMask:
+        """Make a mask from its bit map, with no host synchronisation.
+
+        Args:
+            keep: (B or 1, H or 1, query blocks, key blocks) bool.
+            block_size: tokens in a (query block, key block).
+            capacity: the most key blocks that any row keeps, where the caller knows it: lists of that width take
+                less memory. None makes room for all. A row that keeps more is cut to its first `capacity` blocks, in
+                the bit map as in the list, because to refuse it would mean to wait for the device.
+
+        Raises:
+            ValueError: `keep` is not a 4-dimensional bool tensor, or `capacity` or `block_size` is not positive.
+        """
+        if keep.ndim != 4 or keep.dtype != torch.bool:
+            raise ValueError(
+                "`keep` must be bool of shape (batch or 1, heads or 1, query blocks, key blocks), "
+                f"got {keep.dtype} of shape {tuple(keep.shape)}."
+            )
+        key_blocks = keep.shape[-1]
+        rank = keep.cumsum(-1, dtype=torch.int32)  # 1 at the first kept block of a row, 2 at the second, ...
+        if capacity is None or capacity >= key_blocks:
+            capacity = key_blocks
+        elif capacity < 1:
+            raise ValueError(f"`capacity` must be at least 1 block or None, got {capacity}.")
+        else:
+            keep = keep & (rank <= capacity)
+        slot = torch.where(keep, rank - 1, capacity)  # what is dropped goes to one slot past the end
+        blocks = torch.arange(key_blocks, device=keep.device, dtype=torch.int32).expand_as(keep)
+        indices = torch.zeros((*keep.shape[:-1], capacity + 1), dtype=torch.int32, device=keep.device)
+        indices = indices.scatter(-1, slot.long(), blocks)[..., :capacity].contiguous()
+        counts = keep.sum(-1, dtype=torch.int32)
+        return cls(keep=keep, counts=counts, indices=indices, block_size=(block_size[0], block_size[1]))
+
+    @property
+    def query_blocks(self) -> int:
+        """Number of query blocks."""
+        return self.keep.shape[2]
+
+    @property
+    def key_blocks(self) -> int:
+        """Number of key blocks."""
+        return self.keep.shape[3]
+
+    @property
+    def capacity(self) -> int:
+        """The most key blocks that a row can keep."""
+        return self.indices.shape[3]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the mask lies."""
+        return self.keep.device
+
+    def to(self, device: torch.device | str) -> BlockMask:
+        """The same mask on another device."""
+        return replace(self, keep=self.keep.to(device), counts=self.counts.to(device), indices=self.indices.to(device))
+
+    def to_dense(self) -> Tensor:
+        """The bit map read back from the lists: (B or 1, H or 1, query blocks, key blocks) bool."""
+        slots = torch.arange(self.capacity, device=self.device)
+        filled = slots < self.counts.unsqueeze(-1)
+        blocks = torch.where(filled, self.indices, self.key_blocks).long()  # empty slots go past the end
+        dense = torch.zeros((*self.keep.shape[:3], self.key_blocks + 1), dtype=torch.bool, device=self.device)
+        return dense.scatter(-1, blocks, True)[..., : self.key_blocks]
+
+    def pairs(self, query_tokens: int | None = None, key_tokens: int | None = None) -> Tensor:
+        """Number of pairs (query, key) of real tokens in kept blocks.
+
+        Args:
+            query_tokens: length of the sequence of queries. None: every block is full.
+            key_tokens: length of the sequence of keys. None: every block is full.
+
+        Returns:
+            (B or 1, H or 1) int64.
+
+        Raises:
+            ValueError: a length does not end in the mask's last block.
+        """
+        queries = self._tokens("query_tokens", query_tokens, self.query_blocks, self.block_size[0])
+        keys = self._tokens("key_tokens", key_tokens, self.key_blocks, self.block_size[1])
+        return ((self.keep * keys).sum(-1) * queries).sum(-1)
+
+    def density(
+        self, query_tokens: int | None = None, key_tokens: int | None = None, *, pooled_pairs: Tensor | int = 0
+    ) -> Tensor:
+        """Share of all pairs of tokens that attention over this mask computes, mean over batch and heads.
+
+        Args:
+            query_tokens: length of the sequence of queries. None: every block is full.
+            key_tokens: length of the sequence of keys. None: every block is full.
+            pooled_pairs: pairs (query, pooled token) computed beside the blocks, as `PooledTokens.pairs` counts them:
+                a number or (B or 1, H or 1).
+
+        Returns:
+            A float32 tensor of no dimensions on the mask's device: (pairs of real tokens in kept blocks + pooled
+            pairs) / all pairs. Reading it on the host waits for the device.
+
+        Raises:
+            ValueError: a length does not end in the mask's last block.
+        """
+        pairs = self.pairs(query_tokens, key_tokens) + pooled_pairs
+        queries = self.query_blocks * self.block_size[0] if query_tokens is None else query_tokens
+        keys = self.key_blocks * self.block_size[1] if key_tokens is None else key_tokens
+        return (pairs / (queries * keys)).mean()
+
+    def _tokens(self, name: str, tokens: int | None, blocks: int, size: int) -> Tensor:
+        """Real tokens in every block, (blocks,) int64."""
+        if tokens is None:
+            tokens = blocks * size
+        if -(-tokens // size) != blocks:
+            raise ValueError(
+                f"`{name}` must end in the last of {blocks} blocks of {size} tokens, "
+                f"from {(blocks - 1) * size + 1} to {blocks * size}, got {tokens}."
+            )
+        starts = torch.arange(blocks, device=self.device) * size
+        return (tokens - starts).clamp(max=size)

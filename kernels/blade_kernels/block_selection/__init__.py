@@ -1,0 +1,10 @@
+"""From queries and keys to a `BlockMask`: score pairs of blocks, then select.
+
+The scoring functions return an importance, (B, H, query blocks, key blocks) in float32: the larger, the more a query
+block needs a key block. `select_blocks` makes a mask of any such tensor. Nothing here waits for the device.
+"""
+
+from blade_kernels.block_selection.importance import mean_pooled_importance, sampled_importance
+from blade_kernels.block_selection.selection import local_blocks, random_blocks, select_blocks
+
+__all__ = ["local_blocks", "mean_pooled_importance", "random_blocks", "sampled_importance", "select_blocks"]

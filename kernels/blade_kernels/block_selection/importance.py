@@ -1,0 +1,188 @@
+"""How much each query block needs each key block, in plain PyTorch."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+_CHUNK_ELEMENTS = 2**22  # logits held at a time
+
+
+def sampled_importance(
+    q: Tensor,
+    k: Tensor,
+    query_offsets: Tensor,
+    key_offsets: Tensor,
+    block_size: tuple[int, int] = (64, 64),
+    *,
+    scale: float | None = None,
+    key_lengths: Tensor | None = None,
+    softmax_denominator: bool = True,
+) -> Tensor:
+    """Largest attention weight between the sampled tokens of each pair of blocks.
+
+    The sampled queries attend to the sampled keys alone, with one softmax over all of them; a pair of blocks scores
+    the maximum over its part of that matrix. In a block with fewer tokens than the others the offsets are scaled to
+    the tokens that it has, and a token that is met twice counts once: what lies past the end is never looked at.
+
+    Args:
+        q: (B, S, H, D) queries, in the order in which they are cut into blocks.
+        k: (B, T, H, D) keys.
+        query_offsets: integers that broadcast to (B, H, samples): distinct offsets within a query block, from 0 to
+            its size, the same for all blocks.
+        key_offsets: the same for key blocks; the number of samples may differ.
+        block_size: tokens in a (query block, key block).
+        scale: factor of the logits. None: 1 / sqrt(D).
+        key_lengths: (B,) integers, keys from there on are absent. Blocks without keys score 0.
+        softmax_denominator: divide by the sum of the softmax, as the paper does. Without, as in the release, each
+            sampled query scores 1 for its best key, however flat its distribution.
+
+    Returns:
+        (B, H, query blocks, key blocks) in float32 (float64 of float64), from 0 to 1. No gradients.
+
+    Raises:
+        ValueError: shapes that do not fit together.
+
+    Source: BLADE, arXiv 2508.10774, P = MaxPool(softmax(Qs Ks^T / sqrt(d))).
+    """
+    _check(q, k, block_size, key_lengths)
+    for name, offsets in (("query_offsets", query_offsets), ("key_offsets", key_offsets)):
+        if offsets.is_floating_point() or not 1 <= offsets.ndim <= 3 or not offsets.shape[-1]:
+            raise ValueError(
+                f"`{name}` must be integers that broadcast to ({q.shape[0]}, {q.shape[2]}, samples), "
+                f"got {offsets.dtype} of shape {tuple(offsets.shape)}."
+            )
+    with torch.no_grad():
+        qs, _ = _sample(q, query_offsets, block_size[0], None)
+        ks, absent = _sample(k, key_offsets, block_size[1], key_lengths)
+        # Logits in base 2: exp2 is the faster of the two.
+        qs = qs * ((q.shape[-1] ** -0.5 if scale is None else scale) / math.log(2.0))
+        batch, heads, query_blocks, query_samples, _ = qs.shape
+        key_blocks, key_samples = ks.shape[2:4]
+        qs, ks = qs.flatten(0, 1), ks.flatten(0, 1).flatten(1, 2)  # (B * H, QB, samples, D), (B * H, keys, D)
+        absent = None if absent is None else absent.flatten(0, 1)
+
+        importance = qs.new_empty(batch * heads, query_blocks, key_blocks)
+        heads_at_once = max(1, _CHUNK_ELEMENTS // (query_blocks * query_samples * ks.shape[1]))
+        blocks_at_once = max(1, _CHUNK_ELEMENTS // (query_samples * ks.shape[1]))
+        for head in range(0, batch * heads, heads_at_once):
+            some = slice(head, head + heads_at_once)
+            for block in range(0, query_blocks, blocks_at_once):
+                rows = slice(block, block + blocks_at_once)
+                logits = qs[some, rows].flatten(1, 2) @ ks[some].mT
+                logits = logits.view(*logits.shape[:2], key_blocks, key_samples)
+                if absent is not None:
+                    masked = slice(key_blocks - absent.shape[1], None)
+                    logits[:, :, masked].masked_fill_(absent[some].unsqueeze(1), -torch.inf)
+                weights = _block_maxima(logits, softmax_denominator)
+                importance[some, rows] = weights.unflatten(1, (-1, query_samples)).amax(2)
+        return importance.view(batch, heads, query_blocks, key_blocks)
+
+
+def mean_pooled_importance(
+    q: Tensor,
+    k: Tensor,
+    block_size: tuple[int, int] = (64, 64),
+    *,
+    scale: float | None = None,
+    key_lengths: Tensor | None = None,
+) -> Tensor:
+    """Attention weights of the mean query of each query block over the mean keys of the key blocks.
+
+    Args:
+        q: (B, S, H, D) queries, in the order in which they are cut into blocks.
+        k: (B, T, H, D) keys.
+        block_size: tokens in a (query block, key block). Means are over the tokens that a block has.
+        scale: factor of the logits. None: 1 / sqrt(D).
+        key_lengths: (B,) integers, keys from there on are absent. Blocks without keys score 0.
+
+    Returns:
+        (B, H, query blocks, key blocks) in float32 (float64 of float64); rows sum to 1. No gradients.
+
+    Raises:
+        ValueError: shapes that do not fit together.
+    """
+    _check(q, k, block_size, key_lengths)
+    with torch.no_grad():
+        mean_q, _ = _block_means(q, block_size[0], None)
+        mean_k, held = _block_means(k, block_size[1], key_lengths)
+        logits = (mean_q @ mean_k.mT) * (q.shape[-1] ** -0.5 if scale is None else scale)
+        return logits.masked_fill((held == 0)[:, None, None], -torch.inf).softmax(-1).nan_to_num(0.0)
+
+
+def _block_maxima(logits: Tensor, softmax_denominator: bool) -> Tensor:
+    """Largest softmax weight in each key block, (n, queries, KB), of (n, queries, KB, samples) logits; spoils them."""
+    best = logits.amax(-1)
+    peak = best.amax(-1, keepdim=True).clamp(min=torch.finfo(best.dtype).min)  # finite where every key is absent
+    weights = (best - peak).exp2_()
+    if softmax_denominator:
+        total = logits.flatten(-2).sub_(peak).exp2_().sum(-1, keepdim=True)
+        weights.div_(total.clamp(min=1.0))  # the largest term is exactly 1, if there is one
+    return weights
+
+
+def _sample(x: Tensor, offsets: Tensor, size: int, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Pick tokens of every block of (B, T, H, D).
+
+    Returns:
+        (B, H, blocks, samples, D) in float32 at the least; and (B, H, blocks, samples) bool, samples that are no
+        tokens or are there twice, for the last block alone unless `lengths` are given, or None where there are none.
+    """
+    batch, tokens, heads, width = x.shape
+    held = _held(tokens, size, x.device, lengths)  # (B or 1, blocks)
+    blocks = held.shape[1]
+    offsets = offsets.long().expand(batch, heads, -1).sort(-1).values.unsqueeze(2)  # (B, H, 1, samples)
+    within = offsets * held[:, None, :, None] // size
+    starts = torch.arange(blocks, device=x.device) * size
+    positions = (within + starts.unsqueeze(-1)).flatten(2)  # (B, H, blocks * samples)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    picked = x.transpose(1, 2).gather(2, positions.unsqueeze(-1).expand(-1, -1, -1, width)).to(dtype)
+    picked = picked.view(batch, heads, blocks, -1, width)
+    if lengths is None and tokens % size == 0:
+        return picked, None
+    first = 0 if lengths is not None else blocks - 1
+    within = within.expand(-1, -1, blocks, -1)[:, :, first:]
+    repeated = torch.zeros_like(within, dtype=torch.bool)
+    repeated[..., 1:] = within[..., 1:] == within[..., :-1]
+    return picked, repeated | (held[:, None, first:, None] == 0)
+
+
+def _block_means(x: Tensor, size: int, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Means over the tokens that each block of (B, T, H, D) has.
+
+    Returns:
+        (B, H, blocks, D) in float32 at the least, zeros for a block without tokens; and (B or 1, blocks), how many
+        tokens each has.
+    """
+    tokens = x.shape[1]
+    held = _held(tokens, size, x.device, lengths)
+    if lengths is not None:
+        absent = torch.arange(tokens, device=x.device) >= lengths.to(x.device).unsqueeze(-1)
+        x = x.masked_fill(absent[:, :, None, None], 0.0)
+    if tokens % size:
+        x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, -tokens % size))
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    sums = x.unflatten(1, (-1, size)).sum(2, dtype=dtype)
+    return (sums / held.clamp(min=1)[:, :, None, None]).transpose(1, 2), held
+
+
+def _held(tokens: int, size: int, device: torch.device, lengths: Tensor | None) -> Tensor:
+    """Tokens that each block has: (B or 1, blocks) int64."""
+    starts = torch.arange(-(-tokens // size), device=device) * size
+    if lengths is None:
+        return (tokens - starts).clamp(max=size).unsqueeze(0)
+    return (lengths.to(device).clamp(0, tokens).unsqueeze(-1) - starts).clamp(0, size)
+
+
+def _check(q: Tensor, k: Tensor, block_size: tuple[int, int], key_lengths: Tensor | None) -> None:
+    if q.ndim != 4 or 0 in q.shape:
+        raise ValueError(f"`q` must be (batch, tokens, heads, head size), none of them 0, got {tuple(q.shape)}.")
+    batch, _, heads, size = q.shape
+    if k.ndim != 4 or k.shape[:1] + k.shape[2:] != (batch, heads, size) or not k.shape[1]:
+        raise ValueError(f"`k` must be ({batch}, tokens, {heads}, {size}) to match `q`, got {tuple(k.shape)}.")
+    if len(block_size) != 2 or min(block_size) < 1:
+        raise ValueError(f"`block_size` must be two positive numbers of tokens, got {block_size!r}.")
+    if key_lengths is not None and key_lengths.shape != (batch,):
+        raise ValueError(f"`key_lengths` must be of shape ({batch},), got {tuple(key_lengths.shape)}.")

@@ -1,0 +1,180 @@
+"""From an importance of blocks, or from none, to a BlockMask; in plain PyTorch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from blade_kernels.block_mask import BlockMask
+
+
+def select_blocks(
+    importance: Tensor,
+    block_size: tuple[int, int] = (64, 64),
+    *,
+    max_blocks: int | None = None,
+    min_blocks: int = 1,
+    cumulative_mass: float | None = None,
+    forced_key_blocks: Tensor | None = None,
+    forced_query_blocks: Tensor | None = None,
+    local_radius: int | None = None,
+) -> BlockMask:
+    """Keep the most important key blocks of every row.
+
+    A row's blocks are ranked: the forced ones first, then by falling importance, ties by rising index. It keeps the
+    leading blocks whose importance adds up to `cumulative_mass` of the row's, the block that reaches it included; not
+    fewer than `min_blocks`, not more than `max_blocks`, and never fewer than the forced ones. So forced blocks are
+    paid from `max_blocks`, and only where they alone are more does a row exceed it.
+
+    Args:
+        importance: (B or 1, H or 1, query blocks, key blocks), finite and not negative. Compared in float32.
+        block_size: tokens in a (query block, key block).
+        max_blocks: the most key blocks that a row keeps. None, or more than there are: all.
+        min_blocks: the fewest.
+        cumulative_mass: share of the row's importance to reach, in (0, 1]. None: every row keeps `max_blocks`.
+        forced_key_blocks: (key blocks,) bool, kept by every row, for instance those that hold text.
+        forced_query_blocks: (query blocks,) bool, rows that keep every block, whatever `max_blocks` says.
+        local_radius: force the key blocks that share tokens' positions with the query block (radius 0), and this many
+            more on either side. None: none.
+
+    Returns:
+        The mask. The capacity of its lists is `max_blocks`, or what the local blocks need; with forced key or query
+        blocks, of which the number is not known without waiting for the device, it is the number of key blocks.
+
+    Raises:
+        ValueError: a number out of its range, or shapes that do not fit together.
+
+    Source: BLADE, arXiv 2508.10774: the smallest m whose cumulative mass reaches the threshold, then the clamps.
+    """
+    if importance.ndim != 4 or not importance.is_floating_point() or 0 in importance.shape:
+        raise ValueError(
+            "`importance` must be floating point of shape (batch or 1, heads or 1, query blocks, key blocks), none of "
+            f"them 0, got {importance.dtype} of shape {tuple(importance.shape)}."
+        )
+    query_blocks, key_blocks = importance.shape[2:]
+    limit = key_blocks if max_blocks is None else min(max_blocks, key_blocks)
+    if not 1 <= min_blocks <= max(limit, 1) or limit < 1:
+        raise ValueError(
+            "`min_blocks` and `max_blocks` must satisfy 1 <= min_blocks <= max_blocks, and `min_blocks` be at most "
+            f"the {key_blocks} key blocks, got {min_blocks} and {max_blocks}."
+        )
+    if cumulative_mass is not None and not 0.0 < cumulative_mass <= 1.0:
+        raise ValueError(f"`cumulative_mass` must be in (0, 1] or None, got {cumulative_mass}.")
+    if local_radius is not None and local_radius < 0:
+        raise ValueError(f"`local_radius` must be at least 0 blocks or None, got {local_radius}.")
+    for name, flags, blocks in (
+        ("forced_key_blocks", forced_key_blocks, key_blocks),
+        ("forced_query_blocks", forced_query_blocks, query_blocks),
+    ):
+        if flags is not None and (flags.shape != (blocks,) or flags.dtype != torch.bool):
+            raise ValueError(f"`{name}` must be bool of shape ({blocks},), got {flags.dtype} of {tuple(flags.shape)}.")
+
+    capacity = limit
+    forced = importance.new_zeros((query_blocks, key_blocks), dtype=torch.bool)
+    if local_radius is not None:
+        forced, most = _local(query_blocks, key_blocks, block_size, local_radius, importance.device)
+        capacity = max(capacity, most)
+    if forced_key_blocks is not None:
+        forced = forced | forced_key_blocks
+        capacity = key_blocks
+
+    importance = importance.to(torch.float32)
+    order = importance.masked_fill(forced, torch.inf).argsort(dim=-1, descending=True, stable=True)
+    if cumulative_mass is None:
+        kept = torch.full_like(order[..., :1], limit)
+    else:
+        mass = importance.gather(-1, order).cumsum(-1)
+        kept = (mass < cumulative_mass * mass[..., -1:]).sum(-1, keepdim=True) + 1  # and the block that reaches it
+        kept = kept.clamp(min_blocks, limit)
+    kept = torch.maximum(kept, forced.sum(-1, keepdim=True))
+    places = torch.arange(key_blocks, device=order.device).expand_as(order)
+    rank = torch.empty_like(order).scatter_(-1, order, places)
+    keep = rank < kept
+    if forced_query_blocks is not None:
+        keep = keep | forced_query_blocks.unsqueeze(-1)
+        capacity = key_blocks
+    return BlockMask.from_dense(keep, block_size, min(capacity, key_blocks))
+
+
+def random_blocks(
+    shape: tuple[int, int, int, int],
+    blocks: int,
+    block_size: tuple[int, int] = (64, 64),
+    *,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+    forced_key_blocks: Tensor | None = None,
+    forced_query_blocks: Tensor | None = None,
+) -> BlockMask:
+    """Key blocks drawn at random, independently in every row: the control that a selector has to beat.
+
+    Args:
+        shape: (B or 1, H or 1, query blocks, key blocks).
+        blocks: key blocks that a row keeps, forced ones included.
+        block_size: tokens in a (query block, key block).
+        generator: where the draw comes from; on `device`.
+        device: where the mask is made.
+        forced_key_blocks: see `select_blocks`.
+        forced_query_blocks: see `select_blocks`.
+
+    Raises:
+        ValueError: `blocks` is not positive.
+    """
+    return select_blocks(
+        torch.rand(shape, generator=generator, device=device),
+        block_size,
+        max_blocks=blocks,
+        forced_key_blocks=forced_key_blocks,
+        forced_query_blocks=forced_query_blocks,
+    )
+
+
+def local_blocks(
+    query_blocks: int,
+    key_blocks: int,
+    blocks: int,
+    block_size: tuple[int, int] = (64, 64),
+    *,
+    device: torch.device | str | None = None,
+    forced_key_blocks: Tensor | None = None,
+    forced_query_blocks: Tensor | None = None,
+) -> BlockMask:
+    """The key blocks whose centres lie nearest to the query block's: a window that stops at the sequence's ends.
+
+    Args:
+        query_blocks: number of query blocks.
+        key_blocks: number of key blocks.
+        blocks: key blocks that a row keeps, forced ones included; rows at the ends keep as many.
+        block_size: tokens in a (query block, key block).
+        device: where the mask is made.
+        forced_key_blocks: see `select_blocks`.
+        forced_query_blocks: see `select_blocks`.
+
+    Raises:
+        ValueError: `blocks` is not positive.
+    """
+    centres = [
+        (torch.arange(count, device=device, dtype=torch.float32) + 0.5) * size
+        for count, size in zip((query_blocks, key_blocks), block_size)
+    ]
+    distance = (centres[0].unsqueeze(-1) - centres[1]).abs()
+    return select_blocks(
+        (1.0 / (1.0 + distance))[None, None],
+        block_size,
+        max_blocks=blocks,
+        forced_key_blocks=forced_key_blocks,
+        forced_query_blocks=forced_query_blocks,
+    )
+
+
+def _local(
+    query_blocks: int, key_blocks: int, block_size: tuple[int, int], radius: int, device: torch.device
+) -> tuple[Tensor, int]:
+    """Key blocks at the positions of each query block, `radius` more on either side: (QB, KB) bool, most in a row."""
+    query_size, key_size = block_size
+    starts = torch.arange(query_blocks, device=device) * query_size
+    first = starts // key_size - radius
+    last = (starts + query_size - 1) // key_size + radius
+    blocks = torch.arange(key_blocks, device=device)
+    local = (blocks >= first.unsqueeze(-1)) & (blocks <= last.unsqueeze(-1))
+    return local, (query_size - 2) // key_size + 2 + 2 * radius

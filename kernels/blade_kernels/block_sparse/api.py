@@ -1,0 +1,205 @@
+"""Block-sparse attention: what it means, what it accepts, and which implementation computes it."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from blade_kernels.block_mask import BlockMask
+from blade_kernels.block_sparse import flex
+from blade_kernels.block_sparse.pooled import PooledTokens
+from blade_kernels.block_sparse.reference import reference_attention
+
+IMPLEMENTATIONS = ("auto", "reference", "flex")
+
+_logger = logging.getLogger(__name__)
+
+
+@overload
+def block_sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: BlockMask,
+    *,
+    pooled: PooledTokens | None = None,
+    key_lengths: Tensor | None = None,
+    scale: float | None = None,
+    return_lse: Literal[False] = False,
+    implementation: str = "auto",
+) -> Tensor: ...
+
+
+@overload
+def block_sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: BlockMask,
+    *,
+    pooled: PooledTokens | None = None,
+    key_lengths: Tensor | None = None,
+    scale: float | None = None,
+    return_lse: Literal[True],
+    implementation: str = "auto",
+) -> tuple[Tensor, Tensor]: ...
+
+
+def block_sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: BlockMask,
+    *,
+    pooled: PooledTokens | None = None,
+    key_lengths: Tensor | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+    implementation: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Softmax attention of every query over the keys in the blocks that its row of `mask` keeps.
+
+    Differentiable in `q`, `k`, `v` and the pooled keys and values, through the output and through the log-sum-exp. Any
+    lengths are accepted: keys past the end of the last block do not exist. Under autocast everything is cast as
+    PyTorch's own attention casts it.
+
+    Args:
+        q: (B, S, H, D) queries.
+        k: (B, T, H, D) keys; T is S in self-attention.
+        v: (B, T, H, D) values.
+        mask: the kept blocks; a row may keep none, and blocks of (bq, bk) tokens must number ceil(S / bq) and
+            ceil(T / bk).
+        pooled: pooled tokens that share the softmax with the kept keys.
+        key_lengths: (B,) integers from 0 to T: in each batch item the keys from there on are absent, whatever they
+            hold. Pooled tokens are not affected.
+        scale: factor of the logits. None: 1 / sqrt(D).
+        return_lse: return the log-sum-exp too.
+        implementation: "auto", "reference" or "flex". See `resolve_implementation` for what "auto" takes.
+
+    Returns:
+        The output, (B, S, H, D) in the type of `q`: zeros for a query that sees nothing. With `return_lse` also the
+        natural logarithm of the sum of the exponentials of the scaled logits, pooled ones included: (B, S, H) in
+        float32 (float64 of float64), -inf for a query that sees nothing.
+
+    Raises:
+        ValueError: shapes, types or devices do not fit together, or the implementation does not exist.
+        NotImplementedError: the implementation that was asked for can not compute this.
+    """
+    if torch.is_autocast_enabled(q.device.type):
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+        if pooled is not None:
+            pooled = PooledTokens(pooled.k.to(dtype), pooled.v.to(dtype), pooled.log_weight, pooled.key_block)
+    _check(q, k, v, mask, pooled, key_lengths)
+    if pooled is not None and not len(pooled):
+        pooled = None
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    chosen = resolve_implementation(q, k, v, mask, pooled=pooled, return_lse=return_lse, implementation=implementation)
+    if chosen == "flex":
+        out, lse = flex.flex_block_attention(q, k, v, mask, pooled, key_lengths, scale, return_lse)
+    else:
+        out, lse = reference_attention(q, k, v, mask, pooled, key_lengths, scale)
+    return (out, lse) if return_lse else out
+
+
+def resolve_implementation(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: BlockMask,
+    *,
+    pooled: PooledTokens | None = None,
+    return_lse: bool = False,
+    implementation: str = "auto",
+) -> str:
+    """The implementation that `block_sparse_attention` uses for these arguments: "reference" or "flex".
+
+    "auto" takes FlexAttention on CUDA, where it can compute what is asked, and the reference elsewhere: on the CPU the
+    reference measured faster than FlexAttention at every size (`blade-bench attention`), and needs no compiler.
+    Where FlexAttention would be taken but can not be, the log says so once.
+
+    Raises:
+        ValueError: the implementation does not exist.
+        NotImplementedError: the implementation that was asked for can not compute this.
+    """
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"`implementation` must be one of {', '.join(IMPLEMENTATIONS)}, got {implementation!r}.")
+    if implementation == "reference":
+        return implementation
+    inputs = (q, k, v) if pooled is None else (q, k, v, pooled.k, pooled.v)
+    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    return _resolve(implementation, q.device.type, q.dtype, q.shape[-1], mask.block_size, needs_grad, return_lse)
+
+
+@torch.compiler.assume_constant_result  # it looks for a compiler and may write to the log
+def _resolve(
+    implementation: str,
+    device_type: str,
+    dtype: torch.dtype,
+    head_size: int,
+    block_size: tuple[int, int],
+    needs_grad: bool,
+    return_lse: bool,
+) -> str:
+    if implementation == "auto" and device_type != "cuda":
+        return "reference"
+    problem = flex.unsupported(device_type, dtype, head_size, block_size, needs_grad, return_lse)
+    if problem is None:
+        return "flex"
+    if implementation == "flex":
+        raise NotImplementedError(
+            f"`implementation='flex'` can not compute this: {problem}. Use 'auto' or 'reference'."
+        )
+    _say_once(f"Block-sparse attention uses the plain PyTorch reference, which is slow on {device_type}: {problem}.")
+    return "reference"
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    _logger.warning(message)
+
+
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, pooled: PooledTokens | None, key_lengths: Tensor | None
+) -> None:
+    """Raise ValueError where the arguments do not fit together."""
+    if q.ndim != 4 or not q.is_floating_point() or 0 in q.shape:
+        raise ValueError(
+            "`q` must be floating point of shape (batch, tokens, heads, head size), none of them 0, "
+            f"got {q.dtype} of shape {tuple(q.shape)}."
+        )
+    batch, tokens, heads, size = q.shape
+    if k.ndim != 4 or k.shape[:1] + k.shape[2:] != (batch, heads, size) or not k.shape[1]:
+        raise ValueError(f"`k` must be ({batch}, tokens, {heads}, {size}) to match `q`, got {tuple(k.shape)}.")
+    if v.shape != k.shape:
+        raise ValueError(f"`v` must be {tuple(k.shape)} to match `k`, got {tuple(v.shape)}.")
+    named = {"k": k, "v": v} if pooled is None else {"k": k, "v": v, "pooled.k": pooled.k, "pooled.v": pooled.v}
+    for name, x in named.items():
+        if x.dtype != q.dtype or x.device != q.device:
+            raise ValueError(f"`{name}` must be {q.dtype} on {q.device} as `q` is, got {x.dtype} on {x.device}.")
+
+    query_block, key_block = mask.block_size
+    blocks = (-(-tokens // query_block), -(-k.shape[1] // key_block))
+    if mask.keep.shape[0] not in (1, batch) or mask.keep.shape[1] not in (1, heads) or mask.keep.shape[2:] != blocks:
+        raise ValueError(
+            f"`mask` must be ({batch} or 1, {heads} or 1, {blocks[0]}, {blocks[1]}) for {tokens} queries and "
+            f"{k.shape[1]} keys in blocks of {query_block} and {key_block}, got {tuple(mask.keep.shape)}."
+        )
+    if mask.device != q.device:
+        raise ValueError(f"`mask` must be on {q.device} as `q` is, got {mask.device}.")
+    if pooled is not None and pooled.k.shape != (batch, len(pooled), heads, size):
+        raise ValueError(
+            f"`pooled` must hold keys of shape ({batch}, pooled tokens, {heads}, {size}) to match `q`, "
+            f"got {tuple(pooled.k.shape)}."
+        )
+    if key_lengths is not None and (
+        key_lengths.shape != (batch,) or key_lengths.is_floating_point() or key_lengths.dtype == torch.bool
+    ):
+        raise ValueError(
+            f"`key_lengths` must be integers of shape ({batch},), "
+            f"got {key_lengths.dtype} of shape {tuple(key_lengths.shape)}."
+        )

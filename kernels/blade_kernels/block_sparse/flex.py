@@ -1,0 +1,237 @@
+"""Block-sparse attention through FlexAttention, compiled.
+
+On the CPU FlexAttention computes the forward alone, and no log-sum-exp; on CUDA all of it, with restrictions on the
+sizes of blocks. `unsupported` says which case is which. The first call with new shapes compiles for seconds.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import AuxRequest, flex_attention
+from torch.nn.attention.flex_attention import BlockMask as FlexBlockMask
+
+from blade_kernels.block_mask import BlockMask
+from blade_kernels.block_sparse.pooled import PooledTokens
+from blade_kernels.block_sparse.toolchain import missing_c_toolchain, missing_cpp_toolchain
+
+_MOST_SIZES = 64  # different shapes, types and options in one process
+_TILE = 128  # FlexAttention's own configurations take blocks that this divides
+
+
+def unsupported(
+    device_type: str,
+    dtype: torch.dtype,
+    head_size: int,
+    block_size: tuple[int, int],
+    needs_grad: bool,
+    return_lse: bool,
+) -> str | None:
+    """Why FlexAttention can not take a call; None if it can.
+
+    Args:
+        device_type: of q, k and v.
+        dtype: of q, k and v.
+        head_size: numbers in one head of one token.
+        block_size: tokens in a (query block, key block).
+        needs_grad: gradients will be asked for.
+        return_lse: the log-sum-exp is asked for.
+    """
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"FlexAttention computes float32, bfloat16 and float16, not {dtype}"
+    if device_type == "cpu":
+        if needs_grad:
+            return "FlexAttention has no backward on the CPU"
+        if return_lse:
+            return "FlexAttention gives no log-sum-exp on the CPU"
+        if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+            return "FlexAttention on the CPU needs AVX2"
+        missing = missing_cpp_toolchain()
+        return missing and f"FlexAttention has to be compiled, and {missing}"
+    if device_type != "cuda":
+        return f"FlexAttention is not used on {device_type}"
+    if head_size < 16:
+        return f"FlexAttention needs heads of at least 16, got {head_size}"
+    if any(size % 16 for size in block_size):
+        return f"FlexAttention needs blocks of a multiple of 16 tokens, got {block_size}"
+    if needs_grad and any(size % _TILE for size in block_size):
+        return f"FlexAttention's backward needs blocks of a multiple of {_TILE} tokens, got {block_size}"
+    missing = missing_c_toolchain()
+    return missing and f"Triton's launcher has to be compiled, and {missing}"
+
+
+def flex_block_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: BlockMask,
+    pooled: PooledTokens | None,
+    key_lengths: Tensor | None,
+    scale: float,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention over the kept blocks and the pooled tokens.
+
+    Pooled tokens are appended to the keys as blocks of their own, with their weight as a bias of the logits.
+
+    Args:
+        q: (B, S, H, D), float32, bfloat16 or float16.
+        k: (B, T, H, D).
+        v: (B, T, H, D).
+        mask: which blocks are kept.
+        pooled: pooled tokens that share the softmax, or None.
+        key_lengths: (B,) integers, keys from there on are absent; or None.
+        scale: factor of the logits.
+        return_lse: compute the log-sum-exp too.
+
+    Returns:
+        Output, (B, S, H, D), and log-sum-exp, (B, S, H) float32, or None.
+    """
+    bias = None  # (B or 1, keys) added to the logits
+    if key_lengths is not None:
+        absent = torch.arange(k.shape[1], device=k.device) >= key_lengths.to(k.device).unsqueeze(-1)
+        k, v = (x.masked_fill(absent[:, :, None, None], 0.0) for x in (k, v))  # absent keys may hold anything
+        bias = torch.zeros_like(absent, dtype=torch.float32).masked_fill(absent, -torch.inf)
+
+    extra = 0  # key blocks of pooled tokens
+    keep = owner = None
+    lists = mask
+    if pooled is not None:
+        size = mask.block_size[1]
+        extra = -(-len(pooled) // size)
+        tokens = torch.zeros(1, k.shape[1], device=k.device) if bias is None else bias
+        weights = pooled.log_weight.expand(tokens.shape[0], -1)
+        bias = torch.cat((_fill_block(tokens, size, -torch.inf), _fill_block(weights, size, -torch.inf)), dim=1)
+        k = torch.cat((_fill_block(k, size), _fill_block(pooled.k, size)), dim=1)
+        v = torch.cat((_fill_block(v, size), _fill_block(pooled.v, size)), dim=1)
+        if pooled.key_block is None:
+            seen = mask.keep.new_ones(()).expand(*mask.keep.shape[:3], extra)
+            lists = BlockMask.from_dense(torch.cat((mask.keep, seen), dim=-1), mask.block_size)
+        else:
+            keep = mask.keep.expand(q.shape[0], q.shape[2], -1, -1)
+            owner = torch.nn.functional.pad(pooled.key_block, (mask.key_blocks * size, -len(pooled) % size))
+
+    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    return _compiled()(
+        q, k, v, lists.counts, lists.indices, bias, keep, owner, mask.key_blocks, extra, mask.block_size, scale,
+        return_lse, needs_grad, _kernel_options(q, mask.block_size),
+    )  # fmt: skip
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    counts: Tensor,
+    indices: Tensor,
+    bias: Tensor | None,
+    keep: Tensor | None,
+    owner: Tensor | None,
+    key_blocks: int,
+    extra: int,
+    block_size: tuple[int, int],
+    scale: float,
+    return_lse: bool,
+    needs_grad: bool,
+    kernel_options: dict[str, Any],
+) -> tuple[Tensor, Tensor | None]:
+    """What is compiled: the mask's lists are full blocks; blocks of pooled tokens that rows may not see are partial.
+
+    Args:
+        q: (B, S, H, D).
+        k: (B, keys, H, D), the pooled ones appended.
+        v: (B, keys, H, D).
+        counts: (B or 1, H or 1, QB), lengths of the lists.
+        indices: (B or 1, H or 1, QB, capacity).
+        bias: (B or 1, keys), added to the logits, or None.
+        keep: (B, H, QB, KB), the mask, where rows may not see a pooled token; else None.
+        owner: (keys,), with `keep`: the key block that a pooled token stands for.
+        key_blocks: KB, key blocks of the mask.
+        extra: key blocks of pooled tokens.
+        block_size: tokens in a (query block, key block).
+        scale: factor of the logits.
+        return_lse: compute the log-sum-exp too.
+        needs_grad: gradients will be asked for.
+        kernel_options: FlexAttention's.
+    """
+    rows = counts.shape
+    if keep is None:
+        partial_counts = torch.zeros_like(counts)
+        partial_indices = indices.new_zeros((*rows, key_blocks + extra))
+    else:
+        partial_counts = torch.full_like(counts, extra)
+        appended = torch.arange(key_blocks, key_blocks + extra, device=counts.device, dtype=torch.int32)
+        partial_indices = torch.nn.functional.pad(appended, (0, key_blocks)).expand(*rows, -1).contiguous()
+
+    block_mask = FlexBlockMask.from_kv_blocks(
+        partial_counts,
+        partial_indices,
+        counts,
+        torch.nn.functional.pad(indices, (0, key_blocks + extra - indices.shape[-1])),
+        BLOCK_SIZE=block_size,
+        mask_mod=None if keep is None or owner is None else _dropped(keep, owner, block_size[0]),
+        seq_lengths=(q.shape[1], k.shape[1]),
+        compute_q_blocks=needs_grad,
+    )
+    arguments: dict[str, Any] = dict(
+        score_mod=None if bias is None else _biased(bias),
+        block_mask=block_mask,
+        scale=scale,
+        kernel_options=kernel_options,
+    )
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if return_lse:
+        out, aux = flex_attention(q, k, v, return_aux=AuxRequest(lse=True), **arguments)
+        return out.transpose(1, 2), aux.lse.transpose(1, 2)
+    return flex_attention(q, k, v, **arguments).transpose(1, 2), None
+
+
+def _biased(bias: Tensor) -> Callable[..., Tensor]:
+    """Add (B or 1, keys) to the logits."""
+
+    def score_mod(score: Tensor, b: Tensor, h: Tensor, q_index: Tensor, k_index: Tensor) -> Tensor:
+        return score + bias[b if bias.shape[0] > 1 else 0, k_index]
+
+    return score_mod
+
+
+def _dropped(keep: Tensor, owner: Tensor, query_block: int) -> Callable[..., Tensor]:
+    """Show a pooled token to the rows of (B, H, QB, KB) that do not keep the key block it stands for, (keys,)."""
+
+    def mask_mod(b: Tensor, h: Tensor, q_index: Tensor, k_index: Tensor) -> Tensor:
+        return ~keep[b, h, q_index // query_block, owner[k_index]]
+
+    return mask_mod
+
+
+def _compiled() -> Any:
+    """`_attend` compiled; never run as it stands, which would make an S x S tensor."""
+    return _attend if torch.compiler.is_compiling() else _compile_once()
+
+
+@functools.cache
+def _compile_once() -> Any:
+    # With symbolic sizes the code that PyTorch 2.13 writes for the CPU does not compile, so every size is compiled
+    # anew; past the limit `fullgraph` raises, where the default would run `_attend` as it stands.
+    compiled = torch.compile(_attend, fullgraph=True, dynamic=False)
+    return torch._dynamo.config.patch(recompile_limit=_MOST_SIZES)(compiled)
+
+
+def _kernel_options(q: Tensor, block_size: tuple[int, int]) -> dict[str, Any]:
+    """On CUDA, tiles that divide blocks smaller than FlexAttention's own tiles."""
+    if q.device.type != "cuda" or not any(size % _TILE for size in block_size):
+        return {}
+    tiles = [next(tile for tile in (64, 32, 16) if size % tile == 0) for size in block_size]
+    return {"fwd_BLOCK_M": tiles[0], "fwd_BLOCK_N": tiles[1]}
+
+
+def _fill_block(x: Tensor, size: int, value: float = 0.0) -> Tensor:
+    """Append `value` along dimension 1 until its size is a multiple of `size`."""
+    missing = -x.shape[1] % size
+    if not missing:
+        return x
+    return torch.cat((x, x.new_full((x.shape[0], missing, *x.shape[2:]), value)), dim=1)

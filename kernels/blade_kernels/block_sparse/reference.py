@@ -1,0 +1,237 @@
+"""Block-sparse attention in plain PyTorch: the specification that every other implementation is held to.
+
+For one query q of a row (a query block) of the mask, with the keys k_j and values v_j of the blocks that the row
+keeps, and the pooled keys p_w and values u_w that it sees, each standing for n_w tokens:
+
+    s_j = scale q.k_j          t_w = scale q.p_w + ln n_w                  logits
+    lse = ln(sum_j e^s_j + sum_w e^t_w)                                    one softmax over both
+    out = sum_j e^(s_j - lse) v_j + sum_w e^(t_w - lse) u_w
+
+A row without keys gives out = 0 and lse = -inf. Backward, from the gradients dout and dlse, with a_j = e^(s_j - lse):
+
+    delta = dout.out - dlse              ds_j = a_j (dout.v_j - delta)
+    dq = scale sum_j ds_j k_j            dk_j = scale sum_q ds_j q            dv_j = sum_q a_j dout
+
+and the same for pooled tokens. One head is computed at a time, a piece of its rows and keys at a time, in float32 at
+the least and with logits in base 2. No gathered copy is larger than the keys of one head, and its values. How many
+blocks the rows keep is read on the host.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from blade_kernels.block_mask import BlockMask
+from blade_kernels.block_sparse.pooled import PooledTokens
+from blade_kernels.block_sparse.reference_walk import Head, Heads
+
+_LN2 = math.log(2.0)
+
+
+def reference_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: BlockMask,
+    pooled: PooledTokens | None,
+    key_lengths: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Attention over the kept blocks and the pooled tokens, on any device, with gradients.
+
+    Args:
+        q: (B, S, H, D), any float type.
+        k: (B, T, H, D).
+        v: (B, T, H, D).
+        mask: which blocks are kept.
+        pooled: pooled tokens that share the softmax, or None.
+        key_lengths: (B,) integers, keys from there on are absent; or None.
+        scale: factor of the logits.
+
+    Returns:
+        Output, (B, S, H, D) in the type of `q`, and log-sum-exp, (B, S, H) in float32 (float64 of float64).
+    """
+    empty = k[:, :0]
+    return _forward(
+        q, k, v, mask.keep, mask.counts, mask.indices, list(mask.block_size),
+        empty if pooled is None else pooled.k,
+        empty if pooled is None else pooled.v,
+        empty.new_empty(0, dtype=torch.float32) if pooled is None else pooled.log_weight,
+        None if pooled is None else pooled.key_block,
+        key_lengths, scale,
+    )  # fmt: skip
+
+
+@torch.library.custom_op("blade::block_sparse_reference", mutates_args=())
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keep: Tensor,
+    counts: Tensor,
+    indices: Tensor,
+    block_size: list[int],
+    pooled_k: Tensor,
+    pooled_v: Tensor,
+    log_weight: Tensor,
+    pooled_block: Tensor | None,
+    key_lengths: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """All heads, one after another; the arguments are those of `reference_attention`, taken apart."""
+    mask = BlockMask(keep, counts, indices, (block_size[0], block_size[1]))
+    pooled = PooledTokens(pooled_k, pooled_v, log_weight, pooled_block)
+    heads = Heads(q, k, v, mask, pooled, key_lengths, scale / _LN2)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = q.new_empty(q.shape[:3], dtype=heads.dtype)
+    for item, index in heads:
+        head = heads[item, index]
+        head_out, head_lse = _attend(head)
+        out[item, :, index] = head.in_sequence(head_out, q.shape[1])
+        lse[item, :, index] = head.in_sequence(head_lse, q.shape[1]).squeeze(-1)
+    return out, lse.mul_(_LN2)
+
+
+@torch.library.custom_op("blade::block_sparse_reference_backward", mutates_args=())
+def _backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keep: Tensor,
+    counts: Tensor,
+    indices: Tensor,
+    block_size: list[int],
+    pooled_k: Tensor,
+    pooled_v: Tensor,
+    log_weight: Tensor,
+    pooled_block: Tensor | None,
+    key_lengths: Tensor | None,
+    scale: float,
+    out: Tensor,
+    lse: Tensor,
+    grad_out: Tensor,
+    grad_lse: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v and of the pooled keys and values."""
+    mask = BlockMask(keep, counts, indices, (block_size[0], block_size[1]))
+    pooled = PooledTokens(pooled_k, pooled_v, log_weight, pooled_block)
+    heads = Heads(q, k, v, mask, pooled, key_lengths, scale / _LN2)
+    dq, dk, dv, d_pooled_k, d_pooled_v = (
+        torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, pooled_k, pooled_v)
+    )
+    for item, index in heads:
+        head = heads[item, index]
+        d_out = grad_out[item, :, index].to(heads.dtype)
+        delta = (d_out * out[item, :, index]).sum(-1) - grad_lse[item, :, index]
+        grads = _attend_backward(
+            head,
+            head.in_order(d_out),
+            head.in_order(lse[item, :, index, None] / _LN2),
+            head.in_order(delta.unsqueeze(-1)),
+        )
+        dq[item, :, index] = head.in_sequence(grads.q.mul_(scale), q.shape[1])
+        # The queries of a head bear the factor scale / ln 2, and so do the gradients that are sums over them.
+        dk[item, :, index] = grads.k.mul_(_LN2).flatten(0, 1)[: k.shape[1]]
+        dv[item, :, index] = grads.v.flatten(0, 1)[: v.shape[1]]
+        d_pooled_k[item, :, index] = grads.pooled_k.mul_(_LN2)
+        d_pooled_v[item, :, index] = grads.pooled_v
+    return dq, dk, dv, d_pooled_k, d_pooled_v
+
+
+def _attend(head: Head) -> tuple[Tensor, Tensor]:
+    """Output (QB, bq, D) and log-sum-exp in base 2 (QB, bq, 1) of one head, in the head's order of rows."""
+    out = torch.zeros_like(head.q)
+    total = out.new_zeros(*out.shape[:2], 1)
+    peak = torch.full_like(total, torch.finfo(total.dtype).min)  # finite, so that -inf less the peak stays -inf
+    for piece in head.pieces():
+        logits = head.logits(piece)
+        out_, total_, peak_ = out[piece.rows], total[piece.rows], peak[piece.rows]
+        higher = torch.maximum(peak_, logits.amax(-1, keepdim=True))
+        fade = (peak_ - higher).exp2_()  # what came before was relative to a lower peak
+        peak_.copy_(higher)
+        a = logits.sub_(higher).exp2_()
+        total_.mul_(fade).add_(a.sum(-1, keepdim=True))
+        out_.mul_(fade)
+        if piece.blocks is None:
+            out_.view(-1, out.shape[-1]).addmm_(a.flatten(0, 1), piece.v)
+        else:
+            out_.baddbmm_(a, piece.v)
+    # The largest weight of a query is exactly 1: a total below 1 is that of a query without keys.
+    return out.div_(total.clamp(min=1.0)), peak.add_(total.log2())
+
+
+class _HeadGradients(NamedTuple):
+    """Gradients of the tensors of a `Head`, shaped as they are."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    pooled_k: Tensor
+    pooled_v: Tensor
+
+
+def _attend_backward(head: Head, d_out: Tensor, lse: Tensor, delta: Tensor) -> _HeadGradients:
+    """Gradients of one head.
+
+    Args:
+        head: the head.
+        d_out: (QB, bq, D) in the head's order of rows, gradient of the output.
+        lse: (QB, bq, 1), log-sum-exp in base 2.
+        delta: (QB, bq, 1), `d_out . out - d_lse`.
+    """
+    grads = _HeadGradients(*(torch.zeros_like(x) for x in (head.q, head.k, head.v, head.pooled_k, head.pooled_v)))
+    lse = lse.clamp(min=torch.finfo(lse.dtype).min)
+    for piece in head.pieces():
+        q, dq, do = head.q[piece.rows], grads.q[piece.rows], d_out[piece.rows]
+        a = head.logits(piece).sub_(lse[piece.rows]).exp2_()
+        ds = head.scratch("ds", *a.shape)
+        if piece.blocks is None:
+            a, ds, q, dq, do = (x.view(-1, x.shape[-1]) for x in (a, ds, q, dq, do))
+            torch.mm(do, piece.v.T, out=ds).sub_(delta[piece.rows].view(-1, 1)).mul_(a)
+            dq.addmm_(ds, piece.k)
+            grads.pooled_k.addmm_(ds.T, q)
+            grads.pooled_v.addmm_(a.T, do)
+        else:
+            torch.bmm(do, piece.v.mT, out=ds).sub_(delta[piece.rows]).mul_(a)
+            dq.baddbmm_(ds, piece.k)
+            gathered = head.scratch("gathered gradient", *piece.k.shape)  # of the keys, then of the values
+            by_block = gathered.view(-1, *head.k.shape[1:])
+            torch.bmm(ds.mT, q, out=gathered)
+            grads.k.index_add_(0, piece.blocks, by_block)
+            torch.bmm(a.mT, do, out=gathered)
+            grads.v.index_add_(0, piece.blocks, by_block)
+    return grads
+
+
+@_forward.register_fake
+def _forward_shapes(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+
+
+@_backward.register_fake
+def _backward_shapes(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    pooled_k, pooled_v = args[4], args[5]
+    return (
+        q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape),
+        pooled_k.new_empty(pooled_k.shape), pooled_v.new_empty(pooled_v.shape),
+    )  # fmt: skip
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.scale = inputs
+    ctx.block_size = tensors.pop(6)
+    ctx.save_for_backward(*tensors, *output)
+
+
+def _differentiate(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+    *tensors, out, lse = ctx.saved_tensors
+    tensors.insert(6, ctx.block_size)
+    dq, dk, dv, d_pooled_k, d_pooled_v = _backward(*tensors, ctx.scale, out, lse, grad_out, grad_lse)
+    return dq, dk, dv, None, None, None, None, d_pooled_k, d_pooled_v, None, None, None, None
+
+
+_forward.register_autograd(_differentiate, setup_context=_save_for_backward)

@@ -1,0 +1,217 @@
+"""The walk of the reference over heads, and over a few rows of a head's mask at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from blade_kernels.block_mask import BlockMask
+from blade_kernels.block_sparse.pooled import PooledTokens
+
+_PIECE_ELEMENTS = 2**17  # keys gathered, or logits, at a time: what a core's cache holds measured fastest
+
+
+class Scratch:
+    """Memory that one piece after another writes over: to touch fresh pages costs as much as the arithmetic."""
+
+    def __init__(self, like: Tensor) -> None:
+        """An empty scratch for tensors of the type and device of `like`."""
+        self._like = like
+        self._held: dict[str, Tensor] = {}
+
+    def __call__(self, name: str, *shape: int) -> Tensor:
+        """A tensor of this shape with any contents; what had this name before is lost."""
+        size = math.prod(shape)
+        if name not in self._held or self._held[name].numel() < size:
+            self._held[name] = self._like.new_empty(size)
+        return self._held[name][:size].view(shape)
+
+
+class Piece(NamedTuple):
+    """Some rows of a head with some of what they attend to: keys of kept blocks, gathered, or all pooled tokens.
+
+    Attributes:
+        rows: the rows' places in the head's order; m of them.
+        blocks: (m * width,) int64, the key blocks gathered for them, one row after another; None for pooled tokens.
+        k: (m, width * bk, D) keys, or (P, D) pooled ones.
+        v: (m, width * bk, D) values, or (P, D) pooled ones.
+        absent: (m, 1, width * bk or P) bool, keys that a row does not see: past its count, past the end of the
+            sequence, or pooled from a block that it keeps. None where it sees all.
+    """
+
+    rows: slice
+    blocks: Tensor | None
+    k: Tensor
+    v: Tensor
+    absent: Tensor | None
+
+
+@dataclass
+class Head:
+    """One head of one batch item, in the accumulation type, its rows in order of how many blocks they keep.
+
+    Attributes:
+        order: (QB,) int64, the query block at each place of that order.
+        counts: kept key blocks of each row, never rising.
+        partial: of each row, whether it keeps a block that is not full of keys.
+        q: (QB, bq, D) in that order, times `factor`; the last block of the sequence is filled up with zeros.
+        k: (KB, bk, D), zeros from `keys` on.
+        v: (KB, bk, D), zeros from `keys` on.
+        keys: number of keys present.
+        kept: (QB, capacity) int64 in that order, the kept key blocks; slots past a row's count repeat its first, so
+            that nothing is read that the row does not keep.
+        pooled_k: (P, D).
+        pooled_v: (P, D).
+        pooled_bias: (P,), log2(tokens in each window).
+        hidden: (QB, 1, P) bool in that order, windows that a row does not see; None where every row sees all.
+        scratch: where pieces are gathered.
+    """
+
+    order: Tensor
+    counts: list[int]
+    partial: list[bool]
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    keys: int
+    kept: Tensor
+    pooled_k: Tensor
+    pooled_v: Tensor
+    pooled_bias: Tensor
+    hidden: Tensor | None
+    scratch: Scratch
+
+    def pieces(self) -> Iterator[Piece]:
+        """All that every row attends to: as much at a time as fits the bounds, one row and block at the least."""
+        _, key_block, size = self.k.shape
+        limit = min(self.k.numel(), _PIECE_ELEMENTS)
+        widest = max(1, limit // (key_block * max(size, self.q.shape[1])))  # key blocks gathered for a single row
+        start = 0
+        while start < len(self.counts) and self.counts[start]:
+            width = min(self.counts[start], widest)
+            stop = start + max(1, widest // width)
+            while stop > len(self.counts) or not self.counts[stop - 1]:
+                stop -= 1
+            for slot in range(0, self.counts[start], width):
+                yield self._gather(slice(start, stop), slice(slot, min(slot + width, self.counts[start])))
+            start = stop
+        if pooled := len(self.pooled_k):
+            at_once = max(1, limit // (self.q.shape[1] * pooled))
+            for start in range(0, len(self.counts), at_once):
+                rows = slice(start, min(start + at_once, len(self.counts)))
+                yield Piece(
+                    rows, None, self.pooled_k, self.pooled_v, None if self.hidden is None else self.hidden[rows]
+                )
+
+    def _gather(self, rows: slice, slots: slice) -> Piece:
+        kept = self.kept[rows, slots]
+        blocks = kept.reshape(-1)
+        k, v = self.scratch("k", len(blocks), *self.k.shape[1:]), self.scratch("v", len(blocks), *self.v.shape[1:])
+        torch.index_select(self.k, 0, blocks, out=k)
+        torch.index_select(self.v, 0, blocks, out=v)
+        absent = None
+        if self.counts[rows.stop - 1] < slots.stop or any(self.partial[rows]):
+            places = torch.arange(slots.start, slots.stop, device=kept.device)
+            unused = places >= kept.new_tensor(self.counts[rows]).unsqueeze(-1)
+            positions = kept.unsqueeze(-1) * self.k.shape[1] + torch.arange(self.k.shape[1], device=kept.device)
+            absent = (unused.unsqueeze(-1) | (positions >= self.keys)).view(len(kept), 1, -1)
+        shape = (len(kept), -1, self.k.shape[2])
+        return Piece(rows, blocks, k.view(shape), v.view(shape), absent)
+
+    def logits(self, piece: Piece) -> Tensor:
+        """Logits in base 2 of a piece, (m, bq, keys); -inf where a row does not see a key; gone with the next."""
+        q = self.q[piece.rows]
+        logits = self.scratch("logits", *q.shape[:2], piece.k.shape[-2])
+        if piece.blocks is None:
+            torch.addmm(self.pooled_bias, q.flatten(0, 1), piece.k.T, out=logits.view(-1, len(piece.k)))
+        else:
+            torch.bmm(q, piece.k.mT, out=logits)
+        return logits if piece.absent is None else logits.masked_fill_(piece.absent, -torch.inf)
+
+    def in_order(self, x: Tensor) -> Tensor:
+        """(S, n) of the sequence as (QB, bq, n) in the head's order."""
+        return _blocks(x, self.q.shape[1], self.q.dtype).index_select(0, self.order)
+
+    def in_sequence(self, rows: Tensor, tokens: int) -> Tensor:
+        """(QB, bq, n) in the head's order, as the (tokens, n) of the sequence."""
+        return torch.empty_like(rows).index_copy_(0, self.order, rows).flatten(0, 1)[:tokens]
+
+
+@dataclass
+class Heads:
+    """The arguments of an attention call; iterates over (batch item, head), and `heads[item, head]` is one head.
+
+    Attributes:
+        q: (B, S, H, D).
+        k: (B, T, H, D).
+        v: (B, T, H, D).
+        mask: which blocks are kept.
+        pooled: the pooled tokens, of which there may be none.
+        key_lengths: (B,), number of keys present; None where all are.
+        factor: of the queries, so that their products with the keys are the logits in base 2.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: BlockMask
+    pooled: PooledTokens
+    key_lengths: Tensor | None
+    factor: float
+    dtype: torch.dtype = field(init=False)
+    scratch: Scratch = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.dtype = torch.promote_types(self.q.dtype, torch.float32)
+        self.scratch = Scratch(self.q.new_empty(0, dtype=self.dtype))
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        """Every (batch item, head)."""
+        return ((item, index) for item in range(self.q.shape[0]) for index in range(self.q.shape[2]))
+
+    def __getitem__(self, place: tuple[int, int]) -> Head:
+        """The head at (batch item, head), copied out."""
+        item, index = place
+        mask, pooled = self.mask, self.pooled
+        row = (min(item, mask.keep.shape[0] - 1), min(index, mask.keep.shape[1] - 1))  # a size of 1 is shared
+        keys = self.k.shape[1]
+        if self.key_lengths is not None:
+            keys = min(max(int(self.key_lengths[item]), 0), keys)
+
+        counts, kept = mask.counts[row].long(), mask.indices[row].long()
+        used = torch.arange(mask.capacity, device=kept.device) < counts.unsqueeze(-1)
+        kept = torch.where(used, kept, kept[:, :1])
+        partial = ((kept + 1) * mask.block_size[1] > keys).any(-1)
+        order = (2 * counts - partial.long()).argsort(descending=True, stable=True)
+        hidden = None
+        if pooled.key_block is not None:
+            hidden = mask.keep[row].index_select(-1, pooled.key_block).index_select(0, order).unsqueeze(1)
+        return Head(
+            order=order,
+            counts=counts.index_select(0, order).tolist(),
+            partial=partial.index_select(0, order).tolist(),
+            q=_blocks(self.q[item, :, index], mask.block_size[0], self.dtype).index_select(0, order).mul_(self.factor),
+            k=_blocks(self.k[item, :keys, index], mask.block_size[1], self.dtype, mask.key_blocks),
+            v=_blocks(self.v[item, :keys, index], mask.block_size[1], self.dtype, mask.key_blocks),
+            keys=keys,
+            kept=kept.index_select(0, order),
+            pooled_k=pooled.k[item, :, index].to(self.dtype),
+            pooled_v=pooled.v[item, :, index].to(self.dtype),
+            pooled_bias=pooled.log_weight.to(self.dtype) / math.log(2.0),
+            hidden=hidden,
+            scratch=self.scratch,
+        )
+
+
+def _blocks(x: Tensor, size: int, dtype: torch.dtype, blocks: int | None = None) -> Tensor:
+    """(n, D) as new blocks (ceil(n / size) or `blocks`, size, D), filled up with zeros."""
+    blocks = -(-x.shape[0] // size) if blocks is None else blocks
+    padded = x.new_empty((blocks * size, x.shape[1]), dtype=dtype)
+    padded[: x.shape[0]] = x
+    padded[x.shape[0] :] = 0.0
+    return padded.view(blocks, size, x.shape[1])

@@ -1,0 +1,65 @@
+"""Is there a compiler for what PyTorch compiles while it runs?"""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+
+_TIMEOUT_S = 60.0
+
+
+@functools.cache
+def missing_cpp_toolchain() -> str | None:
+    """Why the C++ that PyTorch writes for the CPU can not be built here; None if it can.
+
+    Builds a tiny extension once in a process, with the compiler that PyTorch would take: `CXX`, or else g++ (on macOS
+    clang++).
+    """
+    compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
+    return _build_failure(compiler, "module.cpp")
+
+
+@functools.cache
+def missing_c_toolchain() -> str | None:
+    """Why Triton's launcher, which is C, can not be built here; None if it can.
+
+    Builds a tiny extension once in a process, with the compiler that Triton would take: `CC`, or else gcc or clang.
+    """
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") or "gcc"
+    return _build_failure(compiler, "module.c")
+
+
+def _build_failure(compiler: str, source: str) -> str | None:
+    """Build an empty Python extension; the reason if that fails."""
+    if shutil.which(compiler) is None:
+        return f"the compiler {compiler!r} is not there"
+    includes = {sysconfig.get_path("include"), sysconfig.get_path("platinclude")}
+    if not any((Path(folder) / "Python.h").is_file() for folder in includes):
+        return f"Python.h is not in {', '.join(sorted(includes))}"
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / source).write_text("#include <Python.h>\nint main(void) { return 0; }\n")
+        command = [
+            compiler,
+            "-shared",
+            "-fPIC",
+            *(f"-I{path}" for path in sorted(includes)),
+            source,
+            "-o",
+            "module.so",
+        ]
+        try:
+            built = subprocess.run(
+                command, cwd=folder, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False
+            )
+        except (OSError, subprocess.TimeoutExpired) as error:
+            return f"the compiler {compiler!r} does not run: {error}"
+    if built.returncode:
+        lines = (built.stderr or built.stdout).strip().splitlines() or ["no message"]
+        return f"the compiler {compiler!r} fails: {lines[0]}"
+    return None

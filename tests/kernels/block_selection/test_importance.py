@@ -1,0 +1,159 @@
+import blade_kernels.block_selection.importance as module
+import pytest
+import torch
+from blade_kernels.block_selection import mean_pooled_importance, sampled_importance
+
+
+def inputs(queries, keys=None, batch=2, heads=3, size=8, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    keys = queries if keys is None else keys
+    return [torch.randn(batch, n, heads, size, generator=generator, dtype=torch.float64) for n in (queries, keys)]
+
+
+def offsets(samples, size, shape=(2, 3), seed=1):
+    return torch.rand(*shape, size, generator=torch.Generator().manual_seed(seed)).argsort(-1)[..., :samples]
+
+
+def sampled_tokens(drawn, tokens, size):
+    """Which tokens of a sequence are sampled, block by block: offsets scaled to short blocks, each token once."""
+    found = []
+    for start in range(0, tokens, size):
+        held = min(size, tokens - start)
+        found.append(sorted({start + int(offset) * held // size for offset in drawn}))
+    return found
+
+
+def by_definition(q, k, query_offsets, key_offsets, block_size, denominator, lengths=None):
+    """Block maxima of one softmax over the sampled keys, a pair of blocks at a time."""
+    batch, queries, heads, size = q.shape
+    result = []
+    for b in range(batch):
+        keys = k.shape[1] if lengths is None else int(lengths[b])
+        for h in range(heads):
+            rows = sampled_tokens(query_offsets[b, h], queries, block_size[0])
+            columns = sampled_tokens(key_offsets[b, h], keys, block_size[1])
+            logits = q[b, :, h] @ k[b, :, h].T * size**-0.5
+            chosen = [token for block in columns for token in block]
+            scores = torch.zeros(len(rows), -(-k.shape[1] // block_size[1]), dtype=q.dtype)
+            if chosen:
+                base = logits[:, chosen].logsumexp(-1) if denominator else logits[:, chosen].amax(-1)
+                for i, row in enumerate(rows):
+                    for j, column in enumerate(columns):
+                        scores[i, j] = (logits[row][:, column] - base[row].unsqueeze(-1)).exp().max()
+            result.append(scores)
+    return torch.stack(result).view(batch, heads, *result[0].shape)
+
+
+@pytest.mark.parametrize("denominator", [True, False])
+@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (15, 63), (64, 64), (65, 33), (97, 127)])
+def test_matches_its_definition(queries, keys, denominator):
+    q, k = inputs(queries, keys)
+    drawn = offsets(4, 16), offsets(3, 8, seed=2)
+    found = sampled_importance(q, k, *drawn, (16, 8), softmax_denominator=denominator)
+    torch.testing.assert_close(found, by_definition(q, k, *drawn, (16, 8), denominator))
+
+
+@pytest.mark.parametrize("denominator", [True, False])
+def test_absent_keys_take_no_part(denominator):
+    q, k = inputs(40, 61)
+    lengths = torch.tensor([37, 0])
+    drawn = offsets(4, 16), offsets(3, 8, seed=2)
+    k[0, 37:] = float("nan")
+    k[1] = float("nan")
+    found = sampled_importance(q, k, *drawn, (16, 8), softmax_denominator=denominator, key_lengths=lengths)
+    torch.testing.assert_close(found, by_definition(q, k, *drawn, (16, 8), denominator, lengths))
+    assert not found[1].any() and not found[0, :, :, 5:].any()
+
+
+def test_without_the_denominator_every_row_of_blocks_reaches_one():
+    q, k = inputs(64)
+    drawn = offsets(4, 16), offsets(4, 16, seed=2)
+    best = sampled_importance(q, k, *drawn, (16, 16), softmax_denominator=False).amax(-1)
+    torch.testing.assert_close(best, torch.ones_like(best))
+    assert float(sampled_importance(q, k, *drawn, (16, 16)).amax()) < 1
+
+
+def test_all_tokens_sampled_give_the_largest_weight_of_each_pair_of_blocks():
+    q, k = inputs(64)
+    everything = torch.arange(16)
+    found = sampled_importance(q, k, everything, everything, (16, 16))
+    weights = (q.transpose(1, 2) @ k.transpose(1, 2).mT * 8**-0.5).softmax(-1)
+    torch.testing.assert_close(found, weights.unfold(2, 16, 16).unfold(3, 16, 16).amax((-1, -2)))
+
+
+@pytest.mark.parametrize("limit", [1, 300, 3000])
+def test_does_not_depend_on_how_much_is_held_at_a_time(monkeypatch, limit):
+    q, k = inputs(97)
+    drawn = offsets(4, 16), offsets(4, 16, seed=2)
+    whole = sampled_importance(q, k, *drawn, (16, 16))
+    monkeypatch.setattr(module, "_CHUNK_ELEMENTS", limit)
+    torch.testing.assert_close(sampled_importance(q, k, *drawn, (16, 16)), whole)
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (1, 3)])
+def test_offsets_may_be_shared(shape):
+    q, k = inputs(50)
+    drawn = offsets(4, 16, shape).to(torch.int16)
+    full = drawn.expand(2, 3, 4)
+    expected = sampled_importance(q, k, full, full, (16, 16))
+    assert torch.equal(sampled_importance(q, k, drawn, drawn, (16, 16)), expected)
+
+
+def test_scores_are_single_precision_whatever_comes_in():
+    q, k = (x.bfloat16() for x in inputs(64))
+    drawn = offsets(4, 16)
+    found = sampled_importance(q, k, drawn, drawn, (16, 16))
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, sampled_importance(q.float(), k.float(), drawn, drawn, (16, 16)))
+    assert mean_pooled_importance(q, k, (16, 16)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("lengths", [None, torch.tensor([37, 0])])
+def test_mean_pooled_matches_its_definition(lengths):
+    q, k = inputs(40, 61)
+    present = [61, 61] if lengths is None else lengths.tolist()
+    for b, count in enumerate(present):
+        k[b, count:] = float("nan")
+    found = mean_pooled_importance(q, k, (16, 8), key_lengths=lengths)
+    assert found.shape == (2, 3, 3, 8)
+    for b, count in enumerate(present):
+        columns = [k[b, start : min(start + 8, count)].mean(0) for start in range(0, count, 8)]
+        for i in range(3):
+            mean_q = q[b, 16 * i : 16 * i + 16].mean(0)
+            expected = torch.zeros(3, 8, dtype=torch.float64)
+            if columns:
+                expected[:, : len(columns)] = (
+                    torch.stack([(mean_q * c).sum(-1) for c in columns], -1) * 8**-0.5
+                ).softmax(-1)
+            torch.testing.assert_close(found[b, :, i], expected)
+
+
+def test_no_gradients_are_kept():
+    q, k = (x.requires_grad_() for x in inputs(32))
+    drawn = offsets(4, 16)
+    assert not sampled_importance(q, k, drawn, drawn, (16, 16)).requires_grad
+    assert not mean_pooled_importance(q, k, (16, 16)).requires_grad
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"k": torch.zeros(2, 32, 1, 8)}, r"`k` must be \(2, tokens, 3, 8\) to match `q`, got \(2, 32, 1, 8\)"),
+        ({"q": torch.zeros(2, 3, 8)}, r"`q` must be .* got \(2, 3, 8\)"),
+        ({"block_size": (16, 0)}, r"`block_size` must be two positive numbers of tokens, got \(16, 0\)"),
+        ({"key_lengths": torch.tensor([1])}, r"`key_lengths` must be of shape \(2,\), got \(1,\)"),
+        ({"key_offsets": torch.zeros(3)}, r"`key_offsets` must be integers that broadcast to \(2, 3, samples\)"),
+        ({"query_offsets": torch.zeros(0, dtype=torch.int64)}, r"`query_offsets` .* got torch.int64 of shape \(0,\)"),
+    ],
+)
+def test_bad_arguments_are_refused(change, message):
+    q, k = inputs(32)
+    arguments = {
+        "q": q,
+        "k": k,
+        "query_offsets": offsets(4, 16),
+        "key_offsets": offsets(4, 16),
+        "block_size": (16, 16),
+    }
+    with pytest.raises(ValueError, match=message):
+        sampled_importance(**(arguments | change))

@@ -1,0 +1,108 @@
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from blade_kernels.block_sparse import flex, toolchain
+from blade_kernels.block_sparse.api import block_sparse_attention
+
+CPU = ("cpu", torch.float32, 64, (64, 64), False, False)
+
+
+@pytest.fixture
+def compiles():
+    problem = flex.unsupported(*CPU)
+    if problem:
+        pytest.skip(problem)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("tokens", "pooled", "lengths"), [(300, None, False), (129, "dropped", True)])
+def test_errs_no_more_than_the_plain_computation(compiles, dense, as_good_as, case, tokens, pooled, lengths):
+    inputs = case(tokens, size=16, block_size=(32, 16), pooled=pooled, lengths=lengths, dtype=torch.float32)
+    arguments = {"pooled": inputs.pooled(), "key_lengths": inputs.key_lengths}
+    tensors = (inputs.q, inputs.k, inputs.v, inputs.mask)
+    found = block_sparse_attention(*tensors, **arguments, implementation="flex")
+    assert found.is_contiguous()
+    if pooled is None:
+        assert not found[0, :32, 0].any()  # a row that keeps nothing
+    as_good_as(found, dense(*tensors, **arguments)[0], dense(*tensors, **arguments, dtype=torch.float32)[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({0: "mps"}, "not used on mps"),
+        ({1: torch.float64}, "not torch.float64"),
+        ({4: True}, "no backward on the CPU"),
+        ({5: True}, "no log-sum-exp on the CPU"),
+        ({0: "cuda", 2: 8}, "heads of at least 16, got 8"),
+        ({0: "cuda", 3: (64, 24)}, r"a multiple of 16 tokens, got \(64, 24\)"),
+        ({0: "cuda", 4: True}, r"backward needs blocks of a multiple of 128 tokens, got \(64, 64\)"),
+    ],
+)
+def test_says_what_it_can_not_do(change, message):
+    arguments = [change.get(index, value) for index, value in enumerate(CPU)]
+    with pytest.raises(AssertionError, match=message):
+        raise AssertionError(flex.unsupported(*arguments))
+
+
+def test_without_a_compiler_everything_but_flex_works():
+    code = """
+import torch
+from blade_kernels.block_mask import BlockMask
+from blade_kernels.block_sparse import block_sparse_attention, flex
+q = torch.randn(1, 128, 1, 16)
+mask = BlockMask.from_dense(torch.ones(1, 1, 2, 2, dtype=torch.bool))
+print(block_sparse_attention(q, q, q, mask).shape)
+print(flex.unsupported("cuda", torch.float32, 16, (64, 64), False, False))
+try:
+    block_sparse_attention(q, q, q, mask, implementation="flex")
+except NotImplementedError as error:
+    print(error)
+"""
+    environment = os.environ | {"CC": "/nowhere/cc", "CXX": "/nowhere/c++"}
+    shown = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    lines = shown.stdout.splitlines()
+    assert lines[0] == "torch.Size([1, 128, 1, 16])"
+    assert lines[1] == "Triton's launcher has to be compiled, and the compiler '/nowhere/cc' is not there"
+    assert "the compiler '/nowhere/c++' is not there" in lines[2]
+
+
+def test_a_compiler_that_fails_is_told_by_its_first_words(tmp_path, monkeypatch):
+    compiler = tmp_path / "c++"
+    compiler.write_text("#!/bin/sh\necho 'no such header' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    assert toolchain._build_failure(str(compiler), "module.cpp") == f"the compiler '{compiler}' fails: no such header"
+    monkeypatch.setattr(toolchain.sysconfig, "get_path", lambda _: str(tmp_path))
+    assert toolchain._build_failure(str(compiler), "module.cpp") == f"Python.h is not in {tmp_path}"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("block_size", [(64, 64), (128, 128)])
+@pytest.mark.parametrize("pooled", [None, "all", "dropped"])
+def test_on_cuda_with_gradients_and_log_sum_exp(dense, as_good_as, case, block_size, pooled):
+    inputs = case(1000, size=64, block_size=block_size, pooled=pooled, lengths=True, dtype=torch.bfloat16)
+    pooled = inputs.pooled()
+    grad = block_size == (128, 128)
+    exact, exact_lse = dense(inputs.q, inputs.k, inputs.v, inputs.mask, pooled=pooled, key_lengths=inputs.key_lengths)
+    plain, plain_lse = dense(
+        inputs.q, inputs.k, inputs.v, inputs.mask, pooled=pooled, key_lengths=inputs.key_lengths, dtype=torch.bfloat16
+    )
+    tensors = [x.cuda().requires_grad_(grad) for x in (inputs.q, inputs.k, inputs.v)]
+    if pooled is not None:
+        moved = [x if x is None else x.cuda() for x in (pooled.k, pooled.v, pooled.log_weight, pooled.key_block)]
+        pooled = type(pooled)(*moved)
+    out, lse = block_sparse_attention(
+        *tensors,
+        inputs.mask.to("cuda"),
+        pooled=pooled,
+        key_lengths=inputs.key_lengths.cuda(),
+        return_lse=True,
+        implementation="flex",
+    )
+    as_good_as(out.cpu(), exact, plain)
+    as_good_as(lse.cpu(), exact_lse, plain_lse)
+    if grad:
+        assert all(x.isfinite().all() for x in torch.autograd.grad(out.float().square().sum(), tensors))
