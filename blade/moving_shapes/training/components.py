@@ -1,0 +1,102 @@
+"""The parts of the shapes model: small instances of the classes that a `WanPipeline` is made of."""
+
+from __future__ import annotations
+
+from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
+from tokenizers import Tokenizer, normalizers, pre_tokenizers, processors
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+
+from ..captions import VOCABULARY
+
+FLOW_SHIFT = 3.0
+"""Shift of the sampler's sigmas toward high noise, as for Wan at 480p."""
+LATENT_CHANNELS = 32
+TEXT_DIM = 128
+PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"
+
+
+def build_vae() -> AutoencoderKLWan:
+    """A Wan VAE that takes 4 frames x 8 x 8 pixels to one latent of 32 channels (the first frame alone)."""
+    return AutoencoderKLWan(
+        base_dim=16,
+        decoder_base_dim=24,
+        z_dim=LATENT_CHANNELS,
+        dim_mult=[1, 2, 2],
+        num_res_blocks=1,
+        temperal_downsample=[True, True],
+        latents_mean=[0.0] * LATENT_CHANNELS,
+        latents_std=[1.0] * LATENT_CHANNELS,
+        in_channels=12,
+        out_channels=12,
+        patch_size=2,
+        is_residual=True,
+        scale_factor_temporal=4,
+        scale_factor_spatial=8,
+    )
+
+
+def build_transformer() -> WanTransformer3DModel:
+    """A Wan transformer of 6 layers and 3 heads of 64; 96x96 pixels and 33 frames make 9 x 12 x 12 tokens."""
+    return WanTransformer3DModel(
+        patch_size=(1, 1, 1),
+        num_attention_heads=3,
+        attention_head_dim=64,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        text_dim=TEXT_DIM,
+        freq_dim=128,
+        ffn_dim=576,
+        num_layers=6,
+        cross_attn_norm=True,
+        qk_norm="rms_norm_across_heads",
+    )
+
+
+def build_text_encoder() -> UMT5EncoderModel:
+    """A UMT5 encoder of two layers over the grammar's words."""
+    return UMT5EncoderModel(
+        UMT5Config(
+            vocab_size=64,
+            d_model=TEXT_DIM,
+            d_kv=32,
+            d_ff=256,
+            num_layers=2,
+            num_heads=4,
+            relative_attention_num_buckets=32,
+            relative_attention_max_distance=64,
+            dropout_rate=0.0,
+            feed_forward_proj="gated-gelu",
+            pad_token_id=0,
+            eos_token_id=1,
+        )
+    )
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a word of the grammar, lower-cased; punctuation is dropped and other words are unknown."""
+    words = [PAD, END, UNKNOWN, *VOCABULARY]
+    tokenizer = Tokenizer(WordLevel({word: index for index, word in enumerate(words)}, unk_token=UNKNOWN))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Whitespace(), pre_tokenizers.Punctuation(behavior="removed")]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"$A {END}", special_tokens=[(END, words.index(END))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=PAD, eos_token=END, unk_token=UNKNOWN, model_max_length=512
+    )
+
+
+def build_pipeline(
+    vae: AutoencoderKLWan, text_encoder: UMT5EncoderModel, transformer: WanTransformer3DModel
+) -> WanPipeline:
+    """An ordinary `WanPipeline` of these parts, with a first-order flow-matching sampler."""
+    return WanPipeline(
+        tokenizer=build_tokenizer(),
+        text_encoder=text_encoder,
+        vae=vae,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=FLOW_SHIFT),
+        transformer=transformer,
+    )

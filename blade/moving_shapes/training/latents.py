@@ -1,0 +1,84 @@
+"""A growing store of encoded training videos, on disk, filled while the transformer trains."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKLWan
+
+from ..captions import Caption, sample_caption
+from ..world import render, sample_scene
+from .checkpoint import numpy_rng
+
+LATENT_STREAM = 3
+
+
+class LatentStore:
+    """Training video number i is drawn from (seed, i) alone, so that a store can be filled again as it was.
+
+    Args:
+        path: The file that holds the latents, made if it is missing.
+        vae: Encodes the videos; its config holds the latents' mean and standard deviation.
+        capacity: How many videos there are in all.
+        frames: Frames of a video.
+        size: Edge of its canvas in pixels.
+        two_objects: Fraction of captions with two objects.
+        seed: Seed of all videos.
+        device: Where to encode.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        vae: AutoencoderKLWan,
+        *,
+        capacity: int,
+        frames: int,
+        size: int,
+        two_objects: float,
+        seed: int,
+        device: str = "cpu",
+    ) -> None:
+        self.vae, self.frames, self.size, self.two_objects, self.seed = vae, frames, size, two_objects, seed
+        self.device = device
+        shape = (capacity, vae.config.z_dim, (frames - 1) // 4 + 1, size // 8, size // 8)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            self._latents = np.lib.format.open_memmap(path, mode="r+")
+            if self._latents.shape != shape:
+                raise ValueError(f"`path` holds latents of shape {self._latents.shape}, expected {shape}: {path}.")
+        else:
+            self._latents = np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=shape)
+        self._captions: list[Caption] = []
+        self._mean, self._std = (
+            torch.tensor(values, device=device)[:, None, None, None]
+            for values in (vae.config.latents_mean, vae.config.latents_std)
+        )
+
+    def fill(self, count: int) -> None:
+        """Make videos available up to number `count`, encoding those that the file does not hold yet."""
+        for index in range(len(self._captions), min(count, len(self._latents))):
+            rng = numpy_rng(self.seed, LATENT_STREAM, self.frames, index)
+            caption = sample_caption(rng, objects=2 if rng.random() < self.two_objects else 1)
+            if not self._latents[index].any():
+                self._latents[index] = self._encode(caption, rng)
+            self._captions.append(caption)
+
+    def sample(self, rng: np.random.Generator, batch_size: int) -> tuple[torch.Tensor, list[str]]:
+        """Draw a batch of those that are available, each at most once.
+
+        Returns:
+            Normalised latents (batch_size, channels, frames, height, width) and their captions.
+        """
+        chosen = rng.choice(len(self._captions), size=batch_size, replace=False)
+        latents = torch.from_numpy(self._latents[np.sort(chosen)].astype(np.float32))
+        return latents.to(self.device), [str(self._captions[index]) for index in np.sort(chosen)]
+
+    @torch.no_grad()
+    def _encode(self, caption: Caption, rng: np.random.Generator) -> np.ndarray:
+        scene = sample_scene(caption, rng, frames=self.frames, height=self.size, width=self.size)
+        video = render(scene, frames=self.frames, height=self.size, width=self.size).to(self.device)
+        mean = self.vae.encode(video.transpose(0, 1)[None] * 2 - 1).latent_dist.mean[0]
+        return ((mean - self._mean) / self._std).half().cpu().numpy()

@@ -1,0 +1,260 @@
+"""Second stage: text encoder and transformer, by flow matching on the VAE's latents."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
+from diffusers.training_utils import EMAModel
+from torch import nn
+from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
+
+from ..captions import sample_caption
+from ..realism import realism_error
+from ..scoring import score
+from .checkpoint import TrainingLog, load_checkpoint, numpy_rng, save_checkpoint, torch_rng
+from .components import FLOW_SHIFT, build_pipeline, build_text_encoder, build_tokenizer, build_transformer
+from .latents import LatentStore
+from .muon import muon_and_adamw, set_learning_rate
+from .padding import PaddedCrossAttention, padding_bias
+
+BATCH_STREAM, NOISE_STREAM, SCORE_STREAM = 4, 5, 6
+CAPTION_TOKENS = 24
+"""The longest caption has 22 tokens; at least one of padding must be left."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Phase:
+    """Some steps on videos of one size."""
+
+    steps: int
+    batch_size: int
+    frames: int
+    size: int
+    """Canvas edge in pixels."""
+    videos: int
+    """Distinct training videos at the end of the phase."""
+    first_videos: int
+    """Videos encoded before the first step; the rest are encoded evenly as the phase goes on."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TransformerTraining:
+    """How the text encoder and transformer are trained: small, short videos first, then whole ones."""
+
+    phases: tuple[Phase, ...] = (
+        Phase(steps=1200, batch_size=24, frames=17, size=64, videos=6000, first_videos=600),
+        Phase(steps=2000, batch_size=8, frames=33, size=96, videos=4000, first_videos=300),
+    )
+    learning_rate: float = 2e-3
+    """Of Muon (matrices of the blocks) and, halved, of AdamW (the rest)."""
+    warmup_steps: int = 100
+    decay_steps: int = 500
+    """The learning rate falls linearly to zero over the last steps of the last phase."""
+    caption_dropout: float = 0.1
+    """Fraction of captions replaced by the empty one, so that classifier-free guidance works."""
+    two_objects: float = 0.5
+    ema_decay: float = 0.9985
+    seed: int = 0
+    checkpoint_every: int = 100
+    log_every: int = 20
+    score_every: int = 400
+    """Steps between generated clips whose scores are logged; they choose nothing."""
+    score_prompts: int = 4
+    compile: bool = False
+    """Compile the blocks: 1.5 times as fast on a CPU, after two minutes."""
+
+    @property
+    def steps(self) -> int:
+        """Steps of all phases together."""
+        return sum(phase.steps for phase in self.phases)
+
+
+class TextConditionedTransformer(nn.Module):
+    """Text encoder and transformer as they are trained: captions in, velocity out."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        super().__init__()
+        self.tokenizer = tokenizer
+        self.text_encoder: UMT5EncoderModel = build_text_encoder()
+        self.transformer: WanTransformer3DModel = build_transformer()
+        _initialise(self.transformer)
+        self._cross_attention = PaddedCrossAttention()
+        for block in self.transformer.blocks:
+            block.attn2.set_processor(self._cross_attention)
+
+    def forward(self, latents: torch.Tensor, timestep: torch.Tensor, captions: list[str]) -> torch.Tensor:
+        """Predict the velocity.
+
+        Args:
+            latents: (B, C, F, H, W) noisy latents.
+            timestep: (B,) in [0, 1000].
+            captions: B texts; the empty one for no caption.
+
+        Returns:
+            (B, C, F, H, W).
+        """
+        tokens = self.tokenizer(captions, padding="max_length", max_length=CAPTION_TOKENS, return_tensors="pt")
+        ids, mask = tokens.input_ids.to(latents.device), tokens.attention_mask.to(latents.device)
+        text = self.text_encoder(ids, mask).last_hidden_state * mask[..., None]
+        self._cross_attention.bias = padding_bias(mask.sum(dim=1), CAPTION_TOKENS)
+        return self.transformer(latents, timestep, text, return_dict=False)[0]
+
+    def pipeline(self, vae: AutoencoderKLWan) -> WanPipeline:
+        """An ordinary pipeline of copies of the present weights."""
+        text_encoder, transformer = build_text_encoder(), build_transformer()
+        text_encoder.load_state_dict(self.text_encoder.state_dict())
+        transformer.load_state_dict(self.transformer.state_dict())
+        return build_pipeline(vae, text_encoder.eval(), transformer.eval())
+
+
+def shifted_sigmas(u: torch.Tensor, shift: float = FLOW_SHIFT) -> torch.Tensor:
+    """The sampler's noise levels for u in [0, 1]: sigma = s u / (1 + (s - 1) u)."""
+    return shift * u / (1 + (shift - 1) * u)
+
+
+def flow_matching_loss(
+    model: TextConditionedTransformer,
+    latents: torch.Tensor,
+    captions: list[str],
+    rng: np.random.Generator,
+    generator: torch.Generator,
+    caption_dropout: float,
+) -> torch.Tensor:
+    """Mean squared error of the predicted velocity noise - latents, at noise levels spread as the sampler's."""
+    batch_size = len(captions)
+    u = torch.from_numpy((rng.permutation(batch_size) + rng.random(batch_size)) / batch_size).float()
+    sigma = shifted_sigmas(u).to(latents.device)[:, None, None, None, None]
+    noise = torch.randn(latents.shape, generator=generator).to(latents.device)
+    kept = ["" if rng.random() < caption_dropout else caption for caption in captions]
+    velocity = model(latents + sigma * (noise - latents), 1000 * sigma.flatten(), kept)
+    return (velocity - (noise - latents)).square().mean()
+
+
+def train_transformer(
+    run: Path, vae: AutoencoderKLWan, config: TransformerTraining, device: str = "cpu"
+) -> TextConditionedTransformer:
+    """Train, or go on training, the transformer of a run; returns it with averaged weights.
+
+    Args:
+        run: Folder of the run; `transformer.pt`, `log.jsonl` and the encoded videos are written there.
+        vae: The trained VAE.
+        config: How to train.
+        device: Where to train.
+    """
+    torch.manual_seed(config.seed)
+    model = TextConditionedTransformer(build_tokenizer()).to(device)
+    matrices = [weight for weight in model.transformer.blocks.parameters() if weight.ndim == 2]
+    optimizers = muon_and_adamw(model, matrices, config.learning_rate, 0.5 * config.learning_rate)
+    ema = EMAModel(model.parameters(), decay=config.ema_decay, use_ema_warmup=True, power=0.75)
+    start = 0
+    if (state := load_checkpoint(run / "transformer.pt")) is not None:
+        start = state["step"]
+        model.load_state_dict(state["model"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        ema.load_state_dict(state["ema"])
+    ema.to(device)
+    if config.compile:
+        for block in model.transformer.blocks:
+            block.compile()
+    log = TrainingLog(run / "log.jsonl", stage="transformer", start=start, total=config.steps)
+    recent: list[float] = []
+    first = 0
+    for number, phase in enumerate(config.phases):
+        steps = range(max(start, first), first + phase.steps)
+        if steps:
+            store = LatentStore(
+                run / f"latents_{phase.frames}x{phase.size}.npy",
+                vae,
+                capacity=phase.videos,
+                frames=phase.frames,
+                size=phase.size,
+                two_objects=config.two_objects,
+                seed=config.seed,
+                device=device,
+            )
+        for step in steps:
+            store.fill(phase.first_videos + (phase.videos - phase.first_videos) * (step - first) // phase.steps)
+            set_learning_rate(optimizers, _schedule(step, config))
+            rng = numpy_rng(config.seed, BATCH_STREAM, step)
+            latents, captions = store.sample(rng, phase.batch_size)
+            noise = torch_rng(config.seed, NOISE_STREAM, step)
+            loss = flow_matching_loss(model, latents, captions, rng, noise, config.caption_dropout)
+            model.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            for optimizer in optimizers:
+                optimizer.step()
+            ema.step(model.parameters())
+            recent.append(loss.item())
+            done = step + 1
+            if done % config.checkpoint_every == 0 or done == config.steps:
+                save_checkpoint(
+                    run / "transformer.pt",
+                    {
+                        "step": done,
+                        "model": model.state_dict(),
+                        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+                        "ema": ema.state_dict(),
+                    },
+                )
+            if done % config.log_every == 0 or done == config.steps:
+                log.write(done, phase=number, loss=float(np.mean(recent)))
+                recent.clear()
+            if config.score_every and done % config.score_every == 0:
+                ema.store(model.parameters())
+                ema.copy_to(model.parameters())
+                pipe = model.pipeline(vae)
+                ema.restore(model.parameters())
+                log.write(
+                    done, **sample_scores(pipe, phase, numpy_rng(config.seed, SCORE_STREAM), config.score_prompts)
+                )
+        first += phase.steps
+    ema.copy_to(model.parameters())
+    return model.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def sample_scores(pipe: WanPipeline, phase: Phase, rng: np.random.Generator, prompts: int) -> dict[str, float]:
+    """Generate clips of training captions and score them: how training goes, not how good the model is."""
+    pipe.set_progress_bar_config(disable=True)
+    scores, errors = [], []
+    for number in range(prompts):
+        prompt = str(sample_caption(rng, objects=1 + number % 2))
+        video = pipe(
+            prompt,
+            negative_prompt="",
+            height=phase.size,
+            width=phase.size,
+            num_frames=phase.frames,
+            num_inference_steps=12,
+            guidance_scale=4.0,
+            generator=torch.Generator().manual_seed(number),
+            output_type="pt",
+        ).frames[0]
+        scores.append(score(video, prompt).fraction)
+        errors.append(realism_error(video, prompt))
+    return {"score": float(np.mean(scores)), "realism_error": float(np.mean(errors))}
+
+
+def _initialise(transformer: WanTransformer3DModel) -> None:
+    """Start from a zero prediction, and from cross-attention that can see the caption among the padding."""
+    nn.init.zeros_(transformer.proj_out.weight)
+    nn.init.zeros_(transformer.proj_out.bias)
+    for linear in (
+        transformer.condition_embedder.text_embedder.linear_1,
+        transformer.condition_embedder.text_embedder.linear_2,
+    ):
+        nn.init.zeros_(linear.bias)
+    for block in transformer.blocks:
+        nn.init.zeros_(block.attn2.to_k.bias)
+        nn.init.constant_(block.attn2.norm_q.weight, 2.0)
+        nn.init.constant_(block.attn2.norm_k.weight, 2.0)
+
+
+def _schedule(step: int, config: TransformerTraining) -> float:
+    return min((step + 1) / config.warmup_steps, 1.0, (config.steps - step) / config.decay_steps)

@@ -1,0 +1,126 @@
+"""Training of the shapes model: resumes exactly, and trains on what `WanPipeline` will compute."""
+
+import json
+
+import pytest
+import torch
+from diffusers import WanPipeline
+from diffusers.models.transformers.transformer_wan import WanAttnProcessor
+
+from blade.moving_shapes.captions import HELD_OUT, parse_caption
+from blade.moving_shapes.training import shapes_model, transformer, vae
+from blade.moving_shapes.training.components import build_tokenizer
+from blade.moving_shapes.training.muon import orthogonalise
+from blade.moving_shapes.training.padding import TEXT_LENGTH
+
+VAE = vae.VAETraining(
+    steps=4,
+    full_size_steps=1,
+    batch_size=1,
+    frames=5,
+    size=56,
+    full_frames=9,
+    full_size=64,
+    checkpoint_every=2,
+    log_every=1,
+)
+TRANSFORMER = transformer.TransformerTraining(
+    phases=(
+        transformer.Phase(steps=2, batch_size=2, frames=5, size=56, videos=3, first_videos=2),
+        transformer.Phase(steps=2, batch_size=1, frames=9, size=64, videos=2, first_videos=1),
+    ),
+    checkpoint_every=1,
+    log_every=1,
+    score_every=0,
+)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shapes")
+    shapes_model.train_shapes_model(folder / "run", folder / "model", vae=VAE, transformer=TRANSFORMER)
+    return folder
+
+
+def test_finished_folder_is_an_ordinary_pipeline(finished):
+    pipe = WanPipeline.from_pretrained(finished / "model")
+    video = pipe("a red ball moving right", height=32, width=32, num_frames=5, num_inference_steps=2, output_type="pt")
+    assert video.frames.shape == (1, 5, 3, 32, 32)
+    assert video.frames.isfinite().all()
+    assert (finished / "model" / "README.md").exists()
+
+
+def test_log_has_every_step_once_and_in_order(finished):
+    records = [json.loads(line) for line in (finished / "model" / "training_log.jsonl").read_text().splitlines()]
+    assert [(r["stage"], r["step"]) for r in records] == [(s, n) for s in ("vae", "transformer") for n in (1, 2, 3, 4)]
+
+
+@pytest.mark.parametrize(("module", "function"), [(vae, "_step"), (transformer, "flow_matching_loss")])
+def test_killed_run_resumes_to_the_same_weights(finished, tmp_path, monkeypatch, module, function):
+    original, calls = getattr(module, function), []
+
+    def dies_at_fourth_call(*args, **kwargs):
+        calls.append(None)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(module, function, dies_at_fourth_call)
+    train = lambda: shapes_model.train_shapes_model(  # noqa: E731
+        tmp_path / "run", tmp_path / "model", vae=VAE, transformer=TRANSFORMER
+    )
+    with pytest.raises(KeyboardInterrupt):
+        train()
+    assert not (tmp_path / "model").exists()
+    train()
+    for part in ("vae", "transformer"):
+        name = f"{part}/diffusion_pytorch_model.safetensors"
+        assert (tmp_path / "model" / name).read_bytes() == (finished / "model" / name).read_bytes()
+    assert _steps(tmp_path) == _steps(finished)
+
+
+def test_short_padding_equals_the_pipelines(finished):
+    torch.manual_seed(0)
+    model = transformer.TextConditionedTransformer(build_tokenizer()).eval()
+    for parameter in model.parameters():
+        parameter.data.add_(0.05 * torch.randn_like(parameter))
+    pipe = model.pipeline(vae.build_vae())
+    for module in (model, pipe.text_encoder, pipe.transformer):
+        module.double()
+    captions = [
+        "a red ball moving right",
+        "",
+        "a small white square moving up and a striped blue ball moving left fast",
+    ]
+    latents, timestep = torch.randn(3, 32, 2, 4, 4).double(), torch.tensor([900.0, 500.0, 100.0])
+    with torch.no_grad():
+        text, _ = pipe.encode_prompt(captions, do_classifier_free_guidance=False, max_sequence_length=TEXT_LENGTH)
+        expected = pipe.transformer(latents, timestep, text, return_dict=False)[0]
+        actual = model(latents, timestep, captions)
+    assert isinstance(pipe.transformer.blocks[0].attn2.processor, WanAttnProcessor)
+    assert expected.abs().max() > 0.1
+    torch.testing.assert_close(actual, expected, atol=1e-6, rtol=1e-6)
+
+
+def test_training_never_draws_held_out_combinations():
+    drawn = set()
+    for index in range(3000):
+        rng = vae.numpy_rng(0, 3, 33, index)
+        caption = transformer.sample_caption(rng, objects=1 + index % 2)
+        assert parse_caption(str(caption)) == caption
+        drawn |= {described.combination for described in caption.objects}
+    assert len(drawn) == 60
+    assert not drawn & HELD_OUT
+
+
+def test_orthogonalise_brings_singular_values_near_one():
+    matrices = torch.randn(2, 12, 40, generator=torch.Generator().manual_seed(0))
+    for shape in (matrices, matrices.mT):
+        values = torch.linalg.svdvals(orthogonalise(shape))
+        assert values.min() > 0.6
+        assert values.max() < 1.3
+
+
+def _steps(folder):
+    lines = (folder / "model" / "training_log.jsonl").read_text().splitlines()
+    return [(record["stage"], record["step"], record["loss"]) for record in map(json.loads, lines)]
