@@ -66,9 +66,10 @@ class AdaptivePlan:
 
     @property
     def min_blocks(self) -> int:
-        """Blocks of video that the rule of cumulative mass leaves at least."""
+        """Blocks, text included, that the rule of cumulative mass leaves in a row at least."""
+        text, kept = self.budget.text_blocks, self.budget.kept_blocks
         share = math.floor(self.budget.blocks * self.config.min_fraction)
-        return max(1, min(share, self.budget.kept_blocks))
+        return text + max(min(1, kept), min(share - text, kept))
 
 
 def adaptive_attention(
@@ -102,7 +103,7 @@ def select(query: torch.Tensor, key: torch.Tensor, plan: AdaptivePlan, draw: tor
     config, budget = plan.config, plan.budget
     block_size = (config.block_size, config.block_size)
     if config.selector == "sampled":
-        query_offsets, key_offsets = draw.to(torch.int64).unbind(0)
+        query_offsets, key_offsets = draw.unbind(0)
         importance = sampled_importance(
             query, key, query_offsets, key_offsets, block_size, softmax_denominator=config.softmax_denominator
         )
@@ -116,10 +117,11 @@ def select(query: torch.Tensor, key: torch.Tensor, plan: AdaptivePlan, draw: tor
     return select_blocks(
         importance,
         block_size,
-        max_blocks=budget.kept_blocks,
+        max_blocks=budget.text_blocks + budget.kept_blocks,
         min_blocks=plan.min_blocks,
         cumulative_mass=config.cumulative_mass,
-        text_blocks=plan.text_blocks,
+        forced_key_blocks=plan.text_blocks,
+        forced_query_blocks=plan.text_blocks,
     )
 
 

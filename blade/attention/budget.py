@@ -40,11 +40,6 @@ class BlockBudget:
         """Whether text, pooled tokens and the one block that each row keeps alone take more than was requested."""
         return self.density > self.requested_density + 1e-6
 
-    @property
-    def capacity(self) -> int:
-        """Most blocks that a row keeps: all of them in a row of text, if there is one."""
-        return self.blocks if self.text_blocks else self.kept_blocks
-
 
 def is_text_block(grid: TokenGrid, block_size: int) -> list[bool]:
     """Return for each block of the sequence whether it holds a text token."""

@@ -74,7 +74,7 @@ class StepResolver:
 
     def _from_scheduler(self) -> tuple[int | None, int | None]:
         pipe = self._pipe() if self._pipe is not None else None
-        scheduler = getattr(pipe, "scheduler", None)
+        scheduler: Any = getattr(pipe, "scheduler", None)
         if getattr(scheduler, "num_inference_steps", None) is None:
             return None, None  # not in use: the transformer is called by itself
         total = len(scheduler.timesteps)

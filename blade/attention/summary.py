@@ -51,7 +51,7 @@ class TransformerSummary:
 
     def __str__(self) -> str:
         config, budget = self.config, self.budget
-        method = config.attention
+        method: str = config.attention
         if method != "dense":
             method += f", {config.asa.selector} selector, {config.asa.token_order} order"
             method += f", requested sparsity {config.sparsity:g}"

@@ -82,7 +82,6 @@ def test_cogvideox_text_is_paid_first():
     without_text = plan_budget(TokenGrid(13, 30, 45), 0.85, block_size=128, pooled_tokens="none", pooled_window=15)
     assert budget.kept_blocks < without_text.kept_blocks
     assert budget.density <= 0.15
-    assert budget.capacity == 139
 
 
 def test_text_and_pooled_tokens_may_exceed_the_budget():
