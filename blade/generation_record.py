@@ -7,7 +7,6 @@ import platform
 import resource
 from collections.abc import Mapping
 from dataclasses import fields
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 
 from blade.config import BladeConfig
 from blade.generation import SPARSE_OPTIONS, Generation, GenerationRequest
+from blade.machine import describe_machine, describe_versions
 
 PACKAGES = ("blade-video", "torch", "diffusers", "transformers", "av")
 """Packages whose versions are recorded."""
@@ -46,8 +46,8 @@ def make_record(request: GenerationRequest, generation: Generation, *, seconds_l
         "seconds_denoising": round(generation.seconds_denoising, 4),
         "seconds_decoding": round(generation.seconds_decoding, 4),
         "peak_memory_gib": round(_peak_memory_gib(device), 4),
-        "machine": _machine(device),
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
+        "machine": describe_machine(device),
+        "versions": describe_versions(PACKAGES),
     }
 
 
@@ -86,21 +86,6 @@ def read_request(path: str | Path, changes: Mapping[str, Any] | None = None) -> 
         raise ValueError(f"`from_json` {path} holds a value of the wrong type: {error}.") from error
 
 
-def _machine(device: torch.device) -> dict[str, Any]:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
-    return {"system": f"{platform.system()} {platform.machine()}", "device": name, "threads": torch.get_num_threads()}
-
-
-def _processor() -> str:
-    """Return the processor's name, which Python itself does not know on Linux."""
-    try:
-        listing = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        listing = ""
-    names = [line.partition(":")[2].strip() for line in listing.splitlines() if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
 def _peak_memory_gib(device: torch.device) -> float:
     """Peak memory of the device in GiB; on the CPU, of the whole process."""
     if device.type == "cuda":
@@ -108,10 +93,3 @@ def _peak_memory_gib(device: torch.device) -> float:
     # Linux counts in KiB, macOS in bytes
     unit = 1 if platform.system() == "Darwin" else 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

@@ -21,12 +21,12 @@ READABLE = (ValueError, OSError, ArithmeticError, NotImplementedError)
 """Errors whose message says by itself what is wrong."""
 
 
-def run_command(function: Callable[..., Any], arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run a function as a command line and exit.
+def run_command(function: Callable[..., Any] | typer.Typer, arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run a function, or an application of several commands, as a command line and exit.
 
     Args:
-        function: a function returning None that Typer can make a command of. Its options include `--debug`, with
-            which errors keep their traceback.
+        function: a function returning None that Typer can make a command of, or an application made of such. Their
+            options include `--debug`, with which errors keep their traceback.
         arguments: the command line without the program's name; None takes the process's own.
 
     Raises:
@@ -34,8 +34,11 @@ def run_command(function: Callable[..., Any], arguments: Sequence[str] | None = 
             1 for everything else.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    app = typer.Typer(add_completion=False)
-    app.command()(function)
+    if isinstance(function, typer.Typer):
+        app = function
+    else:
+        app = typer.Typer(add_completion=False)
+        app.command()(function)
     try:
         with _plain_messages():
             code = typer.main.get_command(app).main(arguments, standalone_mode=False)
