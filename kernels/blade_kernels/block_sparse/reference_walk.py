@@ -13,7 +13,7 @@ from torch import Tensor
 from blade_kernels.block_mask import BlockMask
 from blade_kernels.block_sparse.pooled import PooledTokens
 
-_PIECE_ELEMENTS = 2**17  # keys gathered, or logits, at a time: what a core's cache holds measured fastest
+_PIECE_ELEMENTS = 2**18  # keys gathered, or logits, at a time: what a core's cache holds measured fastest
 
 
 class Scratch:

@@ -80,6 +80,7 @@ def test_a_compiler_that_fails_is_told_by_its_first_words(tmp_path, monkeypatch)
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("block_size", [(64, 64), (128, 128)])
 @pytest.mark.parametrize("pooled", [None, "all", "dropped"])
 def test_on_cuda_with_gradients_and_log_sum_exp(dense, as_good_as, case, block_size, pooled):

@@ -1,0 +1,98 @@
+"""`blade-bench`: how fast the kernels are on this machine."""
+
+from __future__ import annotations
+
+import importlib.util
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, NoReturn, TypeVar
+
+import typer
+
+from blade.cli.command import run_command
+
+Number = TypeVar("Number", int, float)
+
+app = typer.Typer(add_completion=False, help="Measure BLADE's kernels on this machine.")
+
+
+@app.callback()
+def _commands() -> None:
+    """Keep the name of the one command that there is."""
+
+
+def _option(help: str, *names: str) -> Any:
+    return typer.Option(*names, help=help)
+
+
+@app.command()
+def attention(
+    *,
+    tokens: Annotated[str, _option("Lengths of the sequence, such as 2048,8192.")] = "8192",
+    heads: Annotated[int, _option("Attention heads.")] = 2,
+    head_dim: Annotated[int, _option("Numbers in one head of one token.")] = 128,
+    density: Annotated[str, _option("Shares of key blocks that a row keeps, in (0, 1], such as 0.5,0.15.")] = "0.15",
+    block_size: Annotated[int, _option("Tokens in a block.")] = 128,
+    dtype: Annotated[str, _option("float32, bfloat16 or float16.")] = "float32",
+    device: Annotated[str, _option("cpu, cuda, cuda:1, ...")] = "cpu",
+    threads: Annotated[int | None, _option("Threads on the CPU; by default PyTorch's own number.")] = None,
+    repeats: Annotated[int, _option("Measured calls, of which the median counts.")] = 5,
+    output: Annotated[
+        Path | None,
+        _option("Folder for attention.json, attention.md and attention.png; by default nothing is written."),
+    ] = None,
+    debug: Annotated[bool, _option("Show the traceback of an error.", "--debug")] = False,
+) -> None:
+    """Time block-sparse attention over random blocks beside the fastest dense attention, and print a table."""
+    if output is not None and importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("`--output` draws a plot, and matplotlib is not installed: pip install 'blade-video[plots]'.")
+    # imported here, so that --help and usage errors don't wait for PyTorch
+    from rich.console import Console
+    from rich.table import Table
+
+    from blade.evaluation.attention_benchmark import AttentionBenchmark, run_attention_benchmark, table, write_report
+
+    settings = AttentionBenchmark(
+        tokens=_numbers("--tokens", tokens, int),
+        densities=_numbers("--density", density, float),
+        heads=heads,
+        head_dim=head_dim,
+        block_size=block_size,
+        dtype=dtype,
+        device=device,
+        threads=threads,
+        repeats=repeats,
+    )
+    console, progress = Console(), Console(stderr=True)
+    with progress.status("dense ...") as status:
+        report = run_attention_benchmark(
+            settings,
+            command=shlex.join(["blade-bench", *sys.argv[1:]]),
+            on_case=lambda case: status.update(f"{case['tokens']:,} tokens, density {case['density']} done ..."),
+        )
+    headings, rows = table(report)
+    shown = Table(*headings)
+    for row in rows:
+        shown.add_row(*row)
+    console.print(shown)
+    if output is not None:
+        console.print(*(str(path) for path in write_report(report, output)), sep="\n")
+
+
+def _numbers(name: str, text: str, kind: type[Number]) -> tuple[Number, ...]:
+    """The numbers of a comma-separated list."""
+    try:
+        return tuple(kind(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"`{name}` must be numbers separated by commas, got {text!r}.") from None
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run `blade-bench` and exit.
+
+    Args:
+        arguments: the command line without the program's name; None takes the process's own.
+    """
+    run_command(app, arguments)
