@@ -56,7 +56,7 @@ def fit_scene(video: torch.Tensor, prompt: str) -> Scene:
 
 
 def _first_guess(track: Track, described: ObjectCaption) -> MovingObject:
-    radius = float(radius_of_area(described.shape, torch.tensor(track.full_area)))
+    radius = radius_of_area(described.shape, track.full_area)
     return MovingObject(
         shape=described.shape,
         colour=world.RGB[described.colour],

@@ -8,20 +8,23 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from collections.abc import Sequence
 
 import torch
 
 from . import world
 from .captions import SHAPES, Caption, ObjectCaption, parse_caption
-from .segmentation import Segmentation, Track, segment
+from .segmentation import REACH, Segmentation, Track, segment, smooth
 
 BASICS = ("colour", "shape", "direction")
 """The attributes that every caption names for every object."""
 
 COLOUR_TOLERANCE = 0.25
 """Distance in RGB from the palette's colour; two palette colours are at least 0.45 apart."""
-LEAST_OVERLAP = 0.8
-"""Intersection over union with the named silhouette. A square's with a disc of equal area is 0.83."""
+LEAST_OVERLAP = 0.75
+"""Of an object with the shape it is nearest to. Halves of shapes stay below 0.70, blurred whole ones above 0.79."""
+BLURS = (1, 2, 4, 8)
+"""How often a silhouette may be blurred, by sqrt(1/2) pixels each time, to look like the object."""
 LEAST_SPEED = world.SPEED[None][0] / 2
 """Pixels a frame below which an object counts as static: half the world's slowest."""
 LEAST_PRESENCE = 0.9
@@ -114,6 +117,16 @@ def match_objects(seen: Segmentation, caption: Caption) -> tuple[Track | None, .
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ShapeFit:
+    """How well a shape describes an object's appearance."""
+
+    overlap: float
+    """Sum of the pixelwise smaller over sum of the pixelwise larger of the two: 1 is perfect."""
+    radius: float
+    """In pixels, as `world.MovingObject` counts it."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class _View:
     """What one object of a video looks like."""
 
@@ -127,13 +140,13 @@ class _View:
 
 
 def _look_at(track: Track) -> _View:
-    overlaps = silhouette_overlaps(track)
-    shape = max(overlaps, key=lambda name: overlaps[name])
-    radius = float(radius_of_area(shape, torch.tensor(track.full_area)))
+    fits = compare_shapes(track)
+    shape = max(fits, key=lambda name: fits[name].overlap)
+    radius = fits[shape].radius
     return _View(
         present=_present_throughout(track),
         colour=nearest_colour(track.colour),
-        shape=shape if overlaps[shape] >= LEAST_OVERLAP else None,
+        shape=shape if fits[shape].overlap >= LEAST_OVERLAP else None,
         size="small" if radius < SIZE_THRESHOLD else "large",
         striped=track.striped,
         velocity=track.velocity,
@@ -178,30 +191,45 @@ def nearest_colour(rgb: tuple[float, float, float]) -> str | None:
     return name if math.dist(world.RGB[name], rgb) <= COLOUR_TOLERANCE else None
 
 
-def silhouette_overlaps(track: Track) -> dict[str, float]:
-    """Intersection over union of a track with each shape of its area at its centre, summed over frames.
-
-    Frames in which nothing is near the object count; where there are none, what can be seen in the others does.
-    """
-    frames, centre, area = track.free, track.centre, track.area
-    if not bool(frames.any()):
-        frames, centre, area = track.area > 0, track.line, torch.full_like(track.area, track.full_area)
-    mask, known = track.mask[frames], ~track.near_other[frames]
-    dx, dy = _offsets(centre[frames], mask)
-    overlaps = {}
-    for shape in SHAPES:
-        radius = radius_of_area(shape, area[frames])[:, None, None]
-        silhouette = world.signed_distance(shape, radius, dx, dy) < 0
-        union = int(((silhouette | mask) & known).sum())
-        overlaps[shape] = int((silhouette & mask & known).sum()) / max(union, 1)
-    return overlaps
+def compare_shapes(track: Track) -> dict[str, ShapeFit]:
+    """Fit each shape, with the object's fill, to what the object looks like on average."""
+    return {shape: _fit_shape(shape, track) for shape in SHAPES}
 
 
-def radius_of_area(shape: str, area: torch.Tensor) -> torch.Tensor:
+def _fit_shape(shape: str, track: Track) -> ShapeFit:
+    """Search radius, place and blur for the greatest overlap, from coarse to fine."""
+    radius, x, y = radius_of_area(shape, track.full_area), 0.0, 0.0
+    reach = min(int(1.6 * world.TRIANGLE_CIRCUMRADIUS * radius) + 2, REACH)
+    pixels = torch.arange(-reach, reach + 1).float()
+    appearance = track.appearance[REACH - reach : REACH + reach + 1, REACH - reach : REACH + reach + 1]
+
+    def overlaps(candidates: Sequence[torch.Tensor], blurs: int) -> torch.Tensor:
+        radius, x, y = candidates
+        dx, dy = pixels - x.view(-1, 1, 1), pixels[:, None] - y.view(-1, 1, 1)
+        drawn = world.coverage(world.signed_distance(shape, radius.view(-1, 1, 1), dx, dy))
+        if track.striped:
+            drawn = drawn * world.stripe_shade(dy)
+        for _ in range(blurs):
+            drawn = smooth(drawn[:, None])[:, 0]
+        smaller, larger = torch.minimum(drawn, appearance), torch.maximum(drawn, appearance)
+        return smaller.sum((1, 2)) / larger.sum((1, 2))
+
+    for scale in (1.0, 0.5, 0.25):
+        moves = scale * torch.arange(-2.0, 3.0)
+        grid = [
+            axis.flatten() for axis in torch.meshgrid(radius * (1 + 0.08 * moves), x + moves, y + moves, indexing="ij")
+        ]
+        best = int(overlaps(grid, blurs=2).argmax())
+        radius, x, y = (float(axis[best]) for axis in grid)
+    found = [torch.tensor([value]) for value in (radius, x, y)]
+    return ShapeFit(overlap=max(float(overlaps(found, blurs=count)) for count in BLURS), radius=radius)
+
+
+def radius_of_area(shape: str, area: float) -> float:
     """The radius, as `world.MovingObject` counts it, at which a shape covers so many pixels."""
     if shape == "triangle":
-        return (area / (0.75 * math.sqrt(3))).sqrt() / world.TRIANGLE_CIRCUMRADIUS
-    return (area / math.pi).sqrt()
+        return math.sqrt(area / (0.75 * math.sqrt(3))) / world.TRIANGLE_CIRCUMRADIUS
+    return math.sqrt(area / math.pi)
 
 
 def _present_throughout(track: Track) -> bool:

@@ -22,8 +22,12 @@ CONTACT = 2
 """Objects nearer than this many pixels to each other may hide or blend with each other."""
 LEAST_AREA = 30.0
 """Visible area in pixels, averaged over all frames, below which something is not an object."""
+REACH = 28
+"""Pixels to each side of its centre that an object's appearance covers; the largest triangle reaches 22.4."""
 BAND = int(world.STRIPE_PERIOD / 2)
 """Width of a striped object's dark stripes in pixels."""
+MOST_CAST = 0.06
+"""Tint of the whole video, in each channel, that is taken away before colours are told apart."""
 WHITE_CHROMA = 0.25
 """Distance from grey above which a pixel is not white."""
 BACKGROUND_TOLERANCE = (world.PATTERN_LEVEL - world.BACKGROUND_LEVEL) / 2
@@ -46,6 +50,9 @@ class Track:
     """(frames, height, width) bool: its visible pixels, dark stripes included."""
     near_other: torch.Tensor
     """(frames, height, width) bool: pixels at which another object may hide this one."""
+    appearance: torch.Tensor
+    """(2 * REACH + 1, 2 * REACH + 1): its amplitude around its centre, 1 where it is brightest, averaged over frames
+    where nothing hides that pixel."""
     area: torch.Tensor
     """(frames,) visible pixels."""
     centre: torch.Tensor
@@ -101,54 +108,57 @@ def segment(video: torch.Tensor) -> Segmentation:
     Raises:
         ValueError: If `video` does not have that shape, or is not finite.
     """
-    smooth = _smooth(check_video(video))
-    brightness = smooth.mean(1)
-    background, canvas, off = _nearest_background(brightness)
-    amplitude, label = _amplitude_and_label(smooth, canvas)
+    smoothed = smooth(check_video(video))
+    background, canvas = _nearest_background(smoothed.mean(1))
+    smoothed = smoothed - _cast(smoothed, canvas)
+    off = (smoothed.mean(1) - canvas).abs()
+    amplitude, label = _amplitude_and_label(smoothed, canvas)
     seen = [
-        (name, *found)
+        outline
         for index, name in enumerate(LABELS)
         for cells in _connected_cells((amplitude > 0.5) & (label == index))
-        if (found := _outline(smooth, amplitude, label == index, cells, canvas if name == "white" else None))
+        if (outline := _outline(name, smoothed, amplitude, label == index, cells, canvas if name == "white" else None))
     ]
-    seen.sort(key=lambda found: -int(found[-1].sum()))
-    masks = [mask for *_, mask in seen]
+    seen.sort(key=lambda outline: -int(outline.mask.sum()))
+    masks = [outline.mask for outline in seen]
     everything = torch.stack(masks).any(0) if masks else torch.zeros_like(off, dtype=torch.bool)
     away = ~_dilate(everything, 2 * CONTACT)
     return Segmentation(
         background=background,
         background_matches=bool((off[away] < BACKGROUND_TOLERANCE).float().mean() > 0.9),
-        tracks=tuple(
-            _track(name, colour, striped, mask, _dilate(everything & ~mask, CONTACT))
-            for name, colour, striped, mask in seen
-        ),
+        tracks=tuple(_track(outline, _dilate(everything & ~outline.mask, CONTACT)) for outline in seen),
     )
 
 
-def _smooth(video: torch.Tensor) -> torch.Tensor:
+def smooth(video: torch.Tensor) -> torch.Tensor:
     """Binomial 3x3 blur, which takes noise to three eighths and hardly moves an edge."""
     padded = F.pad(video, (1, 1, 1, 1), mode="replicate")
     rows = (padded[:, :, :-2] + padded[:, :, 2:]) / 4 + padded[:, :, 1:-1] / 2
     return (rows[..., :-2] + rows[..., 2:]) / 4 + rows[..., 1:-1] / 2
 
 
-def _nearest_background(brightness: torch.Tensor) -> tuple[str | None, torch.Tensor, torch.Tensor]:
-    """The best background's name, its brightness (1, height, width), and how far off each pixel is."""
+def _nearest_background(brightness: torch.Tensor) -> tuple[str | None, torch.Tensor]:
+    """The best background's name, and its brightness (1, height, width)."""
     y, x = (torch.arange(size) + 0.5 for size in brightness.shape[1:])
-    y, x = y[None, :, None], x[None, None, :]
     candidates = []
     for name in (None, *BACKGROUNDS):
-        canvas = world.draw_background(name, x, y)[:, 0]
-        off = (brightness - canvas).abs()
-        candidates.append((float(off.clamp(max=BACKGROUND_TOLERANCE).mean()), name, canvas, off))
-    _, name, canvas, off = min(candidates, key=lambda candidate: candidate[0])
-    return name, canvas, off
+        canvas = world.draw_background(name, x[None, None, :], y[None, :, None])[:, 0]
+        off = (brightness - canvas).abs().clamp(max=BACKGROUND_TOLERANCE).mean()
+        candidates.append((float(off), name, canvas))
+    _, name, canvas = min(candidates, key=lambda candidate: candidate[0])
+    return name, canvas
 
 
-def _amplitude_and_label(smooth: torch.Tensor, canvas: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _cast(smoothed: torch.Tensor, canvas: torch.Tensor) -> torch.Tensor:
+    """The tint (3, 1, 1) of the whole video, as most of the background has it."""
+    off = (smoothed - canvas[:, None])[::3, :, ::2, ::2].transpose(0, 1).flatten(1)
+    return off.median(1).values.clamp(-MOST_CAST, MOST_CAST)[:, None, None]
+
+
+def _amplitude_and_label(smoothed: torch.Tensor, canvas: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Each pixel's amplitude of its best colour, and that colour's index in `LABELS`; both (frames, height, width)."""
-    brightness = smooth.mean(1)
-    chroma = smooth - brightness[:, None]
+    brightness = smoothed.mean(1)
+    chroma = smoothed - brightness[:, None]
     palette = torch.tensor([world.RGB[name] for name in HUES])
     palette = palette - palette.mean(1, keepdim=True)
     length = palette.norm(dim=1)
@@ -195,17 +205,31 @@ def _connected_cells(core: torch.Tensor) -> list[torch.Tensor]:
     return objects
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Outline:
+    """What is known of an object before it is followed; see `Track`."""
+
+    label: str
+    colour: tuple[float, float, float]
+    striped: bool
+    mask: torch.Tensor
+    amplitude: torch.Tensor
+    """(frames, height, width): 1 where it is brightest, 0 where another object is."""
+
+
 def _outline(
-    smooth: torch.Tensor,
+    name: str,
+    smoothed: torch.Tensor,
     amplitude: torch.Tensor,
     labelled: torch.Tensor,
     cells: torch.Tensor,
     white_canvas: torch.Tensor | None,
-) -> tuple[tuple[float, float, float], bool, torch.Tensor] | None:
-    """One object's colour, whether it is striped, and its mask; None if it is too small to be an object.
+) -> _Outline | None:
+    """Find one object's outline; None if it is too small to be an object.
 
     Args:
-        smooth: (frames, 3, height, width).
+        name: Its palette colour.
+        smoothed: (frames, 3, height, width).
         amplitude: (frames, height, width).
         labelled: Pixels of the object's hue.
         cells: The cells that its bright area touches.
@@ -222,24 +246,30 @@ def _outline(
     else:
         brightest = _spread(white_canvas, rows=1, columns=1)
         dark_level = world.STRIPE_SHADE * peak * world.RGB["white"][0]
-        whole = _spread(core, rows=BAND + 1, columns=BAND) & (smooth.mean(1) > (brightest + dark_level) / 2)
+        whole = _spread(core, rows=BAND + 1, columns=BAND) & (smoothed.mean(1) > (brightest + dark_level) / 2)
         whole &= labelled | (amplitude < dark / 2)
     inside = ~_spread(~whole, rows=1, columns=2)  # stripes are horizontal: their rows are what must be kept
     between = (1 + world.STRIPE_SHADE) / 2 * peak
     striped = bool((amplitude[inside] < between).float().mean() > 0.25)
-    in_bright_row = _spread(amplitude, columns=3) > between if striped else True
-    mask = (whole if striped else region & labelled) & ((amplitude > peak / 2) | ~in_bright_row)
+    mask = region & labelled & (amplitude > peak / 2)
+    if striped:  # its edges lie at half of what each row has
+        mask = whole & ((amplitude > peak / 2) | (_spread(amplitude, columns=3) < between))
     if int(mask.sum()) < LEAST_AREA * len(mask):
         return None
     bright = core & (amplitude >= peak)
-    red, green, blue = smooth.movedim(1, 0)[:, bright].median(1).values.tolist()
-    return (red, green, blue), striped, mask
+    red, green, blue = smoothed.movedim(1, 0)[:, bright].median(1).values.tolist()
+    return _Outline(
+        label=name,
+        colour=(red, green, blue),
+        striped=striped,
+        mask=mask,
+        amplitude=torch.where(region & labelled, amplitude / peak, 0).clamp(0, 1),
+    )
 
 
-def _track(
-    label: str, colour: tuple[float, float, float], striped: bool, mask: torch.Tensor, near_other: torch.Tensor
-) -> Track:
-    """Follow a mask: a Theil-Sen line through its centroids, in frames where nothing may hide it if there are some."""
+def _track(outline: _Outline, near_other: torch.Tensor) -> Track:
+    """Follow an object: a Theil-Sen line through its centroids, where it can in frames in which nothing hides it."""
+    mask = outline.mask
     frames, height, width = mask.shape
     area = mask.sum((1, 2)).float()
     x, y = torch.arange(width) + 0.5, torch.arange(height) + 0.5
@@ -256,12 +286,15 @@ def _track(
         slopes = (points[second] - points[first]) / (times[second] - times[first])[:, None]
         velocity = slopes.median(0).values
     start = (points - times[:, None] * velocity).median(0).values
+    shown = free if bool(free.any()) else seen
+    middle = centre if bool(free.any()) else start + time[:, None] * velocity
     return Track(
-        label=label,
-        colour=colour,
-        striped=striped,
+        label=outline.label,
+        colour=outline.colour,
+        striped=outline.striped,
         mask=mask,
         near_other=near_other,
+        appearance=_appearance(outline.amplitude[shown], ~near_other[shown], middle[shown]),
         area=area,
         centre=centre,
         free=free,
@@ -269,6 +302,17 @@ def _track(
         velocity=(float(velocity[0]), float(velocity[1])),
         full_area=float(area[free].median() if bool(free.any()) else area.max()),
     )
+
+
+def _appearance(amplitude: torch.Tensor, known: torch.Tensor, centre: torch.Tensor) -> torch.Tensor:
+    """Average of (frames, height, width) around a centre (x, y) that moves, where it is known."""
+    height, width = amplitude.shape[1:]
+    offsets = torch.arange(-REACH, REACH + 1)
+    x = (2 * (centre[:, :1] + offsets) / width - 1)[:, None, :].expand(-1, len(offsets), -1)
+    y = (2 * (centre[:, 1:] + offsets) / height - 1)[:, :, None].expand(-1, -1, len(offsets))
+    layers = torch.stack((amplitude * known, known.float()), dim=1)
+    total, weight = F.grid_sample(layers, torch.stack((x, y), dim=-1), align_corners=False).sum(0)
+    return total / weight.clamp(min=1e-3)
 
 
 def _dilate(mask: torch.Tensor, by: int) -> torch.Tensor:
