@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from blade_kernels.block_sparse.api import IMPLEMENTATIONS
 from diffusers.hooks import HookRegistry, ModelHook
 from torch import nn
 
@@ -46,8 +47,8 @@ class AppliedBlade(ModelHook):
             pipe: the pipeline that drives it, for its scheduler.
 
         Raises:
-            ValueError: if `dense_layers` names a layer that isn't there, the transformer is split by a parallelism,
-                or, with `strict`, a layer cannot be made sparse.
+            ValueError: if there is no such implementation, `dense_layers` names a layer that isn't there, the
+                transformer is split by a parallelism, or, with `strict`, a layer cannot be made sparse.
         """
         super().__init__()
         self.family = family
@@ -63,6 +64,10 @@ class AppliedBlade(ModelHook):
         self._handles: Sequence[Any] = ()
 
         _refuse_parallelism(transformer)
+        if config.implementation not in IMPLEMENTATIONS:
+            raise ValueError(
+                f"`implementation` must be one of {', '.join(IMPLEMENTATIONS)}, got {config.implementation!r}."
+            )
         self.attentions = tuple(family.attention_layers(transformer))
         beyond = [layer for layer in config.dense_layers if layer >= len(self.attentions)]
         if beyond:

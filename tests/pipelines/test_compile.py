@@ -1,4 +1,4 @@
-"""Compiled regionally, all layers and steps share two graphs, one dense and one sparse; a second resolution adds two."""
+"""Compiled regionally, all layers and steps share two graphs, one dense and one sparse, at every resolution."""
 
 import pytest
 import torch

@@ -1,6 +1,7 @@
 """Wan under BLADE: tokens, positions and timesteps travel together, in any grid, and everything can be undone."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from blade_pipelines.wan import permute_patches
 from diffusers import FirstBlockCacheConfig
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from blade import BladeConfig, TokenGrid, apply_blade, blade_summary, remove_blade
 from blade.attention.applied import applied_to
@@ -232,6 +234,34 @@ def test_the_preset_is_found_by_the_models_size(make_wan, heads, head_size, pres
         transformer = make_wan(layers=1, heads=heads, attention_head_dim=head_size)
     apply_blade(transformer)
     assert applied_to(transformer).config == BladeConfig.from_preset(preset)
+
+
+class HostReads(TorchDispatchMode):
+    """Counts the operators by which the host waits for a value or a shape from the device."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        name = operator.overloadpacket.__name__
+        self.count += name in ("_local_scalar_dense", "nonzero", "masked_select", "unique", "repeat_interleave")
+        return operator(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("selector", ["sampled", "mean-pooled", "random", "local"])
+def test_nothing_waits_for_the_device(make_wan, wan_inputs, selector):
+    """Attention itself is one operator here, that may look inside."""
+    details = AdaptiveConfig(block_size=8, probe_tokens=4, pooled_window=4, selector=selector, cumulative_mass=0.9)
+    transformer = apply_blade(make_wan(), BladeConfig(pooled_tokens="dropped", asa=details))
+    inputs = wan_inputs()
+    with HostReads() as reads:
+        run(transformer, inputs)
+    assert reads.count == 1  # the timestep, where nobody says which step this is
+    applied_to(transformer).steps.context.latest = SimpleNamespace(step_index=2, num_inference_steps=9)
+    with HostReads() as reads:
+        run(transformer, inputs)
+    assert reads.count == 0
 
 
 def test_gradients_pass_and_survive_checkpointing(make_wan, wan_inputs):

@@ -244,6 +244,23 @@ def test_the_seed_alone_decides(pipe):
     assert not torch.equal(other, first)
 
 
+def test_every_layer_and_step_draws_its_own_and_guidance_shares_them(pipe, monkeypatch):
+    from blade.attention import layer
+
+    draws = []
+    attend = layer.adaptive_attention
+
+    def spy(query, key, value, plan, draw):
+        draws.append(tuple(draw.flatten().tolist()))
+        return attend(query, key, value, plan, draw)
+
+    monkeypatch.setattr(layer, "adaptive_attention", spy)
+    generate(apply_blade(pipe, CONFIG), steps=3)
+    conditional, unconditional = ([draws[i : i + 3] for i in range(first, 18, 6)] for first in (0, 3))
+    assert conditional == unconditional
+    assert len({draw for step in conditional for draw in step}) == 9
+
+
 def test_both_transformers_of_a_pipeline_are_sparse(make_wan, pipe):
     two = WanPipeline(**pipe.components | {"transformer_2": make_wan(seed=1)}, boundary_ratio=0.5)
     two.set_progress_bar_config(disable=True)
@@ -309,6 +326,11 @@ def test_a_students_values_warn(make_wan):
 def test_what_is_no_model_is_refused(target):
     with pytest.raises(ValueError, match="`pipe_or_transformer` must be a Diffusers pipeline with a `transformer`"):
         apply_blade(target, CONFIG)
+
+
+def test_an_unknown_implementation_is_refused(make_wan):
+    with pytest.raises(ValueError, match=r"`implementation` must be one of auto, reference, .*got 'cuda'"):
+        apply_blade(make_wan(), BladeConfig(implementation="cuda"))
 
 
 def test_an_unknown_model_is_refused():
