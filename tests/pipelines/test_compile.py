@@ -1,4 +1,4 @@
-"""Compiled regionally, all layers and steps share two graphs, one dense and one sparse, at every resolution."""
+"""Compiled regionally, all layers and steps share two graphs, one dense and one sparse; a new resolution adds two."""
 
 import pytest
 import torch
