@@ -61,8 +61,9 @@ def sampled_importance(
         qs = qs * ((q.shape[-1] ** -0.5 if scale is None else scale) / math.log(2.0))
         batch, heads, query_blocks, query_samples, _ = qs.shape
         key_blocks, key_samples = ks.shape[2:4]
-        qs, ks = qs.flatten(0, 1), ks.flatten(0, 1).flatten(1, 2)  # (B * H, QB, samples, D), (B * H, keys, D)
-        absent = None if absent is None else absent.flatten(0, 1)
+        # First samples of all key blocks, then the second ones, and so on: maxima over samples vectorise over blocks.
+        qs, ks = qs.flatten(0, 1), ks.flatten(0, 1).transpose(1, 2).flatten(1, 2)  # (B * H, keys, D)
+        absent = None if absent is None else absent.flatten(0, 1).mT.unsqueeze(1)  # (B * H, 1, samples, blocks)
 
         importance = qs.new_empty(batch * heads, query_blocks, key_blocks)
         heads_at_once = max(1, _CHUNK_ELEMENTS // (query_blocks * query_samples * ks.shape[1]))
@@ -72,10 +73,9 @@ def sampled_importance(
             for block in range(0, query_blocks, blocks_at_once):
                 rows = slice(block, block + blocks_at_once)
                 logits = qs[some, rows].flatten(1, 2) @ ks[some].mT
-                logits = logits.view(*logits.shape[:2], key_blocks, key_samples)
+                logits = logits.view(*logits.shape[:2], key_samples, key_blocks)
                 if absent is not None:
-                    masked = slice(key_blocks - absent.shape[1], None)
-                    logits[:, :, masked].masked_fill_(absent[some].unsqueeze(1), -torch.inf)
+                    logits[..., key_blocks - absent.shape[-1] :].masked_fill_(absent[some], -torch.inf)
                 weights = _block_maxima(logits, softmax_denominator)
                 importance[some, rows] = weights.unflatten(1, (-1, query_samples)).amax(2)
         return importance.view(batch, heads, query_blocks, key_blocks)
@@ -113,8 +113,8 @@ def mean_pooled_importance(
 
 
 def _block_maxima(logits: Tensor, softmax_denominator: bool) -> Tensor:
-    """Largest softmax weight in each key block, (n, queries, KB), of (n, queries, KB, samples) logits; spoils them."""
-    best = logits.amax(-1)
+    """Largest softmax weight in each key block, (n, queries, KB), of (n, queries, samples, KB) logits; spoils them."""
+    best = logits.amax(-2)
     peak = best.amax(-1, keepdim=True).clamp(min=torch.finfo(best.dtype).min)  # finite where every key is absent
     weights = (best - peak).exp2_()
     if softmax_denominator:
