@@ -120,6 +120,8 @@ def match_objects(seen: Segmentation, caption: Caption) -> tuple[Track | None, .
 class ShapeFit:
     """How well a shape describes an object's appearance."""
 
+    shape: str
+    striped: bool
     overlap: float
     """Sum of the pixelwise smaller over sum of the pixelwise larger of the two: 1 is perfect."""
     radius: float
@@ -140,17 +142,15 @@ class _View:
 
 
 def _look_at(track: Track) -> _View:
-    fits = compare_shapes(track)
-    shape = max(fits, key=lambda name: fits[name].overlap)
-    radius = fits[shape].radius
+    best = compare_shapes(track)[0]
     return _View(
         present=_present_throughout(track),
         colour=nearest_colour(track.colour),
-        shape=shape if fits[shape].overlap >= LEAST_OVERLAP else None,
-        size="small" if radius < SIZE_THRESHOLD else "large",
-        striped=track.striped,
+        shape=best.shape if best.overlap >= LEAST_OVERLAP else None,
+        size="small" if best.radius < SIZE_THRESHOLD else "large",
+        striped=best.striped or track.striped,
         velocity=track.velocity,
-        steady=_steady(track, tolerance=max(4.0, radius / 2)),
+        steady=_steady(track, tolerance=max(4.0, best.radius / 2)),
     )
 
 
@@ -191,12 +191,13 @@ def nearest_colour(rgb: tuple[float, float, float]) -> str | None:
     return name if math.dist(world.RGB[name], rgb) <= COLOUR_TOLERANCE else None
 
 
-def compare_shapes(track: Track) -> dict[str, ShapeFit]:
-    """Fit each shape, with the object's fill, to what the object looks like on average."""
-    return {shape: _fit_shape(shape, track) for shape in SHAPES}
+def compare_shapes(track: Track) -> list[ShapeFit]:
+    """Fit each shape, solid and striped, to what the object looks like on average; the best comes first."""
+    fits = [_fit_shape(track, shape, striped) for shape in SHAPES for striped in (False, True)]
+    return sorted(fits, key=lambda fit: -fit.overlap)
 
 
-def _fit_shape(shape: str, track: Track) -> ShapeFit:
+def _fit_shape(track: Track, shape: str, striped: bool) -> ShapeFit:
     """Search radius, place and blur for the greatest overlap, from coarse to fine."""
     radius, x, y = radius_of_area(shape, track.full_area), 0.0, 0.0
     reach = min(int(1.6 * world.TRIANGLE_CIRCUMRADIUS * radius) + 2, REACH)
@@ -204,25 +205,25 @@ def _fit_shape(shape: str, track: Track) -> ShapeFit:
     appearance = track.appearance[REACH - reach : REACH + reach + 1, REACH - reach : REACH + reach + 1]
 
     def overlaps(candidates: Sequence[torch.Tensor], blurs: int) -> torch.Tensor:
-        radius, x, y = candidates
-        dx, dy = pixels - x.view(-1, 1, 1), pixels[:, None] - y.view(-1, 1, 1)
-        drawn = world.coverage(world.signed_distance(shape, radius.view(-1, 1, 1), dx, dy))
-        if track.striped:
+        radius, x, y = (values.view(-1, 1, 1) for values in candidates)
+        dx, dy = pixels - x, pixels[:, None] - y
+        drawn = world.coverage(world.signed_distance(shape, radius, dx, dy))
+        if striped:
             drawn = drawn * world.stripe_shade(dy)
         for _ in range(blurs):
             drawn = smooth(drawn[:, None])[:, 0]
         smaller, larger = torch.minimum(drawn, appearance), torch.maximum(drawn, appearance)
         return smaller.sum((1, 2)) / larger.sum((1, 2))
 
+    few, many = torch.arange(-1.0, 2.0), torch.arange(-2.0, 3.0)
     for scale in (1.0, 0.5, 0.25):
-        moves = scale * torch.arange(-2.0, 3.0)
-        grid = [
-            axis.flatten() for axis in torch.meshgrid(radius * (1 + 0.08 * moves), x + moves, y + moves, indexing="ij")
-        ]
+        axes = (radius * (1 + 0.08 * scale * many), x + scale * few, y + scale * many)
+        grid = [axis.flatten() for axis in torch.meshgrid(axes, indexing="ij")]
         best = int(overlaps(grid, blurs=2).argmax())
         radius, x, y = (float(axis[best]) for axis in grid)
     found = [torch.tensor([value]) for value in (radius, x, y)]
-    return ShapeFit(overlap=max(float(overlaps(found, blurs=count)) for count in BLURS), radius=radius)
+    overlap = max(float(overlaps(found, blurs=count)) for count in BLURS)
+    return ShapeFit(shape=shape, striped=striped, overlap=overlap, radius=radius)
 
 
 def radius_of_area(shape: str, area: float) -> float:
