@@ -48,7 +48,8 @@ class AppliedBlade(ModelHook):
 
         Raises:
             ValueError: if there is no such implementation, `dense_layers` names a layer that isn't there, the
-                transformer is split by a parallelism, or, with `strict`, a layer cannot be made sparse.
+                transformer is split by a parallelism, a cache that wraps the whole transformer is enabled, or, with
+                `strict`, a layer cannot be made sparse.
         """
         super().__init__()
         self.family = family
@@ -64,6 +65,7 @@ class AppliedBlade(ModelHook):
         self._handles: Sequence[Any] = ()
 
         _refuse_parallelism(transformer)
+        _refuse_caches_around(transformer)
         if config.implementation not in IMPLEMENTATIONS:
             raise ValueError(
                 f"`implementation` must be one of {', '.join(IMPLEMENTATIONS)}, got {config.implementation!r}."
@@ -89,7 +91,12 @@ class AppliedBlade(ModelHook):
             HookRegistry.check_if_exists_or_initialize(transformer).register_hook(self, HOOK_NAME)
 
     def uninstall(self, transformer: nn.Module) -> None:
-        """Put the previous processors back and take the hooks away."""
+        """Put the previous processors back and take the hooks away.
+
+        Raises:
+            ValueError: if a cache that wraps the whole transformer is enabled.
+        """
+        _refuse_caches_around(transformer)
         for layer, attention in zip(self.layers, self.attentions):
             # somebody else's processor, set since, stays
             if getattr(attention.processor, "layer", None) is layer:
@@ -147,17 +154,13 @@ class AppliedBlade(ModelHook):
 
     def _prepare(self, module: nn.Module, inputs: Inputs) -> AdaptivePlan | None:
         """Tell every layer what it is in this forward pass; return the plan, or None if no step ever is sparse."""
-        step, total = self.steps.resolve(inputs["timestep"])
-        if total is None and isinstance(self.config.dense_steps, float):
-            self._note(
-                f"The number of steps is unknown, so that `dense_steps` {self.config.dense_steps} is taken of "
-                f"{ASSUMED_STEPS}. Give a count, or apply BLADE to the pipeline instead of the transformer."
-            )
-        dense_steps = self.config.dense_step_count(total if total is not None else max(ASSUMED_STEPS, step + 1))
-        sparse_layers = [layer for layer in self.layers if layer.dense_reason is None]
-        plan = self._plan(module, inputs) if sparse_layers and (total is None or dense_steps < total) else None
-        if plan is not None and plan.budget.is_full:
-            plan = None
+        plan, step, dense_steps = None, 0, 0
+        if any(layer.dense_reason is None for layer in self.layers):
+            step, total = self.steps.resolve(inputs["timestep"])
+            dense_steps = self._dense_steps(total)
+            if total is None or dense_steps < total:
+                plan = self._plan(module, inputs)
+                plan = None if plan.budget.is_full else plan
         device = inputs["hidden_states"].device
         if self.step.device != device:
             with torch.inference_mode(False):
@@ -169,12 +172,24 @@ class AppliedBlade(ModelHook):
         self.step.fill_(step % DRAWN_STEPS)
         return plan
 
+    def _dense_steps(self, total: int | None) -> int:
+        if total is not None:
+            return self.config.dense_step_count(total)
+        if isinstance(self.config.dense_steps, int):
+            return self.config.dense_steps
+        self._note(
+            f"The number of steps is unknown, so that `dense_steps` {self.config.dense_steps} is taken of "
+            f"{ASSUMED_STEPS}. Give a count, or apply BLADE to the pipeline instead of the transformer."
+        )
+        return self.config.dense_step_count(ASSUMED_STEPS)
+
     def _plan(self, module: nn.Module, inputs: Inputs) -> AdaptivePlan:
         grid, device = self.family.token_grid(module, inputs), inputs["hidden_states"].device
-        if (grid, device) not in self._plans:
-            self._plans[grid, device] = AdaptivePlan.of(self.config, grid, device)
-            self._judge(self._plans[grid, device])
-        plan = self._plans[grid, device]
+        plan = self._plans.get((grid, device))
+        if plan is None:
+            plan = AdaptivePlan.of(self.config, grid, device)
+            self._judge(plan)
+            self._plans[grid, device] = plan
         self.grid, self.budget = grid, plan.budget
         return plan
 
@@ -204,6 +219,21 @@ def _refuse_parallelism(transformer: nn.Module) -> None:
         raise ValueError(
             "BLADE's attention cannot be split by Diffusers' context or tensor parallelism (the transformer has a "
             "`_parallel_config`); use the transformer without `enable_parallelism`."
+        )
+
+
+def _refuse_caches_around(transformer: nn.Module) -> None:
+    """Refuse hooks that replace the transformer's forward, as FasterCache's does.
+
+    Beneath ours it would see tokens in another order, and above it Diffusers would lose it when ours is removed.
+    """
+    registry = getattr(transformer, "_diffusers_hook", None)
+    names = [name for name, hook in getattr(registry, "hooks", {}).items() if hasattr(hook, "new_forward")]
+    names = [name for name in names if name != HOOK_NAME]
+    if names:
+        raise ValueError(
+            f"The transformer has a cache around its forward ({', '.join(names)}): call `disable_cache` first, and "
+            "`enable_cache` again afterwards."
         )
 
 

@@ -31,7 +31,8 @@ def apply_blade(pipe_or_transformer: Target, config: BladeConfig | None = None) 
 
     Raises:
         ValueError: if the model is of no family that BLADE knows, `dense_layers` names a layer that it doesn't have,
-            it is split by a parallelism, or, with `strict`, a layer cannot be made sparse. Nothing is changed then.
+            it is split by a parallelism, a cache that wraps the whole transformer is enabled, or, with `strict`, a
+            layer cannot be made sparse. Nothing is changed then.
     """
     if config is not None and not isinstance(config, BladeConfig):
         raise ValueError(f"`config` must be a BladeConfig or None, got {type(config).__name__}.")
@@ -54,6 +55,9 @@ def remove_blade(pipe_or_transformer: Target) -> Target:
 
     Returns:
         The same object.
+
+    Raises:
+        ValueError: if a cache that wraps the whole transformer (FasterCache) was enabled since.
     """
     for transformer in find_transformers(pipe_or_transformer).values():
         applied = applied_to(transformer)

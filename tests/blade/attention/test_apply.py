@@ -7,6 +7,8 @@ import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
+from diffusers.hooks import HookRegistry
+from diffusers.hooks import ModelHook as DiffusersHook
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import nn
 
@@ -152,8 +154,9 @@ def test_a_video_of_one_block_stays_dense_and_says_so(make_wan, wan_inputs, capl
         assert torch.equal(run(apply_blade(transformer, CONFIG), inputs), plain)
     assert "All layers stay dense at 1 x 2 x 3 tokens in 1 blocks" in caplog.text
     apply_blade(transformer, BladeConfig(strict=True, asa=DETAILS))
-    with pytest.raises(ValueError, match=r"All layers stay dense at .*`strict=True`"):
-        run(transformer, inputs)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"All layers stay dense at .*`strict=True`"):
+            run(transformer, inputs)
 
 
 def test_a_budget_that_is_too_small_is_told(make_wan, wan_inputs):
@@ -235,6 +238,19 @@ def test_a_run_of_dense_steps_is_bitwise_the_same(pipe):
     assert blade_summary(pipe).run_density == 1.0
 
 
+def test_an_unknown_number_of_steps_is_taken_for_fifty(make_wan, wan_inputs, caplog):
+    transformer = apply_blade(make_wan(layers=1), BladeConfig(dense_steps=0.04, asa=DETAILS))
+    with caplog.at_level(logging.WARNING, logger="blade"):
+        for timestep in (900.0, 800.0, 700.0):
+            run(transformer, wan_inputs(timestep=timestep))
+    assert calls(transformer) == [(1, 2)]
+    assert caplog.text.count("The number of steps is unknown") == 1
+    apply_blade(transformer, BladeConfig(dense_steps=60, asa=DETAILS))
+    for timestep in range(600, 535, -1):
+        run(transformer, wan_inputs(grid=(1, 2, 5), timestep=float(timestep)))
+    assert calls(transformer) == [(5, 60)]
+
+
 def test_the_seed_alone_decides(pipe):
     first = generate(apply_blade(pipe, CONFIG))
     torch.manual_seed(99)
@@ -295,6 +311,31 @@ def test_offloading_hooks_may_come_before_or_after(make_wan, wan_inputs):
         assert torch.equal(run(transformer, inputs), plain)
         remove_hook_from_module(transformer)
         assert torch.equal(run(transformer, inputs), plain)
+
+
+def test_a_cache_around_the_transformer_goes_on_last_and_off_first(make_wan, wan_inputs):
+    class Cache(DiffusersHook):
+        def new_forward(self, module, *args, **kwargs):
+            return self.fn_ref.original_forward(*args, **kwargs)
+
+    transformer, inputs = make_wan(), wan_inputs()
+    plain = run(transformer, inputs)
+    registry = HookRegistry.check_if_exists_or_initialize(transformer)
+    registry.register_hook(Cache(), "a_cache")
+    with pytest.raises(ValueError, match=r"has a cache around its forward \(a_cache\): call `disable_cache` first"):
+        apply_blade(transformer, CONFIG)
+    assert applied_to(transformer) is None
+    assert isinstance(transformer.blocks[0].attn1.processor, WanAttnProcessor)
+    registry.remove_hook("a_cache")
+    sparse = run(apply_blade(transformer, CONFIG), inputs)
+    registry.register_hook(Cache(), "a_cache")
+    assert torch.equal(run(transformer, inputs), sparse)
+    for change in (remove_blade, apply_blade):
+        with pytest.raises(ValueError, match="has a cache around its forward"):
+            change(transformer)
+    assert torch.equal(run(transformer, inputs), sparse)
+    registry.remove_hook("a_cache")
+    assert torch.equal(run(remove_blade(transformer), inputs), plain)
 
 
 def test_a_lost_hook_is_an_error_and_no_silent_damage(make_wan, wan_inputs):

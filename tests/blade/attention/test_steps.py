@@ -15,6 +15,11 @@ class Context:
         self.num_inference_steps = num_inference_steps
 
 
+def unipc():
+    """As Wan pipelines are released with."""
+    return UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+
+
 class Pipe:
     def __init__(self, scheduler):
         self.scheduler = scheduler
@@ -25,7 +30,7 @@ def at(value):
 
 
 def test_the_cache_context_comes_first():
-    pipe = Pipe(UniPCMultistepScheduler())
+    pipe = Pipe(unipc())
     pipe.scheduler.set_timesteps(8)
     steps = StepResolver(pipe)
     steps.context.set_context(Context(step_index=5, num_inference_steps=30))
@@ -37,14 +42,14 @@ def test_the_cache_context_comes_first():
 
 
 def test_a_context_that_is_only_a_name_leaves_it_to_the_scheduler():
-    pipe = Pipe(UniPCMultistepScheduler())
+    pipe = Pipe(unipc())
     pipe.scheduler.set_timesteps(4)
     steps = StepResolver(pipe)
     steps.context.set_context("cond")  # as before Diffusers 0.37
     assert steps.resolve(at(999)) == (0, 4)
 
 
-@pytest.mark.parametrize("make_scheduler", [UniPCMultistepScheduler, FlowMatchEulerDiscreteScheduler])
+@pytest.mark.parametrize("make_scheduler", [unipc, FlowMatchEulerDiscreteScheduler])
 def test_the_schedulers_steps_are_followed_with_guidance(make_scheduler):
     pipe = Pipe(make_scheduler())
     steps = StepResolver(pipe)
@@ -58,14 +63,14 @@ def test_the_schedulers_steps_are_followed_with_guidance(make_scheduler):
 
 
 def test_a_run_may_begin_in_the_middle_of_the_schedule():
-    pipe = Pipe(UniPCMultistepScheduler())
+    pipe = Pipe(unipc())
     pipe.scheduler.set_timesteps(10)
     pipe.scheduler.set_begin_index(6)
     assert StepResolver(pipe).resolve(at(400)) == (6, 10)
 
 
 def test_without_a_scheduler_in_use_timesteps_are_compared():
-    for pipe in (None, Pipe(UniPCMultistepScheduler())):
+    for pipe in (None, Pipe(unipc())):
         steps = StepResolver(pipe)
         seen = [steps.resolve(at(value)) for value in (900, 900, 600, 600, 300, 900, 600)]
         assert seen == [(step, None) for step in (0, 0, 1, 1, 2, 0, 1)]
@@ -96,7 +101,7 @@ def test_a_reset_begins_a_new_run():
 
 
 def test_the_pipeline_is_not_kept_alive():
-    pipe = Pipe(UniPCMultistepScheduler())
+    pipe = Pipe(unipc())
     pipe.scheduler.set_timesteps(4)
     steps = StepResolver(pipe)
     del pipe
