@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import subprocess
 import sys
@@ -228,27 +227,9 @@ def test_scores_are_told_for_each_object() -> None:
     assert describe_score(two) == "object 1: colour right; object 2: colour wrong; background right"
 
 
-needs_bundled_model = pytest.mark.skipif(
-    not (Path(__file__).parents[2] / "blade/assets/shapes/model_index.json").is_file(),
-    reason="the bundled model is not in this checkout",
-)
-
-
-@needs_bundled_model
 def test_the_bundled_model_is_an_ordinary_pipeline_of_at_most_25_megabytes() -> None:
     from diffusers import WanPipeline
 
     assert type(WanPipeline.from_pretrained(bundled_model_path())) is WanPipeline
     weights = [path.stat().st_size for path in bundled_model_path().rglob("*.safetensors")]
     assert 0 < sum(weights) <= 25_000_000
-
-
-@needs_bundled_model
-def test_the_bundled_model_shows_what_was_asked_for(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    request = GenerationRequest(prompt=PROMPT, steps=8, device="cpu")
-    with caplog.at_level(logging.WARNING, logger="blade"):
-        report = generate_files(request, tmp_path / "video.mp4")
-    assert report.record["model"] == "bundled"
-    assert report.record["score"]["objects"] == [{"colour": True, "shape": True, "direction": True}]
-    assert "scorer      colour right, shape right, direction right" in str(report)
-    assert "does not know" not in caplog.text
