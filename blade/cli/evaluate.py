@@ -42,7 +42,9 @@ def evaluate(
     output: Annotated[Path, _option("Folder of records and report; what is there is not made again.")] = Path(
         "outputs/evaluate-shapes"
     ),
-    shard: Annotated[str, _option("i/n: take every n-th prompt, so that n processes share the work.")] = "1/1",
+    shard: Annotated[
+        str, _option("i/n: take every n-th prompt, so that n processes share the work, best with one thread each.")
+    ] = "1/1",
     height: Annotated[int, _option("Pixels.")] = 96,
     width: Annotated[int, _option("Pixels.")] = 96,
     frames: Annotated[int, _option("Number of frames.")] = 33,
