@@ -217,7 +217,8 @@ def _compiled() -> Any:
 def _compile_once() -> Any:
     # With symbolic sizes the code that PyTorch 2.13 writes for the CPU does not compile, so every size is compiled
     # anew; past the limit `fullgraph` raises, where the default would run `_attend` as it stands.
-    compiled = torch.compile(_attend, fullgraph=True, dynamic=False)
+    # `unsupported` has asked PyTorch for the vector instructions: the compiler's own probe would take seconds more.
+    compiled = torch.compile(_attend, fullgraph=True, dynamic=False, options={"cpp.vec_isa_ok": True})
     return torch._dynamo.config.patch(recompile_limit=_MOST_SIZES)(compiled)
 
 

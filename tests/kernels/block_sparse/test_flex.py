@@ -22,6 +22,9 @@ def compiles():
 def test_errs_no_more_than_the_plain_computation(compiles, dense, as_good_as, case, tokens, pooled, lengths):
     inputs = case(tokens, size=16, block_size=(32, 16), pooled=pooled, lengths=lengths, dtype=torch.float32)
     arguments = {"pooled": inputs.pooled(), "key_lengths": inputs.key_lengths}
+    if lengths:
+        for item, length in enumerate(inputs.key_lengths):
+            inputs.k[item, length:] = inputs.v[item, length:] = float("nan")
     tensors = (inputs.q, inputs.k, inputs.v, inputs.mask)
     found = block_sparse_attention(*tensors, **arguments, implementation="flex")
     assert found.is_contiguous()
