@@ -144,7 +144,7 @@ def _backward(
 
 def _attend(head: Head) -> tuple[Tensor, Tensor]:
     """Output (QB, bq, D) and log-sum-exp in base 2 (QB, bq, 1) of one head, in the head's order of rows."""
-    out = torch.zeros_like(head.q)
+    out = head.scratch("head out", *head.q.shape).zero_()
     total = out.new_zeros(*out.shape[:2], 1)
     peak = torch.full_like(total, torch.finfo(total.dtype).min)  # finite, so that -inf less the peak stays -inf
     for piece in head.pieces():

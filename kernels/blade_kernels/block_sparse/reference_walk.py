@@ -17,7 +17,7 @@ _PIECE_ELEMENTS = 2**18  # keys gathered, or logits, at a time: what a core's ca
 
 
 class Scratch:
-    """Memory that one piece after another writes over: to touch fresh pages costs as much as the arithmetic."""
+    """Memory that one head or piece after another writes over: touching fresh pages costs as much as computing."""
 
     def __init__(self, like: Tensor) -> None:
         """An empty scratch for tensors of the type and device of `like`."""
@@ -69,7 +69,7 @@ class Head:
         pooled_v: (P, D).
         pooled_bias: (P,), log2(tokens in each window).
         hidden: (QB, 1, P) bool in that order, windows that a row does not see; None where every row sees all.
-        scratch: where pieces are gathered.
+        scratch: where the head and its pieces are copied to.
     """
 
     order: Tensor
@@ -135,7 +135,8 @@ class Head:
 
     def in_order(self, x: Tensor) -> Tensor:
         """(S, n) of the sequence as (QB, bq, n) in the head's order."""
-        return _blocks(x, self.q.shape[1], self.q.dtype).index_select(0, self.order)
+        blocks = x.new_empty(self.q.shape[0], self.q.shape[1], x.shape[1], dtype=self.q.dtype)
+        return _fill(blocks, x).index_select(0, self.order)
 
     def in_sequence(self, rows: Tensor, tokens: int) -> Tensor:
         """(QB, bq, n) in the head's order, as the (tokens, n) of the sequence."""
@@ -175,7 +176,7 @@ class Heads:
         return ((item, index) for item in range(self.q.shape[0]) for index in range(self.q.shape[2]))
 
     def __getitem__(self, place: tuple[int, int]) -> Head:
-        """The head at (batch item, head), copied out."""
+        """The head at (batch item, head); its tensors are written over by the next."""
         item, index = place
         mask, pooled = self.mask, self.pooled
         row = (min(item, mask.keep.shape[0] - 1), min(index, mask.keep.shape[1] - 1))  # a size of 1 is shared
@@ -191,13 +192,16 @@ class Heads:
         hidden = None
         if pooled.key_block is not None:
             hidden = mask.keep[row].index_select(-1, pooled.key_block).index_select(0, order).unsqueeze(1)
+        shape = (mask.query_blocks, mask.block_size[0], self.q.shape[-1])
+        key_shape = (mask.key_blocks, mask.block_size[1], self.k.shape[-1])
+        in_sequence = _fill(self.scratch("head q in sequence", *shape), self.q[item, :, index])
         return Head(
             order=order,
             counts=counts.index_select(0, order).tolist(),
             partial=partial.index_select(0, order).tolist(),
-            q=_blocks(self.q[item, :, index], mask.block_size[0], self.dtype).index_select(0, order).mul_(self.factor),
-            k=_blocks(self.k[item, :keys, index], mask.block_size[1], self.dtype, mask.key_blocks),
-            v=_blocks(self.v[item, :keys, index], mask.block_size[1], self.dtype, mask.key_blocks),
+            q=torch.index_select(in_sequence, 0, order, out=self.scratch("head q", *shape)).mul_(self.factor),
+            k=_fill(self.scratch("head k", *key_shape), self.k[item, :keys, index]),
+            v=_fill(self.scratch("head v", *key_shape), self.v[item, :keys, index]),
             keys=keys,
             kept=kept.index_select(0, order),
             pooled_k=pooled.k[item, :, index].to(self.dtype),
@@ -208,10 +212,9 @@ class Heads:
         )
 
 
-def _blocks(x: Tensor, size: int, dtype: torch.dtype, blocks: int | None = None) -> Tensor:
-    """(n, D) as new blocks (ceil(n / size) or `blocks`, size, D), filled up with zeros."""
-    blocks = -(-x.shape[0] // size) if blocks is None else blocks
-    padded = x.new_empty((blocks * size, x.shape[1]), dtype=dtype)
-    padded[: x.shape[0]] = x
-    padded[x.shape[0] :] = 0.0
-    return padded.view(blocks, size, x.shape[1])
+def _fill(blocks: Tensor, x: Tensor) -> Tensor:
+    """Write (n, D) into (blocks, size, D), with zeros after it."""
+    tokens = blocks.view(-1, x.shape[1])
+    tokens[: len(x)] = x
+    tokens[len(x) :] = 0.0
+    return blocks
