@@ -17,6 +17,9 @@ def main(
     device: Annotated[str, typer.Option(help="Where to train.")] = "cpu",
     threads: Annotated[int | None, typer.Option(help="CPU threads; all cores by default.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of weights, videos and noise.")] = 0,
+    start_from: Annotated[
+        Path | None, typer.Option(help="A model folder written by this script, whose weights are trained on.")
+    ] = None,
     compile_blocks: Annotated[bool, typer.Option("--compile/--no-compile", help="Compile the blocks.")] = True,
 ) -> None:
     """Train VAE, text encoder and transformer of the shapes model."""
@@ -28,6 +31,7 @@ def main(
         vae=VAETraining(seed=seed),
         transformer=TransformerTraining(seed=seed, compile=compile_blocks),
         device=device,
+        start_from=start_from,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +15,6 @@ from typing import Any
 
 import torch
 from blade_kernels.block_mask import BlockMask
-from blade_kernels.block_selection import random_blocks
 from blade_kernels.block_sparse import block_sparse_attention, resolve_implementation
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -43,7 +43,8 @@ class AttentionBenchmark:
     tokens: tuple[int, ...] = (8192,)
     """Lengths of the sequence."""
     densities: tuple[float, ...] = (0.15,)
-    """Shares of the key blocks that every row keeps, in (0, 1], rounded to whole blocks and one at the least."""
+    """Shares of the key blocks that the rows keep, in (0, 1]. A row keeps the next smaller or the next larger whole
+    number, drawn so that the mean is the share, and one at the least."""
     heads: int = 2
     """Attention heads."""
     head_dim: int = 128
@@ -206,8 +207,10 @@ def _sparse(
 
     def draw() -> BlockMask:
         shape = (q.shape[0], q.shape[2], blocks, blocks)
-        kept = max(1, round(density * blocks))
-        return random_blocks(shape, kept, size, generator=generator, device=q.device)
+        places = torch.rand(shape, generator=generator, device=q.device).argsort(-1).argsort(-1)
+        share = torch.rand((*shape[:3], 1), generator=generator, device=q.device)
+        kept = (density * blocks + share).floor().clamp(min=1)
+        return BlockMask.from_dense(places < kept, size, math.ceil(density * blocks))
 
     mask = draw()
     result: dict[str, Any] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +10,12 @@ import torch
 from diffusers import AutoencoderKLWan
 
 from ..captions import Caption, sample_caption
-from ..world import render, sample_scene
+from ..world import Scene, render, sample_scene
 from .checkpoint import numpy_rng
 
 LATENT_STREAM = 3
+ENCODED_TOGETHER = 8
+"""Videos encoded in one batch: almost twice as fast on a CPU as one by one."""
 
 
 class LatentStore:
@@ -58,13 +61,15 @@ class LatentStore:
         )
 
     def fill(self, count: int) -> None:
-        """Make videos available up to number `count`, encoding those that the file does not hold yet."""
-        for index in range(len(self._captions), min(count, len(self._latents))):
-            rng = numpy_rng(self.seed, LATENT_STREAM, self.frames, index)
-            caption = sample_caption(rng, objects=2 if rng.random() < self.two_objects else 1)
-            if not self._latents[index].any():
-                self._latents[index] = self._encode(caption, rng)
-            self._captions.append(caption)
+        """Make at least `count` videos available, encoding those that the file does not hold yet."""
+        count = min(count, len(self._latents))
+        while len(self._captions) < count:
+            # Always the same batches, so that a run that goes on computes the same latents.
+            indices = range(len(self._captions), min(len(self._captions) + ENCODED_TOGETHER, len(self._latents)))
+            captions, scenes = zip(*(self._draw(index) for index in indices))
+            if not all(self._latents[index].any() for index in indices):
+                self._latents[indices.start : indices.stop] = self._encode(scenes)
+            self._captions += captions
 
     def sample(self, rng: np.random.Generator, batch_size: int) -> tuple[torch.Tensor, list[str]]:
         """Draw a batch of those that are available, each at most once.
@@ -76,9 +81,13 @@ class LatentStore:
         latents = torch.from_numpy(self._latents[np.sort(chosen)].astype(np.float32))
         return latents.to(self.device), [str(self._captions[index]) for index in np.sort(chosen)]
 
+    def _draw(self, index: int) -> tuple[Caption, Scene]:
+        rng = numpy_rng(self.seed, LATENT_STREAM, self.frames, index)
+        caption = sample_caption(rng, objects=2 if rng.random() < self.two_objects else 1)
+        return caption, sample_scene(caption, rng, frames=self.frames, height=self.size, width=self.size)
+
     @torch.no_grad()
-    def _encode(self, caption: Caption, rng: np.random.Generator) -> np.ndarray:
-        scene = sample_scene(caption, rng, frames=self.frames, height=self.size, width=self.size)
-        video = render(scene, frames=self.frames, height=self.size, width=self.size).to(self.device)
-        mean = self.vae.encode(video.transpose(0, 1)[None] * 2 - 1).latent_dist.mean[0]
+    def _encode(self, scenes: Sequence[Scene]) -> np.ndarray:
+        videos = [render(scene, frames=self.frames, height=self.size, width=self.size) for scene in scenes]
+        mean = self.vae.encode(torch.stack(videos).transpose(1, 2).to(self.device) * 2 - 1).latent_dist.mean
         return ((mean - self._mean) / self._std).half().cpu().numpy()

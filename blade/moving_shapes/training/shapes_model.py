@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import torch
+from diffusers import WanPipeline
 
 from .transformer import TransformerTraining, train_transformer
 from .vae import VAETraining, train_vae
 
 MODEL_CARD = Path(__file__).with_name("model_card.md")
+LOG = "training_log.jsonl"
 
 
 def train_shapes_model(
@@ -20,6 +23,7 @@ def train_shapes_model(
     vae: VAETraining | None = None,
     transformer: TransformerTraining | None = None,
     device: str = "cpu",
+    start_from: Path | None = None,
 ) -> None:
     """Train the shapes model, or go on after a kill, and save it as a `WanPipeline` with its log and card.
 
@@ -29,14 +33,34 @@ def train_shapes_model(
         vae: How the VAE is trained.
         transformer: How text encoder and transformer are trained.
         device: Where to train.
+        start_from: Folder of a model that this function has written. Its VAE is kept, and text encoder and transformer
+            go on from its weights, at the step after the last one in its log.
+
+    Raises:
+        ValueError: If `start_from` has been trained for all of the steps already.
     """
-    trained_vae = train_vae(run, vae or VAETraining(), device)
-    model = train_transformer(run, trained_vae, transformer or TransformerTraining(), device)
+    transformer = transformer or TransformerTraining()
+    if start_from is None:
+        trained_vae = train_vae(run, vae or VAETraining(), device)
+        model = train_transformer(run, trained_vae, transformer, device)
+    else:
+        pipe = WanPipeline.from_pretrained(start_from).to(device)
+        trained_vae = pipe.vae.eval().requires_grad_(False)
+        if not (run / "log.jsonl").exists():
+            run.mkdir(parents=True, exist_ok=True)
+            shutil.copy(start_from / LOG, run / "log.jsonl")
+        model = train_transformer(run, trained_vae, transformer, device, (pipe, _steps_trained(start_from / LOG)))
     pipe = model.to("cpu").pipeline(trained_vae.to("cpu"))
     temporary = output.with_name(output.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     pipe.to(torch.float32).save_pretrained(temporary)
-    shutil.copy(run / "log.jsonl", temporary / "training_log.jsonl")
+    shutil.copy(run / "log.jsonl", temporary / LOG)
     shutil.copy(MODEL_CARD, temporary / "README.md")
     shutil.rmtree(output, ignore_errors=True)
     temporary.rename(output)
+
+
+def _steps_trained(log: Path) -> int:
+    """Steps of the transformer that a log records."""
+    records = [json.loads(line) for line in log.read_text().splitlines()]
+    return max((record["step"] for record in records if record["stage"] == "transformer"), default=0)

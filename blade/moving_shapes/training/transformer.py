@@ -39,6 +39,8 @@ class Phase:
     """Distinct training videos at the end of the phase."""
     first_videos: int
     """Videos encoded before the first step; the rest are encoded evenly as the phase goes on."""
+    shift: float = FLOW_SHIFT
+    """Shift of the noise levels trained on. Where an object is, frame after frame, is decided at levels near 1."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,13 +48,15 @@ class TransformerTraining:
     """How the text encoder and transformer are trained: small, short videos first, then whole ones."""
 
     phases: tuple[Phase, ...] = (
-        Phase(steps=1200, batch_size=24, frames=17, size=64, videos=6000, first_videos=600),
-        Phase(steps=2000, batch_size=8, frames=33, size=96, videos=4000, first_videos=300),
+        Phase(steps=900, batch_size=24, frames=17, size=64, videos=6000, first_videos=600),
+        Phase(steps=600, batch_size=8, frames=33, size=96, videos=2240, first_videos=800),
+        Phase(steps=2400, batch_size=8, frames=33, size=96, videos=8000, first_videos=2240, shift=6.0),
     )
     learning_rate: float = 2e-3
     """Of Muon (matrices of the blocks) and, halved, of AdamW (the rest)."""
     warmup_steps: int = 100
-    decay_steps: int = 500
+    """Of the learning rate, from the first step and from one at which the optimizers start anew."""
+    decay_steps: int = 1200
     """The learning rate falls linearly to zero over the last steps of the last phase."""
     caption_dropout: float = 0.1
     """Fraction of captions replaced by the empty one, so that classifier-free guidance works."""
@@ -123,11 +127,12 @@ def flow_matching_loss(
     rng: np.random.Generator,
     generator: torch.Generator,
     caption_dropout: float,
+    shift: float = FLOW_SHIFT,
 ) -> torch.Tensor:
-    """Mean squared error of the predicted velocity noise - latents, at noise levels spread as the sampler's."""
+    """Mean squared error of the predicted velocity noise - latents, at noise levels spread as a sampler's."""
     batch_size = len(captions)
     u = torch.from_numpy((rng.permutation(batch_size) + rng.random(batch_size)) / batch_size).float()
-    sigma = shifted_sigmas(u).to(latents.device)[:, None, None, None, None]
+    sigma = shifted_sigmas(u, shift).to(latents.device)[:, None, None, None, None]
     noise = torch.randn(latents.shape, generator=generator).to(latents.device)
     kept = ["" if rng.random() < caption_dropout else caption for caption in captions]
     velocity = model(latents + sigma * (noise - latents), 1000 * sigma.flatten(), kept)
@@ -135,7 +140,11 @@ def flow_matching_loss(
 
 
 def train_transformer(
-    run: Path, vae: AutoencoderKLWan, config: TransformerTraining, device: str = "cpu"
+    run: Path,
+    vae: AutoencoderKLWan,
+    config: TransformerTraining,
+    device: str = "cpu",
+    start_from: tuple[WanPipeline, int] | None = None,
 ) -> TextConditionedTransformer:
     """Train, or go on training, the transformer of a run; returns it with averaged weights.
 
@@ -144,15 +153,30 @@ def train_transformer(
         vae: The trained VAE.
         config: How to train.
         device: Where to train.
+        start_from: Where the run has no checkpoint: a pipeline whose weights it goes on with, and the number of steps
+            that they have been trained for. The optimizers start anew.
+
+    Raises:
+        ValueError: If `start_from` has been trained for all of the steps already.
     """
     torch.manual_seed(config.seed)
     model = TextConditionedTransformer(build_tokenizer()).to(device)
+    state = load_checkpoint(run / "transformer.pt")
+    start = restarted = 0
+    if state is None and start_from is not None:
+        pipe, start = start_from
+        restarted = start
+        if start >= config.steps:
+            raise ValueError(
+                f"`steps` must be more than the {start} that the model has been trained for, got {config.steps}."
+            )
+        model.text_encoder.load_state_dict(pipe.text_encoder.state_dict())
+        model.transformer.load_state_dict(pipe.transformer.state_dict())
     matrices = [weight for weight in model.transformer.blocks.parameters() if weight.ndim == 2]
     optimizers = muon_and_adamw(model, matrices, config.learning_rate, 0.5 * config.learning_rate)
     ema = EMAModel(model.parameters(), decay=config.ema_decay, use_ema_warmup=True, power=0.75)
-    start = 0
-    if (state := load_checkpoint(run / "transformer.pt")) is not None:
-        start = state["step"]
+    if state is not None:
+        start, restarted = state["step"], state["restarted"]
         model.load_state_dict(state["model"])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
@@ -163,14 +187,14 @@ def train_transformer(
             block.compile()
     log = TrainingLog(run / "log.jsonl", stage="transformer", start=start, total=config.steps)
     recent: list[float] = []
-    first = 0
+    first, capacity = 0, {(phase.frames, phase.size): phase.videos for phase in config.phases}
     for number, phase in enumerate(config.phases):
         steps = range(max(start, first), first + phase.steps)
         if steps:
             store = LatentStore(
                 run / f"latents_{phase.frames}x{phase.size}.npy",
                 vae,
-                capacity=phase.videos,
+                capacity=capacity[phase.frames, phase.size],
                 frames=phase.frames,
                 size=phase.size,
                 two_objects=config.two_objects,
@@ -179,11 +203,11 @@ def train_transformer(
             )
         for step in steps:
             store.fill(phase.first_videos + (phase.videos - phase.first_videos) * (step - first) // phase.steps)
-            set_learning_rate(optimizers, _schedule(step, config))
+            set_learning_rate(optimizers, _schedule(step, restarted, config))
             rng = numpy_rng(config.seed, BATCH_STREAM, step)
             latents, captions = store.sample(rng, phase.batch_size)
             noise = torch_rng(config.seed, NOISE_STREAM, step)
-            loss = flow_matching_loss(model, latents, captions, rng, noise, config.caption_dropout)
+            loss = flow_matching_loss(model, latents, captions, rng, noise, config.caption_dropout, phase.shift)
             model.zero_grad(set_to_none=True)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -197,6 +221,7 @@ def train_transformer(
                     run / "transformer.pt",
                     {
                         "step": done,
+                        "restarted": restarted,
                         "model": model.state_dict(),
                         "optimizers": [optimizer.state_dict() for optimizer in optimizers],
                         "ema": ema.state_dict(),
@@ -256,5 +281,5 @@ def _initialise(transformer: WanTransformer3DModel) -> None:
         nn.init.constant_(block.attn2.norm_k.weight, 2.0)
 
 
-def _schedule(step: int, config: TransformerTraining) -> float:
-    return min((step + 1) / config.warmup_steps, 1.0, (config.steps - step) / config.decay_steps)
+def _schedule(step: int, restarted: int, config: TransformerTraining) -> float:
+    return min((step - restarted + 1) / config.warmup_steps, 1.0, (config.steps - step) / config.decay_steps)

@@ -144,22 +144,27 @@ def _backward(
 
 def _attend(head: Head) -> tuple[Tensor, Tensor]:
     """Output (QB, bq, D) and log-sum-exp in base 2 (QB, bq, 1) of one head, in the head's order of rows."""
-    out = head.scratch("head out", *head.q.shape).zero_()
+    out = head.scratch("head out", *head.q.shape)
     total = out.new_zeros(*out.shape[:2], 1)
     peak = torch.full_like(total, torch.finfo(total.dtype).min)  # finite, so that -inf less the peak stays -inf
+    out[head.occupied :].zero_()
     for piece in head.pieces():
         logits = head.logits(piece)
         out_, total_, peak_ = out[piece.rows], total[piece.rows], peak[piece.rows]
         higher = torch.maximum(peak_, logits.amax(-1, keepdim=True))
-        fade = (peak_ - higher).exp2_()  # what came before was relative to a lower peak
-        peak_.copy_(higher)
         a = logits.sub_(higher).exp2_()
-        total_.mul_(fade).add_(a.sum(-1, keepdim=True))
-        out_.mul_(fade)
-        if piece.blocks is None:
-            out_.view(-1, out.shape[-1]).addmm_(a.flatten(0, 1), piece.v)
+        if piece.first:
+            torch.sum(a, -1, keepdim=True, out=total_)
+            torch.bmm(a, head.gather_v(piece), out=out_)
         else:
-            out_.baddbmm_(a, piece.v)
+            fade = peak_.sub_(higher).exp2_()  # what came before was relative to a lower peak
+            total_.mul_(fade).add_(a.sum(-1, keepdim=True))
+            out_.mul_(fade)
+            if piece.blocks is None:
+                out_.view(-1, out.shape[-1]).addmm_(a.flatten(0, 1), head.gather_v(piece))
+            else:
+                out_.baddbmm_(a, head.gather_v(piece))
+        peak_.copy_(higher)
     # The largest weight of a query is exactly 1: a total below 1 is that of a query without keys.
     return out.div_(total.clamp(min=1.0)), peak.add_(total.log2())
 
@@ -191,14 +196,14 @@ def _attend_backward(head: Head, d_out: Tensor, lse: Tensor, delta: Tensor) -> _
         ds = head.scratch("ds", *a.shape)
         if piece.blocks is None:
             a, ds, q, dq, do = (x.view(-1, x.shape[-1]) for x in (a, ds, q, dq, do))
-            torch.mm(do, piece.v.T, out=ds).sub_(delta[piece.rows].view(-1, 1)).mul_(a)
-            dq.addmm_(ds, piece.k)
+            torch.mm(do, head.pooled_v.T, out=ds).sub_(delta[piece.rows].view(-1, 1)).mul_(a)
+            dq.addmm_(ds, head.pooled_k)
             grads.pooled_k.addmm_(ds.T, q)
             grads.pooled_v.addmm_(a.T, do)
         else:
-            torch.bmm(do, piece.v.mT, out=ds).sub_(delta[piece.rows]).mul_(a)
-            dq.baddbmm_(ds, piece.k)
-            gathered = head.scratch("gathered gradient", *piece.k.shape)  # of the keys, then of the values
+            torch.bmm(do, head.gather_v(piece).mT, out=ds).sub_(delta[piece.rows]).mul_(a)
+            dq.baddbmm_(ds, head.gather_k(piece))
+            gathered = head.scratch("gathered", len(q), ds.shape[-1], q.shape[-1])  # gradient of keys, then of values
             by_block = gathered.view(-1, *head.k.shape[1:])
             torch.bmm(ds.mT, q, out=gathered)
             grads.k.index_add_(0, piece.blocks, by_block)

@@ -13,7 +13,7 @@ from torch import Tensor
 from blade_kernels.block_mask import BlockMask
 from blade_kernels.block_sparse.pooled import PooledTokens
 
-_PIECE_ELEMENTS = 2**18  # keys gathered, or logits, at a time: what a core's cache holds measured fastest
+_THREAD_ELEMENTS = 2**18  # keys gathered, or logits, at a time by each thread: what a core's cache holds is fastest
 
 
 class Scratch:
@@ -33,22 +33,20 @@ class Scratch:
 
 
 class Piece(NamedTuple):
-    """Some rows of a head with some of what they attend to: keys of kept blocks, gathered, or all pooled tokens.
+    """Some rows of a head with some of what they attend to: keys of kept blocks, or all pooled tokens.
 
     Attributes:
         rows: the rows' places in the head's order; m of them.
         blocks: (m * width,) int64, the key blocks gathered for them, one row after another; None for pooled tokens.
-        k: (m, width * bk, D) keys, or (P, D) pooled ones.
-        v: (m, width * bk, D) values, or (P, D) pooled ones.
         absent: (m, 1, width * bk or P) bool, keys that a row does not see: past its count, past the end of the
             sequence, or pooled from a block that it keeps. None where it sees all.
+        first: whether no piece before has any of these rows.
     """
 
     rows: slice
     blocks: Tensor | None
-    k: Tensor
-    v: Tensor
     absent: Tensor | None
+    first: bool
 
 
 @dataclass
@@ -87,50 +85,63 @@ class Head:
     scratch: Scratch
 
     def pieces(self) -> Iterator[Piece]:
-        """All that every row attends to: as much at a time as fits the bounds, one row and block at the least."""
+        """All that every row attends to: as much at a time as fits the bounds, one row and block at the least.
+
+        Every operation splits a piece by its rows, so a row for each thread keeps what a thread writes in its cache.
+        """
         _, key_block, size = self.k.shape
-        limit = min(self.k.numel(), _PIECE_ELEMENTS)
-        widest = max(1, limit // (key_block * max(size, self.q.shape[1])))  # key blocks gathered for a single row
-        start = 0
-        while start < len(self.counts) and self.counts[start]:
-            width = min(self.counts[start], widest)
-            stop = start + max(1, widest // width)
-            while stop > len(self.counts) or not self.counts[stop - 1]:
-                stop -= 1
+        threads = torch.get_num_threads()
+        widest = max(1, _THREAD_ELEMENTS // (key_block * max(size, self.q.shape[1])))  # key blocks of a single row
+        most = max(1, self.k.numel() // (key_block * max(size, self.q.shape[1])))  # of all rows
+        start, occupied = 0, self.occupied
+        while start < occupied:
+            width = min(self.counts[start], widest, most)
+            stop = min(start + max(1, min(threads * (widest // width), most // width)), occupied)
             for slot in range(0, self.counts[start], width):
-                yield self._gather(slice(start, stop), slice(slot, min(slot + width, self.counts[start])))
+                yield self._piece(slice(start, stop), slice(slot, min(slot + width, self.counts[start])))
             start = stop
         if pooled := len(self.pooled_k):
-            at_once = max(1, limit // (self.q.shape[1] * pooled))
+            at_once = max(1, min(threads * _THREAD_ELEMENTS, self.k.numel()) // (self.q.shape[1] * pooled))
             for start in range(0, len(self.counts), at_once):
                 rows = slice(start, min(start + at_once, len(self.counts)))
-                yield Piece(
-                    rows, None, self.pooled_k, self.pooled_v, None if self.hidden is None else self.hidden[rows]
-                )
+                yield Piece(rows, None, None if self.hidden is None else self.hidden[rows], first=False)
 
-    def _gather(self, rows: slice, slots: slice) -> Piece:
+    def _piece(self, rows: slice, slots: slice) -> Piece:
         kept = self.kept[rows, slots]
-        blocks = kept.reshape(-1)
-        k, v = self.scratch("k", len(blocks), *self.k.shape[1:]), self.scratch("v", len(blocks), *self.v.shape[1:])
-        torch.index_select(self.k, 0, blocks, out=k)
-        torch.index_select(self.v, 0, blocks, out=v)
         absent = None
         if self.counts[rows.stop - 1] < slots.stop or any(self.partial[rows]):
             places = torch.arange(slots.start, slots.stop, device=kept.device)
             unused = places >= kept.new_tensor(self.counts[rows]).unsqueeze(-1)
             positions = kept.unsqueeze(-1) * self.k.shape[1] + torch.arange(self.k.shape[1], device=kept.device)
             absent = (unused.unsqueeze(-1) | (positions >= self.keys)).view(len(kept), 1, -1)
-        shape = (len(kept), -1, self.k.shape[2])
-        return Piece(rows, blocks, k.view(shape), v.view(shape), absent)
+        return Piece(rows, kept.reshape(-1), absent, first=slots.start == 0)
+
+    @property
+    def occupied(self) -> int:
+        """Number of rows that keep a block; they come first."""
+        return sum(count > 0 for count in self.counts)
+
+    def gather_k(self, piece: Piece) -> Tensor:
+        """Keys of a piece, (m, width * bk, D), or (P, D) pooled ones; gone with the next gathering."""
+        return self.pooled_k if piece.blocks is None else self._gather(self.k, piece)
+
+    def gather_v(self, piece: Piece) -> Tensor:
+        """Values of a piece, as `gather_k`, and in the same place: a cache need not hold both."""
+        return self.pooled_v if piece.blocks is None else self._gather(self.v, piece)
+
+    def _gather(self, blocks: Tensor, piece: Piece) -> Tensor:
+        gathered = self.scratch("gathered", len(piece.blocks), *blocks.shape[1:])
+        torch.index_select(blocks, 0, piece.blocks, out=gathered)
+        return gathered.view(piece.rows.stop - piece.rows.start, -1, blocks.shape[-1])
 
     def logits(self, piece: Piece) -> Tensor:
         """Logits in base 2 of a piece, (m, bq, keys); -inf where a row does not see a key; gone with the next."""
-        q = self.q[piece.rows]
-        logits = self.scratch("logits", *q.shape[:2], piece.k.shape[-2])
+        q, k = self.q[piece.rows], self.gather_k(piece)
+        logits = self.scratch("logits", *q.shape[:2], k.shape[-2])
         if piece.blocks is None:
-            torch.addmm(self.pooled_bias, q.flatten(0, 1), piece.k.T, out=logits.view(-1, len(piece.k)))
+            torch.addmm(self.pooled_bias, q.flatten(0, 1), k.T, out=logits.view(-1, len(k)))
         else:
-            torch.bmm(q, piece.k.mT, out=logits)
+            torch.bmm(q, k.mT, out=logits)
         return logits if piece.absent is None else logits.masked_fill_(piece.absent, -torch.inf)
 
     def in_order(self, x: Tensor) -> Tensor:
@@ -139,8 +150,9 @@ class Head:
         return _fill(blocks, x).index_select(0, self.order)
 
     def in_sequence(self, rows: Tensor, tokens: int) -> Tensor:
-        """(QB, bq, n) in the head's order, as the (tokens, n) of the sequence."""
-        return torch.empty_like(rows).index_copy_(0, self.order, rows).flatten(0, 1)[:tokens]
+        """(QB, bq, n) in the head's order, as the (tokens, n) of the sequence; gone with the next."""
+        in_sequence = self.scratch("head in sequence", *rows.shape)
+        return in_sequence.index_copy_(0, self.order, rows).flatten(0, 1)[:tokens]
 
 
 @dataclass
@@ -194,12 +206,12 @@ class Heads:
             hidden = mask.keep[row].index_select(-1, pooled.key_block).index_select(0, order).unsqueeze(1)
         shape = (mask.query_blocks, mask.block_size[0], self.q.shape[-1])
         key_shape = (mask.key_blocks, mask.block_size[1], self.k.shape[-1])
-        in_sequence = _fill(self.scratch("head q in sequence", *shape), self.q[item, :, index])
+        in_sequence = _fill(self.scratch("head in sequence", *shape), self.q[item, :, index], self.factor)
         return Head(
             order=order,
             counts=counts.index_select(0, order).tolist(),
             partial=partial.index_select(0, order).tolist(),
-            q=torch.index_select(in_sequence, 0, order, out=self.scratch("head q", *shape)).mul_(self.factor),
+            q=torch.index_select(in_sequence, 0, order, out=self.scratch("head q", *shape)),
             k=_fill(self.scratch("head k", *key_shape), self.k[item, :keys, index]),
             v=_fill(self.scratch("head v", *key_shape), self.v[item, :keys, index]),
             keys=keys,
@@ -212,9 +224,9 @@ class Heads:
         )
 
 
-def _fill(blocks: Tensor, x: Tensor) -> Tensor:
-    """Write (n, D) into (blocks, size, D), with zeros after it."""
+def _fill(blocks: Tensor, x: Tensor, factor: float = 1.0) -> Tensor:
+    """Write (n, D), times `factor`, into (blocks, size, D), with zeros after it."""
     tokens = blocks.view(-1, x.shape[1])
-    tokens[: len(x)] = x
+    torch.mul(x, factor, out=tokens[: len(x)])
     tokens[len(x) :] = 0.0
     return blocks

@@ -31,7 +31,7 @@ def expected(dense, case, **arguments):
 def pieces(request, monkeypatch):
     """The walk must not depend on how much it takes at a time."""
     if request.param != "whole":
-        monkeypatch.setattr(walk, "_PIECE_ELEMENTS", 600)
+        monkeypatch.setattr(walk, "_THREAD_ELEMENTS", 600)
 
 
 @pytest.mark.parametrize("tokens", ODD)
