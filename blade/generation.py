@@ -18,7 +18,7 @@ from blade.attention.family import find_family
 from blade.attention.finite import NonFiniteError, watch_finite
 from blade.attention.summary import BladeSummary, blade_summary
 from blade.config import CONFIG_NAME, BladeConfig
-from blade.models import BUNDLED, DTYPES, check_size, look_up, main_transformer
+from blade.models import BUNDLED, DTYPES, check_size, hub_commit, look_up, main_transformer
 
 FPS = 16
 """Frames a second of a model that does not say its own: Wan's."""
@@ -42,6 +42,8 @@ class GenerationRequest:
     """What it should not show; without effect where `guidance_scale` is at most 1."""
     model: str = BUNDLED
     """`BUNDLED`, a folder in Diffusers format, or a Hub id."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hub id; None takes its main branch. Once resolved: the commit."""
     attention: Literal["dense", "asa", "asa-gt"] | None = None
     """The attention method: over the configuration's, or over the model's training-free preset."""
     config: str | None = None
@@ -155,7 +157,8 @@ def resolve_request(request: GenerationRequest, pipe: Any) -> GenerationRequest:
         pipe: the loaded pipeline.
 
     Returns:
-        A request without None, but for `negative_prompt`, `config`, and, where it is dense, what belongs to BLADE.
+        A request without None, but for `negative_prompt`, `config`, `revision` where the model is not from the Hub,
+        and, where it is dense, what belongs to BLADE.
 
     Raises:
         ValueError: if the model cannot make a video of this size, or no configuration can be had.
@@ -178,6 +181,7 @@ def resolve_request(request: GenerationRequest, pipe: Any) -> GenerationRequest:
         **sparse,
         attention="dense" if config is None else "asa-gt" if config.pooled_tokens == "all" else "asa",
         model=str(folder.resolve()) if request.model != BUNDLED and folder.is_dir() else request.model,
+        revision=hub_commit(request.model, request.revision),
         config=None,
         blade_config=config,
         fps=request.fps or FPS,

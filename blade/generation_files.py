@@ -188,7 +188,7 @@ def _prepare(request: GenerationRequest) -> tuple[Any, GenerationRequest, float]
     if request.config is not None and request.attention != "dense":
         request = replace(request, config=None, blade_config=read_config(request.config))
     start = time.perf_counter()
-    pipe = load_pipeline(request.model, device=device, dtype=dtype)
+    pipe = load_pipeline(request.model, revision=request.revision, device=device, dtype=dtype)
     return pipe, resolve_request(request, pipe), time.perf_counter() - start
 
 

@@ -73,8 +73,9 @@ def read_request(path: str | Path, changes: Mapping[str, Any] | None = None) -> 
     changes = dict(changes or {})
     values = {name: record[name] for name in REQUEST_FIELDS if record.get(name) is not None}
     forgotten: tuple[str, ...] = ()
-    if "config" in changes or ("model" in changes and changes["model"] != values.get("model")):
-        forgotten = ("blade_config", "attention", *SPARSE_OPTIONS)
+    other_model = "model" in changes and changes["model"] != values.get("model")
+    if "config" in changes or other_model:
+        forgotten = ("blade_config", "attention", *SPARSE_OPTIONS, *(("revision",) if other_model else ()))
     elif changes.get("attention") == "dense":
         forgotten = ("blade_config", *SPARSE_OPTIONS)
     values = {name: value for name, value in values.items() if name not in forgotten} | changes

@@ -96,12 +96,17 @@ def resolve_dtype(dtype: str | None, device: torch.device) -> torch.dtype:
 
 
 def load_pipeline(
-    model: str | Path = BUNDLED, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    model: str | Path = BUNDLED,
+    *,
+    revision: str | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
 ) -> DiffusionPipeline:
     """Load a Diffusers text-to-video pipeline.
 
     Args:
         model: `BUNDLED`, a folder in Diffusers format, or a Hub id.
+        revision: branch, tag or commit of a Hub id; None takes its main branch.
         device: where it runs.
         dtype: dtype of all parts but the VAE, which runs in float32.
 
@@ -111,7 +116,7 @@ def load_pipeline(
     import diffusers
     from packaging.version import Version
 
-    source, options = _locate(model)
+    source, options = _locate(model, revision)
     # named `torch_dtype` before Diffusers 0.40, which warns about that name
     dtype_argument = "dtype" if Version(diffusers.__version__) >= Version("0.40") else "torch_dtype"
     options[dtype_argument] = {"default": dtype, "vae": torch.float32}
@@ -121,6 +126,24 @@ def load_pipeline(
         raise ModelError(f"`model` {model} cannot be loaded: {_reason(source, error)}") from error
     _check_text_to_video(model, pipe)
     return pipe.to(device)
+
+
+def hub_commit(model: str | Path, revision: str | None = None) -> str | None:
+    """Return the commit of a Hub id that the local cache holds, once it is loaded.
+
+    Args:
+        model: what `load_pipeline` was given.
+        revision: what `load_pipeline` was given.
+
+    Returns:
+        40 hexadecimal digits; None for the bundled model and for folders.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    if str(model) == BUNDLED or Path(model).expanduser().exists():
+        return None
+    cached = try_to_load_from_cache(str(model), INDEX_NAME, revision=revision)
+    return Path(cached).parent.name if isinstance(cached, str) else None
 
 
 def main_transformer(pipe: Any) -> nn.Module:
@@ -157,13 +180,14 @@ def _check_step(name: str, value: int, *, first: int, step: int, rule: str) -> N
     raise ValueError(f"`{name}` must be {rule} for this model, got {value}; the nearest is {nearest}.")
 
 
-def look_up(name: str, option: str, file: str) -> list[str] | None:
+def look_up(name: str, option: str, file: str, revision: str | None = None) -> list[str] | None:
     """Ask the Hub for a repository, once and with a time limit, where Diffusers would retry for minutes.
 
     Args:
         name: what ought to be a Hub id, as it is no path here.
         option: name of the option that it was given for, for messages.
         file: the file that tells whether the local cache has it.
+        revision: branch, tag or commit; None takes the main branch.
 
     Returns:
         The names of the repository's files; None if the Hub cannot be reached but the cache has `file`.
@@ -172,24 +196,32 @@ def look_up(name: str, option: str, file: str) -> list[str] | None:
         ModelError: if there is no such repository.
     """
     from huggingface_hub import HfApi, try_to_load_from_cache
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     problem = f"`{option}` {name} is no folder here"
     parts = name.split("/")
     if len(parts) != 2 or not all(parts) or name[0] in ".~":
         raise ModelError(f"{problem}, and no Hub id, which reads owner/name.")
     try:
-        info = HfApi().model_info(name, timeout=HUB_TIMEOUT)
+        info = HfApi().model_info(name, revision=revision, timeout=HUB_TIMEOUT)
     except HFValidationError as error:
         raise ModelError(f"{problem}, and no Hub id: {first_line(error)}") from error
     except GatedRepoError as error:
         raise ModelError(f"{problem}; on the Hub its licence must be accepted first (`hf auth login`).") from error
     except RepositoryNotFoundError as error:
         raise ModelError(f"{problem}, and the Hub has no such repository, or not without `hf auth login`.") from error
+    except RevisionNotFoundError as error:
+        raise ModelError(f"`revision` must be a branch, tag or commit of {name}, got {revision!r}.") from error
     except HfHubHTTPError as error:
         raise ModelError(f"{problem}, and the Hub refused to look it up: {first_line(error)}") from error
     except Exception as error:  # no network: each version of the Hub's client has another class for it
-        if isinstance(try_to_load_from_cache(name, file), str):
+        if isinstance(try_to_load_from_cache(name, file, revision=revision), str):
             return None
         raise ModelError(
             f"{problem} and not in the Hub's local cache, and the Hub cannot be reached ({first_line(error)})."
@@ -197,21 +229,23 @@ def look_up(name: str, option: str, file: str) -> list[str] | None:
     return [item.rfilename for item in info.siblings or []]
 
 
-def _locate(model: str | Path) -> tuple[str, dict[str, Any]]:
+def _locate(model: str | Path, revision: str | None) -> tuple[str, dict[str, Any]]:
     """Return what to hand to Diffusers, and how, for a model that seems to be one."""
     name = str(model)
+    path = Path(name).expanduser()
+    if revision is not None and (name == BUNDLED or path.exists()):
+        raise ModelError(f"`revision` must not be given for `model` {name}, which is not from the Hub.")
     if name == BUNDLED:
         return str(bundled_model_path()), {}
-    path = Path(name).expanduser()
     if path.is_file():
         raise ModelError(f"`model` must be a folder in Diffusers format or a Hub id, got the file {name}.")
     if path.is_dir():
         files = [item.name for item in path.iterdir()]
-        options = {}
+        options: dict[str, Any] = {}
     else:
-        found = look_up(name, "model", INDEX_NAME)
+        found = look_up(name, "model", INDEX_NAME, revision)
         files = [INDEX_NAME] if found is None else found
-        options = {"local_files_only": True} if found is None else {}
+        options = {"local_files_only": found is None, "revision": revision}
     if INDEX_NAME not in files:
         raise ModelError(f"`model` {name} is no Diffusers pipeline: it has no {INDEX_NAME}{_resemblance(files)}.")
     return (str(path) if path.is_dir() else name), options

@@ -19,6 +19,9 @@ from torch.nn import functional
 QUALITY = 14
 """Constant rate factor of H.264: 0 is lossless, 18 already looks so; small videos of few colours need better."""
 
+ENCODER_OPTIONS = {"crf": str(QUALITY), "bf": "0"}
+"""No B-frames: where x264 places them, and so the file, varied from run to run on the same frames (PyAV 18.1)."""
+
 LABEL_HEIGHT = 28
 """Pixels of the strip above each video of a comparison."""
 
@@ -54,7 +57,7 @@ def encode_mp4(frames: Iterable[torch.Tensor], fps: int) -> bytes:
             if stream is None:
                 if height % 2 or width % 2:
                     raise ValueError(f"`frames` must have an even height and width, got {height}x{width}.")
-                stream = container.add_stream("libx264", rate=Fraction(fps), options={"crf": str(QUALITY)})
+                stream = container.add_stream("libx264", rate=Fraction(fps), options=ENCODER_OPTIONS)
                 stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
             if (height, width) != (stream.height, stream.width):
                 raise ValueError(f"`frames` must all be {stream.height}x{stream.width}, got one of {height}x{width}.")

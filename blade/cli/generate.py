@@ -22,6 +22,7 @@ def generate(
     model: Annotated[
         str | None, _option("A folder in Diffusers format or a Hub id; by default the bundled model of moving shapes.")
     ] = None,
+    revision: Annotated[str | None, _option("Branch, tag or commit of a Hub id.")] = None,
     attention: Annotated[
         str | None, _option("dense, asa (adaptive block-sparse, the default) or asa-gt (asa with all pooled tokens).")
     ] = None,
@@ -63,6 +64,7 @@ def generate(
         "prompt": prompt,
         "negative_prompt": negative_prompt,
         "model": model,
+        "revision": revision,
         "attention": attention,
         "config": config,
         "sparsity": sparsity,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -84,7 +85,7 @@ def test_attention_changes_the_video_and_is_taken_off_afterwards(pipe, saved_tin
 
 def test_a_resolved_request_leaves_nothing_to_defaults(pipe, saved_tiny_pipeline: Path) -> None:
     resolved = resolve_request(tiny_request(saved_tiny_pipeline), pipe)
-    may_be_none = {"negative_prompt", "config"}
+    may_be_none = {"negative_prompt", "config", "revision"}
     assert {name for name, value in vars(resolved).items() if value is None} <= may_be_none
     assert resolved.blade_config == BladeConfig.from_preset("shapes")
     assert (resolved.guidance_scale, resolved.fps, resolved.dtype) == (5.0, 16, "float32")  # 5.0 is WanPipeline's
@@ -202,6 +203,30 @@ def test_everything_works_without_a_compiler(saved_tiny_pipeline: Path, tmp_path
     assert "layer density 0.5" in done.stdout
     assert read_mp4(output).shape == (9, 3, 64, 64)
     assert sum("/nowhere" in line for line in done.stderr.splitlines()) <= 1
+
+
+def test_a_video_from_the_hub_is_recorded_with_its_commit(
+    saved_tiny_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the local cache, as where the Hub cannot be reached."""
+    repository, commit = tmp_path / "cache" / "models--somebody--tiny", "0123456789" * 4
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    shutil.copytree(saved_tiny_pipeline, repository / "snapshots" / commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(repository.parent))
+
+    def unreachable(*_, **__):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", unreachable)
+    request = GenerationRequest(prompt=PROMPT, model="somebody/tiny", **TINY)
+    record = generate_files(request, tmp_path / "video.mp4").record
+    assert (record["model"], record["revision"]) == ("somebody/tiny", commit)
+    again = read_request(tmp_path / "video.json")
+    assert again.revision == commit
+    assert read_request(tmp_path / "video.json", {"model": "other/model"}).revision is None
+    generate_files(again, tmp_path / "again.mp4")
+    assert torch.equal(read_mp4(tmp_path / "again.mp4"), read_mp4(tmp_path / "video.mp4"))
 
 
 def test_the_default_output_names_prompt_and_seed() -> None:

@@ -88,6 +88,7 @@ def command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> CommandLine:
             [*OK, "--model", "./no/such/folder"],
             "`model` ./no/such/folder is no folder here, and no Hub",
         ),
+        ([*OK, "--revision", "main"], "`revision` must not be given for `model` bundled"),
         ([*OK, "--model", "a/b--c..d"], "`model` a/b--c..d is no folder here, and no Hub id"),
         (
             [*OK, "--config", "no-such-config"],

@@ -227,6 +227,6 @@ class Heads:
 def _fill(blocks: Tensor, x: Tensor, factor: float = 1.0) -> Tensor:
     """Write (n, D), times `factor`, into (blocks, size, D), with zeros after it."""
     tokens = blocks.view(-1, x.shape[1])
-    torch.mul(x, factor, out=tokens[: len(x)])
+    torch.mul(x.to(blocks.dtype), factor, out=tokens[: len(x)])
     tokens[len(x) :] = 0.0
     return blocks
