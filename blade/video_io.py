@@ -95,6 +95,40 @@ def side_by_side(videos: Mapping[str, torch.Tensor]) -> torch.Tensor:
     return torch.cat(panels, dim=3)
 
 
+def contact_sheet(videos: Mapping[str, torch.Tensor], *, columns: int = 6, factor: int = 2) -> torch.Tensor:
+    """Lay frames of each video, evenly spaced from its first to its last, in a row under its label.
+
+    Args:
+        videos: label -> video, top to bottom; all of one height and width.
+        columns: frames of each video; at least 2, and no more than any video has.
+        factor: by which frames are enlarged.
+
+    Returns:
+        One picture, (3, H, W) in [0, 1].
+
+    Raises:
+        ValueError: if there are more or fewer columns than that.
+    """
+    fewest = min(len(video) for video in videos.values())
+    if not 2 <= columns <= fewest:
+        raise ValueError(f"`columns` must be from 2 to {fewest}, the number of frames, got {columns}.")
+    rows = []
+    for label, video in videos.items():
+        chosen = video[torch.linspace(0, len(video) - 1, columns).round().long()].float()
+        row = torch.cat(list(functional.interpolate(chosen, scale_factor=factor, mode="nearest")), dim=-1)
+        rows += [_label_strip(label, row.shape[-1]).to(row), row]
+    return torch.cat(rows, dim=-2)
+
+
+def encode_png(picture: torch.Tensor) -> bytes:
+    """Encode a picture, (3, H, W) in [0, 1], as a PNG, in memory."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(_to_pixels(picture)).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
 def check_writable(path: str | Path) -> None:
     """Check, before hours are spent on it, that a file can be written here; the folder is made if missing.
 

@@ -1,0 +1,28 @@
+"""Show frames of videos as a picture: python scripts/contact_sheet.py outputs/*.mp4 --output sheet.png."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from blade.video_io import contact_sheet, encode_png, read_mp4, write_files
+
+
+def main(
+    videos: Annotated[list[Path], typer.Argument(help="Videos of one size; a row each.")],
+    output: Annotated[Path, typer.Option(help="The PNG.")],
+    columns: Annotated[int, typer.Option(help="Frames of each video.")] = 6,
+) -> None:
+    """Write a picture of evenly spaced frames, each row labelled with the prompt in the JSON beside its video."""
+    rows = {}
+    for path in videos:
+        record = path.with_suffix(".json")
+        label = json.loads(record.read_text(encoding="utf-8"))["prompt"] if record.exists() else path.stem
+        rows[label] = read_mp4(path)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_files({output: encode_png(contact_sheet(rows, columns=columns))})
+
+
+if __name__ == "__main__":
+    typer.run(main)
