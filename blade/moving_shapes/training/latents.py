@@ -83,8 +83,12 @@ class LatentStore:
 
     def _draw(self, index: int) -> tuple[Caption, Scene]:
         rng = numpy_rng(self.seed, LATENT_STREAM, self.frames, index)
-        caption = sample_caption(rng, objects=2 if rng.random() < self.two_objects else 1)
-        return caption, sample_scene(caption, rng, frames=self.frames, height=self.size, width=self.size)
+        while True:
+            caption = sample_caption(rng, objects=2 if rng.random() < self.two_objects else 1)
+            try:
+                return caption, sample_scene(caption, rng, frames=self.frames, height=self.size, width=self.size)
+            except ValueError:  # a small canvas has no room for what is large and fast
+                continue
 
     @torch.no_grad()
     def _encode(self, scenes: Sequence[Scene]) -> np.ndarray:

@@ -51,7 +51,9 @@ class TransformerTraining:
         Phase(steps=900, batch_size=24, frames=17, size=64, videos=6000, first_videos=600),
         Phase(steps=600, batch_size=8, frames=33, size=96, videos=2240, first_videos=800),
         Phase(steps=700, batch_size=8, frames=33, size=96, videos=3920, first_videos=2240, shift=6.0),
-        Phase(steps=4000, batch_size=8, frames=33, size=96, videos=8000, first_videos=3920, shift=20.0),
+        Phase(steps=300, batch_size=8, frames=33, size=96, videos=4226, first_videos=3920, shift=20.0),
+        Phase(steps=1800, batch_size=16, frames=33, size=64, videos=8000, first_videos=800, shift=20.0),
+        Phase(steps=2000, batch_size=8, frames=33, size=96, videos=8000, first_videos=4226, shift=20.0),
     )
     learning_rate: float = 2e-3
     """Of Muon (matrices of the blocks) and, halved, of AdamW (the rest)."""
