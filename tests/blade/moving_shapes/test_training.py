@@ -1,5 +1,6 @@
 """Training of the shapes model: resumes exactly, and trains on what `WanPipeline` will compute."""
 
+import dataclasses
 import json
 
 import pytest
@@ -8,7 +9,7 @@ from diffusers import WanPipeline
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
 from blade.moving_shapes.captions import HELD_OUT, parse_caption
-from blade.moving_shapes.training import shapes_model, transformer, vae
+from blade.moving_shapes.training import latents, shapes_model, transformer, vae
 from blade.moving_shapes.training.components import build_tokenizer
 from blade.moving_shapes.training.muon import orthogonalise
 from blade.moving_shapes.training.padding import TEXT_LENGTH
@@ -76,7 +77,51 @@ def test_killed_run_resumes_to_the_same_weights(finished, tmp_path, monkeypatch,
     for part in ("vae", "transformer"):
         name = f"{part}/diffusion_pytorch_model.safetensors"
         assert (tmp_path / "model" / name).read_bytes() == (finished / "model" / name).read_bytes()
-    assert _steps(tmp_path) == _steps(finished)
+    assert _steps(tmp_path / "model") == _steps(finished / "model")
+
+
+def test_training_goes_on_from_a_finished_model(finished, tmp_path):
+    """With the same VAE, at the next step, and again after a kill."""
+    longer = dataclasses.replace(TRANSFORMER, phases=(*TRANSFORMER.phases, TRANSFORMER.phases[1]))
+    for name in ("first", "second"):
+        shapes_model.train_shapes_model(
+            tmp_path / "run", tmp_path / name, transformer=longer, start_from=finished / "model"
+        )
+    files = {
+        part: [
+            folder / part / "diffusion_pytorch_model.safetensors"
+            for folder in (finished / "model", tmp_path / "first", tmp_path / "second")
+        ]
+        for part in ("vae", "transformer")
+    }
+    vae_before, *vae_after = (path.read_bytes() for path in files["vae"])
+    before, first, second = (path.read_bytes() for path in files["transformer"])
+    assert vae_after == [vae_before] * 2
+    assert before != first == second
+    assert [(stage, step) for stage, step, _ in _steps(tmp_path / "first")] == [
+        *(("vae", step) for step in range(1, 5)),
+        *(("transformer", step) for step in range(1, 7)),
+    ]
+    with pytest.raises(ValueError, match="`steps` must be more than the 4 that the model has been trained for, got 4"):
+        shapes_model.train_shapes_model(
+            tmp_path / "other", tmp_path / "no", transformer=TRANSFORMER, start_from=finished / "model"
+        )
+    assert not (tmp_path / "no").exists()
+
+
+def test_a_small_canvas_draws_what_has_room(tmp_path):
+    """On 56 pixels nothing large is fast, and the videos stay the same when a store is filled anew."""
+    drawn = []
+    for name in ("one", "two"):
+        store = latents.LatentStore(
+            tmp_path / name, vae.build_vae().eval(), capacity=8, frames=33, size=56, two_objects=0.5, seed=0
+        )
+        drawn.append([store._draw(index) for index in range(40)])
+    assert drawn[0] == drawn[1]
+    for caption, scene in drawn[0]:
+        for described, shown in zip(caption.objects, scene.objects):
+            assert (described.size, described.speed) != ("large", "fast")
+            assert max(abs(side) for side in shown.velocity) * 32 < 56
 
 
 def test_short_padding_equals_the_pipelines(finished):
@@ -92,11 +137,11 @@ def test_short_padding_equals_the_pipelines(finished):
         "",
         "a small white square moving up and a striped blue ball moving left fast",
     ]
-    latents, timestep = torch.randn(3, 32, 2, 4, 4).double(), torch.tensor([900.0, 500.0, 100.0])
+    noisy, timestep = torch.randn(3, 32, 2, 4, 4).double(), torch.tensor([900.0, 500.0, 100.0])
     with torch.no_grad():
         text, _ = pipe.encode_prompt(captions, do_classifier_free_guidance=False, max_sequence_length=TEXT_LENGTH)
-        expected = pipe.transformer(latents, timestep, text, return_dict=False)[0]
-        actual = model(latents, timestep, captions)
+        expected = pipe.transformer(noisy, timestep, text, return_dict=False)[0]
+        actual = model(noisy, timestep, captions)
     assert isinstance(pipe.transformer.blocks[0].attn2.processor, WanAttnProcessor)
     assert expected.abs().max() > 0.1
     torch.testing.assert_close(actual, expected, atol=1e-6, rtol=1e-6)
@@ -121,6 +166,6 @@ def test_orthogonalise_brings_singular_values_near_one():
         assert values.max() < 1.3
 
 
-def _steps(folder):
-    lines = (folder / "model" / "training_log.jsonl").read_text().splitlines()
+def _steps(model):
+    lines = (model / "training_log.jsonl").read_text().splitlines()
     return [(record["stage"], record["step"], record["loss"]) for record in map(json.loads, lines)]
