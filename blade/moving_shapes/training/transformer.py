@@ -40,7 +40,8 @@ class Phase:
     first_videos: int
     """Videos encoded before the first step; the rest are encoded evenly as the phase goes on."""
     shift: float = FLOW_SHIFT
-    """Shift of the noise levels trained on. Where an object is, frame after frame, is decided at levels near 1."""
+    """Shift of the noise levels trained on. Where an object is, frame after frame, is decided at levels near 1: it is
+    seen in many tokens and channels, so that their noise averages out."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,12 +49,12 @@ class TransformerTraining:
     """How the text encoder and transformer are trained: small, short videos first, then whole ones."""
 
     phases: tuple[Phase, ...] = (
-        Phase(steps=900, batch_size=24, frames=17, size=64, videos=6000, first_videos=600),
-        Phase(steps=600, batch_size=8, frames=33, size=96, videos=2240, first_videos=800),
+        Phase(steps=900, batch_size=24, frames=17, size=64, videos=6000, first_videos=600, shift=3.0),
+        Phase(steps=600, batch_size=8, frames=33, size=96, videos=2240, first_videos=800, shift=3.0),
         Phase(steps=700, batch_size=8, frames=33, size=96, videos=3920, first_videos=2240, shift=6.0),
         Phase(steps=300, batch_size=8, frames=33, size=96, videos=4226, first_videos=3920, shift=20.0),
-        Phase(steps=1800, batch_size=16, frames=33, size=64, videos=8000, first_videos=800, shift=20.0),
-        Phase(steps=2000, batch_size=8, frames=33, size=96, videos=8000, first_videos=4226, shift=20.0),
+        Phase(steps=1500, batch_size=16, frames=33, size=64, videos=6800, first_videos=800, shift=20.0),
+        Phase(steps=3000, batch_size=8, frames=33, size=96, videos=8000, first_videos=4226),
     )
     learning_rate: float = 2e-3
     """Of Muon (matrices of the blocks) and, halved, of AdamW (the rest)."""
