@@ -119,7 +119,8 @@ def resolve_implementation(
     """The implementation that `block_sparse_attention` uses for these arguments: "reference" or "flex".
 
     "auto" takes FlexAttention on CUDA, where it can compute what is asked, and the reference elsewhere: on the CPU the
-    reference measured faster than FlexAttention at every size (`blade-bench attention`), and needs no compiler.
+    reference measured faster than FlexAttention but for short and very sparse sequences (`blade-bench attention`), and
+    needs no compiler.
     Where FlexAttention would be taken but can not be, the log says so once.
 
     Raises:

@@ -123,16 +123,16 @@ class Head:
 
     def gather_k(self, piece: Piece) -> Tensor:
         """Keys of a piece, (m, width * bk, D), or (P, D) pooled ones; gone with the next gathering."""
-        return self.pooled_k if piece.blocks is None else self._gather(self.k, piece)
+        return self.pooled_k if piece.blocks is None else self._gather(self.k, piece.blocks, piece.rows)
 
     def gather_v(self, piece: Piece) -> Tensor:
         """Values of a piece, as `gather_k`, and in the same place: a cache need not hold both."""
-        return self.pooled_v if piece.blocks is None else self._gather(self.v, piece)
+        return self.pooled_v if piece.blocks is None else self._gather(self.v, piece.blocks, piece.rows)
 
-    def _gather(self, blocks: Tensor, piece: Piece) -> Tensor:
-        gathered = self.scratch("gathered", len(piece.blocks), *blocks.shape[1:])
-        torch.index_select(blocks, 0, piece.blocks, out=gathered)
-        return gathered.view(piece.rows.stop - piece.rows.start, -1, blocks.shape[-1])
+    def _gather(self, source: Tensor, blocks: Tensor, rows: slice) -> Tensor:
+        gathered = self.scratch("gathered", len(blocks), *source.shape[1:])
+        torch.index_select(source, 0, blocks, out=gathered)
+        return gathered.view(rows.stop - rows.start, -1, source.shape[-1])
 
     def logits(self, piece: Piece) -> Tensor:
         """Logits in base 2 of a piece, (m, bq, keys); -inf where a row does not see a key; gone with the next."""
