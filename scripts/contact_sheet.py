@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 
 from blade.video_io import contact_sheet, encode_png, read_mp4, write_files
@@ -15,11 +16,11 @@ def main(
     columns: Annotated[int, typer.Option(help="Frames of each video.")] = 6,
 ) -> None:
     """Write a picture of evenly spaced frames, each row labelled with the prompt in the JSON beside its video."""
-    rows = {}
+    rows: dict[str, torch.Tensor] = {}
     for path in videos:
         record = path.with_suffix(".json")
         label = json.loads(record.read_text(encoding="utf-8"))["prompt"] if record.exists() else path.stem
-        rows[label] = read_mp4(path)
+        rows[f"{label} ({path.stem})" if label in rows else label] = read_mp4(path)
     output.parent.mkdir(parents=True, exist_ok=True)
     write_files({output: encode_png(contact_sheet(rows, columns=columns))})
 
