@@ -1,7 +1,12 @@
 """Fixtures that more than one part of the suite uses."""
 
+import os
+
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before a kernel is imported: on the CPU they are interpreted
 
 
 @pytest.fixture

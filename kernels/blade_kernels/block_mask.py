@@ -22,12 +22,14 @@ class BlockMask:
         indices: (.., query blocks, capacity) int32, the kept key blocks of a row in ascending order. Slots past the
             row's count hold 0. The capacity is a Python number, so that shapes never depend on the data.
         block_size: tokens in a (query block, key block). The last block of a sequence may hold fewer.
+        order: None, or (.., query blocks) int32, the rows in the order in which they are best computed.
     """
 
     keep: Tensor
     counts: Tensor
     indices: Tensor
     block_size: tuple[int, int]
+    order: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.keep.ndim != 4 or self.keep.dtype != torch.bool:
@@ -44,6 +46,11 @@ class BlockMask:
             raise ValueError(
                 f"`indices` must be int32 of shape {(*self.keep.shape[:3], 'capacity')} to match `keep`, "
                 f"got {self.indices.dtype} of shape {tuple(self.indices.shape)}."
+            )
+        if self.order is not None and (self.order.shape != self.counts.shape or self.order.dtype != torch.int32):
+            raise ValueError(
+                f"`order` must be None or int32 of shape {tuple(self.counts.shape)} to match `keep`, "
+                f"got {self.order.dtype} of shape {tuple(self.order.shape)}."
             )
         if len(self.block_size) != 2 or any(not isinstance(size, int) or size < 1 for size in self.block_size):
             raise ValueError(f"`block_size` must be two positive numbers of tokens, got {self.block_size!r}.")
@@ -106,7 +113,20 @@ class BlockMask:
 
     def to(self, device: torch.device | str) -> BlockMask:
         """The same mask on another device."""
-        return replace(self, keep=self.keep.to(device), counts=self.counts.to(device), indices=self.indices.to(device))
+        return replace(
+            self,
+            keep=self.keep.to(device),
+            counts=self.counts.to(device),
+            indices=self.indices.to(device),
+            order=None if self.order is None else self.order.to(device),
+        )
+
+    def longest_rows_first(self) -> BlockMask:
+        """The same mask, computed from its longest row to its shortest, so that no long one is left at the end.
+
+        For masks whose rows keep different numbers of blocks, and that are used more than once.
+        """
+        return replace(self, order=self.counts.argsort(dim=-1, descending=True, stable=True).to(torch.int32))
 
     def to_dense(self) -> Tensor:
         """The bit map read back from the lists: (B or 1, H or 1, query blocks, key blocks) bool."""

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from blade_kernels.block_mask import BlockMask
-from blade_kernels.block_sparse import flex
+from blade_kernels.block_sparse import flex, triton_attention
 from blade_kernels.block_sparse.pooled import PooledTokens
 from blade_kernels.block_sparse.reference import reference_attention
 
-IMPLEMENTATIONS = ("auto", "reference", "flex")
+IMPLEMENTATIONS = ("auto", "triton", "flex", "reference")
 
 _logger = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ def block_sparse_attention(
             hold. Pooled tokens are not affected.
         scale: factor of the logits. None: 1 / sqrt(D).
         return_lse: return the log-sum-exp too.
-        implementation: "auto", "reference" or "flex". See `resolve_implementation` for what "auto" takes.
+        implementation: "auto", "triton", "flex" or "reference". See `resolve_implementation` for what "auto" takes.
 
     Returns:
         The output, (B, S, H, D) in the type of `q`: zeros for a query that sees nothing. With `return_lse` also the
@@ -99,7 +99,9 @@ def block_sparse_attention(
         pooled = None
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     chosen = resolve_implementation(q, k, v, mask, pooled=pooled, return_lse=return_lse, implementation=implementation)
-    if chosen == "flex":
+    if chosen == "triton":
+        out, lse = triton_attention.triton_block_attention(q, k, v, mask, pooled, key_lengths, scale)
+    elif chosen == "flex":
         out, lse = flex.flex_block_attention(q, k, v, mask, pooled, key_lengths, scale, return_lse)
     else:
         out, lse = reference_attention(q, k, v, mask, pooled, key_lengths, scale)
@@ -116,12 +118,11 @@ def resolve_implementation(
     return_lse: bool = False,
     implementation: str = "auto",
 ) -> str:
-    """The implementation that `block_sparse_attention` uses for these arguments: "reference" or "flex".
+    """The implementation that `block_sparse_attention` uses for these arguments: "triton", "flex" or "reference".
 
-    "auto" takes FlexAttention on CUDA, where it can compute what is asked, and the reference elsewhere: on the CPU the
-    reference measured faster than FlexAttention but for short and very sparse sequences (`blade-bench attention`), and
-    needs no compiler.
-    Where FlexAttention would be taken but can not be, the log says so once.
+    "auto" takes, on CUDA, the first of these that can compute what is asked, and elsewhere the reference: on the CPU
+    it measured faster than FlexAttention but for short and very sparse sequences (`blade-bench attention`), and needs
+    no compiler. Where another one than Triton has to be taken on CUDA, the log says so once.
 
     Raises:
         ValueError: the implementation does not exist.
@@ -148,15 +149,27 @@ def _resolve(
 ) -> str:
     if implementation == "auto" and device_type != "cuda":
         return "reference"
-    problem = flex.unsupported(device_type, dtype, head_size, block_size, needs_grad, return_lse)
-    if problem is None:
-        return "flex"
-    if implementation == "flex":
+    problems: dict[str, str | None] = {}
+    if implementation in ("auto", "triton"):
+        problems["triton"] = triton_attention.unsupported(device_type, dtype, head_size, block_size)
+    if implementation == "flex" or problems.get("triton"):
+        problems["flex"] = flex.unsupported(device_type, dtype, head_size, block_size, needs_grad, return_lse)
+    if implementation != "auto":
+        if problems[implementation] is None:
+            return implementation
         raise NotImplementedError(
-            f"`implementation='flex'` can not compute this: {problem}. Use 'auto' or 'reference'."
+            f"`implementation={implementation!r}` can not compute this: {problems[implementation]}. "
+            "Use 'auto' or 'reference'."
         )
-    _say_once(f"Block-sparse attention uses the plain PyTorch reference, which is slow on {device_type}: {problem}.")
-    return "reference"
+    reasons = "; ".join(problem for problem in problems.values() if problem)
+    chosen = next((name for name, problem in problems.items() if problem is None), "reference")
+    if chosen == "flex":
+        _say_once(f"Block-sparse attention uses FlexAttention: {reasons}.")
+    elif chosen == "reference":
+        _say_once(
+            f"Block-sparse attention uses the plain PyTorch reference, which is slow on {device_type}: {reasons}."
+        )
+    return chosen
 
 
 @functools.cache

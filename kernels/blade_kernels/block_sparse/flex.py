@@ -17,7 +17,7 @@ from torch.nn.attention.flex_attention import BlockMask as FlexBlockMask
 
 from blade_kernels.block_mask import BlockMask
 from blade_kernels.block_sparse.pooled import PooledTokens
-from blade_kernels.block_sparse.toolchain import missing_c_toolchain, missing_cpp_toolchain
+from blade_kernels.toolchain import missing_c_toolchain, missing_cpp_toolchain
 
 _MOST_SIZES = 64  # different shapes, types and options in one process
 _TILE = 128  # FlexAttention's own configurations take blocks that this divides

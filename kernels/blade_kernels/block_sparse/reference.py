@@ -20,12 +20,13 @@ blocks the rows keep is read on the host.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from blade_kernels.block_mask import BlockMask
+from blade_kernels.block_sparse.operators import Arguments, register
 from blade_kernels.block_sparse.pooled import PooledTokens
 from blade_kernels.block_sparse.reference_walk import Head, Heads
 
@@ -55,37 +56,12 @@ def reference_attention(
     Returns:
         Output, (B, S, H, D) in the type of `q`, and log-sum-exp, (B, S, H) in float32 (float64 of float64).
     """
-    empty = k[:, :0]
-    return _forward(
-        q, k, v, mask.keep, mask.counts, mask.indices, list(mask.block_size),
-        empty if pooled is None else pooled.k,
-        empty if pooled is None else pooled.v,
-        empty.new_empty(0, dtype=torch.float32) if pooled is None else pooled.log_weight,
-        None if pooled is None else pooled.key_block,
-        key_lengths, scale,
-    )  # fmt: skip
+    return _attention(*Arguments.of(q, k, v, mask, pooled, key_lengths, scale))
 
 
-@torch.library.custom_op("blade::block_sparse_reference", mutates_args=())
-def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    keep: Tensor,
-    counts: Tensor,
-    indices: Tensor,
-    block_size: list[int],
-    pooled_k: Tensor,
-    pooled_v: Tensor,
-    log_weight: Tensor,
-    pooled_block: Tensor | None,
-    key_lengths: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """All heads, one after another; the arguments are those of `reference_attention`, taken apart."""
-    mask = BlockMask(keep, counts, indices, (block_size[0], block_size[1]))
-    pooled = PooledTokens(pooled_k, pooled_v, log_weight, pooled_block)
-    heads = Heads(q, k, v, mask, pooled, key_lengths, scale / _LN2)
+def _forward(arguments: Arguments) -> tuple[Tensor, Tensor]:
+    """All heads, one after another."""
+    q, heads = arguments.q, _heads(arguments)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = q.new_empty(q.shape[:3], dtype=heads.dtype)
     for item, index in heads:
@@ -96,32 +72,14 @@ def _forward(
     return out, lse.mul_(_LN2)
 
 
-@torch.library.custom_op("blade::block_sparse_reference_backward", mutates_args=())
 def _backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    keep: Tensor,
-    counts: Tensor,
-    indices: Tensor,
-    block_size: list[int],
-    pooled_k: Tensor,
-    pooled_v: Tensor,
-    log_weight: Tensor,
-    pooled_block: Tensor | None,
-    key_lengths: Tensor | None,
-    scale: float,
-    out: Tensor,
-    lse: Tensor,
-    grad_out: Tensor,
-    grad_lse: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    arguments: Arguments, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor
+) -> tuple[Tensor, ...]:
     """Gradients of q, k, v and of the pooled keys and values."""
-    mask = BlockMask(keep, counts, indices, (block_size[0], block_size[1]))
-    pooled = PooledTokens(pooled_k, pooled_v, log_weight, pooled_block)
-    heads = Heads(q, k, v, mask, pooled, key_lengths, scale / _LN2)
+    q, k, v, scale, heads = arguments.q, arguments.k, arguments.v, arguments.scale, _heads(arguments)
     dq, dk, dv, d_pooled_k, d_pooled_v = (
-        torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, pooled_k, pooled_v)
+        torch.empty_like(x, memory_format=torch.contiguous_format)
+        for x in (q, k, v, arguments.pooled_k, arguments.pooled_v)
     )
     for item, index in heads:
         head = heads[item, index]
@@ -140,6 +98,12 @@ def _backward(
         d_pooled_k[item, :, index] = grads.pooled_k.mul_(_LN2)
         d_pooled_v[item, :, index] = grads.pooled_v
     return dq, dk, dv, d_pooled_k, d_pooled_v
+
+
+def _heads(arguments: Arguments) -> Heads:
+    """The heads of a call, to be walked over."""
+    q, k, v, key_lengths, scale = arguments.q, arguments.k, arguments.v, arguments.key_lengths, arguments.scale
+    return Heads(q, k, v, arguments.mask, arguments.pooled, key_lengths, scale / _LN2)
 
 
 def _attend(head: Head) -> tuple[Tensor, Tensor]:
@@ -212,31 +176,4 @@ def _attend_backward(head: Head, d_out: Tensor, lse: Tensor, delta: Tensor) -> _
     return grads
 
 
-@_forward.register_fake
-def _forward_shapes(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
-
-
-@_backward.register_fake
-def _backward_shapes(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    pooled_k, pooled_v = args[4], args[5]
-    return (
-        q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape),
-        pooled_k.new_empty(pooled_k.shape), pooled_v.new_empty(pooled_v.shape),
-    )  # fmt: skip
-
-
-def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.scale = inputs
-    ctx.block_size = tensors.pop(6)
-    ctx.save_for_backward(*tensors, *output)
-
-
-def _differentiate(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-    *tensors, out, lse = ctx.saved_tensors
-    tensors.insert(6, ctx.block_size)
-    dq, dk, dv, d_pooled_k, d_pooled_v = _backward(*tensors, ctx.scale, out, lse, grad_out, grad_lse)
-    return dq, dk, dv, None, None, None, None, d_pooled_k, d_pooled_v, None, None, None, None
-
-
-_forward.register_autograd(_differentiate, setup_context=_save_for_backward)
+_attention = register("block_sparse_reference", _forward, _backward)

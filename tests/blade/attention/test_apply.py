@@ -370,7 +370,7 @@ def test_what_is_no_model_is_refused(target):
 
 
 def test_an_unknown_implementation_is_refused(make_wan):
-    with pytest.raises(ValueError, match=r"`implementation` must be one of auto, reference, .*got 'cuda'"):
+    with pytest.raises(ValueError, match=r"`implementation` must be one of auto, triton, .*got 'cuda'"):
         apply_blade(make_wan(), BladeConfig(implementation="cuda"))
 
 

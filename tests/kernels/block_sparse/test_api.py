@@ -1,7 +1,5 @@
-import logging
 from dataclasses import replace
 
-import blade_kernels.block_sparse.api as api
 import pytest
 import torch
 from blade_kernels.block_sparse import PooledTokens, block_sparse_attention, pool_tokens, resolve_implementation
@@ -36,20 +34,6 @@ def test_auto_takes_the_reference_on_the_cpu(case):
     assert resolve_implementation(inputs.q, inputs.k, inputs.v, inputs.mask) == "reference"
 
 
-@pytest.mark.parametrize("problem", [None, "no compiler"])
-def test_auto_takes_flex_on_cuda_or_says_once_why_not(monkeypatch, caplog, problem):
-    monkeypatch.setattr(api.flex, "unsupported", lambda *_: problem)
-    api._say_once.cache_clear()
-    with caplog.at_level(logging.WARNING):
-        chosen = {api._resolve("auto", "cuda", torch.bfloat16, 64, (128, 128), False, False) for _ in range(2)}
-    assert chosen == ({"flex"} if problem is None else {"reference"})
-    assert [record.message for record in caplog.records] == (
-        []
-        if problem is None
-        else ["Block-sparse attention uses the plain PyTorch reference, which is slow on cuda: no compiler."]
-    )
-
-
 def test_flex_that_can_not_is_refused(case):
     inputs = case(20)
     with pytest.raises(NotImplementedError, match=r"FlexAttention computes float32, .* not torch.float64"):
@@ -78,7 +62,7 @@ BAD = {
     ),
     "lengths": (lambda c: {"key_lengths": torch.tensor([3])}, r"`key_lengths` must be integers of shape \(2,\)"),
     "lengths type": (lambda c: {"key_lengths": torch.tensor([3.0, 4.0])}, "got torch.float32"),
-    "name": (lambda c: {"implementation": "cuda"}, "must be one of auto, reference, flex, got 'cuda'"),
+    "name": (lambda c: {"implementation": "cuda"}, "must be one of auto, triton, flex, reference, got 'cuda'"),
 }
 
 

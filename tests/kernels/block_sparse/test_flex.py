@@ -4,7 +4,8 @@ import sys
 
 import pytest
 import torch
-from blade_kernels.block_sparse import flex, toolchain
+from blade_kernels import toolchain
+from blade_kernels.block_sparse import flex
 from blade_kernels.block_sparse.api import block_sparse_attention
 
 CPU = ("cpu", torch.float32, 64, (64, 64), False, False)

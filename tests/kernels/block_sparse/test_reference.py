@@ -209,7 +209,7 @@ def test_the_operators_are_registered_soundly(case):
     pooled = inputs.pooled()
     mask = inputs.mask
     arguments = (
-        inputs.q, inputs.k, inputs.v, mask.keep, mask.counts, mask.indices, [16, 8], pooled.k.detach(),
+        inputs.q, inputs.k, inputs.v, mask.keep, mask.counts, mask.indices, None, [16, 8], pooled.k.detach(),
         pooled.v.detach(), pooled.log_weight, pooled.key_block, inputs.key_lengths, 0.3,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.blade.block_sparse_reference.default, arguments)

@@ -1,0 +1,130 @@
+"""What makes a pair of functions, forward and backward, an operator that PyTorch compiles and differentiates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from blade_kernels.block_mask import BlockMask
+from blade_kernels.block_sparse.pooled import PooledTokens
+
+
+class Arguments(NamedTuple):
+    """The arguments of `block_sparse_attention`, taken apart into what an operator can take."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    keep: Tensor
+    counts: Tensor
+    indices: Tensor
+    order: Tensor | None
+    block_size: list[int]
+    pooled_k: Tensor
+    """(B, 0, H, D) where there are no pooled tokens; likewise `pooled_v` and, of (0,), `log_weight`."""
+    pooled_v: Tensor
+    log_weight: Tensor
+    pooled_block: Tensor | None
+    key_lengths: Tensor | None
+    scale: float
+
+    @classmethod
+    def of(
+        cls,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: BlockMask,
+        pooled: PooledTokens | None,
+        key_lengths: Tensor | None,
+        scale: float,
+    ) -> Arguments:
+        """Take the arguments apart."""
+        if pooled is None:
+            pooled = PooledTokens(k[:, :0], v[:, :0], k.new_empty(0, dtype=torch.float32))
+        return cls(
+            q, k, v, mask.keep, mask.counts, mask.indices, mask.order, list(mask.block_size),
+            pooled.k, pooled.v, pooled.log_weight, pooled.key_block, key_lengths, scale,
+        )  # fmt: skip
+
+    @property
+    def mask(self) -> BlockMask:
+        """The mask, put together again."""
+        return BlockMask(self.keep, self.counts, self.indices, (self.block_size[0], self.block_size[1]), self.order)
+
+    @property
+    def pooled(self) -> PooledTokens:
+        """The pooled tokens, put together again."""
+        return PooledTokens(self.pooled_k, self.pooled_v, self.log_weight, self.pooled_block)
+
+
+Forward = Callable[[Arguments], tuple[Tensor, Tensor]]
+Backward = Callable[[Arguments, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, ...]]
+
+_INPUTS = (
+    "Tensor q, Tensor k, Tensor v, Tensor keep, Tensor counts, Tensor indices, Tensor? order, int[] block_size, "
+    "Tensor pooled_k, Tensor pooled_v, Tensor log_weight, Tensor? pooled_block, Tensor? key_lengths, float scale"
+)
+_GRADIENTS = "(Tensor, Tensor, Tensor, Tensor, Tensor)"
+_DIFFERENTIABLE = ("q", "k", "v", "pooled_k", "pooled_v")
+_BLOCK_SIZE = Arguments._fields.index("block_size")
+
+
+def register(name: str, forward: Forward, backward: Backward) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Register `blade::name` and `blade::name_backward`, opaque to the compiler.
+
+    Args:
+        name: of the operator.
+        forward: returns the output, (B, S, H, D) in the type of q, and the log-sum-exp, (B, S, H) in float32 at the
+            least, both contiguous.
+        backward: takes the arguments, output, log-sum-exp and the gradients of both; returns contiguous gradients of
+            q, k, v and of the pooled keys and values.
+
+    Returns:
+        The operator, which takes `Arguments` one by one.
+    """
+    count = len(Arguments._fields)
+
+    def run(*arguments: Any) -> tuple[Tensor, Tensor]:
+        return forward(Arguments(*arguments))
+
+    def run_backward(*arguments: Any) -> tuple[Tensor, ...]:
+        return backward(Arguments(*arguments[:count]), *arguments[count:])
+
+    forward_op = torch.library.custom_op(
+        f"blade::{name}", run, mutates_args=(), schema=f"({_INPUTS}) -> (Tensor, Tensor)"
+    )
+    backward_op = torch.library.custom_op(
+        f"blade::{name}_backward",
+        run_backward,
+        mutates_args=(),
+        schema=f"({_INPUTS}, Tensor out, Tensor lse, Tensor grad_out, Tensor grad_lse) -> {_GRADIENTS}",
+    )
+
+    def shapes(*arguments: Any) -> tuple[Tensor, Tensor]:
+        q = Arguments(*arguments).q
+        return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+
+    def backward_shapes(*arguments: Any) -> tuple[Tensor, ...]:
+        inputs = Arguments(*arguments[:count])
+        return tuple(getattr(inputs, name).new_empty(getattr(inputs, name).shape) for name in _DIFFERENTIABLE)
+
+    def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        *tensors, ctx.scale = inputs
+        ctx.block_size = tensors.pop(_BLOCK_SIZE)
+        ctx.save_for_backward(*tensors, *output)
+
+    def differentiate(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+        *tensors, out, lse = ctx.saved_tensors
+        tensors.insert(_BLOCK_SIZE, ctx.block_size)
+        grads = backward_op(*tensors, ctx.scale, out, lse, grad_out, grad_lse)
+        by_name = dict(zip(_DIFFERENTIABLE, grads, strict=True))
+        return tuple(by_name.get(name) for name in Arguments._fields)
+
+    forward_op.register_fake(shapes)
+    backward_op.register_fake(backward_shapes)
+    forward_op.register_autograd(differentiate, setup_context=save)
+    return forward_op

@@ -1,0 +1,269 @@
+"""Block-sparse attention through the Triton kernels: what they can compute, and their launches."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from blade_kernels.block_mask import BlockMask
+from blade_kernels.block_sparse.launch_table import (
+    BLOCK_SIZES,
+    HEAD_SIZES,
+    Kernel,
+    LaunchConfig,
+    architecture,
+    launch_config,
+)
+from blade_kernels.block_sparse.operators import Arguments, register
+from blade_kernels.block_sparse.pooled import PooledTokens
+from blade_kernels.triton_support import interpreted, missing_triton, on_device
+
+_LN2 = math.log(2.0)
+DELTA_TILE = 64
+TRANSPOSE_TILE = 64
+_POOLED_PROGRAMS = 512  # programs that share the work on pooled gradients: some for every multiprocessor
+
+
+def unsupported(device_type: str, dtype: torch.dtype, head_size: int, block_size: tuple[int, int]) -> str | None:
+    """Why the Triton kernels can not take a call; None if they can.
+
+    Args:
+        device_type: of q, k and v.
+        dtype: of q, k and v.
+        head_size: numbers in one head of one token.
+        block_size: tokens in a (query block, key block).
+    """
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"the Triton kernels compute bfloat16, float16 and float32, not {dtype}"
+    if head_size not in HEAD_SIZES:
+        return f"the Triton kernels need heads of 64 or 128, got {head_size}"
+    if any(size not in BLOCK_SIZES for size in block_size):
+        return f"the Triton kernels need blocks of 32, 64 or 128 tokens, got {block_size}"
+    return missing_triton(device_type)
+
+
+def triton_block_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: BlockMask,
+    pooled: PooledTokens | None,
+    key_lengths: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Attention over the kept blocks and the pooled tokens, with gradients.
+
+    Args:
+        q: (B, S, H, D), bfloat16, float16 or float32, D of 64 or 128.
+        k: (B, T, H, D).
+        v: (B, T, H, D).
+        mask: which blocks are kept; blocks of 32, 64 or 128.
+        pooled: pooled tokens that share the softmax, or None.
+        key_lengths: (B,) integers, keys from there on are absent; or None.
+        scale: factor of the logits.
+
+    Returns:
+        Output, (B, S, H, D) in the type of `q`, and log-sum-exp, (B, S, H) float32.
+    """
+    if scale < 0:  # the kernels scale after they take the maximum
+        q, scale = -q, -scale
+    return _attention(*Arguments.of(q, k, v, mask, pooled, key_lengths, scale))
+
+
+class _Call:
+    """The arguments of an operator, as the kernels take them."""
+
+    def __init__(self, arguments: Arguments) -> None:
+        q, k, v, keep, counts, indices, order, block_size, *pooled, pooled_block, key_lengths, scale = arguments
+        pooled_k, pooled_v, log_weight = pooled
+        self.q, self.k, self.v, self.pooled_k, self.pooled_v = (_rows(x) for x in (q, k, v, pooled_k, pooled_v))
+        self.keep, self.counts, self.indices = keep.contiguous(), counts.contiguous(), indices.contiguous()
+        self.block_size = (block_size[0], block_size[1])
+        self.scale = scale
+        # what there is not is never looked at: any tensor stands for it
+        self.order = counts if order is None else order.contiguous()
+        self.key_lengths = counts if key_lengths is None else key_lengths
+        self.pooled_bias = log_weight / _LN2
+        self.pooled_block = counts if pooled_block is None else pooled_block
+        self.batch, self.queries, self.heads, self.head_size = q.shape
+        self.keys, self.windows = k.shape[1], pooled_k.shape[1]
+        self.masks = keep.shape[:2]
+        self.query_blocks, self.key_blocks = keep.shape[2:]
+        self.upcast = interpreted() and q.dtype == torch.bfloat16
+        self.flags = {
+            "POOLED": self.windows > 0,
+            "DROPPED": pooled_block is not None,
+            "LENGTHS": key_lengths is not None,
+            "TAIL": self.keys % block_size[1] != 0,
+            "ORDERED": order is not None,
+        }
+
+    def config(self, kernel: Kernel) -> LaunchConfig:
+        """How to launch a kernel on the device that this call is on."""
+        arch = architecture(torch.cuda.get_device_capability(self.q.device)) if self.q.is_cuda else "90"
+        return launch_config(kernel, arch, self.head_size, self.block_size, half=self.q.dtype != torch.float32)
+
+    def mask_strides(self, rows: int) -> tuple[int, int]:
+        """Rows of the mask, or what else there is `rows` of in a mask, from batch item to item and head to head."""
+        batch, heads = self.masks
+        return (0 if batch == 1 else heads * rows), (0 if heads == 1 else rows)
+
+    def constants(self, config: LaunchConfig, *flags: str, tma: bool) -> dict[str, Any]:
+        """Compile-time arguments and launch options."""
+        return {
+            "D": self.head_size,
+            "BLOCK_M": config.block_m,
+            "BLOCK_N": config.block_n,
+            "TMA": tma,
+            "UPCAST": self.upcast,
+            "num_warps": config.num_warps,
+            "num_stages": config.num_stages,
+            **{name: self.flags[name] for name in flags},
+        }
+
+    def row_arguments(self) -> tuple[Any, ...]:
+        """What the kernels that walk over a row's keys take between the tensors of their own and the strides."""
+        return (
+            self.counts, self.indices, self.keep, self.order, self.key_lengths,
+            self.pooled_k, self.pooled_v, self.pooled_bias, self.pooled_block,
+            self.queries, self.keys, self.windows, self.heads, self.scale,
+            self.query_blocks, self.key_blocks, self.indices.shape[-1],
+        )  # fmt: skip
+
+    def row_grid(self, config: LaunchConfig) -> tuple[int, int, int]:
+        """A program for every tile of queries: the tiles of a head run together, and share its keys in the cache."""
+        return self.query_blocks * (self.block_size[0] // config.block_m), self.heads, self.batch
+
+
+def _forward(arguments: Arguments) -> tuple[Tensor, Tensor]:
+    from blade_kernels.block_sparse.triton_forward import forward_kernel
+
+    q, call = arguments.q, _Call(arguments)
+    config = call.config("forward")
+    (keys, values), tma = _tiles((call.k, call.v), config.block_n, config.tma)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    with on_device(q):
+        forward_kernel[call.row_grid(config)](
+            call.q, keys, values, out, lse,
+            *call.row_arguments(),
+            *_strides(call.q, call.k, call.v, call.pooled_k, call.pooled_v), *call.mask_strides(call.query_blocks),
+            BQ=call.block_size[0], BK=call.block_size[1],
+            **call.constants(config, "POOLED", "DROPPED", "LENGTHS", "TAIL", "ORDERED", tma=tma),
+        )  # fmt: skip
+    return out, lse
+
+
+def _backward(
+    arguments: Arguments, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor
+) -> tuple[Tensor, ...]:
+    from blade_kernels.block_sparse.triton_backward import delta_kernel, key_gradient_kernel, query_gradient_kernel
+
+    (q, k, v), call = arguments[:3], _Call(arguments)
+    grad_out = _rows(grad_out)
+    lse2, delta = (q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32) for _ in range(2))
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    with on_device(q):
+        delta_kernel[(-(-call.queries // DELTA_TILE), call.heads, call.batch)](
+            out, grad_out, lse, grad_lse, lse2, delta, call.queries, call.heads,
+            *_strides(out, grad_out, lse, grad_lse), D=call.head_size, BLOCK_M=DELTA_TILE,
+        )  # fmt: skip
+
+        config = call.config("query_gradient")
+        (keys, values), tma = _tiles((call.k, call.v), config.block_n, config.tma)
+        query_gradient_kernel[call.row_grid(config)](
+            call.q, keys, values, grad_out, lse2, delta, dq,
+            *call.row_arguments(),
+            *_strides(call.q, call.k, call.v, grad_out, call.pooled_k, call.pooled_v),
+            *call.mask_strides(call.query_blocks),
+            BQ=call.block_size[0], BK=call.block_size[1],
+            **call.constants(config, "POOLED", "DROPPED", "LENGTHS", "TAIL", "ORDERED", tma=tma),
+        )  # fmt: skip
+
+        config = call.config("key_gradient")
+        (queries, grads), tma = _tiles((call.q, grad_out), config.block_m, config.tma)
+        starts, rows = _transposed(call)
+        tiles = call.key_blocks * (call.block_size[1] // config.block_n)
+        key_gradient_kernel[(tiles, call.heads, call.batch)](
+            queries, call.k, call.v, grads, lse2, delta, dk, dv,
+            starts, rows, call.key_lengths,
+            call.queries, call.keys, call.heads, call.scale, call.key_blocks, rows.shape[-1],
+            *_strides(call.q, call.k, call.v, grad_out), *call.mask_strides(1),
+            BQ=call.block_size[0], BK=call.block_size[1],
+            **call.constants(config, "LENGTHS", tma=tma),
+        )  # fmt: skip
+        d_pooled = _pooled_gradients(call, grad_out, lse2, delta)
+    return dq, dk, dv, *d_pooled
+
+
+def _transposed(call: _Call) -> tuple[Tensor, Tensor]:
+    """The query blocks that keep each key block, one key block's after another's.
+
+    Returns:
+        (masks, key blocks + 1) int32, where each key block's begin; and (masks, query blocks * capacity) int32.
+    """
+    from blade_kernels.block_sparse.triton_backward import transpose_kernel
+
+    masks = math.prod(call.masks)
+    keepers = call.keep.sum(-2, dtype=torch.int32).view(masks, -1).cumsum(-1, dtype=torch.int32)
+    starts = torch.nn.functional.pad(keepers, (1, 0))
+    rows = call.counts.new_empty(masks, call.query_blocks * call.indices.shape[-1])
+    transpose_kernel[(-(-call.key_blocks // TRANSPOSE_TILE), masks)](
+        call.keep, starts, rows, call.query_blocks, call.key_blocks, rows.shape[-1],
+        BLOCK_M=TRANSPOSE_TILE, BLOCK_N=TRANSPOSE_TILE,
+    )  # fmt: skip
+    return starts, rows
+
+
+def _pooled_gradients(call: _Call, grad_out: Tensor, lse2: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of pooled keys and values: sums over shares of the queries, then over the shares, in a fixed order."""
+    from blade_kernels.block_sparse.triton_backward import pooled_gradient_kernel
+
+    if not call.windows:
+        return torch.zeros_like(call.pooled_k), torch.zeros_like(call.pooled_v)
+    config = call.config("key_gradient")
+    (queries, grads), tma = _tiles((call.q, grad_out), config.block_m, config.tma)
+    tiles, heads = -(-call.windows // config.block_n), call.batch * call.heads
+    shares = min(call.query_blocks, max(1, _POOLED_PROGRAMS // (tiles * heads)))
+    together = -(-call.query_blocks // shares)
+    shares = -(-call.query_blocks // together)
+    dk, dv = (call.q.new_empty(shares, *call.pooled_k.shape, dtype=torch.float32) for _ in range(2))
+    pooled_gradient_kernel[(tiles, shares, heads)](
+        queries, grads, lse2, delta, dk, dv,
+        call.keep, call.pooled_k, call.pooled_v, call.pooled_bias, call.pooled_block,
+        call.queries, call.windows, call.heads, call.batch, call.scale,
+        call.query_blocks, call.key_blocks, together,
+        *_strides(call.q, grad_out, call.pooled_k, call.pooled_v), *call.mask_strides(call.query_blocks),
+        BQ=call.block_size[0], **call.constants(config, "DROPPED", tma=tma),
+    )  # fmt: skip
+    return dk.sum(0).to(call.q.dtype), dv.sum(0).to(call.q.dtype)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """The same tensor, with the numbers of a head side by side and nothing expanded."""
+    return x if x.stride(-1) == 1 and all(x.stride()) else x.contiguous()
+
+
+def _strides(*tensors: Tensor) -> tuple[int, ...]:
+    """Batch, token and head strides of each."""
+    return tuple(stride for x in tensors for stride in x.stride()[:3])
+
+
+def _tiles(tensors: tuple[Tensor, Tensor], tokens: int, wanted: bool) -> tuple[tuple[Any, Any], bool]:
+    """Descriptors for loads of (tokens, D) tiles, and true; or the tensors, and false, if there can be none."""
+    aligned = all(
+        x.data_ptr() % 16 == 0 and all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:3])
+        for x in tensors
+    )
+    if not (wanted and aligned):
+        return tensors, False
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    first, second = (TensorDescriptor.from_tensor(x.transpose(1, 2), [1, 1, tokens, x.shape[-1]]) for x in tensors)
+    return (first, second), True
+
+
+_attention = register("block_sparse_triton", _forward, _backward)

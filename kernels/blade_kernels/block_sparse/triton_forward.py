@@ -1,0 +1,167 @@
+"""The forward kernel of block-sparse attention: kept blocks, then pooled tokens, in one online softmax.
+
+One program computes one tile of queries of one head, and walks over the list of key blocks that its row keeps. The
+mathematics is that of `reference`, with logits in base 2 and sums in float32.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from blade_kernels.block_sparse.triton_tiles import LOG2E, load_tile, multiply, multiply_add
+
+LOWEST = tl.constexpr(-3.0e38)  # what the running maximum starts from: finite, so that -inf less it stays -inf
+
+
+@triton.jit
+def add_keys(q, k, v, bias, peak, total, out, factor, BIASED: tl.constexpr, UPCAST: tl.constexpr):
+    """Take a tile of keys into the online softmax.
+
+    Args:
+        q: (M, D) queries.
+        k: (N, D) keys; likewise `v`.
+        bias: (N,), added to the logits in base 2, where `BIASED`: -inf hides a key.
+        peak: (M,), largest logit so far.
+        total: (M,), sum of weights relative to `peak`.
+        out: (M, D), sum of weighted values relative to `peak`.
+        factor: of the logits.
+
+    Returns:
+        peak, total, out.
+    """
+    logits = multiply(q, tl.trans(k), UPCAST)
+    if BIASED:
+        logits = logits * factor + bias[None, :]
+        higher = tl.maximum(peak, tl.max(logits, 1))
+        weights = tl.exp2(logits - higher[:, None])
+    else:
+        higher = tl.maximum(peak, tl.max(logits, 1) * factor)
+        weights = tl.exp2(logits * factor - higher[:, None])
+    fade = tl.exp2(peak - higher)
+    total = total * fade + tl.sum(weights, 1)
+    out = multiply_add(weights.to(v.dtype), v, out * fade[:, None], UPCAST)
+    return higher, total, out
+
+
+@triton.jit
+def forward_kernel(
+    q, k, v, out, lse,
+    counts, indices, keep, order, key_lengths,
+    pooled_k, pooled_v, pooled_bias, pooled_block,
+    S, T, P, H, scale,
+    query_blocks, key_blocks, capacity,
+    q_batch, q_token, q_head,
+    k_batch, k_token, k_head,
+    v_batch, v_token, v_head,
+    pooled_k_batch, pooled_k_token, pooled_k_head,
+    pooled_v_batch, pooled_v_token, pooled_v_head,
+    mask_batch, mask_head,
+    D: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    POOLED: tl.constexpr, DROPPED: tl.constexpr, LENGTHS: tl.constexpr, TAIL: tl.constexpr, ORDERED: tl.constexpr,
+    TMA: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Attention of one tile of queries. The tensors are those of `triton_ops`, by strides.
+
+    Args:
+        k: pointer, or, with `TMA`, descriptor; likewise `v`.
+        out: (B, S, H, D), contiguous.
+        lse: (B, S, H) float32, natural, contiguous.
+        order: (.., query blocks) int32, rows of the mask, longest first, where `ORDERED`.
+        pooled_bias: (P,) float32, in base 2.
+        pooled_block: (P,) int32, the key block of each pooled token, where `DROPPED`.
+        S: number of queries; likewise T, of keys, P, of pooled tokens, and H, of heads.
+        scale: factor of the logits.
+        mask_batch: rows of the mask from batch item to batch item: 0 where one mask is shared; likewise `mask_head`.
+        D: size of a head.
+        BQ: tokens in a query block; likewise BK, in a key block.
+        BLOCK_M: queries of a tile, which divides BQ; likewise BLOCK_N, keys of a tile.
+        TAIL: whether the last key block is not full.
+    """
+    tile, head, item = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    factor = scale * LOG2E
+    TILES: tl.constexpr = BQ // BLOCK_M
+    first_row = item.to(tl.int64) * mask_batch + head.to(tl.int64) * mask_head
+    row = tile // TILES
+    if ORDERED:
+        row = tl.load(order + first_row + row)
+    mask_row = first_row + row
+    start = row * BQ + (tile % TILES) * BLOCK_M
+    q_tile = load_tile(q, item, head, start, S, q_batch, q_token, q_head, BLOCK_M, D, False, False)
+    kept = indices + mask_row * capacity
+    count = tl.load(counts + mask_row)
+    stop = T
+    if LENGTHS:
+        stop = tl.minimum(tl.maximum(tl.load(key_lengths + item), 0), T).to(tl.int32)
+
+    # Blocks that may lack keys come last in a list, since lists ascend.
+    whole = count
+    if LENGTHS:
+        whole = 0
+    elif TAIL:
+        last = tl.load(kept + tl.maximum(count - 1, 0))
+        whole = count - ((count > 0) & (last == key_blocks - 1)).to(tl.int32)
+
+    peak = tl.full((BLOCK_M,), LOWEST, tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    out_tile = tl.zeros((BLOCK_M, D), tl.float32)
+    PARTS: tl.constexpr = BK // BLOCK_N
+    for step in range(0, whole * PARTS):
+        key = tl.load(kept + step // PARTS) * BK + (step % PARTS) * BLOCK_N
+        k_tile = load_tile(k, item, head, key, T, k_batch, k_token, k_head, BLOCK_N, D, TMA, True)
+        v_tile = load_tile(v, item, head, key, T, v_batch, v_token, v_head, BLOCK_N, D, TMA, True)
+        peak, total, out_tile = add_keys(q_tile, k_tile, v_tile, 0.0, peak, total, out_tile, factor, False, UPCAST)
+    if LENGTHS or TAIL:
+        for step in range(whole * PARTS, count * PARTS):
+            key = tl.load(kept + step // PARTS) * BK + (step % PARTS) * BLOCK_N
+            k_tile = load_tile(k, item, head, key, stop, k_batch, k_token, k_head, BLOCK_N, D, TMA, False)
+            v_tile = load_tile(v, item, head, key, stop, v_batch, v_token, v_head, BLOCK_N, D, TMA, False)
+            bias = tl.where(key + tl.arange(0, BLOCK_N) < stop, 0.0, float("-inf"))
+            peak, total, out_tile = add_keys(q_tile, k_tile, v_tile, bias, peak, total, out_tile, factor, True, UPCAST)
+    if POOLED:
+        for window in range(0, P, BLOCK_N):
+            windows = window + tl.arange(0, BLOCK_N)
+            seen = windows < P
+            bias = tl.load(pooled_bias + windows, mask=seen, other=0.0)
+            if DROPPED:
+                block = tl.load(pooled_block + windows, mask=seen, other=0)
+                seen = seen & (tl.load(keep + mask_row * key_blocks + block, mask=seen, other=1) == 0)
+            bias = tl.where(seen, bias, float("-inf"))
+            k_tile = load_tile(
+                pooled_k,
+                item,
+                head,
+                window,
+                P,
+                pooled_k_batch,
+                pooled_k_token,
+                pooled_k_head,
+                BLOCK_N,
+                D,
+                False,
+                False,
+            )
+            v_tile = load_tile(
+                pooled_v,
+                item,
+                head,
+                window,
+                P,
+                pooled_v_batch,
+                pooled_v_token,
+                pooled_v_head,
+                BLOCK_N,
+                D,
+                False,
+                False,
+            )
+            peak, total, out_tile = add_keys(q_tile, k_tile, v_tile, bias, peak, total, out_tile, factor, True, UPCAST)
+
+    # The largest weight of a query is exactly 1: a total below 1 is that of a query without keys.
+    divisor = tl.maximum(total, 1.0)
+    queries = start + tl.arange(0, BLOCK_M).to(tl.int64)
+    inside = queries < S
+    to = out + ((item.to(tl.int64) * S + queries[:, None]) * H + head) * D + tl.arange(0, D)[None, :]
+    tl.store(to, (out_tile / divisor[:, None]).to(out.dtype.element_ty), mask=inside[:, None])
+    sums = tl.where(total > 0.0, (peak + tl.log2(divisor)) / LOG2E, float("-inf"))
+    tl.store(lse + (item.to(tl.int64) * S + queries) * H + head, sums, mask=inside)
