@@ -1,4 +1,4 @@
-"""How much each query block needs each key block, in plain PyTorch."""
+"""How much each query block needs each key block."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import math
 
 import torch
 from torch import Tensor
+
+from blade_kernels.block_selection import triton_launch
+from blade_kernels.block_selection.choice import takes_triton
 
 _CHUNK_ELEMENTS = 2**22  # logits held at a time
 
@@ -20,6 +23,7 @@ def sampled_importance(
     scale: float | None = None,
     key_lengths: Tensor | None = None,
     softmax_denominator: bool = True,
+    implementation: str = "auto",
 ) -> Tensor:
     """Largest attention weight between the sampled tokens of each pair of blocks.
 
@@ -38,12 +42,14 @@ def sampled_importance(
         key_lengths: (B,) integers, keys from there on are absent. Blocks without keys score 0.
         softmax_denominator: divide by the sum of the softmax, as the paper does. Without, as in the release, each
             sampled query scores 1 for its best key, however flat its distribution.
+        implementation: "triton"; "reference", plain PyTorch; "auto" takes Triton on CUDA, where it can.
 
     Returns:
         (B, H, query blocks, key blocks) in float32 (float64 of float64), from 0 to 1. No gradients.
 
     Raises:
-        ValueError: shapes that do not fit together.
+        ValueError: shapes that do not fit together, or an unknown implementation.
+        NotImplementedError: the implementation that was asked for can not compute this.
 
     Source: BLADE, arXiv 2508.10774, P = MaxPool(softmax(Qs Ks^T / sqrt(d))).
     """
@@ -54,11 +60,17 @@ def sampled_importance(
                 f"`{name}` must be integers that broadcast to ({q.shape[0]}, {q.shape[2]}, samples), "
                 f"got {offsets.dtype} of shape {tuple(offsets.shape)}."
             )
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    samples = (query_offsets.shape[-1], key_offsets.shape[-1])
     with torch.no_grad():
+        if takes_triton(implementation, q.device, triton_launch.scoring_unsupported(q, *samples)):
+            return triton_launch.sampled_importance(
+                q, k, query_offsets, key_offsets, block_size, scale, key_lengths, softmax_denominator
+            )
         qs, _ = _sample(q, query_offsets, block_size[0], None)
         ks, absent = _sample(k, key_offsets, block_size[1], key_lengths)
         # Logits in base 2: exp2 is the faster of the two.
-        qs = qs * ((q.shape[-1] ** -0.5 if scale is None else scale) / math.log(2.0))
+        qs = qs * (scale / math.log(2.0))
         batch, heads, query_blocks, query_samples, _ = qs.shape
         key_blocks, key_samples = ks.shape[2:4]
         # First samples of all key blocks, then the second ones, and so on: maxima over samples vectorise over blocks.

@@ -1,4 +1,4 @@
-"""From an importance of blocks, or from none, to a BlockMask; in plain PyTorch."""
+"""From an importance of blocks, or from none, to a BlockMask."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from blade_kernels.block_mask import BlockMask
+from blade_kernels.block_selection import triton_launch
+from blade_kernels.block_selection.choice import takes_triton
 
 
 def select_blocks(
@@ -18,6 +20,7 @@ def select_blocks(
     forced_key_blocks: Tensor | None = None,
     forced_query_blocks: Tensor | None = None,
     local_radius: int | None = None,
+    implementation: str = "auto",
 ) -> BlockMask:
     """Keep the most important key blocks of every row.
 
@@ -36,13 +39,16 @@ def select_blocks(
         forced_query_blocks: (query blocks,) bool, rows that keep every block, whatever `max_blocks` says.
         local_radius: force the key blocks that share tokens' positions with the query block (radius 0), and this many
             more on either side. None: none.
+        implementation: "triton", without a sort; "reference", in plain PyTorch; "auto" takes Triton on CUDA, where it
+            can.
 
     Returns:
         The mask. The capacity of its lists is `max_blocks`, or what the local blocks need; with forced key or query
         blocks, of which the number is not known without waiting for the device, it is the number of key blocks.
 
     Raises:
-        ValueError: a number out of its range, or shapes that do not fit together.
+        ValueError: a number out of its range, shapes that do not fit together, or an unknown implementation.
+        NotImplementedError: the implementation that was asked for can not compute this.
 
     Source: BLADE, arXiv 2508.10774: the smallest m whose cumulative mass reaches the threshold, then the clamps.
     """
@@ -70,14 +76,21 @@ def select_blocks(
             raise ValueError(f"`{name}` must be bool of shape ({blocks},), got {flags.dtype} of {tuple(flags.shape)}.")
 
     capacity = limit
+    if local_radius is not None:
+        capacity = max(capacity, (block_size[0] - 2) // block_size[1] + 2 + 2 * local_radius)
+    if forced_key_blocks is not None or forced_query_blocks is not None or capacity > key_blocks:
+        capacity = key_blocks
+    if takes_triton(implementation, importance.device, triton_launch.selection_unsupported(importance)):
+        return triton_launch.select_blocks(
+            importance, block_size, limit, min_blocks, cumulative_mass, forced_key_blocks, forced_query_blocks,
+            local_radius, capacity,
+        )  # fmt: skip
+
     forced = importance.new_zeros((query_blocks, key_blocks), dtype=torch.bool)
     if local_radius is not None:
-        forced, most = _local(query_blocks, key_blocks, block_size, local_radius, importance.device)
-        capacity = max(capacity, most)
+        forced = _local(query_blocks, key_blocks, block_size, local_radius, importance.device)
     if forced_key_blocks is not None:
         forced = forced | forced_key_blocks
-        capacity = key_blocks
-
     importance = importance.to(torch.float32)
     order = importance.masked_fill(forced, torch.inf).argsort(dim=-1, descending=True, stable=True)
     if cumulative_mass is None:
@@ -92,8 +105,7 @@ def select_blocks(
     keep = rank < kept
     if forced_query_blocks is not None:
         keep = keep | forced_query_blocks.unsqueeze(-1)
-        capacity = key_blocks
-    return BlockMask.from_dense(keep, block_size, min(capacity, key_blocks))
+    return BlockMask.from_dense(keep, block_size, capacity)
 
 
 def random_blocks(
@@ -169,12 +181,11 @@ def local_blocks(
 
 def _local(
     query_blocks: int, key_blocks: int, block_size: tuple[int, int], radius: int, device: torch.device
-) -> tuple[Tensor, int]:
-    """Key blocks at the positions of each query block, `radius` more on either side: (QB, KB) bool, most in a row."""
+) -> Tensor:
+    """Key blocks at the positions of each query block, and `radius` more on either side: (QB, KB) bool."""
     query_size, key_size = block_size
     starts = torch.arange(query_blocks, device=device) * query_size
     first = starts // key_size - radius
     last = (starts + query_size - 1) // key_size + radius
     blocks = torch.arange(key_blocks, device=device)
-    local = (blocks >= first.unsqueeze(-1)) & (blocks <= last.unsqueeze(-1))
-    return local, (query_size - 2) // key_size + 2 + 2 * radius
+    return (blocks >= first.unsqueeze(-1)) & (blocks <= last.unsqueeze(-1))

@@ -1,0 +1,107 @@
+"""Launches of the selection kernels, and what they can take."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from blade_kernels.block_mask import BlockMask
+from blade_kernels.triton_support import interpreted, missing_triton, on_device
+
+SCORED_TOGETHER = 64  # sampled queries, and keys, of a tile
+WIDEST = 16384  # key blocks of a row that one program holds
+
+
+def scoring_unsupported(q: Tensor, query_samples: int, key_samples: int) -> str | None:
+    """Why the kernel can not score sampled tokens; None if it can."""
+    if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"the Triton kernels compute bfloat16, float16 and float32, not {q.dtype}"
+    if q.shape[-1] not in (16, 32, 64, 128):
+        return f"the Triton kernels need heads of 16, 32, 64 or 128, got {q.shape[-1]}"
+    if any(samples & (samples - 1) or samples > SCORED_TOGETHER for samples in (query_samples, key_samples)):
+        return (
+            f"the Triton kernels need a power of two of at most {SCORED_TOGETHER} samples of a block, "
+            f"got {query_samples} and {key_samples}"
+        )
+    return missing_triton(q.device)
+
+
+def selection_unsupported(importance: Tensor) -> str | None:
+    """Why the kernel can not select blocks; None if it can."""
+    if importance.shape[-1] > WIDEST:
+        return f"the Triton kernels select from at most {WIDEST} blocks of keys, got {importance.shape[-1]}"
+    return missing_triton(importance.device)
+
+
+def sampled_importance(
+    q: Tensor,
+    k: Tensor,
+    query_offsets: Tensor,
+    key_offsets: Tensor,
+    block_size: tuple[int, int],
+    scale: float,
+    key_lengths: Tensor | None,
+    softmax_denominator: bool,
+) -> Tensor:
+    """`block_selection.sampled_importance` by the kernel, which is given no default."""
+    from blade_kernels.block_selection.triton_selection import sampled_importance_kernel
+
+    batch, tokens, heads, size = q.shape
+    q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
+    query_offsets, key_offsets = (
+        offsets.to(torch.int32).expand(batch, heads, -1).sort(-1).values.contiguous()
+        for offsets in (query_offsets, key_offsets)
+    )
+    queries, keys = query_offsets.shape[-1], key_offsets.shape[-1]
+    query_blocks, key_blocks = -(-tokens // block_size[0]), -(-k.shape[1] // block_size[1])
+    rows = SCORED_TOGETHER // queries
+    importance = q.new_empty(batch, heads, query_blocks, key_blocks, dtype=torch.float32)
+    with on_device(q):
+        sampled_importance_kernel[(-(-query_blocks // rows), heads, batch)](
+            q, k, importance, query_offsets, key_offsets, query_offsets if key_lengths is None else key_lengths,
+            tokens, k.shape[1], heads, scale, query_blocks, key_blocks, *q.stride()[:3], *k.stride()[:3],
+            D=size, BQ=block_size[0], BK=block_size[1], ROWS=rows, QUERIES=queries,
+            BLOCKS=SCORED_TOGETHER // keys, KEYS=keys, LENGTHS=key_lengths is not None,
+            DENOMINATOR=softmax_denominator, UPCAST=interpreted() and q.dtype == torch.bfloat16,
+        )  # fmt: skip
+    return importance
+
+
+def select_blocks(
+    importance: Tensor,
+    block_size: tuple[int, int],
+    limit: int,
+    least: int,
+    cumulative_mass: float | None,
+    forced_key_blocks: Tensor | None,
+    forced_query_blocks: Tensor | None,
+    local_radius: int | None,
+    capacity: int,
+) -> BlockMask:
+    """`block_selection.select_blocks` by the kernel.
+
+    Args:
+        limit: `max_blocks`, or the number of key blocks; likewise `least`, `min_blocks`.
+        capacity: of the mask's lists.
+    """
+    from blade_kernels.block_selection.triton_selection import select_kernel
+
+    if importance.stride(-1) != 1:
+        importance = importance.contiguous()
+    batch, heads, query_blocks, key_blocks = importance.shape
+    keep = importance.new_empty(importance.shape, dtype=torch.bool)
+    counts = importance.new_empty(importance.shape[:3], dtype=torch.int32)
+    indices = importance.new_empty((*importance.shape[:3], capacity), dtype=torch.int32)
+    width = 1 << (key_blocks - 1).bit_length()
+    with on_device(importance):
+        select_kernel[(query_blocks, heads, batch)](
+            importance, keep, counts, indices,
+            counts if forced_key_blocks is None else forced_key_blocks.contiguous(),
+            counts if forced_query_blocks is None else forced_query_blocks.contiguous(),
+            heads, query_blocks, key_blocks, capacity, limit, least, cumulative_mass or 0.0,
+            *importance.stride()[:3], local_radius or 0,
+            BQ=block_size[0], BK=block_size[1], WIDTH=width, BY_MASS=cumulative_mass is not None,
+            FORCED_KEYS=forced_key_blocks is not None, FORCED_QUERIES=forced_query_blocks is not None,
+            LOCAL=local_radius is not None, num_warps=1 if width <= 1024 else 4,
+        )  # fmt: skip
+    return BlockMask(keep, counts, indices, (block_size[0], block_size[1]))

@@ -1,0 +1,116 @@
+"""The selection kernels against plain PyTorch, which has tests of its own."""
+
+import importlib.util
+
+import pytest
+import torch
+from blade_kernels import triton_support
+from blade_kernels.block_selection import sampled_importance, select_blocks, triton_launch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def both(importance, *arguments, **options):
+    """The mask of the kernel, on the CPU, and that of plain PyTorch."""
+    moved = {name: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for name, x in options.items()}
+    found = select_blocks(importance.to(DEVICE), *arguments, **moved, implementation="triton").to("cpu")
+    return found, select_blocks(importance, *arguments, **options, implementation="reference")
+
+
+def assert_same(found, expected):
+    assert torch.equal(found.keep, expected.keep)
+    assert torch.equal(found.counts, expected.counts)
+    assert torch.equal(found.indices, expected.indices)
+    assert found.block_size == expected.block_size
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.tuples(st.integers(1, 2), st.integers(1, 2), st.integers(1, 5), st.integers(1, 40)),
+    st.integers(1, 44),
+    st.integers(1, 44),
+    st.none() | st.sampled_from([0.125, 0.5, 0.75, 0.9375, 1.0]),
+    st.booleans(),
+    st.booleans(),
+    st.none() | st.integers(0, 2),
+    st.sampled_from([2, 4096]),
+    st.integers(0, 99),
+)
+def test_selects_what_plain_pytorch_selects(shape, first, second, mass, keys, queries, radius, values, seed):
+    """Many ties and none; importance in multiples of 1/4096, so that sums do not depend on their order."""
+    generator = torch.Generator().manual_seed(seed)
+    importance = torch.randint(0, values, shape, generator=generator) / 4096
+    found, expected = both(
+        importance,
+        (8, 16),
+        max_blocks=max(first, second),
+        min_blocks=min(first, second, shape[-1]),
+        cumulative_mass=mass,
+        forced_key_blocks=torch.rand(shape[-1], generator=generator) < 0.2 if keys else None,
+        forced_query_blocks=torch.rand(shape[-2], generator=generator) < 0.2 if queries else None,
+        local_radius=radius,
+    )
+    assert_same(found, expected)
+
+
+def test_one_dominant_block_among_many_and_rows_of_zeros():
+    importance = torch.full((1, 1, 2, 1300), 1e-6)
+    importance[0, 0, 0, 123] = 1.0
+    importance[0, 0, 1] = 0.0
+    found, expected = both(importance, cumulative_mass=0.95, max_blocks=700)
+    assert_same(found, expected)
+    assert found.keep[0, 0].nonzero().tolist() == [[0, 123], [1, 0]]
+
+
+def test_expanded_importance_is_read_by_its_strides():
+    importance = torch.rand(1, 1, 5, 7, generator=torch.Generator().manual_seed(0)).expand(2, 3, 5, 7)
+    assert_same(*both(importance, max_blocks=3))
+
+
+@pytest.mark.parametrize("denominator", [True, False])
+@pytest.mark.parametrize("lengths", [None, (50, 0)])
+@pytest.mark.parametrize(
+    ("dtype", "samples"), [(torch.float32, (16, 4)), (torch.bfloat16, (4, 16)), (torch.float16, (1, 2))]
+)
+@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (97, 200)])
+def test_scores_what_plain_pytorch_scores(denominator, lengths, dtype, samples, queries, keys):
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(2, n, 3, 16, generator=generator).to(dtype) for n in (queries, keys))
+    drawn = [torch.rand(3, 32, generator=generator).argsort(-1)[:, :count].to(torch.int16) for count in samples]
+    if lengths is not None:
+        lengths = torch.tensor(lengths).clamp(max=keys)
+        for item, length in enumerate(lengths):
+            k[item, length:] = float("nan")
+    options = {"softmax_denominator": denominator, "key_lengths": lengths}
+    expected = sampled_importance(q, k, *drawn, (32, 32), **options, implementation="reference")
+    on_device = [x.to(DEVICE) for x in (q, k, *drawn)]
+    options["key_lengths"] = None if lengths is None else lengths.to(DEVICE)
+    found = sampled_importance(*on_device, (32, 32), **options, implementation="triton").cpu()
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((torch.zeros(1, 1, 1, 16, dtype=torch.float64), 16, 16), "not torch.float64"),
+        ((torch.zeros(1, 1, 1, 20), 16, 16), "heads of 16, 32, 64 or 128, got 20"),
+        ((torch.zeros(1, 1, 1, 16), 12, 16), "a power of two of at most 64 samples of a block, got 12 and 16"),
+        ((torch.zeros(1, 1, 1, 16), 16, 16), "run on NVIDIA GPUs"),
+    ],
+)
+def test_says_what_it_can_not_score(monkeypatch, arguments, message):
+    monkeypatch.setattr(triton_support, "interpreted", lambda: False)
+    with pytest.raises(AssertionError, match=message):
+        raise AssertionError(triton_launch.scoring_unsupported(*arguments))
+
+
+def test_the_implementation_is_checked():
+    importance = torch.rand(1, 1, 1, 4)
+    with pytest.raises(ValueError, match="`implementation` must be one of auto, triton, reference, got 'flex'"):
+        select_blocks(importance, implementation="flex")
+    with pytest.raises(NotImplementedError, match="at most 16384 blocks of keys, got 16385"):
+        select_blocks(torch.rand(1, 1, 1, 16385), implementation="triton")
