@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from blade_kernels.qk_norm_rope import qk_norm_rope
 from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor, WanTransformer3DModel
 from torch import nn
 
@@ -154,29 +155,17 @@ class WanSparseProcessor:
             query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
         else:
             query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
-        query, key = attn.norm_q(query), attn.norm_k(key)
         query, key, value = (tensor.unflatten(2, (attn.heads, -1)) for tensor in (query, key, value))
-        if rotary_emb is not None:
-            query, key = rotate(query, *rotary_emb), rotate(key, *rotary_emb)
+        cos, sin = (None, None) if rotary_emb is None else rotary_emb
+        query, key = (
+            qk_norm_rope(
+                tensor, norm="rms-all-heads", weight=norm.weight, eps=norm.eps, cos=cos, sin=sin,
+            )
+            for tensor, norm in ((query, attn.norm_q), (key, attn.norm_k))
+        )  # fmt: skip
 
         output = self.layer.attend(query, key, value).flatten(2, 3).type_as(query)
         return attn.to_out[1](attn.to_out[0](output))
-
-
-def rotate(tensor: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Apply rotary position embeddings to pairs of neighbouring channels.
-
-    Args:
-        tensor: (B, S, H, D).
-        cos: (1, S, 1, D), each value given twice.
-        sin: (1, S, 1, D), each value given twice.
-
-    Returns:
-        (B, S, H, D), in the tensor's dtype.
-    """
-    even, odd = tensor.unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = cos[..., 0::2], sin[..., 1::2]
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).type_as(tensor)
 
 
 def permute_patches(latent: torch.Tensor, patch: Sequence[int], permutation: torch.Tensor) -> torch.Tensor:
