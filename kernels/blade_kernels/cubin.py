@@ -1,0 +1,265 @@
+"""What the Triton kernels compile to: registers, spills, shared memory and matrix instructions, read off the cubin.
+
+Compiling needs Triton but no GPU; the tools that read a cubin come with Triton's wheel. Print the table of an
+architecture with `python -m blade_kernels.cubin 90`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import itertools
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from blade_kernels.block_sparse.launch_table import BLOCK_SIZES, HEAD_SIZES, Kernel, launch_config
+from blade_kernels.block_sparse.triton_attention import DELTA_TILE, TRANSPOSE_TILE
+from blade_kernels.qk_norm_rope.operator import norm_rope_warps
+
+ARCHITECTURES = ("80", "89", "90", "100", "120")
+MATRIX_INSTRUCTIONS = {"80": "HMMA", "89": "HMMA", "90": "HGMMA", "100": "UTCHMMA", "120": "HMMA"}
+"""The fastest matrix instruction of each architecture, as the disassembler names it."""
+SHARED_MEMORY = {"80": 163, "89": 99, "90": 227, "100": 227, "120": 99}
+"""KiB that one program may take."""
+_COUNTED = ("HMMA", "HGMMA", "UTCHMMA", "UTMALDG", "LDGSTS", "LDL", "STL")
+_TYPES = {
+    "bool": "keep forced_keys forced_queries",
+    "int32": "counts indices order key_lengths pooled_block starts rows query_offsets key_offsets",
+    "int64": "places",
+    "float32": "lse lse2 delta grad_lse pooled_bias importance weight bias cos sin grad_weight grad_bias",
+    "half": "q k v out grad_out grad_q grad_k grad_v pooled_k pooled_v x grad_x",
+    "number": "scale eps mass",
+}
+_KIND = {name: kind for kind, names in _TYPES.items() for name in names.split()}
+_ATTENTION: tuple[tuple[Kernel, str, str, tuple[str, ...]], ...] = (
+    # whose configuration, kernel, what is loaded through descriptors, compile-time options that are on
+    ("forward", "forward_kernel", "k v", ("TAIL",)),
+    ("forward", "forward_kernel", "k v", ("TAIL", "POOLED", "DROPPED", "ORDERED")),
+    ("query_gradient", "query_gradient_kernel", "k v", ("TAIL", "POOLED", "DROPPED", "ORDERED")),
+    ("key_gradient", "key_gradient_kernel", "q grad_out", ()),
+    ("key_gradient", "pooled_gradient_kernel", "q grad_out", ("DROPPED",)),
+)
+_ROW_FLAGS = ("POOLED", "DROPPED", "LENGTHS", "TAIL", "ORDERED")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CubinReport:
+    """What one kernel compiled to."""
+
+    kernel: str
+    arch: str
+    case: str
+    """Sizes and compile-time options."""
+    num_warps: int
+    registers: int
+    """Of a thread."""
+    stack_bytes: int
+    """Of a thread's local memory, which is where registers spill to."""
+    shared_bytes: int
+    """Of a program."""
+    instructions: dict[str, int]
+    """How often each counted instruction stands in the code."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """A kernel with its compile-time arguments."""
+
+    module: str
+    kernel: str
+    case: str
+    constants: dict[str, Any]
+    num_warps: int
+    num_stages: int = 2
+    described: dict[str, int] = field(default_factory=dict)
+    """Tensors that are loaded through descriptors, and the tokens of their tiles."""
+    float32: tuple[str, ...] = ()
+    """Tensors that are float32 here, and half precision elsewhere."""
+
+
+def attention_variants(arch: str) -> Iterator[Variant]:
+    """Every configuration of the attention kernels that is shipped for an architecture, with its costliest options."""
+    for head_size, block in itertools.product(HEAD_SIZES, BLOCK_SIZES):
+        for kernel, name, described, flags in _ATTENTION:
+            config = launch_config(kernel, arch, head_size, (block, block))
+            tile = config.block_n if described == "k v" else config.block_m
+            yield Variant(
+                module=f"block_sparse.triton_{'forward' if kernel == 'forward' else 'backward'}",
+                kernel=name,
+                case=f"heads of {head_size}, blocks of {block}, tiles of {config.block_m}x{config.block_n}"
+                + (", pooled" if "POOLED" in flags else ""),
+                constants={
+                    "D": head_size, "BQ": block, "BK": block, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
+                    "TMA": config.tma, "UPCAST": False, **{flag: flag in flags for flag in _ROW_FLAGS},
+                },
+                num_warps=config.num_warps,
+                num_stages=config.num_stages,
+                described=dict.fromkeys(described.split(), tile) if config.tma else {},
+                float32=("grad_k", "grad_v") if name == "pooled_gradient_kernel" else (),
+            )  # fmt: skip
+
+
+def other_variants() -> Iterator[Variant]:
+    """The kernels around attention, at the sizes of Wan-14B, CogVideoX1.5 and HunyuanVideo."""
+    yield Variant(
+        module="block_sparse.triton_backward", kernel="delta_kernel", case="heads of 128", num_warps=4,
+        constants={"D": 128, "BLOCK_M": DELTA_TILE},
+    )  # fmt: skip
+    yield Variant(
+        module="block_sparse.triton_backward", kernel="transpose_kernel", case="any", num_warps=4,
+        constants={"BLOCK_M": TRANSPOSE_TILE, "BLOCK_N": TRANSPOSE_TILE},
+    )  # fmt: skip
+    flags = dict.fromkeys(("BY_MASS", "FORCED_KEYS", "FORCED_QUERIES", "LOCAL"), True)
+    yield Variant(
+        module="block_selection.triton_selection", kernel="select_kernel", case="1,024 key blocks", num_warps=1,
+        constants={"BQ": 128, "BK": 128, "WIDTH": 1024, **flags},
+    )  # fmt: skip
+    yield Variant(
+        module="block_selection.triton_selection", kernel="sampled_importance_kernel", num_warps=4,
+        case="heads of 128, 16 samples",
+        constants={
+            "D": 128, "BQ": 128, "BK": 128, "ROWS": 4, "QUERIES": 16, "BLOCKS": 4, "KEYS": 16, "LENGTHS": False,
+            "DENOMINATOR": True, "UPCAST": False,
+        },
+    )  # fmt: skip
+    for case, heads, size, norm in (
+        ("40 heads of 128, RMS over all", 64, 128, 1),
+        ("48 heads of 64, LayerNorm", 64, 64, 3),
+        ("24 heads of 128, RMS", 32, 128, 2),
+    ):
+        for kernel in ("norm_rope_kernel", "norm_rope_backward_kernel"):
+            yield Variant(
+                module="qk_norm_rope.triton_kernels", kernel=kernel, case=case,
+                num_warps=norm_rope_warps(heads, size, backward="backward" in kernel),
+                constants={
+                    "HEADS": heads, "D": size, "NORM": norm, "WEIGHT": True, "BIAS": norm == 3, "ROPE": True,
+                    "PLACES": True,
+                },
+            )  # fmt: skip
+
+
+def cubin_report(variant: Variant, arch: str, *, dtype: str = "bf16") -> CubinReport:
+    """Compile one kernel for an architecture, and read its cubin.
+
+    Args:
+        variant: what to compile.
+        arch: one of `ARCHITECTURES`.
+        dtype: Triton's name of the type of queries, keys and values.
+
+    Raises:
+        RuntimeError: if Triton's interpreter is on, which compiles nothing.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    function = getattr(importlib.import_module(f"blade_kernels.{variant.module}"), variant.kernel)
+    if not isinstance(function, triton.JITFunction):
+        raise RuntimeError("nothing is compiled while TRITON_INTERPRET=1 is set.")
+    names = function.arg_names
+    constants = {(names.index(name),): value for name, value in variant.constants.items() if name in names}
+    pointers = {
+        "bool": "*i1",
+        "int32": "*i32",
+        "int64": "*i64",
+        "float32": "*fp32",
+        "half": f"*{dtype}",
+        "number": "fp32",
+    }
+    types, attributes = {}, {}
+    for index, name in enumerate(names):
+        if (index,) in constants:
+            types[name] = "constexpr"
+        elif name in variant.described:
+            types[name] = f"tensordesc<{dtype}[1,1,{variant.described[name]},{variant.constants['D']}]>"
+        else:
+            kind = "float32" if name in variant.float32 else _KIND.get(name)
+            types[name] = "i32" if kind is None else pointers[kind]
+            # tensors are aligned, and so are their strides, but not what counts rows of a mask
+            if types[name].startswith("*") or re.fullmatch(r"(?!mask|places).*_(batch|token|head)", name):
+                attributes[index,] = [["tt.divisibility", 16]]
+    source = ASTSource(function, types, constants, attributes)
+    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages, "enable_fp_fusion": True}
+    compiled = triton.compile(source, target=GPUTarget("cuda", int(arch), 32), options=options)
+    usage, code = _read(compiled.asm["cubin"], Path(triton.__file__).parent / "backends" / "nvidia" / "bin")
+    counted = {name: len(re.findall(rf"\b{name}\b", code)) for name in _COUNTED}
+    return CubinReport(
+        kernel=variant.kernel,
+        arch=arch,
+        case=variant.case,
+        num_warps=variant.num_warps,
+        registers=_number(r"REG:(\d+)", usage),
+        stack_bytes=_number(r"STACK:(\d+)", usage),
+        shared_bytes=compiled.metadata.shared,
+        instructions={name: count for name, count in counted.items() if count},
+    )
+
+
+def cubin_reports(arch: str) -> Iterator[CubinReport]:
+    """Compile everything that is shipped for an architecture. See `cubin_report`."""
+    for variant in itertools.chain(attention_variants(arch), other_variants()):
+        yield cubin_report(variant, arch)
+
+
+def table(reports: list[CubinReport]) -> tuple[list[str], list[list[str]]]:
+    """Headings and rows of a table of reports."""
+    headings = ["kernel", "sm", "case", "warps", "registers", "stack bytes", "shared KiB", "instructions"]
+    rows = [
+        [
+            report.kernel.removesuffix("_kernel"),
+            report.arch,
+            report.case,
+            str(report.num_warps),
+            str(report.registers),
+            str(report.stack_bytes),
+            f"{report.shared_bytes / 1024:.0f}",
+            ", ".join(f"{count} {name}" for name, count in report.instructions.items()),
+        ]
+        for report in reports
+    ]
+    return headings, rows
+
+
+def _read(cubin: bytes, tools: Path) -> tuple[str, str]:
+    """What the tools say of resources, and the disassembled code."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        commands = ([str(tools / "cuobjdump"), "-res-usage", file.name], [str(tools / "nvdisasm"), "-c", file.name])
+        usage, code = (
+            subprocess.run(command, capture_output=True, text=True, check=True).stdout for command in commands
+        )
+    return usage, code
+
+
+def _number(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    if found is None:
+        raise RuntimeError(f"the tool's output has no {pattern!r}: {text[:200]}")
+    return int(found[1])
+
+
+def main() -> None:
+    """Print the table of an architecture, or its reports as JSON lines."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("arch", choices=ARCHITECTURES)
+    parser.add_argument("--json", action="store_true", help="print one JSON object a line")
+    arguments = parser.parse_args()
+    if arguments.json:
+        for report in cubin_reports(arguments.arch):
+            print(json.dumps(asdict(report)), flush=True)
+        return
+    headings, rows = table(list(cubin_reports(arguments.arch)))
+    widths = [max(len(row[column]) for row in [headings, *rows]) for column in range(len(headings))]
+    for row in [headings, *rows]:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+
+
+if __name__ == "__main__":
+    main()

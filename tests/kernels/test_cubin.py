@@ -1,0 +1,45 @@
+"""Every shipped configuration compiles, without a GPU, into the code that it is meant to be."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from blade_kernels.cubin import ARCHITECTURES, MATRIX_INSTRUCTIONS, SHARED_MEMORY
+
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+
+SPILLS = {("key_gradient_kernel", "90", "heads of 128, blocks of 128, tiles of 64x128")}
+"""Backward configurations in which a few bytes spill: dk, dv and the keys of 128 tokens fill the registers."""
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_nothing_spills_and_the_matrix_units_are_used(arch, tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-m", "blade_kernels.cubin", arch, "--json"]
+    shown = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    reports = [json.loads(line) for line in shown.splitlines()]
+    assert len(reports) == 40
+    for report in reports:
+        place, code = (report["kernel"], arch, report["case"]), report["instructions"]
+        spills = report["stack_bytes"] or code.get("LDL", 0) or code.get("STL", 0)
+        assert bool(spills) == (place in SPILLS), report
+        assert report["stack_bytes"] <= 32, report
+        assert report["shared_bytes"] <= SHARED_MEMORY[arch] * 1024, report
+        if "tiles" in report["case"]:
+            # a tile of 32 is too small for the matrix unit of a group of four warps
+            small = "tiles of 32x32" in report["case"] and arch in ("90", "100")
+            assert code.get("HMMA" if small else MATRIX_INSTRUCTIONS[arch]), report
+            assert bool(code.get("UTMALDG")) == (arch in ("90", "100")), report
+
+
+@needs_triton
+def test_the_interpreter_compiles_nothing(tmp_path):
+    command = [sys.executable, "-m", "blade_kernels.cubin", "90"]
+    shown = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert shown.returncode and "nothing is compiled while TRITON_INTERPRET=1 is set" in shown.stderr
