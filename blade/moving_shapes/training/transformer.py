@@ -42,11 +42,13 @@ class Phase:
     shift: float = FLOW_SHIFT
     """Shift of the noise levels trained on. Where an object is, frame after frame, is decided at levels near 1: it is
     seen in many tokens and channels, so that their noise averages out."""
+    rate: tuple[float, float] = (1.0, 1.0)
+    """Learning rate at the phase's start and end, as shares of the whole one; linear in between."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TransformerTraining:
-    """How the text encoder and transformer are trained: small, short videos first, then whole ones."""
+    """How the text encoder and transformer are trained: small, short videos first, whole ones last."""
 
     phases: tuple[Phase, ...] = (
         Phase(steps=900, batch_size=24, frames=17, size=64, videos=6000, first_videos=600, shift=3.0),
@@ -54,14 +56,15 @@ class TransformerTraining:
         Phase(steps=700, batch_size=8, frames=33, size=96, videos=3920, first_videos=2240, shift=6.0),
         Phase(steps=300, batch_size=8, frames=33, size=96, videos=4226, first_videos=3920, shift=20.0),
         Phase(steps=1500, batch_size=16, frames=33, size=64, videos=6800, first_videos=800, shift=20.0),
-        Phase(steps=3000, batch_size=8, frames=33, size=96, videos=8000, first_videos=4226),
+        Phase(steps=1800, batch_size=8, frames=33, size=96, videos=6490, first_videos=4226),
+        Phase(steps=1200, batch_size=8, frames=33, size=96, videos=8000, first_videos=6490, rate=(1.0, 0.0)),
+        Phase(steps=800, batch_size=16, frames=33, size=64, videos=6800, first_videos=6800, rate=(0.6, 0.4)),
+        Phase(steps=800, batch_size=8, frames=33, size=96, videos=8000, first_videos=8000, shift=6.0, rate=(0.4, 0.0)),
     )
     learning_rate: float = 2e-3
     """Of Muon (matrices of the blocks) and, halved, of AdamW (the rest)."""
     warmup_steps: int = 100
     """Of the learning rate, from the first step and from one at which the optimizers start anew."""
-    decay_steps: int = 1200
-    """The learning rate falls linearly to zero over the last steps of the last phase."""
     caption_dropout: float = 0.1
     """Fraction of captions replaced by the empty one, so that classifier-free guidance works."""
     two_objects: float = 0.5
@@ -117,6 +120,12 @@ class TextConditionedTransformer(nn.Module):
         text_encoder.load_state_dict(self.text_encoder.state_dict())
         transformer.load_state_dict(self.transformer.state_dict())
         return build_pipeline(vae, text_encoder.eval(), transformer.eval())
+
+
+def phase_rate(phase: Phase, step: int) -> float:
+    """Learning rate at a step of a phase, as a share of the whole one."""
+    start, end = phase.rate
+    return start + (end - start) * step / phase.steps
 
 
 def shifted_sigmas(u: torch.Tensor, shift: float = FLOW_SHIFT) -> torch.Tensor:
@@ -207,7 +216,8 @@ def train_transformer(
             )
         for step in steps:
             store.fill(phase.first_videos + (phase.videos - phase.first_videos) * (step - first) // phase.steps)
-            set_learning_rate(optimizers, _schedule(step, restarted, config))
+            warmup = min((step - restarted + 1) / config.warmup_steps, 1.0)
+            set_learning_rate(optimizers, warmup * phase_rate(phase, step - first))
             rng = numpy_rng(config.seed, BATCH_STREAM, step)
             latents, captions = store.sample(rng, phase.batch_size)
             noise = torch_rng(config.seed, NOISE_STREAM, step)
@@ -283,7 +293,3 @@ def _initialise(transformer: WanTransformer3DModel) -> None:
         nn.init.zeros_(block.attn2.to_k.bias)
         nn.init.constant_(block.attn2.norm_q.weight, 2.0)
         nn.init.constant_(block.attn2.norm_k.weight, 2.0)
-
-
-def _schedule(step: int, restarted: int, config: TransformerTraining) -> float:
-    return min((step - restarted + 1) / config.warmup_steps, 1.0, (config.steps - step) / config.decay_steps)

@@ -109,6 +109,18 @@ def test_training_goes_on_from_a_finished_model(finished, tmp_path):
     assert not (tmp_path / "no").exists()
 
 
+def test_the_learning_rate_of_a_phase_is_linear_and_warms_up_where_training_goes_on(finished, tmp_path, monkeypatch):
+    rates = []
+    original = transformer.set_learning_rate
+    monkeypatch.setattr(transformer, "set_learning_rate", lambda opt, rate: (rates.append(rate), original(opt, rate)))
+    phases = (*TRANSFORMER.phases, dataclasses.replace(TRANSFORMER.phases[1], steps=4, rate=(0.8, 0.0)))
+    longer = dataclasses.replace(TRANSFORMER, phases=phases, warmup_steps=2)
+    shapes_model.train_shapes_model(
+        tmp_path / "run", tmp_path / "out", transformer=longer, start_from=finished / "model"
+    )
+    assert rates == pytest.approx([0.8 / 2, 0.6, 0.4, 0.2])
+
+
 def test_a_small_canvas_draws_what_has_room(tmp_path):
     """On 56 pixels nothing large is fast, and the videos stay the same when a store is filled anew."""
     drawn = []
