@@ -151,7 +151,8 @@ class BlockMask:
         """
         queries = self._tokens("query_tokens", query_tokens, self.query_blocks, self.block_size[0])
         keys = self._tokens("key_tokens", key_tokens, self.key_blocks, self.block_size[1])
-        return ((self.keep * keys).sum(-1) * queries).sum(-1)
+        missing = self.block_size[1] - keys[-1]  # only the last block can lack tokens
+        return ((self.counts * self.block_size[1] - self.keep[..., -1] * missing) * queries).sum(-1)
 
     def density(
         self, query_tokens: int | None = None, key_tokens: int | None = None, *, pooled_pairs: Tensor | int = 0

@@ -40,6 +40,7 @@ _KIND = {name: kind for kind, names in _TYPES.items() for name in names.split()}
 _ATTENTION: tuple[tuple[Kernel, str, str, tuple[str, ...]], ...] = (
     # whose configuration, kernel, what is loaded through descriptors, compile-time options that are on
     ("forward", "forward_kernel", "k v", ("TAIL",)),
+    ("forward", "forward_kernel", "k v", ("TAIL", "LENGTHS")),
     ("forward", "forward_kernel", "k v", ("TAIL", "POOLED", "DROPPED", "ORDERED")),
     ("query_gradient", "query_gradient_kernel", "k v", ("TAIL", "POOLED", "DROPPED", "ORDERED")),
     ("key_gradient", "key_gradient_kernel", "q grad_out", ()),
@@ -93,7 +94,7 @@ def attention_variants(arch: str) -> Iterator[Variant]:
                 module=f"block_sparse.triton_{'forward' if kernel == 'forward' else 'backward'}",
                 kernel=name,
                 case=f"heads of {head_size}, blocks of {block}, tiles of {config.block_m}x{config.block_n}"
-                + (", pooled" if "POOLED" in flags else ""),
+                + (", pooled" if "POOLED" in flags else ", key lengths" if "LENGTHS" in flags else ""),
                 constants={
                     "D": head_size, "BQ": block, "BK": block, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
                     "TMA": config.tma, "UPCAST": False, **{flag: flag in flags for flag in _ROW_FLAGS},

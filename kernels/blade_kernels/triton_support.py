@@ -21,6 +21,7 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+@torch.compiler.assume_constant_result  # it looks for a compiler
 def missing_triton(device: torch.device | str) -> str | None:
     """Why no Triton kernel can run on a device; None if they can."""
     device = torch.device(device)

@@ -26,6 +26,13 @@ def test_lists_and_bits_say_the_same(shape, density, seed):
         assert not mask.indices[place][count:].any()
 
 
+def test_rows_are_ordered_from_the_longest_ties_by_place():
+    keep = torch.tensor([[1, 0, 0], [1, 1, 1], [0, 0, 0], [0, 1, 0]], dtype=torch.bool)[None, None]
+    mask = BlockMask.from_dense(keep).longest_rows_first()
+    assert mask.order.tolist() == [[[1, 0, 3, 2]]]
+    assert mask.to("cpu").order.dtype == torch.int32
+
+
 def test_capacity_narrows_the_lists():
     keep = torch.zeros(1, 1, 2, 8, dtype=torch.bool)
     keep[0, 0, 0, [1, 5, 7]] = True
@@ -96,6 +103,8 @@ def test_parts_that_do_not_match_are_refused():
         BlockMask(mask.keep, mask.counts[:, :1], mask.indices, (64, 64))
     with pytest.raises(ValueError, match="`indices` must be int32"):
         BlockMask(mask.keep, mask.counts, mask.indices.long(), (64, 64))
+    with pytest.raises(ValueError, match=r"`order` must be None or int32 of shape \(1, 2, 3\) .* got torch.int64"):
+        BlockMask(mask.keep, mask.counts, mask.indices, (64, 64), mask.counts.long())
 
 
 @pytest.mark.parametrize("tokens", [0, 64, 129])

@@ -35,7 +35,7 @@ def sampled_importance(
         q: (B, S, H, D) queries, in the order in which they are cut into blocks.
         k: (B, T, H, D) keys.
         query_offsets: integers that broadcast to (B, H, samples): distinct offsets within a query block, from 0 to
-            its size, the same for all blocks.
+            its size less 1, the same for all blocks.
         key_offsets: the same for key blocks; the number of samples may differ.
         block_size: tokens in a (query block, key block).
         scale: factor of the logits. None: 1 / sqrt(D).
@@ -63,9 +63,9 @@ def sampled_importance(
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     samples = (query_offsets.shape[-1], key_offsets.shape[-1])
     with torch.no_grad():
-        if takes_triton(implementation, q.device, triton_launch.scoring_unsupported(q, *samples)):
+        if takes_triton(implementation, q.device, triton_launch.scoring_unsupported(q, k, *samples)):
             return triton_launch.sampled_importance(
-                q, k, query_offsets, key_offsets, block_size, scale, key_lengths, softmax_denominator
+                q, k, query_offsets, key_offsets, list(block_size), scale, key_lengths, softmax_denominator
             )
         qs, _ = _sample(q, query_offsets, block_size[0], None)
         ks, absent = _sample(k, key_offsets, block_size[1], key_lengths)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -12,8 +14,10 @@ SCORED_TOGETHER = 64  # sampled queries, and keys, of a tile
 WIDEST = 16384  # key blocks of a row that one program holds
 
 
-def scoring_unsupported(q: Tensor, query_samples: int, key_samples: int) -> str | None:
+def scoring_unsupported(q: Tensor, k: Tensor, query_samples: int, key_samples: int) -> str | None:
     """Why the kernel can not score sampled tokens; None if it can."""
+    if k.dtype != q.dtype:
+        return f"the Triton kernels need queries and keys of one type, got {q.dtype} and {k.dtype}"
     if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"the Triton kernels compute bfloat16, float16 and float32, not {q.dtype}"
     if q.shape[-1] not in (16, 32, 64, 128):
@@ -33,17 +37,18 @@ def selection_unsupported(importance: Tensor) -> str | None:
     return missing_triton(importance.device)
 
 
+@torch.library.custom_op("blade::sampled_importance", mutates_args=())
 def sampled_importance(
     q: Tensor,
     k: Tensor,
     query_offsets: Tensor,
     key_offsets: Tensor,
-    block_size: tuple[int, int],
+    block_size: list[int],
     scale: float,
     key_lengths: Tensor | None,
     softmax_denominator: bool,
 ) -> Tensor:
-    """`block_selection.sampled_importance` by the kernel, which is given no default."""
+    """`block_selection.sampled_importance` by the kernel."""
     from blade_kernels.block_selection.triton_selection import sampled_importance_kernel
 
     batch, tokens, heads, size = q.shape
@@ -53,18 +58,29 @@ def sampled_importance(
         for offsets in (query_offsets, key_offsets)
     )
     queries, keys = query_offsets.shape[-1], key_offsets.shape[-1]
-    query_blocks, key_blocks = -(-tokens // block_size[0]), -(-k.shape[1] // block_size[1])
+    importance = _new_importance(q, k, block_size)
+    query_blocks, key_blocks = importance.shape[2:]
     rows = SCORED_TOGETHER // queries
-    importance = q.new_empty(batch, heads, query_blocks, key_blocks, dtype=torch.float32)
     with on_device(q):
         sampled_importance_kernel[(-(-query_blocks // rows), heads, batch)](
-            q, k, importance, query_offsets, key_offsets, query_offsets if key_lengths is None else key_lengths,
+            q, k, importance, query_offsets, key_offsets,
+            query_offsets if key_lengths is None else key_lengths.to(q.device).contiguous(),
             tokens, k.shape[1], heads, scale, query_blocks, key_blocks, *q.stride()[:3], *k.stride()[:3],
             D=size, BQ=block_size[0], BK=block_size[1], ROWS=rows, QUERIES=queries,
             BLOCKS=SCORED_TOGETHER // keys, KEYS=keys, LENGTHS=key_lengths is not None,
             DENOMINATOR=softmax_denominator, UPCAST=interpreted() and q.dtype == torch.bfloat16,
         )  # fmt: skip
     return importance
+
+
+@sampled_importance.register_fake
+def _(q: Tensor, k: Tensor, query_offsets: Tensor, key_offsets: Tensor, block_size: list[int], *_: Any) -> Tensor:
+    return _new_importance(q, k, block_size)
+
+
+def _new_importance(q: Tensor, k: Tensor, block_size: list[int]) -> Tensor:
+    blocks = (-(-q.shape[1] // block_size[0]), -(-k.shape[1] // block_size[1]))
+    return q.new_empty(q.shape[0], q.shape[2], *blocks, dtype=torch.float32)
 
 
 def select_blocks(
@@ -81,17 +97,42 @@ def select_blocks(
     """`block_selection.select_blocks` by the kernel.
 
     Args:
-        limit: `max_blocks`, or the number of key blocks; likewise `least`, `min_blocks`.
+        importance: (B or 1, H or 1, query blocks, key blocks).
+        block_size: tokens in a (query block, key block).
+        limit: `max_blocks`, or the number of key blocks.
+        least: `min_blocks`.
+        cumulative_mass: see there; likewise the forced blocks and the local ones.
+        forced_key_blocks: (key blocks,) bool, or None.
+        forced_query_blocks: (query blocks,) bool, or None.
+        local_radius: in blocks, or None.
         capacity: of the mask's lists.
     """
+    keep, counts, indices = _select(
+        importance, list(block_size), limit, least, cumulative_mass, forced_key_blocks, forced_query_blocks,
+        local_radius, capacity,
+    )  # fmt: skip
+    return BlockMask(keep, counts, indices, block_size)
+
+
+@torch.library.custom_op("blade::select_blocks", mutates_args=())
+def _select(
+    importance: Tensor,
+    block_size: list[int],
+    limit: int,
+    least: int,
+    cumulative_mass: float | None,
+    forced_key_blocks: Tensor | None,
+    forced_query_blocks: Tensor | None,
+    local_radius: int | None,
+    capacity: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Bit map, counts and lists."""
     from blade_kernels.block_selection.triton_selection import select_kernel
 
     if importance.stride(-1) != 1:
         importance = importance.contiguous()
     batch, heads, query_blocks, key_blocks = importance.shape
-    keep = importance.new_empty(importance.shape, dtype=torch.bool)
-    counts = importance.new_empty(importance.shape[:3], dtype=torch.int32)
-    indices = importance.new_empty((*importance.shape[:3], capacity), dtype=torch.int32)
+    keep, counts, indices = _new_parts(importance, capacity)
     width = 1 << (key_blocks - 1).bit_length()
     with on_device(importance):
         select_kernel[(query_blocks, heads, batch)](
@@ -104,4 +145,18 @@ def select_blocks(
             FORCED_KEYS=forced_key_blocks is not None, FORCED_QUERIES=forced_query_blocks is not None,
             LOCAL=local_radius is not None, num_warps=1 if width <= 1024 else 4,
         )  # fmt: skip
-    return BlockMask(keep, counts, indices, (block_size[0], block_size[1]))
+    return keep, counts, indices
+
+
+@_select.register_fake
+def _(importance: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _new_parts(importance, arguments[-1])
+
+
+def _new_parts(importance: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
+    rows = importance.shape[:3]
+    return (
+        importance.new_empty(importance.shape, dtype=torch.bool),
+        importance.new_empty(rows, dtype=torch.int32),
+        importance.new_empty((*rows, capacity), dtype=torch.int32),
+    )

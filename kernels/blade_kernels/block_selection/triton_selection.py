@@ -140,7 +140,7 @@ def select_kernel(
         missing = target - tl.sum(tl.where(bits > low, values, 0.0), 0)
         one = tl.max(tl.where(bits == low, values, 0.0), 0)
         at = tl.sum((bits == low).to(tl.int32), 0)
-        more = tl.ceil(missing / tl.maximum(one, 1e-38)).to(tl.int32)
+        more = tl.ceil(tl.div_rn(missing, tl.maximum(one, 1e-38))).to(tl.int32)
         wanted = above + tl.minimum(tl.maximum(more, 1), tl.maximum(at, 1))
         wanted = tl.minimum(tl.maximum(wanted, least), limit)
     wanted = tl.maximum(wanted, tl.sum(forced.to(tl.int32), 0))

@@ -1,7 +1,7 @@
 """How the Triton kernels are launched: tiles, warps and pipeline stages, by architecture and size.
 
-The table was written by `blade-bench tune` or, where it was never run on a card of an architecture, chosen so that
-nothing spills. Nothing is timed while a user's program runs.
+The table was chosen from what the kernels compile to (`blade_kernels.cubin`), not yet from times on a card. Nothing is
+timed while a user's program runs.
 """
 
 from __future__ import annotations

@@ -44,7 +44,8 @@ class Arguments(NamedTuple):
     ) -> Arguments:
         """Take the arguments apart."""
         if pooled is None:
-            pooled = PooledTokens(k[:, :0], v[:, :0], k.new_empty(0, dtype=torch.float32))
+            none = k.detach()[:, :0]  # detached, so that no gradient of all keys is made of nothing
+            pooled = PooledTokens(none, none, k.new_empty(0, dtype=torch.float32))
         return cls(
             q, k, v, mask.keep, mask.counts, mask.indices, mask.order, list(mask.block_size),
             pooled.k, pooled.v, pooled.log_weight, pooled.key_block, key_lengths, scale,

@@ -85,9 +85,9 @@ class _Call:
         self.scale = scale
         # what there is not is never looked at: any tensor stands for it
         self.order = counts if order is None else order.contiguous()
-        self.key_lengths = counts if key_lengths is None else key_lengths
+        self.key_lengths = counts if key_lengths is None else key_lengths.to(q.device).contiguous()
         self.pooled_bias = log_weight / _LN2
-        self.pooled_block = counts if pooled_block is None else pooled_block
+        self.pooled_block = counts if pooled_block is None else pooled_block.contiguous()
         self.batch, self.queries, self.heads, self.head_size = q.shape
         self.keys, self.windows = k.shape[1], pooled_k.shape[1]
         self.masks = keep.shape[:2]
@@ -223,7 +223,7 @@ def _pooled_gradients(call: _Call, grad_out: Tensor, lse2: Tensor, delta: Tensor
     from blade_kernels.block_sparse.triton_backward import pooled_gradient_kernel
 
     if not call.windows:
-        return torch.zeros_like(call.pooled_k), torch.zeros_like(call.pooled_v)
+        return call.q.new_zeros(call.pooled_k.shape), call.q.new_zeros(call.pooled_v.shape)
     config = call.config("key_gradient")
     (queries, grads), tma = _tiles((call.q, grad_out), config.block_m, config.tma)
     tiles, heads = -(-call.windows // config.block_n), call.batch * call.heads

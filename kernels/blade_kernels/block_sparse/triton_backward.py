@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from blade_kernels.block_sparse.triton_tiles import LOG2E, load_tile, multiply, multiply_add
+from blade_kernels.block_sparse.triton_tiles import LOG2E, count_below, load_tile, multiply, multiply_add
 
 
 @triton.jit
@@ -108,13 +108,15 @@ def query_gradient_kernel(
         stop = tl.minimum(tl.maximum(tl.load(key_lengths + item), 0), T).to(tl.int32)
     whole = count
     if LENGTHS:
-        whole = 0
+        count = count_below(kept, count, (stop + BK - 1) // BK)
+        whole = count_below(kept, count, stop // BK)
     elif TAIL:
         last = tl.load(kept + tl.maximum(count - 1, 0))
         whole = count - ((count > 0) & (last == key_blocks - 1)).to(tl.int32)
 
     grad_q_tile = tl.zeros((BLOCK_M, D), tl.float32)
     PARTS: tl.constexpr = BK // BLOCK_N
+    ZEROED: tl.constexpr = TMA and not LENGTHS  # a descriptor gives zeros past the end of the sequence
     for step in range(0, whole * PARTS):
         key = tl.load(kept + step // PARTS) * BK + (step % PARTS) * BLOCK_N
         k_tile = load_tile(k, item, head, key, T, k_batch, k_token, k_head, BLOCK_N, D, TMA, True)
@@ -125,8 +127,8 @@ def query_gradient_kernel(
     if LENGTHS or TAIL:
         for step in range(whole * PARTS, count * PARTS):
             key = tl.load(kept + step // PARTS) * BK + (step % PARTS) * BLOCK_N
-            k_tile = load_tile(k, item, head, key, stop, k_batch, k_token, k_head, BLOCK_N, D, TMA, False)
-            v_tile = load_tile(v, item, head, key, stop, v_batch, v_token, v_head, BLOCK_N, D, TMA, False)
+            k_tile = load_tile(k, item, head, key, stop, k_batch, k_token, k_head, BLOCK_N, D, TMA, ZEROED)
+            v_tile = load_tile(v, item, head, key, stop, v_batch, v_token, v_head, BLOCK_N, D, TMA, ZEROED)
             bias = tl.where(key + tl.arange(0, BLOCK_N) < stop, 0.0, float("-inf"))
             grad_q_tile = add_query_gradient(
                 q_tile, grad_tile, k_tile, v_tile, bias, lse_tile, delta_tile, grad_q_tile, factor, True, UPCAST
@@ -350,5 +352,5 @@ def transpose_kernel(
         kept = tl.load(pointers, mask=there, other=0).to(tl.int32)
         slots = place[None, :] + tl.cumsum(kept, 0) - kept
         values = tl.broadcast_to(queries[:, None], (BLOCK_M, BLOCK_N))
-        tl.store(rows + mask * kept_pairs + slots, values, mask=kept != 0)
+        tl.store(rows + mask * kept_pairs + slots, values, mask=(kept != 0) & (slots < kept_pairs))
         place += tl.sum(kept, 0)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from blade_kernels.block_sparse.triton_tiles import LOG2E, load_tile, multiply, multiply_add
+from blade_kernels.block_sparse.triton_tiles import LOG2E, count_below, load_tile, multiply, multiply_add
 
 LOWEST = tl.constexpr(-3.0e38)  # what the running maximum starts from: finite, so that -inf less it stays -inf
 
@@ -61,7 +61,7 @@ def forward_kernel(
     POOLED: tl.constexpr, DROPPED: tl.constexpr, LENGTHS: tl.constexpr, TAIL: tl.constexpr, ORDERED: tl.constexpr,
     TMA: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Attention of one tile of queries. The tensors are those of `triton_ops`, by strides.
+    """Attention of one tile of queries. Tensors are taken by their strides.
 
     Args:
         k: pointer, or, with `TMA`, descriptor; likewise `v`.
@@ -97,7 +97,8 @@ def forward_kernel(
     # Blocks that may lack keys come last in a list, since lists ascend.
     whole = count
     if LENGTHS:
-        whole = 0
+        count = count_below(kept, count, (stop + BK - 1) // BK)
+        whole = count_below(kept, count, stop // BK)
     elif TAIL:
         last = tl.load(kept + tl.maximum(count - 1, 0))
         whole = count - ((count > 0) & (last == key_blocks - 1)).to(tl.int32)
@@ -106,6 +107,7 @@ def forward_kernel(
     total = tl.zeros((BLOCK_M,), tl.float32)
     out_tile = tl.zeros((BLOCK_M, D), tl.float32)
     PARTS: tl.constexpr = BK // BLOCK_N
+    ZEROED: tl.constexpr = TMA and not LENGTHS  # a descriptor gives zeros past the end of the sequence
     for step in range(0, whole * PARTS):
         key = tl.load(kept + step // PARTS) * BK + (step % PARTS) * BLOCK_N
         k_tile = load_tile(k, item, head, key, T, k_batch, k_token, k_head, BLOCK_N, D, TMA, True)
@@ -114,8 +116,8 @@ def forward_kernel(
     if LENGTHS or TAIL:
         for step in range(whole * PARTS, count * PARTS):
             key = tl.load(kept + step // PARTS) * BK + (step % PARTS) * BLOCK_N
-            k_tile = load_tile(k, item, head, key, stop, k_batch, k_token, k_head, BLOCK_N, D, TMA, False)
-            v_tile = load_tile(v, item, head, key, stop, v_batch, v_token, v_head, BLOCK_N, D, TMA, False)
+            k_tile = load_tile(k, item, head, key, stop, k_batch, k_token, k_head, BLOCK_N, D, TMA, ZEROED)
+            v_tile = load_tile(v, item, head, key, stop, v_batch, v_token, v_head, BLOCK_N, D, TMA, ZEROED)
             bias = tl.where(key + tl.arange(0, BLOCK_N) < stop, 0.0, float("-inf"))
             peak, total, out_tile = add_keys(q_tile, k_tile, v_tile, bias, peak, total, out_tile, factor, True, UPCAST)
     if POOLED:
@@ -157,11 +159,10 @@ def forward_kernel(
             )
             peak, total, out_tile = add_keys(q_tile, k_tile, v_tile, bias, peak, total, out_tile, factor, True, UPCAST)
 
-    # The largest weight of a query is exactly 1: a total below 1 is that of a query without keys.
-    divisor = tl.maximum(total, 1.0)
+    divisor = tl.where(total == 0.0, 1.0, total)  # a query without keys
     queries = start + tl.arange(0, BLOCK_M).to(tl.int64)
     inside = queries < S
     to = out + ((item.to(tl.int64) * S + queries[:, None]) * H + head) * D + tl.arange(0, D)[None, :]
     tl.store(to, (out_tile / divisor[:, None]).to(out.dtype.element_ty), mask=inside[:, None])
-    sums = tl.where(total > 0.0, (peak + tl.log2(divisor)) / LOG2E, float("-inf"))
+    sums = tl.where(total == 0.0, float("-inf"), (peak + tl.log2(divisor)) / LOG2E)
     tl.store(lse + (item.to(tl.int64) * S + queries) * H + head, sums, mask=inside)

@@ -38,6 +38,16 @@ def load_tile(
 
 
 @triton.jit
+def count_below(kept, count, block):
+    """How many of the first `count` blocks of a list are less than `block`."""
+    found = count * 0
+    for first in range(0, count, 128):
+        places = first + tl.arange(0, 128)
+        found += tl.sum((tl.load(kept + places, mask=places < count, other=block) < block).to(tl.int32), 0)
+    return found
+
+
+@triton.jit
 def multiply(a, b, UPCAST: tl.constexpr):
     """Matrix product in float32. `UPCAST` is for the interpreter, which knows no product of bfloat16."""
     if UPCAST:

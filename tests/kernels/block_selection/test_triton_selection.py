@@ -9,7 +9,9 @@ from blade_kernels.block_selection import sampled_importance, select_blocks, tri
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+pytestmark = [pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")]
+if torch.cuda.is_available():
+    pytestmark.append(pytest.mark.gpu)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -97,6 +99,7 @@ def test_scores_what_plain_pytorch_scores(denominator, lengths, dtype, samples, 
     ("arguments", "message"),
     [
         ((torch.zeros(1, 1, 1, 16, dtype=torch.float64), 16, 16), "not torch.float64"),
+        ((torch.zeros(1, 1, 1, 16), 16, 16, torch.bfloat16), "of one type, got torch.float32 and torch.bfloat16"),
         ((torch.zeros(1, 1, 1, 20), 16, 16), "heads of 16, 32, 64 or 128, got 20"),
         ((torch.zeros(1, 1, 1, 16), 12, 16), "a power of two of at most 64 samples of a block, got 12 and 16"),
         ((torch.zeros(1, 1, 1, 16), 16, 16), "run on NVIDIA GPUs"),
@@ -105,7 +108,9 @@ def test_scores_what_plain_pytorch_scores(denominator, lengths, dtype, samples, 
 def test_says_what_it_can_not_score(monkeypatch, arguments, message):
     monkeypatch.setattr(triton_support, "interpreted", lambda: False)
     with pytest.raises(AssertionError, match=message):
-        raise AssertionError(triton_launch.scoring_unsupported(*arguments))
+        q, *samples = arguments[:3]
+        k = q.to(*arguments[3:]) if arguments[3:] else q
+        raise AssertionError(triton_launch.scoring_unsupported(q, k, *samples))
 
 
 def test_the_implementation_is_checked():
@@ -114,3 +119,23 @@ def test_the_implementation_is_checked():
         select_blocks(importance, implementation="flex")
     with pytest.raises(NotImplementedError, match="at most 16384 blocks of keys, got 16385"):
         select_blocks(torch.rand(1, 1, 1, 16385), implementation="triton")
+
+
+def test_everything_compiles_into_one_graph_and_the_operators_are_registered_soundly():
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(1, 70, 2, 16, generator=generator).to(DEVICE) for _ in range(2))
+    offsets = torch.arange(0, 32, 8, device=DEVICE)
+
+    def run(q, k):
+        importance = sampled_importance(q, k, offsets, offsets, (32, 32), implementation="triton")
+        mask = select_blocks(importance, (32, 32), max_blocks=2, cumulative_mass=0.9, implementation="triton")
+        return importance, mask.keep, mask.counts, mask.indices
+
+    expected = run(q, k)
+    for one, other in zip(expected, torch.compile(run, backend="aot_eager", fullgraph=True)(q, k)):
+        assert torch.equal(one, other)
+    checks = ("test_schema", "test_faketensor")
+    arguments = (q, k, offsets, offsets, [32, 32], 0.25, None, True)
+    torch.library.opcheck(torch.ops.blade.sampled_importance.default, arguments, test_utils=checks)
+    arguments = (expected[0], [32, 32], 2, 1, 0.9, None, None, 1, 3)
+    torch.library.opcheck(torch.ops.blade.select_blocks.default, arguments, test_utils=checks)
