@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -258,3 +259,13 @@ def test_the_bundled_model_is_an_ordinary_pipeline_of_at_most_25_megabytes() -> 
     assert type(WanPipeline.from_pretrained(bundled_model_path())) is WanPipeline
     weights = [path.stat().st_size for path in bundled_model_path().rglob("*.safetensors")]
     assert 0 < sum(weights) <= 25_000_000
+
+
+def test_the_bundled_model_shows_what_was_asked_for(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    request = GenerationRequest(prompt=PROMPT, steps=8, device="cpu")
+    with caplog.at_level(logging.WARNING, logger="blade"):
+        report = generate_files(request, tmp_path / "video.mp4")
+    assert report.record["model"] == "bundled"
+    assert report.record["score"]["objects"] == [{"colour": True, "shape": True, "direction": True}]
+    assert "scorer      colour right, shape right, direction right" in str(report)
+    assert "does not know" not in caplog.text
