@@ -21,6 +21,7 @@ def main(
         Path | None, typer.Option(help="A model folder written by this script, whose weights are trained on.")
     ] = None,
     compile_blocks: Annotated[bool, typer.Option("--compile/--no-compile", help="Compile the blocks.")] = True,
+    autocast: Annotated[bool, typer.Option(help="Compute the transformer in bfloat16 where that is safe.")] = False,
 ) -> None:
     """Train VAE, text encoder and transformer of the shapes model."""
     if threads is not None:
@@ -29,7 +30,7 @@ def main(
         run,
         output,
         vae=VAETraining(seed=seed),
-        transformer=TransformerTraining(seed=seed, compile=compile_blocks),
+        transformer=TransformerTraining(seed=seed, compile=compile_blocks, autocast=autocast),
         device=device,
         start_from=start_from,
     )

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from blade_kernels.block_mask import BlockMask
 from blade_kernels.block_selection import mean_pooled_importance, sampled_importance, select_blocks
-from blade_kernels.block_sparse.api import block_sparse_attention
+from blade_kernels.block_sparse.api import block_sparse_attention, resolve_implementation
 from blade_kernels.block_sparse.pooled import PooledTokens, pool_tokens
 
 from blade.attention.budget import BlockBudget, is_text_block, plan_budget
@@ -74,7 +74,7 @@ class AdaptivePlan:
 
 def adaptive_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: AdaptivePlan, draw: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, str]:
     """Attend to the key blocks that matter. Differentiable, but for the choice of blocks.
 
     Args:
@@ -85,17 +85,19 @@ def adaptive_attention(
         draw: this layer's and step's row of `draw_table`.
 
     Returns:
-        (B, S, H, D) output, and the realised density, a float32 tensor of no dimensions.
+        (B, S, H, D) output, the realised density, a float32 tensor of no dimensions, and the implementation that
+        computed the output.
     """
     with torch.no_grad():
         mask = select(query, key, plan, draw)
     pooled = _pool(key, value, plan)
-    output = block_sparse_attention(query, key, value, mask, pooled=pooled, implementation=plan.implementation)
+    implementation = resolve_implementation(query, key, value, mask, pooled=pooled, implementation=plan.implementation)
+    output = block_sparse_attention(query, key, value, mask, pooled=pooled, implementation=implementation)
     tokens = query.shape[1]
     with torch.no_grad():
         pooled_pairs = 0 if pooled is None else pooled.pairs(mask, tokens)
         density = mask.density(tokens, tokens, pooled_pairs=pooled_pairs)
-    return output, density
+    return output, density, implementation
 
 
 def select(query: torch.Tensor, key: torch.Tensor, plan: AdaptivePlan, draw: torch.Tensor) -> BlockMask:

@@ -33,6 +33,7 @@ class SparseLayer:
         self.running = False
         self.plan: AdaptivePlan | None = None
         self.step = step
+        self.implementation: str | None = None
         self.draws = draw_table(config, index, heads) if dense_reason is None else torch.empty(0)
         # sum of densities over sparse calls, number of sparse calls, number of dense calls
         self.tally = torch.zeros(3, dtype=torch.float32)
@@ -70,7 +71,7 @@ class SparseLayer:
                 "`apply_blade`. Call `apply_blade` again."
             )
         draw = self.draws.index_select(0, self.step).squeeze(0)
-        output, density = adaptive_attention(query, key, value, plan, draw)
+        output, density, self.implementation = adaptive_attention(query, key, value, plan, draw)
         self.tally[0:1].add_(density)
         self.tally[1:2].add_(1)
         return output

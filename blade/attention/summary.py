@@ -30,6 +30,8 @@ class LayerSummary:
     """Forward passes in which it was dense."""
     density: float | None
     """Mean density over its sparse forward passes; None if there was none."""
+    implementation: str | None
+    """What computed the latest sparse one: "triton", "flex" or "reference"; None before it."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,9 @@ class TransformerSummary:
                 f"{budget.kept_blocks + budget.text_blocks}, pooled tokens: {budget.pooled_tokens}"
             )
         lines.append(f"  {_densities(self.layers)}")
+        used = sorted({layer.implementation for layer in self.layers if layer.implementation is not None})
+        if used:
+            lines.append(f"  block-sparse attention by {', '.join(used)}")
         reasons = defaultdict(list)
         for layer in self.layers:
             if layer.dense_reason is not None:
@@ -125,6 +130,7 @@ def _summarise(name: str, applied: AppliedBlade) -> TransformerSummary:
             sparse_calls=int(sparse_calls),
             dense_calls=int(dense_calls),
             density=density / sparse_calls if sparse_calls else None,
+            implementation=layer.implementation,
         )
         for layer, (density, sparse_calls, dense_calls) in zip(applied.layers, tallies)
     )

@@ -1,5 +1,7 @@
 """Compiled regionally, all layers and steps share two graphs, one dense and one sparse; a new resolution adds two."""
 
+import shutil
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -42,3 +44,17 @@ def test_ten_layers_and_six_steps_make_two_graphs_and_two_resolutions_four(make_
     for grid in ((5, 6, 3), (3, 5, 7)):
         run(transformer, wan_inputs(grid), steps=3)
     assert backend.frame_count <= 4
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None, reason="Inductor needs a C++ compiler")
+def test_inductor_compiles_blocks_around_the_triton_kernels(make_wan, wan_inputs):
+    """Each block is one graph, in which the kernels are opaque."""
+    details = AdaptiveConfig(block_size=32, probe_tokens=8, pooled_window=16, cumulative_mass=0.9)
+    config = BladeConfig(sparsity=0.5, pooled_tokens="dropped", dense_steps=1, implementation="triton", asa=details)
+    transformer = apply_blade(make_wan(layers=2, attention_head_dim=64), config)
+    expected = run(transformer, wan_inputs((3, 6, 7)), steps=2)
+    apply_blade(transformer, config)
+    transformer.compile_repeated_blocks(fullgraph=True)
+    torch.testing.assert_close(run(transformer, wan_inputs((3, 6, 7)), steps=2), expected)
+    assert "block-sparse attention by triton" in str(blade_summary(transformer))

@@ -60,6 +60,9 @@ class TransformerTraining:
         Phase(steps=1200, batch_size=8, frames=33, size=96, videos=8000, first_videos=6490, rate=(1.0, 0.0)),
         Phase(steps=800, batch_size=16, frames=33, size=64, videos=6800, first_videos=6800, rate=(0.6, 0.4)),
         Phase(steps=800, batch_size=8, frames=33, size=96, videos=8000, first_videos=8000, shift=6.0, rate=(0.4, 0.0)),
+        Phase(
+            steps=2400, batch_size=8, frames=33, size=96, videos=6000, first_videos=1600, shift=6.0, rate=(0.7, 0.0)
+        ),
     )
     learning_rate: float = 2e-3
     """Of Muon (matrices of the blocks) and, halved, of AdamW (the rest)."""
@@ -77,6 +80,8 @@ class TransformerTraining:
     score_prompts: int = 4
     compile: bool = False
     """Compile the blocks: 1.5 times as fast on a CPU, after two minutes."""
+    autocast: bool = False
+    """Compute in bfloat16 where autocast does: 1.6 times as fast on a CPU that has AVX-512 BF16."""
 
     @property
     def steps(self) -> int:
@@ -149,7 +154,7 @@ def flow_matching_loss(
     noise = torch.randn(latents.shape, generator=generator).to(latents.device)
     kept = ["" if rng.random() < caption_dropout else caption for caption in captions]
     velocity = model(latents + sigma * (noise - latents), 1000 * sigma.flatten(), kept)
-    return (velocity - (noise - latents)).square().mean()
+    return (velocity.float() - (noise - latents)).square().mean()
 
 
 def train_transformer(
@@ -200,7 +205,10 @@ def train_transformer(
             block.compile()
     log = TrainingLog(run / "log.jsonl", stage="transformer", start=start, total=config.steps)
     recent: list[float] = []
-    first, capacity = 0, {(phase.frames, phase.size): phase.videos for phase in config.phases}
+    first, capacity = 0, dict[tuple[int, int], int]()
+    for phase in config.phases:
+        size = phase.frames, phase.size
+        capacity[size] = max(phase.videos, capacity.get(size, 0))
     for number, phase in enumerate(config.phases):
         steps = range(max(start, first), first + phase.steps)
         if steps:
@@ -221,7 +229,8 @@ def train_transformer(
             rng = numpy_rng(config.seed, BATCH_STREAM, step)
             latents, captions = store.sample(rng, phase.batch_size)
             noise = torch_rng(config.seed, NOISE_STREAM, step)
-            loss = flow_matching_loss(model, latents, captions, rng, noise, config.caption_dropout, phase.shift)
+            with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=config.autocast):
+                loss = flow_matching_loss(model, latents, captions, rng, noise, config.caption_dropout, phase.shift)
             model.zero_grad(set_to_none=True)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -134,7 +134,9 @@ def resolve_implementation(
         return implementation
     inputs = (q, k, v) if pooled is None else (q, k, v, pooled.k, pooled.v)
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-    return _resolve(implementation, q.device.type, q.dtype, q.shape[-1], mask.block_size, needs_grad, return_lse)
+    kind = q.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else q.dtype
+    return _resolve(implementation, kind, dtype, q.shape[-1], mask.block_size, needs_grad, return_lse)
 
 
 @torch.compiler.assume_constant_result  # it looks for a compiler and may write to the log

@@ -109,7 +109,7 @@ def test_any_grid_text_and_method(grid, config):
         assert (kept == budget.kept_blocks).all()
     assert torch.equal(select(query, key, plan, draw).keep, mask.keep)
 
-    output, density = adaptive_attention(query, key, value, plan, draw)
+    output, density, _ = adaptive_attention(query, key, value, plan, draw)
     expected = oracle(query, key, value, mask, plan)
     # float32 rounding: the bound is what plain attention over all tokens loses against float64
     plain = torch.einsum(
@@ -133,7 +133,7 @@ def test_gradients_are_those_of_the_oracle(pooled):
     plan = AdaptivePlan.of(config, grid, CPU)
     draw = draw_table(config, 0, HEADS)[0]
     inputs = [tensor.requires_grad_() for tensor in qkv(grid, dtype=torch.float64)]
-    output, density = adaptive_attention(*inputs, plan, draw)
+    output, density, _ = adaptive_attention(*inputs, plan, draw)
     assert not density.requires_grad
     weights = torch.randn(output.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
     gradients = torch.autograd.grad((output * weights).sum(), inputs)

@@ -159,6 +159,15 @@ def test_a_video_of_one_block_stays_dense_and_says_so(make_wan, wan_inputs, capl
             run(transformer, inputs)
 
 
+def test_the_summary_names_what_computed_the_attention(make_wan, wan_inputs):
+    transformer = apply_blade(make_wan(layers=2), BladeConfig(sparsity=0.5, dense_layers=[0], asa=DETAILS))
+    assert "block-sparse attention by" not in str(blade_summary(transformer))
+    run(transformer, wan_inputs())
+    summary = blade_summary(transformer)
+    assert [layer.implementation for layer in summary.transformers[0].layers] == [None, "reference"]
+    assert "block-sparse attention by reference" in str(summary)
+
+
 def test_a_budget_that_is_too_small_is_told(make_wan, wan_inputs):
     config = BladeConfig(attention="asa-gt", sparsity=0.9, asa=DETAILS)  # pooled tokens alone are a quarter
     transformer = apply_blade(make_wan(), config)
