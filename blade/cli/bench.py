@@ -30,10 +30,18 @@ def _option(help: str, *names: str) -> Any:
 @app.command()
 def attention(
     *,
+    model: Annotated[
+        str | None,
+        _option("Layers of wan-1.3b, wan-14b, cogvideox-1.5, hunyuan-video; in place of the next three options."),
+    ] = None,
     tokens: Annotated[str, _option("Lengths of the sequence, such as 2048,8192.")] = "8192",
     heads: Annotated[int, _option("Attention heads.")] = 2,
     head_dim: Annotated[int, _option("Numbers in one head of one token.")] = 128,
     density: Annotated[str, _option("Shares of key blocks that a row keeps, in (0, 1], such as 0.5,0.15.")] = "0.15",
+    passes: Annotated[
+        str | None,
+        _option("Of drawn, forward, training, selection, whole; by default drawn on the CPU, and all others on CUDA."),
+    ] = None,
     block_size: Annotated[int, _option("Tokens in a block.")] = 128,
     dtype: Annotated[str, _option("float32, bfloat16 or float16.")] = "float32",
     device: Annotated[str, _option("cpu, cuda, cuda:1, ...")] = "cpu",
@@ -45,20 +53,36 @@ def attention(
     ] = None,
     debug: Annotated[bool, _option("Show the traceback of an error.", "--debug")] = False,
 ) -> None:
-    """Time block-sparse attention over random blocks beside the fastest dense attention, and print a table."""
+    """Time block-sparse attention over random blocks beside the fastest dense attention, and print tables."""
     if output is not None and importlib.util.find_spec("matplotlib") is None:
         raise ValueError("`--output` draws a plot, and matplotlib is not installed: pip install 'blade-video[plots]'.")
     # imported here, so that --help and usage errors don't wait for PyTorch
     from rich.console import Console
     from rich.table import Table
 
-    from blade.evaluation.attention_benchmark import AttentionBenchmark, run_attention_benchmark, table, write_report
+    from blade.evaluation.attention_benchmark import (
+        MODELS,
+        PASSES,
+        AttentionBenchmark,
+        AttentionShape,
+        run_attention_benchmark,
+    )
+    from blade.evaluation.attention_report import tables, write_report
 
+    if model is None:
+        lengths = _numbers("--tokens", tokens, int)
+        shapes = tuple(AttentionShape(tokens=length, heads=heads, head_dim=head_dim) for length in lengths)
+    else:
+        unknown = [name for name in model.split(",") if name not in MODELS]
+        if unknown:
+            raise ValueError(f"`--model` must be of {', '.join(MODELS)}, got {unknown[0]!r}.")
+        shapes = tuple(MODELS[name] for name in model.split(","))
+    if passes is None:
+        passes = ",".join(name for name in PASSES if name != "drawn") if device.startswith("cuda") else "drawn"
     settings = AttentionBenchmark(
-        tokens=_numbers("--tokens", tokens, int),
+        shapes=shapes,
         densities=_numbers("--density", density, float),
-        heads=heads,
-        head_dim=head_dim,
+        passes=tuple(passes.split(",")),
         block_size=block_size,
         dtype=dtype,
         device=device,
@@ -72,11 +96,11 @@ def attention(
             command=shlex.join(["blade-bench", *sys.argv[1:]]),
             on_case=lambda case: status.update(f"{case['tokens']:,} tokens, density {case['density']} done ..."),
         )
-    headings, rows = table(report)
-    shown = Table(*headings)
-    for row in rows:
-        shown.add_row(*row)
-    console.print(shown)
+    for table in tables(report):
+        shown = Table(*table.headings, title=table.title, title_justify="left")
+        for row in table.rows:
+            shown.add_row(*row)
+        console.print(shown)
     if output is not None:
         console.print(*(str(path) for path in write_report(report, output)), sep="\n")
 

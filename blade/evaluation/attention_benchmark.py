@@ -1,54 +1,104 @@
-"""How fast block-sparse attention is beside the fastest dense attention, at given sequence lengths and densities."""
+"""How fast block-sparse attention is beside the fastest dense attention, at given sizes and densities."""
 
 from __future__ import annotations
 
 import datetime
-import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from blade_kernels.block_mask import BlockMask
-from blade_kernels.block_sparse import block_sparse_attention, resolve_implementation
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from blade_kernels.block_selection import sampled_importance, select_blocks
+from blade_kernels.block_sparse import resolve_implementation
+from blade_kernels.block_sparse.launch_table import architecture
+from blade_kernels.triton_support import missing_triton
+from torch import Tensor
 
+from blade.evaluation.attention_contestants import (
+    Attend,
+    Contestant,
+    dense_contestants,
+    installed_peers,
+    own_contestants,
+)
 from blade.machine import describe_machine, describe_versions
-from blade.video_io import write_files
 
-IMPLEMENTATIONS = ("reference", "flex")
-"""Implementations of block-sparse attention that are measured, where they can compute the case."""
-
-PACKAGES = ("blade-video", "torch")
+PACKAGES = (
+    "blade-video", "torch", "triton", "flash-attn", "flash-attn-3", "sageattention", "spas-sage-attn",
+    "fastvideo-kernel",
+)  # fmt: skip
 """Packages whose versions are recorded."""
-
-MATH_BYTES = 2**30
-"""The dense backend that holds all logits is tried where they take no more than this."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 ERROR_BOUNDS = {"float32": 1e-4, "bfloat16": 3e-2, "float16": 3e-3}
 """Largest error, relative to the exact output's root mean square, with which times are reported."""
 
+PASSES = {
+    "drawn": "drawing random blocks, building the mask, and the forward pass",
+    "forward": "the forward pass, with the mask given",
+    "training": "the forward and the backward pass, with the mask given",
+    "selection": "the choice of blocks from queries and keys, and building the mask",
+    "whole": "the choice of blocks, building the mask, and the forward pass",
+}
+"""What can be timed. The fastest dense attention stands beside each."""
+
+PROBE_TOKENS = 16
+"""Tokens in 128 that the choice of blocks looks at."""
+
+ROTATED_INPUTS = 2
+"""Different inputs that a CUDA measurement takes in turn."""
+
 
 @dataclass(frozen=True, kw_only=True)
-class AttentionBenchmark:
-    """What to measure: the forward of one attention layer, float32 on the CPU unless told otherwise."""
+class AttentionShape:
+    """Size of one attention layer's queries, keys and values."""
 
-    tokens: tuple[int, ...] = (8192,)
-    """Lengths of the sequence."""
-    densities: tuple[float, ...] = (0.15,)
-    """Shares of the key blocks that the rows keep, in (0, 1]. A row keeps the next smaller or the next larger whole
-    number, drawn so that the mean is the share, and one at the least."""
+    tokens: int
+    """Length of the sequence."""
     heads: int = 2
     """Attention heads."""
     head_dim: int = 128
     """Numbers in one head of one token."""
+    batch: int = 1
+    """Sequences."""
+    model: str | None = None
+    """The model that has such layers."""
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "heads", "head_dim", "batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+
+    def __str__(self) -> str:
+        return f"{self.model}, {self.tokens:,} tokens" if self.model else f"{self.tokens:,} tokens"
+
+
+MODELS = {
+    "wan-1.3b": AttentionShape(model="Wan-1.3B 480p", tokens=32760, heads=12),
+    "wan-14b": AttentionShape(model="Wan-14B 720p", tokens=75600, heads=40),
+    "cogvideox-1.5": AttentionShape(model="CogVideoX1.5", tokens=45106, heads=48, head_dim=64),
+    "hunyuan-video": AttentionShape(model="HunyuanVideo 720p", tokens=119056, heads=24),
+}
+"""Sizes at which models are run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionBenchmark:
+    """What to measure."""
+
+    shapes: tuple[AttentionShape, ...] = (AttentionShape(tokens=8192),)
+    """Sizes of the layer."""
+    densities: tuple[float, ...] = (0.15,)
+    """Shares of the key blocks that the rows keep, in (0, 1]. A row keeps the next smaller or the next larger whole
+    number, drawn so that the mean is the share, and one at the least."""
+    passes: tuple[str, ...] = ("drawn",)
+    """Names of `PASSES`."""
     block_size: int = 128
     """Tokens in a block, of queries and of keys alike."""
     dtype: str = "float32"
@@ -63,13 +113,15 @@ class AttentionBenchmark:
     """Of the inputs and of the blocks."""
 
     def __post_init__(self) -> None:
-        for name in ("heads", "head_dim", "block_size", "repeats"):
+        for name in ("block_size", "repeats"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
-        if not self.tokens or min(self.tokens) < 1:
-            raise ValueError(f"`tokens` must be lengths of at least 1, got {self.tokens}.")
+        if not self.shapes:
+            raise ValueError("`shapes` must hold at least one size.")
         if not self.densities or not all(0 < density <= 1 for density in self.densities):
             raise ValueError(f"`densities` must be in (0, 1], got {self.densities}.")
+        if not self.passes or not set(self.passes) <= set(PASSES):
+            raise ValueError(f"`passes` must be some of {', '.join(PASSES)}, got {', '.join(self.passes) or 'none'}.")
         if self.dtype not in DTYPES:
             raise ValueError(f"`dtype` must be one of {', '.join(DTYPES)}, got {self.dtype!r}.")
         if self.threads is not None and self.threads < 1:
@@ -84,159 +136,192 @@ def run_attention_benchmark(
     command: str | None = None,
     on_case: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
-    """Measure dense and block-sparse attention.
+    """Measure dense and block-sparse attention, and other packages' where they are installed.
 
-    Dense attention is the fastest of PyTorch's backends, with heads before or after tokens in memory. The blocks of
-    the sparse one are drawn at random, independently in every head and row; drawing them and building the mask is part
-    of what is timed. An implementation whose output is wrong is an error, not a result.
+    The blocks are drawn at random, independently in every head and row. An implementation of BLADE whose output is
+    wrong is an error, not a result; a peer's error stands beside its times.
 
     Args:
         settings: what to measure.
         command: the command line to record.
-        on_case: called with the result of every length and density as it is found.
+        on_case: called with the result of every size and density as it is found.
 
     Returns:
-        Plain JSON values: `settings`, `machine`, `versions`, `date`, `command` and `cases`, one for each length and
-        density, with times in milliseconds.
+        Plain JSON values: `settings`, `machine`, `versions`, `date`, `command`, and `cases`, one for each size and
+        density; on CUDA also `matrix_peak_tflops`, the fastest that the machine multiplied matrices, and `cubins`,
+        what Triton's kernels of these sizes compiled to. A case has, by name
+        of contestant, `ms`, with a time for every pass, `error`, relative to the exact output, and on CUDA `peak_mib`,
+        the most memory that was allocated in every pass, its inputs included but for a mask that is given; `sparse`,
+        the names of those that take blocks alone; and `missing`, why some were not measured.
 
     Raises:
         RuntimeError: an implementation's output is wrong.
     """
-    device, values = torch.device(settings.device), asdict(settings)
-    cases: list[dict[str, Any]] = []
-    with _threads(settings.threads), torch.no_grad():
+    device, cases = torch.device(settings.device), list[dict[str, Any]]()
+    with _threads(settings.threads):
         machine = describe_machine(device)
-        for tokens in settings.tokens:
-            generator = torch.Generator(device).manual_seed(settings.seed)
-            shape = (1, tokens, settings.heads, settings.head_dim)
-            q, k, v = (
-                torch.randn(shape, generator=generator, device=device).to(DTYPES[settings.dtype]) for _ in range(3)
-            )
-            dense = _fastest_dense(q, k, v, settings)
+        report: dict[str, Any] = {
+            "date": datetime.date.today().isoformat(),
+            "command": command,
+            "machine": machine,
+            "versions": describe_versions(PACKAGES),
+            "settings": asdict(settings),
+            "cases": cases,
+        }
+        if device.type == "cuda":
+            report["matrix_peak_tflops"] = _matrix_peak(settings)
+            report["cubins"] = _cubins(settings)
+        for shape in settings.shapes:
+            layer = _Layer(shape, settings)
             for density in settings.densities:
-                cases.append({"tokens": tokens, "density": density, **dense, **_sparse(q, k, v, density, settings)})
+                cases.append(layer.case(density))
                 if on_case is not None:
                     on_case(cases[-1])
-    return {
-        "date": datetime.date.today().isoformat(),
-        "command": command,
-        "machine": machine,
-        "versions": describe_versions(PACKAGES),
-        "settings": {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()},
-        "cases": cases,
-    }
+    return report
 
 
-def table(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Return the headings and the rows of a report's table."""
-    measured = [name for name in IMPLEMENTATIONS if any(f"{name}_ms" in case for case in report["cases"])]
-    headings = ["tokens", "density", "dense ms", *(f"{name} ms (times as fast)" for name in measured), "auto takes"]
-    rows = []
-    for case in report["cases"]:
-        cells = [f"{case['tokens']:,}", f"{case['realised_density']:.3f}", f"{case['dense_ms']:.1f}"]
-        for name in measured:
-            time_ms = case.get(f"{name}_ms")
-            cells.append("" if time_ms is None else f"{time_ms:.1f} ({case['dense_ms'] / time_ms:.2f})")
-        rows.append([*cells, case["auto"]])
-    return headings, rows
+class _Layer:
+    """Inputs of one size, and the times of dense attention on them."""
 
+    def __init__(self, shape: AttentionShape, settings: AttentionBenchmark) -> None:
+        self.shape, self.settings = shape, settings
+        self.device = torch.device(settings.device)
+        self.generator = torch.Generator(self.device).manual_seed(settings.seed)
+        # queries, keys, values and the gradient of the output
+        self.inputs = [
+            [self._normal() for _ in range(4)] for _ in range(ROTATED_INPUTS if self.device.type == "cuda" else 1)
+        ]
+        self.blocks = -(-shape.tokens // settings.block_size)
+        self.passes = ["training"] if "training" in settings.passes else []
+        if set(settings.passes) - {"training"}:
+            self.passes.insert(0, "forward")
+        self.dense = _Results()
+        q = self.inputs[0][0]
+        for contestant in [*dense_contestants(q), *installed_peers(q, settings.block_size)]:
+            if not contestant.sparse:
+                self._measure(contestant, self.passes, self.draw(1.0), self.dense)
 
-def write_report(report: dict[str, Any], folder: Path) -> list[Path]:
-    """Write `attention.json`, `attention.md` and `attention.png`; all or none.
+    def case(self, density: float) -> dict[str, Any]:
+        """Measure everything at one density."""
+        settings, (q, k, v, _) = self.settings, self.inputs[0]
+        mask, results = self.draw(density), _Results(self.dense)
+        own, missing = own_contestants(q, k, v, mask)
+        results.missing |= missing
+        sparse = [*own, *(peer for peer in installed_peers(q, settings.block_size) if peer.sparse)]
+        for contestant in sparse:
+            passes = [name for name in settings.passes if name != "selection"]
+            if not contestant.own:
+                passes = [name for name in passes if name in ("forward", "training")]
+            self._measure(contestant, passes, mask, results, density)
+        if "selection" in settings.passes:
+            kept = self._kept(density)
+            results.add("selection", "selection", *self._timed(lambda q, k, v: self._select(q, k, kept)))
+        return {
+            **asdict(self.shape),
+            "density": density,
+            "realised_density": float(mask.density(self.shape.tokens, self.shape.tokens)),
+            "auto": resolve_implementation(q, k, v, mask),
+            "sparse": [contestant.name for contestant in sparse if contestant.name in results.ms],
+            "ms": results.ms,
+            "peak_mib": results.peak_mib,
+            "error": results.error,
+            "missing": results.missing,
+        }
 
-    Returns:
-        The files' paths.
+    def draw(self, density: float) -> BlockMask:
+        """A mask of random blocks."""
+        shape, size = (self.shape.batch, self.shape.heads, self.blocks, self.blocks), self.settings.block_size
+        places = torch.rand(shape, generator=self.generator, device=self.device).argsort(-1).argsort(-1)
+        share = torch.rand((*shape[:3], 1), generator=self.generator, device=self.device)
+        kept = (density * self.blocks + share).floor().clamp(min=1)
+        return BlockMask.from_dense(places < kept, (size, size), math.ceil(density * self.blocks))
 
-    Raises:
-        ImportError: matplotlib is not installed.
-        OutputError: a file can not be written.
-    """
-    from blade.evaluation.attention_plot import plot_report
-
-    headings, rows = table(report)
-    machine, settings = report["machine"], report["settings"]
-    lines = [
-        "# Attention, dense and block-sparse",
-        "",
-        f"{report['date']}, {machine['device']}, {machine['threads']} threads, torch {report['versions']['torch']}. "
-        f"{settings['heads']} heads of {settings['head_dim']}, {settings['dtype']}, blocks of {settings['block_size']}"
-        f" drawn at random in every head and row; forward, median of {settings['repeats']}, in milliseconds.",
-        "",
-        f"    {report['command']}",
-        "",
-        *("| " + " | ".join(cells) + " |" for cells in (headings, ["---:"] * len(headings), *rows)),
-    ]
-    files = {
-        folder / "attention.json": (json.dumps(report, indent=2) + "\n").encode(),
-        folder / "attention.md": ("\n".join(lines) + "\n").encode(),
-        folder / "attention.png": plot_report(report),
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    write_files(files)
-    return list(files)
-
-
-def _fastest_dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, settings: AttentionBenchmark) -> dict[str, Any]:
-    """Time of the fastest dense attention and what it was."""
-    backends = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
-    if q.shape[2] * q.shape[1] ** 2 * 4 <= MATH_BYTES:
-        backends.append(SDPBackend.MATH)
-    views = [x.transpose(1, 2) for x in (q, k, v)]
-    layouts = {"tokens, heads": views, "heads, tokens": [x.contiguous() for x in views]}
-    found: dict[str, float] = {}
-    for backend in backends:
-        for layout, tensors in layouts.items():
-            with sdpa_kernel(backend):
-                attend = torch.nn.functional.scaled_dot_product_attention
-                try:
-                    attend(*tensors)
-                except RuntimeError:  # PyTorch's way to say that a backend does not take this device or type
-                    continue
-                found[f"{backend.name.lower()}, {layout}"] = _median_ms(lambda: attend(*tensors), settings)  # noqa: B023
-    best = min(found, key=lambda name: found[name])
-    return {"dense_ms": found[best], "dense_backend": best}
-
-
-def _sparse(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, density: float, settings: AttentionBenchmark
-) -> dict[str, Any]:
-    """Times of the implementations at one density, which `auto` takes, and the density that there was."""
-    blocks = -(-q.shape[1] // settings.block_size)
-    size = (settings.block_size, settings.block_size)
-    generator = torch.Generator(q.device).manual_seed(settings.seed)
-
-    def draw() -> BlockMask:
-        shape = (q.shape[0], q.shape[2], blocks, blocks)
-        places = torch.rand(shape, generator=generator, device=q.device).argsort(-1).argsort(-1)
-        share = torch.rand((*shape[:3], 1), generator=generator, device=q.device)
-        kept = (density * blocks + share).floor().clamp(min=1)
-        return BlockMask.from_dense(places < kept, size, math.ceil(density * blocks))
-
-    mask = draw()
-    result: dict[str, Any] = {
-        "realised_density": float(mask.density(q.shape[1], k.shape[1])),
-        "auto": resolve_implementation(q, k, v, mask),
-    }
-    for name in IMPLEMENTATIONS:
+    def _measure(
+        self, one: Contestant, passes: list[str], mask: BlockMask, results: _Results, density: float = 1.0
+    ) -> None:
+        """Check a contestant's output and time its passes; what it cannot compute is noted."""
+        kept = self._kept(density)
+        forwards: dict[str, Callable[[Tensor, Tensor, Tensor], object]] = {
+            "forward": lambda q, k, v: one.attend(q, k, v, mask),
+            "drawn": lambda q, k, v: one.attend(q, k, v, self.draw(density)),
+            "whole": lambda q, k, v: one.attend(q, k, v, self._select(q, k, kept)),
+        }
         try:
-            resolve_implementation(q, k, v, mask, implementation=name)
-        except NotImplementedError as reason:
-            result[f"{name}_missing"] = str(reason)
-            continue
-        started = time.perf_counter()
-        out = block_sparse_attention(q, k, v, mask, implementation=name)
-        result[f"{name}_first_call_s"] = round(time.perf_counter() - started, 3)
-        error = _relative_error(out, q, k, v, mask)
-        if not error <= ERROR_BOUNDS[settings.dtype]:
-            raise RuntimeError(f"the output of `{name}` is wrong: relative error {error:.2g}, density {density}.")
-        result[f"{name}_ms"] = _median_ms(
-            lambda: block_sparse_attention(q, k, v, draw(), implementation=name),  # noqa: B023
-            settings,
-        )
-    return result
+            with torch.no_grad():
+                q, k, v = self._laid_out(one)[0][:3]
+                results.error[one.name] = _relative_error(one.attend(q, k, v, mask), q, k, v, mask)
+        except Exception as problem:
+            if one.own or not isinstance(problem, (RuntimeError, ImportError, TypeError, ValueError)):
+                raise
+            results.error.pop(one.name, None)
+            results.missing[one.name] = str(problem).splitlines()[0]
+            return
+        bound = ERROR_BOUNDS[self.settings.dtype]
+        error = results.error[one.name]
+        if one.own and not error <= bound:
+            raise RuntimeError(f"the output of `{one.name}` is wrong: relative error {error:.2g}, density {density}.")
+        for name in passes:
+            if name != "training":
+                results.add(one.name, name, *self._timed(forwards[name], one))
+            elif one.differentiable:
+                with _deterministic(one.deterministic):
+                    results.add(one.name, name, *self._timed_training(one.attend, mask, one))
+
+    def _timed(
+        self, function: Callable[[Tensor, Tensor, Tensor], object], one: Contestant | None = None
+    ) -> tuple[float, float | None]:
+        inputs = self._laid_out(one)
+        with torch.no_grad():
+            return _measured(lambda turn: function(*inputs[turn % len(inputs)][:3]), self.settings, inputs[0][:3])
+
+    def _timed_training(self, attend: Attend, mask: BlockMask, one: Contestant) -> tuple[float, float | None]:
+        inputs = [[x.detach().requires_grad_() for x in tensors] for tensors in self._laid_out(one)]
+
+        def train(turn: int) -> object:
+            q, k, v, grad_out = inputs[turn % len(inputs)]
+            return torch.autograd.grad(attend(q, k, v, mask), (q, k, v), grad_out.detach())
+
+        return _measured(train, self.settings, inputs[0])
+
+    def _laid_out(self, one: Contestant | None) -> list[list[Tensor]]:
+        """The inputs as a contestant takes them."""
+        if one is None or not one.heads_first:
+            return self.inputs
+        return [[x.transpose(1, 2).contiguous().transpose(1, 2) for x in tensors] for tensors in self.inputs]
+
+    def _normal(self) -> Tensor:
+        shape = (self.shape.batch, self.shape.tokens, self.shape.heads, self.shape.head_dim)
+        values = torch.randn(shape, generator=self.generator, device=self.device, dtype=torch.float32)
+        return values.to(DTYPES[self.settings.dtype])
+
+    def _kept(self, density: float) -> int:
+        return max(1, round(density * self.blocks))
+
+    def _select(self, q: Tensor, k: Tensor, kept: int) -> BlockMask:
+        """The blocks that sampled tokens make important, a fixed number in every row."""
+        size = self.settings.block_size
+        probe = max(1, PROBE_TOKENS * size // 128)
+        offsets = torch.arange(0, size, size // probe, device=q.device)[:probe].expand(q.shape[2], -1)
+        importance = sampled_importance(q, k, offsets, offsets, (size, size))
+        return select_blocks(importance, (size, size), max_blocks=kept)
 
 
-def _relative_error(out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: BlockMask) -> float:
+class _Results:
+    """Times, memory and errors, by name of contestant."""
+
+    def __init__(self, start: _Results | None = None) -> None:
+        self.ms: dict[str, dict[str, float]] = dict(start.ms) if start else {}
+        self.peak_mib: dict[str, dict[str, float]] = dict(start.peak_mib) if start else {}
+        self.error: dict[str, float] = dict(start.error) if start else {}
+        self.missing: dict[str, str] = dict(start.missing) if start else {}
+
+    def add(self, name: str, what: str, ms: float, peak_mib: float | None) -> None:
+        self.ms.setdefault(name, {})[what] = ms
+        if peak_mib is not None:
+            self.peak_mib.setdefault(name, {})[what] = peak_mib
+
+
+def _relative_error(out: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> float:
     """Largest root mean square error of the first, a middle and the last query block, relative to what is right."""
     size, worst = mask.block_size[0], 0.0
     for block in {0, mask.query_blocks // 2, mask.query_blocks - 1}:
@@ -249,17 +334,69 @@ def _relative_error(out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torc
     return worst
 
 
-def _median_ms(function: Callable[[], object], settings: AttentionBenchmark) -> float:
-    """Median time of a call in milliseconds, after one that does not count."""
-    cuda = torch.device(settings.device).type == "cuda"
-    times = []
-    for _ in range(settings.repeats + 1):
-        started = time.perf_counter()
-        function()
-        if cuda:
-            torch.cuda.synchronize(settings.device)
-        times.append((time.perf_counter() - started) * 1e3)
-    return round(statistics.median(times[1:]), 4)
+def _measured(
+    function: Callable[[int], object], settings: AttentionBenchmark, inputs: Sequence[Tensor]
+) -> tuple[float, float | None]:
+    """Median milliseconds of a call, which is told its turn, and peak MiB on CUDA, after one that does not count."""
+    function(0)
+    if torch.device(settings.device).type != "cuda":
+        times = []
+        for turn in range(settings.repeats):
+            started = time.perf_counter()
+            function(turn)
+            times.append((time.perf_counter() - started) * 1e3)
+        return round(statistics.median(times), 4), None
+    with torch.cuda.device(settings.device):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        others = torch.cuda.memory_allocated() - sum(x.numel() * x.element_size() for x in inputs)
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(settings.repeats)]
+        for turn, (start, end) in enumerate(events):
+            start.record()
+            function(turn)
+            end.record()
+        torch.cuda.synchronize()
+        times = [start.elapsed_time(end) for start, end in events]
+        peak = torch.cuda.max_memory_allocated() - others
+        return round(statistics.median(times), 4), round(peak / 2**20, 1)
+
+
+def _matrix_peak(settings: AttentionBenchmark) -> float:
+    """TFLOP/s of one large matrix product."""
+    size = 8192
+    left, right = (
+        torch.randn(size, size, device=settings.device, dtype=torch.float32).to(DTYPES[settings.dtype])
+        for _ in range(2)
+    )
+    ms, _ = _measured(lambda turn: left @ right, settings, (left, right))
+    return round(2 * size**3 / ms / 1e9, 1)
+
+
+def _cubins(settings: AttentionBenchmark) -> list[dict[str, Any]]:
+    """What the Triton kernels of these sizes compile to; nothing of float32, which is there for tests."""
+    if settings.dtype == "float32" or missing_triton(settings.device) is not None:
+        return []
+    from blade_kernels.cubin import attention_variants, cubin_report
+
+    arch = architecture(torch.cuda.get_device_capability(settings.device))
+    sizes = {shape.head_dim for shape in settings.shapes}
+    variants = [
+        variant
+        for variant in attention_variants(arch)
+        if variant.constants["D"] in sizes and variant.constants["BQ"] == settings.block_size
+    ]
+    dtype = {"bfloat16": "bf16", "float16": "fp16"}[settings.dtype]
+    return [asdict(cubin_report(variant, arch, dtype=dtype)) for variant in variants]
+
+
+@contextmanager
+def _deterministic(wanted: bool) -> Iterator[None]:
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(wanted or before)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 @contextmanager

@@ -1,16 +1,23 @@
 import importlib.util
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
-import blade.evaluation.attention_benchmark as benchmark
+import blade.evaluation.attention_contestants as contestants
 from blade.cli.bench import main
-from blade.evaluation.attention_benchmark import AttentionBenchmark, run_attention_benchmark, table, write_report
+from blade.evaluation.attention_benchmark import AttentionBenchmark, AttentionShape, run_attention_benchmark
+from blade.evaluation.attention_report import tables, write_report
 
 TINY = AttentionBenchmark(
-    tokens=(44, 80), densities=(1.0, 0.3), heads=2, head_dim=8, block_size=8, repeats=2, threads=1
+    shapes=(AttentionShape(tokens=44, head_dim=8), AttentionShape(tokens=80, head_dim=8, model="Tiny")),
+    densities=(1.0, 0.3),
+    block_size=8,
+    repeats=2,
+    threads=1,
 )
+ALL_PASSES = replace(TINY, passes=("forward", "training", "selection", "whole"))
 ARGUMENTS = ["attention", "--tokens", "44", "--heads", "1", "--head-dim", "8", "--block-size", "8", "--repeats", "1"]
 
 
@@ -20,49 +27,95 @@ def no_compiling(monkeypatch):
     monkeypatch.setattr("blade_kernels.block_sparse.flex.missing_cpp_toolchain", lambda: "this is a test")
 
 
-def test_reports_every_length_and_density():
+def test_reports_every_size_and_density():
     threads, seen = torch.get_num_threads(), []
     report = run_attention_benchmark(TINY, command="the command", on_case=seen.append)
     assert torch.get_num_threads() == threads and report["machine"]["threads"] == 1
-    assert seen == report["cases"] and json.loads(json.dumps(report)) == report
+    assert seen == report["cases"] and json.loads(json.dumps(report))["cases"] == report["cases"]
     found = [(case["tokens"], case["density"], round(case["realised_density"], 3)) for case in report["cases"]]
     # 44 tokens are 6 blocks, of which 0.3 is 2; the last block has 4 tokens
     assert found[:1] == [(44, 1.0, 1.0)] and found[2:] == [(80, 1.0, 1.0), (80, 0.3, 0.3)]
     assert 2 * 4 / 44 < found[1][2] <= 2 * 8 / 44
     for case in report["cases"]:
-        assert case["dense_ms"] > 0 and case["reference_ms"] > 0 and case["auto"] == "reference"
-        assert "flex_ms" not in case and "this is a test" in case["flex_missing"]
+        assert case["sparse"] == ["reference"] and case["auto"] == "reference"
+        assert case["ms"]["flash"]["forward"] > 0 and set(case["ms"]["reference"]) == {"drawn"}
+        assert "this is a test" in case["missing"]["flex"] and "cudnn" in case["missing"]
+
+
+def test_every_pass_is_timed_where_there_is_one():
+    case = run_attention_benchmark(ALL_PASSES)["cases"][1]
+    assert set(case["ms"]["reference"]) == {"forward", "training", "whole"}
+    assert set(case["ms"]["math"]) == {"forward", "training"} and set(case["ms"]["selection"]) == {"selection"}
+    assert case["error"]["reference"] < 1e-5
+
+
+def test_the_triton_kernels_are_a_contestant_where_they_can_run():
+    """Here the interpreter runs them."""
+    shape = AttentionShape(tokens=70, heads=1, head_dim=64)
+    settings = replace(ALL_PASSES, shapes=(shape,), densities=(0.5,), block_size=32, repeats=1)
+    (case,) = run_attention_benchmark(settings)["cases"]
+    assert set(case["ms"]["triton"]) == {"forward", "training", "whole"}
+    assert case["error"]["triton"] < 1e-5
 
 
 def test_a_wrong_output_is_no_result(monkeypatch):
-    monkeypatch.setattr(benchmark, "block_sparse_attention", lambda q, *_, **__: torch.zeros_like(q))
+    monkeypatch.setattr(contestants, "block_sparse_attention", lambda q, *_, **__: torch.zeros_like(q))
     with pytest.raises(RuntimeError, match="the output of `reference` is wrong: relative error 1"):
         run_attention_benchmark(TINY)
 
 
-def test_writes_json_table_and_plot(tmp_path):
+def test_writes_json_tables_and_plot(tmp_path):
     pytest.importorskip("matplotlib")
-    report = run_attention_benchmark(TINY, command="blade-bench attention --tokens 44,80")
+    report = run_attention_benchmark(ALL_PASSES, command="blade-bench attention --tokens 44,80")
     files = write_report(report, tmp_path / "new")
     assert [file.name for file in files] == ["attention.json", "attention.md", "attention.png"]
     assert json.loads(files[0].read_text())["cases"] == report["cases"]
-    assert "    blade-bench attention --tokens 44,80\n" in files[1].read_text()
-    assert files[1].read_text().count("\n| ") == 6
+    text = files[1].read_text()
+    assert "    blade-bench attention --tokens 44,80\n" in text
+    # dense; forward, training, selection, whole and backward, each with headings, a rule and four cases
+    assert text.count("\n## ") == 6 and text.count("\n| ") == (2 + 2 * 4) + 5 * 6
+    assert "| Tiny, 80 tokens | 0.300 |" in text
     assert files[2].read_bytes().startswith(b"\x89PNG")
 
 
-def test_table_says_how_many_times_as_fast():
-    case = {"tokens": 8192, "realised_density": 0.15, "dense_ms": 100.0, "reference_ms": 25.0, "auto": "reference"}
-    headings, rows = table({"cases": [case]})
-    assert headings == ["tokens", "density", "dense ms", "reference ms (times as fast)", "auto takes"]
-    assert rows == [["8,192", "0.150", "100.0", "25.0 (4.00)", "reference"]]
+def test_tables_say_how_fast_and_what_a_kept_pair_costs():
+    size = {"tokens": 8192, "heads": 12, "head_dim": 128, "batch": 1, "model": None}
+    ms = {
+        "flash": {"forward": 1.0, "training": 4.0},
+        "cudnn": {"forward": 0.8, "training": 5.0},
+        "triton": {"forward": 0.4, "training": 2.4, "whole": 0.5},
+        "selection": {"selection": 0.04},
+    }
+    case = {**size, "realised_density": 0.25, "ms": ms, "sparse": ["triton"]}
+    case["peak_mib"] = {"flash": {"training": 100.0}, "cudnn": {"forward": 50.0}, "triton": {"forward": 55.0}}
+    passes = ["forward", "training", "selection", "whole"]
+    cubin = {
+        "kernel": "forward_kernel", "arch": "90", "case": "any", "num_warps": 8, "registers": 168, "stack_bytes": 0,
+        "shared_bytes": 2048, "instructions": {"HGMMA": 4},
+    }  # fmt: skip
+    found = tables({"cases": [case], "settings": {"passes": passes}, "cubins": [cubin]})
+    dense, forward, training, selection, whole, backward, memory, cubins = (table.rows for table in found)
+    # 4 * 128 * 12 * 8192^2 operations: 0.412 TFLOP
+    assert dense == [
+        ["8,192 tokens", "flash", "1.00, 412 TFLOP/s", "4.00, 361 TFLOP/s", "3.00, 344 TFLOP/s"],
+        ["8,192 tokens", "cudnn", "0.80, 515 TFLOP/s", "5.00, 289 TFLOP/s", "4.20, 245 TFLOP/s"],
+    ]
+    place = ["8,192 tokens", "0.250"]
+    assert forward == [[*place, "0.80, 515 TFLOP/s (cudnn)", "0.40, 258 TFLOP/s (2.00, 50 %)"]]
+    assert training == [[*place, "4.00, 361 TFLOP/s (flash)", "2.40, 150 TFLOP/s (1.67, 42 %)"]]
+    assert selection == [[*place, "0.80, 515 TFLOP/s (cudnn)", "0.04 (5.0 % of dense)"]]
+    assert whole == [[*place, "0.80, 515 TFLOP/s (cudnn)", "0.50, 206 TFLOP/s (1.60, 40 %)"]]
+    assert backward == [[*place, "3.00, 344 TFLOP/s (flash)", "2.00, 129 TFLOP/s (1.50, 38 %)"]]
+    assert memory == [[*place, "55 MiB (1.10)"]]
+    assert cubins[0][-1] == "4 HGMMA"
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"tokens": (0,)}, r"`tokens` must be lengths of at least 1, got \(0,\)"),
+        ({"shapes": ()}, "`shapes` must hold at least one size"),
         ({"densities": (0.5, 0.0)}, r"`densities` must be in \(0, 1\], got \(0.5, 0.0\)"),
+        ({"passes": ("forward", "sideways")}, "`passes` must be some of drawn, .*, got forward, sideways"),
         ({"dtype": "float64"}, "`dtype` must be one of float32, bfloat16, float16, got 'float64'"),
         ({"threads": 0}, "`threads` must be at least 1 or None, got 0"),
         ({"repeats": 0}, "`repeats` must be at least 1, got 0"),
@@ -78,7 +131,7 @@ def test_the_command_prints_a_table(capsys):
         main([*ARGUMENTS, "--density", "1,0.5"])
     assert not ended.value.code
     shown = capsys.readouterr().out
-    assert "tokens" in shown and shown.count("44") >= 2 and "reference" in shown
+    assert shown.count("44 tokens") >= 2 and "reference" in shown
 
 
 def test_the_command_writes_its_files(tmp_path, capsys):
@@ -92,6 +145,8 @@ def test_the_command_writes_its_files(tmp_path, capsys):
     ("arguments", "message"),
     [
         (["attention", "--tokens", "8k"], "`--tokens` must be numbers separated by commas, got '8k'."),
+        (["attention", "--tokens", "0"], "`tokens` must be at least 1, got 0."),
+        (["attention", "--model", "wan-1.3b,sora"], "`--model` must be of wan-1.3b, wan-14b, "),
         (["attention", "--density", "2"], "`densities` must be in (0, 1], got (2.0,)."),
         (["attention", "--device", "cuda"], "no CUDA device is available"),
     ],
