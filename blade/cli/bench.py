@@ -18,11 +18,6 @@ Number = TypeVar("Number", int, float)
 app = typer.Typer(add_completion=False, help="Measure BLADE's kernels on this machine.")
 
 
-@app.callback()
-def _commands() -> None:
-    """Keep the name of the one command that there is."""
-
-
 def _option(help: str, *names: str) -> Any:
     return typer.Option(*names, help=help)
 
@@ -103,6 +98,67 @@ def attention(
         console.print(shown)
     if output is not None:
         console.print(*(str(path) for path in write_report(report, output)), sep="\n")
+
+
+@app.command()
+def tune(
+    *,
+    tokens: Annotated[int, _option("Length of the sequence.")] = 32760,
+    heads: Annotated[int, _option("Attention heads.")] = 12,
+    head_dim: Annotated[int, _option("64 or 128.")] = 128,
+    block_size: Annotated[int, _option("Tokens in a block: 32, 64 or 128.")] = 128,
+    density: Annotated[float, _option("Share of key blocks that a row keeps, in (0, 1].")] = 0.2,
+    dtype: Annotated[str, _option("bfloat16 or float16.")] = "bfloat16",
+    device: Annotated[str, _option("cuda, cuda:1, ...")] = "cuda",
+    output: Annotated[
+        Path | None, _option("Where to keep what is faster; by default where the kernels look for it.")
+    ] = None,
+    debug: Annotated[bool, _option("Show the traceback of an error.", "--debug")] = False,
+) -> None:
+    """Time the Triton kernels' launch configurations on this GPU, and keep those that beat the shipped ones."""
+    import torch
+    from blade_kernels.block_sparse import launch_table, tuning
+    from blade_kernels.triton_support import missing_triton
+    from rich.console import Console
+    from rich.table import Table
+
+    types = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype not in types:
+        raise ValueError(f"`--dtype` must be bfloat16 or float16, got {dtype!r}.")
+    if not device.startswith("cuda") or not torch.cuda.is_available():
+        raise ValueError(f"`--device` must be a CUDA device that is there, got {device!r}.")
+    missing = missing_triton(device)
+    if missing is not None:
+        raise ValueError(f"`--device` must run Triton's kernels, got {device!r}: {missing}.")
+    case = tuning.TuningCase(
+        tokens=tokens,
+        heads=heads,
+        head_dim=head_dim,
+        block_size=block_size,
+        density=density,
+        dtype=types[dtype],
+        device=device,
+    )
+    path = output or launch_table.override_path()
+    console, progress = Console(), Console(stderr=True)
+    with progress.status("...") as status:
+        trials = tuning.tune(
+            case,
+            on_trial=lambda trial: status.update(f"{trial.kernel}, {_launch(trial.config)}: {trial.ms or 'failed'}"),
+        )
+    chosen = tuning.best(trials)
+    shown = Table("kernel", "shipped", "ms", "fastest", "ms")
+    for kernel, trial in chosen.items():
+        shipped = next(other for other in trials if other.kernel == kernel and other.shipped)
+        shown.add_row(kernel, _launch(shipped.config), f"{shipped.ms}", _launch(trial.config), f"{trial.ms}")
+    console.print(shown)
+    tuning.save(chosen, case, path)
+    console.print(str(path))
+
+
+def _launch(config: Any) -> str:
+    """A launch configuration in a few words."""
+    return f"{config.block_m}x{config.block_n}, {config.num_warps} warps, {config.num_stages} stages"
 
 
 def _numbers(name: str, text: str, kind: type[Number]) -> tuple[Number, ...]:

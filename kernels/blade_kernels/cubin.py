@@ -25,8 +25,6 @@ from blade_kernels.qk_norm_rope.operator import norm_rope_warps
 ARCHITECTURES = ("80", "89", "90", "100", "120")
 MATRIX_INSTRUCTIONS = {"80": "HMMA", "89": "HMMA", "90": "HGMMA", "100": "UTCHMMA", "120": "HMMA"}
 """The fastest matrix instruction of each architecture, as the disassembler names it."""
-SHARED_MEMORY = {"80": 163, "89": 99, "90": 227, "100": 227, "120": 99}
-"""KiB that one program may take."""
 _COUNTED = ("HMMA", "HGMMA", "UTCHMMA", "UTMALDG", "LDGSTS", "LDL", "STL")
 _TYPES = {
     "bool": "keep forced_keys forced_queries",

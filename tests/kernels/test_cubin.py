@@ -7,7 +7,8 @@ import subprocess
 import sys
 
 import pytest
-from blade_kernels.cubin import ARCHITECTURES, MATRIX_INSTRUCTIONS, SHARED_MEMORY
+from blade_kernels.block_sparse.launch_table import SHARED_MEMORY
+from blade_kernels.cubin import ARCHITECTURES, MATRIX_INSTRUCTIONS
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 

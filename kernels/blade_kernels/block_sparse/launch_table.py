@@ -1,21 +1,27 @@
 """How the Triton kernels are launched: tiles, warps and pipeline stages, by architecture and size.
 
-The table was chosen from what the kernels compile to (`blade_kernels.cubin`), not yet from times on a card. Nothing is
-timed while a user's program runs.
+The shipped table was chosen from what the kernels compile to (`blade_kernels.cubin`), not yet from times on a card.
+`tuning` measures a card's own. Nothing is timed while a user's program runs.
 """
 
 from __future__ import annotations
 
 import functools
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 Kernel = Literal["forward", "query_gradient", "key_gradient"]
 KERNELS: tuple[Kernel, ...] = ("forward", "query_gradient", "key_gradient")
 HEAD_SIZES = (64, 128)
 BLOCK_SIZES = (32, 64, 128)
+SHARED_MEMORY = {"80": 163, "89": 99, "90": 227, "100": 227, "120": 99}
+"""KiB that one program may take, by architecture."""
 TABLE = Path(__file__).with_name("launch_table.json")
 
 
@@ -52,9 +58,15 @@ def architecture(capability: tuple[int, int]) -> str:
 
 
 def launch_config(
-    kernel: Kernel, arch: str, head_size: int, block_size: tuple[int, int], *, half: bool = True
+    kernel: Kernel,
+    arch: str,
+    head_size: int,
+    block_size: tuple[int, int],
+    *,
+    half: bool = True,
+    device: str | None = None,
 ) -> LaunchConfig:
-    """The configuration of a kernel.
+    """The configuration of a kernel: the one measured on such a device, if there is one, or the shipped one.
 
     Args:
         kernel: which one.
@@ -62,17 +74,63 @@ def launch_config(
         head_size: 64 or 128.
         block_size: tokens in a (query block, key block).
         half: bfloat16 or float16. The configuration of float32 is the same everywhere and not tuned.
+        device: the GPU's name, by which measured configurations are looked up.
+
+    Raises:
+        ValueError: if the file of measured configurations can not be read.
     """
+    tried = _tried.get()
+    if tried is not None and tried[0] == kernel:
+        return tried[1]
     if not half:
         return LaunchConfig(block_m=32, block_n=32, num_warps=4, num_stages=1)
     own, other = (block_size[1], block_size[0]) if kernel == "key_gradient" else block_size
-    row = _table()[arch][kernel][str(head_size)][str(own)]
+    measured = measured_configs(override_path()).get(device or "", {})
+    row = _lookup(measured, kernel, head_size, own) or _lookup(_table()[arch], kernel, head_size, own)
+    assert row is not None
     tile = (min(row["block_m"], other), row["block_n"]) if kernel == "key_gradient" else (
         row["block_m"], min(row["block_n"], other)
     )  # fmt: skip
     return LaunchConfig(**{**row, "block_m": tile[0], "block_n": tile[1]})
 
 
+def override_path() -> Path:
+    """Where measured configurations lie, by name of GPU; there need be no such file."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "blade" / "launch_table.json"
+
+
 @functools.cache
-def _table() -> dict:
+def measured_configs(path: Path) -> dict[str, Any]:
+    """Configurations measured on this machine: by GPU, kernel, head size and block size.
+
+    Raises:
+        ValueError: if the file can not be read.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as problem:
+        raise ValueError(f"{path} can not be read ({problem}); delete it or run `blade-bench tune` again.") from None
+
+
+@contextmanager
+def trying(kernel: Kernel, config: LaunchConfig) -> Iterator[None]:
+    """Launch a kernel with a configuration that is not in the table, on this thread."""
+    token = _tried.set((kernel, config))
+    try:
+        yield
+    finally:
+        _tried.reset(token)
+
+
+_tried: ContextVar[tuple[Kernel, LaunchConfig] | None] = ContextVar("tried", default=None)
+
+
+def _lookup(table: dict[str, Any], kernel: Kernel, head_size: int, block: int) -> dict[str, Any] | None:
+    return table.get(kernel, {}).get(str(head_size), {}).get(str(block))
+
+
+@functools.cache
+def _table() -> dict[str, Any]:
     return json.loads(TABLE.read_text(encoding="utf-8"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -73,6 +74,14 @@ def triton_block_attention(
     return _attention(*Arguments.of(q, k, v, mask, pooled, key_lengths, scale))
 
 
+@functools.cache
+def device_of(device: torch.device) -> tuple[str, str]:
+    """A device's architecture in the launch table, and its name; the interpreter goes by the table's 90."""
+    if device.type != "cuda":
+        return "90", device.type
+    return architecture(torch.cuda.get_device_capability(device)), torch.cuda.get_device_name(device)
+
+
 class _Call:
     """The arguments of an operator, as the kernels take them."""
 
@@ -103,8 +112,9 @@ class _Call:
 
     def config(self, kernel: Kernel) -> LaunchConfig:
         """How to launch a kernel on the device that this call is on."""
-        arch = architecture(torch.cuda.get_device_capability(self.q.device)) if self.q.is_cuda else "90"
-        return launch_config(kernel, arch, self.head_size, self.block_size, half=self.q.dtype != torch.float32)
+        arch, name = device_of(self.q.device)
+        half = self.q.dtype != torch.float32
+        return launch_config(kernel, arch, self.head_size, self.block_size, half=half, device=name)
 
     def mask_strides(self, rows: int) -> tuple[int, int]:
         """Rows of the mask, or what else there is `rows` of in a mask, from batch item to item and head to head."""
@@ -138,7 +148,8 @@ class _Call:
         return self.query_blocks * (self.block_size[0] // config.block_m), self.heads, self.batch
 
 
-def _forward(arguments: Arguments) -> tuple[Tensor, Tensor]:
+def forward(arguments: Arguments) -> tuple[Tensor, Tensor]:
+    """Launch the forward kernel: output and log-sum-exp."""
     from blade_kernels.block_sparse.triton_forward import forward_kernel
 
     q, call = arguments.q, _Call(arguments)
@@ -157,9 +168,8 @@ def _forward(arguments: Arguments) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-def _backward(
-    arguments: Arguments, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor
-) -> tuple[Tensor, ...]:
+def backward(arguments: Arguments, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor, ...]:
+    """Launch the backward kernels: gradients of q, k, v and of the pooled keys and values."""
     from blade_kernels.block_sparse.triton_backward import delta_kernel, key_gradient_kernel, query_gradient_kernel
 
     (q, k, v), call = arguments[:3], _Call(arguments)
@@ -266,4 +276,4 @@ def _tiles(tensors: tuple[Tensor, Tensor], tokens: int, wanted: bool) -> tuple[t
     return (first, second), True
 
 
-_attention = register("block_sparse_triton", _forward, _backward)
+_attention = register("block_sparse_triton", forward, backward)

@@ -149,6 +149,7 @@ def test_the_command_writes_its_files(tmp_path, capsys):
         (["attention", "--model", "wan-1.3b,sora"], "`--model` must be of wan-1.3b, wan-14b, "),
         (["attention", "--density", "2"], "`densities` must be in (0, 1], got (2.0,)."),
         (["attention", "--device", "cuda"], "no CUDA device is available"),
+        (["tune"], "`--device` must be a CUDA device that is there, got 'cuda'."),
     ],
 )
 def test_bad_input_ends_in_one_line(capsys, monkeypatch, arguments, message):
