@@ -15,7 +15,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from blade_kernels.block_sparse.triton_tiles import LOG2E, count_below, load_tile, multiply, multiply_add
+from blade_kernels.block_sparse.triton_tiles import (
+    LOG2E,
+    kept_blocks,
+    key_stop,
+    load_tile,
+    multiply,
+    multiply_add,
+    tile_place,
+    window_bias,
+)
 
 
 @triton.jit
@@ -86,14 +95,10 @@ def query_gradient_kernel(
         grad_q: (B, S, H, D), contiguous.
     """
     tile, head, item = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    TILES: tl.constexpr = BQ // BLOCK_M
     factor = scale * LOG2E
     first_row = item.to(tl.int64) * mask_batch + head.to(tl.int64) * mask_head
-    row = tile // TILES
-    if ORDERED:
-        row = tl.load(order + first_row + row)
+    row, start = tile_place(order + first_row, tile, BQ, BLOCK_M, ORDERED)
     mask_row = first_row + row
-    start = row * BQ + (tile % TILES) * BLOCK_M
     queries = start + tl.arange(0, BLOCK_M).to(tl.int64)
     inside = queries < S
     q_tile = load_tile(q, item, head, start, S, q_batch, q_token, q_head, BLOCK_M, D, False, False)
@@ -102,17 +107,8 @@ def query_gradient_kernel(
     lse_tile = tl.load(lse2 + place, mask=inside, other=float("inf"))
     delta_tile = tl.load(delta + place, mask=inside, other=0.0)
     kept = indices + mask_row * capacity
-    count = tl.load(counts + mask_row)
-    stop = T
-    if LENGTHS:
-        stop = tl.minimum(tl.maximum(tl.load(key_lengths + item), 0), T).to(tl.int32)
-    whole = count
-    if LENGTHS:
-        count = count_below(kept, count, (stop + BK - 1) // BK)
-        whole = count_below(kept, count, stop // BK)
-    elif TAIL:
-        last = tl.load(kept + tl.maximum(count - 1, 0))
-        whole = count - ((count > 0) & (last == key_blocks - 1)).to(tl.int32)
+    stop = key_stop(key_lengths, item, T, LENGTHS)
+    whole, count = kept_blocks(kept, tl.load(counts + mask_row), stop, key_blocks, BK, LENGTHS, TAIL)
 
     grad_q_tile = tl.zeros((BLOCK_M, D), tl.float32)
     PARTS: tl.constexpr = BK // BLOCK_N
@@ -135,13 +131,7 @@ def query_gradient_kernel(
             )
     if POOLED:
         for window in range(0, P, BLOCK_N):
-            windows = window + tl.arange(0, BLOCK_N)
-            seen = windows < P
-            bias = tl.load(pooled_bias + windows, mask=seen, other=0.0)
-            if DROPPED:
-                block = tl.load(pooled_block + windows, mask=seen, other=0)
-                seen = seen & (tl.load(keep + mask_row * key_blocks + block, mask=seen, other=1) == 0)
-            bias = tl.where(seen, bias, float("-inf"))
+            bias = window_bias(pooled_bias, pooled_block, keep + mask_row * key_blocks, window, P, BLOCK_N, DROPPED)
             k_tile = load_tile(
                 pooled_k,
                 item,
@@ -227,9 +217,7 @@ def key_gradient_kernel(
     block = tile // TILES
     start = block * BK + (tile % TILES) * BLOCK_N
     keys = start + tl.arange(0, BLOCK_N).to(tl.int64)
-    stop = T
-    if LENGTHS:
-        stop = tl.minimum(tl.maximum(tl.load(key_lengths + item), 0), T).to(tl.int32)
+    stop = key_stop(key_lengths, item, T, LENGTHS)
     k_tile = load_tile(k, item, head, start, stop, k_batch, k_token, k_head, BLOCK_N, D, False, False)
     v_tile = load_tile(v, item, head, start, stop, v_batch, v_token, v_head, BLOCK_N, D, False, False)
     mask = item.to(tl.int64) * mask_batch + head.to(tl.int64) * mask_head
@@ -249,19 +237,9 @@ def key_gradient_kernel(
         lse_tile = tl.load(lse2 + sums + queries, mask=queries < S, other=float("inf"))
         delta_tile = tl.load(delta + sums + queries, mask=queries < S, other=0.0)
         grad_k_tile, grad_v_tile = add_key_gradients(
-            k_tile,
-            v_tile,
-            q_tile,
-            grad_tile,
-            0.0,
-            lse_tile,
-            delta_tile,
-            grad_k_tile,
-            grad_v_tile,
-            factor,
-            False,
-            UPCAST,
-        )
+            k_tile, v_tile, q_tile, grad_tile, 0.0, lse_tile, delta_tile,
+            grad_k_tile, grad_v_tile, factor, False, UPCAST,
+        )  # fmt: skip
     # an absent key was taken for a zero; nobody saw it
     there = (keys < stop)[:, None]
     to = ((item.to(tl.int64) * T + keys[:, None]) * H + head) * D + tl.arange(0, D)[None, :]

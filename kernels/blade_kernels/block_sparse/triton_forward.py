@@ -9,7 +9,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from blade_kernels.block_sparse.triton_tiles import LOG2E, count_below, load_tile, multiply, multiply_add
+from blade_kernels.block_sparse.triton_tiles import (
+    LOG2E,
+    kept_blocks,
+    key_stop,
+    load_tile,
+    multiply,
+    multiply_add,
+    tile_place,
+    window_bias,
+)
 
 LOWEST = tl.constexpr(-3.0e38)  # what the running maximum starts from: finite, so that -inf less it stays -inf
 
@@ -80,28 +89,13 @@ def forward_kernel(
     """
     tile, head, item = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     factor = scale * LOG2E
-    TILES: tl.constexpr = BQ // BLOCK_M
     first_row = item.to(tl.int64) * mask_batch + head.to(tl.int64) * mask_head
-    row = tile // TILES
-    if ORDERED:
-        row = tl.load(order + first_row + row)
+    row, start = tile_place(order + first_row, tile, BQ, BLOCK_M, ORDERED)
     mask_row = first_row + row
-    start = row * BQ + (tile % TILES) * BLOCK_M
     q_tile = load_tile(q, item, head, start, S, q_batch, q_token, q_head, BLOCK_M, D, False, False)
     kept = indices + mask_row * capacity
-    count = tl.load(counts + mask_row)
-    stop = T
-    if LENGTHS:
-        stop = tl.minimum(tl.maximum(tl.load(key_lengths + item), 0), T).to(tl.int32)
-
-    # Blocks that may lack keys come last in a list, since lists ascend.
-    whole = count
-    if LENGTHS:
-        count = count_below(kept, count, (stop + BK - 1) // BK)
-        whole = count_below(kept, count, stop // BK)
-    elif TAIL:
-        last = tl.load(kept + tl.maximum(count - 1, 0))
-        whole = count - ((count > 0) & (last == key_blocks - 1)).to(tl.int32)
+    stop = key_stop(key_lengths, item, T, LENGTHS)
+    whole, count = kept_blocks(kept, tl.load(counts + mask_row), stop, key_blocks, BK, LENGTHS, TAIL)
 
     peak = tl.full((BLOCK_M,), LOWEST, tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
@@ -122,13 +116,7 @@ def forward_kernel(
             peak, total, out_tile = add_keys(q_tile, k_tile, v_tile, bias, peak, total, out_tile, factor, True, UPCAST)
     if POOLED:
         for window in range(0, P, BLOCK_N):
-            windows = window + tl.arange(0, BLOCK_N)
-            seen = windows < P
-            bias = tl.load(pooled_bias + windows, mask=seen, other=0.0)
-            if DROPPED:
-                block = tl.load(pooled_block + windows, mask=seen, other=0)
-                seen = seen & (tl.load(keep + mask_row * key_blocks + block, mask=seen, other=1) == 0)
-            bias = tl.where(seen, bias, float("-inf"))
+            bias = window_bias(pooled_bias, pooled_block, keep + mask_row * key_blocks, window, P, BLOCK_N, DROPPED)
             k_tile = load_tile(
                 pooled_k,
                 item,

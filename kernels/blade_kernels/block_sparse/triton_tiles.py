@@ -61,3 +61,53 @@ def multiply_add(a, b, total, UPCAST: tl.constexpr):
     if UPCAST:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision="ieee")
     return tl.dot(a, b, total, input_precision="ieee")
+
+
+@triton.jit
+def tile_place(order, tile, BQ: tl.constexpr, BLOCK_M: tl.constexpr, ORDERED: tl.constexpr):
+    """Row of the mask, and the first query, of a tile of queries. `order` is that of the rows, where `ORDERED`."""
+    TILES: tl.constexpr = BQ // BLOCK_M
+    row = tile // TILES
+    if ORDERED:
+        row = tl.load(order + row)
+    return row, row * BQ + (tile % TILES) * BLOCK_M
+
+
+@triton.jit
+def key_stop(key_lengths, item, T, LENGTHS: tl.constexpr):
+    """Where the keys of a batch item end: at T, or, with `LENGTHS`, where its own do."""
+    stop = T
+    if LENGTHS:
+        stop = tl.minimum(tl.maximum(tl.load(key_lengths + item), 0), T).to(tl.int32)
+    return stop
+
+
+@triton.jit
+def kept_blocks(kept, count, stop, key_blocks, BK: tl.constexpr, LENGTHS: tl.constexpr, TAIL: tl.constexpr):
+    """How many of a row's `count` blocks are whole, and how many hold a key at all: they come first, as lists ascend.
+
+    Args:
+        kept: the row's list.
+        stop: from `key_stop`.
+        TAIL: whether the last key block is not full.
+    """
+    whole = count
+    if LENGTHS:
+        count = count_below(kept, count, (stop + BK - 1) // BK)
+        whole = count_below(kept, count, stop // BK)
+    elif TAIL:
+        last = tl.load(kept + tl.maximum(count - 1, 0))
+        whole = count - ((count > 0) & (last == key_blocks - 1)).to(tl.int32)
+    return whole, count
+
+
+@triton.jit
+def window_bias(pooled_bias, pooled_block, keep_row, window, P, BLOCK_N: tl.constexpr, DROPPED: tl.constexpr):
+    """Bias of `BLOCK_N` pooled tokens: -inf past the last, and, with `DROPPED`, of blocks that the row keeps."""
+    windows = window + tl.arange(0, BLOCK_N)
+    seen = windows < P
+    bias = tl.load(pooled_bias + windows, mask=seen, other=0.0)
+    if DROPPED:
+        block = tl.load(pooled_block + windows, mask=seen, other=0)
+        seen = seen & (tl.load(keep_row + block, mask=seen, other=1) == 0)
+    return tl.where(seen, bias, float("-inf"))
