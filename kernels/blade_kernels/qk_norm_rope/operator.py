@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,45 +32,47 @@ def norm_rope_warps(heads: int, head_size: int, *, backward: bool) -> int:
     return max(1, min(16, heads * head_size // (512 if backward else 1024)))
 
 
-def _forward(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    places: Tensor | None,
-    norm: str,
-    eps: float,
-    rope_start: int,
-) -> Tensor:
+class Arguments(NamedTuple):
+    """What the operator takes."""
+
+    x: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    cos: Tensor | None
+    sin: Tensor | None
+    places: Tensor | None
+    norm: str
+    eps: float
+    rope_start: int
+
+
+_SCHEMA = (
+    "Tensor x, Tensor? weight, Tensor? bias, Tensor? cos, Tensor? sin, Tensor? places, str norm, float eps, "
+    "int rope_start"
+)
+
+
+def _forward(*arguments: Any) -> Tensor:
     from blade_kernels.qk_norm_rope.triton_kernels import norm_rope_kernel
 
-    x = x if x.stride(-1) == 1 else x.contiguous()
+    inputs = _with_rows(Arguments(*arguments))
+    x = inputs.x
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     with on_device(x):
         norm_rope_kernel[(x.shape[1], x.shape[0])](
-            x=x, bias=_present(bias, x), out=out, num_warps=norm_rope_warps(_heads(x), x.shape[3], backward=False),
-            **_arguments(x, weight, bias, cos, sin, places, norm, eps, rope_start),
+            x=x, bias=_present(inputs.bias, x), out=out, **_kernel_arguments(inputs),
+            num_warps=norm_rope_warps(_heads(x), x.shape[3], backward=False),
         )  # fmt: skip
     return out
 
 
-def _backward(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    places: Tensor | None,
-    norm: str,
-    eps: float,
-    rope_start: int,
-    grad_out: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and bias; empty ones of what is not there."""
     from blade_kernels.qk_norm_rope.triton_kernels import norm_rope_backward_kernel
 
-    x = x if x.stride(-1) == 1 else x.contiguous()
+    *values, grad_out = arguments
+    inputs = _with_rows(Arguments(*values))
+    x, weight, bias = inputs[:3]
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
     programs = min(_BACKWARD_PROGRAMS, x.shape[0] * x.shape[1])
     parts = {
@@ -81,29 +83,25 @@ def _backward(
         norm_rope_backward_kernel[(programs,)](
             x=x, grad_out=grad_out.contiguous(), grad_x=grad_x, B=x.shape[0], **parts,
             num_warps=norm_rope_warps(_heads(x), x.shape[3], backward=True),
-            **_arguments(x, weight, bias, cos, sin, places, norm, eps, rope_start),
+            **_kernel_arguments(inputs),
         )  # fmt: skip
     sums = []
     for part, vector in zip(parts.values(), (weight, bias)):
         if vector is not None:
             part = part.sum(0)[: x.shape[2]]
-            part = (part.flatten() if norm == "rms-all-heads" else part.sum(0)).to(vector.dtype)
+            part = (part.flatten() if inputs.norm == "rms-all-heads" else part.sum(0)).to(vector.dtype)
         sums.append(part)
     return grad_x, sums[0], sums[1]
 
 
-def _arguments(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    places: Tensor | None,
-    norm: str,
-    eps: float,
-    rope_start: int,
-) -> dict[str, Any]:
+def _with_rows(inputs: Arguments) -> Arguments:
+    """The same, with the numbers of a head side by side."""
+    return inputs if inputs.x.stride(-1) == 1 else inputs._replace(x=inputs.x.contiguous())
+
+
+def _kernel_arguments(inputs: Arguments) -> dict[str, Any]:
     """What both kernels take."""
+    x, weight, bias, cos, sin, places, norm, eps, rope_start = inputs
     _, tokens, heads, size = x.shape
     return {
         "weight": _present(weight, x),
@@ -139,8 +137,15 @@ def _heads(x: Tensor) -> int:
     return 1 << (x.shape[2] - 1).bit_length()
 
 
-triton_norm_rope = torch.library.custom_op("blade::qk_norm_rope", _forward, mutates_args=())
-_triton_norm_rope_backward = torch.library.custom_op("blade::qk_norm_rope_backward", _backward, mutates_args=())
+triton_norm_rope = torch.library.custom_op(
+    "blade::qk_norm_rope", _forward, mutates_args=(), schema=f"({_SCHEMA}) -> Tensor"
+)
+_triton_norm_rope_backward = torch.library.custom_op(
+    "blade::qk_norm_rope_backward",
+    _backward,
+    mutates_args=(),
+    schema=f"({_SCHEMA}, Tensor grad_out) -> (Tensor, Tensor, Tensor)",
+)
 
 
 @triton_norm_rope.register_fake
