@@ -154,6 +154,13 @@ class AppliedBlade(ModelHook):
 
     def _prepare(self, module: nn.Module, inputs: Inputs) -> AdaptivePlan | None:
         """Tell every layer what it is in this forward pass; return the plan, or None if no step ever is sparse."""
+        for layer, attention in zip(self.layers, self.attentions):
+            if getattr(attention.processor, "layer", None) is not layer:
+                raise ValueError(
+                    f"The attention processor of layer {layer.index} was replaced by a "
+                    f"{type(attention.processor).__name__} after `apply_blade`, as `fuse_qkv_projections` and "
+                    "`set_attn_processor` do. Call `apply_blade` again."
+                )
         plan, step, dense_steps = None, 0, 0
         if any(layer.dense_reason is None for layer in self.layers):
             step, total = self.steps.resolve(inputs["timestep"])

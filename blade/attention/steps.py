@@ -65,7 +65,7 @@ class StepResolver:
             return step, total if total is not None else scheduler_total
         if scheduler_step is not None:
             return scheduler_step, scheduler_total
-        return self._from_timestep(timestep), None
+        return self._from_timestep(timestep), scheduler_total
 
     def reset(self) -> None:
         """Start over: the next forward pass is the first of a run."""
@@ -78,7 +78,9 @@ class StepResolver:
         if getattr(scheduler, "num_inference_steps", None) is None:
             return None, None  # not in use: the transformer is called by itself
         total = len(scheduler.timesteps)
-        step = getattr(scheduler, "step_index", None)
+        if not hasattr(scheduler, "step_index"):
+            return None, total  # CogVideoX's schedulers do not count
+        step = scheduler.step_index
         if step is None:
             # Known from the first `scheduler.step` on; before it, the run stands at its beginning.
             step = getattr(scheduler, "begin_index", None) or 0

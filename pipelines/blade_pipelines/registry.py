@@ -15,9 +15,10 @@ _PRESETS = {"training-free": TRAINING_FREE, "student": STUDENT}
 @cache
 def model_families() -> tuple[ModelFamily, ...]:
     """Return every model family that there is an adapter for."""
+    from blade_pipelines.cogvideox import CogVideoXFamily
     from blade_pipelines.wan import WanFamily
 
-    return (WanFamily(),)
+    return (WanFamily(), CogVideoXFamily())
 
 
 def preset_names(kind: Literal["training-free", "student"] = "training-free") -> tuple[str, ...]:

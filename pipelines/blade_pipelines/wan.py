@@ -13,6 +13,8 @@ from torch import nn
 from blade.attention.family import Inputs, Permutation
 from blade.attention.layer import SparseLayer
 from blade.token_grid import TokenGrid
+from blade_pipelines.patches import permute_patches
+from blade_pipelines.processor import SparseProcessor
 
 
 class WanFamily:
@@ -100,40 +102,8 @@ class WanFamily:
         return [transformer.rope.register_forward_hook(follow)]
 
 
-class WanSparseProcessor:
-    """Self-attention of a Wan block through BLADE; a dense layer or step goes to the processor it stands in for."""
-
-    def __init__(self, layer: SparseLayer, previous: Any) -> None:
-        """Make a processor.
-
-        Args:
-            layer: what the method has set up for this layer.
-            previous: the processor before it, the dense fallback.
-        """
-        self.layer = layer
-        self.previous = previous
-
-    @property
-    def _attention_backend(self) -> Any:
-        """Diffusers' attention backend, which serves the dense fallback."""
-        return self.previous._attention_backend
-
-    @_attention_backend.setter
-    def _attention_backend(self, backend: Any) -> None:
-        self.previous._attention_backend = backend
-
-    @property
-    def _parallel_config(self) -> None:
-        """Always None: context parallelism is refused."""
-        return None
-
-    @_parallel_config.setter
-    def _parallel_config(self, config: Any) -> None:
-        if config is not None:
-            raise ValueError(
-                "BLADE's attention cannot be split by context parallelism; call `remove_blade` before "
-                "`enable_parallelism`."
-            )
+class WanSparseProcessor(SparseProcessor):
+    """Self-attention of a Wan block through BLADE."""
 
     def __call__(
         self,
@@ -166,23 +136,3 @@ class WanSparseProcessor:
 
         output = self.layer.attend(query, key, value).flatten(2, 3).type_as(query)
         return attn.to_out[1](attn.to_out[0](output))
-
-
-def permute_patches(latent: torch.Tensor, patch: Sequence[int], permutation: torch.Tensor) -> torch.Tensor:
-    """Reorder the patches of a latent, as the patch embedding would flatten them.
-
-    Args:
-        latent: (B, C, F, H, W). What no whole patch covers at its far faces is cut off, as the patch embedding does.
-        patch: size of a patch along (F, H, W).
-        permutation: int64 (patches,); patch i of the result is patch `permutation[i]` of the latent, both counted in
-            raster order.
-
-    Returns:
-        (B, C, F', H', W') with F', H', W' the largest multiples of the patch size.
-    """
-    frames, height, width = (size // length for size, length in zip(latent.shape[2:], patch))
-    latent = latent[:, :, : frames * patch[0], : height * patch[1], : width * patch[2]]
-    pieces = latent.unflatten(4, (width, patch[2])).unflatten(3, (height, patch[1])).unflatten(2, (frames, patch[0]))
-    tokens = pieces.permute(0, 1, 2, 4, 6, 3, 5, 7).flatten(2, 4)  # (B, C, patches, *patch)
-    tokens = tokens.index_select(2, permutation).unflatten(2, (frames, height, width))
-    return tokens.permute(0, 1, 2, 5, 3, 6, 4, 7).flatten(6, 7).flatten(4, 5).flatten(2, 3)

@@ -1,5 +1,6 @@
 """Presets, one module a family: values for ordinary weights (training-free) and for trained students, kept apart."""
 
-from blade_pipelines.presets.wan import STUDENT, TRAINING_FREE
+from blade_pipelines.presets import cogvideox, wan
 
-__all__ = ["STUDENT", "TRAINING_FREE"]
+TRAINING_FREE = {**wan.TRAINING_FREE, **cogvideox.TRAINING_FREE}
+STUDENT = {**wan.STUDENT, **cogvideox.STUDENT}

@@ -119,10 +119,15 @@ def test_use_blade_puts_back_what_was_there(make_wan, wan_inputs):
     assert applied_to(transformer) is None
 
 
-def test_a_processor_set_later_by_someone_else_stays(make_wan):
+def test_a_processor_set_later_by_someone_else_is_told_and_stays(make_wan, wan_inputs):
     transformer = apply_blade(make_wan(), CONFIG)
     theirs = WanAttnProcessor()
     transformer.blocks[1].attn1.set_processor(theirs)
+    with pytest.raises(ValueError, match="of layer 1 was replaced by a WanAttnProcessor after `apply_blade`, as"):
+        run(transformer, wan_inputs())
+    apply_blade(transformer, CONFIG)
+    run(transformer, wan_inputs())
+    assert calls(transformer) == [(1, 0)] * 3
     remove_blade(transformer)
     assert transformer.blocks[1].attn1.processor is theirs
 

@@ -1,0 +1,151 @@
+"""CogVideoX transformers of Diffusers: attention over video and text together, RoPE or learned positions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from blade_kernels.qk_norm_rope import qk_norm_rope
+from diffusers.models.attention_processor import (
+    Attention,
+    CogVideoXAttnProcessor2_0,
+    FusedCogVideoXAttnProcessor2_0,
+)
+from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXTransformer3DModel
+from torch import nn
+
+from blade.attention.family import Inputs, Permutation
+from blade.attention.layer import SparseLayer
+from blade.token_grid import TokenGrid
+from blade_pipelines.patches import permute_patches
+from blade_pipelines.processor import SparseProcessor
+
+PROCESSORS = (CogVideoXAttnProcessor2_0, FusedCogVideoXAttnProcessor2_0)
+"""Diffusers' own, with projections apart and fused."""
+
+
+class CogVideoXFamily:
+    """Adapter for `CogVideoXTransformer3DModel`: 2B, 5B and 1.5-5B, text, image and video to video.
+
+    The model has the text before the video. Inside attention the video comes first, so that its blocks begin where it
+    does. Source of that order: BLADE, arXiv 2508.10774.
+    """
+
+    name = "CogVideoX (CogVideoXTransformer3DModel)"
+
+    def recognises(self, transformer: nn.Module) -> bool:
+        """Return whether this is a `CogVideoXTransformer3DModel`."""
+        return isinstance(transformer, CogVideoXTransformer3DModel)
+
+    def preset_name(self, transformer: nn.Module) -> str:
+        """Return the preset for this version and size of model."""
+        if transformer.config.patch_size_t is not None:
+            return "cogvideox-1.5"
+        return "cogvideox-5b" if transformer.config.num_attention_heads == 48 else "cogvideox"
+
+    def blocks(self, transformer: nn.Module) -> Sequence[nn.Module]:
+        """Return the transformer's blocks."""
+        return list(transformer.transformer_blocks)
+
+    def attention_layers(self, transformer: nn.Module) -> Sequence[nn.Module]:
+        """Return the attention of every block."""
+        return [block.attn1 for block in transformer.transformer_blocks]
+
+    def heads(self, attention: nn.Module) -> int:
+        """Return the number of heads."""
+        return attention.heads
+
+    def dense_reason(self, attention: nn.Module) -> str | None:
+        """Return why the module cannot be made sparse: a processor that does something else than Diffusers' own."""
+        if type(attention.processor) not in PROCESSORS:
+            return f"its processor is a {type(attention.processor).__name__}, not Diffusers' CogVideoXAttnProcessor2_0"
+        return None
+
+    def make_processor(self, layer: SparseLayer, previous: Any) -> CogVideoXSparseProcessor:
+        """Return the processor for a layer."""
+        return CogVideoXSparseProcessor(layer, previous)
+
+    def token_grid(self, transformer: nn.Module, inputs: Inputs) -> TokenGrid:
+        """Return the grid of a latent (B, F, C, H, W), with the text after it."""
+        latent = inputs["hidden_states"]
+        if latent.ndim != 5:
+            raise ValueError(f"`hidden_states` must be (B, F, C, H, W), got shape {tuple(latent.shape)}.")
+        sizes = (latent.shape[1], *latent.shape[3:])
+        frames, height, width = (size // patch for size, patch in zip(sizes, _patch(transformer)))
+        return TokenGrid(frames, height, width, text_after=inputs["encoder_hidden_states"].shape[1])
+
+    def permute_inputs(self, transformer: nn.Module, inputs: Inputs, permutation: torch.Tensor) -> Inputs:
+        """Permute the rotary tables, (tokens, D) each; the tokens themselves follow once they are embedded."""
+        tables = inputs.get("image_rotary_emb")
+        if tables is None:
+            return inputs
+        return {**inputs, "image_rotary_emb": tuple(table.index_select(0, permutation) for table in tables)}
+
+    def restore_output(self, transformer: nn.Module, output: Any, inverse: torch.Tensor) -> Any:
+        """Put the patches of the predicted latent (B, F, C, H, W) back into raster order."""
+        latent = output[0] if isinstance(output, tuple) else output.sample
+        latent = permute_patches(latent.transpose(1, 2), _patch(transformer), inverse).transpose(1, 2)
+        return (latent, *output[1:]) if isinstance(output, tuple) else type(output)(sample=latent)
+
+    def hook_positions(self, transformer: nn.Module, permutation: Permutation) -> Sequence[Any]:
+        """Permute the tokens as they leave the patch embedding, which adds the positions that do not rotate."""
+
+        def follow(module: nn.Module, args: Any, tokens: torch.Tensor) -> torch.Tensor:
+            order = permutation()
+            if order is None:
+                return tokens
+            text = tokens.shape[1] - len(order)
+            return torch.cat((tokens[:, :text], tokens[:, text:].index_select(1, order)), dim=1)
+
+        return [transformer.patch_embed.register_forward_hook(follow)]
+
+
+class CogVideoXSparseProcessor(SparseProcessor):
+    """Attention of a CogVideoX block through BLADE."""
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Attend, with Diffusers' own signature."""
+        if not self.layer.sparse:
+            self.layer.count_dense()
+            return self.previous(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
+        if attention_mask is not None:
+            raise ValueError("A sparse CogVideoX layer takes no `attention_mask`.")
+
+        video = hidden_states.shape[1]
+        tokens = torch.cat((hidden_states, encoder_hidden_states), dim=1)
+        if attn.fused_projections:
+            query, key, value = attn.to_qkv(tokens).chunk(3, dim=-1)
+        else:
+            query, key, value = attn.to_q(tokens), attn.to_k(tokens), attn.to_v(tokens)
+        query, key, value = (tensor.unflatten(2, (attn.heads, -1)) for tensor in (query, key, value))
+        cos, sin = (None, None) if image_rotary_emb is None else image_rotary_emb
+        query, key = (
+            _norm_rope(tensor, norm, cos, sin) for tensor, norm in ((query, attn.norm_q), (key, attn.norm_k))
+        )
+
+        output = self.layer.attend(query, key, value).flatten(2, 3).type_as(query)
+        output = attn.to_out[1](attn.to_out[0](output))
+        return output[:, :video], output[:, video:]
+
+
+def _norm_rope(
+    tensor: torch.Tensor, norm: nn.LayerNorm | None, cos: torch.Tensor | None, sin: torch.Tensor | None
+) -> torch.Tensor:
+    """Normalise each head and rotate the video, which comes first."""
+    if norm is None:
+        return qk_norm_rope(tensor, cos=cos, sin=sin)
+    return qk_norm_rope(tensor, norm="layer", weight=norm.weight, bias=norm.bias, eps=norm.eps, cos=cos, sin=sin)
+
+
+def _patch(transformer: nn.Module) -> tuple[int, int, int]:
+    """Size of a patch along frames, height and width."""
+    config = transformer.config
+    return config.patch_size_t or 1, config.patch_size, config.patch_size

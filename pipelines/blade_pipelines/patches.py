@@ -1,0 +1,27 @@
+"""Latents in another token order: what every family's adapter needs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+
+def permute_patches(latent: torch.Tensor, patch: Sequence[int], permutation: torch.Tensor) -> torch.Tensor:
+    """Reorder the patches of a latent, as the patch embedding would flatten them.
+
+    Args:
+        latent: (B, C, F, H, W). What no whole patch covers at its far faces is cut off, as the patch embedding does.
+        patch: size of a patch along (F, H, W).
+        permutation: int64 (patches,); patch i of the result is patch `permutation[i]` of the latent, both counted in
+            raster order.
+
+    Returns:
+        (B, C, F', H', W') with F', H', W' the largest multiples of the patch size.
+    """
+    frames, height, width = (size // length for size, length in zip(latent.shape[2:], patch))
+    latent = latent[:, :, : frames * patch[0], : height * patch[1], : width * patch[2]]
+    pieces = latent.unflatten(4, (width, patch[2])).unflatten(3, (height, patch[1])).unflatten(2, (frames, patch[0]))
+    tokens = pieces.permute(0, 1, 2, 4, 6, 3, 5, 7).flatten(2, 4)  # (B, C, patches, *patch)
+    tokens = tokens.index_select(2, permutation).unflatten(2, (frames, height, width))
+    return tokens.permute(0, 1, 2, 5, 3, 6, 4, 7).flatten(6, 7).flatten(4, 5).flatten(2, 3)

@@ -1,0 +1,168 @@
+"""What holds for the transformers of every family, on small random instances of Diffusers' own classes."""
+
+import copy
+
+import pytest
+import torch
+
+from blade import BladeConfig, TokenGrid, apply_blade, blade_summary, remove_blade
+from blade.attention import adaptive
+from blade.attention.applied import applied_to
+from blade.attention.budget import BlockBudget
+from blade.config import AdaptiveConfig
+
+GRIDS = [(3, 5, 7), (1, 6, 5), (4, 1, 9), (5, 4, 1), (1, 1, 11)]
+DETAILS = AdaptiveConfig(block_size=8, probe_tokens=4, pooled_window=4)
+
+
+def run(transformer, inputs):
+    with torch.no_grad():
+        return transformer(**inputs).sample
+
+
+@pytest.fixture
+def keep_all(monkeypatch):
+    """Let the sparse path run with every block kept, where it would be left to Diffusers' attention otherwise."""
+    monkeypatch.setattr(BlockBudget, "is_full", False)
+
+
+def in_float64(value):
+    if isinstance(value, tuple):
+        return tuple(in_float64(one) for one in value)
+    return value.double()
+
+
+def rounding_errors(transformer, inputs, output):
+    """Largest errors of an output and of the plain model's, both against the plain model in float64."""
+    exact = copy.deepcopy(transformer).double()
+    if hasattr(exact, "rope"):
+        for name in ("freqs_cos", "freqs_sin"):
+            setattr(exact.rope, name, getattr(transformer.rope, name).double())
+    oracle = run(exact, {name: in_float64(value) for name, value in inputs.items()})
+    plain = run(transformer, inputs)
+    return (output - oracle).abs().max().item(), (plain - oracle).abs().max().item()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [BladeConfig(attention="dense"), BladeConfig(sparsity=0.0, asa=DETAILS), BladeConfig(dense_layers="0-2")],
+    ids=["dense", "sparsity 0", "dense layers"],
+)
+def test_where_every_layer_is_dense_the_output_is_bitwise_the_same(family, config):
+    transformer, inputs = family.make(), family.inputs()
+    plain = run(transformer, inputs)
+    assert torch.equal(run(apply_blade(transformer, config), inputs), plain)
+    summary = blade_summary(transformer)
+    assert (summary.layer_density, summary.run_density) == (None, 1.0)
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("order", ["gilbert", "token_major"])
+def test_with_every_block_kept_the_output_is_dense_but_for_rounding(family, keep_all, grid, order):
+    transformer, inputs = family.make(), family.inputs(grid, batch=2)
+    details = AdaptiveConfig(block_size=8, probe_tokens=4, token_order=order)
+    sparse = run(apply_blade(transformer, BladeConfig(sparsity=0.0, asa=details)), inputs)
+    calls = [layer.sparse_calls for layer in blade_summary(transformer).transformers[0].layers]
+    assert calls == [1, 1, 1]
+    error, plain_error = rounding_errors(remove_blade(transformer), inputs, sparse)
+    assert error < 6 * plain_error
+
+
+@pytest.mark.parametrize("grid", GRIDS[:2])
+def test_sparse_layers_are_diffusers_own_with_the_blocks_as_a_mask(family, monkeypatch, grid):
+    """Blocks are cut from tokens in Gilbert order, before the text; the oracle has the model's own order."""
+    transformer, inputs = family.make(), family.inputs(grid, batch=2)
+    masks, attend = [], adaptive.block_sparse_attention
+
+    def spy(query, key, value, mask, **options):
+        masks.append(mask.keep.repeat_interleave(8, -1).repeat_interleave(8, -2))
+        return attend(query, key, value, mask, **options)
+
+    monkeypatch.setattr(adaptive, "block_sparse_attention", spy)
+    sparse = run(apply_blade(transformer, BladeConfig(sparsity=0.5, asa=DETAILS)), inputs)
+    assert len(masks) == 3 and 0.2 < blade_summary(transformer).layer_density < 0.75
+    remove_blade(transformer)
+    plain = run(transformer, inputs)
+
+    grid = TokenGrid(*grid)
+    tokens = grid.video_tokens + family.text
+    places = torch.cat((family.text + grid.order("gilbert"), torch.arange(family.text))).argsort()
+    waiting = iter(masks)
+    dense = torch.nn.functional.scaled_dot_product_attention
+
+    def masked(query, key, value, attn_mask=None, **options):
+        if key.shape[-2] == tokens:
+            attn_mask = next(waiting)[..., places, :][..., places]
+        return dense(query, key, value, attn_mask=attn_mask, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", masked)
+    oracle = run(transformer, inputs)
+    assert next(waiting, None) is None
+    torch.testing.assert_close(sparse, oracle, rtol=1e-4, atol=1e-5)
+    assert (oracle - plain).abs().max() > 0.01
+
+
+def test_removal_is_exact(family):
+    transformer, inputs = family.make(), family.inputs()
+    plain = run(transformer, inputs)
+    assert not torch.equal(run(apply_blade(transformer, BladeConfig(asa=DETAILS)), inputs), plain)
+    assert torch.equal(run(remove_blade(transformer), inputs), plain)
+
+
+def test_saved_loaded_and_applied_again_the_output_is_the_same(family, tmp_path):
+    transformer, inputs = family.make(), family.inputs()
+    config = BladeConfig(attention="asa-gt", sparsity=0.4, seed=3, asa=DETAILS)
+    expected = run(apply_blade(transformer, config), inputs)
+    config.save_pretrained(tmp_path)
+    again = run(apply_blade(family.make(), BladeConfig.from_pretrained(tmp_path)), inputs)
+    assert torch.equal(again, expected)
+
+
+def test_guidance_as_a_batch_and_as_two_calls_is_the_same(family):
+    transformer, inputs = apply_blade(family.make(), BladeConfig(asa=DETAILS)), family.inputs(batch=2)
+    together = run(transformer, inputs)
+    for item in range(2):
+        alone = {name: value if isinstance(value, tuple) else value[item : item + 1] for name, value in inputs.items()}
+        torch.testing.assert_close(run(transformer, alone), together[item : item + 1], rtol=1e-4, atol=1e-5)
+
+
+def test_positional_arguments_and_tuples_are_as_good(family):
+    transformer, inputs = apply_blade(family.make(), BladeConfig(asa=DETAILS)), family.inputs()
+    expected = run(transformer, inputs)
+    names = ("hidden_states", "encoder_hidden_states", "timestep")
+    if applied_to(transformer)._parameters[1] == "timestep":
+        names = ("hidden_states", "timestep", "encoder_hidden_states")
+    positional = [inputs.pop(name) for name in names]
+    with torch.no_grad():
+        (output,) = transformer(*positional, **inputs, return_dict=False)
+    assert torch.equal(output, expected)
+
+
+def test_gradients_pass_and_survive_checkpointing(family):
+    gradients = []
+    for checkpointing in (False, True):
+        transformer = apply_blade(family.make(), BladeConfig(attention="asa-gt", asa=DETAILS)).train()
+        if checkpointing:
+            transformer.enable_gradient_checkpointing()
+        transformer(**family.inputs()).sample.square().sum().backward()
+        attention = applied_to(transformer).attentions[0]
+        gradients.append([parameter.grad for parameter in attention.parameters()])
+    for plain, recomputed in zip(*gradients):
+        assert plain.abs().max() > 0
+        torch.testing.assert_close(recomputed, plain)
+
+
+def test_fused_projections_give_the_same_before_and_are_noticed_after(family):
+    inputs, config = family.inputs(), BladeConfig(asa=DETAILS)
+    expected = run(apply_blade(family.make(), config), inputs)
+    before = family.make()
+    before.fuse_qkv_projections()
+    torch.testing.assert_close(run(apply_blade(before, config), inputs), expected, rtol=1e-4, atol=1e-5)
+    after = apply_blade(family.make(), config)
+    after.fuse_qkv_projections()
+    try:
+        output = run(after, inputs)  # Wan's processors stay
+    except ValueError as error:
+        assert "was replaced" in str(error) and "Call `apply_blade` again" in str(error)
+        output = run(apply_blade(after, config), inputs)
+    torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
