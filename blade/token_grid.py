@@ -36,6 +36,8 @@ class TokenGrid:
     """Text tokens that the self-attention sees before the video tokens."""
     text_after: int = 0
     """Text tokens that the self-attention sees after the video tokens."""
+    first_frame_apart: bool = False
+    """Whether the first frame's tokens come first in every order, for models that treat them apart."""
 
     def __post_init__(self) -> None:
         for name, least in (("frames", 1), ("height", 1), ("width", 1), ("text_before", 0), ("text_after", 0)):
@@ -87,12 +89,12 @@ class TokenGrid:
             ValueError: if no order has this name.
         """
         check_token_order(name)
-        return _permutation(self.frames, self.height, self.width, name, torch.device(device), False)
+        return _permutation(self, name, torch.device(device), False)
 
     def inverse_order(self, name: str, device: torch.device | str = "cpu") -> torch.Tensor:
         """Return the permutation that puts tokens of order `name` back into raster order. See `order`."""
         check_token_order(name)
-        return _permutation(self.frames, self.height, self.width, name, torch.device(device), True)
+        return _permutation(self, name, torch.device(device), True)
 
     def positions(self, name: str) -> torch.Tensor:
         """Return the (frame, row, column) of every video token in the order `name`: int64 (video_tokens, 3)."""
@@ -115,8 +117,13 @@ def _brick_shape(name: str) -> tuple[int, int, int] | None:
 
 
 @lru_cache(maxsize=128)
-def _permutation(frames: int, height: int, width: int, name: str, device: torch.device, inverse: bool) -> torch.Tensor:
-    order = _raster_indices(frames, height, width, name)
+def _permutation(grid: TokenGrid, name: str, device: torch.device, inverse: bool) -> torch.Tensor:
+    if grid.first_frame_apart and grid.frames > 1:
+        first = _raster_indices(1, grid.height, grid.width, name)
+        rest = _raster_indices(grid.frames - 1, grid.height, grid.width, name)
+        order = np.concatenate((first, len(first) + rest))
+    else:
+        order = _raster_indices(grid.frames, grid.height, grid.width, name)
     if inverse:
         # argsort of a permutation is its inverse
         order = np.argsort(order, kind="stable")

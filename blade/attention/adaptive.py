@@ -73,7 +73,12 @@ class AdaptivePlan:
 
 
 def adaptive_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: AdaptivePlan, draw: torch.Tensor
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    plan: AdaptivePlan,
+    draw: torch.Tensor,
+    key_lengths: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, str]:
     """Attend to the key blocks that matter. Differentiable, but for the choice of blocks.
 
@@ -83,16 +88,19 @@ def adaptive_attention(
         value: (B, S, H, D).
         plan: the plan for this grid.
         draw: this layer's and step's row of `draw_table`.
+        key_lengths: (B,) integers: the keys from there on, which are text, are absent. The density counts them.
 
     Returns:
         (B, S, H, D) output, the realised density, a float32 tensor of no dimensions, and the implementation that
         computed the output.
     """
     with torch.no_grad():
-        mask = select(query, key, plan, draw)
+        mask = select(query, key, plan, draw, key_lengths)
     pooled = _pool(key, value, plan)
     implementation = resolve_implementation(query, key, value, mask, pooled=pooled, implementation=plan.implementation)
-    output = block_sparse_attention(query, key, value, mask, pooled=pooled, implementation=implementation)
+    output = block_sparse_attention(
+        query, key, value, mask, pooled=pooled, key_lengths=key_lengths, implementation=implementation
+    )
     tokens = query.shape[1]
     with torch.no_grad():
         pooled_pairs = 0 if pooled is None else pooled.pairs(mask, tokens)
@@ -100,17 +108,29 @@ def adaptive_attention(
     return output, density, implementation
 
 
-def select(query: torch.Tensor, key: torch.Tensor, plan: AdaptivePlan, draw: torch.Tensor) -> BlockMask:
+def select(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    plan: AdaptivePlan,
+    draw: torch.Tensor,
+    key_lengths: torch.Tensor | None = None,
+) -> BlockMask:
     """Choose the key blocks of every query block. See `adaptive_attention`."""
     config, budget = plan.config, plan.budget
     block_size = (config.block_size, config.block_size)
     if config.selector == "sampled":
         query_offsets, key_offsets = draw.unbind(0)
         importance = sampled_importance(
-            query, key, query_offsets, key_offsets, block_size, softmax_denominator=config.softmax_denominator
+            query,
+            key,
+            query_offsets,
+            key_offsets,
+            block_size,
+            key_lengths=key_lengths,
+            softmax_denominator=config.softmax_denominator,
         )
     elif config.selector == "mean-pooled":
-        importance = mean_pooled_importance(query, key, block_size)
+        importance = mean_pooled_importance(query, key, block_size, key_lengths=key_lengths)
     elif config.selector == "random":
         importance = random_scores(draw, (1, query.shape[2], budget.blocks, budget.blocks))
     else:

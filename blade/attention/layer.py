@@ -49,13 +49,20 @@ class SparseLayer:
         """Note a dense forward pass."""
         self.tally[2:].add_(1)
 
-    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        key_lengths: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Attend sparsely and note the density.
 
         Args:
             query: (B, S, H, D), in token order, rotated.
             key: (B, S, H, D).
             value: (B, S, H, D).
+            key_lengths: (B,) integers: the keys from there on, which are text, are absent. None: all are there.
 
         Returns:
             (B, S, H, D).
@@ -71,7 +78,7 @@ class SparseLayer:
                 "`apply_blade`. Call `apply_blade` again."
             )
         draw = self.draws.index_select(0, self.step).squeeze(0)
-        output, density, self.implementation = adaptive_attention(query, key, value, plan, draw)
+        output, density, self.implementation = adaptive_attention(query, key, value, plan, draw, key_lengths)
         self.tally[0:1].add_(density)
         self.tally[1:2].add_(1)
         return output

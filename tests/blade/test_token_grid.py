@@ -46,9 +46,9 @@ def test_gilbert_steps_are_short():
 
 
 @settings(max_examples=60, deadline=None)
-@given(sizes, sizes, sizes, orders)
-def test_an_order_then_its_inverse_is_the_identity(frames, height, width, name):
-    grid = TokenGrid(frames, height, width)
+@given(sizes, sizes, sizes, orders, st.booleans())
+def test_an_order_then_its_inverse_is_the_identity(frames, height, width, name, apart):
+    grid = TokenGrid(frames, height, width, first_frame_apart=apart)
     tokens = torch.arange(grid.video_tokens)
     ordered = tokens[grid.order(name)]
     assert torch.equal(ordered.sort().values, tokens)
@@ -67,6 +67,13 @@ def test_bricks_hold_neighbours_and_are_cut_at_the_far_faces():
     assert first.max(0).values.tolist() == [1, 1, 3]
     assert at_the_right_face.min(0).values.tolist() == [0, 0, 4]
     assert at_the_right_face.max(0).values.tolist() == [1, 1, 6]
+
+
+def test_a_first_frame_apart_comes_first_and_the_rest_is_ordered_as_if_alone():
+    grid = TokenGrid(4, 5, 6, first_frame_apart=True)
+    order = grid.order("gilbert")
+    assert torch.equal(order[:30], TokenGrid(1, 5, 6).order("gilbert"))
+    assert torch.equal(order[30:], 30 + TokenGrid(3, 5, 6).order("gilbert"))
 
 
 def test_raster_is_the_order_of_a_flattened_box():

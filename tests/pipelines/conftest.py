@@ -20,10 +20,14 @@ class Family:
     inputs: Callable[..., dict[str, Any]]
     """Takes a grid of tokens, `batch`, `seed` and `timestep`."""
     text: int = 0
-    """Text tokens that self-attention sees; the model has them first."""
+    """Text tokens that self-attention sees."""
+    text_first: bool = True
+    """Whether the model has them before the video."""
+    first_frame_apart: bool = False
+    """Whether the first frame stays first in every order."""
 
 
-def make_cogvideox(**config):
+def _make_cogvideox(**config):
     """A tiny `CogVideoXTransformer3DModel`."""
     from diffusers import CogVideoXTransformer3DModel
 
@@ -48,7 +52,7 @@ def make_cogvideox(**config):
     return transformer
 
 
-def cogvideox_inputs(grid=(3, 5, 7), batch=1, seed=0, timestep=500.0, *, patch_t=1, rotary=True):
+def _cogvideox_inputs(grid=(3, 5, 7), batch=1, seed=0, timestep=500.0, *, patch_t=1, rotary=True):
     """Inputs for a grid of tokens, with the tables of positions that the pipeline makes."""
     from diffusers.models.embeddings import get_3d_rotary_pos_embed
 
@@ -65,20 +69,84 @@ def cogvideox_inputs(grid=(3, 5, 7), batch=1, seed=0, timestep=500.0, *, patch_t
     return inputs
 
 
-@pytest.fixture(params=["wan", "cogvideox", "cogvideox-2b", "cogvideox-1.5"])
+def _make_hunyuan_video(condition=None):
+    """A tiny `HunyuanVideoTransformer3DModel`: a block of two streams, and two of one."""
+    from diffusers import HunyuanVideoTransformer3DModel
+
+    torch.manual_seed(0)
+    transformer = HunyuanVideoTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        num_layers=1,
+        num_single_layers=2,
+        num_refiner_layers=1,
+        guidance_embeds=False,
+        text_embed_dim=8,
+        pooled_projection_dim=8,
+        rope_axes_dim=(4, 6, 6),
+        image_condition_type=condition,
+    ).eval()
+    for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
+        for norm in (block.attn.norm_q, block.attn.norm_k):
+            norm.weight.data.mul_(2.0)
+    return transformer
+
+
+def _hunyuan_video_inputs(grid=(3, 5, 7), batch=1, seed=0, timestep=500.0):
+    """Inputs for a grid of tokens; the first text ends before the padding does."""
+    generator = torch.Generator().manual_seed(seed)
+    frames, height, width = grid
+    mask = torch.ones(batch, TEXT_TOKENS, dtype=torch.int64)
+    mask[0, 4:] = 0
+    return {
+        "hidden_states": torch.randn(batch, 4, frames, 2 * height, 2 * width, generator=generator),
+        "timestep": torch.full((batch,), timestep),
+        "encoder_hidden_states": torch.randn(batch, TEXT_TOKENS, 8, generator=generator),
+        "encoder_attention_mask": mask,
+        "pooled_projections": torch.randn(batch, 8, generator=generator),
+    }
+
+
+@pytest.fixture
+def make_hunyuan_video():
+    """Return a function that makes a tiny HunyuanVideo transformer, with a kind of image condition."""
+    return _make_hunyuan_video
+
+
+@pytest.fixture
+def hunyuan_video_inputs():
+    """Return a function that makes its inputs for a grid of tokens."""
+    return _hunyuan_video_inputs
+
+
+FAMILIES = ("wan", "cogvideox", "cogvideox-2b", "cogvideox-1.5", "hunyuan-video", "hunyuan-video-i2v")
+
+
+@pytest.fixture(params=FAMILIES)
 def family(request, make_wan, wan_inputs):
     """Every kind of transformer in turn."""
+    if request.param.startswith("hunyuan-video"):
+        condition = "token_replace" if request.param.endswith("i2v") else None
+        return Family(
+            lambda: _make_hunyuan_video(condition),
+            _hunyuan_video_inputs,
+            TEXT_TOKENS,
+            text_first=False,
+            first_frame_apart=condition is not None,
+        )
     if request.param == "wan":
         return Family(make_wan, wan_inputs)
     if request.param == "cogvideox-2b":
         return Family(
-            lambda: make_cogvideox(use_rotary_positional_embeddings=False),
-            lambda *args, **options: cogvideox_inputs(*args, **options, rotary=False),
+            lambda: _make_cogvideox(use_rotary_positional_embeddings=False),
+            lambda *args, **options: _cogvideox_inputs(*args, **options, rotary=False),
             TEXT_TOKENS,
         )
     patch_t = 2 if request.param == "cogvideox-1.5" else None
     return Family(
-        lambda: make_cogvideox(patch_size_t=patch_t),
-        lambda *args, **options: cogvideox_inputs(*args, **options, patch_t=patch_t or 1),
+        lambda: _make_cogvideox(patch_size_t=patch_t),
+        lambda *args, **options: _cogvideox_inputs(*args, **options, patch_t=patch_t or 1),
         TEXT_TOKENS,
     )

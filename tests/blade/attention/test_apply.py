@@ -280,9 +280,9 @@ def test_every_layer_and_step_draws_its_own_and_guidance_shares_them(pipe, monke
     draws = []
     attend = layer.adaptive_attention
 
-    def spy(query, key, value, plan, draw):
+    def spy(query, key, value, plan, draw, key_lengths):
         draws.append(tuple(draw.flatten().tolist()))
-        return attend(query, key, value, plan, draw)
+        return attend(query, key, value, plan, draw, key_lengths)
 
     monkeypatch.setattr(layer, "adaptive_attention", spy)
     generate(apply_blade(pipe, CONFIG), steps=3)

@@ -1,0 +1,163 @@
+"""HunyuanVideo transformers of Diffusers: blocks of two streams, then of one; text last, and only as long as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from blade_kernels.qk_norm_rope import qk_norm_rope
+from diffusers.models.attention_processor import Attention
+from diffusers.models.transformers.transformer_hunyuan_video import (
+    HunyuanVideoAttnProcessor2_0,
+    HunyuanVideoTransformer3DModel,
+)
+from torch import nn
+
+from blade.attention.family import Inputs, Permutation
+from blade.attention.layer import SparseLayer
+from blade.token_grid import TokenGrid
+from blade_pipelines.patches import permute_patches
+from blade_pipelines.processor import SparseProcessor
+
+Tables = tuple[torch.Tensor, torch.Tensor]
+"""Cosines and sines of the positions of the video tokens, (tokens, D) each."""
+
+
+class HunyuanVideoFamily:
+    """Adapter for `HunyuanVideoTransformer3DModel`: text and image to video, the first frame's tokens replaced or not.
+
+    Layers are numbered through the blocks of two streams, then through those of one. The token refiner stays as it is.
+    """
+
+    name = "HunyuanVideo (HunyuanVideoTransformer3DModel)"
+
+    def recognises(self, transformer: nn.Module) -> bool:
+        """Return whether this is a `HunyuanVideoTransformer3DModel`."""
+        return isinstance(transformer, HunyuanVideoTransformer3DModel)
+
+    def preset_name(self, transformer: nn.Module) -> str:
+        """Return the one preset that there is."""
+        return "hunyuan-video"
+
+    def blocks(self, transformer: nn.Module) -> Sequence[nn.Module]:
+        """Return the transformer's blocks of two streams and of one."""
+        return [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
+
+    def attention_layers(self, transformer: nn.Module) -> Sequence[nn.Module]:
+        """Return the attention of every block."""
+        return [block.attn for block in self.blocks(transformer)]
+
+    def heads(self, attention: nn.Module) -> int:
+        """Return the number of heads."""
+        return attention.heads
+
+    def dense_reason(self, attention: nn.Module) -> str | None:
+        """Return why the module cannot be made sparse: a processor that does something else than Diffusers' own."""
+        if type(attention.processor) is not HunyuanVideoAttnProcessor2_0:
+            name = type(attention.processor).__name__
+            return f"its processor is a {name}, not Diffusers' HunyuanVideoAttnProcessor2_0"
+        return None
+
+    def make_processor(self, layer: SparseLayer, previous: Any) -> HunyuanVideoSparseProcessor:
+        """Return the processor for a layer."""
+        return HunyuanVideoSparseProcessor(layer, previous)
+
+    def token_grid(self, transformer: nn.Module, inputs: Inputs) -> TokenGrid:
+        """Return the grid of a latent (B, C, F, H, W), with the text, padding included, after it."""
+        latent = inputs["hidden_states"]
+        if latent.ndim != 5:
+            raise ValueError(f"`hidden_states` must be (B, C, F, H, W), got shape {tuple(latent.shape)}.")
+        frames, height, width = (size // patch for size, patch in zip(latent.shape[2:], _patch(transformer)))
+        return TokenGrid(
+            frames,
+            height,
+            width,
+            text_after=inputs["encoder_hidden_states"].shape[1],
+            first_frame_apart=transformer.config.image_condition_type == "token_replace",
+        )
+
+    def permute_inputs(self, transformer: nn.Module, inputs: Inputs, permutation: torch.Tensor) -> Inputs:
+        """Permute the latent's patches."""
+        latent = permute_patches(inputs["hidden_states"], _patch(transformer), permutation)
+        return {**inputs, "hidden_states": latent}
+
+    def restore_output(self, transformer: nn.Module, output: Any, inverse: torch.Tensor) -> Any:
+        """Put the patches of the predicted latent back into raster order."""
+        patch = _patch(transformer)
+        if isinstance(output, tuple):
+            return (permute_patches(output[0], patch, inverse), *output[1:])
+        return type(output)(sample=permute_patches(output.sample, patch, inverse))
+
+    def hook_positions(self, transformer: nn.Module, permutation: Permutation) -> Sequence[Any]:
+        """Permute the tables (tokens, D) that the rope module makes."""
+
+        def follow(module: nn.Module, args: Any, tables: Tables) -> tuple[torch.Tensor, ...]:
+            order = permutation()
+            return tables if order is None else tuple(table.index_select(0, order) for table in tables)
+
+        return [transformer.rope.register_forward_hook(follow)]
+
+
+class HunyuanVideoSparseProcessor(SparseProcessor):
+    """Attention of a HunyuanVideo block, of two streams or of one, through BLADE."""
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        image_rotary_emb: Tables | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Attend, with Diffusers' own signature; the mask, (B, 1, 1, S), ends the text of every batch item."""
+        if not self.layer.sparse:
+            self.layer.count_dense()
+            return self.previous(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
+
+        video = hidden_states.shape[1]
+        if attn.add_q_proj is None:
+            tokens = torch.cat((hidden_states, encoder_hidden_states), dim=1)
+            projections, norms = (attn.to_q, attn.to_k, attn.to_v), (attn.norm_q, attn.norm_k)
+            query, key, value = _project(attn, tokens, projections, norms, image_rotary_emb)
+        else:
+            projections, norms = (attn.to_q, attn.to_k, attn.to_v), (attn.norm_q, attn.norm_k)
+            streams = [_project(attn, hidden_states, projections, norms, image_rotary_emb)]
+            projections = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
+            norms = (attn.norm_added_q, attn.norm_added_k)
+            streams.append(_project(attn, encoder_hidden_states, projections, norms, None))
+            query, key, value = (torch.cat(parts, dim=1) for parts in zip(*streams))
+
+        lengths = None if attention_mask is None else attention_mask.flatten(1).sum(dim=1, dtype=torch.int32)
+        output = self.layer.attend(query, key, value, lengths).flatten(2, 3).type_as(query)
+        hidden_states, encoder_hidden_states = output[:, :video], output[:, video:]
+        if attn.to_out is not None:
+            hidden_states = attn.to_out[1](attn.to_out[0](hidden_states))
+        if getattr(attn, "to_add_out", None) is not None:
+            encoder_hidden_states = attn.to_add_out(encoder_hidden_states)
+        return hidden_states, encoder_hidden_states
+
+
+def _project(
+    attn: Attention,
+    tokens: torch.Tensor,
+    projections: tuple[nn.Module, ...],
+    norms: tuple[nn.Module | None, ...],
+    tables: Tables | None,
+) -> tuple[torch.Tensor, ...]:
+    """Queries, keys and values, (B, S, H, D), of one stream; the first tokens are rotated, as many as have a place."""
+    query, key, value = (project(tokens).unflatten(2, (attn.heads, -1)) for project in projections)
+    cos, sin = (None, None) if tables is None else tables
+    query, key = (
+        qk_norm_rope(tensor, cos=cos, sin=sin)
+        if norm is None
+        else qk_norm_rope(tensor, norm="rms", weight=norm.weight, eps=norm.eps, cos=cos, sin=sin)
+        for tensor, norm in ((query, norms[0]), (key, norms[1]))
+    )
+    return query, key, value
+
+
+def _patch(transformer: nn.Module) -> tuple[int, int, int]:
+    """Size of a patch along frames, height and width."""
+    config = transformer.config
+    return config.patch_size_t, config.patch_size, config.patch_size
