@@ -12,6 +12,10 @@ from diffusers.models.transformers.transformer_hunyuan_video import (
     HunyuanVideoAttnProcessor2_0,
     HunyuanVideoTransformer3DModel,
 )
+from diffusers.models.transformers.transformer_hunyuan_video15 import (
+    HunyuanVideo15AttnProcessor2_0,
+    HunyuanVideo15Transformer3DModel,
+)
 from torch import nn
 
 from blade.attention.family import Inputs, Permutation
@@ -19,6 +23,9 @@ from blade.attention.layer import SparseLayer
 from blade.token_grid import TokenGrid
 from blade_pipelines.patches import permute_patches
 from blade_pipelines.processor import SparseProcessor
+
+PROCESSORS = (HunyuanVideoAttnProcessor2_0, HunyuanVideo15AttnProcessor2_0)
+"""Diffusers' own."""
 
 Tables = tuple[torch.Tensor, torch.Tensor]
 """Cosines and sines of the positions of the video tokens, (tokens, D) each."""
@@ -54,7 +61,7 @@ class HunyuanVideoFamily:
 
     def dense_reason(self, attention: nn.Module) -> str | None:
         """Return why the module cannot be made sparse: a processor that does something else than Diffusers' own."""
-        if type(attention.processor) is not HunyuanVideoAttnProcessor2_0:
+        if type(attention.processor) not in PROCESSORS:
             name = type(attention.processor).__name__
             return f"its processor is a {name}, not Diffusers' HunyuanVideoAttnProcessor2_0"
         return None
@@ -73,9 +80,13 @@ class HunyuanVideoFamily:
             frames,
             height,
             width,
-            text_after=inputs["encoder_hidden_states"].shape[1],
-            first_frame_apart=transformer.config.image_condition_type == "token_replace",
+            text_after=self.text_tokens(inputs),
+            first_frame_apart=transformer.config.get("image_condition_type") == "token_replace",
         )
+
+    def text_tokens(self, inputs: Inputs) -> int:
+        """Return the tokens of the text, padding included."""
+        return inputs["encoder_hidden_states"].shape[1]
 
     def permute_inputs(self, transformer: nn.Module, inputs: Inputs, permutation: torch.Tensor) -> Inputs:
         """Permute the latent's patches."""
@@ -99,6 +110,26 @@ class HunyuanVideoFamily:
         return [transformer.rope.register_forward_hook(follow)]
 
 
+class HunyuanVideo15Family(HunyuanVideoFamily):
+    """Adapter for `HunyuanVideo15Transformer3DModel`: text and image to video, in blocks of two streams."""
+
+    name = "HunyuanVideo-1.5 (HunyuanVideo15Transformer3DModel)"
+
+    def recognises(self, transformer: nn.Module) -> bool:
+        """Return whether this is a `HunyuanVideo15Transformer3DModel`."""
+        return isinstance(transformer, HunyuanVideo15Transformer3DModel)
+
+    def blocks(self, transformer: nn.Module) -> Sequence[nn.Module]:
+        """Return the transformer's blocks."""
+        return list(transformer.transformer_blocks)
+
+    def text_tokens(self, inputs: Inputs) -> int:
+        """Return the tokens of both texts and of the image, padding included."""
+        return sum(
+            inputs[name].shape[1] for name in ("encoder_hidden_states", "encoder_hidden_states_2", "image_embeds")
+        )
+
+
 class HunyuanVideoSparseProcessor(SparseProcessor):
     """Attention of a HunyuanVideo block, of two streams or of one, through BLADE."""
 
@@ -110,7 +141,10 @@ class HunyuanVideoSparseProcessor(SparseProcessor):
         attention_mask: torch.Tensor | None = None,
         image_rotary_emb: Tables | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Attend, with Diffusers' own signature; the mask, (B, 1, 1, S), ends the text of every batch item."""
+        """Attend, with Diffusers' own signature.
+
+        The mask ends the text of every batch item: (B, 1, 1, S), or in HunyuanVideo-1.5, of text alone, (B, text).
+        """
         if not self.layer.sparse:
             self.layer.count_dense()
             return self.previous(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
@@ -128,7 +162,10 @@ class HunyuanVideoSparseProcessor(SparseProcessor):
             streams.append(_project(attn, encoder_hidden_states, projections, norms, None))
             query, key, value = (torch.cat(parts, dim=1) for parts in zip(*streams))
 
-        lengths = None if attention_mask is None else attention_mask.flatten(1).sum(dim=1, dtype=torch.int32)
+        lengths = None
+        if attention_mask is not None:
+            lengths = attention_mask.flatten(1).sum(dim=1, dtype=torch.int32)
+            lengths = lengths + video if attention_mask.ndim == 2 else lengths
         output = self.layer.attend(query, key, value, lengths).flatten(2, 3).type_as(query)
         hidden_states, encoder_hidden_states = output[:, :video], output[:, video:]
         if attn.to_out is not None:

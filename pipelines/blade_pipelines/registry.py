@@ -16,10 +16,10 @@ _PRESETS = {"training-free": TRAINING_FREE, "student": STUDENT}
 def model_families() -> tuple[ModelFamily, ...]:
     """Return every model family that there is an adapter for."""
     from blade_pipelines.cogvideox import CogVideoXFamily
-    from blade_pipelines.hunyuan_video import HunyuanVideoFamily
+    from blade_pipelines.hunyuan_video import HunyuanVideo15Family, HunyuanVideoFamily
     from blade_pipelines.wan import WanFamily
 
-    return (WanFamily(), CogVideoXFamily(), HunyuanVideoFamily())
+    return (WanFamily(), CogVideoXFamily(), HunyuanVideoFamily(), HunyuanVideo15Family())
 
 
 def preset_names(kind: Literal["training-free", "student"] = "training-free") -> tuple[str, ...]:

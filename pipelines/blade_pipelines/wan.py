@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from blade_kernels.qk_norm_rope import qk_norm_rope
 from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor, WanTransformer3DModel
+from diffusers.models.transformers.transformer_wan_vace import WanVACETransformer3DModel
 from torch import nn
 
 from blade.attention.family import Inputs, Permutation
@@ -18,22 +19,26 @@ from blade_pipelines.processor import SparseProcessor
 
 
 class WanFamily:
-    """Adapter for `WanTransformer3DModel`: text to video, image to video, and per-token timesteps (TI2V-5B)."""
+    """Adapter for `WanTransformer3DModel` and `WanVACETransformer3DModel`.
 
-    name = "Wan (WanTransformer3DModel)"
+    Text, image and video to video, per-token timesteps (TI2V-5B), and VACE's control latents. VACE's blocks are
+    numbered after the others, although they run before them.
+    """
+
+    name = "Wan (WanTransformer3DModel, WanVACETransformer3DModel)"
 
     def recognises(self, transformer: nn.Module) -> bool:
-        """Return whether this is a `WanTransformer3DModel`.
+        """Return whether this is one of the two.
 
         Raises:
-            ValueError: for a VACE transformer, whose control latents run through blocks of their own.
+            ValueError: for a Wan-Animate transformer, which adds motion to the tokens of every frame.
         """
-        if type(transformer).__name__ == "WanVACETransformer3DModel":
+        if type(transformer).__name__ == "WanAnimateTransformer3DModel":
             raise ValueError(
-                "`WanVACETransformer3DModel` is not supported: its control latents (`control_hidden_states`) would "
-                "have to follow the token order through `vace_blocks`. Use a WanTransformer3DModel."
+                "`WanAnimateTransformer3DModel` is not supported: its face adapter adds motion to the tokens frame by "
+                "frame, and would have to follow the token order. Use a Wan text, image or video to video model."
             )
-        return isinstance(transformer, WanTransformer3DModel)
+        return isinstance(transformer, (WanTransformer3DModel, WanVACETransformer3DModel))
 
     def preset_name(self, transformer: nn.Module) -> str:
         """Return the preset for this size of model."""
@@ -43,12 +48,12 @@ class WanFamily:
         return "wan2.1-t2v-1.3b" if width == 1536 else "wan"
 
     def blocks(self, transformer: nn.Module) -> Sequence[nn.Module]:
-        """Return the transformer's blocks."""
-        return list(transformer.blocks)
+        """Return the transformer's blocks, and VACE's after them."""
+        return [*transformer.blocks, *getattr(transformer, "vace_blocks", ())]
 
     def attention_layers(self, transformer: nn.Module) -> Sequence[nn.Module]:
         """Return the self-attention of every block."""
-        return [block.attn1 for block in transformer.blocks]
+        return [block.attn1 for block in self.blocks(transformer)]
 
     def heads(self, attention: nn.Module) -> int:
         """Return the number of heads."""
@@ -72,9 +77,18 @@ class WanFamily:
         return TokenGrid(*(size // patch for size, patch in zip(latent.shape[2:], transformer.config.patch_size)))
 
     def permute_inputs(self, transformer: nn.Module, inputs: Inputs, permutation: torch.Tensor) -> Inputs:
-        """Permute the latent's patches and, where there is one for each token, the timesteps."""
+        """Permute the patches of the latents and, where there is one for each token, the timesteps."""
         patch = transformer.config.patch_size
         permuted = {**inputs, "hidden_states": permute_patches(inputs["hidden_states"], patch, permutation)}
+        control = inputs.get("control_hidden_states")
+        if control is not None:
+            if control.shape[2:] != inputs["hidden_states"].shape[2:]:
+                expected = tuple(inputs["hidden_states"].shape[2:])
+                raise ValueError(
+                    f"`control_hidden_states` must be as large as the latent, {expected} in frames, height and width, "
+                    f"got {tuple(control.shape[2:])}."
+                )
+            permuted["control_hidden_states"] = permute_patches(control, patch, permutation)
         timestep = inputs["timestep"]
         if timestep.ndim == 2:
             if timestep.shape[1] != len(permutation):

@@ -109,6 +109,71 @@ def _hunyuan_video_inputs(grid=(3, 5, 7), batch=1, seed=0, timestep=500.0):
     }
 
 
+def _make_wan_vace():
+    """A tiny `WanVACETransformer3DModel`: two blocks, and one of the control latents."""
+    from diffusers import WanVACETransformer3DModel
+
+    torch.manual_seed(0)
+    transformer = WanVACETransformer3DModel(
+        patch_size=(1, 2, 2),
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=4,
+        text_dim=8,
+        freq_dim=16,
+        ffn_dim=24,
+        num_layers=2,
+        rope_max_seq_len=32,
+        vace_layers=[0],
+        vace_in_channels=6,
+    ).eval()
+    for block in (*transformer.blocks, *transformer.vace_blocks):
+        for norm in (block.attn1.norm_q, block.attn1.norm_k):
+            norm.weight.data.mul_(4.0)
+    return transformer
+
+
+def _make_hunyuan_video_15():
+    """A tiny `HunyuanVideo15Transformer3DModel`."""
+    from diffusers import HunyuanVideo15Transformer3DModel
+
+    torch.manual_seed(0)
+    transformer = HunyuanVideo15Transformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        num_layers=3,
+        num_refiner_layers=1,
+        patch_size=2,
+        text_embed_dim=8,
+        text_embed_2_dim=8,
+        image_embed_dim=8,
+        rope_axes_dim=(4, 6, 6),
+    ).eval()
+    for block in transformer.transformer_blocks:
+        for norm in (block.attn.norm_q, block.attn.norm_k):
+            norm.weight.data.mul_(2.0)
+    return transformer
+
+
+def _hunyuan_video_15_inputs(*args, **options):
+    """Inputs for a grid of tokens: six of text, three of another text and two of an image."""
+    inputs = _hunyuan_video_inputs(*args, **options)
+    inputs.pop("pooled_projections")
+    batch = len(inputs["hidden_states"])
+    generator = torch.Generator().manual_seed(7)
+    mask = torch.ones(batch, 3, dtype=torch.int64)
+    mask[-1, 1:] = 0
+    return {
+        **inputs,
+        "encoder_hidden_states_2": torch.randn(batch, 3, 8, generator=generator),
+        "encoder_attention_mask_2": mask,
+        "image_embeds": torch.randn(batch, 2, 8, generator=generator),
+    }
+
+
 @pytest.fixture
 def make_hunyuan_video():
     """Return a function that makes a tiny HunyuanVideo transformer, with a kind of image condition."""
@@ -121,12 +186,31 @@ def hunyuan_video_inputs():
     return _hunyuan_video_inputs
 
 
-FAMILIES = ("wan", "cogvideox", "cogvideox-2b", "cogvideox-1.5", "hunyuan-video", "hunyuan-video-i2v")
+FAMILIES = (
+    "wan",
+    "wan-vace",
+    "cogvideox",
+    "cogvideox-2b",
+    "cogvideox-1.5",
+    "hunyuan-video",
+    "hunyuan-video-i2v",
+    "hunyuan-video-1.5",
+)
 
 
 @pytest.fixture(params=FAMILIES)
 def family(request, make_wan, wan_inputs):
     """Every kind of transformer in turn."""
+    if request.param == "wan-vace":
+
+        def inputs(*args, **options):
+            made = wan_inputs(*args, **options)
+            shape = (made["hidden_states"].shape[0], 6, *made["hidden_states"].shape[2:])
+            return {**made, "control_hidden_states": torch.randn(shape, generator=torch.Generator().manual_seed(9))}
+
+        return Family(_make_wan_vace, inputs)
+    if request.param == "hunyuan-video-1.5":
+        return Family(_make_hunyuan_video_15, _hunyuan_video_15_inputs, 11, text_first=False)
     if request.param.startswith("hunyuan-video"):
         condition = "token_replace" if request.param.endswith("i2v") else None
         return Family(

@@ -174,15 +174,20 @@ def test_parallelism_is_refused_before_and_after(make_wan, wan_inputs):
         run(transformer, wan_inputs())
 
 
-def test_a_vace_transformer_is_refused_by_name():
-    from diffusers import WanVACETransformer3DModel
+def test_a_wan_animate_transformer_is_refused_by_name():
+    class WanAnimateTransformer3DModel(torch.nn.Module):
+        pass
 
-    with torch.device("meta"):
-        transformer = WanVACETransformer3DModel(
-            num_attention_heads=2, attention_head_dim=16, ffn_dim=24, num_layers=2, vace_layers=[0], text_dim=8
-        )
-    with pytest.raises(ValueError, match=r"`WanVACETransformer3DModel` is not supported: its control latents"):
-        apply_blade(transformer, BladeConfig())
+    with pytest.raises(ValueError, match=r"`WanAnimateTransformer3DModel` is not supported: its face adapter"):
+        apply_blade(WanAnimateTransformer3DModel(), BladeConfig())
+
+
+def test_control_latents_of_another_size_are_refused(make_wan, wan_inputs):
+    from blade_pipelines.wan import WanFamily
+
+    inputs = {**wan_inputs(), "control_hidden_states": torch.zeros(1, 6, 2, 10, 14)}
+    with pytest.raises(ValueError, match=r"as large as the latent, \(3, 10, 14\) in frames, .*got \(2, 10, 14\)"):
+        WanFamily().permute_inputs(make_wan(), inputs, torch.arange(105))
 
 
 @pytest.mark.parametrize(
