@@ -57,3 +57,72 @@ def wan_inputs():
         }
 
     return make
+
+
+_SMALL = {"height": 128, "width": 128, "num_frames": 13, "num_inference_steps": 3}
+_BLOCKS = {"block_out_channels": (8, 8, 8, 8), "layers_per_block": 1, "norm_num_groups": 4, "latent_channels": 4}
+
+
+def _small(pipeline_class, **parts):
+    """A pipeline whose text is random and whose videos are small, whatever is asked for."""
+    from diffusers import HunyuanVideoPipeline
+
+    class Small(pipeline_class):
+        def __call__(self, *args, **options):
+            return super().__call__(*args, **{**options, **_SMALL})
+
+        def encode_prompt(self, *args, **options):
+            if pipeline_class is HunyuanVideoPipeline:
+                return torch.randn(1, 6, 8), torch.randn(1, 8), torch.ones(1, 6)
+            return torch.randn(1, 6, 8), torch.randn(1, 6, 8)
+
+    return Small(text_encoder=None, tokenizer=None, **parts)
+
+
+def _wan(make_wan):
+    from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline
+
+    vae = AutoencoderKLWan(
+        base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True],
+        latents_mean=[0.0] * 4, latents_std=[1.0] * 4,
+    )  # fmt: skip
+    return _small(WanPipeline, vae=vae, transformer=make_wan(), scheduler=FlowMatchEulerDiscreteScheduler())
+
+
+def _cogvideox():
+    from diffusers import AutoencoderKLCogVideoX, CogVideoXDPMScheduler, CogVideoXPipeline, CogVideoXTransformer3DModel
+
+    transformer = CogVideoXTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, time_embed_dim=8,
+        text_embed_dim=8, num_layers=2, max_text_seq_length=6, use_rotary_positional_embeddings=True,
+    )  # fmt: skip
+    vae = AutoencoderKLCogVideoX(**_BLOCKS)
+    return _small(CogVideoXPipeline, vae=vae, transformer=transformer, scheduler=CogVideoXDPMScheduler())
+
+
+def _hunyuan_video():
+    from diffusers import (
+        AutoencoderKLHunyuanVideo,
+        FlowMatchEulerDiscreteScheduler,
+        HunyuanVideoPipeline,
+        HunyuanVideoTransformer3DModel,
+    )
+
+    transformer = HunyuanVideoTransformer3DModel(
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=16, num_layers=1,
+        num_single_layers=1, num_refiner_layers=1, text_embed_dim=8, pooled_projection_dim=8, rope_axes_dim=(4, 6, 6),
+    )  # fmt: skip
+    return _small(
+        HunyuanVideoPipeline, vae=AutoencoderKLHunyuanVideo(**_BLOCKS), transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(), text_encoder_2=None, tokenizer_2=None,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def small_pipelines(make_wan):
+    """Functions that make a small random pipeline of every family, by the name of its class."""
+    return {
+        "WanPipeline": lambda: _wan(make_wan),
+        "CogVideoXPipeline": _cogvideox,
+        "HunyuanVideoPipeline": _hunyuan_video,
+    }
