@@ -62,6 +62,24 @@ class ModelFamily(Protocol):
         """Return the grid of the tokens that these inputs make."""
         ...
 
+    def example_inputs(
+        self,
+        transformer: nn.Module,
+        latent_size: tuple[int, int, int],
+        *,
+        batch: int = 1,
+        text_tokens: int | None = None,
+    ) -> Inputs:
+        """Return inputs of a size, all zeros, on the transformer's device and in its type.
+
+        Args:
+            transformer: the transformer.
+            latent_size: frames, height and width of the latent.
+            batch: number of latents.
+            text_tokens: length of the text; None takes the length that the family's pipeline pads to.
+        """
+        ...
+
     def permute_inputs(self, transformer: nn.Module, inputs: Inputs, permutation: torch.Tensor) -> Inputs:
         """Return the inputs with whatever belongs to single tokens put into token order."""
         ...

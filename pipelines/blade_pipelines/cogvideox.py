@@ -75,6 +75,32 @@ class CogVideoXFamily:
         frames, height, width = (size // patch for size, patch in zip(sizes, _patch(transformer)))
         return TokenGrid(frames, height, width, text_after=inputs["encoder_hidden_states"].shape[1])
 
+    def example_inputs(
+        self,
+        transformer: nn.Module,
+        latent_size: tuple[int, int, int],
+        *,
+        batch: int = 1,
+        text_tokens: int | None = None,
+    ) -> Inputs:
+        """Return zeros; text is as long as the model says, frames fill whole patches as the pipeline's do."""
+        config, like, patch = transformer.config, transformer.proj_out.weight, _patch(transformer)
+        frames, height, width = latent_size
+        frames = -(-frames // patch[0]) * patch[0]
+        text_tokens = text_tokens or config.max_text_seq_length
+        inputs = {
+            "hidden_states": like.new_zeros(batch, frames, config.in_channels, height, width),
+            "encoder_hidden_states": like.new_zeros(batch, text_tokens, config.text_embed_dim),
+            "timestep": like.new_zeros(batch),
+        }
+        if config.use_rotary_positional_embeddings:
+            tokens = (frames // patch[0]) * (height // patch[1]) * (width // patch[2])
+            table = torch.zeros(tokens, config.attention_head_dim, device=like.device)
+            inputs["image_rotary_emb"] = (table, table)
+        if config.ofs_embed_dim is not None:
+            inputs["ofs"] = like.new_zeros(1)
+        return inputs
+
     def permute_inputs(self, transformer: nn.Module, inputs: Inputs, permutation: torch.Tensor) -> Inputs:
         """Permute the rotary tables, (tokens, D) each; the tokens themselves follow once they are embedded."""
         tables = inputs.get("image_rotary_emb")

@@ -88,6 +88,28 @@ class HunyuanVideoFamily:
         """Return the tokens of the text, padding included."""
         return inputs["encoder_hidden_states"].shape[1]
 
+    def example_inputs(
+        self,
+        transformer: nn.Module,
+        latent_size: tuple[int, int, int],
+        *,
+        batch: int = 1,
+        text_tokens: int | None = None,
+    ) -> Inputs:
+        """Return zeros; the text of the pipeline has 256 tokens."""
+        config, like = transformer.config, transformer.proj_out.weight
+        text_tokens = text_tokens or 256
+        inputs = {
+            "hidden_states": like.new_zeros(batch, config.in_channels, *latent_size),
+            "timestep": like.new_zeros(batch),
+            "encoder_hidden_states": like.new_zeros(batch, text_tokens, config.text_embed_dim),
+            "encoder_attention_mask": torch.ones(batch, text_tokens, dtype=torch.int64, device=like.device),
+            "pooled_projections": like.new_zeros(batch, config.pooled_projection_dim),
+        }
+        if config.guidance_embeds:
+            inputs["guidance"] = like.new_zeros(batch)
+        return inputs
+
     def permute_inputs(self, transformer: nn.Module, inputs: Inputs, permutation: torch.Tensor) -> Inputs:
         """Permute the latent's patches."""
         latent = permute_patches(inputs["hidden_states"], _patch(transformer), permutation)
@@ -122,6 +144,29 @@ class HunyuanVideo15Family(HunyuanVideoFamily):
     def blocks(self, transformer: nn.Module) -> Sequence[nn.Module]:
         """Return the transformer's blocks."""
         return list(transformer.transformer_blocks)
+
+    def example_inputs(
+        self,
+        transformer: nn.Module,
+        latent_size: tuple[int, int, int],
+        *,
+        batch: int = 1,
+        text_tokens: int | None = None,
+    ) -> Inputs:
+        """Return zeros; the pipeline's texts have 1,000 and 256 tokens, and the image 729."""
+        config, like = transformer.config, transformer.proj_out.weight
+        text_tokens = text_tokens or 1000
+        masks = (torch.ones(batch, length, dtype=torch.int64, device=like.device) for length in (text_tokens, 256))
+        first, second = masks
+        return {
+            "hidden_states": like.new_zeros(batch, config.in_channels, *latent_size),
+            "timestep": like.new_zeros(batch),
+            "encoder_hidden_states": like.new_zeros(batch, text_tokens, config.text_embed_dim),
+            "encoder_attention_mask": first,
+            "encoder_hidden_states_2": like.new_zeros(batch, 256, config.text_embed_2_dim),
+            "encoder_attention_mask_2": second,
+            "image_embeds": like.new_zeros(batch, 729, config.image_embed_dim),
+        }
 
     def text_tokens(self, inputs: Inputs) -> int:
         """Return the tokens of both texts and of the image, padding included."""

@@ -76,6 +76,27 @@ class WanFamily:
             raise ValueError(f"`hidden_states` must be (B, C, F, H, W), got shape {tuple(latent.shape)}.")
         return TokenGrid(*(size // patch for size, patch in zip(latent.shape[2:], transformer.config.patch_size)))
 
+    def example_inputs(
+        self,
+        transformer: nn.Module,
+        latent_size: tuple[int, int, int],
+        *,
+        batch: int = 1,
+        text_tokens: int | None = None,
+    ) -> Inputs:
+        """Return zeros; the text of Wan's pipelines has 512 tokens."""
+        config, like = transformer.config, transformer.proj_out.weight
+        inputs = {
+            "hidden_states": like.new_zeros(batch, config.in_channels, *latent_size),
+            "timestep": like.new_zeros(batch),
+            "encoder_hidden_states": like.new_zeros(batch, text_tokens or 512, config.text_dim),
+        }
+        if config.get("image_dim") is not None:
+            inputs["encoder_hidden_states_image"] = like.new_zeros(batch, 257, config.image_dim)
+        if config.get("vace_in_channels") is not None:
+            inputs["control_hidden_states"] = like.new_zeros(batch, config.vace_in_channels, *latent_size)
+        return inputs
+
     def permute_inputs(self, transformer: nn.Module, inputs: Inputs, permutation: torch.Tensor) -> Inputs:
         """Permute the patches of the latents and, where there is one for each token, the timesteps."""
         patch = transformer.config.patch_size

@@ -1,0 +1,196 @@
+"""What a run computes, in floating-point operations, from a transformer's configuration alone, without its weights."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from blade.attention.budget import plan_budget
+from blade.attention.family import find_family
+from blade.config import BladeConfig
+from blade.token_grid import TokenGrid
+
+PARTS = ("self-attention", "other attention", "linear layers", "convolutions")
+"""Parts of a forward pass: products of queries, keys and values in the layers that BLADE makes sparse; the same
+elsewhere (cross-attention, token refiners); matrix products with weights; patch embeddings."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForwardCost:
+    """One forward pass of a transformer, with dense attention."""
+
+    grid: TokenGrid
+    """Its tokens."""
+    layers: int
+    """Self-attention layers."""
+    heads: int
+    """Heads of each."""
+    head_dim: int
+    """Numbers in one head of one token."""
+    parameters: int
+    """Numbers that the transformer holds."""
+    flops: dict[str, int]
+    """Floating-point operations by part, of `PARTS`; a multiplication and an addition are two."""
+
+    @property
+    def total(self) -> int:
+        """All operations."""
+        return sum(self.flops.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunCost:
+    """All forward passes of a run."""
+
+    forward: ForwardCost
+    """One of them, dense."""
+    passes: int
+    """Forward passes of one video: two a step with guidance."""
+    sparse_passes: int
+    """Those in which layers are sparse."""
+    sparse_layers: int
+    """How many layers are, in those."""
+    density: float
+    """Of such a layer, as planned; 1 without a configuration."""
+    flops: dict[str, float]
+    """Operations of the run by part, of `PARTS` and, where blocks are chosen, `block selection`."""
+
+    @property
+    def dense_total(self) -> int:
+        """Operations of the run with dense attention."""
+        return self.passes * self.forward.total
+
+    @property
+    def total(self) -> float:
+        """All operations."""
+        return sum(self.flops.values())
+
+
+def forward_cost(
+    transformer: nn.Module,
+    latent_size: tuple[int, int, int],
+    *,
+    batch: int = 1,
+    text_tokens: int | None = None,
+) -> ForwardCost:
+    """Count the operations of a forward pass by running it on PyTorch's meta device, where nothing is computed.
+
+    Args:
+        transformer: a transformer of a family that BLADE knows, on the meta device: made under
+            `with torch.device("meta"):`, by its class or by `from_config`.
+        latent_size: frames, height and width of the latent.
+        batch: latents in the pass.
+        text_tokens: length of the text; None takes the length that the family's pipeline pads to.
+
+    Raises:
+        ValueError: if the transformer is of no known family, is not on the meta device, or has a forward pass that
+            depends on what the inputs hold.
+    """
+    family = find_family(transformer)
+    if any(parameter.device.type != "meta" for parameter in transformer.parameters()):
+        raise ValueError('`transformer` must be on the meta device: make it under `with torch.device("meta"):`.')
+    inputs = family.example_inputs(transformer, latent_size, batch=batch, text_tokens=text_tokens)
+    attentions = family.attention_layers(transformer)
+    with torch.no_grad(), torch.device("meta"), FlopCounterMode(display=False) as counter:
+        try:
+            transformer(**inputs)
+        except (NotImplementedError, RuntimeError) as error:
+            if "meta" not in str(error).lower():
+                raise
+            raise ValueError(
+                f"`transformer` cannot be counted without weights: the forward pass of {type(transformer).__name__} "
+                "depends on what its inputs hold."
+            ) from error
+    root = type(transformer).__name__
+    places = {module: f"{root}.{name}" for name, module in transformer.named_modules()}
+    counts = counter.get_flop_counts()
+    own = sum(_attention(counts.get(places[attention], {})) for attention in attentions)
+    everywhere = counts["Global"]
+    flops = {
+        "self-attention": own,
+        "other attention": _attention(everywhere) - own,
+        "linear layers": _of(everywhere, "mm", "addmm"),
+        "convolutions": _of(everywhere, "convolution"),
+    }
+    unknown = sum(everywhere.values()) - sum(flops.values())
+    if unknown:
+        raise ValueError(f"`transformer` has operations of no known part: {sorted(map(str, everywhere))}.")
+    heads = family.heads(attentions[0])
+    return ForwardCost(
+        grid=family.token_grid(transformer, inputs),
+        layers=len(attentions),
+        heads=heads,
+        head_dim=transformer.config.attention_head_dim,
+        parameters=sum(parameter.numel() for parameter in transformer.parameters()),
+        flops=flops,
+    )
+
+
+def run_cost(forward: ForwardCost, steps: int, *, guidance: bool = True, config: BladeConfig | None = None) -> RunCost:
+    """Add up the forward passes of a run.
+
+    Args:
+        forward: one of them.
+        steps: denoising steps.
+        guidance: whether every step runs the transformer twice, for classifier-free guidance.
+        config: the configuration; None is dense. Its density is the planned one, which the rule of cumulative mass
+            may fall short of.
+
+    Returns:
+        Operations by part. The choice of blocks is counted for the `sampled` selector.
+    """
+    calls = 2 if guidance else 1
+    passes = sparse_passes = calls * steps
+    layers, density, selection = forward.layers, 1.0, 0.0
+    if config is None or config.attention == "dense":
+        sparse_passes = layers = 0
+    else:
+        details = config.asa
+        budget = plan_budget(
+            forward.grid,
+            config.sparsity,
+            block_size=details.block_size,
+            pooled_tokens=config.pooled_tokens,
+            pooled_window=details.pooled_window,
+        )
+        layers -= len(config.dense_layers)
+        sparse_passes -= calls * config.dense_step_count(steps)
+        if budget.is_full:
+            sparse_passes = layers = 0
+        else:
+            density = budget.density
+            probes = math.ceil(forward.grid.sequence_length / details.block_size) * details.probe_tokens
+            selection = 2.0 * forward.heads * forward.head_dim * probes**2 if details.selector == "sampled" else 0.0
+    flops = {part: float(passes * count) for part, count in forward.flops.items()}
+    share = sparse_passes * layers / (passes * forward.layers)
+    flops["self-attention"] *= 1 - share * (1 - density)
+    if selection:
+        flops["block selection"] = sparse_passes * layers * selection
+    return RunCost(
+        forward=forward,
+        passes=passes,
+        sparse_passes=sparse_passes,
+        sparse_layers=layers,
+        density=density,
+        flops=flops,
+    )
+
+
+def _attention(counts: dict[Any, int]) -> int:
+    """Products that involve no weights: batched ones, and fused attention's."""
+    return sum(
+        count for operation, count in counts.items() if "bmm" in str(operation) or "attention" in str(operation)
+    )
+
+
+def _of(counts: dict[Any, int], *names: str) -> int:
+    total: Counter[str] = Counter()
+    for operation, count in counts.items():
+        total[str(operation).split(".")[-1]] += count
+    return sum(total[name] for name in names)

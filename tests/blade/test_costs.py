@@ -1,0 +1,92 @@
+"""Counted operations are PyTorch's own, the published totals come out, and sparsity is charged as planned."""
+
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import (
+    CogVideoXTransformer3DModel,
+    HunyuanVideo15Transformer3DModel,
+    HunyuanVideoTransformer3DModel,
+    WanTransformer3DModel,
+)
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from blade import BladeConfig
+from blade.attention.family import find_family
+from blade.config import AdaptiveConfig
+from blade.costs import forward_cost, run_cost
+
+PUBLISHED = runpy.run_path(str(Path(__file__).parents[2] / "scripts" / "count_flops.py"))["RUNS"]
+
+
+def on_meta(make):
+    with torch.device("meta"):
+        return make()
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_published_totals_come_out_within_two_percent(name):
+    make, latent, guidance, expected = PUBLISHED[name]
+    cost = run_cost(forward_cost(on_meta(make), latent), 50, guidance=guidance)
+    assert cost.total == cost.dense_total
+    assert cost.total == pytest.approx(expected * 1e15, rel=0.02)
+
+
+def small_transformers():
+    wan = WanTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, text_dim=8, freq_dim=16,
+        ffn_dim=24, num_layers=3, rope_max_seq_len=32,
+    )  # fmt: skip
+    cogvideox = CogVideoXTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, time_embed_dim=8,
+        text_embed_dim=8, num_layers=2, max_text_seq_length=6, use_rotary_positional_embeddings=True,
+    )  # fmt: skip
+    hunyuan_video = HunyuanVideoTransformer3DModel(
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=16, num_layers=1,
+        num_single_layers=2, num_refiner_layers=1, text_embed_dim=8, pooled_projection_dim=8, rope_axes_dim=(4, 6, 6),
+    )  # fmt: skip
+    return wan, cogvideox, hunyuan_video
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_counts_are_those_of_a_real_forward_pass(number):
+    real, counted = small_transformers()[number], on_meta(small_transformers)[number]
+    family, latent = find_family(real), (3, 10, 14)
+    cost = forward_cost(counted, latent, batch=2, text_tokens=6)
+    # PyTorch counts the CPU's fused attention as nothing
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        real(**family.example_inputs(real, latent, batch=2, text_tokens=6))
+    assert cost.total == pytest.approx(counter.get_total_flops(), rel=1e-3)
+    tokens, layers = cost.grid.sequence_length, len(family.attention_layers(real))
+    assert (cost.layers, cost.heads, cost.head_dim) == (layers, 2, 16)
+    assert cost.flops["self-attention"] == 2 * layers * 4 * tokens**2 * 32
+    assert cost.parameters == sum(parameter.numel() for parameter in real.parameters())
+
+
+def test_sparsity_is_charged_where_it_is_in_force():
+    forward = forward_cost(on_meta(small_transformers)[0], (4, 16, 16), text_tokens=6)  # 256 tokens, 3 layers
+    dense = run_cost(forward, 10)
+    config = BladeConfig(sparsity=0.5, dense_steps=2, dense_layers=[0], asa=AdaptiveConfig(block_size=32))
+    sparse = run_cost(forward, 10, config=config)
+    assert (sparse.passes, sparse.sparse_passes, sparse.sparse_layers, sparse.density) == (20, 16, 2, 0.5)
+    saved = 16 * 2 / (20 * 3) * 0.5
+    assert sparse.flops["self-attention"] == pytest.approx((1 - saved) * dense.flops["self-attention"])
+    assert sparse.flops["block selection"] == 16 * 2 * 2 * 2 * 16 * (8 * 16) ** 2
+    assert {part: sparse.flops[part] for part in dense.flops if part != "self-attention"} == {
+        part: count for part, count in dense.flops.items() if part != "self-attention"
+    }
+    for nothing in (BladeConfig(attention="dense"), BladeConfig(sparsity=0.5)):  # one block of 128 is all there is
+        assert run_cost(forward_cost(on_meta(small_transformers)[0], (1, 16, 16)), 10, config=nothing).total > 0
+    assert run_cost(forward, 10, guidance=False).total == dense.total / 2
+
+
+def test_what_cannot_be_counted_is_refused():
+    with pytest.raises(ValueError, match="`transformer` must be on the meta device"):
+        forward_cost(small_transformers()[0], (1, 4, 4))
+    with pytest.raises(ValueError, match="depends on what its inputs hold"):
+        forward_cost(on_meta(lambda: HunyuanVideo15Transformer3DModel(num_layers=1, num_refiner_layers=1)), (1, 4, 4))
+    with pytest.raises(ValueError, match="is of no model family that BLADE knows"):
+        forward_cost(on_meta(lambda: torch.nn.Linear(1, 1)), (1, 4, 4))
