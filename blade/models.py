@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import math
 from importlib.resources import files
 from pathlib import Path
@@ -126,6 +127,57 @@ def load_pipeline(
         raise ModelError(f"`model` {model} cannot be loaded: {_reason(source, error)}") from error
     _check_text_to_video(model, pipe)
     return pipe.to(device)
+
+
+def load_empty_pipeline(
+    model: str | Path = BUNDLED, *, revision: str | None = None, dtype: torch.dtype = torch.float32
+) -> DiffusionPipeline:
+    """Load a pipeline without its weights: its models are on PyTorch's meta device, and it has no tokenizers.
+
+    Of a Hub id, only the small configuration files are downloaded.
+
+    Args:
+        model: see `load_pipeline`.
+        revision: see `load_pipeline`.
+        dtype: see `load_pipeline`.
+
+    Raises:
+        ModelError: if there is no such model, it cannot be read, or it makes no video from a prompt alone.
+    """
+    import diffusers
+    import transformers
+    from huggingface_hub import snapshot_download
+
+    source, options = _locate(model, revision)
+    try:
+        if not Path(source).is_dir():
+            patterns = [INDEX_NAME, "*/config.json", "*/scheduler_config.json"]
+            source = snapshot_download(source, allow_patterns=patterns, **options)
+        folder = Path(source)
+        index = json.loads((folder / INDEX_NAME).read_text(encoding="utf-8"))
+        parts: dict[str, Any] = {}
+        for name, value in index.items():
+            if name.startswith("_"):
+                continue
+            if not isinstance(value, list):
+                parts[name] = value
+            elif value[0] == "diffusers" and (folder / name / "scheduler_config.json").exists():
+                parts[name] = getattr(diffusers, value[1]).from_pretrained(folder, subfolder=name)
+            elif value[0] in ("diffusers", "transformers") and (folder / name / "config.json").exists():
+                with torch.device("meta"):
+                    if value[0] == "diffusers":
+                        kind = getattr(diffusers, value[1])
+                        part = kind.from_config(kind.load_config(folder, subfolder=name))
+                    else:
+                        part = getattr(transformers, value[1])(transformers.AutoConfig.from_pretrained(folder / name))
+                parts[name] = nn.Module.to(part.eval(), torch.float32 if name == "vae" else dtype)
+            else:
+                parts[name] = None
+        pipe = getattr(diffusers, index["_class_name"])(**parts)
+    except Exception as error:  # whatever Diffusers, Transformers and the Hub's client raise for a broken model
+        raise ModelError(f"`model` {model} cannot be read: {first_line(error)}") from error
+    _check_text_to_video(model, pipe)
+    return pipe
 
 
 def hub_commit(model: str | Path, revision: str | None = None) -> str | None:

@@ -29,6 +29,8 @@ class ModelFamily(Protocol):
 
     name: str
     """The family's name, for messages."""
+    guidance_takes_two_passes: bool
+    """Whether the pipelines' `guidance_scale` is classifier-free guidance, and no input of the transformer."""
 
     def recognises(self, transformer: nn.Module) -> bool:
         """Return whether the transformer is of this family."""

@@ -57,6 +57,10 @@ def generate(
     from_json: Annotated[
         Path | None, _option("Make the video of this JSON again; options given beside it change it.")
     ] = None,
+    dry_run: Annotated[
+        bool,
+        _option("Make nothing: print tokens, operations and memory, from configuration files alone.", "--dry-run"),
+    ] = False,
     debug: Annotated[bool, _option("Show the traceback of an error.", "--debug")] = False,
 ) -> None:
     """Generate a video from a prompt with adaptive block-sparse attention."""
@@ -93,6 +97,11 @@ def generate(
     if from_json is None and prompt is None:
         raise ValueError('`--prompt` must be given, such as --prompt "a red ball moving right".')
     request = GenerationRequest(**given) if from_json is None else read_request(from_json, given)
+    if dry_run:
+        from blade.planning import plan_run
+
+        print(plan_run(request))
+        return
     if request.model == BUNDLED:
         # loaded in a moment, so that progress bars would only hide what follows
         diffusers.utils.logging.disable_progress_bar()

@@ -33,6 +33,7 @@ class CogVideoXFamily:
     """
 
     name = "CogVideoX (CogVideoXTransformer3DModel)"
+    guidance_takes_two_passes = True
 
     def recognises(self, transformer: nn.Module) -> bool:
         """Return whether this is a `CogVideoXTransformer3DModel`."""

@@ -38,6 +38,7 @@ class HunyuanVideoFamily:
     """
 
     name = "HunyuanVideo (HunyuanVideoTransformer3DModel)"
+    guidance_takes_two_passes = False
 
     def recognises(self, transformer: nn.Module) -> bool:
         """Return whether this is a `HunyuanVideoTransformer3DModel`."""
@@ -136,6 +137,7 @@ class HunyuanVideo15Family(HunyuanVideoFamily):
     """Adapter for `HunyuanVideo15Transformer3DModel`: text and image to video, in blocks of two streams."""
 
     name = "HunyuanVideo-1.5 (HunyuanVideo15Transformer3DModel)"
+    guidance_takes_two_passes = True
 
     def recognises(self, transformer: nn.Module) -> bool:
         """Return whether this is a `HunyuanVideo15Transformer3DModel`."""

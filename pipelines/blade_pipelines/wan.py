@@ -26,6 +26,7 @@ class WanFamily:
     """
 
     name = "Wan (WanTransformer3DModel, WanVACETransformer3DModel)"
+    guidance_takes_two_passes = True
 
     def recognises(self, transformer: nn.Module) -> bool:
         """Return whether this is one of the two.
