@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from blade.attention.apply import apply_blade, remove_blade, use_blade
     from blade.attention.summary import blade_summary
     from blade.config import BladeConfig
+    from blade.students import load_student, unload_student
     from blade.token_grid import TokenGrid
 
 __all__ = [
@@ -19,7 +20,9 @@ __all__ = [
     "apply_blade",
     "blade_summary",
     "block_sparse_attention",
+    "load_student",
     "remove_blade",
+    "unload_student",
     "use_blade",
 ]
 
@@ -30,7 +33,9 @@ _HOMES = {
     "apply_blade": "blade.attention.apply",
     "blade_summary": "blade.attention.summary",
     "block_sparse_attention": "blade_kernels.block_sparse.api",
+    "load_student": "blade.students",
     "remove_blade": "blade.attention.apply",
+    "unload_student": "blade.students",
     "use_blade": "blade.attention.apply",
 }
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
+    from blade_pipelines.presets.students import ReleasedStudent
+
     from blade.attention.family import ModelFamily
     from blade.config import BladeConfig
 
@@ -28,3 +30,10 @@ def preset_names(kind: Literal["training-free", "student"] = "training-free") ->
     from blade_pipelines.registry import preset_names
 
     return preset_names(kind)
+
+
+def released_students() -> dict[str, tuple[ReleasedStudent, ...]]:
+    """Return what there is to know of published students, by Hub id."""
+    from blade_pipelines.registry import released_students
+
+    return released_students()

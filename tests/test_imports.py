@@ -112,7 +112,9 @@ def test_every_public_name_is_there():
         "apply_blade",
         "blade_summary",
         "block_sparse_attention",
+        "load_student",
         "remove_blade",
+        "unload_student",
         "use_blade",
     }
     assert set(blade.__all__) <= set(dir(blade))

@@ -8,6 +8,7 @@ from typing import Literal
 from blade.attention.family import ModelFamily
 from blade.config import BladeConfig
 from blade_pipelines.presets import STUDENT, TRAINING_FREE
+from blade_pipelines.presets.students import RELEASED, ReleasedStudent
 
 _PRESETS = {"training-free": TRAINING_FREE, "student": STUDENT}
 
@@ -41,3 +42,8 @@ def _presets(kind: str) -> dict:
     if kind not in _PRESETS:
         raise ValueError(f'`kind` must be "training-free" or "student", got {kind!r}.')
     return _PRESETS[kind]
+
+
+def released_students() -> dict[str, tuple[ReleasedStudent, ...]]:
+    """Return what there is to know of published students, by Hub id."""
+    return RELEASED
