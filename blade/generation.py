@@ -13,12 +13,14 @@ from typing import Any, Literal
 
 import torch
 
+from blade.attention.applied import applied_to
 from blade.attention.apply import find_transformers, use_blade
 from blade.attention.family import find_family
 from blade.attention.finite import NonFiniteError, watch_finite
 from blade.attention.summary import BladeSummary, blade_summary
 from blade.config import CONFIG_NAME, BladeConfig
 from blade.models import BUNDLED, DTYPES, check_size, hub_commit, look_up, main_transformer
+from blade.students import loaded_student, parse_times
 
 FPS = 16
 """Frames a second of a model that does not say its own: Wan's."""
@@ -28,6 +30,9 @@ BUNDLED_DEFAULTS = {"height": 96, "width": 96, "frames": 33, "steps": 30, "guida
 
 SPARSE_OPTIONS = ("sparsity", "dense_steps", "dense_layers")
 """Fields of a request that change a field of the same name in the BLADE configuration."""
+
+STUDENT_OPTIONS = ("student", "student_weight", "scheduler")
+"""Fields of a request that belong to a student."""
 
 MAXIMUM_SEED = 2**63 - 1
 
@@ -74,6 +79,12 @@ class GenerationRequest:
     """A torch device; None takes CUDA if there is one."""
     dtype: str | None = None
     """A name of `blade.models.DTYPES`; None takes bfloat16 on CUDA and float32 elsewhere."""
+    student: str | None = None
+    """A few-step student, a folder or Hub id; see `blade.students.load_student`."""
+    student_weight: float | None = None
+    """Strength of its LoRA; None takes 1."""
+    scheduler: str | None = None
+    """The times that the student was trained at, such as "999,856,665,399", where it doesn't bring them itself."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.prompt, str) or not self.prompt.strip():
@@ -90,6 +101,11 @@ class GenerationRequest:
             raise ValueError(f"`seed` must be an integer from 0 to 2**63 - 1, got {self.seed!r}.")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise ValueError(f"`dtype` must be one of {', '.join(DTYPES)}, got {self.dtype!r}.")
+        for name in ("student_weight", "scheduler"):
+            if getattr(self, name) is not None and self.student is None:
+                raise ValueError(f"`{name}` must not be given without `student`.")
+        if self.scheduler is not None:
+            parse_times(self.scheduler)
         if self.config is not None and self.blade_config is not None:
             raise ValueError("`config` and `blade_config` must not both be given.")
         given = self._given(*SPARSE_OPTIONS)
@@ -163,25 +179,31 @@ def resolve_request(request: GenerationRequest, pipe: Any) -> GenerationRequest:
     Raises:
         ValueError: if the model cannot make a video of this size, or no configuration can be had.
     """
-    config = request.sparse_config(lambda: _preset(pipe))
+    student = loaded_student(pipe)
+    config = request.sparse_config(lambda: student.config if student and student.config else _preset(pipe))
     defaults: Mapping[str, Any] = BUNDLED_DEFAULTS if request.model == BUNDLED else _pipeline_defaults(pipe)
+    if student is not None:
+        steps = {} if student.steps is None else {"steps": student.steps[-1]}
+        defaults = {**defaults, **steps, "guidance_scale": student.guidance_scale}
     asked = {name: getattr(request, name) for name in BUNDLED_DEFAULTS}
     settings: dict[str, Any] = {name: defaults.get(name) if value is None else value for name, value in asked.items()}
     missing = [name for name, value in settings.items() if value is None]
     if missing:
         raise ValueError(f"`{missing[0]}` must be given: {type(pipe).__name__} has no default for it.")
+    if student is not None:
+        student.check_steps(settings["steps"])
     check_size(pipe, settings["height"], settings["width"], settings["frames"])
     sparse: dict[str, Any] = dict.fromkeys(SPARSE_OPTIONS)
     if config is not None:
         sparse = {name: getattr(config, name) for name in SPARSE_OPTIONS}
-    folder = Path(request.model).expanduser()
     return replace(
         request,
         **settings,
         **sparse,
         attention="dense" if config is None else "asa-gt" if config.pooled_tokens == "all" else "asa",
-        model=str(folder.resolve()) if request.model != BUNDLED and folder.is_dir() else request.model,
+        model=request.model if request.model == BUNDLED else _absolute(request.model) or request.model,
         revision=hub_commit(request.model, request.revision),
+        student=_absolute(request.student),
         config=None,
         blade_config=config,
         fps=request.fps or FPS,
@@ -227,7 +249,10 @@ def generate(pipe: Any, request: GenerationRequest) -> Generation:
         "generator": torch.Generator("cpu").manual_seed(request.seed),
         "output_type": "pt",
     }
-    sparse = nullcontext() if request.blade_config is None else use_blade(pipe, request.blade_config)
+    config = request.blade_config
+    if config is None and any(applied_to(transformer) for transformer in find_transformers(pipe).values()):
+        config = BladeConfig(attention="dense")  # a student brings its own
+    sparse = nullcontext() if config is None else use_blade(pipe, config)
     with ExitStack() as stack:
         stack.enter_context(sparse)
         clock = stack.enter_context(_stage_clock(pipe))
@@ -297,6 +322,12 @@ def _stage_clock(pipe: Any) -> Iterator[_StageClock]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _absolute(source: str | None) -> str | None:
+    """A folder's whole path, so that a record names it wherever it is read; a Hub id as it is."""
+    folder = Path(source or "").expanduser()
+    return str(folder.resolve()) if source and folder.is_dir() else source
 
 
 def _preset(pipe: Any) -> BladeConfig:

@@ -22,6 +22,7 @@ from blade.generation import (
 )
 from blade.generation_record import make_record
 from blade.models import BUNDLED, EXAMPLE_MODEL, load_pipeline, resolve_device, resolve_dtype
+from blade.students import load_student, parse_times, published_students
 from blade.video_io import check_writable, encode_mp4, side_by_side, write_files
 
 logger = logging.getLogger("blade")
@@ -44,6 +45,8 @@ class GenerationReport:
     """The dense and the sparse video side by side, if that was asked for."""
     record: Mapping[str, Any]
     """The content of the JSON."""
+    published_students: tuple[str, ...] = ()
+    """Students of this model that could have been taken, where none was."""
 
     def __str__(self) -> str:
         record = self.record
@@ -56,6 +59,10 @@ class GenerationReport:
             f"loading {record['seconds_loading']:.2f}",
             f"attention   {describe_attention(record)}",
         ]
+        if record["student"] is not None:
+            lines.append(f"student     {record['student']}")
+        for source in self.published_students:
+            lines.append(f"student     none; there is one for this model, for fewer steps: --student {source}")
         if record["score"] is not None:
             lines.append(f"scorer      {describe_score(record['score'])}")
         if self.comparison_path is not None:
@@ -115,6 +122,7 @@ def generate_files(
         record_path=record_path,
         comparison_path=comparison_path,
         record=record,
+        published_students=published_students(pipe) if request.student is None else (),
     )
 
 
@@ -189,6 +197,10 @@ def _prepare(request: GenerationRequest) -> tuple[Any, GenerationRequest, float]
         request = replace(request, config=None, blade_config=read_config(request.config))
     start = time.perf_counter()
     pipe = load_pipeline(request.model, revision=request.revision, device=device, dtype=dtype)
+    if request.student is not None:
+        times = None if request.scheduler is None else parse_times(request.scheduler)
+        weight = 1.0 if request.student_weight is None else request.student_weight
+        load_student(pipe, request.student, scheduler=times, weight=weight)
     return pipe, resolve_request(request, pipe), time.perf_counter() - start
 
 

@@ -12,7 +12,7 @@ from diffusers import SchedulerMixin
 from torch import nn
 
 from blade.attention.applied import applied_to
-from blade.attention.apply import find_transformers, install_blade, remove_blade
+from blade.attention.apply import STUDENT_ATTRIBUTE, find_transformers, install_blade, remove_blade
 from blade.attention.family import find_family
 from blade.config import CONFIG_NAME, BladeConfig
 from blade.models import first_line, look_up
@@ -30,8 +30,6 @@ WEIGHT_NAME = "pytorch_lora_weights.safetensors"
 
 SCHEDULER_FOLDER = "scheduler"
 """Where a student of this project keeps its `scheduler_config.json`, beside its LoRA."""
-
-_ATTRIBUTE = "_blade_student"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +69,42 @@ class _Before:
     scheduler: Any
     configs: dict[str, BladeConfig | None]
     adapters: dict[str, list[str]]
+
+
+@dataclass
+class _Loaded:
+    """What a pipeline remembers of its student."""
+
+    before: _Before
+    student: Student | None = None
+
+
+def loaded_student(pipe: Any) -> Student | None:
+    """Return the student that is loaded onto a pipeline, or None."""
+    loaded = getattr(pipe, STUDENT_ATTRIBUTE, None)
+    return None if loaded is None else loaded.student
+
+
+def published_students(pipe: Any) -> tuple[str, ...]:
+    """Return the Hub ids of the students that this project knows for a pipeline's model."""
+    transformer = next(iter(find_transformers(pipe).values()))
+    preset = find_family(transformer).preset_name(transformer)
+    known = released_students().items()
+    return tuple(source for source, students in known if any(student.preset == preset for student in students))
+
+
+def parse_times(text: str) -> tuple[float, ...]:
+    """Read the times of a `FewStepScheduler`, such as "999,856,665,399".
+
+    Raises:
+        ValueError: if these are no numbers separated by commas.
+    """
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(
+            f"`scheduler` must be times separated by commas, such as 999,856,665,399, got {text!r}."
+        ) from None
 
 
 def load_student(
@@ -130,7 +164,8 @@ def load_student(
     if isinstance(sampler, FewStepScheduler):
         steps = sampler.step_counts
 
-    setattr(pipe, _ATTRIBUTE, before)
+    loaded = _Loaded(before)
+    setattr(pipe, STUDENT_ATTRIBUTE, loaded)
     try:
         _load_weights(pipe, files, subfolder, weight_name, weight_name_2)
         for name, transformer in transformers.items():
@@ -143,10 +178,8 @@ def load_student(
         unload_student(pipe)
         raise
     counts = (steps,) if isinstance(steps, int) else None if steps is None else tuple(steps)
-    student = Student(source=str(source), subfolder=subfolder, steps=counts, guidance_scale=1.0, config=config)
-    if counts is not None and hasattr(sampler, "step_counts"):
-        student.check_steps(counts[0])
-    return student
+    loaded.student = Student(source=str(source), subfolder=subfolder, steps=counts, guidance_scale=1.0, config=config)
+    return loaded.student
 
 
 def unload_student(pipe: Any, *, missing_ok: bool = False) -> None:
@@ -159,11 +192,12 @@ def unload_student(pipe: Any, *, missing_ok: bool = False) -> None:
     Raises:
         ValueError: if no student is loaded.
     """
-    before = getattr(pipe, _ATTRIBUTE, None)
-    if before is None:
+    loaded = getattr(pipe, STUDENT_ATTRIBUTE, None)
+    if loaded is None:
         if missing_ok:
             return
         raise ValueError("No student is loaded here; call `load_student` first.")
+    before = loaded.before
     transformers = find_transformers(pipe)
     for name, transformer in transformers.items():
         if ADAPTER in getattr(transformer, "peft_config", {}):
@@ -182,7 +216,7 @@ def unload_student(pipe: Any, *, missing_ok: bool = False) -> None:
             else:
                 install_blade(transformers[name], config)
     pipe.scheduler = before.scheduler
-    delattr(pipe, _ATTRIBUTE)
+    delattr(pipe, STUDENT_ATTRIBUTE)
 
 
 class _Files:

@@ -16,6 +16,10 @@ from blade.config import BladeConfig
 Target = TypeVar("Target")
 
 
+STUDENT_ATTRIBUTE = "_blade_student"
+"""Attribute of a pipeline that a student was loaded onto."""
+
+
 def apply_blade(pipe_or_transformer: Target, config: BladeConfig | None = None) -> Target:
     """Make the self-attention of a pipeline's transformers block-sparse.
 
@@ -36,7 +40,7 @@ def apply_blade(pipe_or_transformer: Target, config: BladeConfig | None = None) 
     """
     if config is not None and not isinstance(config, BladeConfig):
         raise ValueError(f"`config` must be a BladeConfig or None, got {type(config).__name__}.")
-    if config is not None and config.kind == "student":
+    if config is not None and config.kind == "student" and not hasattr(pipe_or_transformer, STUDENT_ATTRIBUTE):
         warnings.warn(
             "These are a student's values, for weights that were trained with them; on ordinary weights the video "
             'suffers badly. Use a preset of `kind="training-free"` instead.',

@@ -47,6 +47,13 @@ def generate(
     dtype: Annotated[
         str | None, _option("float32, bfloat16 or float16; by default bfloat16 on CUDA and float32 elsewhere.")
     ] = None,
+    student: Annotated[
+        str | None, _option("A few-step student: a folder or Hub id, such as GYP666/VIDEO-BLADE for Wan2.1-1.3B.")
+    ] = None,
+    student_weight: Annotated[float | None, _option("Strength of the student's LoRA; by default 1.")] = None,
+    scheduler: Annotated[
+        str | None, _option("Times that the student was trained at, such as 999,856,665,399, if it brings none.")
+    ] = None,
     output: Annotated[
         Path | None, _option("The MP4; a JSON goes beside it. By default outputs/PROMPT-SEED.mp4.")
     ] = None,
@@ -83,6 +90,9 @@ def generate(
         "seed": seed,
         "device": device,
         "dtype": dtype,
+        "student": student,
+        "student_weight": student_weight,
+        "scheduler": scheduler,
     }
     # imported here, so that --help and usage errors don't wait for PyTorch
     import diffusers

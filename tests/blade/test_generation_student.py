@@ -1,0 +1,108 @@
+"""Videos made with a few-step student: its steps, attention and sampler, recorded and made again."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from blade.cli.generate import main
+from blade.config import AdaptiveConfig, BladeConfig
+from blade.generation import GenerationRequest
+from blade.generation_files import generate_files
+from blade.generation_record import read_request
+from blade.models import load_pipeline
+from blade.schedulers import FewStepScheduler
+from blade.video_io import read_mp4
+
+pytest.importorskip("peft")
+TINY = {"prompt": "a red ball moving right", "height": 64, "width": 64, "frames": 9, "device": "cpu"}
+CONFIG = BladeConfig(sparsity=0.4, kind="student", asa=AdaptiveConfig(block_size=32))
+
+
+@pytest.fixture(scope="module")
+def student(saved_tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A student of the tiny pipeline, for two or three steps."""
+    folder = tmp_path_factory.mktemp("student")
+    pipe = load_pipeline(saved_tiny_pipeline)
+    generator, state = torch.Generator().manual_seed(0), {}
+    for name, module in pipe.transformer.named_modules():
+        if name.endswith((".to_q", ".to_v")):
+            rows, columns = module.weight.shape
+            state[f"transformer.{name}.lora_A.weight"] = torch.randn(4, columns, generator=generator)
+            state[f"transformer.{name}.lora_B.weight"] = torch.randn(rows, 4, generator=generator)
+    save_file(state, folder / "pytorch_lora_weights.safetensors")
+    CONFIG.save_pretrained(folder)
+    FewStepScheduler.like(pipe.scheduler, [[999.0, 500.0], [999.0, 666.0, 333.0]]).save_pretrained(
+        folder / "scheduler"
+    )
+    return folder
+
+
+def test_a_student_decides_steps_guidance_attention_and_sampler(saved_tiny_pipeline, student, tmp_path):
+    request = GenerationRequest(model=str(saved_tiny_pipeline), student=str(student), **TINY)
+    report = generate_files(request, tmp_path / "video.mp4", compare=True)
+    record = json.loads(report.record_path.read_text())
+    assert (record["steps"], record["guidance_scale"], record["student"]) == (3, 1.0, str(student))
+    assert record["blade_config"] == CONFIG.to_dict() and record["layer_density"] < 0.7
+    assert record["psnr"] < 60  # the comparison is dense, with the same student
+    assert f"student     {student}" in str(report)
+    generate_files(read_request(report.record_path), tmp_path / "again.mp4")
+    assert torch.equal(read_mp4(tmp_path / "again.mp4"), read_mp4(report.video_path))
+    plain = read_request(report.record_path, {"model": "bundled"})
+    assert plain.student is None
+
+
+def test_untrained_steps_are_refused(saved_tiny_pipeline, student, tmp_path):
+    request = GenerationRequest(model=str(saved_tiny_pipeline), student=str(student), steps=50, **TINY)
+    with pytest.raises(ValueError, match=r"`steps` must be 2 or 3, as the student .* is trained, got 50"):
+        generate_files(request, tmp_path / "video.mp4")
+    assert not list(tmp_path.iterdir())
+
+
+def test_times_make_a_sampler_for_a_lora_that_brings_none(saved_tiny_pipeline, student, tmp_path, capsys):
+    bare = tmp_path / "lora"
+    bare.mkdir()
+    (bare / "pytorch_lora_weights.safetensors").write_bytes(
+        (student / "pytorch_lora_weights.safetensors").read_bytes()
+    )
+    output = tmp_path / "video.mp4"
+    arguments = [
+        "--prompt",
+        "a red ball",
+        "--model",
+        str(saved_tiny_pipeline),
+        "--student",
+        str(bare),
+        "--height",
+        "64",
+    ]
+    arguments += ["--width", "64", "--frames", "9", "--device", "cpu", "--output", str(output)]
+    with pytest.raises(SystemExit) as ended:
+        main([*arguments, "--scheduler", "1000,800,400", "--student-weight", "0.5", "--attention", "dense"])
+    assert not ended.value.code
+    record = json.loads(output.with_suffix(".json").read_text())
+    assert (record["steps"], record["scheduler"], record["student_weight"]) == (3, "1000,800,400", 0.5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"scheduler": "999,500"}, "`scheduler` must not be given without `student`"),
+        ({"student": "x", "scheduler": "fast"}, "`scheduler` must be times separated by commas, .* got 'fast'"),
+    ],
+)
+def test_bad_options_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        GenerationRequest(prompt="a cat", **options)
+
+
+def test_a_model_with_a_published_student_says_so(saved_tiny_pipeline, tmp_path, monkeypatch):
+    monkeypatch.setattr("blade_pipelines.wan.WanFamily.preset_name", lambda *_: "wan2.1-t2v-1.3b")
+    request = GenerationRequest(model=str(saved_tiny_pipeline), attention="dense", steps=1, **TINY)
+    report = generate_files(request, tmp_path / "video.mp4")
+    assert "there is one for this model, for fewer steps: --student GYP666/VIDEO-BLADE" in str(report)
