@@ -174,7 +174,7 @@ def resolve_request(request: GenerationRequest, pipe: Any) -> GenerationRequest:
 
     Returns:
         A request without None, but for `negative_prompt`, `config`, `revision` where the model is not from the Hub,
-        and, where it is dense, what belongs to BLADE.
+        what belongs to a student, and, where it is dense, what belongs to BLADE.
 
     Raises:
         ValueError: if the model cannot make a video of this size, or no configuration can be had.
