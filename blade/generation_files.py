@@ -22,7 +22,7 @@ from blade.generation import (
 )
 from blade.generation_record import make_record
 from blade.models import BUNDLED, EXAMPLE_MODEL, load_pipeline, resolve_device, resolve_dtype
-from blade.students import load_student, parse_times, published_students
+from blade.students import load_student, published_students
 from blade.video_io import check_writable, encode_mp4, side_by_side, write_files
 
 logger = logging.getLogger("blade")
@@ -198,9 +198,8 @@ def _prepare(request: GenerationRequest) -> tuple[Any, GenerationRequest, float]
     start = time.perf_counter()
     pipe = load_pipeline(request.model, revision=request.revision, device=device, dtype=dtype)
     if request.student is not None:
-        times = None if request.scheduler is None else parse_times(request.scheduler)
         weight = 1.0 if request.student_weight is None else request.student_weight
-        load_student(pipe, request.student, scheduler=times, weight=weight)
+        load_student(pipe, request.student, scheduler=request.scheduler, weight=weight)
     return pipe, resolve_request(request, pipe), time.perf_counter() - start
 
 

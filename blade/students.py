@@ -130,7 +130,7 @@ def load_student(
         weight_name: name of the LoRA's file.
         weight_name_2: of the LoRA of the second transformer, for pipelines that have two.
         scheduler: the sampler, where the source has none or another one is wanted: a Diffusers scheduler, or the times
-            of a `FewStepScheduler`, such as (999, 856, 665, 399).
+            of a `FewStepScheduler`, such as (999, 856, 665, 399) or "999,856,665,399".
         steps: the numbers of steps that it is trained for, where the source doesn't say.
         weight: strength of the LoRA.
 
@@ -151,7 +151,7 @@ def load_student(
         {name: _active_adapters(one) for name, one in transformers.items()},
     )
     config = files.read_config(subfolder)
-    sampler = scheduler
+    sampler = scheduler = parse_times(scheduler) if isinstance(scheduler, str) else scheduler
     if isinstance(scheduler, Sequence):
         sampler = FewStepScheduler.like(pipe.scheduler, [list(scheduler)])
     elif scheduler is not None and not isinstance(scheduler, SchedulerMixin):

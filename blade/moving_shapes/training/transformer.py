@@ -44,6 +44,13 @@ class Phase:
     seen in many tokens and channels, so that their noise averages out."""
     rate: tuple[float, float] = (1.0, 1.0)
     """Learning rate at the phase's start and end, as shares of the whole one; linear in between."""
+    two_objects: float = 0.5
+    """Share of captions with two objects."""
+
+    @property
+    def store(self) -> tuple[int, int, float]:
+        """What phases that draw from the same videos have in common: frames, size and share of two objects."""
+        return self.frames, self.size, self.two_objects
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,6 +70,28 @@ class TransformerTraining:
         Phase(
             steps=2400, batch_size=8, frames=33, size=96, videos=6000, first_videos=1600, shift=6.0, rate=(0.7, 0.0)
         ),
+        Phase(
+            steps=850,
+            batch_size=8,
+            frames=33,
+            size=96,
+            videos=2600,
+            first_videos=800,
+            shift=20.0,
+            rate=(0.7, 0.45),
+            two_objects=0.2,
+        ),
+        Phase(
+            steps=550,
+            batch_size=8,
+            frames=33,
+            size=96,
+            videos=3200,
+            first_videos=2600,
+            shift=8.0,
+            rate=(0.45, 0.0),
+            two_objects=0.2,
+        ),
     )
     learning_rate: float = 2e-3
     """Of Muon (matrices of the blocks) and, halved, of AdamW (the rest)."""
@@ -70,7 +99,6 @@ class TransformerTraining:
     """Of the learning rate, from the first step and from one at which the optimizers start anew."""
     caption_dropout: float = 0.1
     """Fraction of captions replaced by the empty one, so that classifier-free guidance works."""
-    two_objects: float = 0.5
     ema_decay: float = 0.9985
     seed: int = 0
     checkpoint_every: int = 100
@@ -205,20 +233,19 @@ def train_transformer(
             block.compile()
     log = TrainingLog(run / "log.jsonl", stage="transformer", start=start, total=config.steps)
     recent: list[float] = []
-    first, capacity = 0, dict[tuple[int, int], int]()
+    first, capacity = 0, dict[tuple[int, int, float], int]()
     for phase in config.phases:
-        size = phase.frames, phase.size
-        capacity[size] = max(phase.videos, capacity.get(size, 0))
+        capacity[phase.store] = max(phase.videos, capacity.get(phase.store, 0))
     for number, phase in enumerate(config.phases):
         steps = range(max(start, first), first + phase.steps)
         if steps:
             store = LatentStore(
-                run / f"latents_{phase.frames}x{phase.size}.npy",
+                run / "latents_{}x{}_{:g}.npy".format(*phase.store),
                 vae,
-                capacity=capacity[phase.frames, phase.size],
+                capacity=capacity[phase.store],
                 frames=phase.frames,
                 size=phase.size,
-                two_objects=config.two_objects,
+                two_objects=phase.two_objects,
                 seed=config.seed,
                 device=device,
             )
