@@ -18,9 +18,10 @@ def model_families() -> tuple[ModelFamily, ...]:
     """Return every model family that there is an adapter for."""
     from blade_pipelines.cogvideox import CogVideoXFamily
     from blade_pipelines.hunyuan_video import HunyuanVideo15Family, HunyuanVideoFamily
+    from blade_pipelines.ltx_video import LTXVideoFamily
     from blade_pipelines.wan import WanFamily
 
-    return (WanFamily(), CogVideoXFamily(), HunyuanVideoFamily(), HunyuanVideo15Family())
+    return (WanFamily(), CogVideoXFamily(), HunyuanVideoFamily(), HunyuanVideo15Family(), LTXVideoFamily())
 
 
 def preset_names(kind: Literal["training-free", "student"] = "training-free") -> tuple[str, ...]:

@@ -134,6 +134,42 @@ def _make_wan_vace():
     return transformer
 
 
+def _make_ltx_video():
+    """A tiny `LTXVideoTransformer3DModel`."""
+    from diffusers import LTXVideoTransformer3DModel
+
+    torch.manual_seed(0)
+    transformer = LTXVideoTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        cross_attention_dim=32,
+        num_layers=3,
+        caption_channels=8,
+    ).eval()
+    for block in transformer.transformer_blocks:
+        for norm in (block.attn1.norm_q, block.attn1.norm_k):
+            norm.weight.data.mul_(3.0)
+    return transformer
+
+
+def _ltx_video_inputs(grid=(3, 5, 7), batch=1, seed=0, timestep=500.0):
+    """Inputs for a grid of tokens, with positions spread as the pipeline spreads them."""
+    generator = torch.Generator().manual_seed(seed)
+    frames, height, width = grid
+    return {
+        "hidden_states": torch.randn(batch, frames * height * width, 4, generator=generator),
+        "encoder_hidden_states": torch.randn(batch, TEXT_TOKENS, 8, generator=generator),
+        "timestep": torch.full((batch,), timestep),
+        "encoder_attention_mask": torch.ones(batch, TEXT_TOKENS),
+        "num_frames": frames,
+        "height": height,
+        "width": width,
+        "rope_interpolation_scale": (8 / 25, 32, 32),
+    }
+
+
 def _make_hunyuan_video_15():
     """A tiny `HunyuanVideo15Transformer3DModel`."""
     from diffusers import HunyuanVideo15Transformer3DModel
@@ -195,6 +231,7 @@ FAMILIES = (
     "hunyuan-video",
     "hunyuan-video-i2v",
     "hunyuan-video-1.5",
+    "ltx-video",
 )
 
 
@@ -209,6 +246,8 @@ def family(request, make_wan, wan_inputs):
             return {**made, "control_hidden_states": torch.randn(shape, generator=torch.Generator().manual_seed(9))}
 
         return Family(_make_wan_vace, inputs)
+    if request.param == "ltx-video":
+        return Family(_make_ltx_video, _ltx_video_inputs)
     if request.param == "hunyuan-video-1.5":
         return Family(_make_hunyuan_video_15, _hunyuan_video_15_inputs, 11, text_first=False)
     if request.param.startswith("hunyuan-video"):

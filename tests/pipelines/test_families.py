@@ -30,7 +30,7 @@ def keep_all(monkeypatch):
 def in_float64(value):
     if isinstance(value, tuple):
         return tuple(in_float64(one) for one in value)
-    return value.double()
+    return value.double() if isinstance(value, torch.Tensor) else value
 
 
 def rounding_errors(transformer, inputs, output):
@@ -126,7 +126,10 @@ def test_guidance_as_a_batch_and_as_two_calls_is_the_same(family):
     transformer, inputs = apply_blade(family.make(), BladeConfig(asa=DETAILS)), family.inputs(batch=2)
     together = run(transformer, inputs)
     for item in range(2):
-        alone = {name: value if isinstance(value, tuple) else value[item : item + 1] for name, value in inputs.items()}
+        alone = {
+            name: value[item : item + 1] if isinstance(value, torch.Tensor) else value
+            for name, value in inputs.items()
+        }
         torch.testing.assert_close(run(transformer, alone), together[item : item + 1], rtol=1e-4, atol=1e-5)
 
 

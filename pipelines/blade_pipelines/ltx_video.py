@@ -1,0 +1,142 @@
+"""LTX-Video transformers of Diffusers: latents packed into tokens, rotary tables over all heads together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers.models.transformers.transformer_ltx import (
+    LTXAttention,
+    LTXVideoAttnProcessor,
+    LTXVideoTransformer3DModel,
+    apply_rotary_emb,
+)
+from torch import nn
+
+from blade.attention.family import Inputs, Permutation
+from blade.attention.layer import SparseLayer
+from blade.token_grid import TokenGrid
+from blade_pipelines.processor import SparseProcessor
+
+Tables = tuple[torch.Tensor, torch.Tensor]
+"""Cosines and sines of the positions, (B, tokens, heads * D) each."""
+
+
+class LTXVideoFamily:
+    """Adapter for `LTXVideoTransformer3DModel`: text and image to video, timesteps of single tokens among it."""
+
+    name = "LTX-Video (LTXVideoTransformer3DModel)"
+    guidance_takes_two_passes = True
+
+    def recognises(self, transformer: nn.Module) -> bool:
+        """Return whether this is an `LTXVideoTransformer3DModel`."""
+        return isinstance(transformer, LTXVideoTransformer3DModel)
+
+    def preset_name(self, transformer: nn.Module) -> str:
+        """Return the one preset that there is."""
+        return "ltx-video"
+
+    def blocks(self, transformer: nn.Module) -> Sequence[nn.Module]:
+        """Return the transformer's blocks."""
+        return list(transformer.transformer_blocks)
+
+    def attention_layers(self, transformer: nn.Module) -> Sequence[nn.Module]:
+        """Return the self-attention of every block."""
+        return [block.attn1 for block in transformer.transformer_blocks]
+
+    def heads(self, attention: nn.Module) -> int:
+        """Return the number of heads."""
+        return attention.heads
+
+    def dense_reason(self, attention: nn.Module) -> str | None:
+        """Return why the module cannot be made sparse: a processor that does something else than Diffusers' own."""
+        if type(attention.processor) is not LTXVideoAttnProcessor:
+            return f"its processor is a {type(attention.processor).__name__}, not Diffusers' LTXVideoAttnProcessor"
+        return None
+
+    def make_processor(self, layer: SparseLayer, previous: Any) -> LTXVideoSparseProcessor:
+        """Return the processor for a layer."""
+        return LTXVideoSparseProcessor(layer, previous)
+
+    def token_grid(self, transformer: nn.Module, inputs: Inputs) -> TokenGrid:
+        """Return the grid that `num_frames`, `height` and `width` say; the text is seen by cross-attention only."""
+        frames, height, width = (inputs.get(name) or 0 for name in ("num_frames", "height", "width"))
+        tokens = inputs["hidden_states"].shape[1]
+        if frames * height * width != tokens:
+            raise ValueError(
+                f"`num_frames`, `height` and `width` must say how {tokens} tokens lie, got {frames}, {height} and "
+                f"{width}: conditions that add tokens of their own (LTXConditionPipeline) are not supported."
+            )
+        return TokenGrid(frames, height, width)
+
+    def example_inputs(
+        self,
+        transformer: nn.Module,
+        latent_size: tuple[int, int, int],
+        *,
+        batch: int = 1,
+        text_tokens: int | None = None,
+    ) -> Inputs:
+        """Return zeros; the text of the pipeline has 128 tokens."""
+        config, like = transformer.config, transformer.proj_out.weight
+        frames, height, width = latent_size
+        text_tokens = text_tokens or 128
+        return {
+            "hidden_states": like.new_zeros(batch, frames * height * width, config.in_channels),
+            "encoder_hidden_states": like.new_zeros(batch, text_tokens, config.caption_channels),
+            "timestep": like.new_zeros(batch),
+            "encoder_attention_mask": like.new_ones(batch, text_tokens),
+            "num_frames": frames,
+            "height": height,
+            "width": width,
+        }
+
+    def permute_inputs(self, transformer: nn.Module, inputs: Inputs, permutation: torch.Tensor) -> Inputs:
+        """Permute the tokens and, where there is one for each, the timesteps."""
+        permuted = {**inputs, "hidden_states": inputs["hidden_states"].index_select(1, permutation)}
+        if inputs["timestep"].ndim == 2 and inputs["timestep"].shape[1] == len(permutation):
+            permuted["timestep"] = inputs["timestep"].index_select(1, permutation)
+        return permuted
+
+    def restore_output(self, transformer: nn.Module, output: Any, inverse: torch.Tensor) -> Any:
+        """Put the predicted tokens back into raster order."""
+        if isinstance(output, tuple):
+            return (output[0].index_select(1, inverse), *output[1:])
+        return type(output)(sample=output.sample.index_select(1, inverse))
+
+    def hook_positions(self, transformer: nn.Module, permutation: Permutation) -> Sequence[Any]:
+        """Permute the tables that the rope module makes."""
+
+        def follow(module: nn.Module, args: Any, tables: Tables) -> tuple[torch.Tensor, ...]:
+            order = permutation()
+            return tables if order is None else tuple(table.index_select(1, order) for table in tables)
+
+        return [transformer.rope.register_forward_hook(follow)]
+
+
+class LTXVideoSparseProcessor(SparseProcessor):
+    """Self-attention of an LTX-Video block through BLADE."""
+
+    def __call__(
+        self,
+        attn: LTXAttention,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        image_rotary_emb: Tables | None = None,
+    ) -> torch.Tensor:
+        """Attend, with Diffusers' own signature."""
+        if not self.layer.sparse:
+            self.layer.count_dense()
+            return self.previous(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
+        if encoder_hidden_states is not None or attention_mask is not None:
+            raise ValueError("A sparse LTX-Video layer takes neither `encoder_hidden_states` nor an `attention_mask`.")
+
+        query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
+        query, key = attn.norm_q(query), attn.norm_k(key)
+        if image_rotary_emb is not None:  # every head has frequencies of its own
+            query, key = apply_rotary_emb(query, image_rotary_emb), apply_rotary_emb(key, image_rotary_emb)
+        query, key, value = (tensor.unflatten(2, (attn.heads, -1)) for tensor in (query, key, value))
+        output = self.layer.attend(query, key, value).flatten(2, 3).type_as(query)
+        return attn.to_out[1](attn.to_out[0](output))
