@@ -1,5 +1,6 @@
 # make generate PROMPT="a red ball moving right"    a video in outputs/
 # make test                                         linters and the whole test suite
+# make test-oldest                                  the model families with the oldest Diffusers that is supported
 #
 # Both set up .venv if it is missing. Overridable: PYTHON, VENV, TORCH, WORKERS, and ARGS with further options of
 # blade-generate, such as ARGS="--compare --seed 3".
@@ -8,6 +9,7 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 WORKERS ?= 2
+OLDEST ?= diffusers==0.36.0
 PROMPT ?= a red ball moving right
 ARGS ?=
 
@@ -16,7 +18,7 @@ SOURCES := blade kernels pipelines scripts tests
 # PyTorch goes first, so that the package finds it and leaves it as it is.
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check
 
-.PHONY: generate test clean
+.PHONY: generate test test-oldest clean
 
 # The prompt travels in the environment, where no character of it means anything to a shell.
 generate: export BLADE_PROMPT = $(value PROMPT)
@@ -28,6 +30,15 @@ test: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+
+test-oldest: $(VENV)-oldest/.oldest
+	OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest -n $(WORKERS) tests/pipelines tests/blade/attention \
+	  tests/blade/test_schedulers.py tests/blade/test_students.py
+
+$(VENV)-oldest/.oldest: pyproject.toml
+	@$(MAKE) VENV=$(VENV)-oldest $(VENV)-oldest/.installed-dev
+	$(VENV)-oldest/bin/python -m pip install --disable-pip-version-check "$(OLDEST)"
+	@touch $@
 
 $(VENV)/.torch-installed:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -45,4 +56,4 @@ $(VENV)/.installed-dev: pyproject.toml | $(VENV)/.torch-installed
 	@touch $@ $(VENV)/.installed
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(VENV)-oldest

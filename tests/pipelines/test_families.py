@@ -158,6 +158,10 @@ def test_gradients_pass_and_survive_checkpointing(family):
 
 def test_fused_projections_give_the_same_before_and_are_noticed_after(family):
     inputs, config = family.inputs(), BladeConfig(asa=DETAILS)
+    fused = family.make()
+    fused.fuse_qkv_projections()
+    if (run(fused, inputs) - run(family.make(), inputs)).abs().max() > 1e-3:
+        pytest.skip("this Diffusers computes something else with fused projections, as 0.36 does with VACE")
     expected = run(apply_blade(family.make(), config), inputs)
     before = family.make()
     before.fuse_qkv_projections()
