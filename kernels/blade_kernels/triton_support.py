@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 from contextlib import AbstractContextManager, nullcontext
@@ -21,11 +22,16 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+@functools.cache  # it is asked in every layer
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
 @torch.compiler.assume_constant_result  # it looks for a compiler
 def missing_triton(device: torch.device | str) -> str | None:
     """Why no Triton kernel can run on a device; None if they can."""
     device = torch.device(device)
-    if importlib.util.find_spec("triton") is None:
+    if not _installed():
         return "Triton is not installed"
     if interpreted():
         return None

@@ -16,16 +16,48 @@ from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXTran
 from torch import nn
 
 from blade.attention.family import Inputs, Permutation
-from blade.attention.layer import SparseLayer
 from blade.token_grid import TokenGrid
+from blade_pipelines.base import DiffusersFamily
 from blade_pipelines.patches import permute_patches
 from blade_pipelines.processor import SparseProcessor
 
-PROCESSORS = (CogVideoXAttnProcessor2_0, FusedCogVideoXAttnProcessor2_0)
-"""Diffusers' own, with projections apart and fused."""
+
+class CogVideoXSparseProcessor(SparseProcessor):
+    """Attention of a CogVideoX block through BLADE."""
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Attend, with Diffusers' own signature."""
+        if not self.layer.sparse:
+            self.layer.count_dense()
+            return self.previous(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
+        if attention_mask is not None:
+            raise ValueError("A sparse CogVideoX layer takes no `attention_mask`.")
+
+        video = hidden_states.shape[1]
+        tokens = torch.cat((hidden_states, encoder_hidden_states), dim=1)
+        if attn.fused_projections:
+            query, key, value = attn.to_qkv(tokens).chunk(3, dim=-1)
+        else:
+            query, key, value = attn.to_q(tokens), attn.to_k(tokens), attn.to_v(tokens)
+        query, key, value = (tensor.unflatten(2, (attn.heads, -1)) for tensor in (query, key, value))
+        cos, sin = (None, None) if image_rotary_emb is None else image_rotary_emb
+        query, key = (
+            _norm_rope(tensor, norm, cos, sin) for tensor, norm in ((query, attn.norm_q), (key, attn.norm_k))
+        )
+
+        output = self.layer.attend(query, key, value).flatten(2, 3).type_as(query)
+        output = attn.to_out[1](attn.to_out[0](output))
+        return output[:, :video], output[:, video:]
 
 
-class CogVideoXFamily:
+class CogVideoXFamily(DiffusersFamily):
     """Adapter for `CogVideoXTransformer3DModel`: 2B, 5B and 1.5-5B, text, image and video to video.
 
     The model has the text before the video. Inside attention the video comes first, so that its blocks begin where it
@@ -34,38 +66,16 @@ class CogVideoXFamily:
 
     name = "CogVideoX (CogVideoXTransformer3DModel)"
     guidance_takes_two_passes = True
-
-    def recognises(self, transformer: nn.Module) -> bool:
-        """Return whether this is a `CogVideoXTransformer3DModel`."""
-        return isinstance(transformer, CogVideoXTransformer3DModel)
+    transformers = (CogVideoXTransformer3DModel,)
+    processors = (CogVideoXAttnProcessor2_0, FusedCogVideoXAttnProcessor2_0)
+    sparse_processor = CogVideoXSparseProcessor
+    attention_name = "attn1"
 
     def preset_name(self, transformer: nn.Module) -> str:
         """Return the preset for this version and size of model."""
         if transformer.config.patch_size_t is not None:
             return "cogvideox-1.5"
         return "cogvideox-5b" if transformer.config.num_attention_heads == 48 else "cogvideox"
-
-    def blocks(self, transformer: nn.Module) -> Sequence[nn.Module]:
-        """Return the transformer's blocks."""
-        return list(transformer.transformer_blocks)
-
-    def attention_layers(self, transformer: nn.Module) -> Sequence[nn.Module]:
-        """Return the attention of every block."""
-        return [block.attn1 for block in transformer.transformer_blocks]
-
-    def heads(self, attention: nn.Module) -> int:
-        """Return the number of heads."""
-        return attention.heads
-
-    def dense_reason(self, attention: nn.Module) -> str | None:
-        """Return why the module cannot be made sparse: a processor that does something else than Diffusers' own."""
-        if type(attention.processor) not in PROCESSORS:
-            return f"its processor is a {type(attention.processor).__name__}, not Diffusers' CogVideoXAttnProcessor2_0"
-        return None
-
-    def make_processor(self, layer: SparseLayer, previous: Any) -> CogVideoXSparseProcessor:
-        """Return the processor for a layer."""
-        return CogVideoXSparseProcessor(layer, previous)
 
     def token_grid(self, transformer: nn.Module, inputs: Inputs) -> TokenGrid:
         """Return the grid of a latent (B, F, C, H, W), with the text after it."""
@@ -126,41 +136,6 @@ class CogVideoXFamily:
             return torch.cat((tokens[:, :text], tokens[:, text:].index_select(1, order)), dim=1)
 
         return [transformer.patch_embed.register_forward_hook(follow)]
-
-
-class CogVideoXSparseProcessor(SparseProcessor):
-    """Attention of a CogVideoX block through BLADE."""
-
-    def __call__(
-        self,
-        attn: Attention,
-        hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Attend, with Diffusers' own signature."""
-        if not self.layer.sparse:
-            self.layer.count_dense()
-            return self.previous(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
-        if attention_mask is not None:
-            raise ValueError("A sparse CogVideoX layer takes no `attention_mask`.")
-
-        video = hidden_states.shape[1]
-        tokens = torch.cat((hidden_states, encoder_hidden_states), dim=1)
-        if attn.fused_projections:
-            query, key, value = attn.to_qkv(tokens).chunk(3, dim=-1)
-        else:
-            query, key, value = attn.to_q(tokens), attn.to_k(tokens), attn.to_v(tokens)
-        query, key, value = (tensor.unflatten(2, (attn.heads, -1)) for tensor in (query, key, value))
-        cos, sin = (None, None) if image_rotary_emb is None else image_rotary_emb
-        query, key = (
-            _norm_rope(tensor, norm, cos, sin) for tensor, norm in ((query, attn.norm_q), (key, attn.norm_k))
-        )
-
-        output = self.layer.attend(query, key, value).flatten(2, 3).type_as(query)
-        output = attn.to_out[1](attn.to_out[0](output))
-        return output[:, :video], output[:, video:]
 
 
 def _norm_rope(

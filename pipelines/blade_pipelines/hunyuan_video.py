@@ -19,19 +19,61 @@ from diffusers.models.transformers.transformer_hunyuan_video15 import (
 from torch import nn
 
 from blade.attention.family import Inputs, Permutation
-from blade.attention.layer import SparseLayer
 from blade.token_grid import TokenGrid
+from blade_pipelines.base import DiffusersFamily
 from blade_pipelines.patches import permute_patches
 from blade_pipelines.processor import SparseProcessor
-
-PROCESSORS = (HunyuanVideoAttnProcessor2_0, HunyuanVideo15AttnProcessor2_0)
-"""Diffusers' own."""
 
 Tables = tuple[torch.Tensor, torch.Tensor]
 """Cosines and sines of the positions of the video tokens, (tokens, D) each."""
 
 
-class HunyuanVideoFamily:
+class HunyuanVideoSparseProcessor(SparseProcessor):
+    """Attention of a HunyuanVideo block, of two streams or of one, through BLADE."""
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        image_rotary_emb: Tables | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Attend, with Diffusers' own signature.
+
+        The mask ends the text of every batch item: (B, 1, 1, S), or in HunyuanVideo-1.5, of text alone, (B, text).
+        """
+        if not self.layer.sparse:
+            self.layer.count_dense()
+            return self.previous(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
+
+        video = hidden_states.shape[1]
+        if attn.add_q_proj is None:
+            tokens = torch.cat((hidden_states, encoder_hidden_states), dim=1)
+            projections, norms = (attn.to_q, attn.to_k, attn.to_v), (attn.norm_q, attn.norm_k)
+            query, key, value = _project(attn, tokens, projections, norms, image_rotary_emb)
+        else:
+            projections, norms = (attn.to_q, attn.to_k, attn.to_v), (attn.norm_q, attn.norm_k)
+            streams = [_project(attn, hidden_states, projections, norms, image_rotary_emb)]
+            projections = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
+            norms = (attn.norm_added_q, attn.norm_added_k)
+            streams.append(_project(attn, encoder_hidden_states, projections, norms, None))
+            query, key, value = (torch.cat(parts, dim=1) for parts in zip(*streams))
+
+        lengths = None
+        if attention_mask is not None:
+            lengths = attention_mask.flatten(1).sum(dim=1, dtype=torch.int32)
+            lengths = lengths + video if attention_mask.ndim == 2 else lengths
+        output = self.layer.attend(query, key, value, lengths).flatten(2, 3).type_as(query)
+        hidden_states, encoder_hidden_states = output[:, :video], output[:, video:]
+        if attn.to_out is not None:
+            hidden_states = attn.to_out[1](attn.to_out[0](hidden_states))
+        if getattr(attn, "to_add_out", None) is not None:
+            encoder_hidden_states = attn.to_add_out(encoder_hidden_states)
+        return hidden_states, encoder_hidden_states
+
+
+class HunyuanVideoFamily(DiffusersFamily):
     """Adapter for `HunyuanVideoTransformer3DModel`: text and image to video, the first frame's tokens replaced or not.
 
     Layers are numbered through the blocks of two streams, then through those of one. The token refiner stays as it is.
@@ -39,10 +81,10 @@ class HunyuanVideoFamily:
 
     name = "HunyuanVideo (HunyuanVideoTransformer3DModel)"
     guidance_takes_two_passes = False
-
-    def recognises(self, transformer: nn.Module) -> bool:
-        """Return whether this is a `HunyuanVideoTransformer3DModel`."""
-        return isinstance(transformer, HunyuanVideoTransformer3DModel)
+    transformers = (HunyuanVideoTransformer3DModel,)
+    processors = (HunyuanVideoAttnProcessor2_0,)
+    sparse_processor = HunyuanVideoSparseProcessor
+    attention_name = "attn"
 
     def preset_name(self, transformer: nn.Module) -> str:
         """Return the one preset that there is."""
@@ -50,26 +92,7 @@ class HunyuanVideoFamily:
 
     def blocks(self, transformer: nn.Module) -> Sequence[nn.Module]:
         """Return the transformer's blocks of two streams and of one."""
-        return [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
-
-    def attention_layers(self, transformer: nn.Module) -> Sequence[nn.Module]:
-        """Return the attention of every block."""
-        return [block.attn for block in self.blocks(transformer)]
-
-    def heads(self, attention: nn.Module) -> int:
-        """Return the number of heads."""
-        return attention.heads
-
-    def dense_reason(self, attention: nn.Module) -> str | None:
-        """Return why the module cannot be made sparse: a processor that does something else than Diffusers' own."""
-        if type(attention.processor) not in PROCESSORS:
-            name = type(attention.processor).__name__
-            return f"its processor is a {name}, not Diffusers' HunyuanVideoAttnProcessor2_0"
-        return None
-
-    def make_processor(self, layer: SparseLayer, previous: Any) -> HunyuanVideoSparseProcessor:
-        """Return the processor for a layer."""
-        return HunyuanVideoSparseProcessor(layer, previous)
+        return [*transformer.transformer_blocks, *getattr(transformer, "single_transformer_blocks", ())]
 
     def token_grid(self, transformer: nn.Module, inputs: Inputs) -> TokenGrid:
         """Return the grid of a latent (B, C, F, H, W), with the text, padding included, after it."""
@@ -138,14 +161,8 @@ class HunyuanVideo15Family(HunyuanVideoFamily):
 
     name = "HunyuanVideo-1.5 (HunyuanVideo15Transformer3DModel)"
     guidance_takes_two_passes = True
-
-    def recognises(self, transformer: nn.Module) -> bool:
-        """Return whether this is a `HunyuanVideo15Transformer3DModel`."""
-        return isinstance(transformer, HunyuanVideo15Transformer3DModel)
-
-    def blocks(self, transformer: nn.Module) -> Sequence[nn.Module]:
-        """Return the transformer's blocks."""
-        return list(transformer.transformer_blocks)
+    transformers = (HunyuanVideo15Transformer3DModel,)
+    processors = (HunyuanVideo15AttnProcessor2_0,)
 
     def example_inputs(
         self,
@@ -175,51 +192,6 @@ class HunyuanVideo15Family(HunyuanVideoFamily):
         return sum(
             inputs[name].shape[1] for name in ("encoder_hidden_states", "encoder_hidden_states_2", "image_embeds")
         )
-
-
-class HunyuanVideoSparseProcessor(SparseProcessor):
-    """Attention of a HunyuanVideo block, of two streams or of one, through BLADE."""
-
-    def __call__(
-        self,
-        attn: Attention,
-        hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        image_rotary_emb: Tables | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Attend, with Diffusers' own signature.
-
-        The mask ends the text of every batch item: (B, 1, 1, S), or in HunyuanVideo-1.5, of text alone, (B, text).
-        """
-        if not self.layer.sparse:
-            self.layer.count_dense()
-            return self.previous(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
-
-        video = hidden_states.shape[1]
-        if attn.add_q_proj is None:
-            tokens = torch.cat((hidden_states, encoder_hidden_states), dim=1)
-            projections, norms = (attn.to_q, attn.to_k, attn.to_v), (attn.norm_q, attn.norm_k)
-            query, key, value = _project(attn, tokens, projections, norms, image_rotary_emb)
-        else:
-            projections, norms = (attn.to_q, attn.to_k, attn.to_v), (attn.norm_q, attn.norm_k)
-            streams = [_project(attn, hidden_states, projections, norms, image_rotary_emb)]
-            projections = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
-            norms = (attn.norm_added_q, attn.norm_added_k)
-            streams.append(_project(attn, encoder_hidden_states, projections, norms, None))
-            query, key, value = (torch.cat(parts, dim=1) for parts in zip(*streams))
-
-        lengths = None
-        if attention_mask is not None:
-            lengths = attention_mask.flatten(1).sum(dim=1, dtype=torch.int32)
-            lengths = lengths + video if attention_mask.ndim == 2 else lengths
-        output = self.layer.attend(query, key, value, lengths).flatten(2, 3).type_as(query)
-        hidden_states, encoder_hidden_states = output[:, :video], output[:, video:]
-        if attn.to_out is not None:
-            hidden_states = attn.to_out[1](attn.to_out[0](hidden_states))
-        if getattr(attn, "to_add_out", None) is not None:
-            encoder_hidden_states = attn.to_add_out(encoder_hidden_states)
-        return hidden_states, encoder_hidden_states
 
 
 def _project(

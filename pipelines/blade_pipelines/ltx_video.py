@@ -15,49 +15,54 @@ from diffusers.models.transformers.transformer_ltx import (
 from torch import nn
 
 from blade.attention.family import Inputs, Permutation
-from blade.attention.layer import SparseLayer
 from blade.token_grid import TokenGrid
+from blade_pipelines.base import DiffusersFamily
 from blade_pipelines.processor import SparseProcessor
 
 Tables = tuple[torch.Tensor, torch.Tensor]
 """Cosines and sines of the positions, (B, tokens, heads * D) each."""
 
 
-class LTXVideoFamily:
+class LTXVideoSparseProcessor(SparseProcessor):
+    """Self-attention of an LTX-Video block through BLADE."""
+
+    def __call__(
+        self,
+        attn: LTXAttention,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        image_rotary_emb: Tables | None = None,
+    ) -> torch.Tensor:
+        """Attend, with Diffusers' own signature."""
+        if not self.layer.sparse:
+            self.layer.count_dense()
+            return self.previous(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
+        if encoder_hidden_states is not None or attention_mask is not None:
+            raise ValueError("A sparse LTX-Video layer takes neither `encoder_hidden_states` nor an `attention_mask`.")
+
+        query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
+        query, key = attn.norm_q(query), attn.norm_k(key)
+        if image_rotary_emb is not None:  # every head has frequencies of its own
+            query, key = apply_rotary_emb(query, image_rotary_emb), apply_rotary_emb(key, image_rotary_emb)
+        query, key, value = (tensor.unflatten(2, (attn.heads, -1)) for tensor in (query, key, value))
+        output = self.layer.attend(query, key, value).flatten(2, 3).type_as(query)
+        return attn.to_out[1](attn.to_out[0](output))
+
+
+class LTXVideoFamily(DiffusersFamily):
     """Adapter for `LTXVideoTransformer3DModel`: text and image to video, timesteps of single tokens among it."""
 
     name = "LTX-Video (LTXVideoTransformer3DModel)"
     guidance_takes_two_passes = True
-
-    def recognises(self, transformer: nn.Module) -> bool:
-        """Return whether this is an `LTXVideoTransformer3DModel`."""
-        return isinstance(transformer, LTXVideoTransformer3DModel)
+    transformers = (LTXVideoTransformer3DModel,)
+    processors = (LTXVideoAttnProcessor,)
+    sparse_processor = LTXVideoSparseProcessor
+    attention_name = "attn1"
 
     def preset_name(self, transformer: nn.Module) -> str:
         """Return the one preset that there is."""
         return "ltx-video"
-
-    def blocks(self, transformer: nn.Module) -> Sequence[nn.Module]:
-        """Return the transformer's blocks."""
-        return list(transformer.transformer_blocks)
-
-    def attention_layers(self, transformer: nn.Module) -> Sequence[nn.Module]:
-        """Return the self-attention of every block."""
-        return [block.attn1 for block in transformer.transformer_blocks]
-
-    def heads(self, attention: nn.Module) -> int:
-        """Return the number of heads."""
-        return attention.heads
-
-    def dense_reason(self, attention: nn.Module) -> str | None:
-        """Return why the module cannot be made sparse: a processor that does something else than Diffusers' own."""
-        if type(attention.processor) is not LTXVideoAttnProcessor:
-            return f"its processor is a {type(attention.processor).__name__}, not Diffusers' LTXVideoAttnProcessor"
-        return None
-
-    def make_processor(self, layer: SparseLayer, previous: Any) -> LTXVideoSparseProcessor:
-        """Return the processor for a layer."""
-        return LTXVideoSparseProcessor(layer, previous)
 
     def token_grid(self, transformer: nn.Module, inputs: Inputs) -> TokenGrid:
         """Return the grid that `num_frames`, `height` and `width` say; the text is seen by cross-attention only."""
@@ -113,30 +118,3 @@ class LTXVideoFamily:
             return tables if order is None else tuple(table.index_select(1, order) for table in tables)
 
         return [transformer.rope.register_forward_hook(follow)]
-
-
-class LTXVideoSparseProcessor(SparseProcessor):
-    """Self-attention of an LTX-Video block through BLADE."""
-
-    def __call__(
-        self,
-        attn: LTXAttention,
-        hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        image_rotary_emb: Tables | None = None,
-    ) -> torch.Tensor:
-        """Attend, with Diffusers' own signature."""
-        if not self.layer.sparse:
-            self.layer.count_dense()
-            return self.previous(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
-        if encoder_hidden_states is not None or attention_mask is not None:
-            raise ValueError("A sparse LTX-Video layer takes neither `encoder_hidden_states` nor an `attention_mask`.")
-
-        query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
-        query, key = attn.norm_q(query), attn.norm_k(key)
-        if image_rotary_emb is not None:  # every head has frequencies of its own
-            query, key = apply_rotary_emb(query, image_rotary_emb), apply_rotary_emb(key, image_rotary_emb)
-        query, key, value = (tensor.unflatten(2, (attn.heads, -1)) for tensor in (query, key, value))
-        output = self.layer.attend(query, key, value).flatten(2, 3).type_as(query)
-        return attn.to_out[1](attn.to_out[0](output))

@@ -12,13 +12,49 @@ from diffusers.models.transformers.transformer_wan_vace import WanVACETransforme
 from torch import nn
 
 from blade.attention.family import Inputs, Permutation
-from blade.attention.layer import SparseLayer
 from blade.token_grid import TokenGrid
+from blade_pipelines.base import DiffusersFamily
 from blade_pipelines.patches import permute_patches
 from blade_pipelines.processor import SparseProcessor
 
 
-class WanFamily:
+class WanSparseProcessor(SparseProcessor):
+    """Self-attention of a Wan block through BLADE."""
+
+    def __call__(
+        self,
+        attn: WanAttention,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Attend, with Diffusers' own signature."""
+        if not self.layer.sparse:
+            self.layer.count_dense()
+            return self.previous(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb, **kwargs)
+        if encoder_hidden_states is not None or attention_mask is not None:
+            raise ValueError("A sparse Wan layer takes neither `encoder_hidden_states` nor an `attention_mask`.")
+
+        if attn.fused_projections:
+            query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
+        else:
+            query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
+        query, key, value = (tensor.unflatten(2, (attn.heads, -1)) for tensor in (query, key, value))
+        cos, sin = (None, None) if rotary_emb is None else rotary_emb
+        query, key = (
+            qk_norm_rope(
+                tensor, norm="rms-all-heads", weight=norm.weight, eps=norm.eps, cos=cos, sin=sin,
+            )
+            for tensor, norm in ((query, attn.norm_q), (key, attn.norm_k))
+        )  # fmt: skip
+
+        output = self.layer.attend(query, key, value).flatten(2, 3).type_as(query)
+        return attn.to_out[1](attn.to_out[0](output))
+
+
+class WanFamily(DiffusersFamily):
     """Adapter for `WanTransformer3DModel` and `WanVACETransformer3DModel`.
 
     Text, image and video to video, per-token timesteps (TI2V-5B), and VACE's control latents. VACE's blocks are
@@ -27,6 +63,10 @@ class WanFamily:
 
     name = "Wan (WanTransformer3DModel, WanVACETransformer3DModel)"
     guidance_takes_two_passes = True
+    transformers = (WanTransformer3DModel, WanVACETransformer3DModel)
+    processors = (WanAttnProcessor,)
+    sparse_processor = WanSparseProcessor
+    attention_name = "attn1"
 
     def recognises(self, transformer: nn.Module) -> bool:
         """Return whether this is one of the two.
@@ -39,7 +79,7 @@ class WanFamily:
                 "`WanAnimateTransformer3DModel` is not supported: its face adapter adds motion to the tokens frame by "
                 "frame, and would have to follow the token order. Use a Wan text, image or video to video model."
             )
-        return isinstance(transformer, (WanTransformer3DModel, WanVACETransformer3DModel))
+        return super().recognises(transformer)
 
     def preset_name(self, transformer: nn.Module) -> str:
         """Return the preset for this size of model."""
@@ -51,24 +91,6 @@ class WanFamily:
     def blocks(self, transformer: nn.Module) -> Sequence[nn.Module]:
         """Return the transformer's blocks, and VACE's after them."""
         return [*transformer.blocks, *getattr(transformer, "vace_blocks", ())]
-
-    def attention_layers(self, transformer: nn.Module) -> Sequence[nn.Module]:
-        """Return the self-attention of every block."""
-        return [block.attn1 for block in self.blocks(transformer)]
-
-    def heads(self, attention: nn.Module) -> int:
-        """Return the number of heads."""
-        return attention.heads
-
-    def dense_reason(self, attention: nn.Module) -> str | None:
-        """Return why the module cannot be made sparse: a processor that does something else than Diffusers' own."""
-        if type(attention.processor) is not WanAttnProcessor:
-            return f"its processor is a {type(attention.processor).__name__}, not Diffusers' WanAttnProcessor"
-        return None
-
-    def make_processor(self, layer: SparseLayer, previous: Any) -> WanSparseProcessor:
-        """Return the processor for a layer."""
-        return WanSparseProcessor(layer, previous)
 
     def token_grid(self, transformer: nn.Module, inputs: Inputs) -> TokenGrid:
         """Return the grid of a latent (B, C, F, H, W); the text is seen by cross-attention only."""
@@ -136,39 +158,3 @@ class WanFamily:
             return tables if order is None else tuple(table.index_select(1, order) for table in tables)
 
         return [transformer.rope.register_forward_hook(follow)]
-
-
-class WanSparseProcessor(SparseProcessor):
-    """Self-attention of a Wan block through BLADE."""
-
-    def __call__(
-        self,
-        attn: WanAttention,
-        hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
-        **kwargs: Any,
-    ) -> torch.Tensor:
-        """Attend, with Diffusers' own signature."""
-        if not self.layer.sparse:
-            self.layer.count_dense()
-            return self.previous(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb, **kwargs)
-        if encoder_hidden_states is not None or attention_mask is not None:
-            raise ValueError("A sparse Wan layer takes neither `encoder_hidden_states` nor an `attention_mask`.")
-
-        if attn.fused_projections:
-            query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
-        else:
-            query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
-        query, key, value = (tensor.unflatten(2, (attn.heads, -1)) for tensor in (query, key, value))
-        cos, sin = (None, None) if rotary_emb is None else rotary_emb
-        query, key = (
-            qk_norm_rope(
-                tensor, norm="rms-all-heads", weight=norm.weight, eps=norm.eps, cos=cos, sin=sin,
-            )
-            for tensor, norm in ((query, attn.norm_q), (key, attn.norm_k))
-        )  # fmt: skip
-
-        output = self.layer.attend(query, key, value).flatten(2, 3).type_as(query)
-        return attn.to_out[1](attn.to_out[0](output))
