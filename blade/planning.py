@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -136,18 +137,22 @@ def peak_bytes(function: Callable[[], object]) -> int:
 
     Attention is taken to hold its output and no logits, as every fused implementation does.
     """
-    attend = torch.nn.functional.scaled_dot_product_attention
-
-    def fused(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        return query.new_empty(*query.shape[:-1], value.shape[-1])
-
-    torch.nn.functional.scaled_dot_product_attention = fused
-    try:
-        with torch.no_grad(), torch.device("meta"), _Memory() as memory:
-            function()
-    finally:
-        torch.nn.functional.scaled_dot_product_attention = attend
+    with torch.no_grad(), torch.device("meta"), _FusedAttention(), _Memory() as memory:
+        function()
     return memory.peak
+
+
+class _FusedAttention(TorchFunctionMode):
+    """Lets attention make its output alone."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.nn.functional.scaled_dot_product_attention:
+            return _attended(*args, **(kwargs or {}))
+        return function(*args, **(kwargs or {}))
+
+
+def _attended(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+    return query.new_empty(*query.shape[:-1], value.shape[-1])
 
 
 class _Memory(TorchDispatchMode):

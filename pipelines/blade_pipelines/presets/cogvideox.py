@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
-from blade.config import AdaptiveConfig, BladeConfig
+from blade.config import BladeConfig
+from blade_pipelines.presets.common import PUBLISHED, student, training_free
 
 
 def cogvideox() -> BladeConfig:
@@ -17,21 +19,7 @@ def cogvideox() -> BladeConfig:
         block_size 128, token_order gilbert, probe_tokens 16, softmax_denominator: BLADE, arXiv 2508.10774.
         pooled_tokens none: untrained weights never saw pooled tokens.
     """
-    return BladeConfig(
-        attention="asa",
-        sparsity=0.5,
-        pooled_tokens="none",
-        dense_steps=0.25,
-        dense_layers=(0,),
-        kind="training-free",
-        asa=AdaptiveConfig(
-            block_size=128,
-            token_order="gilbert",
-            selector="sampled",
-            probe_tokens=16,
-            softmax_denominator=True,
-        ),
-    )
+    return training_free(dense_steps=0.25)
 
 
 def cogvideox_5b_student() -> BladeConfig:
@@ -45,24 +33,7 @@ def cogvideox_5b_student() -> BladeConfig:
         block_size 128, token_order gilbert, probe_tokens 16 (the release takes 32), softmax_denominator: the paper.
         cumulative_mass 0.95, min_fraction 0.05: the release; the budget's cap is nearly always reached first.
     """
-    return BladeConfig(
-        attention="asa",
-        sparsity=0.82,
-        pooled_tokens="all",
-        dense_steps=0,
-        dense_layers=(),
-        kind="student",
-        asa=AdaptiveConfig(
-            block_size=128,
-            token_order="gilbert",
-            selector="sampled",
-            probe_tokens=16,
-            softmax_denominator=True,
-            cumulative_mass=0.95,
-            min_fraction=0.05,
-            pooled_window=15,
-        ),
-    )
+    return student(0.82, replace(PUBLISHED, cumulative_mass=0.95, min_fraction=0.05, pooled_window=15))
 
 
 TRAINING_FREE: dict[str, Callable[[], BladeConfig]] = {

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from blade.config import AdaptiveConfig, BladeConfig
+from blade.config import BladeConfig
+from blade_pipelines.presets.common import training_free
 
 
 def hunyuan_video() -> BladeConfig:
@@ -16,21 +17,7 @@ def hunyuan_video() -> BladeConfig:
         block_size 128, token_order gilbert, probe_tokens 16, softmax_denominator: BLADE, arXiv 2508.10774.
         pooled_tokens none: untrained weights never saw pooled tokens.
     """
-    return BladeConfig(
-        attention="asa",
-        sparsity=0.5,
-        pooled_tokens="none",
-        dense_steps=0.2,
-        dense_layers=(0,),
-        kind="training-free",
-        asa=AdaptiveConfig(
-            block_size=128,
-            token_order="gilbert",
-            selector="sampled",
-            probe_tokens=16,
-            softmax_denominator=True,
-        ),
-    )
+    return training_free()
 
 
 TRAINING_FREE: dict[str, Callable[[], BladeConfig]] = {"hunyuan-video": hunyuan_video}

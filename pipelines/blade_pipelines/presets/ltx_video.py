@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
-from blade.config import AdaptiveConfig, BladeConfig
+from blade.config import BladeConfig
+from blade_pipelines.presets.common import PUBLISHED, training_free
 
 
 def ltx_video() -> BladeConfig:
@@ -17,21 +19,7 @@ def ltx_video() -> BladeConfig:
         token_order gilbert, probe_tokens 16, softmax_denominator: BLADE, arXiv 2508.10774.
         pooled_tokens none: untrained weights never saw pooled tokens.
     """
-    return BladeConfig(
-        attention="asa",
-        sparsity=0.5,
-        pooled_tokens="none",
-        dense_steps=0.2,
-        dense_layers=(0,),
-        kind="training-free",
-        asa=AdaptiveConfig(
-            block_size=64,
-            token_order="gilbert",
-            selector="sampled",
-            probe_tokens=16,
-            softmax_denominator=True,
-        ),
-    )
+    return training_free(replace(PUBLISHED, block_size=64))
 
 
 TRAINING_FREE: dict[str, Callable[[], BladeConfig]] = {"ltx-video": ltx_video}

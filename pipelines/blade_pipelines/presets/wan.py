@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
-from blade.config import AdaptiveConfig, BladeConfig
+from blade.config import BladeConfig
+from blade_pipelines.presets.common import PUBLISHED, student, training_free
 
 
 def wan() -> BladeConfig:
@@ -19,21 +21,7 @@ def wan() -> BladeConfig:
         block_size 128, token_order gilbert, probe_tokens 16, softmax_denominator: BLADE, as published.
         pooled_tokens none: untrained weights never saw pooled tokens.
     """
-    return BladeConfig(
-        attention="asa",
-        sparsity=0.5,
-        pooled_tokens="none",
-        dense_steps=0.2,
-        dense_layers=(0,),
-        kind="training-free",
-        asa=AdaptiveConfig(
-            block_size=128,
-            token_order="gilbert",
-            selector="sampled",
-            probe_tokens=16,
-            softmax_denominator=True,
-        ),
-    )
+    return training_free()
 
 
 def wan_shapes() -> BladeConfig:
@@ -44,22 +32,7 @@ def wan_shapes() -> BladeConfig:
         probe_tokens 16: half a block; a smaller share of so small a block would be mostly chance.
         All else: as `wan`.
     """
-    return BladeConfig(
-        attention="asa",
-        sparsity=0.5,
-        pooled_tokens="none",
-        dense_steps=0.2,
-        dense_layers=(0,),
-        kind="training-free",
-        asa=AdaptiveConfig(
-            block_size=32,
-            token_order="gilbert",
-            selector="sampled",
-            probe_tokens=16,
-            softmax_denominator=True,
-            pooled_window=16,
-        ),
-    )
+    return training_free(replace(PUBLISHED, block_size=32, pooled_window=16))
 
 
 def wan_2_1_t2v_1_3b_student() -> BladeConfig:
@@ -72,24 +45,7 @@ def wan_2_1_t2v_1_3b_student() -> BladeConfig:
         block_size 128, token_order gilbert, probe_tokens 16 (the release takes 32), softmax_denominator: the paper.
         cumulative_mass 0.95, min_fraction 0.05: the release; the budget's cap is nearly always reached first.
     """
-    return BladeConfig(
-        attention="asa",
-        sparsity=0.798,
-        pooled_tokens="all",
-        dense_steps=0,
-        dense_layers=(),
-        kind="student",
-        asa=AdaptiveConfig(
-            block_size=128,
-            token_order="gilbert",
-            selector="sampled",
-            probe_tokens=16,
-            softmax_denominator=True,
-            cumulative_mass=0.95,
-            min_fraction=0.05,
-            pooled_window=30,
-        ),
-    )
+    return student(0.798, replace(PUBLISHED, cumulative_mass=0.95, min_fraction=0.05, pooled_window=30))
 
 
 TRAINING_FREE: dict[str, Callable[[], BladeConfig]] = {
