@@ -6,6 +6,7 @@ from typing import Annotated
 import torch
 import typer
 
+from blade.moving_shapes.training.decoder import DecoderTraining
 from blade.moving_shapes.training.shapes_model import train_shapes_model
 from blade.moving_shapes.training.transformer import TransformerTraining
 from blade.moving_shapes.training.vae import VAETraining
@@ -21,7 +22,7 @@ def main(
         Path | None, typer.Option(help="A model folder written by this script, whose weights are trained on.")
     ] = None,
     compile_blocks: Annotated[bool, typer.Option("--compile/--no-compile", help="Compile the blocks.")] = True,
-    autocast: Annotated[bool, typer.Option(help="Compute the transformer in bfloat16 where that is safe.")] = False,
+    autocast: Annotated[bool, typer.Option(help="Compute in bfloat16 where that is safe.")] = False,
 ) -> None:
     """Train VAE, text encoder and transformer of the shapes model."""
     if threads is not None:
@@ -30,6 +31,7 @@ def main(
         run,
         output,
         vae=VAETraining(seed=seed),
+        decoder=DecoderTraining(seed=seed, autocast=autocast),
         transformer=TransformerTraining(seed=seed, compile=compile_blocks, autocast=autocast),
         device=device,
         start_from=start_from,

@@ -13,15 +13,18 @@ FLOW_SHIFT = 10.0
 """Shift of the sampler's sigmas toward high noise. Few, strong latents stand for an object: at 3, as Wan takes at
 480p, the first two or three of 50 steps would decide where it is."""
 LATENT_CHANNELS = 32
+DECODER_WIDTHS = (24, 48)
+"""Of the decoder that the encoder is trained with, and of the one that then takes its place: the first cannot draw the
+corners of small striped objects, whatever the latents say."""
 TEXT_DIM = 128
 PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"
 
 
-def build_vae() -> AutoencoderKLWan:
+def build_vae(decoder_width: int = DECODER_WIDTHS[0]) -> AutoencoderKLWan:
     """A Wan VAE that takes 4 frames x 8 x 8 pixels to one latent of 32 channels (the first frame alone)."""
     return AutoencoderKLWan(
         base_dim=16,
-        decoder_base_dim=24,
+        decoder_base_dim=decoder_width,
         z_dim=LATENT_CHANNELS,
         dim_mult=[1, 2, 2],
         num_res_blocks=1,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import torch
@@ -83,65 +84,99 @@ def train_vae(run: Path, config: VAETraining, device: str = "cpu") -> Autoencode
     torch.manual_seed(config.seed)
     vae = build_vae().to(device)
     torch.nn.init.constant_(vae.quant_conv.bias[vae.config.z_dim :], INITIAL_LOG_VARIANCE)
-    optimizers = muon_and_adamw(vae, _hidden_weights(vae), config.learning_rate, 0.3 * config.learning_rate)
-    ema = EMAModel(vae.parameters(), decay=config.ema_decay, use_ema_warmup=True, power=0.75)
-    start = 0
-    if (state := load_checkpoint(run / "vae.pt")) is not None:
-        start = state["step"]
-        vae.load_state_dict(state["vae"])
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        ema.load_state_dict(state["ema"])
-    ema.to(device)
-    log = TrainingLog(run / "log.jsonl", stage="vae", start=start, total=config.steps)
-    for step in range(start, config.steps):
-        set_learning_rate(optimizers, _schedule(step, config))
-        losses = _step(vae, step, config, device)
-        vae.zero_grad(set_to_none=True)
-        losses["loss"].backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-        ema.step(vae.parameters())
-        done = step + 1
-        if done % config.checkpoint_every == 0 or done == config.steps:
-            save_checkpoint(
-                run / "vae.pt",
-                {
-                    "step": done,
-                    "vae": vae.state_dict(),
-                    "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-                    "ema": ema.state_dict(),
-                },
-            )
-        if done % config.log_every == 0 or done == config.steps:
-            log.write(done, **{name: value.item() for name, value in losses.items()})
-    ema.copy_to(vae.parameters())
+    outer = (vae.encoder.conv_in.weight, vae.decoder.conv_out.weight)
+    fit(run, "vae", vae, outer, lambda step: _losses(vae, step, config, device), config)
     vae.eval().requires_grad_(False)
     _measure_latents(vae, config, device)
     return vae
 
 
-def _step(vae: AutoencoderKLWan, step: int, config: VAETraining, device: str) -> dict[str, torch.Tensor]:
-    full = step >= config.steps - config.full_size_steps
-    videos = video_batch(
-        numpy_rng(config.seed, 0, step),
+def fit(
+    run: Path,
+    stage: str,
+    module: torch.nn.Module,
+    outer: Collection[torch.nn.Parameter],
+    losses: Callable[[int], dict[str, torch.Tensor]],
+    config: VAETraining,
+) -> None:
+    """Train a module, or go on training it, and leave it with averaged weights.
+
+    Args:
+        run: Folder of the run; a checkpoint and `log.jsonl` are written there.
+        stage: Name of the checkpoint and in the log.
+        module: What to train.
+        outer: Weights of its first and last layers, which take AdamW as all vectors do; the others take Muon.
+        losses: The losses of a step, by name; `loss` is the one that is followed.
+        config: How to train.
+    """
+    others = {id(weight) for weight in outer}
+    hidden = [weight for weight in module.parameters() if weight[0].numel() > 1 and id(weight) not in others]
+    optimizers = muon_and_adamw(module, hidden, config.learning_rate, 0.3 * config.learning_rate)
+    ema = EMAModel(module.parameters(), decay=config.ema_decay, use_ema_warmup=True, power=0.75)
+    checkpoint = run / f"{stage}.pt"
+    start = 0
+    if (state := load_checkpoint(checkpoint)) is not None:
+        start = state["step"]
+        module.load_state_dict(state["weights"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        ema.load_state_dict(state["ema"])
+    ema.to(next(module.parameters()).device)
+    log = TrainingLog(run / "log.jsonl", stage=stage, start=start, total=config.steps)
+    for step in range(start, config.steps):
+        set_learning_rate(optimizers, _schedule(step, config))
+        found = losses(step)
+        module.zero_grad(set_to_none=True)
+        found["loss"].backward()
+        torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+        ema.step(module.parameters())
+        done = step + 1
+        if done % config.checkpoint_every == 0 or done == config.steps:
+            save_checkpoint(
+                checkpoint,
+                {
+                    "step": done,
+                    "weights": module.state_dict(),
+                    "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+                    "ema": ema.state_dict(),
+                },
+            )
+        if done % config.log_every == 0 or done == config.steps:
+            log.write(done, **{name: value.item() for name, value in found.items()})
+    ema.copy_to(module.parameters())
+
+
+def training_videos(step: int, stream: int, config: VAETraining) -> torch.Tensor:
+    """The videos of a step: short clips of small canvases, and whole ones in the last steps."""
+    full = is_full_size(step, config)
+    return video_batch(
+        numpy_rng(config.seed, stream, step),
         batch_size=config.full_batch_size if full else config.batch_size,
         frames=config.full_frames if full else config.frames,
         size=config.full_size if full else config.size,
-    ).to(device)
+    )
+
+
+def is_full_size(step: int, config: VAETraining) -> bool:
+    """Whether a step sees whole canvases."""
+    return step >= config.steps - config.full_size_steps
+
+
+def measured(decoded: torch.Tensor, videos: torch.Tensor, config: VAETraining) -> dict[str, torch.Tensor]:
+    """Loss and peak signal-to-noise ratio in dB of a reconstruction."""
+    error = (decoded.detach() - videos).square().mean() / 4
+    return {"loss": reconstruction_loss(decoded, videos, config.edge_weight), "psnr": -10 * torch.log10(error)}
+
+
+def _losses(vae: AutoencoderKLWan, step: int, config: VAETraining, device: str) -> dict[str, torch.Tensor]:
+    videos = training_videos(step, 0, config).to(device)
     posterior = vae.encode(videos).latent_dist
     noise = torch.randn(posterior.mean.shape, generator=torch_rng(config.seed, 1, step)).to(device)
-    decoded = vae.decode(posterior.mean + posterior.std * noise).sample
-    reconstruction = reconstruction_loss(decoded, videos, config.edge_weight)
+    found = measured(vae.decode(posterior.mean + posterior.std * noise).sample, videos, config)
     kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
-    error = (decoded.detach() - videos).square().mean() / 4
-    return {"loss": reconstruction + config.kl_weight * kl, "kl": kl, "psnr": -10 * torch.log10(error)}
-
-
-def _hidden_weights(vae: AutoencoderKLWan) -> list[torch.nn.Parameter]:
-    outer = {id(vae.encoder.conv_in.weight), id(vae.decoder.conv_out.weight)}
-    return [weight for weight in vae.parameters() if weight[0].numel() > 1 and id(weight) not in outer]
+    return {**found, "loss": found["loss"] + config.kl_weight * kl, "kl": kl}
 
 
 def _schedule(step: int, config: VAETraining) -> float:

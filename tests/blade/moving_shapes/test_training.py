@@ -3,13 +3,14 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 import torch
 from diffusers import WanPipeline
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
 from blade.moving_shapes.captions import HELD_OUT, parse_caption
-from blade.moving_shapes.training import latents, shapes_model, transformer, vae
+from blade.moving_shapes.training import decoder, latents, shapes_model, transformer, vae
 from blade.moving_shapes.training.components import build_tokenizer
 from blade.moving_shapes.training.muon import orthogonalise
 from blade.moving_shapes.training.padding import TEXT_LENGTH
@@ -25,6 +26,8 @@ VAE = vae.VAETraining(
     checkpoint_every=2,
     log_every=1,
 )
+DECODER = decoder.DecoderTraining(**dataclasses.asdict(VAE))
+STAGES = ("vae", "decoder", "transformer")
 TRANSFORMER = transformer.TransformerTraining(
     phases=(
         transformer.Phase(steps=2, batch_size=2, frames=5, size=56, videos=3, first_videos=2),
@@ -39,7 +42,9 @@ TRANSFORMER = transformer.TransformerTraining(
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shapes")
-    shapes_model.train_shapes_model(folder / "run", folder / "model", vae=VAE, transformer=TRANSFORMER)
+    shapes_model.train_shapes_model(
+        folder / "run", folder / "model", vae=VAE, decoder=DECODER, transformer=TRANSFORMER
+    )
     return folder
 
 
@@ -53,10 +58,12 @@ def test_finished_folder_is_an_ordinary_pipeline(finished):
 
 def test_log_has_every_step_once_and_in_order(finished):
     records = [json.loads(line) for line in (finished / "model" / "training_log.jsonl").read_text().splitlines()]
-    assert [(r["stage"], r["step"]) for r in records] == [(s, n) for s in ("vae", "transformer") for n in (1, 2, 3, 4)]
+    assert [(r["stage"], r["step"]) for r in records] == [(s, n) for s in STAGES for n in (1, 2, 3, 4)]
 
 
-@pytest.mark.parametrize(("module", "function"), [(vae, "_step"), (transformer, "flow_matching_loss")])
+@pytest.mark.parametrize(
+    ("module", "function"), [(vae, "_losses"), (decoder, "_losses"), (transformer, "flow_matching_loss")]
+)
 def test_killed_run_resumes_to_the_same_weights(finished, tmp_path, monkeypatch, module, function):
     original, calls = getattr(module, function), []
 
@@ -68,7 +75,7 @@ def test_killed_run_resumes_to_the_same_weights(finished, tmp_path, monkeypatch,
 
     monkeypatch.setattr(module, function, dies_at_fourth_call)
     train = lambda: shapes_model.train_shapes_model(  # noqa: E731
-        tmp_path / "run", tmp_path / "model", vae=VAE, transformer=TRANSFORMER
+        tmp_path / "run", tmp_path / "model", vae=VAE, decoder=DECODER, transformer=TRANSFORMER
     )
     with pytest.raises(KeyboardInterrupt):
         train()
@@ -99,7 +106,7 @@ def test_training_goes_on_from_a_finished_model(finished, tmp_path):
     assert vae_after == [vae_before] * 2
     assert before != first == second
     assert [(stage, step) for stage, step, _ in _steps(tmp_path / "first")] == [
-        *(("vae", step) for step in range(1, 5)),
+        *((stage, step) for stage in ("vae", "decoder") for step in range(1, 5)),
         *(("transformer", step) for step in range(1, 7)),
     ]
     with pytest.raises(ValueError, match="`steps` must be more than the 4 that the model has been trained for, got 4"):
@@ -107,6 +114,18 @@ def test_training_goes_on_from_a_finished_model(finished, tmp_path):
             tmp_path / "other", tmp_path / "no", transformer=TRANSFORMER, start_from=finished / "model"
         )
     assert not (tmp_path / "no").exists()
+
+
+def test_a_wider_decoder_takes_the_place_of_the_narrow_one_on_the_same_latents(finished, tmp_path):
+    narrow = vae.train_vae(tmp_path / "run", VAE)
+    wide = decoder.train_decoder(tmp_path / "run", narrow, DECODER)
+    assert decoder.needs_wider_decoder(narrow) and not decoder.needs_wider_decoder(wide)
+    video = vae.video_batch(np.random.default_rng(0), batch_size=1, frames=5, size=56)
+    torch.testing.assert_close(wide.encode(video).latent_dist.mean, narrow.encode(video).latent_dist.mean)
+    assert wide.config.latents_mean == narrow.config.latents_mean
+    assert wide.decode(wide.encode(video).latent_dist.mean).sample.shape == video.shape
+    saved = WanPipeline.from_pretrained(finished / "model").vae
+    assert saved.dtype == torch.float32 and not decoder.needs_wider_decoder(saved)
 
 
 def test_the_learning_rate_of_a_phase_is_linear_and_warms_up_where_training_goes_on(finished, tmp_path, monkeypatch):
