@@ -21,6 +21,8 @@ SIZES = ("small", "large")
 FILLS = ("striped",)
 SPEEDS = ("slowly", "fast")
 BACKGROUNDS = ("checkered", "striped")
+OPTIONAL = 0.3
+"""Probability that a caption which is drawn names one of the last four."""
 FUNCTION_WORDS = ("a", "moving", "and", "over", "background")
 
 VOCABULARY = tuple(
@@ -122,23 +124,26 @@ def unknown_words(text: str) -> list[str]:
     return [word for word in dict.fromkeys(_words(text)) if word not in VOCABULARY]
 
 
-def sample_caption(rng: np.random.Generator, *, objects: int, held_out: bool = False) -> Caption:
-    """Draw a caption; optional attributes are named with probability 0.3 each.
+def sample_caption(
+    rng: np.random.Generator, *, objects: int, held_out: bool = False, striped: float = OPTIONAL
+) -> Caption:
+    """Draw a caption; optional attributes are named with probability `OPTIONAL` each.
 
     Args:
         rng: Source of randomness.
         objects: How many objects, 1 or 2.
         held_out: Draw every object's (colour, shape, direction) from `HELD_OUT`; otherwise never from it.
+        striped: Probability that an object's stripes are named.
     """
     drawn: list[ObjectCaption] = []
     while len(drawn) < objects:
-        described = _sample_object(rng, held_out)
+        described = _sample_object(rng, held_out, striped)
         if described.colour not in [other.colour for other in drawn]:
             drawn.append(described)
     return Caption(objects=tuple(drawn), background=_sometimes(rng, BACKGROUNDS))
 
 
-def _sample_object(rng: np.random.Generator, held_out: bool) -> ObjectCaption:
+def _sample_object(rng: np.random.Generator, held_out: bool, striped: float) -> ObjectCaption:
     while True:
         combination = (_choice(rng, COLOURS), _choice(rng, SHAPES), _choice(rng, DIRECTIONS))
         if (combination in HELD_OUT) == held_out:
@@ -149,7 +154,7 @@ def _sample_object(rng: np.random.Generator, held_out: bool) -> ObjectCaption:
         shape=shape,
         direction=direction,
         size=_sometimes(rng, SIZES),
-        fill=_sometimes(rng, FILLS),
+        fill=_sometimes(rng, FILLS, striped),
         speed=_sometimes(rng, SPEEDS),
     )
 
@@ -158,7 +163,7 @@ def _choice(rng: np.random.Generator, words: tuple[str, ...]) -> str:
     return words[int(rng.integers(len(words)))]
 
 
-def _sometimes(rng: np.random.Generator, words: tuple[str, ...], probability: float = 0.3) -> str | None:
+def _sometimes(rng: np.random.Generator, words: tuple[str, ...], probability: float = OPTIONAL) -> str | None:
     return _choice(rng, words) if rng.random() < probability else None
 
 

@@ -2,7 +2,7 @@
 
 Every background of the world is grey and every object has a palette colour or white, so that hue alone tells most
 objects from the background, whatever the background turned out to be. A pixel's *amplitude* is how far it has gone
-from grey to a palette colour: 1 in a bright area, 0.35 in a dark stripe, 0 on the background. White is the one colour
+from grey to a palette colour: 1 in a bright area, 0.55 in a dark stripe, 0 on the background. White is the one colour
 without hue: its amplitude is how far the brightness has gone from that of the background to white.
 """
 

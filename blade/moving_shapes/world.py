@@ -34,7 +34,7 @@ PATTERN_LEVEL = 0.26
 PATTERN_CELL = 12.0
 """Edge of a background's cells and width of its stripes."""
 STRIPE_PERIOD = 8.0
-STRIPE_SHADE = 0.35
+STRIPE_SHADE = 0.55
 """A striped object's dark bands have its colour times this."""
 
 SQUARE_HALF_EDGE = math.sqrt(math.pi) / 2

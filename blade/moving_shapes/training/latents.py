@@ -28,6 +28,7 @@ class LatentStore:
         frames: Frames of a video.
         size: Edge of its canvas in pixels.
         two_objects: Fraction of captions with two objects.
+        striped: Fraction of objects that are striped.
         seed: Seed of all videos.
         device: Where to encode.
     """
@@ -41,11 +42,12 @@ class LatentStore:
         frames: int,
         size: int,
         two_objects: float,
+        striped: float,
         seed: int,
         device: str = "cpu",
     ) -> None:
-        self.vae, self.frames, self.size, self.two_objects, self.seed = vae, frames, size, two_objects, seed
-        self.device = device
+        self.vae, self.frames, self.size, self.seed, self.device = vae, frames, size, seed, device
+        self.two_objects, self.striped = two_objects, striped
         shape = (capacity, vae.config.z_dim, (frames - 1) // 4 + 1, size // 8, size // 8)
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
@@ -84,7 +86,8 @@ class LatentStore:
     def _draw(self, index: int) -> tuple[Caption, Scene]:
         rng = numpy_rng(self.seed, LATENT_STREAM, self.frames, index)
         while True:
-            caption = sample_caption(rng, objects=2 if rng.random() < self.two_objects else 1)
+            objects = 2 if rng.random() < self.two_objects else 1
+            caption = sample_caption(rng, objects=objects, striped=self.striped)
             try:
                 return caption, sample_scene(caption, rng, frames=self.frames, height=self.size, width=self.size)
             except ValueError:  # a small canvas has no room for what is large and fast

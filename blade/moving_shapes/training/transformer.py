@@ -12,7 +12,7 @@ from diffusers.training_utils import EMAModel
 from torch import nn
 from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
-from ..captions import sample_caption
+from ..captions import OPTIONAL, sample_caption
 from ..realism import realism_error
 from ..scoring import score
 from .checkpoint import TrainingLog, load_checkpoint, numpy_rng, save_checkpoint, torch_rng
@@ -46,11 +46,13 @@ class Phase:
     """Learning rate at the phase's start and end, as shares of the whole one; linear in between."""
     two_objects: float = 0.5
     """Share of captions with two objects."""
+    striped: float = OPTIONAL
+    """Share of objects that are striped."""
 
     @property
-    def store(self) -> tuple[int, int, float]:
-        """What phases that draw from the same videos have in common: frames, size and share of two objects."""
-        return self.frames, self.size, self.two_objects
+    def store(self) -> tuple[int, int, float, float]:
+        """What phases that draw from the same videos share: frames, size, fractions of two objects and of stripes."""
+        return self.frames, self.size, self.two_objects, self.striped
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,6 +93,29 @@ class TransformerTraining:
             shift=8.0,
             rate=(0.45, 0.0),
             two_objects=0.2,
+        ),
+        Phase(
+            steps=1400,
+            batch_size=8,
+            frames=33,
+            size=96,
+            videos=2000,
+            first_videos=800,
+            rate=(0.7, 0.45),
+            two_objects=0.2,
+            striped=0.5,
+        ),
+        Phase(
+            steps=1000,
+            batch_size=8,
+            frames=33,
+            size=96,
+            videos=2600,
+            first_videos=2000,
+            shift=6.0,
+            rate=(0.45, 0.0),
+            two_objects=0.2,
+            striped=0.5,
         ),
     )
     learning_rate: float = 2e-3
@@ -233,19 +258,20 @@ def train_transformer(
             block.compile()
     log = TrainingLog(run / "log.jsonl", stage="transformer", start=start, total=config.steps)
     recent: list[float] = []
-    first, capacity = 0, dict[tuple[int, int, float], int]()
+    first, capacity = 0, dict[tuple[int, int, float, float], int]()
     for phase in config.phases:
         capacity[phase.store] = max(phase.videos, capacity.get(phase.store, 0))
     for number, phase in enumerate(config.phases):
         steps = range(max(start, first), first + phase.steps)
         if steps:
             store = LatentStore(
-                run / "latents_{}x{}_{:g}.npy".format(*phase.store),
+                run / "latents_{}x{}_{:g}_{:g}.npy".format(*phase.store),
                 vae,
                 capacity=capacity[phase.store],
                 frames=phase.frames,
                 size=phase.size,
                 two_objects=phase.two_objects,
+                striped=phase.striped,
                 seed=config.seed,
                 device=device,
             )

@@ -145,7 +145,14 @@ def test_a_small_canvas_draws_what_has_room(tmp_path):
     drawn = []
     for name in ("one", "two"):
         store = latents.LatentStore(
-            tmp_path / name, vae.build_vae().eval(), capacity=8, frames=33, size=56, two_objects=0.5, seed=0
+            tmp_path / name,
+            vae.build_vae().eval(),
+            capacity=8,
+            frames=33,
+            size=56,
+            two_objects=0.5,
+            striped=0.3,
+            seed=0,
         )
         drawn.append([store._draw(index) for index in range(40)])
     assert drawn[0] == drawn[1]
