@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
+from blade.acceleration import OFFLOADS, QUANTIZATIONS, advise, parse_cache, split_lora
 from blade.attention.applied import applied_to
 from blade.attention.apply import find_transformers, use_blade
 from blade.attention.family import find_family
 from blade.attention.finite import NonFiniteError, watch_finite
 from blade.attention.summary import BladeSummary, blade_summary
+from blade.conditions import cover, read_frames, read_image, size_like
 from blade.config import CONFIG_NAME, BladeConfig
-from blade.models import BUNDLED, DTYPES, check_size, hub_commit, look_up, main_transformer
+from blade.models import (
+    BUNDLED,
+    DTYPES,
+    call_parameters,
+    check_size,
+    execution_device,
+    first_line,
+    hub_commit,
+    look_up,
+    main_transformer,
+)
+from blade.schedulers import set_flow_shift
 from blade.students import loaded_student, parse_times
 
 FPS = 16
@@ -28,11 +40,17 @@ FPS = 16
 BUNDLED_DEFAULTS = {"height": 96, "width": 96, "frames": 33, "steps": 30, "guidance_scale": 4.0}
 """What the shapes model was trained for; Diffusers' own defaults are those of the large models."""
 
+OPTIONAL_DEFAULTS = ("fps", "negative_prompt", "guidance_scale_2", "flow_shift")
+"""Fields of a request that a family may recommend a value for."""
+
 SPARSE_OPTIONS = ("sparsity", "dense_steps", "dense_layers")
 """Fields of a request that change a field of the same name in the BLADE configuration."""
 
 STUDENT_OPTIONS = ("student", "student_weight", "scheduler")
 """Fields of a request that belong to a student."""
+
+MODEL_OPTIONS = ("guidance_scale_2", "flow_shift", "loras", "cache", "image", "last_image", "video", "strength")
+"""Fields of a request that make sense for some models only."""
 
 MAXIMUM_SEED = 2**63 - 1
 
@@ -85,6 +103,30 @@ class GenerationRequest:
     """Strength of its LoRA; None takes 1."""
     scheduler: str | None = None
     """The times that the student was trained at, such as "999,856,665,399", where it doesn't bring them itself."""
+    image: str | None = None
+    """The first frame: an image file, or the address of one."""
+    last_image: str | None = None
+    """The last frame, beside `image`."""
+    video: str | None = None
+    """The video that is changed."""
+    strength: float | None = None
+    """How far `video` is changed, in (0, 1]; None takes the pipeline's default."""
+    guidance_scale_2: float | None = None
+    """`guidance_scale` of a second transformer."""
+    flow_shift: float | None = None
+    """Shift of a flow-matching scheduler toward high noise."""
+    loras: tuple[str, ...] = ()
+    """Folders, files or Hub ids of LoRAs, each with "=STRENGTH" or without."""
+    offload: str = "none"
+    """One of `blade.acceleration.OFFLOADS`."""
+    vae_tiling: bool = False
+    """Decode in tiles."""
+    quantize: str | None = None
+    """One of `blade.acceleration.QUANTIZATIONS`."""
+    compile: bool = False
+    """Compile the transformer's blocks and the decoder."""
+    cache: str | None = None
+    """One of `blade.acceleration.CACHES`, with "=NUMBER" or without."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.prompt, str) or not self.prompt.strip():
@@ -95,8 +137,12 @@ class GenerationRequest:
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}.")
-        if self.guidance_scale is not None and not 0 <= self.guidance_scale < math.inf:
-            raise ValueError(f"`guidance_scale` must be at least 0 and finite, got {self.guidance_scale!r}.")
+        for name in ("guidance_scale", "guidance_scale_2"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise ValueError(f"`{name}` must be at least 0 and finite, got {value!r}.")
+        if self.flow_shift is not None and not 0 < self.flow_shift < math.inf:
+            raise ValueError(f"`flow_shift` must be above 0 and finite, got {self.flow_shift!r}.")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed <= MAXIMUM_SEED:
             raise ValueError(f"`seed` must be an integer from 0 to 2**63 - 1, got {self.seed!r}.")
         if self.dtype is not None and self.dtype not in DTYPES:
@@ -106,12 +152,46 @@ class GenerationRequest:
                 raise ValueError(f"`{name}` must not be given without `student`.")
         if self.scheduler is not None:
             parse_times(self.scheduler)
+        self._check_conditions()
+        self._check_acceleration()
         if self.config is not None and self.blade_config is not None:
             raise ValueError("`config` and `blade_config` must not both be given.")
         given = self._given(*SPARSE_OPTIONS)
         BladeConfig(attention=self.attention or "asa", **given)
         if self.attention == "dense" and given:
             raise ValueError(f'`{next(iter(given))}` must not be given where `attention` is "dense".')
+
+    def _check_conditions(self) -> None:
+        if self.image is not None and self.video is not None:
+            raise ValueError("`image` and `video` must not both be given.")
+        for name, needed in (("last_image", "image"), ("strength", "video")):
+            if getattr(self, name) is not None and getattr(self, needed) is None:
+                raise ValueError(f"`{name}` must not be given without `{needed}`.")
+        if self.strength is not None and not 0 < self.strength <= 1:
+            raise ValueError(f"`strength` must be above 0 and at most 1, got {self.strength!r}.")
+
+    def _check_acceleration(self) -> None:
+        object.__setattr__(self, "loras", tuple(self.loras))
+        for lora in self.loras:
+            split_lora(lora)
+        for name, known in (("offload", OFFLOADS), ("quantize", QUANTIZATIONS)):
+            value = getattr(self, name)
+            if value is not None and value not in known:
+                raise ValueError(f"`{name}` must be one of {', '.join(known)}, got {value!r}.")
+        if self.cache is not None:
+            parse_cache(self.cache)
+        if self.offload == "sequential":
+            for name in ("quantize", "compile"):
+                if getattr(self, name):
+                    raise ValueError(
+                        f"`{name}` must not be given with `offload` sequential, which takes every weight apart; "
+                        'take "group".'
+                    )
+
+    @property
+    def condition(self) -> str | None:
+        """What the video starts from beside the prompt: "image", "video" or nothing."""
+        return next((name for name in ("image", "video") if getattr(self, name) is not None), None)
 
     def _given(self, *names: str) -> dict[str, Any]:
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
@@ -174,20 +254,20 @@ def resolve_request(request: GenerationRequest, pipe: Any) -> GenerationRequest:
 
     Returns:
         A request without None, but for `negative_prompt`, `config`, `revision` where the model is not from the Hub,
-        what belongs to a student, and, where it is dense, what belongs to BLADE.
+        what belongs to a student, what this model does not take, and, where it is dense, what belongs to BLADE.
 
     Raises:
         ValueError: if the model cannot make a video of this size, or no configuration can be had.
     """
     student = loaded_student(pipe)
     config = request.sparse_config(lambda: student.config if student and student.config else _preset(pipe))
-    defaults: Mapping[str, Any] = BUNDLED_DEFAULTS if request.model == BUNDLED else _pipeline_defaults(pipe)
+    defaults = _defaults(pipe, request)
     if student is not None:
         steps = {} if student.steps is None else {"steps": student.steps[-1]}
-        defaults = {**defaults, **steps, "guidance_scale": student.guidance_scale}
-    asked = {name: getattr(request, name) for name in BUNDLED_DEFAULTS}
+        defaults |= {**steps, "guidance_scale": student.guidance_scale, "flow_shift": None}
+    asked = {name: getattr(request, name) for name in (*BUNDLED_DEFAULTS, *OPTIONAL_DEFAULTS)}
     settings: dict[str, Any] = {name: defaults.get(name) if value is None else value for name, value in asked.items()}
-    missing = [name for name, value in settings.items() if value is None]
+    missing = [name for name in BUNDLED_DEFAULTS if settings[name] is None]
     if missing:
         raise ValueError(f"`{missing[0]}` must be given: {type(pipe).__name__} has no default for it.")
     if student is not None:
@@ -206,8 +286,11 @@ def resolve_request(request: GenerationRequest, pipe: Any) -> GenerationRequest:
         student=_absolute(request.student),
         config=None,
         blade_config=config,
-        fps=request.fps or FPS,
-        device=str(pipe.device),
+        image=_absolute(request.image),
+        last_image=_absolute(request.last_image),
+        video=_absolute(request.video),
+        loras=tuple(_absolute_lora(lora) for lora in request.loras),
+        device=str(execution_device(pipe)),
         dtype=str(main_transformer(pipe).dtype).removeprefix("torch."),
     )
 
@@ -236,19 +319,11 @@ def generate(pipe: Any, request: GenerationRequest) -> Generation:
     Raises:
         NonFiniteError: if the latents turned infinite or not-a-number; names the step and the first layer. Nothing is
             decoded then.
-        ValueError: if BLADE cannot be applied to this model.
+        ValueError: if BLADE cannot be applied to this model, or it does not take what the request says.
+        MemoryError: if the device has too little memory; says what would need less.
     """
-    wanted = {
-        "prompt": request.prompt,
-        "negative_prompt": request.negative_prompt,
-        "height": request.height,
-        "width": request.width,
-        "num_frames": request.frames,
-        "num_inference_steps": request.steps,
-        "guidance_scale": request.guidance_scale,
-        "generator": torch.Generator("cpu").manual_seed(request.seed),
-        "output_type": "pt",
-    }
+    wanted = _arguments(pipe, request)
+    _prepare_sampler(pipe, request)
     config = request.blade_config
     if config is None and any(applied_to(transformer) for transformer in find_transformers(pipe).values()):
         config = BladeConfig(attention="dense")  # a student brings its own
@@ -263,8 +338,20 @@ def generate(pipe: Any, request: GenerationRequest) -> Generation:
             clock.step_ended()
             return inputs
 
-        frames = pipe(**wanted, callback_on_step_end=on_step_end).frames[0]
-        video = frames.float().cpu()
+        if "callback_on_step_end" in call_parameters(pipe):
+            wanted["callback_on_step_end"] = on_step_end
+        else:
+            stack.enter_context(_watch_scheduler(pipe, on_step_end))
+        try:
+            video = pipe(**wanted).frames[0].float().cpu()
+        except torch.OutOfMemoryError as error:
+            advice = advise(
+                request.offload,
+                quantized=request.quantize is not None,
+                tiled=request.vae_tiling,
+                decoding=clock.steps == request.steps,
+            )
+            raise MemoryError(f"The device's memory does not hold this run ({first_line(error)}). {advice}") from error
         clock.finished()
         summary = None if request.blade_config is None else blade_summary(pipe)
     if not video.isfinite().all():
@@ -284,12 +371,72 @@ def dense_request(request: GenerationRequest) -> GenerationRequest:
     return replace(request, attention="dense", blade_config=None, **nothing)
 
 
+def _arguments(pipe: Any, request: GenerationRequest) -> dict[str, Any]:
+    """The arguments of a pipeline's call; what a request leaves open stays the pipeline's own."""
+    assert request.height is not None and request.width is not None
+    size = (request.height, request.width)
+    wanted: dict[str, Any] = {
+        "prompt": request.prompt,
+        "negative_prompt": request.negative_prompt,
+        "height": request.height,
+        "width": request.width,
+        "num_frames": request.frames,
+        "frame_rate": request.fps,
+        "num_inference_steps": request.steps,
+        "guidance_scale": request.guidance_scale,
+        "guidance_scale_2": request.guidance_scale_2,
+        "strength": request.strength,
+        "generator": torch.Generator("cpu").manual_seed(request.seed),
+        "output_type": "pt",
+    }
+    for name in ("image", "last_image"):
+        if (path := getattr(request, name)) is not None:
+            wanted[name] = cover(read_image(path, name), *size)
+    if request.video is not None:
+        wanted["video"] = [cover(frame, *size) for frame in read_frames(request.video, request.frames)]
+    parameters = call_parameters(pipe)
+    for name in ("last_image", "strength", "guidance_scale_2"):
+        if wanted.get(name) is not None and name not in parameters:
+            raise ValueError(f"`{name}` must not be given: a {type(pipe).__name__} does not take it.")
+    return {name: value for name, value in wanted.items() if value is not None and name in parameters}
+
+
+def _prepare_sampler(pipe: Any, request: GenerationRequest) -> None:
+    """Set what is no argument of a pipeline's call: the scheduler's shift, and a guider's scale."""
+    if request.flow_shift is not None:
+        pipe.scheduler = set_flow_shift(pipe.scheduler, request.flow_shift)
+    guider = getattr(pipe, "guider", None)
+    if guider is not None and "guidance_scale" not in call_parameters(pipe):
+        pipe.guider = guider.new(guidance_scale=request.guidance_scale)
+
+
+@contextmanager
+def _watch_scheduler(pipe: Any, on_step_end: Callable[..., Any]) -> Iterator[None]:
+    """Call a callback of Diffusers' kind after every step of the scheduler, for pipelines that take none."""
+    scheduler, taken = pipe.scheduler, 0
+    step = scheduler.step
+
+    def watched(model_output: Any, timestep: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal taken
+        result = step(model_output, timestep, *args, **kwargs)
+        on_step_end(pipe, taken, timestep, {"latents": result[0]})
+        taken += 1
+        return result
+
+    scheduler.step = watched
+    try:
+        yield
+    finally:
+        del scheduler.step
+
+
 class _StageClock:
     """Times at which a pipeline's stages began, in seconds."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.start = self.denoising = self.decoding = self.end = self._now()
+        self.steps = 0
 
     def _now(self) -> float:
         if self.device.type == "cuda":
@@ -301,6 +448,7 @@ class _StageClock:
 
     def step_ended(self) -> None:
         self.decoding = self._now()
+        self.steps += 1
 
     def finished(self) -> None:
         self.end = self._now()
@@ -309,7 +457,7 @@ class _StageClock:
 @contextmanager
 def _stage_clock(pipe: Any) -> Iterator[_StageClock]:
     """Time a pipeline's run: the first forward pass of a transformer ends text encoding, the last step denoising."""
-    clock = _StageClock(pipe.device)
+    clock = _StageClock(execution_device(pipe))
 
     def first_forward(module: Any, args: Any) -> None:
         clock.denoising_began()
@@ -325,9 +473,14 @@ def _stage_clock(pipe: Any) -> Iterator[_StageClock]:
 
 
 def _absolute(source: str | None) -> str | None:
-    """A folder's whole path, so that a record names it wherever it is read; a Hub id as it is."""
-    folder = Path(source or "").expanduser()
-    return str(folder.resolve()) if source and folder.is_dir() else source
+    """A file's or folder's whole path, so that a record names it wherever it is read; a Hub id as it is."""
+    path = Path(source or "").expanduser()
+    return str(path.resolve()) if source and path.exists() else source
+
+
+def _absolute_lora(text: str) -> str:
+    source, separator, weight = text.rpartition("=") if "=" in text else (text, "", "")
+    return f"{_absolute(source)}{separator}{weight}"
 
 
 def _preset(pipe: Any) -> BladeConfig:
@@ -335,11 +488,27 @@ def _preset(pipe: Any) -> BladeConfig:
     return BladeConfig.from_preset(find_family(transformer).preset_name(transformer))
 
 
-def _pipeline_defaults(pipe: Any) -> dict[str, Any]:
-    """Return the defaults of a pipeline's call under this module's names."""
-    names = {"num_frames": "frames", "num_inference_steps": "steps"}
-    parameters = inspect.signature(type(pipe).__call__).parameters
-    return {names.get(name, name): value.default for name, value in parameters.items()}
+def _defaults(pipe: Any, request: GenerationRequest) -> dict[str, Any]:
+    """Return what a request is filled in with: of a real model its family's values, then those of its pipeline's call.
+
+    A video made from an image takes its shape, one made from a video its length.
+    """
+    if request.model == BUNDLED:
+        defaults: dict[str, Any] = {**BUNDLED_DEFAULTS, "fps": FPS}
+    else:
+        names = {"num_frames": "frames", "num_inference_steps": "steps", "frame_rate": "fps"}
+        own = {names.get(name, name): parameter.default for name, parameter in call_parameters(pipe).items()}
+        family = find_family(main_transformer(pipe)).sampling_defaults(pipe, request.height, request.width)
+        recommended = {name: value for name, value in asdict(family).items() if value is not None}
+        defaults = {"fps": FPS, **own, **recommended}
+    if request.image is not None and request.height is None and request.width is None:
+        area = defaults["height"] * defaults["width"]
+        height, width = size_like(pipe, read_image(request.image), area)
+        defaults |= {"height": height, "width": width}
+    if request.video is not None and request.frames is None:
+        step = getattr(pipe, "vae_scale_factor_temporal", 4)
+        defaults["frames"] = (len(read_frames(request.video, None)) - 1) // step * step + 1
+    return defaults
 
 
 def _without_all(pooled_tokens: str) -> str:

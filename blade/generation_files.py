@@ -6,11 +6,13 @@ import json
 import logging
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from blade.acceleration import choose_offload, compile_blocks, enable_cache, enable_tiling, load_loras, place, quantize
+from blade.conditions import pipeline_for
 from blade.generation import (
     BUNDLED_DEFAULTS,
     Generation,
@@ -21,7 +23,7 @@ from blade.generation import (
     resolve_request,
 )
 from blade.generation_record import make_record
-from blade.models import BUNDLED, EXAMPLE_MODEL, load_pipeline, resolve_device, resolve_dtype
+from blade.models import BUNDLED, EXAMPLE_MODEL, first_line, load_pipeline, resolve_device, resolve_dtype
 from blade.students import load_student, published_students
 from blade.video_io import check_writable, encode_mp4, side_by_side, write_files
 
@@ -89,14 +91,109 @@ def generate_files(
         OutputError: if a file cannot be written.
         NonFiniteError: see `blade.generation.generate`.
     """
-    path = default_output(request) if output is None else Path(output)
+    path = _checked_output(default_output(request) if output is None else Path(output))
+    start = time.perf_counter()
+    pipe, resolved = prepare_pipeline(request)
+    _check_comparable(resolved, compare)
+    return _make_files(pipe, resolved, path, compare=compare, seconds_loading=time.perf_counter() - start)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ListReport:
+    """What became of a list of prompts; `print` it."""
+
+    made: tuple[GenerationReport, ...]
+    """The new videos."""
+    skipped: tuple[Path, ...]
+    """Videos that were there before."""
+    failed: Mapping[str, str]
+    """By prompt, why it has no video."""
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.made)} made, {len(self.skipped)} there before, {len(self.failed)} failed"]
+        lines += [f"made        {report.video_path}" for report in self.made]
+        lines += [f"failed      {prompt}: {reason}" for prompt, reason in self.failed.items()]
+        return "\n".join(lines)
+
+
+def generate_list(
+    request: GenerationRequest, prompts: Sequence[str], folder: str | Path = OUTPUT_FOLDER, *, compare: bool = False
+) -> ListReport:
+    """Make a video of every prompt, each as soon as it is there; what a run before this one made is left as it is.
+
+    Args:
+        request: what else to make them by; its own prompt is not used.
+        prompts: the prompts.
+        folder: where the videos go, each under the name of its prompt and the seed.
+        compare: see `generate_files`.
+
+    Returns:
+        What was made. A prompt that fails takes none of the others along.
+
+    Raises:
+        ValueError: for a request that cannot be met with any prompt.
+        OutputError: if the folder cannot be written.
+    """
+    paths = {prompt: Path(folder) / default_output(replace(request, prompt=prompt)).name for prompt in prompts}
+    waiting = {prompt: path for prompt, path in paths.items() if not _is_there(path)}
+    skipped = tuple(path for prompt, path in paths.items() if prompt not in waiting)
+    if not waiting:
+        return ListReport(made=(), skipped=skipped, failed={})
+    for path in waiting.values():
+        _checked_output(path)
+    start = time.perf_counter()
+    pipe, resolved = prepare_pipeline(replace(request, prompt=next(iter(waiting))))
+    _check_comparable(resolved, compare)
+    seconds_loading = time.perf_counter() - start
+    made, failed = [], {}
+    for number, (prompt, path) in enumerate(waiting.items(), start=1):
+        logger.info(f"{number}/{len(waiting)} {prompt}")
+        try:
+            own = replace(resolved, prompt=prompt)
+            made.append(_make_files(pipe, own, path, compare=compare, seconds_loading=seconds_loading))
+        except Exception as error:  # whatever a prompt does to the model; the others have nothing to do with it
+            failed[prompt] = first_line(error)
+            logger.warning(f"failed: {failed[prompt]}")
+    return ListReport(made=tuple(made), skipped=skipped, failed=failed)
+
+
+def read_prompts(path: str | Path) -> list[str]:
+    """Return the prompts in a text file, one a line, without empty lines, those that begin with "#", and repetitions.
+
+    Raises:
+        ValueError: if there is no such file, or no prompt in it.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"`prompts` must be a text file with one prompt a line, got {path}: {error}.") from error
+    prompts = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    if not prompts:
+        raise ValueError(f"`prompts` must be a text file with one prompt a line, but {path} has none.")
+    return list(dict.fromkeys(prompts))
+
+
+def _is_there(path: Path) -> bool:
+    return path.is_file() and path.with_suffix(".json").is_file()
+
+
+def _checked_output(path: Path) -> Path:
     if path.suffix.lower() != ".mp4":
         raise ValueError(f"`output` must end in .mp4, got {path}.")
     check_writable(path)
-    pipe, resolved, seconds_loading = _prepare(request)
+    return path
+
+
+def _check_comparable(resolved: GenerationRequest, compare: bool) -> None:
     if compare and resolved.attention == "dense":
         raise ValueError("`compare` sets sparse attention beside dense, but this request is dense already.")
 
+
+def _make_files(
+    pipe: Any, resolved: GenerationRequest, path: Path, *, compare: bool, seconds_loading: float
+) -> GenerationReport:
+    if resolved.model == BUNDLED and (warning := prompt_warning(resolved.prompt, resolved.negative_prompt)):
+        logger.warning(warning)
     pipe.set_progress_bar_config(desc=f"denoising, {resolved.attention}")
     generation = generate(pipe, resolved)
     record = make_record(resolved, generation, seconds_loading=seconds_loading)
@@ -122,7 +219,7 @@ def generate_files(
         record_path=record_path,
         comparison_path=comparison_path,
         record=record,
-        published_students=published_students(pipe) if request.student is None else (),
+        published_students=published_students(pipe) if resolved.student is None else (),
     )
 
 
@@ -185,22 +282,53 @@ def prompt_warning(prompt: str, negative_prompt: str | None = None) -> str | Non
     )
 
 
-def _prepare(request: GenerationRequest) -> tuple[Any, GenerationRequest, float]:
-    """Return the loaded pipeline, the resolved request, and the seconds that loading took."""
+def prepare_pipeline(request: GenerationRequest) -> tuple[Any, GenerationRequest]:
+    """Load a pipeline with all that a request asks for but BLADE itself, and fill the request in.
+
+    Args:
+        request: what is to be made.
+
+    Returns:
+        The pipeline, on its device, and the resolved request.
+
+    Raises:
+        ValueError: for a request that cannot be met.
+        ModelError: if there is no such model, or it cannot be used.
+    """
     device = resolve_device(request.device)
     dtype = resolve_dtype(request.dtype, device)
-    if request.model == BUNDLED:
-        warning = prompt_warning(request.prompt, request.negative_prompt)
-        if warning:
-            logger.warning(warning)
+    offload = request.offload
+    if offload != "none" and device.type == "cpu":
+        raise ValueError(f"`offload` must be none on the CPU, where weights are already, got {offload!r}.")
     if request.config is not None and request.attention != "dense":
         request = replace(request, config=None, blade_config=read_config(request.config))
-    start = time.perf_counter()
-    pipe = load_pipeline(request.model, revision=request.revision, device=device, dtype=dtype)
+    if offload == "auto":
+        offload = _fitting_offload(request)
+    pipe = load_pipeline(request.model, revision=request.revision, device=None, dtype=dtype)
+    pipe = pipeline_for(pipe, request.condition)
+    load_loras(pipe, request.loras)
     if request.student is not None:
         weight = 1.0 if request.student_weight is None else request.student_weight
         load_student(pipe, request.student, scheduler=request.scheduler, weight=weight)
-    return pipe, resolve_request(request, pipe), time.perf_counter() - start
+    resolved = replace(resolve_request(request, pipe), offload=offload, device=str(device))
+    if request.quantize is not None:
+        quantize(pipe, request.quantize)
+    if request.cache is not None:
+        enable_cache(pipe, request.cache)
+    if request.compile:
+        compile_blocks(pipe)
+    if request.vae_tiling:
+        enable_tiling(pipe)
+    place(pipe, device, offload)
+    return pipe, resolved
+
+
+def _fitting_offload(request: GenerationRequest) -> str:
+    from blade.planning import plan_run
+
+    plan = plan_run(request)
+    assert plan.device_gib is not None
+    return choose_offload(plan.weights_gib, plan.activations_gib, plan.device_gib)
 
 
 def _score(request: GenerationRequest, generation: Generation) -> dict[str, Any] | None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from blade.config import BladeConfig
-from blade.generation import SPARSE_OPTIONS, STUDENT_OPTIONS, Generation, GenerationRequest
+from blade.generation import MODEL_OPTIONS, SPARSE_OPTIONS, STUDENT_OPTIONS, Generation, GenerationRequest
 from blade.machine import describe_machine, describe_versions
 
 PACKAGES = ("blade-video", "torch", "diffusers", "transformers", "av")
@@ -77,7 +77,7 @@ def read_request(path: str | Path, changes: Mapping[str, Any] | None = None) -> 
     if "config" in changes or other_model:
         forgotten = ("blade_config", "attention", *SPARSE_OPTIONS)
     if other_model:
-        forgotten += ("revision", *STUDENT_OPTIONS)
+        forgotten += ("revision", "negative_prompt", *STUDENT_OPTIONS, *MODEL_OPTIONS)
     if changes.get("attention") == "dense":
         forgotten += ("blade_config", *SPARSE_OPTIONS)
     values = {name: value for name, value in values.items() if name not in forgotten} | changes

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 import json
+import logging
 import math
+from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +30,14 @@ EXAMPLE_MODEL = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """What the transformer and the text encoder can run in. The VAE always runs in float32."""
+
+logger = logging.getLogger("blade")
+
+INPUTS = ("prompt", "image", "video")
+"""Arguments of a pipeline's call that a generation can give."""
+
+LARGE_DOWNLOAD = 50_000_000
+"""Bytes from which on a download is announced."""
 
 HUB_TIMEOUT = 10.0
 """Seconds to wait for the Hub before the local cache is taken."""
@@ -100,19 +110,19 @@ def load_pipeline(
     model: str | Path = BUNDLED,
     *,
     revision: str | None = None,
-    device: torch.device | str = "cpu",
+    device: torch.device | str | None = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> DiffusionPipeline:
-    """Load a Diffusers text-to-video pipeline.
+    """Load a Diffusers video pipeline.
 
     Args:
         model: `BUNDLED`, a folder in Diffusers format, or a Hub id.
         revision: branch, tag or commit of a Hub id; None takes its main branch.
-        device: where it runs.
+        device: where it runs; None leaves it where it was loaded, on the CPU.
         dtype: dtype of all parts but the VAE, which runs in float32.
 
     Raises:
-        ModelError: if there is no such model, it cannot be read, or it makes no video from a prompt alone.
+        ModelError: if there is no such model, it cannot be read, or it makes no video.
     """
     import diffusers
     from packaging.version import Version
@@ -125,8 +135,8 @@ def load_pipeline(
         pipe = diffusers.DiffusionPipeline.from_pretrained(source, **options)
     except Exception as error:  # whatever Diffusers, Transformers and safetensors raise for a broken model
         raise ModelError(f"`model` {model} cannot be loaded: {_reason(source, error)}") from error
-    _check_text_to_video(model, pipe)
-    return pipe.to(device)
+    _check_video_model(model, pipe)
+    return pipe if device is None else pipe.to(device)
 
 
 def load_empty_pipeline(
@@ -142,13 +152,13 @@ def load_empty_pipeline(
         dtype: see `load_pipeline`.
 
     Raises:
-        ModelError: if there is no such model, it cannot be read, or it makes no video from a prompt alone.
+        ModelError: if there is no such model, it cannot be read, or it makes no video.
     """
     import diffusers
     import transformers
     from huggingface_hub import snapshot_download
 
-    source, options = _locate(model, revision)
+    source, options = _locate(model, revision, announce=False)
     try:
         if not Path(source).is_dir():
             patterns = [INDEX_NAME, "*/config.json", "*/scheduler_config.json"]
@@ -176,7 +186,7 @@ def load_empty_pipeline(
         pipe = getattr(diffusers, index["_class_name"])(**parts)
     except Exception as error:  # whatever Diffusers, Transformers and the Hub's client raise for a broken model
         raise ModelError(f"`model` {model} cannot be read: {first_line(error)}") from error
-    _check_text_to_video(model, pipe)
+    _check_video_model(model, pipe)
     return pipe
 
 
@@ -198,9 +208,28 @@ def hub_commit(model: str | Path, revision: str | None = None) -> str | None:
     return Path(cached).parent.name if isinstance(cached, str) else None
 
 
+def execution_device(pipe: Any) -> torch.device:
+    """Return the device that a pipeline runs on, wherever its weights wait."""
+    return getattr(pipe, "_execution_device", pipe.device)
+
+
 def main_transformer(pipe: Any) -> nn.Module:
     """Return the transformer of a pipeline, the first one where it has two."""
     return next(iter(find_transformers(pipe).values()))
+
+
+def call_parameters(pipe: Any) -> Mapping[str, inspect.Parameter]:
+    """Return the parameters of a pipeline's call by name."""
+    return inspect.signature(type(pipe).__call__).parameters
+
+
+def size_multiples(pipe: Any) -> tuple[int, int]:
+    """Return what a pipeline's heights and widths are whole multiples of."""
+    patch = getattr(main_transformer(pipe).config, "patch_size", 1)
+    edges = (patch, patch) if isinstance(patch, int) else patch[-2:]
+    scale = getattr(pipe, "vae_scale_factor_spatial", 8)
+    height, width = (math.lcm(WAN_SIZE_MULTIPLE, scale * edge) for edge in edges)
+    return height, width
 
 
 def check_size(pipe: Any, height: int, width: int, frames: int) -> None:
@@ -215,10 +244,7 @@ def check_size(pipe: Any, height: int, width: int, frames: int) -> None:
     Raises:
         ValueError: naming the nearest sizes that it can make.
     """
-    patch = getattr(main_transformer(pipe).config, "patch_size", 1)
-    patch_height, patch_width = (patch, patch) if isinstance(patch, int) else patch[-2:]
-    for name, value, edge in (("height", height, patch_height), ("width", width, patch_width)):
-        multiple = math.lcm(WAN_SIZE_MULTIPLE, getattr(pipe, "vae_scale_factor_spatial", 8) * edge)
+    for name, value, multiple in zip(("height", "width"), (height, width), size_multiples(pipe), strict=True):
         _check_step(name, value, first=multiple, step=multiple, rule=f"a multiple of {multiple}")
     step = getattr(pipe, "vae_scale_factor_temporal", 4)
     _check_step("frames", frames, first=1, step=step, rule=f"{step}n + 1 for a whole number n")
@@ -232,7 +258,7 @@ def _check_step(name: str, value: int, *, first: int, step: int, rule: str) -> N
     raise ValueError(f"`{name}` must be {rule} for this model, got {value}; the nearest is {nearest}.")
 
 
-def look_up(name: str, option: str, file: str, revision: str | None = None) -> list[str] | None:
+def look_up(name: str, option: str, file: str, revision: str | None = None) -> dict[str, int] | None:
     """Ask the Hub for a repository, once and with a time limit, where Diffusers would retry for minutes.
 
     Args:
@@ -242,7 +268,7 @@ def look_up(name: str, option: str, file: str, revision: str | None = None) -> l
         revision: branch, tag or commit; None takes the main branch.
 
     Returns:
-        The names of the repository's files; None if the Hub cannot be reached but the cache has `file`.
+        The repository's files with their sizes in bytes; None if the Hub cannot be reached but the cache has `file`.
 
     Raises:
         ModelError: if there is no such repository.
@@ -261,7 +287,7 @@ def look_up(name: str, option: str, file: str, revision: str | None = None) -> l
     if len(parts) != 2 or not all(parts) or name[0] in ".~":
         raise ModelError(f"{problem}, and no Hub id, which reads owner/name.")
     try:
-        info = HfApi().model_info(name, revision=revision, timeout=HUB_TIMEOUT)
+        info = HfApi().model_info(name, revision=revision, timeout=HUB_TIMEOUT, files_metadata=True)
     except HFValidationError as error:
         raise ModelError(f"{problem}, and no Hub id: {first_line(error)}") from error
     except GatedRepoError as error:
@@ -278,10 +304,33 @@ def look_up(name: str, option: str, file: str, revision: str | None = None) -> l
         raise ModelError(
             f"{problem} and not in the Hub's local cache, and the Hub cannot be reached ({first_line(error)})."
         ) from error
-    return [item.rfilename for item in info.siblings or []]
+    return {item.rfilename: item.size or 0 for item in info.siblings or []}
 
 
-def _locate(model: str | Path, revision: str | None) -> tuple[str, dict[str, Any]]:
+def bytes_to_download(name: str, files: Mapping[str, int], revision: str | None = None) -> int:
+    """Return how much of a pipeline's repository the local cache lacks: its parts' configurations and safetensors.
+
+    Args:
+        name: the Hub id.
+        files: its files with their sizes.
+        revision: branch, tag or commit; None takes the main branch.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    parts = {path.partition("/")[0] for path in files if path.endswith(("/config.json", "_config.json"))}
+    needed = [
+        path
+        for path in files
+        if path.partition("/")[0] in parts
+        and path.endswith((".safetensors", ".json", ".txt", ".model"))
+        and not path.endswith((".fp16.safetensors", ".bf16.safetensors"))
+    ]
+    return sum(
+        files[path] for path in needed if not isinstance(try_to_load_from_cache(name, path, revision=revision), str)
+    )
+
+
+def _locate(model: str | Path, revision: str | None, *, announce: bool = True) -> tuple[str, dict[str, Any]]:
     """Return what to hand to Diffusers, and how, for a model that seems to be one."""
     name = str(model)
     path = Path(name).expanduser()
@@ -296,7 +345,10 @@ def _locate(model: str | Path, revision: str | None) -> tuple[str, dict[str, Any
         options: dict[str, Any] = {}
     else:
         found = look_up(name, "model", INDEX_NAME, revision)
-        files = [INDEX_NAME] if found is None else found
+        files = [INDEX_NAME] if found is None else list(found)
+        size = 0 if found is None else bytes_to_download(name, found, revision)
+        if size >= LARGE_DOWNLOAD and announce:
+            logger.info(f"downloading {size / 1e9:.1f} GB of {name} to the Hub's local cache")
         options = {"local_files_only": found is None, "revision": revision}
     if INDEX_NAME not in files:
         raise ModelError(f"`model` {name} is no Diffusers pipeline: it has no {INDEX_NAME}{_resemblance(files)}.")
@@ -313,9 +365,8 @@ def _resemblance(files: list[str]) -> str:
     return ""
 
 
-def _check_text_to_video(model: str | Path, pipe: Any) -> None:
-    kind = type(pipe).__name__
-    parameters = inspect.signature(type(pipe).__call__).parameters
+def _check_video_model(model: str | Path, pipe: Any) -> None:
+    kind, parameters = type(pipe).__name__, call_parameters(pipe)
     if "num_frames" not in parameters or not (
         getattr(pipe, "transformer", None) or getattr(pipe, "transformer_2", None)
     ):
@@ -323,11 +374,9 @@ def _check_text_to_video(model: str | Path, pipe: Any) -> None:
             f"`model` {model} is a {kind}, which makes no video with a transformer; take {EXAMPLE_MODEL}."
         )
     needed = [name for name, value in parameters.items() if value.default is value.empty and name != "self"]
-    needed = [name for name in needed if name != "prompt" and parameters[name].kind != inspect.Parameter.VAR_KEYWORD]
+    needed = [name for name in needed if name not in INPUTS and parameters[name].kind != inspect.Parameter.VAR_KEYWORD]
     if needed:
-        raise ModelError(
-            f"`model` {model} is a {kind}, which needs `{needed[0]}` beside a prompt; take {EXAMPLE_MODEL}."
-        )
+        raise ModelError(f"`model` {model} is a {kind}, which needs `{needed[0]}`; take {EXAMPLE_MODEL}.")
 
 
 def _reason(source: str, error: Exception) -> str:

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from blade.attention.family import find_family
+from blade.conditions import pipeline_for
 from blade.costs import RunCost, forward_cost, run_cost
 from blade.generation import GenerationRequest, resolve_request
 from blade.models import load_empty_pipeline, main_transformer, resolve_device, resolve_dtype
@@ -80,7 +81,7 @@ class RunPlan:
             + ", ".join(f"{part} {gib:.2f}" for part, gib in self.activations_gib.items()),
         ]
         if self.fits is not None:
-            verdict = "it fits" if self.fits else "it does not fit: offload parts, or take a smaller video"
+            verdict = "it fits" if self.fits else "it does not fit: take --offload auto, or a smaller video"
             lines.append(f"device      {self.device_gib:.1f} GiB: {verdict}")
         return "\n".join(lines)
 
@@ -98,6 +99,7 @@ def plan_run(request: GenerationRequest) -> RunPlan:
     device = resolve_device(request.device)
     dtype = resolve_dtype(request.dtype, device)
     pipe = load_empty_pipeline(request.model, revision=request.revision, dtype=dtype)
+    pipe = pipeline_for(pipe, request.condition)
     resolved = replace(resolve_request(request, pipe), device=str(device))
     assert resolved.frames is not None and resolved.height is not None and resolved.width is not None
     assert resolved.steps is not None and resolved.guidance_scale is not None

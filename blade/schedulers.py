@@ -20,6 +20,24 @@ PREDICTION_TYPES = ("flow_prediction", "v_prediction")
 _HASHED = 4096  # numbers of the first sample that the noise is drawn from
 
 
+def set_flow_shift(scheduler: Any, shift: float) -> Any:
+    """Return a flow-matching scheduler like another one, with a shift toward high noise.
+
+    Args:
+        scheduler: a Diffusers scheduler whose configuration has a `flow_shift` or a `shift`.
+        shift: the shift; 1 is none.
+
+    Raises:
+        ValueError: if it is no such scheduler.
+    """
+    name = next((name for name in ("flow_shift", "shift") if name in scheduler.config), None)
+    if name is None or (name == "flow_shift" and not scheduler.config.get("use_flow_sigmas", True)):
+        raise ValueError(
+            f"`flow_shift` must not be given: a {type(scheduler).__name__} here is not for flow matching."
+        )
+    return type(scheduler).from_config(scheduler.config, **{name: shift})
+
+
 @dataclass
 class FewStepOutput(BaseOutput):
     """What a step returns."""

@@ -12,7 +12,7 @@ from diffusers import SchedulerMixin
 from torch import nn
 
 from blade.attention.applied import applied_to
-from blade.attention.apply import STUDENT_ATTRIBUTE, find_transformers, install_blade, remove_blade
+from blade.attention.apply import STUDENT_ATTRIBUTE, find_transformers, install_blade
 from blade.attention.family import find_family
 from blade.config import CONFIG_NAME, BladeConfig
 from blade.models import first_line, look_up
@@ -205,16 +205,7 @@ def unload_student(pipe: Any, *, missing_ok: bool = False) -> None:
             transformer.delete_adapters(ADAPTER)
             if not getattr(transformer, "peft_config", None):
                 transformer.unload_lora()
-    if all(config is None for config in before.configs.values()):
-        remove_blade(pipe)
-    elif len({id(config) for config in before.configs.values()}) == 1:
-        install_blade(pipe, next(iter(before.configs.values())))
-    else:
-        for name, config in before.configs.items():
-            if config is None:
-                remove_blade(transformers[name])
-            else:
-                install_blade(transformers[name], config)
+    install_blade(pipe, {name: config for name, config in before.configs.items() if config is not None})
     pipe.scheduler = before.scheduler
     delattr(pipe, STUDENT_ATTRIBUTE)
 
@@ -229,7 +220,7 @@ class _Files:
             names = look_up(source, "source", WEIGHT_NAME)
             self.folder = None
             if names is not None:
-                self.names = names
+                self.names = list(names)
                 return
             from huggingface_hub import snapshot_download  # the Hub cannot be reached: what its cache has
 

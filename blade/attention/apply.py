@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -20,7 +20,11 @@ STUDENT_ATTRIBUTE = "_blade_student"
 """Attribute of a pipeline that a student was loaded onto."""
 
 
-def apply_blade(pipe_or_transformer: Target, config: BladeConfig | None = None) -> Target:
+Configs = BladeConfig | Mapping[str, BladeConfig]
+"""One configuration for every transformer, or one for each by its name in the pipeline."""
+
+
+def apply_blade(pipe_or_transformer: Target, config: Configs | None = None) -> Target:
     """Make the self-attention of a pipeline's transformers block-sparse.
 
     Order with the rest of Diffusers: quantise, load LoRA weights, `apply_blade`, `enable_cache`, compile.
@@ -28,7 +32,8 @@ def apply_blade(pipe_or_transformer: Target, config: BladeConfig | None = None) 
     Args:
         pipe_or_transformer: a Diffusers pipeline, of which every transformer is changed in place, or one transformer.
             With a pipeline, steps are counted by its scheduler.
-        config: the configuration. None recognises the model and takes its training-free preset.
+        config: the configuration, or one for each transformer of a pipeline by name, such as `{"transformer_2": ...}`;
+            those not named stay without BLADE. None recognises the model and takes its training-free preset.
 
     Returns:
         The same object. A second call replaces the first.
@@ -38,9 +43,11 @@ def apply_blade(pipe_or_transformer: Target, config: BladeConfig | None = None) 
             it is split by a parallelism, a cache that wraps the whole transformer is enabled, or, with `strict`, a
             layer cannot be made sparse. Nothing is changed then.
     """
-    if config is not None and not isinstance(config, BladeConfig):
-        raise ValueError(f"`config` must be a BladeConfig or None, got {type(config).__name__}.")
-    if config is not None and config.kind == "student" and not hasattr(pipe_or_transformer, STUDENT_ATTRIBUTE):
+    given = list(config.values()) if isinstance(config, Mapping) else [] if config is None else [config]
+    for one in given:
+        if not isinstance(one, BladeConfig):
+            raise ValueError(f"`config` must be a BladeConfig, or several by name, or None, got {type(one).__name__}.")
+    if any(one.kind == "student" for one in given) and not hasattr(pipe_or_transformer, STUDENT_ATTRIBUTE):
         warnings.warn(
             "These are a student's values, for weights that were trained with them; on ordinary weights the video "
             'suffers badly. Use a preset of `kind="training-free"` instead.',
@@ -71,7 +78,7 @@ def remove_blade(pipe_or_transformer: Target) -> Target:
 
 
 @contextmanager
-def use_blade(pipe_or_transformer: Target, config: BladeConfig | None = None) -> Iterator[Target]:
+def use_blade(pipe_or_transformer: Target, config: Configs | None = None) -> Iterator[Target]:
     """Apply BLADE inside a `with` block; what was applied before is put back at its end.
 
     Args:
@@ -88,17 +95,22 @@ def use_blade(pipe_or_transformer: Target, config: BladeConfig | None = None) ->
         _install(transformers, before)
 
 
-def install_blade(pipe_or_transformer: Any, config: BladeConfig | None) -> None:
+def install_blade(pipe_or_transformer: Any, config: Configs | None) -> None:
     """Apply BLADE as `apply_blade` does, without asking whether the weights suit the configuration."""
     transformers = find_transformers(pipe_or_transformer)
     pipe = None if isinstance(pipe_or_transformer, nn.Module) else pipe_or_transformer
     before = {name: applied_to(transformer) for name, transformer in transformers.items()}
+    if isinstance(config, Mapping) and (unknown := [name for name in config if name not in transformers]):
+        raise ValueError(f"`config` must be for {' and '.join(transformers)}, got one for {unknown[0]!r}.")
     remove_blade(pipe_or_transformer)
-    new: dict[str, AppliedBlade | None] = {}
+    new: dict[str, AppliedBlade | None] = dict.fromkeys(transformers)
     try:
         for name, transformer in transformers.items():
+            if isinstance(config, Mapping) and name not in config:
+                continue
             family = find_family(transformer)
-            own_config = config or BladeConfig.from_preset(family.preset_name(transformer))
+            own_config = config[name] if isinstance(config, Mapping) else config
+            own_config = own_config or BladeConfig.from_preset(family.preset_name(transformer))
             new[name] = AppliedBlade(transformer, family, own_config, pipe)
     except Exception:
         _install(transformers, before)

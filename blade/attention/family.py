@@ -12,6 +12,7 @@ from blade.token_grid import TokenGrid
 
 if TYPE_CHECKING:
     from blade.attention.layer import SparseLayer
+    from blade.sampling import SamplingDefaults
 
 Inputs = dict[str, Any]
 """The arguments of a transformer's forward pass by name."""
@@ -38,6 +39,16 @@ class ModelFamily(Protocol):
 
     def preset_name(self, transformer: nn.Module) -> str:
         """Return the name of the preset that suits the transformer."""
+        ...
+
+    def sampling_defaults(self, pipe: Any, height: int | None, width: int | None) -> SamplingDefaults:
+        """Return what is recommended for a pipeline's model.
+
+        Args:
+            pipe: the pipeline.
+            height: pixels that were asked for, if any.
+            width: pixels that were asked for, if any.
+        """
         ...
 
     def attention_layers(self, transformer: nn.Module) -> Sequence[nn.Module]:

@@ -17,7 +17,7 @@ INTERRUPTED_EXIT_CODE = 130
 
 DEBUG = "--debug"
 
-READABLE = (ValueError, OSError, ArithmeticError, NotImplementedError)
+READABLE = (ValueError, OSError, ArithmeticError, NotImplementedError, MemoryError)
 """Errors whose message says by itself what is wrong."""
 
 
@@ -79,9 +79,11 @@ def _plain_messages() -> Iterator[None]:
     warnings.formatwarning = lambda message, category, *where: f"{category.__name__}: {message}\n"
     for logger in loggers:
         logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
     try:
         yield
     finally:
         warnings.formatwarning = format_before
         for logger in loggers:
             logger.removeHandler(handler)
+            logger.setLevel(logging.NOTSET)

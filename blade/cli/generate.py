@@ -10,6 +10,9 @@ import typer
 
 from blade.cli.command import run_command
 
+FAILED_EXIT_CODE = 1
+"""Where a prompt of a list failed."""
+
 
 def _option(help: str, *names: str) -> Any:
     return typer.Option(*names, help=help, show_default=False)
@@ -54,6 +57,28 @@ def generate(
     scheduler: Annotated[
         str | None, _option("Times that the student was trained at, such as 999,856,665,399, if it brings none.")
     ] = None,
+    image: Annotated[str | None, _option("The first frame: an image file or its address.")] = None,
+    last_image: Annotated[str | None, _option("The last frame, beside --image.")] = None,
+    video: Annotated[str | None, _option("A video to change.")] = None,
+    strength: Annotated[float | None, _option("How far --video is changed, above 0 and at most 1.")] = None,
+    guidance_scale_2: Annotated[float | None, _option("--guidance-scale of a second transformer.")] = None,
+    flow_shift: Annotated[float | None, _option("Shift of a flow-matching scheduler toward high noise.")] = None,
+    lora: Annotated[
+        list[str] | None, _option("A LoRA: folder, file or Hub id, with =STRENGTH or without; repeatable.")
+    ] = None,
+    offload: Annotated[
+        str | None, _option("Where weights wait: none, model, sequential, group, or auto for the fastest that fits.")
+    ] = None,
+    vae_tiling: Annotated[bool, _option("Decode in tiles, which takes less memory.", "--vae-tiling")] = False,
+    quantize: Annotated[str | None, _option("Store the transformer's weights as int8 or fp8 (torchao).")] = None,
+    compile: Annotated[bool, _option("Compile the transformer's blocks and the decoder.", "--compile")] = False,
+    cache: Annotated[
+        str | None, _option("One of Diffusers' caches: first-block or pyramid, with =NUMBER or without.")
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        _option("A text file, one prompt a line; --output is then a folder. Videos that exist are skipped."),
+    ] = None,
     output: Annotated[
         Path | None, _option("The MP4; a JSON goes beside it. By default outputs/PROMPT-SEED.mp4.")
     ] = None,
@@ -93,18 +118,36 @@ def generate(
         "student": student,
         "student_weight": student_weight,
         "scheduler": scheduler,
+        "image": image,
+        "last_image": last_image,
+        "video": video,
+        "strength": strength,
+        "guidance_scale_2": guidance_scale_2,
+        "flow_shift": flow_shift,
+        "loras": lora or None,
+        "offload": offload,
+        "vae_tiling": vae_tiling or None,
+        "quantize": quantize,
+        "compile": compile or None,
+        "cache": cache,
     }
     # imported here, so that --help and usage errors don't wait for PyTorch
     import diffusers
     import transformers
 
     from blade.generation import GenerationRequest
-    from blade.generation_files import generate_files
+    from blade.generation_files import OUTPUT_FOLDER, generate_files, generate_list, read_prompts
     from blade.generation_record import read_request
     from blade.models import BUNDLED
 
     given = {name: value for name, value in options.items() if value is not None}
-    if from_json is None and prompt is None:
+    listed = [] if prompts is None else read_prompts(prompts)
+    if prompts is not None:
+        for name, value in (("prompt", prompt), ("from-json", from_json), ("dry-run", dry_run or None)):
+            if value is not None:
+                raise ValueError(f"`--{name}` must not be given with `--prompts`.")
+        given["prompt"] = listed[0]
+    if from_json is None and "prompt" not in given:
         raise ValueError('`--prompt` must be given, such as --prompt "a red ball moving right".')
     request = GenerationRequest(**given) if from_json is None else read_request(from_json, given)
     if dry_run:
@@ -116,6 +159,12 @@ def generate(
         # loaded in a moment, so that progress bars would only hide what follows
         diffusers.utils.logging.disable_progress_bar()
         transformers.utils.logging.disable_progress_bar()
+    if prompts is not None:
+        report = generate_list(request, listed, OUTPUT_FOLDER if output is None else output, compare=compare)
+        print(report)
+        if report.failed:
+            raise typer.Exit(FAILED_EXIT_CODE)
+        return
     print(generate_files(request, output, compare=compare))
 
 

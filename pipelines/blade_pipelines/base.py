@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from blade.attention.layer import SparseLayer
+from blade.sampling import SamplingDefaults
 from blade_pipelines.processor import SparseProcessor
 
 
@@ -26,6 +27,10 @@ class DiffusersFamily:
     def recognises(self, transformer: nn.Module) -> bool:
         """Return whether the transformer is of this family."""
         return isinstance(transformer, self.transformers)
+
+    def sampling_defaults(self, pipe: Any, height: int | None, width: int | None) -> SamplingDefaults:
+        """Return what is recommended for a pipeline's model; here, nothing beyond Diffusers' own defaults."""
+        return SamplingDefaults()
 
     def blocks(self, transformer: nn.Module) -> Sequence[nn.Module]:
         """Return the transformer's blocks."""

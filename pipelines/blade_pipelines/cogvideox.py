@@ -16,6 +16,7 @@ from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXTran
 from torch import nn
 
 from blade.attention.family import Inputs, Permutation
+from blade.sampling import SamplingDefaults
 from blade.token_grid import TokenGrid
 from blade_pipelines.base import DiffusersFamily
 from blade_pipelines.patches import permute_patches
@@ -76,6 +77,16 @@ class CogVideoXFamily(DiffusersFamily):
         if transformer.config.patch_size_t is not None:
             return "cogvideox-1.5"
         return "cogvideox-5b" if transformer.config.num_attention_heads == 48 else "cogvideox"
+
+    def sampling_defaults(self, pipe: Any, height: int | None, width: int | None) -> SamplingDefaults:
+        """Return CogVideoX's own values.
+
+        Source: the model cards of CogVideoX (49 frames of 480 x 720 at 8 a second) and CogVideoX 1.5 (81 frames of
+        768 x 1360 at 16 a second).
+        """
+        if pipe.transformer.config.patch_size_t is not None:
+            return SamplingDefaults(height=768, width=1360, frames=81, fps=16, steps=50, guidance_scale=6.0)
+        return SamplingDefaults(height=480, width=720, frames=49, fps=8, steps=50, guidance_scale=6.0)
 
     def token_grid(self, transformer: nn.Module, inputs: Inputs) -> TokenGrid:
         """Return the grid of a latent (B, F, C, H, W), with the text after it."""

@@ -19,6 +19,7 @@ from diffusers.models.transformers.transformer_hunyuan_video15 import (
 from torch import nn
 
 from blade.attention.family import Inputs, Permutation
+from blade.sampling import SamplingDefaults
 from blade.token_grid import TokenGrid
 from blade_pipelines.base import DiffusersFamily
 from blade_pipelines.patches import permute_patches
@@ -89,6 +90,10 @@ class HunyuanVideoFamily(DiffusersFamily):
     def preset_name(self, transformer: nn.Module) -> str:
         """Return the one preset that there is."""
         return "hunyuan-video"
+
+    def sampling_defaults(self, pipe: Any, height: int | None, width: int | None) -> SamplingDefaults:
+        """Return HunyuanVideo's frame rate; Diffusers' pipelines have the rest. Source: its model card."""
+        return SamplingDefaults(fps=24)
 
     def blocks(self, transformer: nn.Module) -> Sequence[nn.Module]:
         """Return the transformer's blocks of two streams and of one."""
@@ -163,6 +168,14 @@ class HunyuanVideo15Family(HunyuanVideoFamily):
     guidance_takes_two_passes = True
     transformers = (HunyuanVideo15Transformer3DModel,)
     processors = (HunyuanVideo15AttnProcessor2_0,)
+
+    def sampling_defaults(self, pipe: Any, height: int | None, width: int | None) -> SamplingDefaults:
+        """Return the size that Diffusers' pipeline derives from the model, and the guidance of its guider."""
+        shape = pipe.default_aspect_ratio if hasattr(pipe, "default_aspect_ratio") else (16, 9)
+        edges = pipe.video_processor.calculate_default_height_width(*reversed(shape), pipe.target_size)
+        return SamplingDefaults(
+            height=edges[0], width=edges[1], fps=24, guidance_scale=getattr(pipe.guider, "guidance_scale", None)
+        )
 
     def example_inputs(
         self,

@@ -15,12 +15,16 @@ from diffusers.models.transformers.transformer_ltx import (
 from torch import nn
 
 from blade.attention.family import Inputs, Permutation
+from blade.sampling import SamplingDefaults
 from blade.token_grid import TokenGrid
 from blade_pipelines.base import DiffusersFamily
 from blade_pipelines.processor import SparseProcessor
 
 Tables = tuple[torch.Tensor, torch.Tensor]
 """Cosines and sines of the positions, (B, tokens, heads * D) each."""
+
+NEGATIVE_PROMPT = "worst quality, inconsistent motion, blurry, jittery, distorted"
+"""What LTX's videos should not show."""
 
 
 class LTXVideoSparseProcessor(SparseProcessor):
@@ -63,6 +67,13 @@ class LTXVideoFamily(DiffusersFamily):
     def preset_name(self, transformer: nn.Module) -> str:
         """Return the one preset that there is."""
         return "ltx-video"
+
+    def sampling_defaults(self, pipe: Any, height: int | None, width: int | None) -> SamplingDefaults:
+        """Return LTX-Video's frame rate and negative prompt; Diffusers' pipelines have the rest.
+
+        Source: the documentation of Diffusers' `LTXPipeline`.
+        """
+        return SamplingDefaults(fps=25, negative_prompt=NEGATIVE_PROMPT)
 
     def token_grid(self, transformer: nn.Module, inputs: Inputs) -> TokenGrid:
         """Return the grid that `num_frames`, `height` and `width` say; the text is seen by cross-attention only."""

@@ -12,10 +12,22 @@ from diffusers.models.transformers.transformer_wan_vace import WanVACETransforme
 from torch import nn
 
 from blade.attention.family import Inputs, Permutation
+from blade.sampling import SamplingDefaults
 from blade.token_grid import TokenGrid
 from blade_pipelines.base import DiffusersFamily
 from blade_pipelines.patches import permute_patches
 from blade_pipelines.processor import SparseProcessor
+
+NEGATIVE_PROMPT = (
+    "色调艳丽 过曝 静态 细节模糊不清 字幕 风格 作品 画作 画面 静止 整体发灰 最差质量 低质量 JPEG压缩残留 "
+    "丑陋的 残缺的 多余的手指 画得不好的手部 画得不好的脸部 畸形的 毁容的 形态畸形的肢体 手指融合 "
+    "静止不动的画面 杂乱的背景 三条腿 背景人很多 倒着走"
+).replace(" ", "\uff0c")
+"""What Wan's videos should not show, in the words that the models are meant to be given."""
+SMALLEST_WIDTH = 1536
+"""Of Wan's own models: that of 1.3B."""
+LARGE_VIDEO = 704 * 1280
+"""Pixels a frame from which on Wan 2.1 takes the larger flow shift."""
 
 
 class WanSparseProcessor(SparseProcessor):
@@ -83,10 +95,53 @@ class WanFamily(DiffusersFamily):
 
     def preset_name(self, transformer: nn.Module) -> str:
         """Return the preset for this size of model."""
-        width = transformer.config.num_attention_heads * transformer.config.attention_head_dim
-        if width < 768:
+        width = _width(transformer.config)
+        if width < SMALLEST_WIDTH:
             return "shapes"
         return "wan2.1-t2v-1.3b" if width == 1536 else "wan"
+
+    def sampling_defaults(self, pipe: Any, height: int | None, width: int | None) -> SamplingDefaults:
+        """Return Wan's own values, for 2.1 or 2.2.
+
+        Source: the configurations of the Wan 2.1 and 2.2 releases (sizes, steps, guidance, `sample_neg_prompt`) and
+        their documentation in Diffusers (flow shift 3 at 480p and 5 at 720p). A scheduler of Wan 2.2 brings its shift.
+        """
+        config = (pipe.transformer or pipe.transformer_2).config
+        if _width(config) < SMALLEST_WIDTH:  # none of Wan's own models
+            return SamplingDefaults()
+        image = config.in_channels > config.out_channels
+        if getattr(pipe.config, "expand_timesteps", False):  # 2.2 TI2V-5B
+            return SamplingDefaults(
+                height=704,
+                width=1280,
+                frames=121,
+                fps=24,
+                steps=50,
+                guidance_scale=5.0,
+                negative_prompt=NEGATIVE_PROMPT,
+            )
+        if getattr(pipe.config, "boundary_ratio", None) is not None:  # 2.2 A14B
+            return SamplingDefaults(
+                height=720,
+                width=1280,
+                frames=81,
+                fps=16,
+                steps=40,
+                guidance_scale=3.5 if image else 4.0,
+                guidance_scale_2=3.5 if image else 3.0,
+                negative_prompt=NEGATIVE_PROMPT,
+            )
+        height, width = height or 480, width or 832
+        return SamplingDefaults(
+            height=height,
+            width=width,
+            frames=81,
+            fps=16,
+            steps=40 if image else 50,
+            guidance_scale=5.0,
+            negative_prompt=NEGATIVE_PROMPT,
+            flow_shift=5.0 if height * width >= LARGE_VIDEO else 3.0,
+        )
 
     def blocks(self, transformer: nn.Module) -> Sequence[nn.Module]:
         """Return the transformer's blocks, and VACE's after them."""
@@ -158,3 +213,7 @@ class WanFamily(DiffusersFamily):
             return tables if order is None else tuple(table.index_select(1, order) for table in tables)
 
         return [transformer.rope.register_forward_hook(follow)]
+
+
+def _width(config: Any) -> int:
+    return config.num_attention_heads * config.attention_head_dim

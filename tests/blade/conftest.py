@@ -12,8 +12,8 @@ TINY_SIZE = {"height": 64, "width": 64, "frames": 9}
 """Makes 3 x 8 x 8 = 192 tokens, six blocks of 32."""
 
 
-def build_tiny_pipeline(head_dim: int = 16):
-    """Return the pipeline: two layers of two heads, patches of one latent pixel, the grammar's tokenizer."""
+def build_tiny_pipeline(head_dim: int = 16, patch_size: tuple[int, int, int] = (1, 1, 1)):
+    """Return the pipeline: two layers of two heads, the grammar's tokenizer."""
     from diffusers import AutoencoderKLWan, WanTransformer3DModel
 
     from blade.moving_shapes.training.components import TEXT_DIM, build_pipeline, build_text_encoder
@@ -29,7 +29,7 @@ def build_tiny_pipeline(head_dim: int = 16):
         latents_std=[1.0] * 4,
     )
     transformer = WanTransformer3DModel(
-        patch_size=(1, 1, 1),
+        patch_size=patch_size,
         num_attention_heads=2,
         attention_head_dim=head_dim,
         in_channels=4,
@@ -49,6 +49,16 @@ def saved_tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of the tiny pipeline, to be read only."""
     path = tmp_path_factory.mktemp("models") / "tiny-wan"
     build_tiny_pipeline().save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def saved_tiny_ti2v(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny pipeline that can start from an image, as that of Wan 2.2 TI2V; to be read only."""
+    path = tmp_path_factory.mktemp("models") / "tiny-ti2v"
+    pipe = build_tiny_pipeline(patch_size=(1, 2, 2))
+    pipe.register_to_config(expand_timesteps=True)
+    pipe.save_pretrained(path)
     return path
 
 

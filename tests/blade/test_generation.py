@@ -17,7 +17,14 @@ import torch
 from blade.cli.generate import main
 from blade.config import AdaptiveConfig, BladeConfig
 from blade.evaluation.metrics import MAX_PSNR
-from blade.generation import STUDENT_OPTIONS, GenerationRequest, dense_request, generate, resolve_request
+from blade.generation import (
+    MODEL_OPTIONS,
+    STUDENT_OPTIONS,
+    GenerationRequest,
+    dense_request,
+    generate,
+    resolve_request,
+)
 from blade.generation_files import GenerationReport, default_output, describe_score, generate_files, prompt_warning
 from blade.generation_record import read_request
 from blade.models import bundled_model_path, load_pipeline
@@ -86,7 +93,7 @@ def test_attention_changes_the_video_and_is_taken_off_afterwards(pipe, saved_tin
 
 def test_a_resolved_request_leaves_nothing_to_defaults(pipe, saved_tiny_pipeline: Path) -> None:
     resolved = resolve_request(tiny_request(saved_tiny_pipeline), pipe)
-    may_be_none = {"negative_prompt", "config", "revision", *STUDENT_OPTIONS}
+    may_be_none = {"negative_prompt", "config", "revision", "quantize", *STUDENT_OPTIONS, *MODEL_OPTIONS}
     assert {name for name, value in vars(resolved).items() if value is None} <= may_be_none
     assert resolved.blade_config == BladeConfig.from_preset("shapes")
     assert (resolved.guidance_scale, resolved.fps, resolved.dtype) == (5.0, 16, "float32")  # 5.0 is WanPipeline's

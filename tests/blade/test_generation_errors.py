@@ -183,11 +183,11 @@ def test_a_missing_component(command: CommandLine, tiny_pipeline_copy: Path) -> 
     assert "cannot be loaded" in command.fails(*OK, "--model", str(tiny_pipeline_copy))
 
 
-def test_a_pipeline_that_makes_no_video(command: CommandLine, tiny_pipeline_copy: Path) -> None:
+def test_a_pipeline_that_starts_from_an_image(command: CommandLine, tiny_pipeline_copy: Path) -> None:
     index = tiny_pipeline_copy / "model_index.json"
     index.write_text(json.dumps({**json.loads(index.read_text()), "_class_name": "WanImageToVideoPipeline"}))
     line = command.fails(*OK, "--model", str(tiny_pipeline_copy))
-    assert "is a WanImageToVideoPipeline, which needs `image` beside a prompt" in line
+    assert "`image` must be given: this model is a WanImageToVideoPipeline" in line
 
 
 @pytest.mark.parametrize("option", ["model", "config"])

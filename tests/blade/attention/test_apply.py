@@ -305,6 +305,21 @@ def test_both_transformers_of_a_pipeline_are_sparse(make_wan, pipe):
     assert applied_to(two.transformer) is None and applied_to(two.transformer_2) is None
 
 
+def test_each_of_two_transformers_takes_its_own_configuration(make_wan, pipe):
+    two = WanPipeline(**pipe.components | {"transformer_2": make_wan(seed=1)}, boundary_ratio=0.5)
+    first, second = (BladeConfig(sparsity=sparsity, asa=DETAILS) for sparsity in (0.3, 0.6))
+    apply_blade(two, {"transformer": first, "transformer_2": second})
+    assert (applied_to(two.transformer).config, applied_to(two.transformer_2).config) == (first, second)
+    apply_blade(two, {"transformer_2": first})
+    assert applied_to(two.transformer) is None and applied_to(two.transformer_2).config == first
+    with pytest.raises(ValueError, match="`config` must be for transformer and transformer_2, got one for 'second'"):
+        apply_blade(two, {"second": first})
+    with pytest.raises(ValueError, match="`config` must be a BladeConfig, or several by name, or None, got dict"):
+        apply_blade(two, {"transformer": {"sparsity": 0.5}})
+    assert applied_to(two.transformer_2).config == first
+    remove_blade(two)
+
+
 def test_offloading_hooks_may_come_before_or_after(make_wan, wan_inputs):
     inputs = wan_inputs()
     expected = run(apply_blade(make_wan(), CONFIG), inputs)
@@ -394,5 +409,5 @@ def test_an_unknown_model_is_refused():
 
 
 def test_a_wrong_configuration_is_refused(make_wan):
-    with pytest.raises(ValueError, match="`config` must be a BladeConfig or None, got dict"):
+    with pytest.raises(ValueError, match="`config` must be a BladeConfig, or several by name, or None, got float"):
         apply_blade(make_wan(), {"sparsity": 0.5})
