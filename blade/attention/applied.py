@@ -109,6 +109,7 @@ class AppliedBlade(ModelHook):
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Run the transformer with its tokens in order and its layers told what to do."""
         _refuse_parallelism(module)
+        _refuse_skipped_scores(self.attentions)
         inputs: Inputs = {**dict(zip(self._parameters, args)), **kwargs}
         plan = self._prepare(module, inputs)
         for layer in self.layers:
@@ -242,6 +243,17 @@ def _refuse_caches_around(transformer: nn.Module) -> None:
             f"The transformer has a cache around its forward ({', '.join(names)}): call `disable_cache` first, and "
             "`enable_cache` again afterwards."
         )
+
+
+def _refuse_skipped_scores(attentions: Sequence[nn.Module]) -> None:
+    """Refuse a layer-skipping hook that acts inside PyTorch's attention, which a sparse layer never calls."""
+    for index, attention in enumerate(attentions):
+        registry = getattr(attention, "_diffusers_hook", None)
+        if any(getattr(hook, "skip_attention_scores", False) for hook in getattr(registry, "hooks", {}).values()):
+            raise ValueError(
+                f"Layer {index} skips its attention scores (`LayerSkipConfig(skip_attention_scores=True)`), which "
+                "BLADE cannot do; skip whole layers (`skip_attention=True, skip_ff=True`), or call `remove_blade`."
+            )
 
 
 @contextmanager

@@ -320,6 +320,26 @@ def test_each_of_two_transformers_takes_its_own_configuration(make_wan, pipe):
     remove_blade(two)
 
 
+def test_skipped_layers_stay_skipped_and_skipped_scores_are_refused(make_wan, wan_inputs):
+    from diffusers.hooks import LayerSkipConfig, apply_layer_skip
+    from diffusers.hooks.layer_skip import AttentionProcessorSkipHook
+
+    inputs = wan_inputs()
+    plain, sparse, scores = make_wan(), make_wan(), make_wan()
+    for transformer in (plain, sparse):
+        apply_layer_skip(transformer, LayerSkipConfig(indices=[1], fqn="blocks"))
+    expected = run(plain, inputs)
+    torch.testing.assert_close(run(apply_blade(sparse, BladeConfig(attention="dense")), inputs), expected)
+    run(apply_blade(sparse, CONFIG), inputs)
+    assert [layer.sparse_calls for layer in blade_summary(sparse).transformers[0].layers][1] == 0
+    # as Diffusers does for the processors that it knows, of which Wan's is none
+    attention = scores.blocks[1].attn1
+    hook = AttentionProcessorSkipHook(lambda *args: None, skip_attention_scores=True)
+    HookRegistry.check_if_exists_or_initialize(attention).register_hook(hook, "layer_skip")
+    with pytest.raises(ValueError, match="Layer 1 skips its attention scores"):
+        run(apply_blade(scores, CONFIG), inputs)
+
+
 def test_offloading_hooks_may_come_before_or_after(make_wan, wan_inputs):
     inputs = wan_inputs()
     expected = run(apply_blade(make_wan(), CONFIG), inputs)
