@@ -38,6 +38,7 @@ def make_record(request: GenerationRequest, generation: Generation, *, seconds_l
     config, device = request.blade_config, torch.device(request.device or "cpu")
     record["blade_config"] = None if config is None else config.to_dict()
     record["dense_layers"] = None if config is None else list(config.dense_layers)
+    record["loras"] = list(request.loras)
     return record | {
         "layer_density": generation.layer_density,
         "run_density": generation.run_density,

@@ -219,8 +219,11 @@ def main_transformer(pipe: Any) -> nn.Module:
 
 
 def call_parameters(pipe: Any) -> Mapping[str, inspect.Parameter]:
-    """Return the parameters of a pipeline's call by name."""
-    return inspect.signature(type(pipe).__call__).parameters
+    """Return the parameters of a pipeline's call by name; those of its base where a subclass passes all on."""
+    calls = [vars(kind)["__call__"] for kind in type(pipe).__mro__ if "__call__" in vars(kind)]
+    found = [inspect.signature(call).parameters for call in calls]
+    passes_on = inspect.Parameter.VAR_KEYWORD
+    return next((one for one in found if all(each.kind is not passes_on for each in one.values())), found[0])
 
 
 def size_multiples(pipe: Any) -> tuple[int, int]:
