@@ -1,217 +1,25 @@
-"""One generation: what is asked for, with a pipeline's defaults filled in, and the video with what it cost."""
+"""One generation: the video of a resolved request, and what it cost."""
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
-from blade.acceleration import OFFLOADS, QUANTIZATIONS, advise, parse_cache, split_lora
+from blade.acceleration import advise
 from blade.attention.applied import applied_to
 from blade.attention.apply import find_transformers, use_blade
-from blade.attention.family import find_family
 from blade.attention.finite import NonFiniteError, watch_finite
 from blade.attention.summary import BladeSummary, blade_summary
-from blade.conditions import cover, read_frames, read_image, size_like
-from blade.config import CONFIG_NAME, BladeConfig
-from blade.models import (
-    BUNDLED,
-    DTYPES,
-    call_parameters,
-    check_size,
-    execution_device,
-    first_line,
-    hub_commit,
-    look_up,
-    main_transformer,
-)
+from blade.conditions import cover, read_frames, read_image
+from blade.config import BladeConfig
+from blade.generation_request import GenerationRequest
+from blade.models import call_parameters, execution_device, first_line
 from blade.schedulers import set_flow_shift
-from blade.students import loaded_student, parse_times
-
-FPS = 16
-"""Frames a second of a model that does not say its own: Wan's."""
-
-BUNDLED_DEFAULTS = {"height": 96, "width": 96, "frames": 33, "steps": 30, "guidance_scale": 4.0}
-"""What the shapes model was trained for; Diffusers' own defaults are those of the large models."""
-
-OPTIONAL_DEFAULTS = ("fps", "negative_prompt", "guidance_scale_2", "flow_shift")
-"""Fields of a request that a family may recommend a value for."""
-
-SPARSE_OPTIONS = ("sparsity", "dense_steps", "dense_layers")
-"""Fields of a request that change a field of the same name in the BLADE configuration."""
-
-STUDENT_OPTIONS = ("student", "student_weight", "scheduler")
-"""Fields of a request that belong to a student."""
-
-MODEL_OPTIONS = ("guidance_scale_2", "flow_shift", "loras", "cache", "image", "last_image", "video", "strength")
-"""Fields of a request that make sense for some models only."""
-
-MAXIMUM_SEED = 2**63 - 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class GenerationRequest:
-    """Everything that decides a video. None takes the model's default, which `resolve_request` fills in."""
-
-    prompt: str
-    """What the video shows."""
-    negative_prompt: str | None = None
-    """What it should not show; without effect where `guidance_scale` is at most 1."""
-    model: str = BUNDLED
-    """`BUNDLED`, a folder in Diffusers format, or a Hub id."""
-    revision: str | None = None
-    """Branch, tag or commit of a Hub id; None takes its main branch. Once resolved: the commit."""
-    attention: Literal["dense", "asa", "asa-gt"] | None = None
-    """The attention method: over the configuration's, or over the model's training-free preset."""
-    config: str | None = None
-    """Where a BLADE configuration is read from: a folder, a file, or a Hub id."""
-    blade_config: BladeConfig | None = None
-    """The BLADE configuration itself, instead of `config`. None in a resolved request: dense."""
-    sparsity: float | None = None
-    """Over the configuration's `sparsity`."""
-    dense_steps: int | float | None = None
-    """Over the configuration's `dense_steps`."""
-    dense_layers: str | tuple[int, ...] | None = None
-    """Over the configuration's `dense_layers`."""
-    steps: int | None = None
-    """Denoising steps."""
-    guidance_scale: float | None = None
-    """Weight of classifier-free guidance; at most 1: none."""
-    height: int | None = None
-    """Pixels."""
-    width: int | None = None
-    """Pixels."""
-    frames: int | None = None
-    """Number of frames."""
-    fps: int | None = None
-    """Frames a second, when played."""
-    seed: int = 0
-    """Seed of the noise, which is drawn on the CPU whatever the device."""
-    device: str | None = None
-    """A torch device; None takes CUDA if there is one."""
-    dtype: str | None = None
-    """A name of `blade.models.DTYPES`; None takes bfloat16 on CUDA and float32 elsewhere."""
-    student: str | None = None
-    """A few-step student, a folder or Hub id; see `blade.students.load_student`."""
-    student_weight: float | None = None
-    """Strength of its LoRA; None takes 1."""
-    scheduler: str | None = None
-    """The times that the student was trained at, such as "999,856,665,399", where it doesn't bring them itself."""
-    image: str | None = None
-    """The first frame: an image file, or the address of one."""
-    last_image: str | None = None
-    """The last frame, beside `image`."""
-    video: str | None = None
-    """The video that is changed."""
-    strength: float | None = None
-    """How far `video` is changed, in (0, 1]; None takes the pipeline's default."""
-    guidance_scale_2: float | None = None
-    """`guidance_scale` of a second transformer."""
-    flow_shift: float | None = None
-    """Shift of a flow-matching scheduler toward high noise."""
-    loras: tuple[str, ...] = ()
-    """Folders, files or Hub ids of LoRAs, each with "=STRENGTH" or without."""
-    offload: str = "none"
-    """One of `blade.acceleration.OFFLOADS`."""
-    vae_tiling: bool = False
-    """Decode in tiles."""
-    quantize: str | None = None
-    """One of `blade.acceleration.QUANTIZATIONS`."""
-    compile: bool = False
-    """Compile the transformer's blocks and the decoder."""
-    cache: str | None = None
-    """One of `blade.acceleration.CACHES`, with "=NUMBER" or without."""
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.prompt, str) or not self.prompt.strip():
-            raise ValueError("`prompt` must say what the video shows, got an empty one.")
-        if not self.model:
-            raise ValueError("`model` must be a folder or a Hub id, got an empty one.")
-        for name in ("steps", "height", "width", "frames", "fps"):
-            value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}.")
-        for name in ("guidance_scale", "guidance_scale_2"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < math.inf:
-                raise ValueError(f"`{name}` must be at least 0 and finite, got {value!r}.")
-        if self.flow_shift is not None and not 0 < self.flow_shift < math.inf:
-            raise ValueError(f"`flow_shift` must be above 0 and finite, got {self.flow_shift!r}.")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed <= MAXIMUM_SEED:
-            raise ValueError(f"`seed` must be an integer from 0 to 2**63 - 1, got {self.seed!r}.")
-        if self.dtype is not None and self.dtype not in DTYPES:
-            raise ValueError(f"`dtype` must be one of {', '.join(DTYPES)}, got {self.dtype!r}.")
-        for name in ("student_weight", "scheduler"):
-            if getattr(self, name) is not None and self.student is None:
-                raise ValueError(f"`{name}` must not be given without `student`.")
-        if self.scheduler is not None:
-            parse_times(self.scheduler)
-        self._check_conditions()
-        self._check_acceleration()
-        if self.config is not None and self.blade_config is not None:
-            raise ValueError("`config` and `blade_config` must not both be given.")
-        given = self._given(*SPARSE_OPTIONS)
-        BladeConfig(attention=self.attention or "asa", **given)
-        if self.attention == "dense" and given:
-            raise ValueError(f'`{next(iter(given))}` must not be given where `attention` is "dense".')
-
-    def _check_conditions(self) -> None:
-        if self.image is not None and self.video is not None:
-            raise ValueError("`image` and `video` must not both be given.")
-        for name, needed in (("last_image", "image"), ("strength", "video")):
-            if getattr(self, name) is not None and getattr(self, needed) is None:
-                raise ValueError(f"`{name}` must not be given without `{needed}`.")
-        if self.strength is not None and not 0 < self.strength <= 1:
-            raise ValueError(f"`strength` must be above 0 and at most 1, got {self.strength!r}.")
-
-    def _check_acceleration(self) -> None:
-        object.__setattr__(self, "loras", tuple(self.loras))
-        for lora in self.loras:
-            split_lora(lora)
-        for name, known in (("offload", OFFLOADS), ("quantize", QUANTIZATIONS)):
-            value = getattr(self, name)
-            if value is not None and value not in known:
-                raise ValueError(f"`{name}` must be one of {', '.join(known)}, got {value!r}.")
-        if self.cache is not None:
-            parse_cache(self.cache)
-        if self.offload == "sequential":
-            for name in ("quantize", "compile"):
-                if getattr(self, name):
-                    raise ValueError(
-                        f"`{name}` must not be given with `offload` sequential, which takes every weight apart; "
-                        'take "group".'
-                    )
-
-    @property
-    def condition(self) -> str | None:
-        """What the video starts from beside the prompt: "image", "video" or nothing."""
-        return next((name for name in ("image", "video") if getattr(self, name) is not None), None)
-
-    def _given(self, *names: str) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-
-    def sparse_config(self, preset: Callable[[], BladeConfig]) -> BladeConfig | None:
-        """Return the BLADE configuration of this request, None for dense.
-
-        Args:
-            preset: what to start from where the request names no configuration.
-        """
-        if self.attention == "dense":
-            return None
-        config = read_config(self.config) if self.config is not None else self.blade_config or preset()
-        changes = self._given(*SPARSE_OPTIONS)
-        if self.attention == "asa-gt":
-            changes |= {"attention": "asa", "pooled_tokens": "all"}
-        elif self.attention == "asa":
-            changes |= {"attention": "asa", "pooled_tokens": _without_all(config.pooled_tokens)}
-        config = replace(config, **changes)
-        return None if config.attention == "dense" else config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,70 +51,6 @@ class Generation:
     def seconds(self) -> float:
         """Seconds in all."""
         return self.seconds_text + self.seconds_denoising + self.seconds_decoding
-
-
-def resolve_request(request: GenerationRequest, pipe: Any) -> GenerationRequest:
-    """Fill in everything that a request leaves to the model, so that it stays the same when defaults change.
-
-    Args:
-        request: what was asked for.
-        pipe: the loaded pipeline.
-
-    Returns:
-        A request without None, but for `negative_prompt`, `config`, `revision` where the model is not from the Hub,
-        what belongs to a student, what this model does not take, and, where it is dense, what belongs to BLADE.
-
-    Raises:
-        ValueError: if the model cannot make a video of this size, or no configuration can be had.
-    """
-    student = loaded_student(pipe)
-    config = request.sparse_config(lambda: student.config if student and student.config else _preset(pipe))
-    defaults = _defaults(pipe, request)
-    if student is not None:
-        steps = {} if student.steps is None else {"steps": student.steps[-1]}
-        defaults |= {**steps, "guidance_scale": student.guidance_scale, "flow_shift": None}
-    asked = {name: getattr(request, name) for name in (*BUNDLED_DEFAULTS, *OPTIONAL_DEFAULTS)}
-    settings: dict[str, Any] = {name: defaults.get(name) if value is None else value for name, value in asked.items()}
-    missing = [name for name in BUNDLED_DEFAULTS if settings[name] is None]
-    if missing:
-        raise ValueError(f"`{missing[0]}` must be given: {type(pipe).__name__} has no default for it.")
-    if student is not None:
-        student.check_steps(settings["steps"])
-    check_size(pipe, settings["height"], settings["width"], settings["frames"])
-    sparse: dict[str, Any] = dict.fromkeys(SPARSE_OPTIONS)
-    if config is not None:
-        sparse = {name: getattr(config, name) for name in SPARSE_OPTIONS}
-    return replace(
-        request,
-        **settings,
-        **sparse,
-        attention="dense" if config is None else "asa-gt" if config.pooled_tokens == "all" else "asa",
-        model=request.model if request.model == BUNDLED else _absolute(request.model) or request.model,
-        revision=hub_commit(request.model, request.revision),
-        student=_absolute(request.student),
-        config=None,
-        blade_config=config,
-        image=_absolute(request.image),
-        last_image=_absolute(request.last_image),
-        video=_absolute(request.video),
-        loras=tuple(_absolute_lora(lora) for lora in request.loras),
-        device=str(execution_device(pipe)),
-        dtype=str(main_transformer(pipe).dtype).removeprefix("torch."),
-    )
-
-
-def read_config(source: str) -> BladeConfig:
-    """Read a BLADE configuration.
-
-    Args:
-        source: a folder or file that holds it, or a Hub id.
-
-    Raises:
-        ValueError: if there is none.
-    """
-    if not Path(source).exists():
-        look_up(source, "config", CONFIG_NAME)
-    return BladeConfig.from_pretrained(source)
 
 
 def generate(pipe: Any, request: GenerationRequest) -> Generation:
@@ -363,12 +107,6 @@ def generate(pipe: Any, request: GenerationRequest) -> Generation:
         seconds_decoding=clock.end - clock.decoding,
         summary=summary,
     )
-
-
-def dense_request(request: GenerationRequest) -> GenerationRequest:
-    """Return the same request with dense attention, for comparison."""
-    nothing: dict[str, Any] = dict.fromkeys(SPARSE_OPTIONS)
-    return replace(request, attention="dense", blade_config=None, **nothing)
 
 
 def _arguments(pipe: Any, request: GenerationRequest) -> dict[str, Any]:
@@ -470,46 +208,3 @@ def _stage_clock(pipe: Any) -> Iterator[_StageClock]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _absolute(source: str | None) -> str | None:
-    """A file's or folder's whole path, so that a record names it wherever it is read; a Hub id as it is."""
-    path = Path(source or "").expanduser()
-    return str(path.resolve()) if source and path.exists() else source
-
-
-def _absolute_lora(text: str) -> str:
-    source, separator, weight = text.rpartition("=") if "=" in text else (text, "", "")
-    return f"{_absolute(source)}{separator}{weight}"
-
-
-def _preset(pipe: Any) -> BladeConfig:
-    transformer = main_transformer(pipe)
-    return BladeConfig.from_preset(find_family(transformer).preset_name(transformer))
-
-
-def _defaults(pipe: Any, request: GenerationRequest) -> dict[str, Any]:
-    """Return what a request is filled in with: of a real model its family's values, then those of its pipeline's call.
-
-    A video made from an image takes its shape, one made from a video its length.
-    """
-    if request.model == BUNDLED:
-        defaults: dict[str, Any] = {**BUNDLED_DEFAULTS, "fps": FPS}
-    else:
-        names = {"num_frames": "frames", "num_inference_steps": "steps", "frame_rate": "fps"}
-        own = {names.get(name, name): parameter.default for name, parameter in call_parameters(pipe).items()}
-        family = find_family(main_transformer(pipe)).sampling_defaults(pipe, request.height, request.width)
-        recommended = {name: value for name, value in asdict(family).items() if value is not None}
-        defaults = {"fps": FPS, **own, **recommended}
-    if request.image is not None and request.height is None and request.width is None:
-        area = defaults["height"] * defaults["width"]
-        height, width = size_like(pipe, read_image(request.image), area)
-        defaults |= {"height": height, "width": width}
-    if request.video is not None and request.frames is None:
-        step = getattr(pipe, "vae_scale_factor_temporal", 4)
-        defaults["frames"] = (len(read_frames(request.video, None)) - 1) // step * step + 1
-    return defaults
-
-
-def _without_all(pooled_tokens: str) -> str:
-    return "none" if pooled_tokens == "all" else pooled_tokens

@@ -13,16 +13,9 @@ from typing import Any
 
 from blade.acceleration import choose_offload, compile_blocks, enable_cache, enable_tiling, load_loras, place, quantize
 from blade.conditions import pipeline_for
-from blade.generation import (
-    BUNDLED_DEFAULTS,
-    Generation,
-    GenerationRequest,
-    dense_request,
-    generate,
-    read_config,
-    resolve_request,
-)
+from blade.generation import Generation, generate
 from blade.generation_record import make_record
+from blade.generation_request import BUNDLED_DEFAULTS, GenerationRequest, dense_request, read_config, resolve_request
 from blade.models import BUNDLED, EXAMPLE_MODEL, first_line, load_pipeline, resolve_device, resolve_dtype
 from blade.students import load_student, published_students
 from blade.video_io import check_writable, encode_mp4, side_by_side, write_files

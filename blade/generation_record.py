@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from blade.config import BladeConfig
-from blade.generation import MODEL_OPTIONS, SPARSE_OPTIONS, STUDENT_OPTIONS, Generation, GenerationRequest
+from blade.generation import Generation
+from blade.generation_request import MODEL_OPTIONS, SPARSE_OPTIONS, STUDENT_OPTIONS, GenerationRequest
 from blade.machine import describe_machine, describe_versions
 
 PACKAGES = ("blade-video", "torch", "diffusers", "transformers", "av")

@@ -18,7 +18,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from blade.attention.family import find_family
 from blade.conditions import pipeline_for
 from blade.costs import RunCost, forward_cost, run_cost
-from blade.generation import GenerationRequest, resolve_request
+from blade.generation_request import GenerationRequest, resolve_request
 from blade.models import load_empty_pipeline, main_transformer, resolve_device, resolve_dtype
 
 GIB = 2**30

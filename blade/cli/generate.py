@@ -135,9 +135,9 @@ def generate(
     import diffusers
     import transformers
 
-    from blade.generation import GenerationRequest
     from blade.generation_files import OUTPUT_FOLDER, generate_files, generate_list, read_prompts
     from blade.generation_record import read_request
+    from blade.generation_request import GenerationRequest
     from blade.models import BUNDLED
 
     given = {name: value for name, value in options.items() if value is not None}

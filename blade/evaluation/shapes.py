@@ -23,8 +23,9 @@ import torch
 from blade.config import BladeConfig
 from blade.evaluation.metrics import motion, psnr, ssim
 from blade.evaluation.shapes_settings import RunSettings, ShapesPrompt, held_out_prompts
-from blade.generation import BUNDLED_DEFAULTS, Generation, GenerationRequest, generate, resolve_request
+from blade.generation import Generation, generate
 from blade.generation_record import make_record
+from blade.generation_request import BUNDLED_DEFAULTS, GenerationRequest, resolve_request
 from blade.models import BUNDLED, bundled_model_path, load_pipeline, main_transformer, resolve_device, resolve_dtype
 from blade.moving_shapes.realism import realism_error
 from blade.moving_shapes.scoring import score

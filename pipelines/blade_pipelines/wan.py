@@ -24,6 +24,8 @@ NEGATIVE_PROMPT = (
     "静止不动的画面 杂乱的背景 三条腿 背景人很多 倒着走"
 ).replace(" ", "\uff0c")
 """What Wan's videos should not show, in the words that the models are meant to be given."""
+CAMERA_SHAKE = "镜头晃动"
+"""What the videos of Wan 2.1's image-to-video models should not show besides."""
 SMALLEST_WIDTH = 1536
 """Of Wan's own models: that of 1.3B."""
 LARGE_VIDEO = 704 * 1280
@@ -139,7 +141,7 @@ class WanFamily(DiffusersFamily):
             fps=16,
             steps=40 if image else 50,
             guidance_scale=5.0,
-            negative_prompt=NEGATIVE_PROMPT,
+            negative_prompt=f"{CAMERA_SHAKE}\uff0c{NEGATIVE_PROMPT}" if image else NEGATIVE_PROMPT,
             flow_shift=5.0 if height * width >= LARGE_VIDEO else 3.0,
         )
 

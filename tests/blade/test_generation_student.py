@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 
 from blade.cli.generate import main
 from blade.config import AdaptiveConfig, BladeConfig
-from blade.generation import GenerationRequest
 from blade.generation_files import generate_files
 from blade.generation_record import read_request
+from blade.generation_request import GenerationRequest
 from blade.models import load_pipeline
 from blade.schedulers import FewStepScheduler
 from blade.video_io import read_mp4

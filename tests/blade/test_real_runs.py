@@ -15,9 +15,10 @@ from blade.attention.apply import use_blade
 from blade.cli.generate import main
 from blade.conditions import cover, pipeline_for, size_like
 from blade.config import AdaptiveConfig, BladeConfig
-from blade.generation import GenerationRequest, generate, resolve_request
+from blade.generation import generate
 from blade.generation_files import generate_files, generate_list, prepare_pipeline, read_prompts
 from blade.generation_record import read_request
+from blade.generation_request import GenerationRequest, resolve_request
 from blade.models import bytes_to_download, load_pipeline
 from blade.video_io import encode_mp4, read_mp4
 

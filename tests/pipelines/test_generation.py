@@ -5,7 +5,8 @@ import torch
 
 from blade import BladeConfig
 from blade.config import AdaptiveConfig
-from blade.generation import GenerationRequest, generate
+from blade.generation import generate
+from blade.generation_request import GenerationRequest
 
 CONFIG = BladeConfig(sparsity=0.5, dense_steps=1, asa=AdaptiveConfig(block_size=32))
 
