@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from blade.attention.budget import plan_budget
+from blade.attention.budget import configured_budget
 from blade.attention.family import find_family
 from blade.config import BladeConfig
 from blade.token_grid import TokenGrid
@@ -152,13 +152,7 @@ def run_cost(forward: ForwardCost, steps: int, *, guidance: bool = True, config:
         sparse_passes = layers = 0
     else:
         details = config.asa
-        budget = plan_budget(
-            forward.grid,
-            config.sparsity,
-            block_size=details.block_size,
-            pooled_tokens=config.pooled_tokens,
-            pooled_window=details.pooled_window,
-        )
+        budget = configured_budget(config, forward.grid)
         layers -= len(config.dense_layers)
         sparse_passes -= calls * config.dense_step_count(steps)
         if budget.is_full:

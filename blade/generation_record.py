@@ -15,7 +15,7 @@ import torch
 from blade.config import BladeConfig
 from blade.generation import Generation
 from blade.generation_request import MODEL_OPTIONS, SPARSE_OPTIONS, STUDENT_OPTIONS, GenerationRequest
-from blade.machine import describe_machine, describe_versions
+from blade.machine import GIB, describe_machine, describe_versions
 
 PACKAGES = ("blade-video", "torch", "diffusers", "transformers", "av")
 """Packages whose versions are recorded."""
@@ -94,7 +94,7 @@ def read_request(path: str | Path, changes: Mapping[str, Any] | None = None) -> 
 def _peak_memory_gib(device: torch.device) -> float:
     """Peak memory of the device in GiB; on the CPU, of the whole process."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
+        return torch.cuda.max_memory_allocated(device) / GIB
     # Linux counts in KiB, macOS in bytes
     unit = 1 if platform.system() == "Darwin" else 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB

@@ -21,6 +21,7 @@ from blade.models import (
     hub_commit,
     look_up,
     main_transformer,
+    vae_compression,
 )
 from blade.students import loaded_student, parse_times
 
@@ -308,7 +309,7 @@ def _defaults(pipe: Any, request: GenerationRequest) -> dict[str, Any]:
         height, width = size_like(pipe, read_image(request.image), area)
         defaults |= {"height": height, "width": width}
     if request.video is not None and request.frames is None:
-        step = getattr(pipe, "vae_scale_factor_temporal", 4)
+        step, _ = vae_compression(pipe)
         defaults["frames"] = (len(read_frames(request.video, None)) - 1) // step * step + 1
     return defaults
 

@@ -10,6 +10,9 @@ from typing import Any
 
 import torch
 
+GIB = 2**30
+"""Bytes in a gibibyte."""
+
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
     """Return the operating system, the name of the device and PyTorch's number of threads."""

@@ -6,7 +6,8 @@ import inspect
 import json
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,9 @@ logger = logging.getLogger("blade")
 
 INPUTS = ("prompt", "image", "video")
 """Arguments of a pipeline's call that a generation can give."""
+
+RANDOM_PARTS = ("transformer", "transformer_2")
+"""Of a pipeline without weights, the parts of which one can be given random ones, beside the VAE."""
 
 LARGE_DOWNLOAD = 50_000_000
 """Bytes from which on a download is announced."""
@@ -140,7 +144,11 @@ def load_pipeline(
 
 
 def load_empty_pipeline(
-    model: str | Path = BUNDLED, *, revision: str | None = None, dtype: torch.dtype = torch.float32
+    model: str | Path = BUNDLED,
+    *,
+    revision: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    random_weights_on: torch.device | None = None,
 ) -> DiffusionPipeline:
     """Load a pipeline without its weights: its models are on PyTorch's meta device, and it has no tokenizers.
 
@@ -150,6 +158,8 @@ def load_empty_pipeline(
         model: see `load_pipeline`.
         revision: see `load_pipeline`.
         dtype: see `load_pipeline`.
+        random_weights_on: where one transformer and the VAE are made, with the random weights of their classes. None
+            leaves them on the meta device too.
 
     Raises:
         ModelError: if there is no such model, it cannot be read, or it makes no video.
@@ -174,13 +184,17 @@ def load_empty_pipeline(
             elif value[0] == "diffusers" and (folder / name / "scheduler_config.json").exists():
                 parts[name] = getattr(diffusers, value[1]).from_pretrained(folder, subfolder=name)
             elif value[0] in ("diffusers", "transformers") and (folder / name / "config.json").exists():
-                with torch.device("meta"):
+                wanted = torch.float32 if name == "vae" else dtype
+                # a second transformer is as large, and would only take memory
+                first = name in RANDOM_PARTS and not any(parts.get(other) for other in RANDOM_PARTS)
+                real = random_weights_on is not None and (first or name == "vae")
+                with _making(random_weights_on if real else None, wanted):
                     if value[0] == "diffusers":
                         kind = getattr(diffusers, value[1])
                         part = kind.from_config(kind.load_config(folder, subfolder=name))
                     else:
                         part = getattr(transformers, value[1])(transformers.AutoConfig.from_pretrained(folder / name))
-                parts[name] = nn.Module.to(part.eval(), torch.float32 if name == "vae" else dtype)
+                parts[name] = nn.Module.to(part.eval(), wanted)
             else:
                 parts[name] = None
         pipe = getattr(diffusers, index["_class_name"])(**parts)
@@ -188,6 +202,18 @@ def load_empty_pipeline(
         raise ModelError(f"`model` {model} cannot be read: {first_line(error)}") from error
     _check_video_model(model, pipe)
     return pipe
+
+
+@contextmanager
+def _making(device: torch.device | None, dtype: torch.dtype) -> Iterator[None]:
+    """Make modules on a device, in a dtype from the start, as the largest would not fit twice; None: on no device."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(before if device is None else dtype)
+    try:
+        with torch.device("meta" if device is None else device):
+            yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def hub_commit(model: str | Path, revision: str | None = None) -> str | None:
@@ -226,11 +252,30 @@ def call_parameters(pipe: Any) -> Mapping[str, inspect.Parameter]:
     return next((one for one in found if all(each.kind is not passes_on for each in one.values())), found[0])
 
 
+def vae_compression(pipe: Any) -> tuple[int, int]:
+    """Return how many frames, and how many pixels of height and of width, become one in a pipeline's latents."""
+    time = int(getattr(pipe, "vae_scale_factor_temporal", 0) or getattr(pipe, "vae_temporal_compression_ratio", 4))
+    space = int(getattr(pipe, "vae_scale_factor_spatial", 0) or getattr(pipe, "vae_spatial_compression_ratio", 8))
+    return time, space
+
+
+def latent_size(pipe: Any, height: int, width: int, frames: int) -> tuple[int, int, int]:
+    """Return frames, height and width of the latent of a video of so many pixels and frames."""
+    time, space = vae_compression(pipe)
+    return (frames - 1) // time + 1, height // space, width // space
+
+
+def empty_latent(pipe: Any, size: tuple[int, int, int]) -> torch.Tensor:
+    """Return zeros of the shape, type and device that a pipeline's VAE decodes: (1, channels, *size)."""
+    vae = pipe.vae
+    return next(vae.parameters()).new_zeros(1, vae.config.get("z_dim") or vae.config.latent_channels, *size)
+
+
 def size_multiples(pipe: Any) -> tuple[int, int]:
     """Return what a pipeline's heights and widths are whole multiples of."""
     patch = getattr(main_transformer(pipe).config, "patch_size", 1)
     edges = (patch, patch) if isinstance(patch, int) else patch[-2:]
-    scale = getattr(pipe, "vae_scale_factor_spatial", 8)
+    _, scale = vae_compression(pipe)
     height, width = (math.lcm(WAN_SIZE_MULTIPLE, scale * edge) for edge in edges)
     return height, width
 
@@ -249,7 +294,7 @@ def check_size(pipe: Any, height: int, width: int, frames: int) -> None:
     """
     for name, value, multiple in zip(("height", "width"), (height, width), size_multiples(pipe), strict=True):
         _check_step(name, value, first=multiple, step=multiple, rule=f"a multiple of {multiple}")
-    step = getattr(pipe, "vae_scale_factor_temporal", 4)
+    step, _ = vae_compression(pipe)
     _check_step("frames", frames, first=1, step=step, rule=f"{step}n + 1 for a whole number n")
 
 

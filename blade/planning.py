@@ -19,9 +19,15 @@ from blade.attention.family import find_family
 from blade.conditions import pipeline_for
 from blade.costs import RunCost, forward_cost, run_cost
 from blade.generation_request import GenerationRequest, resolve_request
-from blade.models import load_empty_pipeline, main_transformer, resolve_device, resolve_dtype
-
-GIB = 2**30
+from blade.machine import GIB
+from blade.models import (
+    empty_latent,
+    latent_size,
+    load_empty_pipeline,
+    main_transformer,
+    resolve_device,
+    resolve_dtype,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,11 +109,7 @@ def plan_run(request: GenerationRequest) -> RunPlan:
     resolved = replace(resolve_request(request, pipe), device=str(device))
     assert resolved.frames is not None and resolved.height is not None and resolved.width is not None
     assert resolved.steps is not None and resolved.guidance_scale is not None
-    latent = (
-        (resolved.frames - 1) // getattr(pipe, "vae_scale_factor_temporal", 4) + 1,
-        resolved.height // getattr(pipe, "vae_scale_factor_spatial", 8),
-        resolved.width // getattr(pipe, "vae_scale_factor_spatial", 8),
-    )
+    latent = latent_size(pipe, resolved.height, resolved.width, resolved.frames)
     transformer = main_transformer(pipe)
     family = find_family(transformer)
     guidance = resolved.guidance_scale > 1 and family.guidance_takes_two_passes
@@ -115,8 +117,7 @@ def plan_run(request: GenerationRequest) -> RunPlan:
     cost = run_cost(forward, resolved.steps, guidance=guidance, config=resolved.blade_config)
     models = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
     inputs = family.example_inputs(transformer, latent)
-    vae, like = pipe.vae, next(pipe.vae.parameters())
-    sample = like.new_zeros(1, vae.config.get("z_dim") or vae.config.latent_channels, *latent)
+    vae, sample = pipe.vae, empty_latent(pipe, latent)
     text_tokens = inputs["encoder_hidden_states"].shape[1]
     encoders = [part for name, part in models.items() if name.startswith("text_encoder")]
     text_flops = sum(_flops(lambda: _encode(part, text_tokens)) for part in encoders)  # noqa: B023

@@ -15,6 +15,7 @@ from torch import nn
 from blade import BladeConfig
 from blade.attention.family import find_family
 from blade.costs import PARTS, forward_cost, run_cost
+from blade.evaluation.report_tables import markdown_table
 from blade.machine import describe_versions
 from blade.video_io import write_files
 
@@ -71,7 +72,7 @@ def main(
                 "config": config.to_dict(),
             }
         )
-    lines = ["| " + " | ".join(cells) + " |" for cells in (headings, ["---", *["---:"] * (len(headings) - 1)], *rows)]
+    lines = markdown_table(headings, rows)
     print("\n".join(lines))
     if output is None:
         return

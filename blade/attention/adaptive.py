@@ -16,7 +16,7 @@ from blade_kernels.block_selection import mean_pooled_importance, sampled_import
 from blade_kernels.block_sparse.api import block_sparse_attention, resolve_implementation
 from blade_kernels.block_sparse.pooled import PooledTokens, pool_tokens
 
-from blade.attention.budget import BlockBudget, is_text_block, plan_budget
+from blade.attention.budget import BlockBudget, configured_budget, is_text_block
 from blade.config import AdaptiveConfig, BladeConfig
 from blade.token_grid import TokenGrid
 
@@ -45,13 +45,7 @@ class AdaptivePlan:
     def of(cls, config: BladeConfig, grid: TokenGrid, device: torch.device) -> AdaptivePlan:
         """Make the plan for a grid."""
         details = config.asa
-        budget = plan_budget(
-            grid,
-            config.sparsity,
-            block_size=details.block_size,
-            pooled_tokens=config.pooled_tokens,
-            pooled_window=details.pooled_window,
-        )
+        budget = configured_budget(config, grid)
         with torch.inference_mode(False):
             text = torch.tensor(is_text_block(grid, details.block_size)) if budget.text_blocks else None
             nearness = block_nearness(grid, details) if details.selector == "local" else None

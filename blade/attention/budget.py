@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from blade.config import BladeConfig
 from blade.token_grid import TokenGrid
 
 
@@ -99,3 +100,14 @@ def plan_budget(
     if kept == video_blocks:
         pooled_tokens, pooled_everywhere = "none", 0
     return BlockBudget(blocks, text_blocks, kept, pooled_tokens, density(kept), 1 - sparsity)
+
+
+def configured_budget(config: BladeConfig, grid: TokenGrid) -> BlockBudget:
+    """Spend what a configuration's sparsity leaves of a grid. See `plan_budget`."""
+    return plan_budget(
+        grid,
+        config.sparsity,
+        block_size=config.asa.block_size,
+        pooled_tokens=config.pooled_tokens,
+        pooled_window=config.asa.pooled_window,
+    )

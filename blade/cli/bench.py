@@ -1,11 +1,11 @@
-"""`blade-bench`: how fast the kernels are on this machine."""
+"""`blade-bench`: how fast the kernels and whole videos are on this machine."""
 
 from __future__ import annotations
 
 import importlib.util
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
 
@@ -15,7 +15,7 @@ from blade.cli.command import run_command
 
 Number = TypeVar("Number", int, float)
 
-app = typer.Typer(add_completion=False, help="Measure BLADE's kernels on this machine.")
+app = typer.Typer(add_completion=False, help="Measure BLADE's kernels, and whole videos, on this machine.")
 
 
 def _option(help: str, *names: str) -> Any:
@@ -53,7 +53,6 @@ def attention(
         raise ValueError("`--output` draws a plot, and matplotlib is not installed: pip install 'blade-video[plots]'.")
     # imported here, so that --help and usage errors don't wait for PyTorch
     from rich.console import Console
-    from rich.table import Table
 
     from blade.evaluation.attention_benchmark import (
         MODELS,
@@ -91,11 +90,68 @@ def attention(
             command=shlex.join(["blade-bench", *sys.argv[1:]]),
             on_case=lambda case: status.update(f"{case['tokens']:,} tokens, density {case['density']} done ..."),
         )
-    for table in tables(report):
-        shown = Table(*table.headings, title=table.title, title_justify="left")
-        for row in table.rows:
-            shown.add_row(*row)
-        console.print(shown)
+    _show(console, tables(report))
+    if output is not None:
+        console.print(*(str(path) for path in write_report(report, output)), sep="\n")
+
+
+@app.command()
+def generate(
+    *,
+    model: Annotated[str, _option("The bundled model, a folder, or a Hub id.")] = "bundled",
+    random_weights: Annotated[
+        bool,
+        _option("Random weights: only the configuration files of a Hub id are downloaded.", "--random-weights"),
+    ] = False,
+    height: Annotated[int | None, _option("Pixels; by default the model's own, as for what follows.")] = None,
+    width: Annotated[int | None, _option("Pixels.")] = None,
+    frames: Annotated[int | None, _option("Number of frames.")] = None,
+    steps: Annotated[int | None, _option("Steps of the runs with guidance.")] = None,
+    student_steps: Annotated[str, _option("Steps of the sparse runs without guidance.")] = "8,4",
+    sparsity: Annotated[float, _option("Of every layer and step, in [0, 1).")] = 0.8,
+    pooled_tokens: Annotated[str, _option("none, all or dropped; inside the budget.")] = "all",
+    measured_passes: Annotated[
+        int | None, _option("Passes of a run that are measured, the others taken to be as long; by default all.")
+    ] = None,
+    repeats: Annotated[int, _option("Measured calls of single parts.")] = 3,
+    dtype: Annotated[str | None, _option("Of the transformer; by default bfloat16 on CUDA.")] = None,
+    device: Annotated[str | None, _option("cpu, cuda, cuda:1, ...; by default CUDA where there is one.")] = None,
+    output: Annotated[
+        Path | None, _option("Folder for generation.json and generation.md; by default nothing is written.")
+    ] = None,
+    debug: Annotated[bool, _option("Show the traceback of an error.", "--debug")] = False,
+) -> None:
+    """Time a model's videos at full size: dense with guidance, sparse with guidance, and sparse with few steps."""
+    from rich.console import Console
+
+    from blade.evaluation.generation_benchmark import GenerationBenchmark, run_generation_benchmark
+    from blade.evaluation.generation_report import tables, write_report
+
+    if pooled_tokens not in ("none", "all", "dropped"):
+        raise ValueError(f"`--pooled-tokens` must be none, all or dropped, got {pooled_tokens!r}.")
+    settings = GenerationBenchmark(
+        model=model,
+        random_weights=random_weights,
+        height=height,
+        width=width,
+        frames=frames,
+        steps=steps,
+        student_steps=_numbers("--student-steps", student_steps, int),
+        sparsity=sparsity,
+        pooled_tokens=pooled_tokens,  # type: ignore[arg-type]
+        measured_passes=measured_passes,
+        repeats=repeats,
+        dtype=dtype,
+        device=device,
+    )
+    console, progress = Console(), Console(stderr=True)
+    with progress.status("...") as status:
+        report = run_generation_benchmark(
+            settings,
+            command=shlex.join(["blade-bench", *sys.argv[1:]]),
+            on_stage=lambda stage: status.update(f"{stage} ..."),
+        )
+    _show(console, tables(report))
     if output is not None:
         console.print(*(str(path) for path in write_report(report, output)), sep="\n")
 
@@ -154,6 +210,17 @@ def tune(
     console.print(shown)
     tuning.save(chosen, case, path)
     console.print(str(path))
+
+
+def _show(console: Any, tables: Iterable[Any]) -> None:
+    """Print a report's tables."""
+    from rich.table import Table
+
+    for table in tables:
+        shown = Table(*table.headings, title=table.title, title_justify="left")
+        for row in table.rows:
+            shown.add_row(*row)
+        console.print(shown)
 
 
 def _launch(config: Any) -> str:

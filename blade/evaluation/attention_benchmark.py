@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import datetime
 import math
-import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -26,6 +24,7 @@ from blade.evaluation.attention_contestants import (
     installed_peers,
     own_contestants,
 )
+from blade.evaluation.timing import time_calls
 from blade.machine import describe_machine, describe_versions
 
 PACKAGES = (
@@ -339,26 +338,12 @@ def _measured(
 ) -> tuple[float, float | None]:
     """Median milliseconds of a call, which is told its turn, and peak MiB on CUDA, after one that does not count."""
     function(0)
-    if torch.device(settings.device).type != "cuda":
-        times = []
-        for turn in range(settings.repeats):
-            started = time.perf_counter()
-            function(turn)
-            times.append((time.perf_counter() - started) * 1e3)
-        return round(statistics.median(times), 4), None
-    with torch.cuda.device(settings.device):
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        others = torch.cuda.memory_allocated() - sum(x.numel() * x.element_size() for x in inputs)
-        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(settings.repeats)]
-        for turn, (start, end) in enumerate(events):
-            start.record()
-            function(turn)
-            end.record()
-        torch.cuda.synchronize()
-        times = [start.elapsed_time(end) for start, end in events]
-        peak = torch.cuda.max_memory_allocated() - others
-        return round(statistics.median(times), 4), round(peak / 2**20, 1)
+    others = 0
+    if torch.device(settings.device).type == "cuda":
+        others = torch.cuda.memory_allocated(settings.device) - sum(x.numel() * x.element_size() for x in inputs)
+    found = time_calls(function, settings.device, settings.repeats)
+    peak = None if found.peak_bytes is None else round((found.peak_bytes - others) / 2**20, 1)
+    return round(found.median, 4), peak
 
 
 def _matrix_peak(settings: AttentionBenchmark) -> float:

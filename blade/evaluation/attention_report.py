@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from blade_kernels.cubin import CubinReport
 from blade_kernels.cubin import table as cubin_table
 
 from blade.evaluation.attention_benchmark import PASSES, AttentionShape
+from blade.evaluation.report_tables import Table, markdown_table
 from blade.video_io import write_files
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -19,15 +19,6 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 WORK = {"training": 3.5, "backward": 2.5}
 """Matrix products of a pass, in those of a forward pass, where they are not as many."""
-
-
-@dataclass(frozen=True)
-class Table:
-    """Headings and rows, with a title."""
-
-    title: str
-    headings: list[str]
-    rows: list[list[str]]
 
 
 def tables(report: dict[str, Any]) -> list[Table]:
@@ -70,9 +61,7 @@ def write_report(report: dict[str, Any], folder: Path) -> list[Path]:
         f"    {report['command']}",
     ]
     for table in tables(report):
-        lines += ["", f"## {table.title}", ""]
-        rule = ["---", *["---:"] * (len(table.headings) - 1)]
-        lines += ["| " + " | ".join(cells) + " |" for cells in (table.headings, rule, *table.rows)]
+        lines += ["", f"## {table.title}", "", *markdown_table(table.headings, table.rows)]
     files = {
         folder / "attention.json": (json.dumps(report, indent=2) + "\n").encode(),
         folder / "attention.md": ("\n".join(lines) + "\n").encode(),

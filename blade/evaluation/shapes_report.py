@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from blade.evaluation.report_tables import markdown_table
 from blade.evaluation.shapes import Record, ShapesEvaluation, model_fingerprint, read_records
 from blade.evaluation.shapes_settings import PROMPT_SEED
 from blade.video_io import write_files
@@ -195,8 +196,7 @@ def markdown(report: dict[str, Any]) -> str:
     for group in GROUPS:
         headings, rows = table(report, group)
         if rows:
-            lines += ["", f"## {group.capitalize()}-object prompts", ""]
-            lines += [_markdown_row(headings), _markdown_row(["---"] * len(headings)), *map(_markdown_row, rows)]
+            lines += ["", f"## {group.capitalize()}-object prompts", "", *markdown_table(headings, rows)]
     lines += [
         "",
         "Colour to background: share of the objects or videos whose caption names it that show it. Basics: share of "
@@ -245,7 +245,3 @@ def _distinct(values: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _listed(values: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in values.items())
-
-
-def _markdown_row(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"

@@ -117,6 +117,29 @@ class TransformerTraining:
             two_objects=0.2,
             striped=0.5,
         ),
+        Phase(
+            steps=1500,
+            batch_size=8,
+            frames=33,
+            size=96,
+            videos=2600,
+            first_videos=800,
+            rate=(0.7, 0.45),
+            two_objects=0.2,
+            striped=0.5,
+        ),
+        Phase(
+            steps=1100,
+            batch_size=8,
+            frames=33,
+            size=96,
+            videos=2600,
+            first_videos=800,
+            shift=6.0,
+            rate=(0.45, 0.0),
+            two_objects=0.2,
+            striped=0.5,
+        ),
     )
     learning_rate: float = 2e-3
     """Of Muon (matrices of the blocks) and, halved, of AdamW (the rest)."""
