@@ -65,15 +65,20 @@ _BLOCKS = {"block_out_channels": (8, 8, 8, 8), "layers_per_block": 1, "norm_num_
 
 def _small(pipeline_class, **parts):
     """A pipeline whose text is random and whose videos are small, whatever is asked for."""
-    from diffusers import HunyuanVideoPipeline
+    name = pipeline_class.__name__
 
     class Small(pipeline_class):
         def __call__(self, *args, **options):
-            return super().__call__(*args, **{**options, **_SMALL})
+            small = {key: value for key, value in _SMALL.items() if key != "num_frames" or "video" not in options}
+            return super().__call__(*args, **{**options, **small})
 
         def encode_prompt(self, *args, **options):
-            if pipeline_class is HunyuanVideoPipeline:
+            if name == "HunyuanVideoPipeline":
                 return torch.randn(1, 6, 8), torch.randn(1, 8), torch.ones(1, 6)
+            if name.startswith("HunyuanVideo15"):
+                return torch.randn(1, 6, 8), torch.ones(1, 6), torch.randn(1, 3, 8), torch.ones(1, 3)
+            if name.startswith("LTX"):
+                return torch.randn(1, 6, 8), torch.ones(1, 6), torch.randn(1, 6, 8), torch.ones(1, 6)
             return torch.randn(1, 6, 8), torch.randn(1, 6, 8)
 
     return Small(text_encoder=None, tokenizer=None, **parts)
@@ -89,15 +94,16 @@ def _wan(make_wan):
     return _small(WanPipeline, vae=vae, transformer=make_wan(), scheduler=FlowMatchEulerDiscreteScheduler())
 
 
-def _cogvideox():
-    from diffusers import AutoencoderKLCogVideoX, CogVideoXDPMScheduler, CogVideoXPipeline, CogVideoXTransformer3DModel
+def _cogvideox(task="CogVideoXPipeline"):
+    import diffusers
+    from diffusers import AutoencoderKLCogVideoX, CogVideoXDPMScheduler, CogVideoXTransformer3DModel
 
     transformer = CogVideoXTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, time_embed_dim=8,
-        text_embed_dim=8, num_layers=2, max_text_seq_length=6, use_rotary_positional_embeddings=True,
+        num_attention_heads=2, attention_head_dim=16, in_channels=8 if "Image" in task else 4, out_channels=4,
+        time_embed_dim=8, text_embed_dim=8, num_layers=2, max_text_seq_length=6, use_rotary_positional_embeddings=True,
     )  # fmt: skip
     vae = AutoencoderKLCogVideoX(**_BLOCKS)
-    return _small(CogVideoXPipeline, vae=vae, transformer=transformer, scheduler=CogVideoXDPMScheduler())
+    return _small(getattr(diffusers, task), vae=vae, transformer=transformer, scheduler=CogVideoXDPMScheduler())
 
 
 def _hunyuan_video():
@@ -118,11 +124,55 @@ def _hunyuan_video():
     )  # fmt: skip
 
 
+def _hunyuan_video_15():
+    from diffusers import (
+        AutoencoderKLHunyuanVideo15,
+        FlowMatchEulerDiscreteScheduler,
+        HunyuanVideo15Pipeline,
+        HunyuanVideo15Transformer3DModel,
+    )
+    from diffusers.guiders import ClassifierFreeGuidance
+
+    transformer = HunyuanVideo15Transformer3DModel(
+        in_channels=9, out_channels=4, num_attention_heads=2, attention_head_dim=16, num_layers=2,
+        num_refiner_layers=1, patch_size=1, text_embed_dim=8, text_embed_2_dim=8, image_embed_dim=8,
+        rope_axes_dim=(4, 6, 6),
+    )  # fmt: skip
+    vae = AutoencoderKLHunyuanVideo15(latent_channels=4, block_out_channels=(32,) * 5, layers_per_block=1)
+    return _small(
+        HunyuanVideo15Pipeline, vae=vae, transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(),
+        text_encoder_2=None, tokenizer_2=None, guider=ClassifierFreeGuidance(guidance_scale=6.0),
+    )  # fmt: skip
+
+
+def _ltx_video(task="LTXPipeline"):
+    import diffusers
+    from diffusers import AutoencoderKLLTXVideo, FlowMatchEulerDiscreteScheduler, LTXVideoTransformer3DModel
+
+    transformer = LTXVideoTransformer3DModel(
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=16, cross_attention_dim=32,
+        num_layers=2, caption_channels=8,
+    )  # fmt: skip
+    vae = AutoencoderKLLTXVideo(
+        latent_channels=4, block_out_channels=(8, 8, 8, 8), decoder_block_out_channels=(8, 8, 8, 8),
+        layers_per_block=(1,) * 5, decoder_layers_per_block=(1,) * 5, encoder_causal=True,
+    )  # fmt: skip
+    return _small(
+        getattr(diffusers, task), vae=vae, transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+    )  # fmt: skip
+
+
 @pytest.fixture
 def small_pipelines(make_wan):
     """Functions that make a small random pipeline of every family, by the name of its class."""
     return {
         "WanPipeline": lambda: _wan(make_wan),
         "CogVideoXPipeline": _cogvideox,
+        "CogVideoXImageToVideoPipeline": lambda: _cogvideox("CogVideoXImageToVideoPipeline"),
+        "CogVideoXVideoToVideoPipeline": lambda: _cogvideox("CogVideoXVideoToVideoPipeline"),
         "HunyuanVideoPipeline": _hunyuan_video,
+        "HunyuanVideo15Pipeline": _hunyuan_video_15,
+        "LTXPipeline": _ltx_video,
+        "LTXImageToVideoPipeline": lambda: _ltx_video("LTXImageToVideoPipeline"),
     }

@@ -2,26 +2,71 @@
 
 import pytest
 import torch
+from PIL import Image
 
 from blade import BladeConfig
+from blade.attention.finite import NonFiniteError
 from blade.config import AdaptiveConfig
 from blade.generation import generate
 from blade.generation_request import GenerationRequest
+from blade.video_io import encode_mp4
 
-CONFIG = BladeConfig(sparsity=0.5, dense_steps=1, asa=AdaptiveConfig(block_size=32))
+CONFIG = BladeConfig(sparsity=0.5, dense_steps=1, asa=AdaptiveConfig(block_size=16))
+
+PASSES = {
+    "WanPipeline": 6,  # guidance in two calls
+    "CogVideoXPipeline": 3,  # in a batch
+    "CogVideoXImageToVideoPipeline": 3,
+    "CogVideoXVideoToVideoPipeline": 2,  # `strength` skips the first step
+    "HunyuanVideoPipeline": 3,  # within the model
+    "HunyuanVideo15Pipeline": 6,
+    "LTXPipeline": 3,
+    "LTXImageToVideoPipeline": 3,
+}
+"""Forward passes of three steps."""
+
+
+@pytest.fixture
+def conditions(tmp_path):
+    """An image and a video, as files."""
+    frames = torch.rand(13, 3, 128, 128, generator=torch.Generator().manual_seed(0))
+    (tmp_path / "video.mp4").write_bytes(encode_mp4(frames, fps=8))
+    Image.fromarray((frames[0].permute(1, 2, 0) * 255).byte().numpy()).save(tmp_path / "image.png")
+    return {"Image": {"image": str(tmp_path / "image.png")}, "VideoToVideo": {"video": str(tmp_path / "video.mp4")}}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["WanPipeline", "CogVideoXPipeline", "HunyuanVideoPipeline"])
-def test_a_video_is_made_and_summed_up(small_pipelines, name):
+@pytest.mark.parametrize("name", PASSES)
+def test_a_video_is_made_and_summed_up(small_pipelines, conditions, name):
     torch.manual_seed(0)
     pipe = small_pipelines[name]()
+    given = next((options for task, options in conditions.items() if task in name), {})
     request = GenerationRequest(
-        prompt="a cat", steps=3, height=128, width=128, frames=13, guidance_scale=3.0, seed=0, blade_config=CONFIG
+        prompt="a cat",
+        steps=3,
+        height=128,
+        width=128,
+        frames=13,
+        guidance_scale=3.0,
+        blade_config=CONFIG,
+        **given,
     )
     made = generate(pipe, request)
     assert made.video.shape[1:] == (3, 128, 128) and made.video.isfinite().all()
     assert min(made.seconds_text, made.seconds_denoising, made.seconds_decoding) >= 0
-    layers = made.summary.transformers[0].layers
-    passes = 6 if name == "WanPipeline" else 3  # guidance in two calls, in a batch, or within the model
-    assert all((layer.dense_calls, layer.sparse_calls) == (passes // 3, 2 * passes // 3) for layer in layers)
+    layers, passes = made.summary.transformers[0].layers, PASSES[name]
+    dense = 2 if passes == 6 else 1
+    assert all((layer.dense_calls, layer.sparse_calls) == (dense, passes - dense) for layer in layers)
+    assert "step" not in vars(pipe.scheduler)
+    if name == "HunyuanVideo15Pipeline":  # whose call takes no `guidance_scale`
+        assert pipe.guider.guidance_scale == 3.0
+
+
+def test_a_pipeline_without_a_callback_is_watched_at_its_scheduler(small_pipelines):
+    """HunyuanVideo-1.5's: non-finite latents are seen before they are decoded."""
+    pipe = small_pipelines["HunyuanVideo15Pipeline"]()
+    pipe.transformer.proj_out.bias.data.fill_(float("nan"))
+    request = GenerationRequest(prompt="a cat", steps=3, height=128, width=128, frames=13, guidance_scale=3.0)
+    with pytest.raises(NonFiniteError, match="step 0"):
+        generate(pipe, request)
+    assert "step" not in vars(pipe.scheduler)
