@@ -37,6 +37,9 @@ logger = logging.getLogger("blade")
 INPUTS = ("prompt", "image", "video")
 """Arguments of a pipeline's call that a generation can give."""
 
+SMALL_PARTS = ("scheduler_config.json", "guider_config.json")
+"""Configuration files of a pipeline's parts that have no weights."""
+
 RANDOM_PARTS = ("transformer", "transformer_2")
 """Of a pipeline without weights, the parts of which one can be given random ones, beside the VAE."""
 
@@ -171,7 +174,7 @@ def load_empty_pipeline(
     source, options = _locate(model, revision, announce=False)
     try:
         if not Path(source).is_dir():
-            patterns = [INDEX_NAME, "*/config.json", "*/scheduler_config.json"]
+            patterns = [INDEX_NAME, "*/config.json", *(f"*/{file}" for file in SMALL_PARTS)]
             source = snapshot_download(source, allow_patterns=patterns, **options)
         folder = Path(source)
         index = json.loads((folder / INDEX_NAME).read_text(encoding="utf-8"))
@@ -181,7 +184,7 @@ def load_empty_pipeline(
                 continue
             if not isinstance(value, list):
                 parts[name] = value
-            elif value[0] == "diffusers" and (folder / name / "scheduler_config.json").exists():
+            elif value[0] == "diffusers" and any((folder / name / file).exists() for file in SMALL_PARTS):
                 parts[name] = getattr(diffusers, value[1]).from_pretrained(folder, subfolder=name)
             elif value[0] in ("diffusers", "transformers") and (folder / name / "config.json").exists():
                 wanted = torch.float32 if name == "vae" else dtype

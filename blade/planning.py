@@ -17,7 +17,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from blade.attention.family import find_family
 from blade.conditions import pipeline_for
-from blade.costs import RunCost, forward_cost, run_cost
+from blade.costs import NothingAbsent, RunCost, forward_cost, run_cost
 from blade.generation_request import GenerationRequest, resolve_request
 from blade.machine import GIB
 from blade.models import (
@@ -140,7 +140,7 @@ def peak_bytes(function: Callable[[], object]) -> int:
 
     Attention is taken to hold its output and no logits, as every fused implementation does.
     """
-    with torch.no_grad(), torch.device("meta"), _FusedAttention(), _Memory() as memory:
+    with torch.no_grad(), torch.device("meta"), NothingAbsent(), _FusedAttention(), _Memory() as memory:
         function()
     return memory.peak
 

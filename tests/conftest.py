@@ -1,5 +1,6 @@
 """Fixtures that more than one part of the suite uses."""
 
+import json
 import os
 
 import pytest
@@ -176,3 +177,27 @@ def small_pipelines(make_wan):
         "LTXPipeline": _ltx_video,
         "LTXImageToVideoPipeline": lambda: _ltx_video("LTXImageToVideoPipeline"),
     }
+
+
+@pytest.fixture
+def configurations(small_pipelines, tmp_path):
+    """Return a function that writes the configuration files of a small pipeline, and no weights."""
+
+    def write(name, second_transformer=False):
+        pipe, folder = small_pipelines[name](), tmp_path / name
+        index = {"_class_name": name, "text_encoder": [None, None], "tokenizer": [None, None]}
+        parts = {"transformer": pipe.transformer, "vae": pipe.vae, "scheduler": pipe.scheduler}
+        if second_transformer:
+            parts["transformer_2"] = pipe.transformer
+        for part, module in sorted(parts.items()):
+            module.save_config(folder / part)
+            index[part] = ["diffusers", type(module).__name__]
+        if name.startswith("HunyuanVideo"):
+            index |= {"text_encoder_2": [None, None], "tokenizer_2": [None, None]}
+        if name == "HunyuanVideo15Pipeline":
+            pipe.guider.save_config(folder / "guider")
+            index["guider"] = ["diffusers", "ClassifierFreeGuidance"]
+        (folder / "model_index.json").write_text(json.dumps(index))
+        return folder
+
+    return write

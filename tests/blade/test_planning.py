@@ -109,3 +109,16 @@ def test_a_broken_folder_is_named(wan_1_3b, tmp_path):
     (tmp_path / "model_index.json").write_text("{")
     with pytest.raises(ModelError, match="cannot be read: "):
         plan_run(GenerationRequest(prompt="a cat", model=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    "name", ["CogVideoXPipeline", "HunyuanVideoPipeline", "HunyuanVideo15Pipeline", "LTXPipeline"]
+)
+def test_every_family_is_planned(name, configurations):
+    request = GenerationRequest(
+        prompt="a cat", model=str(configurations(name)), height=256, width=256, frames=17, steps=3, sparsity=0.3
+    )
+    plan = plan_run(request)
+    scale, frames = (32, 3) if name == "LTXPipeline" else (16, 5)
+    assert plan.cost.forward.grid.video_tokens == frames * (256 // scale) ** 2
+    assert plan.cost.total > 0 and min(plan.activations_gib.values()) > 0

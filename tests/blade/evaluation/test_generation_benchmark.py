@@ -17,28 +17,10 @@ QUICK = GenerationBenchmark(
 """4 x 8 x 8 = 256 tokens."""
 
 
-@pytest.fixture
-def configurations(small_pipelines, tmp_path):
-    """Return a function that writes the configuration files of a small pipeline, and no weights."""
-
-    def write(name, second_transformer=False):
-        pipe, folder = small_pipelines[name](), tmp_path / name
-        index = {"_class_name": name, "text_encoder": [None, None], "tokenizer": [None, None]}
-        parts = {"transformer": pipe.transformer, "vae": pipe.vae, "scheduler": pipe.scheduler}
-        if second_transformer:
-            parts["transformer_2"] = pipe.transformer
-        for part, module in sorted(parts.items()):
-            module.save_config(folder / part)
-            index[part] = ["diffusers", type(module).__name__]
-        if name == "HunyuanVideoPipeline":
-            index |= {"text_encoder_2": [None, None], "tokenizer_2": [None, None]}
-        (folder / "model_index.json").write_text(json.dumps(index))
-        return folder
-
-    return write
+NAMES = ("WanPipeline", "CogVideoXPipeline", "HunyuanVideoPipeline", "HunyuanVideo15Pipeline")
 
 
-@pytest.mark.parametrize("name", ["WanPipeline", "CogVideoXPipeline", "HunyuanVideoPipeline"])
+@pytest.mark.parametrize("name", NAMES)
 def test_a_model_is_measured_from_its_configuration(name, configurations):
     stages = []
     settings = replace(QUICK, model=str(configurations(name)), sparsity=0.4)
@@ -62,7 +44,7 @@ def test_a_model_is_measured_from_its_configuration(name, configurations):
         report["parts_ms"][part] > 0 for part in ("block selection", "norms and RoPE", "linear layers", "other")
     )
     assert report["backend"] in report["dense_attention_ms"] and "flash" in report["missing"]
-    if name == "HunyuanVideoPipeline":
+    if name.startswith("HunyuanVideo"):
         assert report["backend"] == "native"  # its mask is more than flash attention takes
     assert stages[0] == "building the model" and stages[-1] == "sparse, 1 steps"
 
