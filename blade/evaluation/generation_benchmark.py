@@ -24,6 +24,7 @@ from blade.machine import GIB, describe_machine, describe_versions
 from blade.models import (
     BUNDLED,
     empty_latent,
+    first_line,
     latent_size,
     load_empty_pipeline,
     load_pipeline,
@@ -133,6 +134,11 @@ def run_generation_benchmark(
     assert request.height and request.width and request.frames and request.steps
     latent = latent_size(pipe, request.height, request.width, request.frames)
     model = _Model(main_transformer(pipe), latent, device)
+    if configured_budget(config, model.grid).is_full:
+        raise ValueError(
+            f"`sparsity` must leave out a block, got {settings.sparsity} of {model.grid.sequence_length:,} tokens in "
+            f"blocks of {config.asa.block_size}."
+        )
     report: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),
         "command": command,
@@ -209,13 +215,13 @@ class _Model:
                     repeats,
                 ).median
             except BACKEND_ERRORS as problem:
-                missing[name] = str(problem).splitlines()[0]
+                missing[name] = first_line(problem)
         for name in sorted(times, key=lambda name: times[name]):
             self.transformer.set_attention_backend(name)
             try:
                 self.forward()
             except BACKEND_ERRORS as problem:  # such as a mask, which not every backend takes
-                missing[name] = str(problem).splitlines()[0]
+                missing[name] = first_line(problem)
             else:
                 return {"dense_attention_ms": times, "missing": missing, "backend": name}
         raise ValueError(f"`device` must run one of Diffusers' attention backends, got {self.device}: {missing}.")
