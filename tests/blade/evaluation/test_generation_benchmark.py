@@ -114,7 +114,7 @@ def test_the_command_writes_its_report(configurations, tmp_path, capsys):
         (["--student-steps", "8,x"], "`--student-steps` must be numbers separated by commas, got '8,x'"),
         (["--student-steps", "0"], "`student_steps` must be counts of at least 1"),
         (["--height", "100"], "`height` must be a multiple of 16"),
-        (["--sparsity", "0.001"], "`sparsity` must leave out a block, got 0.001 of 1,296 tokens in blocks of 32"),
+        (["--sparsity", "0"], "`sparsity` must leave out a block, got 0.0 of 1,296 tokens in blocks of 32"),
         (["--sparsity", "1.5"], "`sparsity` must be in [0, 1), got 1.5"),
     ],
 )
