@@ -61,6 +61,8 @@ def wan_inputs():
 
 
 _SMALL = {"height": 128, "width": 128, "num_frames": 13, "num_inference_steps": 3}
+_LARGER = {"height": 512, "width": 512}
+"""Of LTX-Video, whose patches are 32 pixels wide."""
 _BLOCKS = {"block_out_channels": (8, 8, 8, 8), "layers_per_block": 1, "norm_num_groups": 4, "latent_channels": 4}
 
 
@@ -70,7 +72,9 @@ def _small(pipeline_class, **parts):
 
     class Small(pipeline_class):
         def __call__(self, *args, **options):
-            small = {key: value for key, value in _SMALL.items() if key != "num_frames" or "video" not in options}
+            small = {**_SMALL, **(_LARGER if name.startswith("LTX") else {})}
+            if "video" in options:  # as long as it is
+                small.pop("num_frames")
             return super().__call__(*args, **{**options, **small})
 
         def encode_prompt(self, *args, **options):
