@@ -38,6 +38,8 @@ test-oldest: $(VENV)-oldest/.oldest
 $(VENV)-oldest/.oldest: pyproject.toml
 	@$(MAKE) VENV=$(VENV)-oldest $(VENV)-oldest/.installed-dev
 	$(VENV)-oldest/bin/python -m pip install --disable-pip-version-check "$(OLDEST)"
+	# Diffusers 0.36 cannot be imported beside a torchao that PEFT takes
+	$(VENV)-oldest/bin/python -m pip uninstall --yes torchao
 	@touch $@
 
 $(VENV)/.torch-installed:

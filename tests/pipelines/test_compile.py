@@ -2,12 +2,17 @@
 
 import shutil
 
+import diffusers
 import pytest
 import torch
+from packaging.version import Version
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from blade import BladeConfig, apply_blade, blade_summary
 from blade.config import AdaptiveConfig
+
+VIEW_COMPILED_APART = Version(diffusers.__version__) < Version("0.37")
+"""The first block's input is a view there, which PyTorch compiles by itself once sizes vary, with BLADE or without."""
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +48,7 @@ def test_ten_layers_and_six_steps_make_two_graphs_and_two_resolutions_four(make_
 
     for grid in ((5, 6, 3), (3, 5, 7)):
         run(transformer, wan_inputs(grid), steps=3)
-    assert backend.frame_count <= 4
+    assert backend.frame_count <= 4 + (1 if VIEW_COMPILED_APART else 0)
 
 
 @pytest.mark.slow
