@@ -28,8 +28,9 @@ from blade.students import loaded_student, parse_times
 FPS = 16
 """Frames a second of a model that does not say its own: Wan's."""
 
-BUNDLED_DEFAULTS = {"height": 96, "width": 96, "frames": 33, "steps": 30, "guidance_scale": 4.0}
-"""What the shapes model was trained for; Diffusers' own defaults are those of the large models."""
+BUNDLED_DEFAULTS = {"height": 96, "width": 96, "frames": 33, "steps": 30, "guidance_scale": 2.0}
+"""What the shapes model was trained for, with little guidance, since much deforms its shapes; Diffusers' own
+defaults are those of the large models."""
 
 OPTIONAL_DEFAULTS = ("fps", "negative_prompt", "guidance_scale_2", "flow_shift")
 """Fields of a request that a family may recommend a value for."""

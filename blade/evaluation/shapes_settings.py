@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from blade.config import BladeConfig, parse_dense_layers, parse_dense_steps
+from blade.generation_request import BUNDLED_DEFAULTS
 from blade.moving_shapes.captions import sample_caption
 
 ATTENTION: dict[str, dict[str, Any]] = {
@@ -35,7 +36,7 @@ class RunSettings:
     """What it is called in tables: letters, digits, dots, underscores and hyphens."""
     steps: int = 30
     """Denoising steps."""
-    guidance: float = 4.0
+    guidance: float = BUNDLED_DEFAULTS["guidance_scale"]
     """Guidance scale; at most 1: no guidance."""
     attention: str = "dense"
     """A name of `ATTENTION`."""

@@ -356,7 +356,7 @@ def sample_scores(pipe: WanPipeline, phase: Phase, rng: np.random.Generator, pro
             width=phase.size,
             num_frames=phase.frames,
             num_inference_steps=12,
-            guidance_scale=4.0,
+            guidance_scale=2.0,
             generator=torch.Generator().manual_seed(number),
             output_type="pt",
         ).frames[0]
