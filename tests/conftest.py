@@ -89,14 +89,19 @@ def _small(pipeline_class, **parts):
     return Small(text_encoder=None, tokenizer=None, **parts)
 
 
-def _wan(make_wan):
-    from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline
+def _wan(make_wan, task="WanPipeline"):
+    import diffusers
+    from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler
 
     vae = AutoencoderKLWan(
         base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True],
         latents_mean=[0.0] * 4, latents_std=[1.0] * 4,
     )  # fmt: skip
-    return _small(WanPipeline, vae=vae, transformer=make_wan(), scheduler=FlowMatchEulerDiscreteScheduler())
+    # an image-to-video transformer also sees which frames are given, and their latents
+    transformer = make_wan(in_channels=12) if "Image" in task else make_wan()
+    return _small(
+        getattr(diffusers, task), vae=vae, transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler()
+    )
 
 
 def _cogvideox(task="CogVideoXPipeline"):
@@ -173,6 +178,7 @@ def small_pipelines(make_wan):
     """Functions that make a small random pipeline of every family, by the name of its class."""
     return {
         "WanPipeline": lambda: _wan(make_wan),
+        "WanImageToVideoPipeline": lambda: _wan(make_wan, "WanImageToVideoPipeline"),
         "CogVideoXPipeline": _cogvideox,
         "CogVideoXImageToVideoPipeline": lambda: _cogvideox("CogVideoXImageToVideoPipeline"),
         "CogVideoXVideoToVideoPipeline": lambda: _cogvideox("CogVideoXVideoToVideoPipeline"),

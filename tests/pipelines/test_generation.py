@@ -1,5 +1,7 @@
 """Videos made by pipelines of every family, from request to summary."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from PIL import Image
@@ -15,6 +17,7 @@ CONFIG = BladeConfig(sparsity=0.5, dense_steps=1, asa=AdaptiveConfig(block_size=
 
 PASSES = {
     "WanPipeline": 6,  # guidance in two calls
+    "WanImageToVideoPipeline": 6,
     "CogVideoXPipeline": 3,  # in a batch
     "CogVideoXImageToVideoPipeline": 3,
     "CogVideoXVideoToVideoPipeline": 2,  # `strength` skips the first step
@@ -61,6 +64,22 @@ def test_a_video_is_made_and_summed_up(small_pipelines, conditions, name):
     assert "step" not in vars(pipe.scheduler)
     if name == "HunyuanVideo15Pipeline":  # whose call takes no `guidance_scale`
         assert pipe.guider.guidance_scale == 3.0
+
+
+@pytest.mark.slow
+def test_a_last_frame_is_taken_beside_the_first(small_pipelines, conditions):
+    image = conditions["Image"]["image"]
+    request = GenerationRequest(
+        prompt="a cat", steps=3, height=128, width=128, frames=13, guidance_scale=3.0, blade_config=CONFIG, image=image
+    )
+
+    def video(request):
+        torch.manual_seed(0)
+        return generate(small_pipelines["WanImageToVideoPipeline"](), request).video
+
+    first, both = video(request), video(replace(request, last_image=image))
+    assert both.isfinite().all() and not torch.equal(first, both)
+    assert torch.equal(both, video(replace(request, last_image=image)))
 
 
 def test_a_pipeline_without_a_callback_is_watched_at_its_scheduler(small_pipelines):
