@@ -59,6 +59,7 @@ class AppliedBlade(ModelHook):
         self.grid: TokenGrid | None = None
         self.notes: list[str] = []
         self.permutation: torch.Tensor | None = None
+        self._inverse: torch.Tensor | None = None
         self.budget: BlockBudget | None = None
         self._plans: dict[tuple[TokenGrid, torch.device], AdaptivePlan] = {}
         self._parameters = tuple(inspect.signature(type(transformer).forward).parameters)[1:]
@@ -106,26 +107,35 @@ class AppliedBlade(ModelHook):
         with _beneath_offloading(transformer):
             transformer._diffusers_hook.remove_hook(HOOK_NAME, recurse=False)
 
-    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """Run the transformer with its tokens in order and its layers told what to do."""
+    # Two halves instead of one `new_forward`, which Diffusers loses when it takes off a hook beneath it, such as
+    # the one that group offloading with streams needs in its first pass.
+
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], Inputs]:
+        """Put the tokens in order and tell the layers what to do."""
+        self._end_pass()  # which an error may have left open
         _refuse_parallelism(module)
         _refuse_skipped_scores(self.attentions)
         inputs: Inputs = {**dict(zip(self._parameters, args)), **kwargs}
         plan = self._prepare(module, inputs)
         for layer in self.layers:
             layer.running = True
-        try:
-            if plan is None:
-                return self.fn_ref.original_forward(**inputs)
-            device = self.step.device
-            self.permutation = plan.grid.order(plan.config.token_order, device)
-            inputs = self.family.permute_inputs(module, inputs, self.permutation)
-            output = self.fn_ref.original_forward(**inputs)
-            return self.family.restore_output(module, output, plan.grid.inverse_order(plan.config.token_order, device))
-        finally:
-            self.permutation = None
-            for layer in self.layers:
-                layer.running = False
+        if plan is None:
+            return (), inputs
+        order, device = plan.config.token_order, self.step.device
+        self.permutation = plan.grid.order(order, device)
+        self._inverse = plan.grid.inverse_order(order, device)
+        return (), self.family.permute_inputs(module, inputs, self.permutation)
+
+    def post_forward(self, module: nn.Module, output: Any) -> Any:
+        """Put the output's patches back."""
+        inverse = self._inverse
+        self._end_pass()
+        return output if inverse is None else self.family.restore_output(module, output, inverse)
+
+    def _end_pass(self) -> None:
+        self.permutation = self._inverse = None
+        for layer in self.layers:
+            layer.running = False
 
     def reset_state(self, module: nn.Module) -> nn.Module:
         """Forget where the last run stood; Diffusers calls it when a pipeline ends."""

@@ -20,14 +20,13 @@ class NonFiniteError(FloatingPointError):
 class _BlockWatch:
     """A forward hook that remembers on the device whether a block ever gave a non-finite value."""
 
-    def __init__(self, name: str, device: torch.device) -> None:
+    def __init__(self, name: str) -> None:
         self.name = name
-        self.seen = torch.zeros((), dtype=torch.bool, device=device)
+        self.seen = torch.zeros((), dtype=torch.bool)
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         values = (output[0] if isinstance(output, tuple) else output).detach()
-        if self.seen.device != values.device:
-            self.seen = self.seen.to(values.device)
+        self.seen = self.seen.to(values.device)  # known only now: offloaded weights are elsewhere
         self.seen.logical_or_(values.isfinite().all().logical_not())
 
 
@@ -79,10 +78,7 @@ def watch_finite(pipe_or_transformer: Any) -> Iterator[FiniteWatch]:
     watches, handles = [], []
     for name, transformer in find_transformers(pipe_or_transformer).items():
         for index, block in enumerate(find_family(transformer).blocks(transformer)):
-            parameter = next(block.parameters(), None)
-            watch = _BlockWatch(
-                f"layer {index} of `{name}`", parameter.device if parameter is not None else torch.device("cpu")
-            )
+            watch = _BlockWatch(f"layer {index} of `{name}`")
             watches.append(watch)
             handles.append(block.register_forward_hook(watch))
     try:

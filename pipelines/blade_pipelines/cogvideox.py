@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from blade_kernels.qk_norm_rope import qk_norm_rope
 from diffusers.models.attention_processor import (
     Attention,
     CogVideoXAttnProcessor2_0,
@@ -20,7 +19,7 @@ from blade.sampling import SamplingDefaults
 from blade.token_grid import TokenGrid
 from blade_pipelines.base import DiffusersFamily
 from blade_pipelines.patches import permute_patches
-from blade_pipelines.processor import SparseProcessor
+from blade_pipelines.processor import SparseProcessor, norm_and_rope
 
 
 class CogVideoXSparseProcessor(SparseProcessor):
@@ -50,7 +49,8 @@ class CogVideoXSparseProcessor(SparseProcessor):
         query, key, value = (tensor.unflatten(2, (attn.heads, -1)) for tensor in (query, key, value))
         cos, sin = (None, None) if image_rotary_emb is None else image_rotary_emb
         query, key = (
-            _norm_rope(tensor, norm, cos, sin) for tensor, norm in ((query, attn.norm_q), (key, attn.norm_k))
+            norm_and_rope(tensor, norm, "layer", cos, sin)
+            for tensor, norm in ((query, attn.norm_q), (key, attn.norm_k))
         )
 
         output = self.layer.attend(query, key, value).flatten(2, 3).type_as(query)
@@ -147,15 +147,6 @@ class CogVideoXFamily(DiffusersFamily):
             return torch.cat((tokens[:, :text], tokens[:, text:].index_select(1, order)), dim=1)
 
         return [transformer.patch_embed.register_forward_hook(follow)]
-
-
-def _norm_rope(
-    tensor: torch.Tensor, norm: nn.LayerNorm | None, cos: torch.Tensor | None, sin: torch.Tensor | None
-) -> torch.Tensor:
-    """Normalise each head and rotate the video, which comes first."""
-    if norm is None:
-        return qk_norm_rope(tensor, cos=cos, sin=sin)
-    return qk_norm_rope(tensor, norm="layer", weight=norm.weight, bias=norm.bias, eps=norm.eps, cos=cos, sin=sin)
 
 
 def _patch(transformer: nn.Module) -> tuple[int, int, int]:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from blade_kernels.qk_norm_rope import qk_norm_rope
 from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_hunyuan_video import (
     HunyuanVideoAttnProcessor2_0,
@@ -23,7 +22,7 @@ from blade.sampling import SamplingDefaults
 from blade.token_grid import TokenGrid
 from blade_pipelines.base import DiffusersFamily
 from blade_pipelines.patches import permute_patches
-from blade_pipelines.processor import SparseProcessor
+from blade_pipelines.processor import SparseProcessor, norm_and_rope
 
 Tables = tuple[torch.Tensor, torch.Tensor]
 """Cosines and sines of the positions of the video tokens, (tokens, D) each."""
@@ -218,10 +217,7 @@ def _project(
     query, key, value = (project(tokens).unflatten(2, (attn.heads, -1)) for project in projections)
     cos, sin = (None, None) if tables is None else tables
     query, key = (
-        qk_norm_rope(tensor, cos=cos, sin=sin)
-        if norm is None
-        else qk_norm_rope(tensor, norm="rms", weight=norm.weight, eps=norm.eps, cos=cos, sin=sin)
-        for tensor, norm in ((query, norms[0]), (key, norms[1]))
+        norm_and_rope(tensor, norm, "rms", cos, sin) for tensor, norm in ((query, norms[0]), (key, norms[1]))
     )
     return query, key, value
 

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from blade_kernels.qk_norm_rope import qk_norm_rope
+from torch import nn
+
 from blade.attention.layer import SparseLayer
 
 
@@ -41,3 +45,25 @@ class SparseProcessor:
                 "BLADE's attention cannot be split by context parallelism; call `remove_blade` before "
                 "`enable_parallelism`."
             )
+
+
+def norm_and_rope(
+    tensor: torch.Tensor, norm: nn.Module | None, kind: str, cos: torch.Tensor | None, sin: torch.Tensor | None
+) -> torch.Tensor:
+    """Normalise queries or keys with a module's weights, and rotate them.
+
+    Args:
+        tensor: (B, S, H, D).
+        norm: the module; None: as they are.
+        kind: what it computes, a norm of `qk_norm_rope`.
+        cos: see `qk_norm_rope`.
+        sin: see `qk_norm_rope`.
+    """
+    if norm is None:
+        return qk_norm_rope(tensor, cos=cos, sin=sin)
+    if "forward" in norm.__dict__:  # a hook, such as an offloading one, that brings its weights when it is called
+        heads = tensor.shape[2:]
+        tensor = norm(tensor.flatten(2)).unflatten(2, heads) if kind == "rms-all-heads" else norm(tensor)
+        return qk_norm_rope(tensor, cos=cos, sin=sin)
+    bias = getattr(norm, "bias", None)
+    return qk_norm_rope(tensor, norm=kind, weight=norm.weight, bias=bias, eps=norm.eps, cos=cos, sin=sin)

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from blade_kernels.qk_norm_rope import qk_norm_rope
 from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor, WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan_vace import WanVACETransformer3DModel
 from torch import nn
@@ -16,7 +15,7 @@ from blade.sampling import SamplingDefaults
 from blade.token_grid import TokenGrid
 from blade_pipelines.base import DiffusersFamily
 from blade_pipelines.patches import permute_patches
-from blade_pipelines.processor import SparseProcessor
+from blade_pipelines.processor import SparseProcessor, norm_and_rope
 
 NEGATIVE_PROMPT = (
     "色调艳丽 过曝 静态 细节模糊不清 字幕 风格 作品 画作 画面 静止 整体发灰 最差质量 低质量 JPEG压缩残留 "
@@ -58,11 +57,9 @@ class WanSparseProcessor(SparseProcessor):
         query, key, value = (tensor.unflatten(2, (attn.heads, -1)) for tensor in (query, key, value))
         cos, sin = (None, None) if rotary_emb is None else rotary_emb
         query, key = (
-            qk_norm_rope(
-                tensor, norm="rms-all-heads", weight=norm.weight, eps=norm.eps, cos=cos, sin=sin,
-            )
+            norm_and_rope(tensor, norm, "rms-all-heads", cos, sin)
             for tensor, norm in ((query, attn.norm_q), (key, attn.norm_k))
-        )  # fmt: skip
+        )
 
         output = self.layer.attend(query, key, value).flatten(2, 3).type_as(query)
         return attn.to_out[1](attn.to_out[0](output))

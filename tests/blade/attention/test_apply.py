@@ -362,6 +362,34 @@ def test_offloading_hooks_may_come_before_or_after(make_wan, wan_inputs):
         assert torch.equal(run(transformer, inputs), plain)
 
 
+def test_a_hook_beneath_may_take_itself_off(make_wan, wan_inputs):
+    class FirstPass(DiffusersHook):  # as group offloading with streams has one
+        def post_forward(self, module, output):
+            module._diffusers_hook.remove_hook("first_pass", recurse=False)
+            return output
+
+    transformer, inputs = make_wan(), wan_inputs()
+    expected = run(apply_blade(make_wan(), CONFIG), inputs)
+    plain = run(transformer, inputs)
+    HookRegistry.check_if_exists_or_initialize(transformer).register_hook(FirstPass(), "first_pass")
+    apply_blade(transformer, CONFIG)
+    for _ in range(2):
+        assert torch.equal(run(transformer, inputs), expected)
+    assert torch.equal(run(remove_blade(transformer), inputs), plain)
+
+
+def test_an_error_in_a_pass_leaves_nothing_behind(make_wan, wan_inputs):
+    transformer, inputs = make_wan(), wan_inputs()
+    plain = run(transformer, inputs)
+    expected = run(apply_blade(transformer, CONFIG), inputs)
+    with pytest.raises(RuntimeError):
+        run(transformer, {**inputs, "encoder_hidden_states": torch.zeros(1, 2, 3)})
+    assert torch.equal(run(transformer, inputs), expected)
+    with pytest.raises(RuntimeError):
+        run(transformer, {**inputs, "encoder_hidden_states": torch.zeros(1, 2, 3)})
+    assert torch.equal(run(remove_blade(transformer), inputs), plain)
+
+
 def test_a_cache_around_the_transformer_goes_on_last_and_off_first(make_wan, wan_inputs):
     class Cache(DiffusersHook):
         def new_forward(self, module, *args, **kwargs):
