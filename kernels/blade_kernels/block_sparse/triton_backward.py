@@ -66,6 +66,8 @@ def add_query_gradient(
         logits += bias[None, :]
     a = tl.exp2(logits - lse2[:, None])
     ds = a * (multiply(grad_out, tl.trans(v), UPCAST) - delta[:, None])
+    if BIASED:  # what is hidden may hold anything, not a number included
+        ds = tl.where(bias[None, :] == float("-inf"), 0.0, ds)
     return multiply_add(ds.to(k.dtype), k, grad_q, UPCAST)
 
 
@@ -121,17 +123,18 @@ def query_gradient_kernel(
             q_tile, grad_tile, k_tile, v_tile, 0.0, lse_tile, delta_tile, grad_q_tile, factor, False, UPCAST
         )
     if LENGTHS or TAIL:
-        for step in range(whole * PARTS, count * PARTS):
+        for step in tl.range(whole * PARTS, count * PARTS, num_stages=1):
             key = tl.load(kept + step // PARTS) * BK + (step % PARTS) * BLOCK_N
             k_tile = load_tile(k, item, head, key, stop, k_batch, k_token, k_head, BLOCK_N, D, TMA, ZEROED)
-            v_tile = load_tile(v, item, head, key, stop, v_batch, v_token, v_head, BLOCK_N, D, TMA, ZEROED)
+            v_tile = load_tile(v, item, head, key, stop, v_batch, v_token, v_head, BLOCK_N, D, TMA, TMA)
             bias = tl.where(key + tl.arange(0, BLOCK_N) < stop, 0.0, float("-inf"))
             grad_q_tile = add_query_gradient(
                 q_tile, grad_tile, k_tile, v_tile, bias, lse_tile, delta_tile, grad_q_tile, factor, True, UPCAST
             )
     if POOLED:
-        for window in range(0, P, BLOCK_N):
-            bias = window_bias(pooled_bias, pooled_block, keep + mask_row * key_blocks, window, P, BLOCK_N, DROPPED)
+        POOL_N: tl.constexpr = BLOCK_N if BLOCK_N < 32 else 32
+        for window in range(0, P, POOL_N):
+            bias = window_bias(pooled_bias, pooled_block, keep + mask_row * key_blocks, window, P, POOL_N, DROPPED)
             k_tile = load_tile(
                 pooled_k,
                 item,
@@ -141,7 +144,7 @@ def query_gradient_kernel(
                 pooled_k_batch,
                 pooled_k_token,
                 pooled_k_head,
-                BLOCK_N,
+                POOL_N,
                 D,
                 False,
                 False,
@@ -155,7 +158,7 @@ def query_gradient_kernel(
                 pooled_v_batch,
                 pooled_v_token,
                 pooled_v_head,
-                BLOCK_N,
+                POOL_N,
                 D,
                 False,
                 False,

@@ -41,7 +41,8 @@ def add_keys(q, k, v, bias, peak, total, out, factor, BIASED: tl.constexpr, UPCA
     """
     logits = multiply(q, tl.trans(k), UPCAST)
     if BIASED:
-        logits = logits * factor + bias[None, :]
+        # where a key is hidden its logit may be anything, not a number included
+        logits = tl.where(bias[None, :] == float("-inf"), float("-inf"), logits * factor + bias[None, :])
         higher = tl.maximum(peak, tl.max(logits, 1))
         weights = tl.exp2(logits - higher[:, None])
     else:
@@ -108,15 +109,16 @@ def forward_kernel(
         v_tile = load_tile(v, item, head, key, T, v_batch, v_token, v_head, BLOCK_N, D, TMA, True)
         peak, total, out_tile = add_keys(q_tile, k_tile, v_tile, 0.0, peak, total, out_tile, factor, False, UPCAST)
     if LENGTHS or TAIL:
-        for step in range(whole * PARTS, count * PARTS):
+        for step in tl.range(whole * PARTS, count * PARTS, num_stages=1):
             key = tl.load(kept + step // PARTS) * BK + (step % PARTS) * BLOCK_N
-            k_tile = load_tile(k, item, head, key, stop, k_batch, k_token, k_head, BLOCK_N, D, TMA, ZEROED)
+            k_tile = load_tile(k, item, head, key, stop, k_batch, k_token, k_head, BLOCK_N, D, TMA, TMA)
             v_tile = load_tile(v, item, head, key, stop, v_batch, v_token, v_head, BLOCK_N, D, TMA, ZEROED)
             bias = tl.where(key + tl.arange(0, BLOCK_N) < stop, 0.0, float("-inf"))
             peak, total, out_tile = add_keys(q_tile, k_tile, v_tile, bias, peak, total, out_tile, factor, True, UPCAST)
     if POOLED:
-        for window in range(0, P, BLOCK_N):
-            bias = window_bias(pooled_bias, pooled_block, keep + mask_row * key_blocks, window, P, BLOCK_N, DROPPED)
+        POOL_N: tl.constexpr = BLOCK_N if BLOCK_N < 32 else 32
+        for window in range(0, P, POOL_N):
+            bias = window_bias(pooled_bias, pooled_block, keep + mask_row * key_blocks, window, P, POOL_N, DROPPED)
             k_tile = load_tile(
                 pooled_k,
                 item,
@@ -126,7 +128,7 @@ def forward_kernel(
                 pooled_k_batch,
                 pooled_k_token,
                 pooled_k_head,
-                BLOCK_N,
+                POOL_N,
                 D,
                 False,
                 False,
@@ -140,7 +142,7 @@ def forward_kernel(
                 pooled_v_batch,
                 pooled_v_token,
                 pooled_v_head,
-                BLOCK_N,
+                POOL_N,
                 D,
                 False,
                 False,
