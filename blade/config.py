@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 import re
+import tempfile
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from blade.attention.pattern_table import TABLE_NAME, PatternTable
 from blade.token_grid import check_token_order
 
 CONFIG_NAME = "blade_config.json"
@@ -72,9 +74,9 @@ class AdaptiveConfig:
 class BladeConfig:
     """How the self-attention of a video transformer is made sparse."""
 
-    attention: Literal["dense", "asa", "asa-gt"] = "asa"
-    """The method: `dense`, `asa` (adaptive block-sparse attention), or `asa-gt`, which is short for `asa` with
-    `pooled_tokens="all"` and is stored as such."""
+    attention: Literal["dense", "asa", "asa-gt", "patterns"] = "asa"
+    """The method: `dense`, `asa` (adaptive block-sparse attention), `asa-gt`, which is short for `asa` with
+    `pooled_tokens="all"` and is stored as such, or `patterns` (every head has a pattern found beforehand)."""
 
     sparsity: float = 0.5
     """Share of all query-key pairs that a sparse layer leaves out, in [0, 1). This is the one budget: pooled tokens
@@ -104,10 +106,16 @@ class BladeConfig:
     """What the values are for: ordinary weights, or only weights that were trained with them."""
 
     asa: AdaptiveConfig = field(default_factory=AdaptiveConfig)
-    """Details of the adaptive method."""
+    """Details of the adaptive method. With `patterns`, its block size and token order are the table's."""
+
+    patterns: PatternTable | None = None
+    """With `attention="patterns"`, the heads' patterns."""
+
+    adapt_patterns: bool = False
+    """Use a table of patterns for runs of another length or size than it was found for, as far as it applies."""
 
     def __post_init__(self) -> None:
-        _check_choice("attention", self.attention, ("dense", "asa", "asa-gt"))
+        _check_choice("attention", self.attention, ("dense", "asa", "asa-gt", "patterns"))
         _check_number("sparsity", self.sparsity, "in [0, 1)", lambda x: 0 <= x < 1)
         _check_choice("pooled_tokens", self.pooled_tokens, ("none", "all", "dropped"))
         _check_flag("strict", self.strict)
@@ -119,6 +127,19 @@ class BladeConfig:
             raise ValueError(f"`asa` must be an AdaptiveConfig, got {self.asa!r}.")
         object.__setattr__(self, "dense_steps", parse_dense_steps(self.dense_steps))
         object.__setattr__(self, "dense_layers", parse_dense_layers(self.dense_layers))
+        _check_flag("adapt_patterns", self.adapt_patterns)
+        if (self.attention == "patterns") != isinstance(self.patterns, PatternTable):
+            raise ValueError(
+                '`patterns` must be a PatternTable with `attention="patterns"`, and None otherwise, got '
+                f"{type(self.patterns).__name__} with {self.attention!r}."
+            )
+        if self.patterns is not None:
+            if self.pooled_tokens != "none":
+                raise ValueError(f'`pooled_tokens` must be "none" with patterns, got {self.pooled_tokens!r}.')
+            size, order = self.patterns.block_size, self.patterns.token_order
+            probe = min(self.asa.probe_tokens, size)
+            details = replace(self.asa, block_size=size, token_order=order, probe_tokens=probe)
+            object.__setattr__(self, "asa", details)
         if self.attention == "asa-gt":
             if self.pooled_tokens == "dropped":
                 raise ValueError(
@@ -158,8 +179,10 @@ class BladeConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the configuration as plain JSON values."""
-        values = asdict(self)
+        values = asdict(replace(self, attention="dense", patterns=None) if self.patterns else self)
+        values["attention"] = self.attention
         values["dense_layers"] = list(self.dense_layers)
+        values["patterns"] = None if self.patterns is None else self.patterns.to_dict()
         return values
 
     @classmethod
@@ -170,13 +193,25 @@ class BladeConfig:
             if not isinstance(known["asa"], Mapping):
                 raise ValueError(f"`asa` must be a JSON object, got {known['asa']!r}.")
             known["asa"] = AdaptiveConfig(**_known(AdaptiveConfig, known["asa"], "asa."))
+        if known.get("patterns") is not None:
+            if not isinstance(known["patterns"], Mapping):
+                raise ValueError(f"`patterns` must be a JSON object, got {known['patterns']!r}.")
+            known["patterns"] = PatternTable.from_dict(known["patterns"])
         return cls(**known)
 
     def save_pretrained(self, directory: str | Path) -> Path:
-        """Write `blade_config.json` into a directory, made if missing, and return the file's path."""
+        """Write `blade_config.json`, and `pattern_table.json` beside it, into a directory, made if missing.
+
+        Returns:
+            The path of `blade_config.json`.
+        """
         path = Path(directory) / CONFIG_NAME
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        values = self.to_dict()
+        if self.patterns is not None:
+            self.patterns.save(path.with_name(TABLE_NAME))
+            values["patterns"] = TABLE_NAME
+        path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
         return path
 
     @classmethod
@@ -200,24 +235,28 @@ class BladeConfig:
             ValueError: if the directory holds no `blade_config.json`, or it isn't one.
         """
         local = Path(directory_or_id)
-        if local.is_file():
-            path = local
-        elif local.is_dir():
-            path = local / (subfolder or "") / CONFIG_NAME
-            if not path.is_file():
-                raise ValueError(f"`{path.parent}` holds no {CONFIG_NAME}.")
-        else:
+
+        def find(name: str) -> Path:
+            if local.is_file():
+                return local if name == CONFIG_NAME else local.with_name(name)
+            if local.is_dir():
+                return local / (subfolder or "") / name
             from huggingface_hub import hf_hub_download
 
-            path = Path(
-                hf_hub_download(str(directory_or_id), CONFIG_NAME, subfolder=subfolder, revision=revision, token=token)
-            )
+            options = {"subfolder": subfolder, "revision": revision, "token": token}
+            return Path(hf_hub_download(str(directory_or_id), name, **options))
+
+        path = find(CONFIG_NAME)
+        if local.is_dir() and not path.is_file():
+            raise ValueError(f"`{path.parent}` holds no {CONFIG_NAME}.")
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"`{path}` is not a JSON file: {error}.") from error
         if not isinstance(values, dict):
             raise ValueError(f"`{path}` must hold a JSON object, got a {type(values).__name__}.")
+        if isinstance(values.get("patterns"), str):
+            values["patterns"] = PatternTable.load(find(TABLE_NAME)).to_dict()
         return cls.from_dict(values)
 
     def push_to_hub(
@@ -233,10 +272,9 @@ class BladeConfig:
 
         api = HfApi(token=token)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        content = (json.dumps(self.to_dict(), indent=2) + "\n").encode()
-        commit = api.upload_file(
-            path_or_fileobj=content, path_in_repo=CONFIG_NAME, repo_id=repo_id, commit_message=commit_message
-        )
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            commit = api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message)
         return commit.commit_url
 
 

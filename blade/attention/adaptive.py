@@ -59,6 +59,32 @@ class AdaptivePlan:
             )
 
     @property
+    def token_order(self) -> str:
+        """The token order."""
+        return self.config.token_order
+
+    @property
+    def is_full(self) -> bool:
+        """Whether every block is kept."""
+        return self.budget.is_full
+
+    def head_places(self, rows: tuple[torch.Tensor, ...]) -> None:
+        """No head has a token order of its own."""
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        rows: tuple[torch.Tensor, ...],
+        key_lengths: torch.Tensor | None = None,
+        *,
+        placed: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor, str]:
+        """Attend; `rows` is this layer's and step's row of `draw_table`. See `adaptive_attention`."""
+        return adaptive_attention(query, key, value, self, rows[0], key_lengths)
+
+    @property
     def min_blocks(self) -> int:
         """Blocks, text included, that the rule of cumulative mass leaves in a row at least."""
         text, kept = self.budget.text_blocks, self.budget.kept_blocks

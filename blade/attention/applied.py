@@ -13,10 +13,10 @@ from blade_kernels.block_sparse.api import IMPLEMENTATIONS
 from diffusers.hooks import HookRegistry, ModelHook
 from torch import nn
 
-from blade.attention.adaptive import DRAWN_STEPS, AdaptivePlan
-from blade.attention.budget import BlockBudget
+from blade.attention.adaptive import AdaptivePlan
 from blade.attention.family import Inputs, ModelFamily
-from blade.attention.layer import SparseLayer
+from blade.attention.layer import Plan, SparseLayer
+from blade.attention.methods import Method, method_of
 from blade.attention.steps import ASSUMED_STEPS, StepResolver
 from blade.config import BladeConfig
 from blade.token_grid import TokenGrid
@@ -37,7 +37,14 @@ class AppliedBlade(ModelHook):
 
     _is_stateful = True  # so that Diffusers hands the cache context to `self.context` and resets the hook after a run
 
-    def __init__(self, transformer: nn.Module, family: ModelFamily, config: BladeConfig, pipe: Any = None) -> None:
+    def __init__(
+        self,
+        transformer: nn.Module,
+        family: ModelFamily,
+        config: BladeConfig,
+        pipe: Any = None,
+        method: Method | None = None,
+    ) -> None:
         """Work out the layers; nothing is changed yet.
 
         Args:
@@ -45,11 +52,12 @@ class AppliedBlade(ModelHook):
             family: its family.
             config: the configuration.
             pipe: the pipeline that drives it, for its scheduler.
+            method: how attention is made sparse; None: as the configuration says.
 
         Raises:
             ValueError: if there is no such implementation, `dense_layers` names a layer that isn't there, the
-                transformer is split by a parallelism, a cache that wraps the whole transformer is enabled, or, with
-                `strict`, a layer cannot be made sparse.
+                transformer is split by a parallelism, a cache that wraps the whole transformer is enabled, a table of
+                patterns is another model's, or, with `strict`, a layer cannot be made sparse.
         """
         super().__init__()
         self.family = family
@@ -60,8 +68,10 @@ class AppliedBlade(ModelHook):
         self.notes: list[str] = []
         self.permutation: torch.Tensor | None = None
         self._inverse: torch.Tensor | None = None
-        self.budget: BlockBudget | None = None
-        self._plans: dict[tuple[TokenGrid, torch.device], AdaptivePlan] = {}
+        self.plan: Plan | None = None
+        self.method = method_of(config) if method is None else method
+        self._plans: dict[tuple[TokenGrid, torch.device], Plan] = {}
+        self._rows = 0
         self._parameters = tuple(inspect.signature(type(transformer).forward).parameters)[1:]
         self._handles: Sequence[Any] = ()
 
@@ -79,9 +89,10 @@ class AppliedBlade(ModelHook):
             )
         self.step = torch.zeros(1, dtype=torch.int64)
         self.layers = tuple(
-            SparseLayer(index, config, family.heads(attention), self.step, self._dense_reason(index, attention))
+            SparseLayer(index, self.step, self._dense_reason(index, attention))
             for index, attention in enumerate(self.attentions)
         )
+        self.method.check(len(self.attentions), family.heads(self.attentions[0]))
 
     def install(self, transformer: nn.Module) -> None:
         """Put the processors and hooks in place."""
@@ -121,7 +132,7 @@ class AppliedBlade(ModelHook):
             layer.running = True
         if plan is None:
             return (), inputs
-        order, device = plan.config.token_order, self.step.device
+        order, device = plan.token_order, self.step.device
         self.permutation = plan.grid.order(order, device)
         self._inverse = plan.grid.inverse_order(order, device)
         return (), self.family.permute_inputs(module, inputs, self.permutation)
@@ -163,7 +174,7 @@ class AppliedBlade(ModelHook):
             self.notes.append(message)
             logger.warning(message)
 
-    def _prepare(self, module: nn.Module, inputs: Inputs) -> AdaptivePlan | None:
+    def _prepare(self, module: nn.Module, inputs: Inputs) -> Plan | None:
         """Tell every layer what it is in this forward pass; return the plan, or None if no step ever is sparse."""
         for layer, attention in zip(self.layers, self.attentions):
             if getattr(attention.processor, "layer", None) is not layer:
@@ -172,13 +183,15 @@ class AppliedBlade(ModelHook):
                     f"{type(attention.processor).__name__} after `apply_blade`, as `fuse_qkv_projections` and "
                     "`set_attn_processor` do. Call `apply_blade` again."
                 )
-        plan, step, dense_steps = None, 0, 0
+        plan, step, dense_steps, row = None, 0, 0, 0
         if any(layer.dense_reason is None for layer in self.layers):
             step, total = self.steps.resolve(inputs["timestep"])
             dense_steps = self._dense_steps(total)
             if total is None or dense_steps < total:
                 plan = self._plan(module, inputs)
-                plan = None if plan.budget.is_full else plan
+                plan = None if plan.is_full else plan
+                self._fill_tables(total)
+                row = step % self._rows
         device = inputs["hidden_states"].device
         if self.step.device != device:
             with torch.inference_mode(False):
@@ -186,9 +199,24 @@ class AppliedBlade(ModelHook):
         for layer in self.layers:
             layer.move(device, self.step)
             layer.plan = plan
-            layer.sparse = plan is not None and layer.dense_reason is None and step >= dense_steps
-        self.step.fill_(step % DRAWN_STEPS)
+            layer.sparse = (
+                plan is not None
+                and layer.dense_reason is None
+                and step >= dense_steps
+                and self.method.is_sparse(layer.index, row)
+            )
+        self.step.fill_(row)
         return plan
+
+    def _fill_tables(self, total: int | None) -> None:
+        """Give the layers what they read at the steps of such a run."""
+        rows = self.method.rows(total)
+        if rows == self._rows:
+            return
+        self._rows = rows
+        for layer, attention in zip(self.layers, self.attentions):
+            if layer.dense_reason is None:
+                layer.tables = self.method.tables(layer.index, self.family.heads(attention), rows)
 
     def _dense_steps(self, total: int | None) -> int:
         if total is not None:
@@ -201,14 +229,15 @@ class AppliedBlade(ModelHook):
         )
         return self.config.dense_step_count(ASSUMED_STEPS)
 
-    def _plan(self, module: nn.Module, inputs: Inputs) -> AdaptivePlan:
+    def _plan(self, module: nn.Module, inputs: Inputs) -> Plan:
         grid, device = self.family.token_grid(module, inputs), inputs["hidden_states"].device
         plan = self._plans.get((grid, device))
         if plan is None:
-            plan = AdaptivePlan.of(self.config, grid, device)
-            self._judge(plan)
+            plan = self.method.plan(grid, device)
+            if isinstance(plan, AdaptivePlan):
+                self._judge(plan)
             self._plans[grid, device] = plan
-        self.grid, self.budget = grid, plan.budget
+        self.grid, self.plan = grid, plan
         return plan
 
     def _judge(self, plan: AdaptivePlan) -> None:

@@ -63,6 +63,13 @@ class ModelFamily(Protocol):
         """Return the number of heads of a self-attention module."""
         ...
 
+    def output_projection(self, attention: nn.Module) -> torch.Tensor | None:
+        """Return the weights (channels, H * D) that a self-attention module's output is multiplied with.
+
+        None where there are none of its own, or they are stored in fewer bits.
+        """
+        ...
+
     def dense_reason(self, attention: nn.Module) -> str | None:
         """Return why the module cannot be made sparse, or None if it can."""
         ...

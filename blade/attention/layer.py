@@ -2,10 +2,59 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 
-from blade.attention.adaptive import AdaptivePlan, adaptive_attention, draw_table
-from blade.config import BladeConfig
+from blade.token_grid import TokenGrid
+
+
+class Plan(Protocol):
+    """What all layers share for one shape of latent, worked out once."""
+
+    @property
+    def grid(self) -> TokenGrid:
+        """The tokens."""
+        ...
+
+    @property
+    def token_order(self) -> str:
+        """The model's token order."""
+        ...
+
+    @property
+    def is_full(self) -> bool:
+        """Whether nothing is ever left out."""
+        ...
+
+    def head_places(self, rows: tuple[torch.Tensor, ...]) -> torch.Tensor | None:
+        """Where each token of each head stands, (H, S) int64, at this step; None: in the model's order."""
+        ...
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        rows: tuple[torch.Tensor, ...],
+        key_lengths: torch.Tensor | None = None,
+        *,
+        placed: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor, str]:
+        """Attend.
+
+        Args:
+            query: (B, S, H, D), in the model's token order, after position embeddings.
+            key: (B, S, H, D).
+            value: (B, S, H, D).
+            rows: what the layer reads at this step.
+            key_lengths: (B,) integers: the keys from there on, which are text, are absent.
+            placed: whether queries and keys are where `head_places` says.
+
+        Returns:
+            (B, S, H, D) output, the density, a float32 tensor of no dimensions, and what computed the output.
+        """
+        ...
 
 
 class SparseLayer:
@@ -15,39 +64,42 @@ class SparseLayer:
     layers and steps share two compiled graphs.
     """
 
-    def __init__(
-        self, index: int, config: BladeConfig, heads: int, step: torch.Tensor, dense_reason: str | None
-    ) -> None:
-        """Make the layer's tables.
+    def __init__(self, index: int, step: torch.Tensor, dense_reason: str | None) -> None:
+        """Make a layer without tables.
 
         Args:
             index: number of the layer in the transformer.
-            config: the configuration.
-            heads: number of attention heads.
-            step: (1,) int64, the current step as an index into `draws`; shared by all layers.
+            step: (1,) int64, the current step as a row of `tables`; shared by all layers.
             dense_reason: why the layer always stays dense, or None.
         """
         self.index = index
         self.dense_reason = dense_reason
         self.sparse = False
         self.running = False
-        self.plan: AdaptivePlan | None = None
+        self.plan: Plan | None = None
         self.step = step
         self.implementation: str | None = None
-        self.draws = draw_table(config, index, heads) if dense_reason is None else torch.empty(0)
+        # what the method reads at every step, a row each
+        self.tables: tuple[torch.Tensor, ...] = ()
         # sum of densities over sparse calls, number of sparse calls, number of dense calls
         self.tally = torch.zeros(3, dtype=torch.float32)
 
     def move(self, device: torch.device, step: torch.Tensor) -> None:
         """Bring the layer's tensors to a device, where they aren't there yet."""
         self.step = step
-        if self.tally.device != device:
-            with torch.inference_mode(False):
-                self.draws, self.tally = self.draws.to(device), self.tally.to(device)
+        with torch.inference_mode(False):
+            if self.tally.device != device:
+                self.tally = self.tally.to(device)
+            if any(table.device != device for table in self.tables):
+                self.tables = tuple(table.to(device) for table in self.tables)
 
     def count_dense(self) -> None:
         """Note a dense forward pass."""
         self.tally[2:].add_(1)
+
+    def places(self) -> torch.Tensor | None:
+        """Where the method wants each token of each head, (H, S) int64; None: as they are."""
+        return None if self.plan is None else self.plan.head_places(self._rows())
 
     def attend(
         self,
@@ -55,6 +107,8 @@ class SparseLayer:
         key: torch.Tensor,
         value: torch.Tensor,
         key_lengths: torch.Tensor | None = None,
+        *,
+        placed: bool = False,
     ) -> torch.Tensor:
         """Attend sparsely and note the density.
 
@@ -63,6 +117,7 @@ class SparseLayer:
             key: (B, S, H, D).
             value: (B, S, H, D).
             key_lengths: (B,) integers: the keys from there on, which are text, are absent. None: all are there.
+            placed: whether queries and keys are where `places` says.
 
         Returns:
             (B, S, H, D).
@@ -77,8 +132,10 @@ class SparseLayer:
                 "BLADE's hook on the transformer did not run: something replaced the transformer's forward after "
                 "`apply_blade`. Call `apply_blade` again."
             )
-        draw = self.draws.index_select(0, self.step).squeeze(0)
-        output, density, self.implementation = adaptive_attention(query, key, value, plan, draw, key_lengths)
+        output, density, self.implementation = plan.attend(query, key, value, self._rows(), key_lengths, placed=placed)
         self.tally[0:1].add_(density)
         self.tally[1:2].add_(1)
         return output
+
+    def _rows(self) -> tuple[torch.Tensor, ...]:
+        return tuple(table.index_select(0, self.step).squeeze(0) for table in self.tables)

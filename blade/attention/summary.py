@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from blade.attention.adaptive import AdaptivePlan
 from blade.attention.applied import AppliedBlade, applied_to
 from blade.attention.apply import find_transformers
 from blade.attention.budget import BlockBudget
@@ -45,7 +46,7 @@ class TransformerSummary:
     grid: TokenGrid | None
     """Token grid of the latest forward pass; None before the first."""
     budget: BlockBudget | None
-    """How the sparsity was spent on that grid."""
+    """How the sparsity was spent on that grid; None with a table of patterns."""
     layers: tuple[LayerSummary, ...]
     """Its self-attention layers."""
     notes: tuple[str, ...]
@@ -54,12 +55,19 @@ class TransformerSummary:
     def __str__(self) -> str:
         config, budget = self.config, self.budget
         method: str = config.attention
-        if method != "dense":
+        if config.patterns is not None:
+            shares = ", ".join(f"{kind} {share:.0%}" for kind, share in config.patterns.shares().items())
+            method += f" ({shares} of the heads), {config.patterns.token_order} order"
+        elif method != "dense":
             method += f", {config.asa.selector} selector, {config.asa.token_order} order"
             method += f", requested sparsity {config.sparsity:g}"
         lines = [f"{self.name}: {method}"]
-        if self.grid is not None and budget is not None:
-            grid = self.grid
+        grid = self.grid
+        if grid is not None and config.patterns is not None:
+            lines.append(
+                f"  {grid.frames} x {grid.height} x {grid.width} tokens in blocks of {config.patterns.block_size}"
+            )
+        elif grid is not None and budget is not None:
             lines.append(
                 f"  {grid.frames} x {grid.height} x {grid.width} tokens in {budget.blocks} blocks of "
                 f"{config.asa.block_size}; a row keeps {'at most ' if config.asa.cumulative_mass else ''}"
@@ -134,7 +142,8 @@ def _summarise(name: str, applied: AppliedBlade) -> TransformerSummary:
         )
         for layer, (density, sparse_calls, dense_calls) in zip(applied.layers, tallies)
     )
-    return TransformerSummary(name, applied.config, applied.grid, applied.budget, layers, tuple(applied.notes))
+    budget = applied.plan.budget if isinstance(applied.plan, AdaptivePlan) else None
+    return TransformerSummary(name, applied.config, applied.grid, budget, layers, tuple(applied.notes))
 
 
 def _layer_density(layers: Iterable[LayerSummary]) -> float | None:

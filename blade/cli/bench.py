@@ -37,6 +37,9 @@ def attention(
         str | None,
         _option("Of drawn, forward, training, selection, whole; by default drawn on the CPU, and all others on CUDA."),
     ] = None,
+    blocks: Annotated[
+        str, _option("random: independent in every head and row; patterns: a table of head patterns, of a --model.")
+    ] = "random",
     block_size: Annotated[int, _option("Tokens in a block.")] = 128,
     dtype: Annotated[str, _option("float32, bfloat16 or float16.")] = "float32",
     device: Annotated[str, _option("cpu, cuda, cuda:1, ...")] = "cpu",
@@ -48,7 +51,7 @@ def attention(
     ] = None,
     debug: Annotated[bool, _option("Show the traceback of an error.", "--debug")] = False,
 ) -> None:
-    """Time block-sparse attention over random blocks beside the fastest dense attention, and print tables."""
+    """Time block-sparse attention beside the fastest dense attention, and print tables."""
     if output is not None and importlib.util.find_spec("matplotlib") is None:
         raise ValueError("`--output` draws a plot, and matplotlib is not installed: pip install 'blade-video[plots]'.")
     # imported here, so that --help and usage errors don't wait for PyTorch
@@ -77,6 +80,7 @@ def attention(
         shapes=shapes,
         densities=_numbers("--density", density, float),
         passes=tuple(passes.split(",")),
+        blocks=blocks,
         block_size=block_size,
         dtype=dtype,
         device=device,

@@ -6,7 +6,7 @@ import datetime
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,10 @@ from blade_kernels.block_sparse.launch_table import architecture
 from blade_kernels.triton_support import missing_triton
 from torch import Tensor
 
+from blade.attention.pattern_plan import PatternPlan
+from blade.attention.pattern_table import mixed_table
+from blade.attention.patterns import HeadPattern, pattern_blocks
+from blade.config import BladeConfig
 from blade.evaluation.attention_contestants import (
     Attend,
     Contestant,
@@ -26,6 +30,8 @@ from blade.evaluation.attention_contestants import (
 )
 from blade.evaluation.timing import time_calls
 from blade.machine import describe_machine, describe_versions
+from blade.profiling.candidates import natural_order, pattern_of_density
+from blade.token_grid import TokenGrid
 
 PACKAGES = (
     "blade-video", "torch", "triton", "flash-attn", "flash-attn-3", "sageattention", "spas-sage-attn",
@@ -46,6 +52,12 @@ PASSES = {
     "whole": "the choice of blocks, building the mask, and the forward pass",
 }
 """What can be timed. The fastest dense attention stands beside each."""
+
+BLOCKS = ("random", "patterns")
+"""Which blocks are kept: independent ones in every head and row, or those of a table of head patterns."""
+
+PATTERN_KINDS = ("diagonal", "multi_diagonal", "vertical", "window")
+"""Patterns that the heads have in turn, in the token orders that suit them, the model's being raster."""
 
 PROBE_TOKENS = 16
 """Tokens in 128 that the choice of blocks looks at."""
@@ -68,6 +80,8 @@ class AttentionShape:
     """Sequences."""
     model: str | None = None
     """The model that has such layers."""
+    grid: TokenGrid | None = None
+    """The tokens of its videos, where head patterns are measured."""
 
     def __post_init__(self) -> None:
         for name in ("tokens", "heads", "head_dim", "batch"):
@@ -78,11 +92,15 @@ class AttentionShape:
         return f"{self.model}, {self.tokens:,} tokens" if self.model else f"{self.tokens:,} tokens"
 
 
+def _model(model: str, grid: TokenGrid, heads: int, head_dim: int = 128) -> AttentionShape:
+    return AttentionShape(model=model, tokens=grid.sequence_length, heads=heads, head_dim=head_dim, grid=grid)
+
+
 MODELS = {
-    "wan-1.3b": AttentionShape(model="Wan-1.3B 480p", tokens=32760, heads=12),
-    "wan-14b": AttentionShape(model="Wan-14B 720p", tokens=75600, heads=40),
-    "cogvideox-1.5": AttentionShape(model="CogVideoX1.5", tokens=45106, heads=48, head_dim=64),
-    "hunyuan-video": AttentionShape(model="HunyuanVideo 720p", tokens=119056, heads=24),
+    "wan-1.3b": _model("Wan-1.3B 480p", TokenGrid(21, 30, 52), 12),
+    "wan-14b": _model("Wan-14B 720p", TokenGrid(21, 45, 80), 40),
+    "cogvideox-1.5": _model("CogVideoX1.5", TokenGrid(11, 48, 85, text_after=226), 48, 64),
+    "hunyuan-video": _model("HunyuanVideo 720p", TokenGrid(33, 45, 80, text_after=256), 24),
 }
 """Sizes at which models are run."""
 
@@ -98,6 +116,8 @@ class AttentionBenchmark:
     number, drawn so that the mean is the share, and one at the least."""
     passes: tuple[str, ...] = ("drawn",)
     """Names of `PASSES`."""
+    blocks: str = "random"
+    """One of `BLOCKS`."""
     block_size: int = 128
     """Tokens in a block, of queries and of keys alike."""
     dtype: str = "float32"
@@ -121,6 +141,10 @@ class AttentionBenchmark:
             raise ValueError(f"`densities` must be in (0, 1], got {self.densities}.")
         if not self.passes or not set(self.passes) <= set(PASSES):
             raise ValueError(f"`passes` must be some of {', '.join(PASSES)}, got {', '.join(self.passes) or 'none'}.")
+        if self.blocks not in BLOCKS:
+            raise ValueError(f"`blocks` must be one of {', '.join(BLOCKS)}, got {self.blocks!r}.")
+        if self.blocks == "patterns" and any(shape.grid is None for shape in self.shapes):
+            raise ValueError("`shapes` must be of models where `blocks` is patterns, which need to know the frames.")
         if self.dtype not in DTYPES:
             raise ValueError(f"`dtype` must be one of {', '.join(DTYPES)}, got {self.dtype!r}.")
         if self.threads is not None and self.threads < 1:
@@ -137,8 +161,8 @@ def run_attention_benchmark(
 ) -> dict[str, Any]:
     """Measure dense and block-sparse attention, and other packages' where they are installed.
 
-    The blocks are drawn at random, independently in every head and row. An implementation of BLADE whose output is
-    wrong is an error, not a result; a peer's error stands beside its times.
+    The blocks are drawn at random, independently in every head and row, or are those of a table of head patterns. An
+    implementation of BLADE whose output is wrong is an error, not a result; a peer's error stands beside its times.
 
     Args:
         settings: what to measure.
@@ -194,6 +218,7 @@ class _Layer:
         self.passes = ["training"] if "training" in settings.passes else []
         if set(settings.passes) - {"training"}:
             self.passes.insert(0, "forward")
+        self._plans: dict[float, PatternPlan] = {}
         self.dense = _Results()
         q = self.inputs[0][0]
         for contestant in [*dense_contestants(q), *installed_peers(q, settings.block_size)]:
@@ -214,7 +239,10 @@ class _Layer:
             self._measure(contestant, passes, mask, results, density)
         if "selection" in settings.passes:
             kept = self._kept(density)
-            results.add("selection", "selection", *self._timed(lambda q, k, v: self._select(q, k, kept)))
+            choose: Callable[[Tensor, Tensor, Tensor], object] = lambda q, k, v: self._select(q, k, kept)  # noqa: E731
+            if settings.blocks == "patterns":
+                choose = lambda q, k, v: self.draw(density)  # noqa: E731
+            results.add("selection", "selection", *self._timed(choose))
         return {
             **asdict(self.shape),
             "density": density,
@@ -228,12 +256,37 @@ class _Layer:
         }
 
     def draw(self, density: float) -> BlockMask:
-        """A mask of random blocks."""
+        """A mask of random blocks, or of patterns."""
+        if self.settings.blocks == "patterns" and density < 1:
+            return self._plan(density).mask(self._pattern_ids())
         shape, size = (self.shape.batch, self.shape.heads, self.blocks, self.blocks), self.settings.block_size
         places = torch.rand(shape, generator=self.generator, device=self.device).argsort(-1).argsort(-1)
         share = torch.rand((*shape[:3], 1), generator=self.generator, device=self.device)
         kept = (density * self.blocks + share).floor().clamp(min=1)
         return BlockMask.from_dense(places < kept, (size, size), math.ceil(density * self.blocks))
+
+    def _plan(self, density: float) -> PatternPlan:
+        """The heads' patterns at a density."""
+        if density not in self._plans:
+            grid, size = self.shape.grid, self.settings.block_size
+            assert grid is not None
+
+            def blocks(pattern: HeadPattern) -> float:
+                keep = pattern_blocks(pattern, grid, size, "raster", self.device)
+                mask = BlockMask.from_dense(keep[None, None], (size, size))
+                return float(mask.density(grid.sequence_length, grid.sequence_length))
+
+            patterns = []
+            for kind in PATTERN_KINDS:
+                order = None if kind == "vertical" else natural_order(kind, size)
+                patterns.append(pattern_of_density(kind, density, blocks, grid, None if order == "raster" else order))
+            table = mixed_table(patterns, 1, self.shape.heads, block_size=size)
+            config = BladeConfig(attention="patterns", patterns=table)
+            self._plans[density] = PatternPlan.of(config, grid, self.device)
+        return self._plans[density]
+
+    def _pattern_ids(self) -> Tensor:
+        return torch.arange(self.shape.heads, device=self.device) % len(PATTERN_KINDS)
 
     def _measure(
         self, one: Contestant, passes: list[str], mask: BlockMask, results: _Results, density: float = 1.0
@@ -245,6 +298,10 @@ class _Layer:
             "drawn": lambda q, k, v: one.attend(q, k, v, self.draw(density)),
             "whole": lambda q, k, v: one.attend(q, k, v, self._select(q, k, kept)),
         }
+        if self.settings.blocks == "patterns" and density < 1:
+            plan = replace(self._plan(density), implementation=one.name)
+            rows = (self._pattern_ids(),)
+            forwards["whole"] = lambda q, k, v: plan.attend(q, k, v, rows, placed=True)[0]
         try:
             with torch.no_grad():
                 q, k, v = self._laid_out(one)[0][:3]

@@ -20,6 +20,11 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 WORK = {"training": 3.5, "backward": 2.5}
 """Matrix products of a pass, in those of a forward pass, where they are not as many."""
 
+_BLOCKS = {
+    "random": "drawn at random in every head and row",
+    "patterns": "by head patterns (diagonal, multi-diagonal, vertical and window in turn)",
+}
+
 
 def tables(report: dict[str, Any]) -> list[Table]:
     """A report's tables: one for each pass, and of memory and compiled kernels where there are any."""
@@ -54,7 +59,7 @@ def write_report(report: dict[str, Any], folder: Path) -> list[Path]:
         "# Attention, dense and block-sparse",
         "",
         f"{report['date']}, {machine['device']}{threads}, {versions}. {settings['dtype']}, blocks of "
-        f"{settings['block_size']} drawn at random in every head and row; median of {settings['repeats']}. In "
+        f"{settings['block_size']} {_BLOCKS[settings['blocks']]}; median of {settings['repeats']}. In "
         "brackets: how many times as fast as the fastest dense attention, and its speed per pair of query and key, as "
         "a share of dense attention's." + (f" Matrix products reach {peak} TFLOP/s." if peak else ""),
         "",

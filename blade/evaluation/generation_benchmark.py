@@ -239,7 +239,7 @@ class _Model:
         found = {name: ms / repeats for name, ms in watch.milliseconds().items()}
         layer, arguments = calls[0]
         query, key, _, *lengths = arguments
-        draw = layer.draws[:1].squeeze(0)
+        draw = layer.tables[0][0]
         one = measure(lambda _: select(query, key, layer.plan, draw, *lengths), self.device, repeats).median
         found["block selection"] = one * len(calls) / repeats
         found["attention"] -= found["block selection"]
@@ -337,10 +337,10 @@ def _parts_watched(
     family, attends = applied.family, [layer.attend for layer in applied.layers]
 
     def watched(layer: Any, attend: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*arguments: Any) -> Any:
+        def call(*arguments: Any, **options: Any) -> Any:
             calls.append((layer, () if calls else arguments))
             with watch.region("attention"):
-                return attend(*arguments)
+                return attend(*arguments, **options)
 
         return call
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import nn
 
 from blade.attention.layer import SparseLayer
@@ -43,6 +44,11 @@ class DiffusersFamily:
     def heads(self, attention: nn.Module) -> int:
         """Return the number of heads."""
         return attention.heads
+
+    def output_projection(self, attention: nn.Module) -> torch.Tensor | None:
+        """Return the weights of the first of `to_out`, where there are any in floating point."""
+        weight = getattr(attention.to_out[0], "weight", None) if getattr(attention, "to_out", None) else None
+        return weight if isinstance(weight, torch.Tensor) and weight.is_floating_point() else None
 
     def dense_reason(self, attention: nn.Module) -> str | None:
         """Return why the module cannot be made sparse: a processor that does something else than Diffusers' own."""

@@ -48,12 +48,13 @@ class CogVideoXSparseProcessor(SparseProcessor):
             query, key, value = attn.to_q(tokens), attn.to_k(tokens), attn.to_v(tokens)
         query, key, value = (tensor.unflatten(2, (attn.heads, -1)) for tensor in (query, key, value))
         cos, sin = (None, None) if image_rotary_emb is None else image_rotary_emb
+        places = self.layer.places()
         query, key = (
-            norm_and_rope(tensor, norm, "layer", cos, sin)
+            norm_and_rope(tensor, norm, "layer", cos, sin, places)
             for tensor, norm in ((query, attn.norm_q), (key, attn.norm_k))
         )
 
-        output = self.layer.attend(query, key, value).flatten(2, 3).type_as(query)
+        output = self.layer.attend(query, key, value, placed=True).flatten(2, 3).type_as(query)
         output = attn.to_out[1](attn.to_out[0](output))
         return output[:, :video], output[:, video:]
 

@@ -47,24 +47,25 @@ class HunyuanVideoSparseProcessor(SparseProcessor):
             self.layer.count_dense()
             return self.previous(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
 
-        video = hidden_states.shape[1]
+        video, places = hidden_states.shape[1], self.layer.places()
         if attn.add_q_proj is None:
             tokens = torch.cat((hidden_states, encoder_hidden_states), dim=1)
             projections, norms = (attn.to_q, attn.to_k, attn.to_v), (attn.norm_q, attn.norm_k)
-            query, key, value = _project(attn, tokens, projections, norms, image_rotary_emb)
+            query, key, value = _project(attn, tokens, projections, norms, image_rotary_emb, places)
         else:
             projections, norms = (attn.to_q, attn.to_k, attn.to_v), (attn.norm_q, attn.norm_k)
-            streams = [_project(attn, hidden_states, projections, norms, image_rotary_emb)]
+            first = None if places is None else places[:, :video]  # the text, which follows, stays where it is
+            streams = [_project(attn, hidden_states, projections, norms, image_rotary_emb, first)]
             projections = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
             norms = (attn.norm_added_q, attn.norm_added_k)
-            streams.append(_project(attn, encoder_hidden_states, projections, norms, None))
+            streams.append(_project(attn, encoder_hidden_states, projections, norms, None, None))
             query, key, value = (torch.cat(parts, dim=1) for parts in zip(*streams))
 
         lengths = None
         if attention_mask is not None:
             lengths = attention_mask.flatten(1).sum(dim=1, dtype=torch.int32)
             lengths = lengths + video if attention_mask.ndim == 2 else lengths
-        output = self.layer.attend(query, key, value, lengths).flatten(2, 3).type_as(query)
+        output = self.layer.attend(query, key, value, lengths, placed=True).flatten(2, 3).type_as(query)
         hidden_states, encoder_hidden_states = output[:, :video], output[:, video:]
         if attn.to_out is not None:
             hidden_states = attn.to_out[1](attn.to_out[0](hidden_states))
@@ -212,12 +213,13 @@ def _project(
     projections: tuple[nn.Module, ...],
     norms: tuple[nn.Module | None, ...],
     tables: Tables | None,
+    places: torch.Tensor | None,
 ) -> tuple[torch.Tensor, ...]:
     """Queries, keys and values, (B, S, H, D), of one stream; the first tokens are rotated, as many as have a place."""
     query, key, value = (project(tokens).unflatten(2, (attn.heads, -1)) for project in projections)
     cos, sin = (None, None) if tables is None else tables
     query, key = (
-        norm_and_rope(tensor, norm, "rms", cos, sin) for tensor, norm in ((query, norms[0]), (key, norms[1]))
+        norm_and_rope(tensor, norm, "rms", cos, sin, places) for tensor, norm in ((query, norms[0]), (key, norms[1]))
     )
     return query, key, value
 

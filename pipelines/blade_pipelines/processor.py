@@ -48,9 +48,14 @@ class SparseProcessor:
 
 
 def norm_and_rope(
-    tensor: torch.Tensor, norm: nn.Module | None, kind: str, cos: torch.Tensor | None, sin: torch.Tensor | None
+    tensor: torch.Tensor,
+    norm: nn.Module | None,
+    kind: str,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    places: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Normalise queries or keys with a module's weights, and rotate them.
+    """Normalise queries or keys with a module's weights, rotate them, and put every head's in an order of its own.
 
     Args:
         tensor: (B, S, H, D).
@@ -58,12 +63,15 @@ def norm_and_rope(
         kind: what it computes, a norm of `qk_norm_rope`.
         cos: see `qk_norm_rope`.
         sin: see `qk_norm_rope`.
+        places: see `qk_norm_rope`.
     """
     if norm is None:
-        return qk_norm_rope(tensor, cos=cos, sin=sin)
+        return qk_norm_rope(tensor, cos=cos, sin=sin, places=places)
     if "forward" in norm.__dict__:  # a hook, such as an offloading one, that brings its weights when it is called
         heads = tensor.shape[2:]
         tensor = norm(tensor.flatten(2)).unflatten(2, heads) if kind == "rms-all-heads" else norm(tensor)
-        return qk_norm_rope(tensor, cos=cos, sin=sin)
+        return qk_norm_rope(tensor, cos=cos, sin=sin, places=places)
     bias = getattr(norm, "bias", None)
-    return qk_norm_rope(tensor, norm=kind, weight=norm.weight, bias=bias, eps=norm.eps, cos=cos, sin=sin)
+    return qk_norm_rope(
+        tensor, norm=kind, weight=norm.weight, bias=bias, eps=norm.eps, cos=cos, sin=sin, places=places
+    )

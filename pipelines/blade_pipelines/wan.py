@@ -56,12 +56,13 @@ class WanSparseProcessor(SparseProcessor):
             query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
         query, key, value = (tensor.unflatten(2, (attn.heads, -1)) for tensor in (query, key, value))
         cos, sin = (None, None) if rotary_emb is None else rotary_emb
+        places = self.layer.places()
         query, key = (
-            norm_and_rope(tensor, norm, "rms-all-heads", cos, sin)
+            norm_and_rope(tensor, norm, "rms-all-heads", cos, sin, places)
             for tensor, norm in ((query, attn.norm_q), (key, attn.norm_k))
         )
 
-        output = self.layer.attend(query, key, value).flatten(2, 3).type_as(query)
+        output = self.layer.attend(query, key, value, placed=True).flatten(2, 3).type_as(query)
         return attn.to_out[1](attn.to_out[0](output))
 
 

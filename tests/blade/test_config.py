@@ -83,15 +83,14 @@ def test_push_to_the_hub(monkeypatch):
             assert exist_ok
             return type("Url", (), {"repo_id": f"me/{repo_id}"})
 
-        def upload_file(self, **options):
-            uploaded.update(options)
+        def upload_folder(self, folder_path, **options):
+            uploaded.update(options, config=BladeConfig.from_pretrained(folder_path))
             return type("Commit", (), {"commit_url": "https://huggingface.co/me/x/commit/1"})
 
     monkeypatch.setattr("huggingface_hub.HfApi", Api)
     assert config.push_to_hub("x", token="t") == "https://huggingface.co/me/x/commit/1"
     assert uploaded["repo_id"] == "me/x"
-    assert uploaded["path_in_repo"] == CONFIG_NAME
-    assert BladeConfig.from_dict(json.loads(uploaded["path_or_fileobj"])) == config
+    assert uploaded["config"] == config
 
 
 def test_unknown_keys_of_a_later_version_draw_a_warning():
@@ -146,7 +145,7 @@ def test_dense_steps_are_a_count_or_a_fraction_rounded_up(dense_steps, total, co
         ("sparsity", 1.7, "in [0, 1)"),
         ("sparsity", 1, "in [0, 1)"),
         ("sparsity", float("nan"), "in [0, 1)"),
-        ("attention", "patterns", 'one of "dense", "asa", "asa-gt"'),
+        ("attention", "tables", 'one of "dense", "asa", "asa-gt", "patterns"'),
         ("pooled_tokens", "some", 'one of "none", "all", "dropped"'),
         ("dense_steps", -1, "a count of steps or a fraction in [0, 1)"),
         ("dense_steps", 1.5, "a count of steps or a fraction in [0, 1)"),

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
+SMALLEST = tl.constexpr(2.0**-126)  # of normal float32 numbers; Triton takes a smaller one for a float64
 INFINITY_BITS = tl.constexpr(0x7F800000)  # float32 numbers from 0 to infinity sort as their bits do
 
 
@@ -140,7 +141,7 @@ def select_kernel(
         missing = target - tl.sum(tl.where(bits > low, values, 0.0), 0)
         one = tl.max(tl.where(bits == low, values, 0.0), 0)
         at = tl.sum((bits == low).to(tl.int32), 0)
-        more = tl.ceil(tl.div_rn(missing, tl.maximum(one, 1e-38))).to(tl.int32)
+        more = tl.ceil(tl.div_rn(missing, tl.maximum(one, SMALLEST))).to(tl.int32)
         wanted = above + tl.minimum(tl.maximum(more, 1), tl.maximum(at, 1))
         wanted = tl.minimum(tl.maximum(wanted, least), limit)
     wanted = tl.maximum(wanted, tl.sum(forced.to(tl.int32), 0))

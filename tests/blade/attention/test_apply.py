@@ -275,16 +275,16 @@ def test_the_seed_alone_decides(pipe):
 
 
 def test_every_layer_and_step_draws_its_own_and_guidance_shares_them(pipe, monkeypatch):
-    from blade.attention import layer
+    from blade.attention import adaptive
 
     draws = []
-    attend = layer.adaptive_attention
+    attend = adaptive.adaptive_attention
 
     def spy(query, key, value, plan, draw, key_lengths):
         draws.append(tuple(draw.flatten().tolist()))
         return attend(query, key, value, plan, draw, key_lengths)
 
-    monkeypatch.setattr(layer, "adaptive_attention", spy)
+    monkeypatch.setattr(adaptive, "adaptive_attention", spy)
     generate(apply_blade(pipe, CONFIG), steps=3)
     conditional, unconditional = ([draws[i : i + 3] for i in range(first, 18, 6)] for first in (0, 3))
     assert conditional == unconditional

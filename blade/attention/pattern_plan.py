@@ -1,0 +1,217 @@
+"""Attention by a table of head patterns: masks made once for a shape, and put together by head in every layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from blade_kernels.block_mask import BlockMask
+from blade_kernels.block_sparse.api import block_sparse_attention, resolve_implementation
+from torch import Tensor
+
+from blade.attention.adaptive import DRAWN_STEPS, AdaptivePlan, draw_table, select
+from blade.attention.pattern_table import PatternTable
+from blade.attention.patterns import pattern_blocks, text_blocks
+from blade.config import BladeConfig
+from blade.token_grid import TokenGrid
+
+
+@dataclass(frozen=True, eq=False)
+class PatternPlan:
+    """What all layers share for one shape of latent, worked out once. Nothing in it depends on queries or keys."""
+
+    grid: TokenGrid
+    """The tokens."""
+    table: PatternTable
+    """The table, for this grid."""
+    implementation: str
+    """Implementation of the block-sparse attention."""
+    masks: Tensor
+    """(masks, blocks, blocks) bool, of the patterns that are no columns alone, and what columns have beside them."""
+    mask_of: Tensor
+    """(patterns,) int64, which of `masks`."""
+    columns: Tensor
+    """(patterns, blocks) bool, key blocks that all queries keep."""
+    capacity: int
+    """The most key blocks that a row of any pattern keeps."""
+    densities: tuple[float | None, ...]
+    """Share of all pairs that each pattern computes; None for `asa`."""
+    adaptive: AdaptivePlan | None
+    """For heads that choose anew; None if there are none."""
+    is_adaptive: Tensor | None
+    """(patterns,) bool, which patterns do."""
+    order_of: Tensor | None
+    """(patterns,) int64, number of the token order of each; None if all have the model's."""
+    places: Tensor | None
+    """(orders, S) int64, where each token stands in an order, from its place in the model's."""
+    tokens: Tensor | None
+    """(orders, S) int64, the inverse."""
+
+    @classmethod
+    def of(cls, config: BladeConfig, grid: TokenGrid, device: torch.device) -> PatternPlan:
+        """Make the plan for a grid."""
+        assert config.patterns is not None
+        with torch.inference_mode(False):
+            return cls._of(config, config.patterns.on_grid(grid), grid, device)
+
+    @classmethod
+    def _of(cls, config: BladeConfig, table: PatternTable, grid: TokenGrid, device: torch.device) -> PatternPlan:
+        size, order, tokens = table.block_size, table.token_order, grid.sequence_length
+        blocks = -(-tokens // size)
+        text = text_blocks(grid, size, device)
+        masks, mask_of, densities = [text | text[:, None]], [], list[float | None]()
+        columns = torch.zeros(len(table.patterns), blocks, dtype=torch.bool, device=device)
+        capacity = int(text.sum())
+        for number, pattern in enumerate(table.patterns):
+            if pattern.kind == "asa":
+                mask_of.append(0)
+                densities.append(None)
+                continue
+            keep = pattern_blocks(pattern, grid, size, order, device)
+            mask = BlockMask.from_dense(keep[None, None], (size, size))
+            densities.append(float(mask.density(tokens, tokens)))
+            capacity = max(capacity, int(mask.counts.max()))
+            if pattern.kind == "vertical" and not bool(text.all()):
+                columns[number] = keep[int(text.logical_not().nonzero()[0])]
+                mask_of.append(0)
+            else:
+                mask_of.append(len(masks))
+                masks.append(keep)
+        adaptive = is_adaptive = None
+        if None in densities:
+            adaptive = AdaptivePlan.of(config, grid, device)
+            is_adaptive = torch.tensor([density is None for density in densities], device=device)
+        orders = list(dict.fromkeys(pattern.order or order for pattern in table.patterns))
+        order_of = places = None
+        if orders != [order]:
+            order_of = torch.tensor(
+                [orders.index(pattern.order or order) for pattern in table.patterns], device=device
+            )
+            places = torch.stack([_places(grid, order, other, device) for other in orders])
+        return cls(
+            grid=grid,
+            table=table,
+            implementation=config.implementation,
+            masks=torch.stack(masks),
+            mask_of=torch.tensor(mask_of, device=device),
+            columns=columns,
+            capacity=max(1, capacity),
+            densities=tuple(densities),
+            adaptive=adaptive,
+            is_adaptive=is_adaptive,
+            order_of=order_of,
+            places=places,
+            tokens=None if places is None else places.argsort(-1),
+        )
+
+    @property
+    def token_order(self) -> str:
+        """The model's token order."""
+        return self.table.token_order
+
+    @property
+    def is_full(self) -> bool:
+        """Whether no head ever leaves anything out."""
+        return not self.table.sparse_layers().any()
+
+    def mask(self, ids: Tensor, chosen: BlockMask | None = None) -> BlockMask:
+        """Put the masks of a layer's heads together.
+
+        Args:
+            ids: (H,) int64, the heads' patterns.
+            chosen: for the heads whose pattern is `asa`.
+        """
+        keep = self.masks.index_select(0, self.mask_of.index_select(0, ids))
+        keep = (keep | self.columns.index_select(0, ids).unsqueeze(1)).unsqueeze(0)
+        capacity = self.capacity
+        if chosen is not None:
+            assert self.is_adaptive is not None
+            keep = torch.where(self.is_adaptive.index_select(0, ids)[:, None, None], chosen.keep, keep)
+            capacity = max(capacity, chosen.capacity)
+        size = self.table.block_size
+        return BlockMask.from_dense(keep, (size, size), capacity).longest_rows_first()
+
+    def head_places(self, rows: tuple[Tensor, ...]) -> Tensor | None:
+        """Where each token of each head stands, (H, S) int64; None where all have the model's order."""
+        if self.places is None or self.order_of is None:
+            return None
+        return self.places.index_select(0, self.order_of.index_select(0, rows[0].long()))
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        rows: tuple[Tensor, ...],
+        key_lengths: Tensor | None = None,
+        *,
+        placed: bool = False,
+    ) -> tuple[Tensor, Tensor, str]:
+        """Attend by the heads' patterns. Differentiable.
+
+        Args:
+            query: (B, S, H, D), in the model's token order, after position embeddings.
+            key: (B, S, H, D).
+            value: (B, S, H, D).
+            rows: this layer's and step's rows of `pattern_tables`.
+            key_lengths: (B,) integers: the keys from there on, which are text, are absent. The density counts them.
+            placed: whether queries and keys are in the heads' own orders, as `head_places` says.
+
+        Returns:
+            (B, S, H, D) output, the realised density, a float32 tensor of no dimensions, and the implementation that
+            computed the output.
+        """
+        ids = rows[0].long()
+        places = self.head_places(rows)
+        if places is not None:
+            assert self.tokens is not None and self.order_of is not None
+            tokens = self.tokens.index_select(0, self.order_of.index_select(0, ids))
+            value = _by_head(value, tokens)
+            if not placed:
+                query, key = _by_head(query, tokens), _by_head(key, tokens)
+        with torch.no_grad():
+            chosen = None
+            if self.adaptive is not None:
+                chosen = select(query, key, self.adaptive, rows[1], key_lengths)
+            mask = self.mask(ids, chosen)
+            density = mask.density(query.shape[1], query.shape[1])
+        implementation = resolve_implementation(query, key, value, mask, implementation=self.implementation)
+        output = block_sparse_attention(
+            query, key, value, mask, key_lengths=key_lengths, implementation=implementation
+        )
+        if places is not None:
+            output = _by_head(output, places)
+        return output, density, implementation
+
+
+def pattern_tables(config: BladeConfig, layer: int, heads: int, steps: int) -> tuple[Tensor, ...]:
+    """What a layer reads at every step of a run.
+
+    Args:
+        config: the configuration.
+        layer: number of the layer.
+        heads: number of its heads.
+        steps: steps of the run.
+
+    Returns:
+        int16 (steps, heads), the heads' patterns; and, where a pattern is `asa`, `draw_table`'s rows.
+    """
+    table = config.patterns
+    assert table is not None
+    ids = torch.from_numpy(table.assignment[table.by_step(steps), layer]).to(torch.int16)
+    if all(pattern.kind != "asa" for pattern in table.patterns):
+        return (ids,)
+    return ids, draw_table(config, layer, heads)[torch.arange(steps) % DRAWN_STEPS]
+
+
+def _places(grid: TokenGrid, model: str, own: str, device: torch.device) -> Tensor:
+    """Place in the order `own` of each token of the sequence, which is in the order `model`; text stays."""
+    places = torch.arange(grid.sequence_length, device=device)
+    video = grid.inverse_order(own, device).index_select(0, grid.order(model, device))
+    places[grid.video_start : grid.video_stop] = video + grid.video_start
+    return places
+
+
+def _by_head(x: Tensor, tokens: Tensor) -> Tensor:
+    """Take (B, S, H, D) in an order of every head's own, (H, S)."""
+    return x.gather(1, tokens.T[None, :, :, None].expand(len(x), -1, -1, x.shape[-1]))

@@ -1,0 +1,242 @@
+"""What every candidate pattern would cost one layer in accuracy, from its queries, keys and values.
+
+The numerators and denominators of the softmax are summed up by key block once for a few query blocks at a time; the
+output of any mask of blocks is a sum of those. So all candidates together cost about as much as one dense attention,
+and nothing of the size of tokens x tokens exists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+MAP_SIZE = 48
+"""Most rows and columns of the map of a head's attention that is kept."""
+
+CHUNK_BYTES = 2**28
+"""Memory that the sums of a few query blocks may take."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidates:
+    """Masks of candidate patterns that are cut into blocks in one token order."""
+
+    numbers: tuple[int, ...]
+    """Numbers of the candidates."""
+    masks: Tensor
+    """(candidates, H or 1, blocks, blocks) bool, or (candidates, B, H, blocks, blocks)."""
+    tokens: Tensor | None = None
+    """(S,) int64, the order, as places in the model's own; None: the model's own."""
+
+
+@dataclass(kw_only=True)
+class LayerMeasurement:
+    """Sums over queries that were looked at, which can be added up over passes of one layer and step."""
+
+    queries: int
+    """Number of queries."""
+    output_error: Tensor
+    """(candidates, H) float64, squared error of the layer's output, after the projection, mean over channels."""
+    head_error: Tensor
+    """(candidates, H) float64, of the head's output before the projection."""
+    mass: Tensor
+    """(candidates, H) float64, attention weight in the kept blocks."""
+    best_mass: Tensor
+    """(candidates, H) float64, weight that as many blocks in every row could have held at the most."""
+    energy: Tensor
+    """(H,) float64, squared output after the projection, mean over channels."""
+    column_mass: Tensor
+    """(H, blocks) float64, attention weight that each key block receives, in the model's own order."""
+    block_map: Tensor
+    """(H, rows, columns) float64, attention weight summed over patches of the map, in the model's own order."""
+    rows: Tensor
+    """(rows,) float64, queries that went into each row of `block_map`."""
+
+    def __add__(self, other: LayerMeasurement) -> LayerMeasurement:
+        sums = {name: getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__}
+        return LayerMeasurement(**sums)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything as tensors, to be saved."""
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return {name: torch.as_tensor(value).cpu() for name, value in values.items()}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> LayerMeasurement:
+        """Take what `tensors` gave."""
+        return cls(**{**tensors, "queries": int(tensors["queries"])})
+
+
+def measure_layer(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    groups: Sequence[Candidates],
+    *,
+    candidates: int,
+    block_size: int,
+    projection: Tensor | None = None,
+    key_lengths: Tensor | None = None,
+    query_blocks: Tensor | None = None,
+) -> LayerMeasurement:
+    """Measure all candidates on one layer's queries, keys and values.
+
+    Args:
+        query: (B, S, H, D), in the model's token order, after position embeddings.
+        key: (B, S, H, D).
+        value: (B, S, H, D).
+        groups: the candidates, by token order; the model's own order first.
+        candidates: how many there are.
+        block_size: tokens in a block.
+        projection: (channels, H * D), weights of the layer's output projection. None: the identity.
+        key_lengths: (B,) integers: the keys from there on are absent, and as queries they do not count.
+        query_blocks: int64, which blocks of queries are looked at, in each order; None: all.
+    """
+    heads, size = query.shape[2:]
+    grams = _grams(projection, heads, size, query.device)
+    found: LayerMeasurement | None = None
+    for group in groups:
+        moved = (query, key, value)
+        if group.tokens is not None:
+            moved = tuple(x.index_select(1, group.tokens) for x in moved)
+        measured = _measure_group(*moved, group, candidates, block_size, grams, key_lengths, query_blocks)
+        if found is None:
+            found = measured
+            continue
+        for name in ("output_error", "head_error", "mass", "best_mass"):
+            getattr(found, name).add_(getattr(measured, name))
+    assert found is not None
+    return found
+
+
+def column_mass(
+    query: Tensor, key: Tensor, block_size: int, *, key_lengths: Tensor | None = None, queries: int = 1024
+) -> Tensor:
+    """Attention weight that each key block receives from evenly spaced queries: (H, blocks) float64, sums to 1.
+
+    Args:
+        query: (B, S, H, D).
+        key: (B, S, H, D).
+        block_size: tokens in a block.
+        key_lengths: see `measure_layer`.
+        queries: how many are looked at in every batch item.
+    """
+    tokens, heads = query.shape[1:3]
+    blocks = -(-tokens // block_size)
+    places = torch.linspace(0, tokens - 1, min(queries, tokens), device=query.device).long()
+    total = torch.zeros(heads, blocks, dtype=torch.float64, device=query.device)
+    for item in range(len(query)):
+        logits = _logits(query[item, places].transpose(0, 1), key[item].transpose(0, 1), blocks * block_size)
+        _hide(logits, tokens if key_lengths is None else key_lengths[item])
+        weights = logits.softmax(-1).unflatten(-1, (blocks, block_size))
+        total += weights.sum((1, 3), dtype=torch.float64)
+    return total / total.sum(-1, keepdim=True)
+
+
+def _measure_group(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    group: Candidates,
+    candidates: int,
+    block_size: int,
+    grams: Tensor,
+    key_lengths: Tensor | None,
+    query_blocks: Tensor | None,
+) -> LayerMeasurement:
+    batch, tokens, heads, size = query.shape
+    blocks, device = -(-tokens // block_size), query.device
+    chosen = torch.arange(blocks, device=device) if query_blocks is None else query_blocks.to(device)
+    cells = min(MAP_SIZE, blocks)
+    cell = torch.arange(blocks, device=device) * cells // blocks
+    numbers = torch.tensor(group.numbers, device=device)
+    sums = {name: torch.zeros(candidates, heads, dtype=torch.float64, device=device) for name in _BY_CANDIDATE}
+    energy = torch.zeros(heads, dtype=torch.float64, device=device)
+    columns = torch.zeros(heads, blocks, dtype=torch.float64, device=device)
+    map_sums = torch.zeros(heads, cells, cells, dtype=torch.float64, device=device)
+    map_rows = torch.zeros(cells, dtype=torch.float64, device=device)
+    queries = 0
+    for item in range(batch):
+        stop = tokens if key_lengths is None else int(key_lengths[item])
+        values = _padded(value[item], blocks * block_size).transpose(0, 1).unflatten(1, (blocks, block_size))
+        for some in _chunks(chosen, heads, block_size, blocks, size):
+            places = (some[:, None] * block_size + torch.arange(block_size, device=device)).flatten()
+            real = (places < stop).view(len(some), block_size)
+            rows = _padded(query[item], blocks * block_size).index_select(0, places)
+            logits = _logits(rows.transpose(0, 1), key[item].transpose(0, 1), blocks * block_size)
+            _hide(logits, stop)
+            weights = (logits - logits.amax(-1, keepdim=True)).exp_()
+            weights = weights.view(heads, len(some), block_size, blocks, block_size)
+            below = weights.sum(-1)  # (H, U, queries, blocks)
+            above = torch.einsum("huqnk,hnkd->hunqd", weights, values.to(weights.dtype))
+            del logits, weights
+            total = below.sum(-1)
+            exact = above.sum(2) / total.unsqueeze(-1)  # (H, U, queries, D)
+            share = (below / total.unsqueeze(-1)) * real[None, :, :, None]
+            by_block = share.sum(2, dtype=torch.float64)  # (H, U, blocks)
+            queries += int(real.sum())
+            energy += _quadratic(exact * real[None, :, :, None], grams).sum((1, 2), dtype=torch.float64)
+            columns += by_block.sum(1)
+            map_sums.index_add_(1, cell[some], torch.zeros(
+                heads, len(some), cells, dtype=torch.float64, device=device
+            ).index_add_(2, cell, by_block))  # fmt: skip
+            map_rows.index_add_(0, cell[some], real.sum(1, dtype=torch.float64))
+            ranked = by_block.sort(-1, descending=True).values.cumsum(-1)
+            masks = group.masks if group.masks.ndim == 4 else group.masks[:, item]
+            for number, mask in zip(numbers, masks):
+                kept = mask.index_select(1, some).expand(heads, -1, -1)  # (H, U, blocks)
+                kept_share = kept.to(above.dtype)
+                numerator = torch.einsum("hun,hunqd->huqd", kept_share, above)
+                denominator = torch.einsum("hun,huqn->huq", kept_share, below).unsqueeze(-1)
+                difference = torch.where(denominator > 0, numerator / denominator, 0.0) - exact
+                difference = difference * real[None, :, :, None]
+                sums["head_error"][number] += difference.square().mean(-1).sum((1, 2), dtype=torch.float64)
+                sums["output_error"][number] += _quadratic(difference, grams).sum((1, 2), dtype=torch.float64)
+                sums["mass"][number] += (by_block * kept).sum((1, 2))
+                count = kept.sum(-1, keepdim=True)
+                best = ranked.gather(-1, (count - 1).clamp(min=0)) * (count > 0)
+                sums["best_mass"][number] += best.sum((1, 2))
+    return LayerMeasurement(
+        queries=queries, energy=energy, column_mass=columns, block_map=map_sums, rows=map_rows, **sums
+    )
+
+
+_BY_CANDIDATE = ("output_error", "head_error", "mass", "best_mass")
+
+
+def _chunks(chosen: Tensor, heads: int, block_size: int, blocks: int, size: int) -> Iterator[Tensor]:
+    """Query blocks whose sums fit into memory together."""
+    one = heads * block_size * blocks * (block_size + size) * 4
+    return iter(chosen.split(max(1, CHUNK_BYTES // one)))
+
+
+def _grams(projection: Tensor | None, heads: int, size: int, device: torch.device) -> Tensor:
+    """(H, D, D): of a head's error e, e G e is the squared error of the layer's output by the mean over channels."""
+    if projection is None:
+        return torch.eye(size, device=device).expand(heads, -1, -1) / size
+    by_head = projection.detach().to(device, torch.float32).unflatten(1, (heads, size)).movedim(1, 0)
+    return by_head.mT @ by_head / len(projection)
+
+
+def _quadratic(x: Tensor, grams: Tensor) -> Tensor:
+    """The product x G x, of x (H, U, queries, D)."""
+    return (torch.einsum("huqd,hde->huqe", x, grams) * x).sum(-1)
+
+
+def _logits(query: Tensor, key: Tensor, width: int) -> Tensor:
+    """(H, queries, width) float32."""
+    logits = (query @ key.mT).to(torch.float32) * query.shape[-1] ** -0.5
+    return functional.pad(logits, (0, width - logits.shape[-1]))
+
+
+def _hide(logits: Tensor, stop: int | Tensor) -> None:
+    places = torch.arange(logits.shape[-1], device=logits.device)
+    logits.masked_fill_(places >= stop, -torch.inf)
+
+
+def _padded(x: Tensor, tokens: int) -> Tensor:
+    return functional.pad(x, (0, 0, 0, 0, 0, tokens - len(x)))
