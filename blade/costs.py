@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
@@ -15,6 +16,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from blade.attention.budget import configured_budget
 from blade.attention.family import find_family
+from blade.attention.pattern_plan import PatternPlan
 from blade.config import BladeConfig
 from blade.token_grid import TokenGrid
 
@@ -152,6 +154,10 @@ def run_cost(forward: ForwardCost, steps: int, *, guidance: bool = True, config:
     layers, density, selection = forward.layers, 1.0, 0.0
     if config is None or config.attention == "dense":
         sparse_passes = layers = 0
+    elif config.patterns is not None:
+        layers -= len(config.dense_layers)
+        sparse_passes -= calls * config.dense_step_count(steps)
+        density = _pattern_density(config, forward.grid, steps)
     else:
         details = config.asa
         budget = configured_budget(config, forward.grid)
@@ -176,6 +182,18 @@ def run_cost(forward: ForwardCost, steps: int, *, guidance: bool = True, config:
         density=density,
         flops=flops,
     )
+
+
+def _pattern_density(config: BladeConfig, grid: TokenGrid, steps: int) -> float:
+    """Planned mean density of the layers and steps that a table of patterns is used in."""
+    table = config.patterns
+    assert table is not None
+    plan = PatternPlan.of(config, grid, torch.device("cpu"))
+    adaptive = configured_budget(config, grid).density
+    densities = np.array([adaptive if density is None else density for density in plan.densities])
+    layers = [layer for layer in range(table.layers) if layer not in config.dense_layers]
+    groups = table.by_step(steps)[config.dense_step_count(steps) :]
+    return float(densities[table.assignment[groups][:, layers]].mean()) if len(groups) and layers else 1.0
 
 
 class NothingAbsent(TorchFunctionMode):

@@ -228,10 +228,8 @@ def describe_attention(record: Mapping[str, Any]) -> str:
         return "dense (density 1)"
     layer = record["layer_density"]
     sparse = "no layer was sparse" if layer is None else f"layer density {layer:.3f} (sparse layers and steps)"
-    return (
-        f"{record['attention']}, requested sparsity {record['sparsity']:g}; {sparse}, "
-        f"run density {record['run_density']:.3f} (dense ones included)"
-    )
+    asked = "" if record["attention"] == "patterns" else f", requested sparsity {record['sparsity']:g}"
+    return f"{record['attention']}{asked}; {sparse}, run density {record['run_density']:.3f} (dense ones included)"
 
 
 def describe_score(score: Mapping[str, Any]) -> str:

@@ -59,8 +59,9 @@ class GenerationRequest:
     """`BUNDLED`, a folder in Diffusers format, or a Hub id."""
     revision: str | None = None
     """Branch, tag or commit of a Hub id; None takes its main branch. Once resolved: the commit."""
-    attention: Literal["dense", "asa", "asa-gt"] | None = None
-    """The attention method: over the configuration's, or over the model's training-free preset."""
+    attention: Literal["dense", "asa", "asa-gt", "patterns"] | None = None
+    """The attention method: over the configuration's, or over the model's training-free preset. `patterns` only with a
+    configuration that has them."""
     config: str | None = None
     """Where a BLADE configuration is read from: a folder, a file, or a Hub id."""
     blade_config: BladeConfig | None = None
@@ -149,7 +150,7 @@ class GenerationRequest:
         if self.config is not None and self.blade_config is not None:
             raise ValueError("`config` and `blade_config` must not both be given.")
         given = self._given(*SPARSE_OPTIONS)
-        BladeConfig(attention=self.attention or "asa", **given)
+        BladeConfig(attention="asa" if self.attention in (None, "patterns") else self.attention, **given)
         if self.attention == "dense" and given:
             raise ValueError(f'`{next(iter(given))}` must not be given where `attention` is "dense".')
 
@@ -199,9 +200,11 @@ class GenerationRequest:
         config = read_config(self.config) if self.config is not None else self.blade_config or preset()
         changes = self._given(*SPARSE_OPTIONS)
         if self.attention == "asa-gt":
-            changes |= {"attention": "asa", "pooled_tokens": "all"}
+            changes |= {"attention": "asa", "pooled_tokens": "all", "patterns": None}
         elif self.attention == "asa":
-            changes |= {"attention": "asa", "pooled_tokens": _without_all(config.pooled_tokens)}
+            changes |= {"attention": "asa", "pooled_tokens": _without_all(config.pooled_tokens), "patterns": None}
+        elif self.attention == "patterns" and config.attention != "patterns":
+            raise ValueError('`attention` must not be "patterns" without a `config` that has a table of them.')
         config = replace(config, **changes)
         return None if config.attention == "dense" else config
 
@@ -241,7 +244,7 @@ def resolve_request(request: GenerationRequest, pipe: Any) -> GenerationRequest:
         request,
         **settings,
         **sparse,
-        attention="dense" if config is None else "asa-gt" if config.pooled_tokens == "all" else "asa",
+        attention=_method(config),
         model=request.model if request.model == BUNDLED else _absolute(request.model) or request.model,
         revision=hub_commit(request.model, request.revision),
         student=_absolute(request.student),
@@ -313,6 +316,15 @@ def _defaults(pipe: Any, request: GenerationRequest) -> dict[str, Any]:
         step, _ = vae_compression(pipe)
         defaults["frames"] = (len(read_frames(request.video, None)) - 1) // step * step + 1
     return defaults
+
+
+def _method(config: BladeConfig | None) -> Literal["dense", "asa", "asa-gt", "patterns"]:
+    """The name of a configuration's method in a request."""
+    if config is None or config.attention == "dense":
+        return "dense"
+    if config.attention == "patterns":
+        return "patterns"
+    return "asa-gt" if config.pooled_tokens == "all" else "asa"
 
 
 def _without_all(pooled_tokens: str) -> str:

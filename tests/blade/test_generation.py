@@ -270,3 +270,27 @@ def test_the_bundled_model_shows_what_was_asked_for(tmp_path: Path, caplog: pyte
     assert report.record["score"]["objects"] == [{"colour": True, "shape": True, "direction": True}]
     assert "scorer      colour right, shape right, direction right" in str(report)
     assert "does not know" not in caplog.text
+
+
+def test_a_configuration_with_patterns_is_recorded_counted_and_made_again(tmp_path, saved_tiny_pipeline):
+    from blade.attention.pattern_table import mixed_table
+    from blade.attention.patterns import HeadPattern
+    from blade.planning import plan_run
+
+    pipe = load_pipeline(saved_tiny_pipeline)
+    layers, heads = len(pipe.transformer.blocks), pipe.transformer.config.num_attention_heads
+    table = mixed_table(
+        [HeadPattern(kind="diagonal", frames=0.5), HeadPattern(kind="full")], layers, heads, block_size=8
+    )
+    BladeConfig(attention="patterns", patterns=table, dense_layers=(0,)).save_pretrained(tmp_path / "config")
+    options = {"prompt": "x", "model": str(saved_tiny_pipeline), "config": str(tmp_path / "config"), "steps": 2}
+    options |= {"height": 32, "width": 32, "frames": 5, "guidance_scale": 1.0, "device": "cpu"}
+    report = generate_files(GenerationRequest(**options), tmp_path / "video.mp4")
+    again = read_request(report.record_path)
+    assert again.attention == "patterns" and again.blade_config.patterns == table
+    planned = plan_run(GenerationRequest(**options)).cost
+    made = json.loads(report.record_path.read_text())
+    assert planned.density == pytest.approx(made["layer_density"], abs=1e-6) and 0 < planned.density < 1
+    assert "patterns; layer density" in str(report)
+    with pytest.raises(ValueError, match='`attention` must not be "patterns" without'):
+        plan_run(GenerationRequest(**{**options, "config": None, "attention": "patterns"}))

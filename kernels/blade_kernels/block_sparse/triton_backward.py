@@ -123,7 +123,7 @@ def query_gradient_kernel(
             q_tile, grad_tile, k_tile, v_tile, 0.0, lse_tile, delta_tile, grad_q_tile, factor, False, UPCAST
         )
     if LENGTHS or TAIL:
-        for step in tl.range(whole * PARTS, count * PARTS, num_stages=1):
+        for step in range(whole * PARTS, count * PARTS):
             key = tl.load(kept + step // PARTS) * BK + (step % PARTS) * BLOCK_N
             k_tile = load_tile(k, item, head, key, stop, k_batch, k_token, k_head, BLOCK_N, D, TMA, ZEROED)
             v_tile = load_tile(v, item, head, key, stop, v_batch, v_token, v_head, BLOCK_N, D, TMA, TMA)

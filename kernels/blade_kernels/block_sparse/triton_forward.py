@@ -109,7 +109,7 @@ def forward_kernel(
         v_tile = load_tile(v, item, head, key, T, v_batch, v_token, v_head, BLOCK_N, D, TMA, True)
         peak, total, out_tile = add_keys(q_tile, k_tile, v_tile, 0.0, peak, total, out_tile, factor, False, UPCAST)
     if LENGTHS or TAIL:
-        for step in tl.range(whole * PARTS, count * PARTS, num_stages=1):
+        for step in range(whole * PARTS, count * PARTS):
             key = tl.load(kept + step // PARTS) * BK + (step % PARTS) * BLOCK_N
             k_tile = load_tile(k, item, head, key, stop, k_batch, k_token, k_head, BLOCK_N, D, TMA, TMA)
             v_tile = load_tile(v, item, head, key, stop, v_batch, v_token, v_head, BLOCK_N, D, TMA, ZEROED)
