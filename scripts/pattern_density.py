@@ -1,0 +1,84 @@
+"""Tabulate what head patterns keep in each token order: pattern_density.py docs/results/pattern-density."""
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from blade_kernels.block_mask import BlockMask
+
+from blade.attention.patterns import HeadPattern, Window, pattern_blocks
+from blade.evaluation.attention_benchmark import MODELS
+from blade.evaluation.report_tables import markdown_table
+from blade.machine import describe_versions
+from blade.video_io import write_files
+
+BLOCK_SIZE = 128
+ORDERS = ("raster", "token_major", "gilbert", "bricks(2,8,8)")
+HALF_WIDTHS = {"wan-14b": 3.0, "hunyuan-video": 2.0, "cogvideox-1.5": 1.42}
+"""Frames at which the published totals come out (Sparse-vDiT, arXiv 2506.03065, table 2)."""
+
+
+def patterns(frames: float) -> list[HeadPattern]:
+    """What is tabulated for a model."""
+    near = {"frame": Window(width=2), "row": Window(width=8), "column": Window(width=8)}
+    return [
+        HeadPattern(kind="diagonal", frames=frames),
+        HeadPattern(kind="multi_diagonal", frames=frames),
+        HeadPattern(kind="vertical", share=0.25),
+        HeadPattern(kind="window", windows={"frame": Window(width=2)}),
+        HeadPattern(kind="window", windows={"place": Window(width=64)}),
+        HeadPattern(kind="window", windows=near),
+    ]
+
+
+def main(
+    output: Annotated[Path | None, typer.Argument(help="Folder for density.json and density.md.")] = None,
+) -> None:
+    """Print a table, and write it."""
+    rows, records = [], []
+    for model, frames in HALF_WIDTHS.items():
+        shape = MODELS[model]
+        assert shape.grid is not None
+        for pattern in patterns(frames):
+            densities = {}
+            for order in ORDERS:
+                keep = pattern_blocks(pattern, shape.grid, BLOCK_SIZE, order)
+                mask = BlockMask.from_dense(keep[None, None], (BLOCK_SIZE, BLOCK_SIZE))
+                densities[order] = float(mask.density(shape.tokens, shape.tokens))
+            rows.append([str(shape), pattern.name, *(f"{density:.3f}" for density in densities.values())])
+            records.append({"model": str(shape), "pattern": pattern.to_dict(), "density": densities})
+    lines = markdown_table(["model", "pattern", *ORDERS], rows)
+    print("\n".join(lines))
+    if output is None:
+        return
+    command = shlex.join(["python", *sys.argv])
+    report = {
+        "command": command,
+        "versions": describe_versions(("torch",)),
+        "block_size": BLOCK_SIZE,
+        "patterns": records,
+    }
+    text = "\n".join(
+        [
+            "# What head patterns keep",
+            "",
+            f"Share of all pairs of tokens, text included, in blocks of {BLOCK_SIZE} that hold a pair of the pattern, "
+            "by the token order that blocks are cut in.",
+            "",
+            f"    {command}",
+            "",
+            *lines,
+            "",
+        ]
+    )
+    output.mkdir(parents=True, exist_ok=True)
+    write_files(
+        {output / "density.json": (json.dumps(report, indent=2) + "\n").encode(), output / "density.md": text.encode()}
+    )
+
+
+if __name__ == "__main__":
+    typer.run(main)
