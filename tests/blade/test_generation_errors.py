@@ -73,7 +73,7 @@ def command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> CommandLine:
         ([*OK, "--seed", "-1"], "`seed` must be an integer from 0"),
         (
             [*OK, "--attention", "flash"],
-            '`attention` must be one of "dense", "asa", "asa-gt", got .flash',
+            '`attention` must be one of "dense", "asa", "asa-gt", "patterns", got .flash',
         ),
         ([*OK, "--attention", "dense", "--sparsity", "0.5"], "`sparsity` must not be given"),
         ([*OK, "--dense-steps", "1.5"], "`dense_steps` must be a count of steps or a fraction"),
