@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from blade.attention.pattern_table import TABLE_NAME, PatternTable
+from blade.checks import check_choice, check_flag, check_integer, check_number
 from blade.token_grid import check_token_order
 
 CONFIG_NAME = "blade_config.json"
@@ -57,17 +58,17 @@ class AdaptiveConfig:
 
     def __post_init__(self) -> None:
         for name in ("block_size", "probe_tokens", "pooled_window"):
-            _check_integer(name, getattr(self, name), least=1)
+            check_integer(name, getattr(self, name), least=1)
         if self.probe_tokens > self.block_size:
             raise ValueError(
                 f"`probe_tokens` must be at most `block_size`, which is {self.block_size}, got {self.probe_tokens}."
             )
         check_token_order(self.token_order)
-        _check_choice("selector", self.selector, SELECTORS)
-        _check_flag("softmax_denominator", self.softmax_denominator)
+        check_choice("selector", self.selector, SELECTORS)
+        check_flag("softmax_denominator", self.softmax_denominator)
         if self.cumulative_mass is not None:
-            _check_number("cumulative_mass", self.cumulative_mass, "None or in (0, 1]", lambda x: 0 < x <= 1)
-        _check_number("min_fraction", self.min_fraction, "in [0, 1]", lambda x: 0 <= x <= 1)
+            check_number("cumulative_mass", self.cumulative_mass, "None or in (0, 1]", lambda x: 0 < x <= 1)
+        check_number("min_fraction", self.min_fraction, "in [0, 1]", lambda x: 0 <= x <= 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,19 +116,19 @@ class BladeConfig:
     """Use a table of patterns for runs of another length or size than it was found for, as far as it applies."""
 
     def __post_init__(self) -> None:
-        _check_choice("attention", self.attention, ("dense", "asa", "asa-gt", "patterns"))
-        _check_number("sparsity", self.sparsity, "in [0, 1)", lambda x: 0 <= x < 1)
-        _check_choice("pooled_tokens", self.pooled_tokens, ("none", "all", "dropped"))
-        _check_flag("strict", self.strict)
-        _check_integer("seed", self.seed, least=0)
-        _check_choice("kind", self.kind, ("training-free", "student"))
+        check_choice("attention", self.attention, ("dense", "asa", "asa-gt", "patterns"))
+        check_number("sparsity", self.sparsity, "in [0, 1)", lambda x: 0 <= x < 1)
+        check_choice("pooled_tokens", self.pooled_tokens, ("none", "all", "dropped"))
+        check_flag("strict", self.strict)
+        check_integer("seed", self.seed, least=0)
+        check_choice("kind", self.kind, ("training-free", "student"))
         if not isinstance(self.implementation, str) or not self.implementation:
             raise ValueError(f'`implementation` must be a name such as "auto", got {self.implementation!r}.')
         if not isinstance(self.asa, AdaptiveConfig):
             raise ValueError(f"`asa` must be an AdaptiveConfig, got {self.asa!r}.")
         object.__setattr__(self, "dense_steps", parse_dense_steps(self.dense_steps))
         object.__setattr__(self, "dense_layers", parse_dense_layers(self.dense_layers))
-        _check_flag("adapt_patterns", self.adapt_patterns)
+        check_flag("adapt_patterns", self.adapt_patterns)
         if (self.attention == "patterns") != isinstance(self.patterns, PatternTable):
             raise ValueError(
                 '`patterns` must be a PatternTable with `attention="patterns"`, and None otherwise, got '
@@ -329,24 +330,3 @@ def _known(cls: type, values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
         listed = ", ".join(f"`{prefix}{name}`" for name in unknown)
         warnings.warn(f"Ignored unknown keys of a BLADE configuration: {listed}.", UserWarning, stacklevel=3)
     return {name: value for name, value in values.items() if name in names}
-
-
-def _check_integer(name: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"`{name}` must be an integer of at least {least}, got {value!r}.")
-
-
-def _check_flag(name: str, value: Any) -> None:
-    if not isinstance(value, bool):
-        raise ValueError(f"`{name}` must be True or False, got {value!r}.")
-
-
-def _check_number(name: str, value: Any, wanted: str, holds: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not holds(value):
-        raise ValueError(f"`{name}` must be {wanted}, got {value!r}.")
-
-
-def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        listed = ", ".join(f'"{choice}"' for choice in choices)
-        raise ValueError(f"`{name}` must be one of {listed}, got {value!r}.")

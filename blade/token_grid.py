@@ -70,6 +70,14 @@ class TokenGrid:
         """Index in the sequence just past the last video token."""
         return self.text_before + self.video_tokens
 
+    def text_blocks(self, block_size: int) -> list[bool]:
+        """Return for each block of the sequence whether it holds a text token."""
+        starts = range(0, self.sequence_length, block_size)
+        return [
+            start < self.video_start or min(start + block_size, self.sequence_length) > self.video_stop
+            for start in starts
+        ]
+
     def order(self, name: str, device: torch.device | str = "cpu") -> torch.Tensor:
         """Return the permutation that puts raster-ordered video tokens into a token order.
 

@@ -1,6 +1,5 @@
 """Count the operations of published runs, beside their published totals: count_flops.py docs/results/flops."""
 
-import json
 import shlex
 import sys
 from collections.abc import Callable
@@ -15,9 +14,8 @@ from torch import nn
 from blade import BladeConfig
 from blade.attention.family import find_family
 from blade.costs import PARTS, forward_cost, run_cost
-from blade.evaluation.report_tables import markdown_table
+from blade.evaluation.report_tables import markdown_table, write_table
 from blade.machine import describe_versions
-from blade.video_io import write_files
 
 RUNS: dict[str, tuple[Callable[[], nn.Module], tuple[int, int, int], bool, float]] = {
     "Wan2.1-T2V-14B, 720x1280, 81 frames": (WanTransformer3DModel, (21, 90, 160), True, 660.49),
@@ -76,24 +74,18 @@ def main(
     print("\n".join(lines))
     if output is None:
         return
-    command = shlex.join(["python", *sys.argv])
-    note = "PFLOPs of whole runs, counted on PyTorch's meta device from the models' configurations. Published:"
-    report = {"command": command, "versions": describe_versions(("torch", "diffusers")), "runs": records}
-    text = "\n".join(
-        [
-            "# Operations of published runs",
-            "",
-            f"{note} Sparse-vDiT, arXiv 2506.03065, table 2.",
-            "",
-            f"    {command}",
-            "",
-            *lines,
-            "",
-        ]
-    )
-    output.mkdir(parents=True, exist_ok=True)
-    write_files(
-        {output / "flops.json": (json.dumps(report, indent=2) + "\n").encode(), output / "flops.md": text.encode()}
+    write_table(
+        output,
+        "flops",
+        title="Operations of published runs",
+        note="PFLOPs of whole runs, counted on PyTorch's meta device from the models' configurations. Published: "
+        "Sparse-vDiT, arXiv 2506.03065, table 2.",
+        lines=lines,
+        values={
+            "command": shlex.join(["python", *sys.argv]),
+            "versions": describe_versions(("torch", "diffusers")),
+            "runs": records,
+        },
     )
 
 

@@ -1,6 +1,5 @@
 """Tabulate what head patterns keep in each token order: pattern_density.py docs/results/pattern-density."""
 
-import json
 import shlex
 import sys
 from pathlib import Path
@@ -11,9 +10,8 @@ from blade_kernels.block_mask import BlockMask
 
 from blade.attention.patterns import HeadPattern, Window, pattern_blocks
 from blade.evaluation.attention_benchmark import MODELS
-from blade.evaluation.report_tables import markdown_table
+from blade.evaluation.report_tables import markdown_table, write_table
 from blade.machine import describe_versions
-from blade.video_io import write_files
 
 BLOCK_SIZE = 128
 ORDERS = ("raster", "token_major", "gilbert", "bricks(2,8,8)")
@@ -54,29 +52,19 @@ def main(
     print("\n".join(lines))
     if output is None:
         return
-    command = shlex.join(["python", *sys.argv])
-    report = {
-        "command": command,
-        "versions": describe_versions(("torch",)),
-        "block_size": BLOCK_SIZE,
-        "patterns": records,
-    }
-    text = "\n".join(
-        [
-            "# What head patterns keep",
-            "",
-            f"Share of all pairs of tokens, text included, in blocks of {BLOCK_SIZE} that hold a pair of the pattern, "
-            "by the token order that blocks are cut in.",
-            "",
-            f"    {command}",
-            "",
-            *lines,
-            "",
-        ]
-    )
-    output.mkdir(parents=True, exist_ok=True)
-    write_files(
-        {output / "density.json": (json.dumps(report, indent=2) + "\n").encode(), output / "density.md": text.encode()}
+    write_table(
+        output,
+        "density",
+        title="What head patterns keep",
+        note=f"Share of all pairs of tokens, text included, in blocks of {BLOCK_SIZE} that hold a pair of the "
+        "pattern, by the token order that blocks are cut in.",
+        lines=lines,
+        values={
+            "command": shlex.join(["python", *sys.argv]),
+            "versions": describe_versions(("torch",)),
+            "block_size": BLOCK_SIZE,
+            "patterns": records,
+        },
     )
 
 

@@ -16,7 +16,7 @@ from blade_kernels.block_selection import mean_pooled_importance, sampled_import
 from blade_kernels.block_sparse.api import block_sparse_attention, resolve_implementation
 from blade_kernels.block_sparse.pooled import PooledTokens, pool_tokens
 
-from blade.attention.budget import BlockBudget, configured_budget, is_text_block
+from blade.attention.budget import BlockBudget, configured_budget
 from blade.config import AdaptiveConfig, BladeConfig
 from blade.token_grid import TokenGrid
 
@@ -47,7 +47,7 @@ class AdaptivePlan:
         details = config.asa
         budget = configured_budget(config, grid)
         with torch.inference_mode(False):
-            text = torch.tensor(is_text_block(grid, details.block_size)) if budget.text_blocks else None
+            text = torch.tensor(grid.text_blocks(details.block_size)) if budget.text_blocks else None
             nearness = block_nearness(grid, details) if details.selector == "local" else None
             return cls(
                 grid=grid,
@@ -68,8 +68,13 @@ class AdaptivePlan:
         """Whether every block is kept."""
         return self.budget.is_full
 
-    def head_places(self, rows: tuple[torch.Tensor, ...]) -> None:
+    @property
+    def moves_heads(self) -> bool:
         """No head has a token order of its own."""
+        return False
+
+    def head_places(self, rows: tuple[torch.Tensor, ...]) -> None:
+        """All heads have the model's order."""
 
     def attend(
         self,
@@ -78,8 +83,7 @@ class AdaptivePlan:
         value: torch.Tensor,
         rows: tuple[torch.Tensor, ...],
         key_lengths: torch.Tensor | None = None,
-        *,
-        placed: bool = False,
+        places: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, str]:
         """Attend; `rows` is this layer's and step's row of `draw_table`. See `adaptive_attention`."""
         return adaptive_attention(query, key, value, self, rows[0], key_lengths)

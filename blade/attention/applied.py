@@ -203,7 +203,7 @@ class AppliedBlade(ModelHook):
                 plan is not None
                 and layer.dense_reason is None
                 and step >= dense_steps
-                and self.method.is_sparse(layer.index, row)
+                and self.method.is_sparse(layer.index, row, self._rows)
             )
         self.step.fill_(row)
         return plan

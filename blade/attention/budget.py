@@ -42,14 +42,6 @@ class BlockBudget:
         return self.density > self.requested_density + 1e-6
 
 
-def is_text_block(grid: TokenGrid, block_size: int) -> list[bool]:
-    """Return for each block of the sequence whether it holds a text token."""
-    starts = range(0, grid.sequence_length, block_size)
-    return [
-        start < grid.video_start or min(start + block_size, grid.sequence_length) > grid.video_stop for start in starts
-    ]
-
-
 def plan_budget(
     grid: TokenGrid,
     sparsity: float,
@@ -71,7 +63,7 @@ def plan_budget(
         The budget with the most kept blocks whose density is not above `1 - sparsity`, but for what is forced.
     """
     tokens = grid.sequence_length
-    text = is_text_block(grid, block_size)
+    text = grid.text_blocks(block_size)
     blocks, text_blocks = len(text), sum(text)
     sizes = [min(block_size, tokens - block * block_size) for block in range(blocks)]
     forced = sum(size for size, holds_text in zip(sizes, text) if holds_text)

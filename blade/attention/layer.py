@@ -27,8 +27,13 @@ class Plan(Protocol):
         """Whether nothing is ever left out."""
         ...
 
+    @property
+    def moves_heads(self) -> bool:
+        """Whether a head may have a token order of its own."""
+        ...
+
     def head_places(self, rows: tuple[torch.Tensor, ...]) -> torch.Tensor | None:
-        """Where each token of each head stands, (H, S) int64, at this step; None: in the model's order."""
+        """Where each token of each head stands at this step, (H, S) int64; None: in the model's order."""
         ...
 
     def attend(
@@ -38,8 +43,7 @@ class Plan(Protocol):
         value: torch.Tensor,
         rows: tuple[torch.Tensor, ...],
         key_lengths: torch.Tensor | None = None,
-        *,
-        placed: bool = False,
+        places: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, str]:
         """Attend.
 
@@ -49,7 +53,7 @@ class Plan(Protocol):
             value: (B, S, H, D).
             rows: what the layer reads at this step.
             key_lengths: (B,) integers: the keys from there on, which are text, are absent.
-            placed: whether queries and keys are where `head_places` says.
+            places: `head_places`, if queries and keys are there already.
 
         Returns:
             (B, S, H, D) output, the density, a float32 tensor of no dimensions, and what computed the output.
@@ -87,11 +91,10 @@ class SparseLayer:
     def move(self, device: torch.device, step: torch.Tensor) -> None:
         """Bring the layer's tensors to a device, where they aren't there yet."""
         self.step = step
-        with torch.inference_mode(False):
-            if self.tally.device != device:
-                self.tally = self.tally.to(device)
-            if any(table.device != device for table in self.tables):
-                self.tables = tuple(table.to(device) for table in self.tables)
+        if any(tensor.device != device for tensor in (self.tally, *self.tables)):
+            with torch.inference_mode(False):
+                self.tally, *tables = (tensor.to(device) for tensor in (self.tally, *self.tables))
+                self.tables = tuple(tables)
 
     def count_dense(self) -> None:
         """Note a dense forward pass."""
@@ -99,7 +102,9 @@ class SparseLayer:
 
     def places(self) -> torch.Tensor | None:
         """Where the method wants each token of each head, (H, S) int64; None: as they are."""
-        return None if self.plan is None else self.plan.head_places(self._rows())
+        if self.plan is None or not self.plan.moves_heads:  # asked in every layer
+            return None
+        return self.plan.head_places(self._rows())
 
     def attend(
         self,
@@ -107,8 +112,7 @@ class SparseLayer:
         key: torch.Tensor,
         value: torch.Tensor,
         key_lengths: torch.Tensor | None = None,
-        *,
-        placed: bool = False,
+        places: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Attend sparsely and note the density.
 
@@ -117,7 +121,7 @@ class SparseLayer:
             key: (B, S, H, D).
             value: (B, S, H, D).
             key_lengths: (B,) integers: the keys from there on, which are text, are absent. None: all are there.
-            placed: whether queries and keys are where `places` says.
+            places: what `places` says, if queries and keys are there already.
 
         Returns:
             (B, S, H, D).
@@ -132,7 +136,7 @@ class SparseLayer:
                 "BLADE's hook on the transformer did not run: something replaced the transformer's forward after "
                 "`apply_blade`. Call `apply_blade` again."
             )
-        output, density, self.implementation = plan.attend(query, key, value, self._rows(), key_lengths, placed=placed)
+        output, density, self.implementation = plan.attend(query, key, value, self._rows(), key_lengths, places)
         self.tally[0:1].add_(density)
         self.tally[1:2].add_(1)
         return output

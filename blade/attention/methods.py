@@ -40,8 +40,8 @@ class Method(Protocol):
         """
         ...
 
-    def is_sparse(self, layer: int, row: int) -> bool:
-        """Whether a layer leaves anything out in the step of a row."""
+    def is_sparse(self, layer: int, row: int, rows: int) -> bool:
+        """Whether a layer leaves anything out in the step of a row, of `rows`."""
         ...
 
 
@@ -67,7 +67,7 @@ class AdaptiveMethod:
         """The budget of blocks."""
         return AdaptivePlan.of(self._config, grid, device)
 
-    def is_sparse(self, layer: int, row: int) -> bool:
+    def is_sparse(self, layer: int, row: int, rows: int) -> bool:
         """Every layer at every step, if any."""
         return True
 
@@ -80,7 +80,6 @@ class PatternMethod:
         assert config.patterns is not None
         self._config, self._table = config, config.patterns
         self._sparse = self._table.sparse_layers()
-        self._groups = self._table.by_step(self.rows(None))
 
     def check(self, layers: int, heads: int) -> None:
         """Raise a `ValueError` if the table is not for a model of this size."""
@@ -98,7 +97,6 @@ class PatternMethod:
 
     def tables(self, layer: int, heads: int, rows: int) -> tuple[torch.Tensor, ...]:
         """The heads' patterns."""
-        self._groups = self._table.by_step(rows)
         return pattern_tables(self._config, layer, heads, rows)
 
     def plan(self, grid: TokenGrid, device: torch.device) -> PatternPlan:
@@ -108,9 +106,9 @@ class PatternMethod:
         )
         return PatternPlan.of(self._config, grid, device)
 
-    def is_sparse(self, layer: int, row: int) -> bool:
+    def is_sparse(self, layer: int, row: int, rows: int) -> bool:
         """Whether a head of the layer has another pattern than `full`."""
-        return bool(self._sparse[self._groups[row], layer])
+        return bool(self._sparse[self._table.by_step(rows)[row], layer])
 
     def _refuse(self, differences: list[str]) -> None:
         if differences and not self._config.adapt_patterns:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from blade.attention.adaptive import DRAWN_STEPS, AdaptivePlan, draw_table, select
 from blade.attention.pattern_table import PatternTable
-from blade.attention.patterns import pattern_blocks, text_blocks
+from blade.attention.patterns import pattern_blocks
 from blade.config import BladeConfig
 from blade.token_grid import TokenGrid
 
@@ -58,7 +58,7 @@ class PatternPlan:
     def _of(cls, config: BladeConfig, table: PatternTable, grid: TokenGrid, device: torch.device) -> PatternPlan:
         size, order, tokens = table.block_size, table.token_order, grid.sequence_length
         blocks = -(-tokens // size)
-        text = text_blocks(grid, size, device)
+        text = torch.tensor(grid.text_blocks(size), device=device)
         masks, mask_of, densities = [text | text[:, None]], [], list[float | None]()
         columns = torch.zeros(len(table.patterns), blocks, dtype=torch.bool, device=device)
         capacity = int(text.sum())
@@ -87,7 +87,7 @@ class PatternPlan:
             order_of = torch.tensor(
                 [orders.index(pattern.order or order) for pattern in table.patterns], device=device
             )
-            places = torch.stack([_places(grid, order, other, device) for other in orders])
+            places = torch.stack([order_places(grid, order, other, device) for other in orders])
         return cls(
             grid=grid,
             table=table,
@@ -131,6 +131,11 @@ class PatternPlan:
         size = self.table.block_size
         return BlockMask.from_dense(keep, (size, size), capacity).longest_rows_first()
 
+    @property
+    def moves_heads(self) -> bool:
+        """Whether a pattern has a token order of its own."""
+        return self.places is not None
+
     def head_places(self, rows: tuple[Tensor, ...]) -> Tensor | None:
         """Where each token of each head stands, (H, S) int64; None where all have the model's order."""
         if self.places is None or self.order_of is None:
@@ -144,8 +149,7 @@ class PatternPlan:
         value: Tensor,
         rows: tuple[Tensor, ...],
         key_lengths: Tensor | None = None,
-        *,
-        placed: bool = False,
+        places: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, str]:
         """Attend by the heads' patterns. Differentiable.
 
@@ -155,20 +159,19 @@ class PatternPlan:
             value: (B, S, H, D).
             rows: this layer's and step's rows of `pattern_tables`.
             key_lengths: (B,) integers: the keys from there on, which are text, are absent. The density counts them.
-            placed: whether queries and keys are in the heads' own orders, as `head_places` says.
+            places: `head_places`, if queries and keys are there already.
 
         Returns:
             (B, S, H, D) output, the realised density, a float32 tensor of no dimensions, and the implementation that
             computed the output.
         """
         ids = rows[0].long()
-        places = self.head_places(rows)
-        if places is not None:
-            assert self.tokens is not None and self.order_of is not None
+        if self.tokens is not None:
+            assert self.order_of is not None
             tokens = self.tokens.index_select(0, self.order_of.index_select(0, ids))
             value = _by_head(value, tokens)
-            if not placed:
-                query, key = _by_head(query, tokens), _by_head(key, tokens)
+            if places is None:
+                query, key, places = _by_head(query, tokens), _by_head(key, tokens), self.head_places(rows)
         with torch.no_grad():
             chosen = None
             if self.adaptive is not None:
@@ -204,8 +207,8 @@ def pattern_tables(config: BladeConfig, layer: int, heads: int, steps: int) -> t
     return ids, draw_table(config, layer, heads)[torch.arange(steps) % DRAWN_STEPS]
 
 
-def _places(grid: TokenGrid, model: str, own: str, device: torch.device) -> Tensor:
-    """Place in the order `own` of each token of the sequence, which is in the order `model`; text stays."""
+def order_places(grid: TokenGrid, model: str, own: str, device: torch.device) -> Tensor:
+    """Place in the order `own` of each token of a sequence in the order `model`, (S,) int64; text stays."""
     places = torch.arange(grid.sequence_length, device=device)
     video = grid.inverse_order(own, device).index_select(0, grid.order(model, device))
     places[grid.video_start : grid.video_stop] = video + grid.video_start

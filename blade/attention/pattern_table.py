@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from blade.attention.patterns import HeadPattern
+from blade.checks import check_integer
 from blade.token_grid import TokenGrid, check_token_order
 
 TABLE_NAME = "pattern_table.json"
@@ -59,8 +60,7 @@ class PatternTable:
         object.__setattr__(self, "assignment", assignment.astype(np.int32))
         object.__setattr__(self, "patterns", tuple(self.patterns))
         object.__setattr__(self, "group_starts", tuple(self.group_starts))
-        if isinstance(self.block_size, bool) or not isinstance(self.block_size, int) or self.block_size < 1:
-            raise ValueError(f"`block_size` must be an integer of at least 1, got {self.block_size!r}.")
+        check_integer("block_size", self.block_size, least=1)
         check_token_order(self.token_order)
         starts, groups = self.group_starts, len(assignment)
         if len(starts) != groups or starts[0] != 0 or list(starts) != sorted(set(starts)):

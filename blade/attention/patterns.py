@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from blade.checks import check_choice, check_flag, check_integer, check_number
 from blade.token_grid import TokenGrid, check_token_order
 
 PatternKind = Literal["full", "skip", "diagonal", "multi_diagonal", "vertical", "window", "asa"]
@@ -43,10 +44,10 @@ class Window:
     """Distance after which it repeats. None: it does not."""
 
     def __post_init__(self) -> None:
-        _check_count("width", self.width, 1)
-        _check_count("offset", self.offset, 0)
+        check_integer("width", self.width, 1)
+        check_integer("offset", self.offset, 0)
         if self.stride is not None:
-            _check_count("stride", self.stride, 1)
+            check_integer("stride", self.stride, 1)
 
     def pairs(self, size: int, device: torch.device | str = "cpu") -> Tensor:
         """Which pairs of coordinates it keeps along an axis of `size` tokens: (size, size) bool."""
@@ -83,22 +84,21 @@ class HeadPattern:
     """A token order of the head's own. None: the model's."""
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ValueError(f"`kind` must be one of {', '.join(KINDS)}, got {self.kind!r}.")
+        check_choice("kind", self.kind, KINDS)
         if (self.frames is not None) != (self.kind in ("diagonal", "multi_diagonal")):
             raise ValueError(f"`frames` belongs to diagonal and multi_diagonal, got {self.frames} with {self.kind}.")
-        if self.frames is not None and not (_is_number(self.frames) and 0 <= self.frames < math.inf):
-            raise ValueError(f"`frames` must be at least 0, got {self.frames!r}.")
+        if self.frames is not None:
+            check_number("frames", self.frames, "at least 0", lambda x: 0 <= x < math.inf)
         given = (self.share is not None) + (self.key_blocks is not None)
         if given != (self.kind == "vertical"):
             raise ValueError(
                 f"`share` or `key_blocks`, one of them, belongs to vertical, got {given} of them with {self.kind}."
             )
-        if self.share is not None and not (_is_number(self.share) and 0 < self.share <= 1):
-            raise ValueError(f"`share` must be in (0, 1], got {self.share!r}.")
+        if self.share is not None:
+            check_number("share", self.share, "in (0, 1]", lambda x: 0 < x <= 1)
         if self.key_blocks is not None:
             for block in self.key_blocks:
-                _check_count("key_blocks", block, 0)
+                check_integer("key_blocks", block, 0)
             object.__setattr__(self, "key_blocks", tuple(sorted(set(self.key_blocks))))
         if bool(self.windows) != (self.kind == "window") or not set(self.windows) <= set(AXES):
             raise ValueError(
@@ -107,8 +107,9 @@ class HeadPattern:
             )
         if "place" in self.windows and len(self.windows) > 1 + ("frame" in self.windows):
             raise ValueError(f"`windows` must have place, or row and column, got {', '.join(self.windows)}.")
-        if not isinstance(self.first_frame, bool) or (self.first_frame and self.kind in ("full", "skip", "asa")):
-            raise ValueError(f"`first_frame` must be True or False, and False with {self.kind}.")
+        check_flag("first_frame", self.first_frame)
+        if self.first_frame and self.kind in ("full", "skip", "asa"):
+            raise ValueError(f"`first_frame` must be False with {self.kind}, got True.")
         if self.order is not None:
             check_token_order(self.order)
             if self.kind in ("full", "skip", "asa"):
@@ -212,14 +213,8 @@ def pattern_blocks(
             keep[rows] = padded.view(len(rows), blocks, block_size).any(-1)
     if pattern.first_frame:
         keep[:, block_of[: grid.height * grid.width]] = True
-    text = text_blocks(grid, block_size, device)
+    text = torch.tensor(grid.text_blocks(block_size), device=device)
     return keep | text | text[:, None]
-
-
-def text_blocks(grid: TokenGrid, block_size: int, device: torch.device | str = "cpu") -> Tensor:
-    """Which blocks of the sequence hold a text token: (blocks,) bool."""
-    starts = torch.arange(0, grid.sequence_length, block_size, device=device)
-    return (starts < grid.video_start) | ((starts + block_size).clamp(max=grid.sequence_length) > grid.video_stop)
 
 
 def half_width(pattern: HeadPattern, grid: TokenGrid, block_size: int) -> int:
@@ -275,12 +270,3 @@ def _stripes(pattern: HeadPattern, block_of: Tensor, blocks: int) -> Tensor:
     video = last - first + 1
     count = max(1, round(pattern.share * video))
     return first + ((torch.arange(count, device=block_of.device) * 2 + 1) * video) // (2 * count)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _check_count(name: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"`{name}` must be an integer of at least {least}, got {value!r}.")

@@ -87,16 +87,19 @@ def attention(
         threads=threads,
         repeats=repeats,
     )
-    console, progress = Console(), Console(stderr=True)
+    console, progress, written = Console(), Console(stderr=True), list[Path]()
     with progress.status("dense ...") as status:
-        report = run_attention_benchmark(
-            settings,
-            command=shlex.join(["blade-bench", *sys.argv[1:]]),
-            on_case=lambda case: status.update(f"{case['tokens']:,} tokens, density {case['density']} done ..."),
-        )
+
+        def on_case(report: dict[str, Any]) -> None:
+            case = report["cases"][-1]
+            status.update(f"{case['tokens']:,} tokens, density {case['density']} done ...")
+            if output is not None:
+                written[:] = write_report(report, output)
+
+        report = run_attention_benchmark(settings, command=shlex.join(["blade-bench", *sys.argv[1:]]), on_case=on_case)
     _show(console, tables(report))
-    if output is not None:
-        console.print(*(str(path) for path in write_report(report, output)), sep="\n")
+    if written:
+        console.print(*map(str, written), sep="\n")
 
 
 @app.command()

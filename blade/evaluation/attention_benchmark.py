@@ -18,9 +18,6 @@ from blade_kernels.triton_support import missing_triton
 from torch import Tensor
 
 from blade.attention.pattern_plan import PatternPlan
-from blade.attention.pattern_table import mixed_table
-from blade.attention.patterns import HeadPattern, pattern_blocks
-from blade.config import BladeConfig
 from blade.evaluation.attention_contestants import (
     Attend,
     Contestant,
@@ -28,9 +25,9 @@ from blade.evaluation.attention_contestants import (
     installed_peers,
     own_contestants,
 )
+from blade.evaluation.attention_patterns import PATTERN_KINDS, benchmark_patterns
 from blade.evaluation.timing import time_calls
 from blade.machine import describe_machine, describe_versions
-from blade.profiling.candidates import natural_order, pattern_of_density
 from blade.token_grid import TokenGrid
 
 PACKAGES = (
@@ -55,9 +52,6 @@ PASSES = {
 
 BLOCKS = ("random", "patterns")
 """Which blocks are kept: independent ones in every head and row, or those of a table of head patterns."""
-
-PATTERN_KINDS = ("diagonal", "multi_diagonal", "vertical", "window")
-"""Patterns that the heads have in turn, in the token orders that suit them, the model's being raster."""
 
 PROBE_TOKENS = 16
 """Tokens in 128 that the choice of blocks looks at."""
@@ -167,7 +161,7 @@ def run_attention_benchmark(
     Args:
         settings: what to measure.
         command: the command line to record.
-        on_case: called with the result of every size and density as it is found.
+        on_case: called with the report so far after every size and density, so that none is lost.
 
     Returns:
         Plain JSON values: `settings`, `machine`, `versions`, `date`, `command`, and `cases`, one for each size and
@@ -199,7 +193,7 @@ def run_attention_benchmark(
             for density in settings.densities:
                 cases.append(layer.case(density))
                 if on_case is not None:
-                    on_case(cases[-1])
+                    on_case(report)
     return report
 
 
@@ -268,21 +262,10 @@ class _Layer:
     def _plan(self, density: float) -> PatternPlan:
         """The heads' patterns at a density."""
         if density not in self._plans:
-            grid, size = self.shape.grid, self.settings.block_size
-            assert grid is not None
-
-            def blocks(pattern: HeadPattern) -> float:
-                keep = pattern_blocks(pattern, grid, size, "raster", self.device)
-                mask = BlockMask.from_dense(keep[None, None], (size, size))
-                return float(mask.density(grid.sequence_length, grid.sequence_length))
-
-            patterns = []
-            for kind in PATTERN_KINDS:
-                order = None if kind == "vertical" else natural_order(kind, size)
-                patterns.append(pattern_of_density(kind, density, blocks, grid, None if order == "raster" else order))
-            table = mixed_table(patterns, 1, self.shape.heads, block_size=size)
-            config = BladeConfig(attention="patterns", patterns=table)
-            self._plans[density] = PatternPlan.of(config, grid, self.device)
+            assert self.shape.grid is not None
+            self._plans[density] = benchmark_patterns(
+                self.shape.grid, self.shape.heads, density, self.settings.block_size, self.device
+            )
         return self._plans[density]
 
     def _pattern_ids(self) -> Tensor:
@@ -301,7 +284,8 @@ class _Layer:
         if self.settings.blocks == "patterns" and density < 1:
             plan = replace(self._plan(density), implementation=one.name)
             rows = (self._pattern_ids(),)
-            forwards["whole"] = lambda q, k, v: plan.attend(q, k, v, rows, placed=True)[0]
+            places = plan.head_places(rows)
+            forwards["whole"] = lambda q, k, v: plan.attend(q, k, v, rows, places=places)[0]
         try:
             with torch.no_grad():
                 q, k, v = self._laid_out(one)[0][:3]

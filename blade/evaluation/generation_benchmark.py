@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
-from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
+from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend, dispatch_attention_fn
 from torch import nn
 
 from blade.attention.adaptive import select
@@ -148,7 +148,8 @@ def run_generation_benchmark(
         **{name: getattr(request, name) for name in ("height", "width", "frames", "steps")},
         "config": config.to_dict(),
     }
-    with torch.inference_mode():
+    # choosing a transformer's backend also changes the one that Diffusers takes for all others, until this ends
+    with torch.inference_mode(), attention_backend(AttentionBackendName.NATIVE):
         report |= model.describe(config)
         on_stage("dense attention")
         report |= model.dense_attention(settings.repeats)

@@ -27,8 +27,8 @@ class Candidates:
 
     numbers: tuple[int, ...]
     """Numbers of the candidates."""
-    masks: Tensor
-    """(candidates, H or 1, blocks, blocks) bool, or (candidates, B, H, blocks, blocks)."""
+    masks: tuple[Tensor, ...]
+    """Of each (H or 1, blocks, blocks) bool, or, where batch items differ, (B, H, blocks, blocks)."""
     tokens: Tensor | None = None
     """(S,) int64, the order, as places in the model's own; None: the model's own."""
 
@@ -49,8 +49,6 @@ class LayerMeasurement:
     """(candidates, H) float64, weight that as many blocks in every row could have held at the most."""
     energy: Tensor
     """(H,) float64, squared output after the projection, mean over channels."""
-    column_mass: Tensor
-    """(H, blocks) float64, attention weight that each key block receives, in the model's own order."""
     block_map: Tensor
     """(H, rows, columns) float64, attention weight summed over patches of the map, in the model's own order."""
     rows: Tensor
@@ -153,10 +151,8 @@ def _measure_group(
     chosen = torch.arange(blocks, device=device) if query_blocks is None else query_blocks.to(device)
     cells = min(MAP_SIZE, blocks)
     cell = torch.arange(blocks, device=device) * cells // blocks
-    numbers = torch.tensor(group.numbers, device=device)
     sums = {name: torch.zeros(candidates, heads, dtype=torch.float64, device=device) for name in _BY_CANDIDATE}
     energy = torch.zeros(heads, dtype=torch.float64, device=device)
-    columns = torch.zeros(heads, blocks, dtype=torch.float64, device=device)
     map_sums = torch.zeros(heads, cells, cells, dtype=torch.float64, device=device)
     map_rows = torch.zeros(cells, dtype=torch.float64, device=device)
     queries = 0
@@ -180,14 +176,13 @@ def _measure_group(
             by_block = share.sum(2, dtype=torch.float64)  # (H, U, blocks)
             queries += int(real.sum())
             energy += _quadratic(exact * real[None, :, :, None], grams).sum((1, 2), dtype=torch.float64)
-            columns += by_block.sum(1)
             map_sums.index_add_(1, cell[some], torch.zeros(
                 heads, len(some), cells, dtype=torch.float64, device=device
             ).index_add_(2, cell, by_block))  # fmt: skip
             map_rows.index_add_(0, cell[some], real.sum(1, dtype=torch.float64))
             ranked = by_block.sort(-1, descending=True).values.cumsum(-1)
-            masks = group.masks if group.masks.ndim == 4 else group.masks[:, item]
-            for number, mask in zip(numbers, masks):
+            for number, mask in zip(group.numbers, group.masks):
+                mask = mask[item % len(mask)] if mask.ndim == 4 else mask
                 kept = mask.index_select(1, some).expand(heads, -1, -1)  # (H, U, blocks)
                 kept_share = kept.to(above.dtype)
                 numerator = torch.einsum("hun,hunqd->huqd", kept_share, above)
@@ -200,9 +195,7 @@ def _measure_group(
                 count = kept.sum(-1, keepdim=True)
                 best = ranked.gather(-1, (count - 1).clamp(min=0)) * (count > 0)
                 sums["best_mass"][number] += best.sum((1, 2))
-    return LayerMeasurement(
-        queries=queries, energy=energy, column_mass=columns, block_map=map_sums, rows=map_rows, **sums
-    )
+    return LayerMeasurement(queries=queries, energy=energy, block_map=map_sums, rows=map_rows, **sums)
 
 
 _BY_CANDIDATE = ("output_error", "head_error", "mass", "best_mass")

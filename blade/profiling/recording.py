@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from blade.attention.adaptive import AdaptivePlan, draw_table, select
 from blade.attention.applied import AppliedBlade
 from blade.attention.family import ModelFamily, find_family
-from blade.attention.patterns import HeadPattern, pattern_blocks, text_blocks
+from blade.attention.pattern_plan import order_places
+from blade.attention.patterns import HeadPattern, pattern_blocks
 from blade.config import BladeConfig
 from blade.profiling.measure import Candidates, LayerMeasurement, column_mass, measure_layer
 from blade.token_grid import TokenGrid
@@ -61,7 +62,7 @@ class RecordingPlan:
             numbers, masks = self._groups.setdefault(pattern.order or order, ([], []))
             numbers.append(number)
             masks.append(pattern_blocks(pattern, self.grid, size, order, self.device).unsqueeze(0))
-        self._text = text_blocks(self.grid, size, self.device)
+        self._text = torch.tensor(self.grid.text_blocks(size), device=self.device)
         self._adaptive: AdaptivePlan | None = None
         self._draws: dict[int, Tensor] = {}
         if any(pattern.kind == "asa" for pattern in self.recording.candidates):
@@ -77,8 +78,13 @@ class RecordingPlan:
         """Not a run in which nothing happens."""
         return False
 
-    def head_places(self, rows: tuple[Tensor, ...]) -> None:
+    @property
+    def moves_heads(self) -> bool:
         """Queries and keys come in the model's order."""
+        return False
+
+    def head_places(self, rows: tuple[Tensor, ...]) -> None:
+        """All heads have the model's order."""
 
     def attend(
         self,
@@ -87,8 +93,7 @@ class RecordingPlan:
         value: Tensor,
         rows: tuple[Tensor, ...],
         key_lengths: Tensor | None = None,
-        *,
-        placed: bool = False,
+        places: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, str]:
         """Attend densely and measure; see `PatternPlan.attend`. `rows` holds the layer and the step."""
         layer, step = (int(number) for number in rows[0])
@@ -114,21 +119,19 @@ class RecordingPlan:
     ) -> list[Candidates]:
         recording, groups = self.recording, []
         for order, (numbers, masks) in self._groups.items():
-            tokens = None
             if order == recording.token_order:
-                numbers, masks = list(numbers), [mask.expand(query.shape[2], -1, -1) for mask in masks]
+                numbers, masks = list(numbers), list(masks)
                 for number, pattern in enumerate(recording.candidates):
                     if pattern.share is not None:
-                        numbers.append(number)
                         masks.append(self._vertical(pattern, columns))
-            else:
-                tokens = self._tokens(order)
-            groups.append(Candidates(numbers=tuple(numbers), masks=torch.stack(masks), tokens=tokens))
-        if self._adaptive is not None:
-            number = next(n for n, pattern in enumerate(recording.candidates) if pattern.kind == "asa")
-            mask = select(query, key, self._adaptive, self._draw(layer, step, query.shape[2]), key_lengths)
-            keep = mask.keep.expand(len(query), query.shape[2], -1, -1)
-            groups.append(Candidates(numbers=(number,), masks=keep.unsqueeze(0)))
+                    elif pattern.kind == "asa":
+                        assert self._adaptive is not None
+                        draw = self._draw(layer, step, query.shape[2])
+                        masks.append(select(query, key, self._adaptive, draw, key_lengths).keep)
+                    else:
+                        continue
+                    numbers.append(number)
+            groups.append(Candidates(numbers=tuple(numbers), masks=tuple(masks), tokens=self._tokens(order)))
         return groups
 
     def _vertical(self, pattern: HeadPattern, columns: Tensor) -> Tensor:
@@ -139,13 +142,11 @@ class RecordingPlan:
         keep = (keep | self._text).unsqueeze(1).expand(-1, keep.shape[1], -1)
         return keep | self._text[:, None]
 
-    def _tokens(self, order: str) -> Tensor:
+    def _tokens(self, order: str) -> Tensor | None:
         """The sequence in another order, as places in the model's."""
-        grid, tokens = self.grid, torch.arange(self.grid.sequence_length, device=self.device)
-        own = grid.inverse_order(self.recording.token_order, self.device)
-        video = own.index_select(0, grid.order(order, self.device)) + grid.video_start
-        tokens[grid.video_start : grid.video_stop] = video
-        return tokens
+        if order == self.recording.token_order:
+            return None
+        return order_places(self.grid, self.recording.token_order, order, self.device).argsort()
 
     def _query_blocks(self, layer: int, step: int) -> Tensor | None:
         blocks = -(-self.grid.sequence_length // self.recording.block_size)
@@ -191,7 +192,7 @@ class RecordingMethod:
         self.latest = RecordingPlan(self._recording, grid, self._family, self._attentions, device)
         return self.latest
 
-    def is_sparse(self, layer: int, row: int) -> bool:
+    def is_sparse(self, layer: int, row: int, rows: int) -> bool:
         """All go through the plan."""
         return True
 

@@ -54,7 +54,7 @@ class CogVideoXSparseProcessor(SparseProcessor):
             for tensor, norm in ((query, attn.norm_q), (key, attn.norm_k))
         )
 
-        output = self.layer.attend(query, key, value, placed=True).flatten(2, 3).type_as(query)
+        output = self.layer.attend(query, key, value, places=places).flatten(2, 3).type_as(query)
         output = attn.to_out[1](attn.to_out[0](output))
         return output[:, :video], output[:, video:]
 

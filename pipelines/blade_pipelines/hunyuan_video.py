@@ -65,7 +65,7 @@ class HunyuanVideoSparseProcessor(SparseProcessor):
         if attention_mask is not None:
             lengths = attention_mask.flatten(1).sum(dim=1, dtype=torch.int32)
             lengths = lengths + video if attention_mask.ndim == 2 else lengths
-        output = self.layer.attend(query, key, value, lengths, placed=True).flatten(2, 3).type_as(query)
+        output = self.layer.attend(query, key, value, lengths, places=places).flatten(2, 3).type_as(query)
         hidden_states, encoder_hidden_states = output[:, :video], output[:, video:]
         if attn.to_out is not None:
             hidden_states = attn.to_out[1](attn.to_out[0](hidden_states))

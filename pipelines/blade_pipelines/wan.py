@@ -62,7 +62,7 @@ class WanSparseProcessor(SparseProcessor):
             for tensor, norm in ((query, attn.norm_q), (key, attn.norm_k))
         )
 
-        output = self.layer.attend(query, key, value, placed=True).flatten(2, 3).type_as(query)
+        output = self.layer.attend(query, key, value, places=places).flatten(2, 3).type_as(query)
         return attn.to_out[1](attn.to_out[0](output))
 
 

@@ -17,7 +17,6 @@ from blade.attention.adaptive import (
     random_scores,
     select,
 )
-from blade.attention.budget import is_text_block
 from blade.config import AdaptiveConfig
 
 CPU = torch.device("cpu")
@@ -79,7 +78,7 @@ def oracle(query, key, value, mask, plan):
     if plan.budget.pooled_tokens != "none":
         blocks = None
         if plan.budget.pooled_tokens == "dropped":
-            blocks = [block for block, text in enumerate(is_text_block(plan.grid, 8)) if not text]
+            blocks = [block for block, text in enumerate(plan.grid.text_blocks(8)) if not text]
         pooled_key, counts, homes = pooled_by_hand(key, plan.grid, 4, blocks)
         pooled_value, _, _ = pooled_by_hand(value, plan.grid, 4, blocks)
         pooled_logits = torch.einsum("bqhd,bkhd->bhqk", query, pooled_key) / SIZE**0.5 + counts.float().log().double()
@@ -100,7 +99,7 @@ def test_any_grid_text_and_method(grid, config):
     mask = select(query, key, plan, draw)
     budget = plan.budget
 
-    text = torch.tensor(is_text_block(grid, 8))
+    text = torch.tensor(grid.text_blocks(8))
     assert mask.keep[..., text].all() and mask.keep[..., text, :].all()
     kept = mask.keep[..., ~text, :][..., ~text].sum(-1)
     assert (kept >= min(1, int((~text).sum()))).all()

@@ -7,7 +7,7 @@ from blade_kernels.block_sparse.pooled import pool_tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from blade.attention.budget import is_text_block, plan_budget
+from blade.attention.budget import plan_budget
 from blade.token_grid import TokenGrid
 
 grids = st.builds(
@@ -22,7 +22,7 @@ grids = st.builds(
 
 def realised_density(grid, budget, kept, block_size, window):
     """Density, as the kernels count it, of a mask with all text and the first `kept` blocks of video in every row."""
-    text = torch.tensor(is_text_block(grid, block_size))
+    text = torch.tensor(grid.text_blocks(block_size))
     video = torch.nonzero(~text).flatten()[:kept]
     keep = torch.zeros(len(text), len(text), dtype=torch.bool)
     keep[:, video] = True
@@ -101,5 +101,5 @@ def test_at_sparsity_zero_everything_is_kept_and_nothing_pooled():
 
 def test_blocks_on_the_border_of_text_hold_text():
     grid = TokenGrid(1, 4, 4, text_before=5, text_after=3)  # video is tokens 5 to 20 of 24
-    assert is_text_block(grid, 4) == [True, True, False, False, False, True]
-    assert is_text_block(TokenGrid(1, 4, 4), 5) == [False] * 4
+    assert grid.text_blocks(4) == [True, True, False, False, False, True]
+    assert TokenGrid(1, 4, 4).text_blocks(5) == [False] * 4

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 import blade.evaluation.attention_contestants as contestants
+from blade import TokenGrid
 from blade.cli.bench import main
+from blade.evaluation import attention_benchmark
 from blade.evaluation.attention_benchmark import AttentionBenchmark, AttentionShape, run_attention_benchmark
 from blade.evaluation.attention_report import tables, write_report
 
@@ -29,7 +31,9 @@ def no_compiling(monkeypatch):
 
 def test_reports_every_size_and_density():
     threads, seen = torch.get_num_threads(), []
-    report = run_attention_benchmark(TINY, command="the command", on_case=seen.append)
+    report = run_attention_benchmark(
+        TINY, command="the command", on_case=lambda so_far: seen.append(so_far["cases"][-1])
+    )
     assert torch.get_num_threads() == threads and report["machine"]["threads"] == 1
     assert seen == report["cases"] and json.loads(json.dumps(report))["cases"] == report["cases"]
     found = [(case["tokens"], case["density"], round(case["realised_density"], 3)) for case in report["cases"]]
@@ -120,6 +124,8 @@ def test_tables_say_how_fast_and_what_a_kept_pair_costs():
         ({"dtype": "float64"}, "`dtype` must be one of float32, bfloat16, float16, got 'float64'"),
         ({"threads": 0}, "`threads` must be at least 1 or None, got 0"),
         ({"repeats": 0}, "`repeats` must be at least 1, got 0"),
+        ({"blocks": "some"}, "`blocks` must be one of random, patterns, got 'some'"),
+        ({"blocks": "patterns"}, "`shapes` must be of models where `blocks` is patterns"),
     ],
 )
 def test_bad_settings_are_refused(change, message):
@@ -167,3 +173,38 @@ def test_without_matplotlib_output_is_refused_before_anything_is_measured(capsys
     with pytest.raises(SystemExit) as ended:
         main([*ARGUMENTS, "--output", str(tmp_path)])
     assert ended.value.code == 1 and "pip install 'blade-video[plots]'" in capsys.readouterr().err
+
+
+GRID = TokenGrid(3, 4, 8, text_after=5)
+
+
+def test_head_patterns_are_timed_with_what_surrounds_them():
+    shape = AttentionShape(tokens=GRID.sequence_length, heads=5, head_dim=16, grid=GRID)
+    settings = replace(
+        TINY,
+        shapes=(shape,),
+        densities=(0.5,),
+        block_size=8,
+        blocks="patterns",
+        passes=("forward", "selection", "whole"),
+    )
+    (case,) = run_attention_benchmark(settings)["cases"]
+    assert set(case["ms"]["reference"]) == {"forward", "whole"} and case["ms"]["selection"]["selection"] > 0
+    assert case["error"]["reference"] < 1e-5
+    assert 0.3 < case["realised_density"] <= 0.52  # a stripe more or less, of 12
+
+
+def test_what_was_measured_is_kept_when_a_later_case_fails(tmp_path, monkeypatch):
+    measured = attention_benchmark._Layer.case
+
+    def failing(layer, density):
+        if density == 0.25:
+            raise RuntimeError("the device is gone")
+        return measured(layer, density)
+
+    monkeypatch.setattr(attention_benchmark._Layer, "case", failing)
+    arguments = ["--tokens", "64", "--head-dim", "16", "--heads", "1", "--block-size", "16", "--density", "0.5,0.25"]
+    with pytest.raises(RuntimeError, match="the device is gone"):
+        main(["attention", *arguments, "--repeats", "1", "--output", str(tmp_path / "kept"), "--debug"])
+    report = json.loads((tmp_path / "kept" / "attention.json").read_text())
+    assert [case["density"] for case in report["cases"]] == [0.5]

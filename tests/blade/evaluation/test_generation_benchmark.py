@@ -133,3 +133,13 @@ def test_a_region_inside_another_is_not_counted_twice(monkeypatch):
     with watch.region("outer"):
         pass
     assert watch.milliseconds() == {"outer": 1000.0 + 4000.0 + 1000.0, "inner": 2000.0}
+
+
+def test_diffusers_own_backend_is_as_before(configurations, monkeypatch):
+    from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+
+    monkeypatch.setattr("blade.evaluation.generation_benchmark.BACKENDS", ("_native_flash",))
+    before = _AttentionBackendRegistry.get_active_backend()[0]
+    report = run_generation_benchmark(replace(QUICK, model=str(configurations("WanPipeline")), sparsity=0.4))
+    assert report["backend"] == "_native_flash" and before != "_native_flash"
+    assert _AttentionBackendRegistry.get_active_backend()[0] == before

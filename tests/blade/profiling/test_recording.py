@@ -29,8 +29,8 @@ def test_errors_and_masses_are_those_of_plain_attention(lengths, monkeypatch):
     projection = torch.randn(12, heads * size)
     masks = torch.stack([pattern_blocks(pattern, grid, 8, "raster") for pattern in PATTERNS])
     found = measure_layer(
-        query, key, value, [Candidates(numbers=tuple(range(5)), masks=masks[:, None])], candidates=5, block_size=8,
-        projection=projection, key_lengths=None if lengths is None else torch.tensor(lengths),
+        query, key, value, [Candidates(numbers=tuple(range(5)), masks=tuple(masks[:, None]))], candidates=5,
+        block_size=8, projection=projection, key_lengths=None if lengths is None else torch.tensor(lengths),
     )  # fmt: skip
     assert found.queries == sum(lengths or (tokens, tokens))
     expected = torch.zeros(3, 5, heads)
@@ -49,7 +49,7 @@ def test_errors_and_masses_are_those_of_plain_attention(lengths, monkeypatch):
     for number, name in enumerate(("output_error", "head_error", "mass")):
         torch.testing.assert_close(getattr(found, name).float(), expected[number], rtol=1e-4, atol=1e-4)
     assert (found.mass <= found.best_mass + 1e-6).all()
-    torch.testing.assert_close(found.column_mass.sum(-1).float(), torch.full((heads,), float(found.queries)))
+    torch.testing.assert_close(found.block_map.sum((1, 2)).float(), torch.full((heads,), float(found.queries)))
     torch.testing.assert_close(found.energy, found.output_error[1])
 
 

@@ -1,0 +1,31 @@
+"""Checks of single values: errors name the field, the value and what would be right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+
+def check_integer(name: str, value: Any, least: int) -> None:
+    """Raise a `ValueError` unless it is an integer of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"`{name}` must be an integer of at least {least}, got {value!r}.")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Raise a `ValueError` unless it is a bool."""
+    if not isinstance(value, bool):
+        raise ValueError(f"`{name}` must be True or False, got {value!r}.")
+
+
+def check_number(name: str, value: Any, wanted: str, holds: Callable[[float], bool]) -> None:
+    """Raise a `ValueError` unless it is a number for which `holds`, which `wanted` says in words."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not holds(value):
+        raise ValueError(f"`{name}` must be {wanted}, got {value!r}.")
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Raise a `ValueError` unless it is one of `choices`."""
+    if value not in choices:
+        listed = ", ".join(f'"{choice}"' for choice in choices)
+        raise ValueError(f"`{name}` must be one of {listed}, got {value!r}.")
