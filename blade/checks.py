@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -29,3 +30,25 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     if value not in choices:
         listed = ", ".join(f'"{choice}"' for choice in choices)
         raise ValueError(f"`{name}` must be one of {listed}, got {value!r}.")
+
+
+def parse_ranges(text: str, problem: str) -> list[range]:
+    """Read whole numbers and ranges of them, both ends included, such as "0-1,39".
+
+    Args:
+        text: what to read; a blank one holds no number.
+        problem: message of the error.
+
+    Raises:
+        ValueError: if it does not read like that.
+    """
+    ranges = []
+    for part in text.replace(" ", "").split(",") if text.strip() else []:
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
+        if not match:
+            raise ValueError(problem)
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first:
+            raise ValueError(problem)
+        ranges.append(range(first, last + 1))
+    return ranges

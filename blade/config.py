@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import tempfile
 import warnings
 from collections.abc import Iterable, Mapping
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from blade.attention.pattern_table import TABLE_NAME, PatternTable
-from blade.checks import check_choice, check_flag, check_integer, check_number
+from blade.checks import check_choice, check_flag, check_integer, check_number, parse_ranges
 from blade.token_grid import check_token_order
 
 CONFIG_NAME = "blade_config.json"
@@ -303,15 +302,8 @@ def parse_dense_layers(value: str | int | Iterable[int]) -> tuple[int, ...]:
     problem = f'`dense_layers` must be layer numbers of at least 0, or a string such as "0-1,39", got {value!r}.'
     layers: set[int] = set()
     if isinstance(value, str):
-        for part in value.replace(" ", "").split(","):
-            match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
-            if match:
-                first, last = int(match[1]), int(match[2] or match[1])
-                if last < first:
-                    raise ValueError(problem)
-                layers.update(range(first, last + 1))
-            elif part or value.strip():
-                raise ValueError(problem)
+        for layer_range in parse_ranges(value, problem):
+            layers.update(layer_range)
         return tuple(sorted(layers))
     values = [value] if isinstance(value, int) else value
     if not isinstance(values, Iterable):

@@ -218,8 +218,12 @@ def _make_files(
 
 def default_output(request: GenerationRequest) -> Path:
     """Return the path of a video that is given none: prompt and seed, in `OUTPUT_FOLDER`."""
-    words = re.sub(r"[^\w]+", "-", request.prompt.lower()).strip("-")[:80]
-    return OUTPUT_FOLDER / f"{words or 'video'}-{request.seed}.mp4"
+    return OUTPUT_FOLDER / f"{file_stem(request.prompt)}-{request.seed}.mp4"
+
+
+def file_stem(prompt: str) -> str:
+    """Return the beginning of a prompt as it can stand in a file's name: lower case, words joined by hyphens."""
+    return re.sub(r"[^\w]+", "-", prompt.lower()).strip("-")[:80] or "video"
 
 
 def describe_attention(record: Mapping[str, Any]) -> str:

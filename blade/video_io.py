@@ -6,10 +6,12 @@ A video is a float tensor (frames, 3, H, W) in [0, 1].
 from __future__ import annotations
 
 import io
+import math
 import os
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from fractions import Fraction
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +29,9 @@ LABEL_HEIGHT = 28
 
 COMPARISON_HEIGHT = 288
 """Videos of a comparison are enlarged by whole factors as far as this, so that the labels fit."""
+
+WIDEST = 4096
+"""Pixels of a comparison's row at the most, where more than one video is wanted; players show no wider H.264."""
 
 
 class OutputError(OSError):
@@ -70,15 +75,20 @@ def encode_mp4(frames: Iterable[torch.Tensor], fps: int) -> bytes:
 
 def read_mp4(path: str | Path) -> torch.Tensor:
     """Return the video in a file, (frames, 3, H, W) in [0, 1]."""
+    return torch.stack(list(mp4_frames(path))).float() / 255
+
+
+def mp4_frames(path: str | Path) -> Iterator[torch.Tensor]:
+    """Yield the frames of the video in a file, (3, H, W) uint8, one after the other."""
     import av
 
     with av.open(str(path)) as container:
-        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
-    return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2).float() / 255
+        for frame in container.decode(video=0):
+            yield torch.from_numpy(frame.to_ndarray(format="rgb24")).permute(2, 0, 1)
 
 
 def side_by_side(videos: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Lay videos of one size side by side, each under its label.
+    """Lay videos of one size side by side, each under its label, in as many rows as it takes.
 
     Args:
         videos: label -> video, left to right.
@@ -92,7 +102,10 @@ def side_by_side(videos: Mapping[str, torch.Tensor]) -> torch.Tensor:
         enlarged = functional.interpolate(video.float(), scale_factor=factor, mode="nearest")
         strip = _label_strip(label, enlarged.shape[-1]).expand(len(video), -1, -1, -1)
         panels.append(torch.cat([strip.to(enlarged), enlarged], dim=2))
-    return torch.cat(panels, dim=3)
+    rows = math.ceil(len(panels) / max(1, WIDEST // panels[0].shape[-1]))
+    columns = math.ceil(len(panels) / rows)
+    panels += [torch.zeros_like(panels[0])] * (rows * columns - len(panels))
+    return torch.cat([torch.cat(panels[row * columns : (row + 1) * columns], dim=3) for row in range(rows)], dim=2)
 
 
 def contact_sheet(videos: Mapping[str, torch.Tensor], *, columns: int = 6, factor: int = 2) -> torch.Tensor:
@@ -100,7 +113,7 @@ def contact_sheet(videos: Mapping[str, torch.Tensor], *, columns: int = 6, facto
 
     Args:
         videos: label -> video, top to bottom; all of one height and width.
-        columns: frames of each video; at least 2, and no more than any video has.
+        columns: frames of each video; at least 1, and no more than any video has.
         factor: by which frames are enlarged.
 
     Returns:
@@ -110,8 +123,8 @@ def contact_sheet(videos: Mapping[str, torch.Tensor], *, columns: int = 6, facto
         ValueError: if there are more or fewer columns than that.
     """
     fewest = min(len(video) for video in videos.values())
-    if not 2 <= columns <= fewest:
-        raise ValueError(f"`columns` must be from 2 to {fewest}, the number of frames, got {columns}.")
+    if not 1 <= columns <= fewest:
+        raise ValueError(f"`columns` must be from 1 to {fewest}, the number of frames, got {columns}.")
     rows = []
     for label, video in videos.items():
         chosen = video[torch.linspace(0, len(video) - 1, columns).round().long()].float()
@@ -175,8 +188,9 @@ def _to_pixels(frame: torch.Tensor) -> np.ndarray:
     return np.ascontiguousarray(pixels.permute(1, 2, 0).cpu().numpy())
 
 
+@lru_cache(maxsize=256)
 def _label_strip(label: str, width: int) -> torch.Tensor:
-    """Return white text on black, (3, LABEL_HEIGHT, width)."""
+    """Return white text on black, (3, LABEL_HEIGHT, width), to be read only."""
     from PIL import Image, ImageDraw, ImageFont
 
     image = Image.new("RGB", (width, LABEL_HEIGHT))

@@ -6,13 +6,16 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from blade.cli.command import run_command
 
-DEFAULT_RUNS = ("dense=steps=30", "asa=steps=30,attention=asa")
+if TYPE_CHECKING:
+    from blade.evaluation.evaluation_prompts import EvaluationPrompt
+
+DEFAULT_RUNS = ("dense", "preset")
 """What is compared where no run is given."""
 
 
@@ -22,67 +25,102 @@ def _option(help: str, *names: str) -> Any:
 
 def evaluate(
     *,
-    shapes: Annotated[
-        bool, _option("Evaluate a moving-shapes model on prompts that its training never saw.", "--shapes")
-    ] = False,
     run: Annotated[
         list[str] | None,
         _option(
-            "NAME=KEY=VALUE,..., repeatable. Keys: steps, guidance, attention (dense, asa, asa-gt, asa-dropped, "
-            "mean-pooled, random, local), sparsity, dense_steps, dense_layers (such as 0-1+5). By default "
-            + " and ".join(DEFAULT_RUNS)
-            + "."
+            "NAME=dense, NAME=preset (the model's training-free preset) or NAME=DIR (a folder or Hub id with a BLADE "
+            "configuration), each with ,KEY=VALUE,... or without, or NAME=KEY=VALUE,...; repeatable. Keys: steps, "
+            "guidance, attention (dense, preset, asa, asa-gt, asa-dropped, mean-pooled, random, local), config (a "
+            "DIR), sparsity, dense_steps, dense_layers (such as 0-1+5). By default " + " and ".join(DEFAULT_RUNS) + "."
         ),
     ] = None,
+    prompts: Annotated[
+        Path | None, _option("File of prompts, one a line; lines that begin with # don't count.")
+    ] = None,
+    seeds: Annotated[
+        str | None, _option("With --prompts: seeds such as 0-3,7, each with every prompt. By default 0.")
+    ] = None,
+    shapes: Annotated[
+        bool,
+        _option("Instead of --prompts: captions that the training of moving-shapes models never saw.", "--shapes"),
+    ] = False,
+    single: Annotated[int | None, _option("With --shapes: captions with one object. By default 64.")] = None,
+    two: Annotated[int | None, _option("With --shapes: captions with two objects. By default 64.")] = None,
     model: Annotated[
         str | None, _option("A folder in Diffusers format or a Hub id; by default the bundled model.")
     ] = None,
-    single: Annotated[int, _option("Prompts with one object.")] = 64,
-    two: Annotated[int, _option("Prompts with two objects.")] = 64,
-    output: Annotated[Path, _option("Folder of records and report; what is there is not made again.")] = Path(
-        "outputs/evaluate-shapes"
+    steps: Annotated[int | None, _option("Denoising steps of runs that name none; by default the model's.")] = None,
+    guidance: Annotated[float | None, _option("Guidance of runs that name none; by default the model's.")] = None,
+    baseline: Annotated[
+        str | None,
+        _option("Name of the run that the others are compared with; by default the first that is not dense."),
+    ] = None,
+    output: Annotated[Path, _option("Folder of records, videos and report; what is there is not made again.")] = Path(
+        "outputs/evaluate"
     ),
     shard: Annotated[
         str, _option("i/n: take every n-th prompt, so that n processes share the work, best with one thread each.")
     ] = "1/1",
-    height: Annotated[int, _option("Pixels.")] = 96,
-    width: Annotated[int, _option("Pixels.")] = 96,
-    frames: Annotated[int, _option("Number of frames.")] = 33,
+    height: Annotated[int | None, _option("Pixels; by default the model's.")] = None,
+    width: Annotated[int | None, _option("Pixels; by default the model's.")] = None,
+    frames: Annotated[int | None, _option("Number of frames; by default the model's.")] = None,
     device: Annotated[str | None, _option("cpu, cuda, cuda:1, ...; by default CUDA if there is one.")] = None,
     dtype: Annotated[str | None, _option("float32, bfloat16 or float16.")] = None,
     debug: Annotated[bool, _option("Show the traceback of an error.", "--debug")] = False,
 ) -> None:
-    """Compare ways to generate the same videos: scores, realism, closeness to dense, density and time.
+    """Compare ways to generate the same videos: closeness to dense, motion, density and time; scores of moving shapes.
 
     May be stopped and started again, and run as several processes with --shard into one folder.
     """
-    if not shapes:
-        raise ValueError("`--shapes` must be given: it is what there is to evaluate so far.")
+    if (prompts is None) == (not shapes):
+        raise ValueError("either `prompts` or `shapes` must be given, and not both.")
+    for option, value, source in (("seeds", seeds, prompts), ("single", single, shapes), ("two", two, shapes)):
+        if value is not None and not source:
+            raise ValueError(f"`{option}` must not be given without `{'prompts' if option == 'seeds' else 'shapes'}`.")
     # imported here, so that --help and usage errors don't wait for PyTorch
-    from blade.evaluation.shapes import ShapesEvaluation, evaluate_shapes
-    from blade.evaluation.shapes_report import make_report, write_report
-    from blade.evaluation.shapes_settings import parse_run
+    from blade.evaluation.evaluation import Evaluation, plan_evaluation
+    from blade.evaluation.evaluation_pages import write_report
+    from blade.evaluation.evaluation_report import make_report
+    from blade.evaluation.evaluation_runs import parse_run
+    from blade.evaluation.evaluation_videos import lay_out_videos
+    from blade.evaluation.evaluation_worker import evaluate_videos
     from blade.models import BUNDLED
 
-    evaluation = ShapesEvaluation(
-        runs=tuple(parse_run(text) for text in run or DEFAULT_RUNS),
+    evaluation = Evaluation(
+        runs=tuple(parse_run(text, steps=steps, guidance=guidance) for text in run or DEFAULT_RUNS),
+        prompts=_prompts(prompts, seeds, single, two),
         folder=output,
         model=model or BUNDLED,
-        single=single,
-        two=two,
+        of_shapes=shapes,
+        baseline=baseline,
         shard=_parse_shard(shard),
-        size={"height": height, "width": width, "frames": frames},
+        height=height,
+        width=width,
+        frames=frames,
         device=device,
         dtype=dtype,
     )
-    evaluate_shapes(evaluation, on_video=lambda progress: print(progress, flush=True))
-    report = make_report(evaluation, command=shlex.join(["blade-evaluate", *sys.argv[1:]]))
+    plan = plan_evaluation(evaluation)
+    evaluate_videos(plan, on_video=lambda progress: print(progress, flush=True))
+    report = make_report(plan, command=shlex.join(["blade-evaluate", *sys.argv[1:]]))
     if report["missing"]:
         print(f"{report['missing']} videos of other shards are still missing; the one that ends last reports.")
         return
     _print_tables(report)
-    for path in write_report(report, output):
+    laid_out = lay_out_videos(plan)
+    for path in write_report(report, output, laid_out):
         print(path)
+
+
+def _prompts(
+    file: Path | None, seeds: str | None, single: int | None, two: int | None
+) -> tuple[EvaluationPrompt, ...]:
+    from blade.evaluation.evaluation_prompts import held_out_prompts, parse_seeds, prompts_with_seeds
+    from blade.generation_files import read_prompts
+
+    if file is not None:
+        return prompts_with_seeds(read_prompts(file), parse_seeds("0" if seeds is None else seeds))
+    return held_out_prompts(64 if single is None else single, 64 if two is None else two)
 
 
 def _parse_shard(text: str) -> tuple[int, int]:
@@ -96,16 +134,13 @@ def _print_tables(report: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from blade.evaluation.shapes_report import GROUPS, table
+    from blade.evaluation.evaluation_report import tables
 
-    for group in GROUPS:
-        headings, rows = table(report, group, brief=True)
-        if not rows:
-            continue
-        shown = Table(title=f"{group}-object prompts")
-        for heading in headings:
-            shown.add_column(heading)
-        for row in rows:
+    for table in tables(report, brief=True):
+        shown = Table(title=table.title)
+        for heading in table.headings:
+            shown.add_column(heading, overflow="fold")
+        for row in table.rows:
             shown.add_row(*row)
         Console().print(shown)
 

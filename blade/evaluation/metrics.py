@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from functools import cache
+from statistics import fmean
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
@@ -37,6 +41,12 @@ def psnr(video: torch.Tensor, reference: torch.Tensor) -> float:
     return min(float(peak_signal_noise_ratio(first, second, data_range=255.0)), MAX_PSNR)
 
 
+def psnr_by_frame(video: torch.Tensor, reference: torch.Tensor) -> list[float]:
+    """`psnr` of each frame by itself."""
+    _eight_bit(video, reference)
+    return [psnr(video[index : index + 1], reference[index : index + 1]) for index in range(len(video))]
+
+
 def ssim(video: torch.Tensor, reference: torch.Tensor) -> float:
     """Structural similarity of 8-bit frames, averaged over the video; 1 for identical ones.
 
@@ -49,12 +59,51 @@ def ssim(video: torch.Tensor, reference: torch.Tensor) -> float:
     Raises:
         ValueError: If the shapes differ or are not those of videos.
     """
+    return fmean(ssim_by_frame(video, reference))
+
+
+def ssim_by_frame(video: torch.Tensor, reference: torch.Tensor) -> list[float]:
+    """`ssim` of each frame by itself, one after the other, as the windows of all would take much memory."""
     from torchmetrics.functional.image import structural_similarity_index_measure
 
-    first, second = _eight_bit(video, reference)
-    similarity = structural_similarity_index_measure(first, second, data_range=255.0)
-    assert isinstance(similarity, torch.Tensor)
-    return float(similarity)
+    similarities = []
+    for first, second in zip(*_eight_bit(video, reference)):
+        similarity = structural_similarity_index_measure(first[None], second[None], data_range=255.0)
+        assert isinstance(similarity, torch.Tensor)
+        similarities.append(float(similarity))
+    return similarities
+
+
+def lpips(video: torch.Tensor, reference: torch.Tensor) -> float | None:
+    """Learned perceptual distance, averaged over the video; 0 for identical ones.
+
+    Source: Zhang et al., arXiv 1801.03924, with AlexNet, whose weights the package `lpips` downloads once.
+
+    Args:
+        video: (frames, 3, height, width) in [0, 1], at least 64 pixels high and wide.
+        reference: What it is compared with, of the same shape.
+
+    Returns:
+        None where `lpips`, which the extra of that name brings, is not installed.
+
+    Raises:
+        ValueError: If the shapes differ or are not those of videos.
+    """
+    pairs = zip(*_eight_bit(video, reference))
+    network = _lpips_network()
+    if network is None:
+        return None
+    with torch.no_grad():
+        return fmean(float(network(first[None] / 127.5 - 1, second[None] / 127.5 - 1)) for first, second in pairs)
+
+
+@cache
+def _lpips_network() -> Any:
+    try:
+        from lpips import LPIPS
+    except ImportError:
+        return None
+    return LPIPS(net="alex", verbose=False).eval()
 
 
 def motion(video: torch.Tensor) -> float:

@@ -98,6 +98,16 @@ def test_side_by_side_keeps_both_videos_under_their_labels() -> None:
     assert both.shape[-2] % 2 == both.shape[-1] % 2 == 0
 
 
+def test_many_videos_take_several_rows_of_the_same_length() -> None:
+    videos = {f"run {number}": torch.full((1, 3, 288, 1200), (number + 1) / 10) for number in range(5)}
+    grid = side_by_side(videos)
+    panel = LABEL_HEIGHT + 288
+    assert grid.shape == (1, 3, 2 * panel, 3600)
+    middles = grid[0, 0, LABEL_HEIGHT + 144 :: panel, 600::1200]
+    torch.testing.assert_close(middles, torch.tensor([[0.1, 0.2, 0.3], [0.4, 0.5, 0.0]]))
+    assert side_by_side({"wide": torch.zeros(1, 3, 288, 5000)}).shape[-1] == 5000
+
+
 def test_a_long_label_is_made_to_fit() -> None:
     both = side_by_side({"asa-gt, density 0.123456789, of a run that is long": torch.zeros(1, 3, 288, 300)})
     assert both[..., -3:].max() == 0, "the label runs into the border"
@@ -116,7 +126,7 @@ def test_a_contact_sheet_shows_evenly_spaced_frames_in_rows() -> None:
     assert torch.allclose(sheet[0, -16, 24::48], first / 2)
     pixels = np.asarray(Image.open(io.BytesIO(encode_png(sheet))))
     assert pixels.shape == (*sheet.shape[1:], 3) and pixels[LABEL_HEIGHT + 16, -1, 0] == 255
-    with pytest.raises(ValueError, match="`columns` must be from 2 to 9, the number of frames, got 10"):
+    with pytest.raises(ValueError, match="`columns` must be from 1 to 9, the number of frames, got 10"):
         contact_sheet(videos, columns=10)
 
 

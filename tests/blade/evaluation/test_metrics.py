@@ -1,10 +1,13 @@
 import math
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from blade.evaluation.metrics import MAX_PSNR, motion, psnr, ssim
+from blade.evaluation import metrics
+from blade.evaluation.metrics import MAX_PSNR, lpips, motion, psnr, psnr_by_frame, ssim, ssim_by_frame
 from blade.moving_shapes import world
 from blade.moving_shapes.world import MovingObject, Scene
 
@@ -51,7 +54,50 @@ def test_quality_falls_with_noise(measure):
     assert values[0] > values[1] > values[2]
 
 
-@pytest.mark.parametrize("measure", [psnr, ssim])
+def test_each_frame_counts_for_itself():
+    reference = pattern()
+    video = reference.clone()
+    video[1] = (reference[1] + 10 / 255).clamp(0, 1)
+    values = psnr_by_frame(video, reference)
+    assert [value == MAX_PSNR for value in values] == [True, False, True, True, True]
+    assert values[1] == psnr(video[1:2], reference[1:2])
+    similarities = ssim_by_frame(video, reference)
+    assert similarities[1] < 0.999 < similarities[0]
+    assert ssim(video, reference) == pytest.approx(sum(similarities) / 5)
+
+
+@pytest.fixture
+def fresh_lpips():
+    metrics._lpips_network.cache_clear()
+    yield
+    metrics._lpips_network.cache_clear()
+
+
+def test_lpips_is_none_where_it_is_not_installed(fresh_lpips, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lpips", None)
+    assert lpips(pattern(), pattern()) is None
+
+
+def test_lpips_gives_its_network_pairs_of_frames_from_minus_one_to_one(fresh_lpips, monkeypatch):
+    seen = []
+
+    class Network(torch.nn.Module):
+        def __init__(self, net, verbose):
+            super().__init__()
+            assert net == "alex"
+
+        def forward(self, first, second):
+            seen.append((first.shape, float(first.min()), float(second.max())))
+            return (first - second).abs().mean().reshape(1, 1, 1, 1)
+
+    monkeypatch.setitem(sys.modules, "lpips", SimpleNamespace(LPIPS=Network))
+    video, reference = torch.zeros(3, 3, 64, 64), torch.zeros(3, 3, 64, 64)
+    video[0] = 1
+    assert lpips(video, reference) == pytest.approx(2 / 3)
+    assert seen == [((1, 3, 64, 64), 1, -1), ((1, 3, 64, 64), -1, -1), ((1, 3, 64, 64), -1, -1)]
+
+
+@pytest.mark.parametrize("measure", [psnr, ssim, lpips, psnr_by_frame, ssim_by_frame])
 def test_shapes_must_agree(measure):
     with pytest.raises(ValueError, match="must both be"):
         measure(torch.zeros(4, 3, 16, 16), torch.zeros(5, 3, 16, 16))

@@ -1,4 +1,4 @@
-"""Quality of moving-shapes videos against density, or against steps where every run is dense."""
+"""Quality against density, or against steps where every run is dense."""
 
 from __future__ import annotations
 
@@ -9,11 +9,16 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from blade.evaluation.evaluation_prompts import GROUPS
+
 PANELS = {
     "realism_error": "realism error (lower is better)",
     "all_attributes": "share of videos with everything right",
 }
-"""What is drawn, from top to bottom."""
+"""What is drawn of moving shapes, from top to bottom."""
+
+LIKENESS_PANELS = {"psnr": "PSNR to dense in dB", "ssim": "SSIM to dense"}
+"""What is drawn of other videos."""
 
 COLOURS = {
     "asa": "#0072B2",
@@ -23,8 +28,11 @@ COLOURS = {
     "random": "#7F7F7F",
     "local": "#E69F00",
     "dense": "#000000",
+    "preset": "#56B4E9",
+    "patterns": "#882255",
+    "config": "#B8A800",
 }
-"""A colour for each kind of attention (Okabe and Ito's, which the colour-blind can tell apart)."""
+"""A colour for each kind of attention, most of them Okabe and Ito's, which the colour-blind can tell apart."""
 
 APART = 0.005
 """How far, in density, points of different lines are set apart, so that none hides another."""
@@ -32,21 +40,25 @@ APART = 0.005
 MARKERS = ("o", "s", "^", "D", "v", "P")
 
 
-def plot_report(report: dict[str, Any]) -> bytes:
-    """Draw a report, and return it as a PNG.
+def plot_report(report: dict[str, Any]) -> bytes | None:
+    """Draw a report, and return it as a PNG; None where there is nothing to draw.
 
     One column a group of prompts; a line joins the runs of one kind of attention at the same steps and guidance. With
     sparse runs, density runs along the x axis and dense runs are level lines; without, steps do.
     """
-    groups = [name for name in ("single", "two") if any(name in run["groups"] for run in report["runs"])]
+    groups = [name for name in report["prompts"] if any(name in run["groups"] for run in report["runs"])]
+    estimated = {name for run in report["runs"] for group in run["groups"].values() for name in group}
+    panels = PANELS if set(PANELS) <= estimated else LIKENESS_PANELS
+    if not set(panels) <= estimated:
+        return None
     by_density = any(run["attention"] != "dense" for run in report["runs"])
     figure = Figure(figsize=(5.2 * len(groups) + 0.6, 8.2), dpi=110, layout="constrained")
-    grid = figure.subplots(len(PANELS), len(groups), squeeze=False)
+    grid = figure.subplots(len(panels), len(groups), squeeze=False)
     for column, group in enumerate(groups):
-        for row, (measure, label) in enumerate(PANELS.items()):
+        for row, (measure, label) in enumerate(panels.items()):
             axes = grid[row][column]
             _draw(axes, report["runs"], group, measure, by_density)
-            axes.set_title(f"{group}-object prompts" if row == 0 else "")
+            axes.set_title(GROUPS[group].capitalize() if row == 0 else "")
             axes.set_ylabel(label if column == 0 else "")
             axes.set_xlabel("run density" if by_density else "steps")
             if not by_density:
@@ -57,10 +69,11 @@ def plot_report(report: dict[str, Any]) -> bytes:
             axes.grid(alpha=0.3)
             if measure == "all_attributes":
                 axes.set_ylim(-0.03, 1.03)
-            else:
+            elif measure == "realism_error":
                 axes.set_ylim(bottom=0)
     handles, labels = grid[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(3, max(len(labels), 1)), frameon=False)
+    columns = max(1, min(1 + len(groups), len(labels)))
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()
@@ -69,7 +82,7 @@ def plot_report(report: dict[str, Any]) -> bytes:
 def _draw(axes: Axes, runs: list[dict[str, Any]], group: str, measure: str, by_density: bool) -> None:
     series = defaultdict(list)
     for run in runs:
-        if group in run["groups"]:
+        if measure in run["groups"].get(group, {}):
             settings = () if not by_density else (run["steps"],)
             series[(run["attention"], run["guidance"], *settings)].append(run)
     for index, ((attention, guidance, *steps), members) in enumerate(series.items()):

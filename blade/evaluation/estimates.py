@@ -1,0 +1,54 @@
+"""Means over videos with their confidence intervals, and differences between two runs of the same videos."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+
+Video = TypeVar("Video", bound=Hashable)
+"""What a video is known by."""
+
+RESAMPLES = 2000
+"""Bootstrap resamples of a confidence interval."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over videos with its 95 % confidence interval, by the percentile bootstrap over videos."""
+
+    mean: float
+    low: float
+    high: float
+    videos: int
+    """How many videos have a value."""
+
+
+def bootstrap(values: Sequence[float], seed: int = 0) -> Estimate:
+    """The mean of values with its 95 % percentile bootstrap interval.
+
+    Raises:
+        ValueError: If there is no value.
+    """
+    if not len(values):
+        raise ValueError("`values` must hold at least one value, got none.")
+    array = np.asarray(values, dtype=np.float64)
+    picks = np.random.default_rng(seed).integers(len(array), size=(RESAMPLES, len(array)))
+    low, high = np.percentile(array[picks].mean(1), [2.5, 97.5])
+    return Estimate(mean=float(array.mean()), low=float(low), high=float(high), videos=len(array))
+
+
+def paired_difference(values: Mapping[Video, float], baseline: Mapping[Video, float]) -> Estimate | None:
+    """The mean of values less the baseline's of the same videos, over the videos that have both.
+
+    Args:
+        values: By video.
+        baseline: By video.
+
+    Returns:
+        None if no video has both.
+    """
+    differences = [value - baseline[video] for video, value in values.items() if video in baseline]
+    return bootstrap(differences) if differences else None
