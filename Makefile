@@ -1,8 +1,9 @@
 # make generate PROMPT="a red ball moving right"    a video in outputs/
 # make test                                         linters and the whole test suite
 # make test-oldest                                  the model families with the oldest Diffusers that is supported
+# make test-report                                  the profiler's report in Debian's Chromium, installed if missing
 #
-# Both set up .venv if it is missing. Overridable: PYTHON, VENV, TORCH, WORKERS, and ARGS with further options of
+# All set up .venv if it is missing. Overridable: PYTHON, VENV, TORCH, WORKERS, and ARGS with further options of
 # blade-generate, such as ARGS="--compare --seed 3".
 
 PYTHON ?= python3
@@ -14,11 +15,13 @@ PROMPT ?= a red ball moving right
 ARGS ?=
 
 BIN := $(VENV)/bin
+CHROMIUM := /usr/bin/chromium
+AS_ROOT := $(if $(filter 0,$(shell id -u)),,sudo)
 SOURCES := blade kernels pipelines scripts tests
 # PyTorch goes first, so that the package finds it and leaves it as it is.
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check
 
-.PHONY: generate test test-oldest clean
+.PHONY: generate test test-oldest test-report clean
 
 # The prompt travels in the environment, where no character of it means anything to a shell.
 generate: export BLADE_PROMPT = $(value PROMPT)
@@ -34,6 +37,13 @@ test: $(VENV)/.installed-dev
 test-oldest: $(VENV)-oldest/.oldest
 	OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest -n $(WORKERS) tests/pipelines tests/blade/attention \
 	  tests/blade/test_schedulers.py tests/blade/test_students.py
+
+test-report: $(VENV)/.installed-browser | $(CHROMIUM)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser tests/report
+
+$(CHROMIUM):
+	$(AS_ROOT) apt-get update
+	$(AS_ROOT) apt-get install --yes --no-install-recommends chromium
 
 $(VENV)-oldest/.oldest: pyproject.toml
 	@$(MAKE) VENV=$(VENV)-oldest $(VENV)-oldest/.installed-dev
@@ -56,6 +66,10 @@ $(VENV)/.installed: pyproject.toml | $(VENV)/.torch-installed
 $(VENV)/.installed-dev: pyproject.toml | $(VENV)/.torch-installed
 	$(INSTALL) -e ".[dev]"
 	@touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-browser: pyproject.toml | $(VENV)/.torch-installed
+	$(INSTALL) -e ".[dev,browser]"
+	@touch $@ $(VENV)/.installed-dev $(VENV)/.installed
 
 clean:
 	rm -rf $(VENV) $(VENV)-oldest

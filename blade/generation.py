@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,12 +53,16 @@ class Generation:
         return self.seconds_text + self.seconds_denoising + self.seconds_decoding
 
 
-def generate(pipe: Any, request: GenerationRequest) -> Generation:
+def generate(
+    pipe: Any, request: GenerationRequest, *, attention: AbstractContextManager[Any] | None = None
+) -> Generation:
     """Make a video.
 
     Args:
         pipe: the pipeline that `request.model` names, loaded.
         request: a request that `resolve_request` returned.
+        attention: what decides about attention while the pipeline runs, instead of the request's configuration; the
+            result has no summary then.
 
     Raises:
         NonFiniteError: if the latents turned infinite or not-a-number; names the step and the first layer. Nothing is
@@ -71,9 +75,9 @@ def generate(pipe: Any, request: GenerationRequest) -> Generation:
     config = request.blade_config
     if config is None and any(applied_to(transformer) for transformer in find_transformers(pipe).values()):
         config = BladeConfig(attention="dense")  # a student brings its own
-    sparse = nullcontext() if config is None else use_blade(pipe, config)
+    sparse: AbstractContextManager[Any] = nullcontext() if config is None else use_blade(pipe, config)
     with ExitStack() as stack:
-        stack.enter_context(sparse)
+        stack.enter_context(sparse if attention is None else attention)
         clock = stack.enter_context(_stage_clock(pipe))
         watch = stack.enter_context(watch_finite(pipe))
 
@@ -97,7 +101,7 @@ def generate(pipe: Any, request: GenerationRequest) -> Generation:
             )
             raise MemoryError(f"The device's memory does not hold this run ({first_line(error)}). {advice}") from error
         clock.finished()
-        summary = None if request.blade_config is None else blade_summary(pipe)
+        summary = None if request.blade_config is None or attention is not None else blade_summary(pipe)
     if not video.isfinite().all():
         raise NonFiniteError("Non-finite values in the decoded video, made by the VAE; the latents were finite.")
     return Generation(

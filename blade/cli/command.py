@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,9 @@ INTERRUPTED_EXIT_CODE = 130
 """128 + SIGINT, as shells have it."""
 
 DEBUG = "--debug"
+
+SECONDS_BETWEEN_LINES = 30.0
+"""Between lines of progress in a file."""
 
 READABLE = (ValueError, OSError, ArithmeticError, NotImplementedError, MemoryError)
 """Errors whose message says by itself what is wrong."""
@@ -67,6 +71,26 @@ def describe(error: Exception) -> str:
 def _fail(message: str, code: int) -> NoReturn:
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(code)
+
+
+@contextmanager
+def progress_line() -> Iterator[Callable[[str], None]]:
+    """Yield what shows how far a command is, on stderr: one line that changes, or, in a file, one now and then."""
+    changes, shown = sys.stderr.isatty(), float("-inf")
+
+    def say(text: str) -> None:
+        nonlocal shown
+        if changes:
+            print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+        elif time.monotonic() - shown >= SECONDS_BETWEEN_LINES:
+            print(text, file=sys.stderr, flush=True)
+            shown = time.monotonic()
+
+    try:
+        yield say
+    finally:
+        if changes:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 
 @contextmanager

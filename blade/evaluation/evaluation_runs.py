@@ -112,7 +112,7 @@ READERS: dict[str, Callable[[str], Any]] = {
     "config": str,
     "sparsity": float,
     "dense_steps": lambda value: parse_dense_steps(float(value)),
-    "dense_layers": lambda value: parse_dense_layers(value.replace("+", ",")),
+    "dense_layers": lambda value: () if value == "none" else parse_dense_layers(value.replace("+", ",")),
 }
 """Keys of a run's description, and what reads their values."""
 

@@ -7,6 +7,8 @@ from itertools import pairwise
 
 import numpy as np
 
+from blade.checks import check_number
+
 MOST_STATES = 20_000
 """Sums of cost and error that are kept at a time where the choice is made exact."""
 
@@ -33,29 +35,49 @@ class Assignment:
         return 0.0 if self.error <= self.bound else (self.error - self.bound) / max(self.bound, 1e-300)
 
 
-def greedy_choice(
-    errors: np.ndarray, sparsities: np.ndarray, *, weight: float = 0.5, threshold: float = 1.0, scale: float = 1.0
-) -> np.ndarray:
+@dataclass(frozen=True, kw_only=True)
+class GreedyRule:
     """The published rule: every head by itself.
 
-    Loss = error / scale + weight * (1 - sparsity). If no pattern but the full one has a loss of at most the
-    threshold, the head stays full; else it takes the pattern of the least loss.
-
-    Args:
-        errors: (items, candidates), mean squared errors; candidate 0 is the full pattern.
-        sparsities: (candidates,), 1 - density of each.
-        weight: lambda.
-        threshold: epsilon.
-        scale: mean squared error that counts as 1. The paper does not say on which scale its errors are.
-
-    Returns:
-        (items,) int, the candidate of each.
+    Loss = error / scale + weight * (1 - sparsity). If no pattern but the full one has a loss of at most the threshold,
+    the head stays full; else it takes the pattern of the least loss. The paper does not say on which scale its errors
+    are; here it is the mean energy of the layer's heads, so that an error of 1 is that of a layer without attention.
 
     Source: Sparse-vDiT, arXiv 2506.03065, eq. 2 and algorithm 1, with the sign of eq. 2.
     """
-    losses = errors / scale + weight * (1 - sparsities)
-    best = losses[:, 1:].argmin(1) + 1
-    return np.where(losses[np.arange(len(losses)), best] > threshold, 0, best)
+
+    weight: float = 0.5
+    """lambda: what computing everything counts."""
+    threshold: float = 1.0
+    """epsilon: the largest loss that a pattern may have."""
+
+    def __post_init__(self) -> None:
+        check_number("weight", self.weight, "at least 0", lambda x: x >= 0)
+        check_number("threshold", self.threshold, "at least 0", lambda x: x >= 0)
+
+    def losses(self, errors: np.ndarray, densities: np.ndarray) -> np.ndarray:
+        """The losses of all candidates.
+
+        Args:
+            errors: (..., candidates, heads), mean squared errors of each head's output. Candidate 0 is the full
+                pattern, candidate 1 the skipped head, whose error is the head's energy.
+            densities: (candidates,), share of the pairs that each computes.
+
+        Returns:
+            (..., candidates, heads).
+        """
+        scale = errors[..., 1:2, :].mean(-1, keepdims=True)
+        return errors / np.maximum(scale, 1e-30) + self.weight * densities[:, None]
+
+    def decide(self, losses: np.ndarray) -> np.ndarray:
+        """The candidate of every head, (..., heads) int, from `losses`."""
+        best = losses[..., 1:, :].argmin(-2) + 1
+        least = np.take_along_axis(losses, best[..., None, :], -2)[..., 0, :]
+        return np.where(least > self.threshold, 0, best)
+
+    def choose(self, errors: np.ndarray, densities: np.ndarray) -> np.ndarray:
+        """The candidate of every head, (..., heads) int. See `losses`."""
+        return self.decide(self.losses(errors, densities))
 
 
 def least_error(errors: np.ndarray, costs: np.ndarray, budget: float) -> Assignment:

@@ -11,14 +11,14 @@ import torch
 from blade.attention.patterns import HeadPattern, Window, pattern_blocks
 from blade.token_grid import TokenGrid
 
-DENSITIES = (0.1, 0.2, 0.35, 0.55)
+DENSITIES = (0.06, 0.12, 0.25, 0.4, 0.6)
 """Densities at which patterns of every kind are tried."""
 
 WORTH_MOVING = 0.9
 """A head is given a token order of its own if that leaves at most this share of the blocks of the model's order."""
 
-USUAL_DENSITY = 0.2
-"""At which that is looked at."""
+USUAL_DENSITY = 0.25
+"""At which that is looked at, and the kinds are compared."""
 
 HALVINGS = 12
 """Of the range of a pattern's width until it has the density that is asked for."""
@@ -31,7 +31,6 @@ def default_candidates(
     *,
     densities: Sequence[float] = DENSITIES,
     own_orders: bool = True,
-    adaptive: bool = False,
     device: torch.device | str = "cpu",
 ) -> tuple[HeadPattern, ...]:
     """Full, skipped, and diagonals, multi-diagonals, local windows and vertical stripes of these densities.
@@ -42,17 +41,13 @@ def default_candidates(
         order: the model's token order.
         densities: shares of all pairs.
         own_orders: whether a head may have a token order of its own, where it pays.
-        adaptive: whether `asa` is one of them.
         device: where masks are worked out.
 
     Returns:
         The candidates, without repetition, `full` first. Vertical stripes are evenly spaced: a search puts each head's
         where its attention goes.
     """
-
-    def blocks(pattern: HeadPattern) -> float:
-        return float(pattern_blocks(pattern, grid, block_size, order, device).float().mean())
-
+    blocks = share_of_blocks(grid, block_size, order, device)
     found = [HeadPattern(kind="full"), HeadPattern(kind="skip")]
     for kind in ("diagonal", "multi_diagonal", "window"):
         own = None
@@ -62,9 +57,18 @@ def default_candidates(
                 own = usual.order
         found += [pattern_of_density(kind, density, blocks, grid, own) for density in densities]
     found += [HeadPattern(kind="vertical", share=density) for density in densities]
-    if adaptive:
-        found.append(HeadPattern(kind="asa"))
     return tuple(dict.fromkeys(found))
+
+
+def share_of_blocks(
+    grid: TokenGrid, block_size: int, order: str, device: torch.device | str
+) -> Callable[[HeadPattern], float]:
+    """Return what tells the share of blocks that a pattern keeps, text included."""
+
+    def blocks(pattern: HeadPattern) -> float:
+        return float(pattern_blocks(pattern, grid, block_size, order, device).float().mean())
+
+    return blocks
 
 
 def pattern_of_density(

@@ -3,12 +3,13 @@
 import pytest
 import torch
 
-from blade import BladeConfig, TokenGrid
+from blade import BladeConfig, TokenGrid, apply_blade
 from blade.attention.patterns import HeadPattern, Window, pattern_blocks
 from blade.config import AdaptiveConfig
 from blade.profiling.candidates import default_candidates
 from blade.profiling.measure import Candidates, column_mass, measure_layer
-from blade.profiling.recording import Recording, read_pass, recorded
+from blade.profiling.recording import read_pass, recorded
+from blade.profiling.recording_plan import Recording
 
 PATTERNS = (
     HeadPattern(kind="full"),
@@ -74,16 +75,19 @@ def test_a_recording_goes_on_where_it_was_stopped(make_wan, wan_inputs, tmp_path
     transformer = make_wan()
     grid = TokenGrid(3, 5, 7)
     recording = Recording(
-        candidates=default_candidates(grid, 8, adaptive=True),
+        candidates=default_candidates(grid, 8),
         block_size=8,
         sampled_blocks=6,
-        adaptive=BladeConfig(asa=AdaptiveConfig(block_size=8, probe_tokens=4)),
+        adaptive=(BladeConfig(asa=AdaptiveConfig(block_size=8, probe_tokens=4)),),
     )
     inputs = [wan_inputs(timestep=timestep) for timestep in (900.0, 600.0, 300.0)]
 
     def run():
         passes = []
-        with torch.no_grad(), recorded(transformer, recording, tmp_path, on_pass=lambda *done: passes.append(done)):
+        with (
+            torch.no_grad(),
+            recorded(transformer, recording, tmp_path, on_pass=lambda *done: passes.append(done[:2])),
+        ):
             outputs = [transformer(**one).sample for one in inputs]
         return outputs, passes
 
@@ -99,8 +103,31 @@ def test_a_recording_goes_on_where_it_was_stopped(make_wan, wan_inputs, tmp_path
     assert passes == [(0, True), (1, True), (2, False)]
     assert all(torch.equal(one, other) for one, other in zip(outputs, again))
     after = read_pass(tmp_path / "pass-00002.safetensors")
-    assert sorted(before[0]) == [0, 1, 2] and before[0][1].queries == after[0][1].queries <= 6 * 8
-    assert torch.equal(before[0][1].output_error, after[0][1].output_error)
-    assert torch.equal(before[1][2], after[1][2])
+    assert sorted(before.layers) == [0, 1, 2] and before.layers[1].queries == after.layers[1].queries <= 6 * 8
+    assert torch.equal(before.layers[1].output_error, after.layers[1].output_error)
+    assert torch.equal(before.columns[2], after.columns[2])
+    assert before.layers[0].mass.shape == (recording.measured, 2)
     with torch.no_grad():
         assert torch.equal(transformer(**inputs[0]).sample, plain[0])
+
+
+def test_blade_is_put_back_as_it_was(make_wan, wan_inputs, tmp_path):
+    transformer = make_wan()
+    apply_blade(transformer, BladeConfig(sparsity=0.7, asa=AdaptiveConfig(block_size=8, probe_tokens=4)))
+    recording = Recording(candidates=(HeadPattern(kind="full"), HeadPattern(kind="skip")), block_size=8)
+    with torch.no_grad():
+        sparse = transformer(**wan_inputs()).sample
+        with recorded(transformer, recording, tmp_path):
+            recorded_output = transformer(**wan_inputs()).sample
+        assert not torch.allclose(recorded_output, sparse, atol=1e-4)
+        assert torch.equal(transformer(**wan_inputs()).sample, sparse)
+
+
+def test_what_is_recorded_is_checked():
+    full, asa = HeadPattern(kind="full"), HeadPattern(kind="asa")
+    with pytest.raises(ValueError, match="`candidates` must begin with the full pattern"):
+        Recording(candidates=(HeadPattern(kind="skip"),), block_size=8)
+    with pytest.raises(ValueError, match="`candidates` must be static patterns"):
+        Recording(candidates=(full, asa), block_size=8)
+    with pytest.raises(ValueError, match="`adaptive` must have blocks of 8 tokens too, got 64"):
+        Recording(candidates=(full,), block_size=8, adaptive=(BladeConfig(),))

@@ -1,0 +1,86 @@
+"""What candidate patterns cost a denoising step: by their operations, or as timed on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from blade.attention.family import find_family
+from blade.attention.pattern_plan import PatternPlan
+from blade.costs import ForwardCost
+from blade.evaluation.timing import measure
+from blade.models import main_transformer
+
+REPEATS = 5
+"""Calls that are timed of each pattern."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class AttentionCosts:
+    """Costs of the candidates as shares of dense attention's, and what dense attention is of a step."""
+
+    candidates: np.ndarray
+    """(candidates,), 1 for the full pattern."""
+    step_share: float | None
+    """Dense self-attention's share of a denoising step; None: not known."""
+    measured: bool
+    """Whether these are times on the device instead of numbers of operations."""
+
+    @classmethod
+    def of_operations(cls, densities: Sequence[float], forward: ForwardCost | None = None) -> AttentionCosts:
+        """Take the share of the pairs as the cost.
+
+        Args:
+            densities: of the candidates.
+            forward: a forward pass, for the step's share.
+        """
+        share = None if forward is None else forward.flops["self-attention"] / forward.total
+        return cls(candidates=np.array(densities, dtype=np.float64), step_share=share, measured=False)
+
+    @classmethod
+    def timed(cls, pipe: Any, plan: PatternPlan, latent: tuple[int, int, int]) -> AttentionCosts:
+        """Time every candidate on the pipeline's device, in its type, beside dense attention and a dense forward pass.
+
+        Args:
+            pipe: the pipeline, on its device; its transformer without BLADE.
+            plan: of a table whose patterns are the candidates.
+            latent: frames, height and width of the latent.
+        """
+        transformer = main_transformer(pipe)
+        family = find_family(transformer)
+        attentions = family.attention_layers(transformer)
+        heads, size = family.heads(attentions[0]), transformer.config.attention_head_dim
+        device = next(transformer.parameters()).device
+        shape = (1, plan.grid.sequence_length, heads, size)
+        query, key, value = (torch.randn(shape, device=device, dtype=transformer.dtype) for _ in range(3))
+        heads_first = [x.transpose(1, 2) for x in (query, key, value)]
+        inputs = family.example_inputs(transformer, latent)
+
+        def time_pattern(number: int) -> float:
+            ids = torch.full((heads,), number, device=device)
+            return measure(lambda turn: plan.attend(query, key, value, (ids,)), device, REPEATS).median
+
+        with torch.inference_mode():
+            dense = measure(lambda turn: functional.scaled_dot_product_attention(*heads_first), device, REPEATS).median
+            forward = measure(lambda turn: transformer(**inputs), device, 2).median
+            times = [0.0 if one.kind == "skip" else time_pattern(n) for n, one in enumerate(plan.table.patterns)]
+        share = min(1.0, dense * len(attentions) / forward)
+        return cls(candidates=np.array(times) / dense, step_share=share, measured=True)
+
+    def speedup(self, share: float) -> float:
+        """How many times faster a step gets where attention costs this share of dense attention."""
+        return 1 / (1 - self._known_share() * (1 - share))
+
+    def share_for_speedup(self, speedup: float) -> float:
+        """What share of dense attention's cost may be left for a step to get so many times faster; may be negative."""
+        return 1 - (1 - 1 / speedup) / self._known_share()
+
+    def _known_share(self) -> float:
+        if self.step_share is None:
+            raise ValueError("`target_speedup` needs the share of attention in a step, which is not known here.")
+        return self.step_share

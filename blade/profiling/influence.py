@@ -1,0 +1,156 @@
+"""How much errors of each step and layer matter to the finished video: some are made sparse, and videos compared."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from blade.attention.apply import find_transformers, use_blade
+from blade.config import BladeConfig
+from blade.generation import Generation, generate
+from blade.generation_request import GenerationRequest
+from blade.profiling.profiler import dense_video
+from blade.profiling.recording import kept_passes
+from blade.profiling.search import Choice, PatternSearch
+from blade.video_io import write_files
+
+STRETCHES = (0.0, 0.1, 0.2, 0.33, 0.5, 0.67, 0.83, 1.0)
+"""Bounds of the stretches as shares of a run; the early steps, which decide most, in finer ones."""
+
+BANDS = 8
+"""Most bands of consecutive layers that are made sparse by themselves."""
+
+STEPS_APART = 3
+"""Of a band of layers, one step in so many is made sparse, so that the video stays the same one. In short runs all."""
+
+LEAST = 1e-8
+"""Error of a video below which it counts as this, so that ratios stay finite."""
+
+
+def measure_influences(
+    pipe: Any,
+    requests: Sequence[GenerationRequest],
+    search: PatternSearch,
+    choice: Choice,
+    folder: Path,
+    on_run: Callable[[str], None] | None = None,
+) -> np.ndarray:
+    """Generate videos with a choice of patterns in force at a few steps or layers, and compare them with dense ones.
+
+    What is stopped goes on where it was.
+
+    Args:
+        pipe: the pipeline.
+        requests: for the first of the profile's prompts, resolved.
+        search: what the choice was made by, a group for every step.
+        choice: patterns of about the density in mind, since a small error need not matter as a share of a large one.
+        folder: of the recordings, with the dense videos.
+        on_run: called before each generation with what is done.
+
+    Returns:
+        (steps, layers) float64, 1 on average: how much a squared error of a layer's output, as a share of its energy,
+        adds to the squared error of the finished video; a product of a factor of the step and one of the layer, each
+        the geometric mean over prompts.
+    """
+    expected = search.head_errors(choice).sum(-1)  # (steps, layers)
+    steps, layers = expected.shape
+    apart = STEPS_APART if steps >= 4 * STEPS_APART else 1
+    runs = _Runs(pipe, requests, search, choice, folder, on_run)
+
+    def factor(name: str, sparse: np.ndarray) -> float:
+        within = float(expected[sparse].sum())
+        return float(np.exp(runs.log_errors(name, sparse).mean())) / within if within > LEAST else np.nan
+
+    by_layer = np.full(layers, np.nan)
+    for first, last in _parts(layers, BANDS):
+        sparse = np.zeros(expected.shape, dtype=bool)
+        sparse[::apart, first:last] = True
+        by_layer[first:last] = factor(f"layers {first} to {last - 1}", sparse)
+    by_layer = _filled(by_layer)
+    expected = expected * by_layer
+    middles, factors = [], []
+    for first, last in _stretches(steps):
+        sparse = np.zeros(expected.shape, dtype=bool)
+        sparse[first:last] = True
+        middles.append((first + last - 1) / 2)
+        factors.append(factor(f"steps {first} to {last - 1}", sparse))
+    by_step = np.exp(np.interp(np.arange(steps), middles, np.log(_filled(np.array(factors)))))
+    influences = by_step[:, None] * by_layer
+    return influences / influences.mean()
+
+
+class _Runs:
+    """Videos with a choice in force at some places, compared with the dense ones; each is made once."""
+
+    def __init__(
+        self,
+        pipe: Any,
+        requests: Sequence[GenerationRequest],
+        search: PatternSearch,
+        choice: Choice,
+        folder: Path,
+        on_run: Callable[[str], None] | None,
+    ) -> None:
+        self.pipe, self.requests, self.search, self.choice, self.on_run = pipe, requests, search, choice, on_run
+        self.recordings = folder
+        chosen = hashlib.sha256(choice.candidates.astype(np.int32).tobytes()).hexdigest()[:12]
+        self.folder = folder / f"influences-{chosen}"
+        self.path = self.folder / "errors.json"
+        self.known: dict[str, float] = json.loads(self.path.read_text()) if self.path.is_file() else {}
+
+    def log_errors(self, name: str, sparse: np.ndarray) -> np.ndarray:
+        """Logarithms of the videos' squared errors as shares of their variances, one for each prompt.
+
+        Args:
+            name: what is sparse, in words.
+            sparse: (steps, layers) bool, where the choice is in force; elsewhere all heads are full.
+        """
+        errors = []
+        for number, request in enumerate(self.requests):
+            key = f"prompt {number}, {name}"
+            if key not in self.known:
+                if self.on_run is not None:
+                    self.on_run(f"influence of {name} (prompt {number + 1}/{len(self.requests)})")
+                partly = replace(self.choice, candidates=np.where(sparse[:, :, None], self.choice.candidates, 0))
+                config = BladeConfig(attention="patterns", patterns=self.search.table(partly))
+                video = generate_kept(self.pipe, request, config, self.folder).video
+                dense = torch.from_numpy(dense_video(self.recordings, number)).float() / 255
+                self.known[key] = float((video - dense).square().mean() / dense.var().clamp(min=LEAST))
+                write_files({self.path: json.dumps(self.known, indent=1).encode()})
+            errors.append(max(self.known[key], LEAST))
+        return np.log(errors)
+
+
+def generate_kept(pipe: Any, request: GenerationRequest, config: BladeConfig, folder: Path) -> Generation:
+    """Generate with a configuration; if that was stopped before, from where it was. Nothing stays in the folder."""
+    transformer = next(iter(find_transformers(pipe).values()))
+    with use_blade(pipe, config):
+        generation = generate(pipe, request, attention=kept_passes(transformer, folder))
+    for file in folder.glob("pass-*.safetensors"):
+        file.unlink()
+    return generation
+
+
+def _stretches(steps: int) -> list[tuple[int, int]]:
+    """First step of each stretch and the one past its last; of short runs, every step is one."""
+    return list(pairwise(sorted({round(share * steps) for share in STRETCHES})))
+
+
+def _parts(count: int, most: int) -> list[tuple[int, int]]:
+    """Bounds of at most so many parts, as equal as can be."""
+    parts = min(count, most)
+    return list(pairwise(part * count // parts for part in range(parts + 1)))
+
+
+def _filled(factors: np.ndarray) -> np.ndarray:
+    """Factors, and where there is none, because nothing was sparse there, their geometric mean."""
+    known = factors[~np.isnan(factors)]
+    return np.where(np.isnan(factors), np.exp(np.log(known).mean()) if len(known) else 1.0, factors)

@@ -1,0 +1,269 @@
+"""Attention that is measured while a model generates: dense, or by the published search's choice."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from blade.attention.adaptive import AdaptivePlan, draw_table, select
+from blade.attention.family import ModelFamily
+from blade.attention.pattern_plan import PatternPlan, order_places
+from blade.attention.pattern_table import uniform_table
+from blade.attention.patterns import HeadPattern, pattern_blocks
+from blade.config import BladeConfig
+from blade.profiling.assignment import GreedyRule
+from blade.profiling.measure import Candidates, LayerMeasurement, column_mass, measure_layer
+from blade.token_grid import TokenGrid
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recording:
+    """What is measured in every layer."""
+
+    candidates: tuple[HeadPattern, ...]
+    """The patterns, `full` first; no `asa`. A `vertical` with a `share` stands for the key blocks that each head
+    attends to most."""
+    block_size: int
+    """Tokens in a block."""
+    token_order: str = "raster"
+    """Order in which the model's tokens are cut into blocks."""
+    sampled_blocks: int | None = None
+    """Query blocks that are looked at in a layer, others every step; None: all."""
+    adaptive: tuple[BladeConfig, ...] = ()
+    """Adaptive methods that are measured beside the patterns, without pooled tokens, each in its own token order. In a
+    measurement they come after the patterns."""
+    rule: GreedyRule | None = None
+    """The published search: each head goes on with the pattern that this rule gives it. None: with full attention."""
+
+    def __post_init__(self) -> None:
+        if not self.candidates or self.candidates[0].kind != "full":
+            raise ValueError("`candidates` must begin with the full pattern.")
+        if any(pattern.kind == "asa" for pattern in self.candidates):
+            raise ValueError("`candidates` must be static patterns; give `asa` as `adaptive`.")
+        for config in self.adaptive:
+            if config.asa.block_size != self.block_size:
+                raise ValueError(
+                    f"`adaptive` must have blocks of {self.block_size} tokens too, got {config.asa.block_size}."
+                )
+
+    @property
+    def measured(self) -> int:
+        """How many patterns and methods are measured."""
+        return len(self.candidates) + len(self.adaptive)
+
+
+@dataclass(eq=False)
+class RecordingPlan:
+    """Attends, and measures what candidates would have done. Stands in for the plan of a method."""
+
+    recording: Recording
+    grid: TokenGrid
+    family: ModelFamily
+    attentions: Sequence[nn.Module]
+    device: torch.device
+    step: int = 0
+    """The latest pass's."""
+    measurements: dict[int, LayerMeasurement] = field(default_factory=dict)
+    """Of the pass that is under way, by layer."""
+    columns: dict[int, Tensor] = field(default_factory=dict)
+    """Of the pass that is under way, by layer: (H, blocks), attention weight that key blocks receive."""
+
+    def __post_init__(self) -> None:
+        size, order = self.recording.block_size, self.recording.token_order
+        self._groups: dict[str, tuple[list[int], list[Tensor]]] = {order: ([], [])}
+        for number, pattern in enumerate(self.recording.candidates):
+            if pattern.share is not None:
+                continue
+            numbers, masks = self._groups.setdefault(pattern.order or order, ([], []))
+            numbers.append(number)
+            masks.append(pattern_blocks(pattern, self.grid, size, order, self.device).unsqueeze(0))
+        for config in self.recording.adaptive:
+            self._groups.setdefault(config.asa.token_order, ([], []))
+        self._text = torch.tensor(self.grid.text_blocks(size), device=self.device)
+        self._adaptive = [AdaptivePlan.of(config, self.grid, self.device) for config in self.recording.adaptive]
+        self._draws: dict[tuple[int, int], Tensor] = {}
+        self._patterns: PatternPlan | None = None
+
+    @property
+    def token_order(self) -> str:
+        """The model's token order."""
+        return self.recording.token_order
+
+    @property
+    def is_full(self) -> bool:
+        """Not a run in which nothing happens."""
+        return False
+
+    @property
+    def moves_heads(self) -> bool:
+        """Queries and keys come in the model's order."""
+        return False
+
+    def head_places(self, rows: tuple[Tensor, ...]) -> None:
+        """All heads have the model's order."""
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        rows: tuple[Tensor, ...],
+        key_lengths: Tensor | None = None,
+        places: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, str]:
+        """Attend and measure; see `PatternPlan.attend`. `rows` holds the layer and the step."""
+        layer, self.step = (int(number) for number in rows[0])
+        recording = self.recording
+        with torch.no_grad():
+            columns = column_mass(query, key, recording.block_size, key_lengths=key_lengths)
+            measured = measure_layer(
+                query,
+                key,
+                value,
+                self._candidates(layer, query, key, columns, key_lengths),
+                candidates=recording.measured,
+                block_size=recording.block_size,
+                projection=self.family.output_projection(self.attentions[layer]),
+                key_lengths=key_lengths,
+                query_blocks=self._query_blocks(layer),
+            )
+            self.columns[layer], self.measurements[layer] = columns, measured
+            if recording.rule is None:
+                return _dense(query, key, value, key_lengths)
+            errors = (measured.head_error / measured.queries).cpu().numpy()
+            chosen = recording.rule.choose(errors, np.array(self.densities))
+            return self.patterns.attend(query, key, value, (torch.from_numpy(chosen).to(query.device),), key_lengths)
+
+    @property
+    def patterns(self) -> PatternPlan:
+        """The candidates, for attention by one of them; evenly spaced stripes."""
+        if self._patterns is None:
+            recording = self.recording
+            table = uniform_table(
+                HeadPattern(kind="full"), 1, 1, block_size=recording.block_size, token_order=recording.token_order
+            )
+            config = BladeConfig(attention="patterns", patterns=replace(table, patterns=recording.candidates))
+            self._patterns = PatternPlan.of(config, self.grid, self.device)
+        return self._patterns
+
+    @property
+    def densities(self) -> list[float]:
+        """Share of all pairs that each candidate computes."""
+        return [1.0 if density is None else density for density in self.patterns.densities]
+
+    @property
+    def adaptive_densities(self) -> list[float]:
+        """Planned share of all pairs that each adaptive method computes."""
+        return [plan.budget.density for plan in self._adaptive]
+
+    def _candidates(
+        self, layer: int, query: Tensor, key: Tensor, columns: Tensor, key_lengths: Tensor | None
+    ) -> list[Candidates]:
+        recording, groups = self.recording, []
+        for order, (static_numbers, static_masks) in self._groups.items():
+            tokens = self._tokens(order)
+            numbers, masks = list(static_numbers), list(static_masks)
+            if order == recording.token_order:
+                for number, pattern in enumerate(recording.candidates):
+                    if pattern.share is not None:
+                        numbers.append(number)
+                        masks.append(self._vertical(pattern, columns))
+            moved = (query, key) if tokens is None else (x.index_select(1, tokens) for x in (query, key))
+            ordered_query, ordered_key = moved
+            for number, plan in enumerate(self._adaptive):
+                if plan.token_order == order:
+                    draw = self._draw(number, layer, query.shape[2])
+                    numbers.append(len(recording.candidates) + number)
+                    masks.append(select(ordered_query, ordered_key, plan, draw, key_lengths).keep)
+            groups.append(Candidates(numbers=tuple(numbers), masks=tuple(masks), tokens=tokens))
+        return groups
+
+    def _vertical(self, pattern: HeadPattern, columns: Tensor) -> Tensor:
+        """(H or 1, blocks, blocks) bool: each head's most attended key blocks; by the published rule evenly spaced."""
+        if self.recording.rule is not None:
+            size, order = self.recording.block_size, self.recording.token_order
+            return pattern_blocks(pattern, self.grid, size, order, self.device).unsqueeze(0)
+        assert pattern.share is not None
+        keep = torch.zeros_like(columns, dtype=torch.bool)
+        for head, weights in enumerate(columns.cpu().numpy()):
+            keep[head, list(most_attended_blocks(weights, pattern.share, self._text.cpu().numpy()))] = True
+        keep = (keep | self._text).unsqueeze(1).expand(-1, keep.shape[1], -1)
+        return keep | self._text[:, None]
+
+    def _tokens(self, order: str) -> Tensor | None:
+        """The sequence in another order, as places in the model's."""
+        if order == self.recording.token_order:
+            return None
+        return order_places(self.grid, self.recording.token_order, order, self.device).argsort()
+
+    def _query_blocks(self, layer: int) -> Tensor | None:
+        blocks = -(-self.grid.sequence_length // self.recording.block_size)
+        count = self.recording.sampled_blocks
+        if count is None or count >= blocks:
+            return None
+        generator = torch.Generator().manual_seed(1_000_003 * layer + self.step)
+        return torch.randperm(blocks, generator=generator)[:count].sort().values
+
+    def _draw(self, number: int, layer: int, heads: int) -> Tensor:
+        if (number, layer) not in self._draws:
+            config = self.recording.adaptive[number]
+            self._draws[number, layer] = draw_table(config, layer, heads).to(self.device)
+        draws = self._draws[number, layer]
+        return draws[self.step % len(draws)]
+
+
+class RecordingMethod:
+    """Has every layer measured, at every step."""
+
+    def __init__(self, recording: Recording, family: ModelFamily, transformer: nn.Module) -> None:
+        """Take what is measured, and the layers."""
+        self._recording, self._family = recording, family
+        self._attentions = family.attention_layers(transformer)
+        self.latest: RecordingPlan | None = None
+
+    def check(self, layers: int, heads: int) -> None:
+        """Every model will do."""
+
+    def rows(self, total: int | None) -> int:
+        """One a step; where their number is unknown, one for all."""
+        return total or 1
+
+    def tables(self, layer: int, heads: int, rows: int) -> tuple[Tensor, ...]:
+        """Layer and step."""
+        return (torch.tensor([[layer, step] for step in range(rows)]),)
+
+    def plan(self, grid: TokenGrid, device: torch.device) -> RecordingPlan:
+        """Masks of the candidates."""
+        self.latest = RecordingPlan(self._recording, grid, self._family, self._attentions, device)
+        return self.latest
+
+    def is_sparse(self, layer: int, row: int, rows: int) -> bool:
+        """All go through the plan."""
+        return True
+
+
+def most_attended_blocks(columns: np.ndarray, share: float, text: np.ndarray) -> tuple[int, ...]:
+    """Key blocks of video that a head attends to most, rising, for a `vertical` with a `share`.
+
+    Args:
+        columns: (blocks,), attention weight that key blocks receive.
+        share: of the blocks of video.
+        text: (blocks,) bool, which blocks hold text.
+    """
+    count = max(1, round(share * int((~text).sum())))
+    ranked = np.argsort(-np.where(text, -1.0, columns), kind="stable")
+    return tuple(sorted(int(block) for block in ranked[:count]))
+
+
+def _dense(query: Tensor, key: Tensor, value: Tensor, key_lengths: Tensor | None) -> tuple[Tensor, Tensor, str]:
+    mask = None
+    if key_lengths is not None:
+        places = torch.arange(key.shape[1], device=key.device)
+        mask = (places < key_lengths.unsqueeze(-1))[:, None, None]
+    heads_first = (x.transpose(1, 2) for x in (query, key, value))
+    output = torch.nn.functional.scaled_dot_product_attention(*heads_first, attn_mask=mask).transpose(1, 2)
+    return output, torch.ones((), device=query.device), "dense"

@@ -1,0 +1,387 @@
+"""A table of head patterns, and what was measured for it, as one HTML file that needs nothing else.
+
+Text is put in by jinja2. Arrays go into a block of JSON, as base64 of their bytes, and are drawn by the file's script.
+"""
+
+from __future__ import annotations
+
+import base64
+import itertools
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from blade.attention.patterns import KINDS
+from blade.checks import check_choice, check_integer, check_number
+from blade.video_io import write_files
+
+TEMPLATE = "report.html.jinja"
+"""The template, beside this file, as its style sheet and scripts are."""
+
+SCRIPTS = ("report_charts.js", "report.js")
+"""The scripts, in the order in which they run."""
+
+MOST_BYTES = 8 * 2**20
+"""Of all arrays together; in base64 they take a third more. Maps of larger models are made coarser."""
+
+MOST_DEPENDENT = 8
+"""Heads that are listed as those that depend on the prompt most."""
+
+VERIFIED_NAMES = {
+    "density": "Measured density",
+    "error": "Measured error",
+    "psnr_db": "PSNR of latents",
+}
+"""How what was measured with the table in use is called."""
+
+_TYPES = {"whole numbers": np.integer, "uint8": np.uint8, "float32": np.floating}
+"""What an array may be given as."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A pattern that heads could be given."""
+
+    name: str
+    """In a few words, such as `diagonal, 1.5 frames`."""
+    kind: str
+    """One of `blade.attention.patterns.KINDS`."""
+    density: float
+    """Share of all query-key pairs that it computes, from 0 to 1; of `asa` the mean."""
+    cost: float
+    """Time that it takes, as a share of the full pattern's."""
+
+    def __post_init__(self) -> None:
+        check_choice("kind", self.kind, KINDS)
+        check_number("density", self.density, "from 0 to 1", lambda x: 0 <= x <= 1)
+        check_number("cost", self.cost, "at least 0", lambda x: 0 <= x < math.inf)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ReportData:
+    """Everything that the report shows. Layers, heads and steps count from 0.
+
+    Raises:
+        ValueError: naming the field whose shape, type or values do not fit the others.
+    """
+
+    title: str
+    """Heading."""
+    command: str
+    """The command that made the table."""
+    date: str
+    """When."""
+    model: str
+    """Of which model."""
+    machine: Mapping[str, str]
+    """On which machine: what -> value."""
+    versions: Mapping[str, str]
+    """Package -> version."""
+    video: str
+    """Size of the videos, such as `33 frames of 96x96`."""
+    grid: str
+    """Their tokens, such as `9 x 12 x 12 tokens`."""
+    block_size: int
+    """Tokens in a query block and in a key block."""
+    token_order: str
+    """Order in which the model's tokens are cut into blocks."""
+    steps: int
+    """Steps of a run."""
+    group_starts: tuple[int, ...]
+    """First step of each group of steps that has one assignment, rising from 0."""
+    prompts: tuple[str, ...]
+    """What was generated while attention was measured."""
+    branches: int
+    """Passes of the model in a step, such as 2 with classifier-free guidance."""
+    budget: str
+    """What the search was to keep within, in words, such as `target density 0.35`."""
+    notes: tuple[str, ...]
+    """Sentences that stand under the summary."""
+    candidates: tuple[Candidate, ...]
+    """The patterns that heads could be given."""
+    assignment: np.ndarray
+    """(groups, layers, heads) integers, numbers of `candidates`."""
+    head_error: np.ndarray
+    """(groups, layers, heads) float32, squared error of the layer's output that the chosen pattern causes, as a share
+    of the mean energy of the layer's heads."""
+    explained: np.ndarray
+    """(kinds, layers, steps) float32, share of attention weight that the best pattern of each kind holds at about the
+    usual density. NaN: not measured."""
+    explained_kinds: tuple[str, ...]
+    """The kinds of `explained`."""
+    maps: np.ndarray
+    """(parts, layers, heads, cells, cells) uint8, attention weight averaged over patches of queries (rows) and keys
+    (columns) in raster order. Its square root, 255 at each map's maximum. Part p covers the steps from
+    p * steps / parts on."""
+    masks: np.ndarray
+    """(candidates, cells, cells) uint8, share of the pairs of a patch that each candidate keeps, 255 for all."""
+    stripes: np.ndarray | None
+    """(groups, layers, heads, cells) uint8, share of the keys in each column of patches that the head keeps, 255 for
+    all. It stands in for the mask of heads whose candidate is `vertical`. None: all have the candidate's mask."""
+    curve: np.ndarray
+    """(points, 2) float32, densities, rising, and the relative error of the best assignment at each."""
+    published_curve: np.ndarray | None
+    """(points, 2) float32, the same of the published rule. None: not worked out."""
+    chosen: tuple[float, float]
+    """Density and predicted relative error of this table."""
+    verified: Mapping[str, float] | None
+    """What was measured with the table in use: `density`, `error`, `psnr_db` (of latents, to dense attention), or
+    others. None: nothing was."""
+    recall: np.ndarray | None
+    """(layers, steps, 2) float32, attention weight in the blocks that ASA chooses, and in the best equally many. None:
+    not measured."""
+    prompt_disagreement: np.ndarray
+    """(layers, heads) float32, share of the prompts for which another pattern of no higher cost does better."""
+    prompt_regret: np.ndarray
+    """(layers, heads) float32, error that a choice for every prompt would save, as a share of the error."""
+    orders: tuple[str, ...]
+    """Token orders."""
+    order_densities: tuple[tuple[str, tuple[float, ...]], ...]
+    """Of patterns, their name and the density that they come to in each of `orders`."""
+
+    def __post_init__(self) -> None:
+        check_integer("block_size", self.block_size, 1)
+        check_integer("steps", self.steps, 1)
+        check_integer("branches", self.branches, 1)
+        starts = self.group_starts
+        if not starts or starts[0] != 0 or list(starts) != sorted(set(starts)) or starts[-1] >= self.steps:
+            raise ValueError(f"`group_starts` must be rising steps from 0 below {self.steps}, got {starts}.")
+        groups, kinds = len(starts), len(self.explained_kinds)
+        for kind in self.explained_kinds:
+            check_choice("explained_kinds", kind, KINDS)
+        self._check("assignment", "whole numbers", (groups, None, None))
+        layers, heads = self.assignment.shape[1:]
+        if self.assignment.min() < 0 or self.assignment.max() >= len(self.candidates):
+            raise ValueError(
+                f"`assignment` must be of the {len(self.candidates)} candidates, from 0, got "
+                f"{self.assignment.min()} to {self.assignment.max()}."
+            )
+        self._check("maps", "uint8", (None, layers, heads, None, None))
+        cells = self.maps.shape[-1]
+        self._check("maps", "uint8", (None, layers, heads, cells, cells))
+        self._check("masks", "uint8", (len(self.candidates), cells, cells))
+        self._check("stripes", "uint8", (groups, layers, heads, cells), optional=True)
+        self._check("explained", "float32", (kinds, layers, self.steps))
+        self._check("recall", "float32", (layers, self.steps, 2), optional=True)
+        self._check("head_error", "float32", (groups, layers, heads), finite=True)
+        self._check("prompt_disagreement", "float32", (layers, heads), finite=True)
+        self._check("prompt_regret", "float32", (layers, heads), finite=True)
+        self._check("curve", "float32", (None, 2), finite=True)
+        self._check("published_curve", "float32", (None, 2), finite=True, optional=True)
+        if len(self.chosen) != 2 or not all(map(math.isfinite, self.chosen)):
+            raise ValueError(f"`chosen` must be a density and an error, got {self.chosen}.")
+        for pattern, densities in self.order_densities:
+            if len(densities) != len(self.orders):
+                raise ValueError(
+                    f"`order_densities` must have {len(self.orders)} densities a pattern, one an order, got "
+                    f"{len(densities)} for {pattern!r}."
+                )
+
+    def _check(
+        self, name: str, numbers: str, shape: tuple[int | None, ...], *, finite: bool = False, optional: bool = False
+    ) -> None:
+        """Check an array's shape, in which None stands for any size, and what it holds; keep it as the latter."""
+        given = getattr(self, name)
+        if given is None and optional:
+            return
+        array = np.asarray(given)
+        if array.ndim != len(shape) or any(
+            size == 0 if wanted is None else size != wanted for size, wanted in zip(array.shape, shape)
+        ):
+            wanted = ", ".join("any" if size is None else str(size) for size in shape)
+            raise ValueError(f"`{name}` must have the shape ({wanted}), got {array.shape}.")
+        if not np.issubdtype(array.dtype, _TYPES[numbers]):
+            raise ValueError(f"`{name}` must hold {numbers}, got {array.dtype}.")
+        if finite and not np.isfinite(array).all():
+            raise ValueError(f"`{name}` must be finite, got {array[~np.isfinite(array)][0]} in it.")
+        object.__setattr__(self, name, array.astype(np.float32) if numbers == "float32" else array)
+
+    def candidate_shares(self) -> np.ndarray:
+        """(candidates,) float64, share of all heads, layers and steps that each candidate has."""
+        lengths = np.diff((*self.group_starts, self.steps))
+        numbers = np.arange(len(self.candidates))[:, None, None, None]
+        return (self.assignment == numbers).mean((2, 3)) @ lengths / self.steps
+
+    def kind_shares(self) -> dict[str, float]:
+        """Share of all heads, layers and steps that each kind of pattern has, in the order of `KINDS`."""
+        shares = dict.fromkeys(KINDS, 0.0)
+        for candidate, share in zip(self.candidates, self.candidate_shares()):
+            shares[candidate.kind] += float(share)
+        return {kind: share for kind, share in shares.items() if share}
+
+    def cost(self) -> float:
+        """Time that attention takes by the candidates' costs, as a share of the full pattern's."""
+        return float(self.candidate_shares() @ [candidate.cost for candidate in self.candidates])
+
+
+def render_report(data: ReportData) -> str:
+    """The report as one HTML file, which shows everything when it is opened from disk, without a network.
+
+    Args:
+        data: what it shows.
+
+    Returns:
+        The file's text.
+    """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
+
+    folder = Path(__file__).parent
+    environment = Environment(
+        loader=FileSystemLoader(folder),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"percent": _percent, "kind": lambda kind: kind.replace("_", "-")}
+    return environment.get_template(TEMPLATE).render(
+        data=data,
+        shares=data.kind_shares(),
+        candidate_shares=list(zip(data.candidates, data.candidate_shares().tolist())),
+        verified=[(VERIFIED_NAMES.get(name, name), _verified(name, x)) for name, x in (data.verified or {}).items()],
+        most_dependent=_most_dependent(data),
+        style=Markup((folder / "report.css").read_text(encoding="utf-8")),
+        scripts=[Markup((folder / name).read_text(encoding="utf-8")) for name in SCRIPTS],
+        json=Markup(_json(_drawn(data))),
+    )
+
+
+def write_report(data: ReportData, path: Path) -> None:
+    """Write the report to a file, whole or not at all.
+
+    Args:
+        data: what it shows.
+        path: the file.
+
+    Raises:
+        OutputError: if it cannot be written.
+    """
+    write_files({path: render_report(data).encode("utf-8")})
+
+
+def _drawn(data: ReportData) -> dict[str, Any]:
+    """What the script draws."""
+    maps, masks, stripes = _fitting(data)
+    stripes_kept = None if stripes is None else stripes[_striped(data)]
+    arrays = {
+        "assignment": data.assignment.astype("<u2"),
+        "head_error": data.head_error,
+        "explained": data.explained,
+        "maps": maps,
+        "masks": masks,
+        "stripes": stripes_kept,
+        "curve": data.curve,
+        "published_curve": data.published_curve,
+        "recall": data.recall,
+        "prompt_disagreement": data.prompt_disagreement,
+        "prompt_regret": data.prompt_regret,
+    }
+    return {
+        "steps": data.steps,
+        "group_starts": data.group_starts,
+        "kinds": KINDS,
+        "candidates": [
+            {"name": one.name, "kind": one.kind, "density": one.density, "cost": one.cost} for one in data.candidates
+        ],
+        "explained_kinds": data.explained_kinds,
+        "chosen": data.chosen,
+        "verified": {name: value for name, value in (data.verified or {}).items() if math.isfinite(value)},
+        "arrays": {name: None if array is None else _encoded(array) for name, array in arrays.items()},
+    }
+
+
+def _encoded(array: np.ndarray) -> dict[str, Any]:
+    little = array.astype(array.dtype.newbyteorder("<"), order="C")
+    return {
+        "type": array.dtype.name,
+        "shape": array.shape,
+        "data": base64.b64encode(little.tobytes()).decode("ascii"),
+    }
+
+
+def _json(values: Mapping[str, Any]) -> str:
+    """JSON that may stand in an HTML element: no text in it ends the element, or begins another one."""
+    text = json.dumps(values, allow_nan=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _striped(data: ReportData) -> np.ndarray:
+    """(groups, layers, heads) bool, heads whose mask is their own stripes."""
+    return np.array([candidate.kind == "vertical" for candidate in data.candidates])[data.assignment]
+
+
+def _fitting(data: ReportData) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Maps, masks and stripes, of patches so large that all arrays together stay below `MOST_BYTES`."""
+    striped = 0 if data.stripes is None else int(_striped(data).sum())
+    fixed = sum(
+        array.nbytes
+        for array in (data.assignment.astype("<u2"), data.head_error, data.explained, data.recall)
+        if array is not None
+    )
+    for factor in itertools.count(1):
+        cells = math.ceil(data.maps.shape[-1] / factor)
+        pictures = math.prod(data.maps.shape[:3]) + len(data.masks)
+        if cells == 1 or fixed + pictures * cells**2 + striped * cells <= MOST_BYTES:
+            break
+    if factor == 1:
+        return data.maps, data.masks, data.stripes
+    maps = np.stack([np.stack([_coarser_map(layer, factor) for layer in part]) for part in data.maps])
+    masks = _averaged(_averaged(data.masks, factor, -1), factor, -2)
+    stripes = None if data.stripes is None else _averaged(data.stripes, factor, -1)
+    return maps, _rounded(masks), None if stripes is None else _rounded(stripes)
+
+
+def _coarser_map(layer: np.ndarray, factor: int) -> np.ndarray:
+    """Maps of a layer's heads, averaged as weights, whose square roots they hold."""
+    weights = _averaged(_averaged(np.square(layer, dtype=np.float32), factor, -1), factor, -2)
+    strongest = weights.max((-2, -1), keepdims=True)
+    return _rounded(255 * np.sqrt(weights / np.where(strongest > 0, strongest, 1)))
+
+
+def _averaged(array: np.ndarray, factor: int, axis: int) -> np.ndarray:
+    """Means of `factor` neighbours; of fewer at the end, where they do not come out even."""
+    starts = np.arange(0, array.shape[axis], factor)
+    sums = np.add.reduceat(array.astype(np.float32), starts, axis)
+    counts = np.diff((*starts, array.shape[axis]))
+    return np.moveaxis(np.moveaxis(sums, axis, -1) / counts, -1, axis)
+
+
+def _rounded(array: np.ndarray) -> np.ndarray:
+    return np.rint(array).astype(np.uint8)
+
+
+def _most_dependent(data: ReportData) -> list[dict[str, Any]]:
+    """The heads that would gain most from a choice for every prompt, most first; none that would gain nothing."""
+    heads = data.prompt_regret.shape[1]
+    found = []
+    for number in np.argsort(-data.prompt_regret, axis=None, kind="stable")[:MOST_DEPENDENT]:
+        layer, head = divmod(int(number), heads)
+        if data.prompt_regret[layer, head] > 0:
+            found.append(
+                {
+                    "layer": layer,
+                    "head": head,
+                    "regret": float(data.prompt_regret[layer, head]),
+                    "disagreement": float(data.prompt_disagreement[layer, head]),
+                }
+            )
+    return found
+
+
+def _percent(share: float) -> str:
+    """A share with two digits or more, such as 0.4 %, 35 % or 100 %."""
+    share = 100 * share
+    return f"{share:.2g} %" if abs(share) < 10 else f"{share:.0f} %"
+
+
+def _verified(name: str, value: float) -> str:
+    """What was measured with the table in use, as it is shown."""
+    if name == "error":
+        return _percent(value)
+    return f"{value:.1f} dB" if name.endswith("_db") else f"{value:.3g}"
