@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from blade_kernels.block_mask import BlockMask
 
-from blade.attention.patterns import HeadPattern, Window, pattern_blocks
+from blade.attention.patterns import HeadPattern, Window, pattern_density
 from blade.evaluation.attention_benchmark import MODELS
 from blade.evaluation.report_tables import markdown_table, write_table
 from blade.machine import describe_versions
@@ -41,11 +40,7 @@ def main(
         shape = MODELS[model]
         assert shape.grid is not None
         for pattern in patterns(frames):
-            densities = {}
-            for order in ORDERS:
-                keep = pattern_blocks(pattern, shape.grid, BLOCK_SIZE, order)
-                mask = BlockMask.from_dense(keep[None, None], (BLOCK_SIZE, BLOCK_SIZE))
-                densities[order] = float(mask.density(shape.tokens, shape.tokens))
+            densities = {order: pattern_density(pattern, shape.grid, BLOCK_SIZE, order) for order in ORDERS}
             rows.append([str(shape), pattern.name, *(f"{density:.3f}" for density in densities.values())])
             records.append({"model": str(shape), "pattern": pattern.to_dict(), "density": densities})
     lines = markdown_table(["model", "pattern", *ORDERS], rows)

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
 import torch
+from blade_kernels.block_mask import BlockMask
 from torch import Tensor
 from torch.nn import functional
 
@@ -217,10 +218,34 @@ def pattern_blocks(
     return keep | text | text[:, None]
 
 
+def pattern_density(
+    pattern: HeadPattern, grid: TokenGrid, block_size: int, order: str, device: torch.device | str = "cpu"
+) -> float:
+    """Share of all pairs of tokens that a pattern computes, whole blocks, text included. See `pattern_blocks`."""
+    mask = BlockMask.from_dense(
+        pattern_blocks(pattern, grid, block_size, order, device)[None, None], (block_size, block_size)
+    )
+    return float(mask.density(grid.sequence_length, grid.sequence_length))
+
+
 def half_width(pattern: HeadPattern, grid: TokenGrid, block_size: int) -> int:
     """Half the width of a band in tokens: whole blocks. Source: Sparse-vDiT; w = floor(frames * P / B)."""
     assert pattern.frames is not None
     return block_size * math.floor(pattern.frames * grid.height * grid.width / block_size)
+
+
+def diagonal_density(grid: TokenGrid, frames: float, block_size: int) -> float:
+    """Share of all pairs that a diagonal keeps in raster order, by the closed formula, text kept.
+
+    With n blocks of video and a half-width of w of them it keeps n (2 w + 1) - w (w + 1) blocks.
+
+    Source: Sparse-vDiT, arXiv 2506.03065.
+    """
+    blocks = -(-grid.video_tokens // block_size)
+    width = min(half_width(HeadPattern(kind="diagonal", frames=frames), grid, block_size) // block_size, blocks - 1)
+    band = (blocks * (2 * width + 1) - width * (width + 1)) / blocks**2
+    video, text = grid.video_tokens, grid.text_tokens
+    return (band * video**2 + 2 * text * video + text**2) / grid.sequence_length**2
 
 
 def _reach(pattern: HeadPattern, grid: TokenGrid, block_size: int, marked: Tensor) -> Tensor:

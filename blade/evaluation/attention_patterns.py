@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import torch
-from blade_kernels.block_mask import BlockMask
 
 from blade.attention.pattern_plan import PatternPlan
 from blade.attention.pattern_table import mixed_table
-from blade.attention.patterns import HeadPattern, pattern_blocks
+from blade.attention.patterns import HeadPattern, pattern_density
 from blade.config import BladeConfig
 from blade.profiling.candidates import natural_order, pattern_of_density
 from blade.token_grid import TokenGrid
@@ -30,9 +29,7 @@ def benchmark_patterns(
     """
 
     def blocks(pattern: HeadPattern) -> float:
-        keep = pattern_blocks(pattern, grid, block_size, "raster", device)
-        mask = BlockMask.from_dense(keep[None, None], (block_size, block_size))
-        return float(mask.density(grid.sequence_length, grid.sequence_length))
+        return pattern_density(pattern, grid, block_size, "raster", device)
 
     patterns = []
     for kind in PATTERN_KINDS:

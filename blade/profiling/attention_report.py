@@ -8,10 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from blade_kernels.block_mask import BlockMask
 
 from blade.attention.pattern_plan import order_places
-from blade.attention.patterns import HeadPattern, pattern_blocks
+from blade.attention.patterns import HeadPattern, pattern_blocks, pattern_density
 from blade.machine import describe_machine, describe_versions
 from blade.profiling.assignment import GreedyRule
 from blade.profiling.attention_profiler import ProfileReport
@@ -49,7 +48,7 @@ def report_data(report: ProfileReport, command: str) -> ReportData:
     """What the report shows. See `write_attention_report`."""
     profile, search, choice = report.profile, report.search, report.choice
     source, grid = profile.source, profile.source.grid
-    cells, device = profile.maps.shape[-1], torch.device("cpu")
+    cells = profile.maps.shape[-1]
     disagreement, regret = prompt_dependence(profile, choice, search.costs.candidates)
     orders = tuple(dict.fromkeys(("raster", "token_major", "gilbert", natural_order("window", source.block_size))))
     frames, height, width = source.video
@@ -100,7 +99,7 @@ def report_data(report: ProfileReport, command: str) -> ReportData:
         prompt_regret=regret.astype(np.float32),
         orders=orders,
         order_densities=tuple(
-            (pattern.name, tuple(_density(pattern, source, order, device) for order in orders))
+            (pattern.name, tuple(pattern_density(pattern, grid, source.block_size, order) for order in orders))
             for pattern in dict.fromkeys(_without_order(pattern) for pattern in source.candidates)
             if pattern.kind not in ("full", "skip")
         ),
@@ -224,10 +223,3 @@ def _recall(profile: AttentionProfile) -> np.ndarray | None:
 
 def _without_order(pattern: HeadPattern) -> HeadPattern:
     return pattern if pattern.order is None else replace(pattern, order=None)
-
-
-def _density(pattern: HeadPattern, source: ProfileSource, order: str, device: torch.device) -> float:
-    keep = pattern_blocks(pattern, source.grid, source.block_size, order, device)
-    mask = BlockMask.from_dense(keep[None, None], (source.block_size, source.block_size))
-    tokens = source.grid.sequence_length
-    return float(mask.density(tokens, tokens))

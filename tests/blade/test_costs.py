@@ -18,10 +18,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from blade import BladeConfig
 from blade.attention.family import find_family
+from blade.attention.pattern_table import uniform_table
+from blade.attention.patterns import HeadPattern, diagonal_density
 from blade.config import AdaptiveConfig
 from blade.costs import forward_cost, run_cost
 
-PUBLISHED = runpy.run_path(str(Path(__file__).parents[2] / "scripts" / "count_flops.py"))["RUNS"]
+SCRIPT = runpy.run_path(str(Path(__file__).parents[2] / "scripts" / "count_flops.py"))
+PUBLISHED = SCRIPT["RUNS"]
 
 
 def on_meta(make):
@@ -117,3 +120,23 @@ def test_what_cannot_be_counted_is_refused():
         forward_cost(on_meta(lambda: Peeking(**WAN)), (1, 4, 4))
     with pytest.raises(ValueError, match="is of no model family that BLADE knows"):
         forward_cost(on_meta(lambda: torch.nn.Linear(1, 1)), (1, 4, 4))
+
+
+WINDOWS = SCRIPT["WINDOWS"]
+
+
+@pytest.mark.parametrize(("name", "density"), list(zip(WINDOWS, (0.266, 0.1217, 0.25))))
+def test_diagonals_are_charged_by_their_blocks(name, density):
+    # Sparse-vDiT: 3 frames of Wan2.1, 2 of HunyuanVideo, a quarter of CogVideoX1.5; 4 N^2 H d L for all pairs
+    frames = WINDOWS[name][0]
+    make, latent = SCRIPT["RUNS"][name][:2]
+    forward = forward_cost(on_meta(make), latent)
+    pattern = SCRIPT["widest_diagonal"](forward.grid)
+    if frames is not None:
+        pattern = HeadPattern(kind="diagonal", frames=frames)
+        assert diagonal_density(forward.grid, frames, 128) == pytest.approx(density, abs=0.001)
+    table = uniform_table(pattern, forward.layers, forward.heads, block_size=128)
+    cost = run_cost(forward, 1, guidance=False, config=BladeConfig(attention="patterns", patterns=table))
+    pairs = 4 * forward.grid.sequence_length**2 * forward.heads * forward.head_dim * forward.layers
+    expected = density if frames is None else diagonal_density(forward.grid, frames, 128)
+    assert cost.flops["self-attention"] == pytest.approx(pairs * expected, rel=0.01)
