@@ -157,7 +157,7 @@ def read_prompts(path: str | Path) -> list[str]:
         ValueError: if there is no such file, or no prompt in it.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"`prompts` must be a text file with one prompt a line, got {path}: {error}.") from error
     prompts = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]

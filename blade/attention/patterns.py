@@ -168,7 +168,7 @@ class HeadPattern:
 
 
 def _set_values(values: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in values.items() if value not in (None, False, {}) and value != 0}
+    return {name: value for name, value in values.items() if value is not None and value is not False and value != {}}
 
 
 def pattern_blocks(

@@ -13,6 +13,7 @@ from blade.attention.budget import configured_budget
 from blade.attention.family import find_family
 from blade.attention.pattern_plan import PatternPlan
 from blade.attention.pattern_table import uniform_table
+from blade.checks import check_integer
 from blade.config import BladeConfig
 from blade.costs import forward_cost
 from blade.evaluation.metrics import psnr, ssim
@@ -62,7 +63,7 @@ class ProfileRequest:
     """The published rule."""
     groups: int | None = None
     """Groups of steps with an assignment each; None: every step has its own."""
-    sampled_blocks: int | None = 16
+    sampled_blocks: int | None = 8
     """Query blocks that are looked at in a layer, others every step; None: all."""
     own_orders: bool = True
     """Whether heads may have token orders of their own."""
@@ -91,10 +92,14 @@ class ProfileRequest:
             Budget()  # which says what must be given
         if self.method == "published" and self.budget is not None and self.budget.target_density is None:
             raise ValueError(f"`target_density` is the only budget of the published method, got {self.budget}.")
-        for name, least in (("influence_prompts", 0), ("verify_prompts", 0)):
+        if self.sampled_blocks is not None:
+            check_integer("sampled_blocks", self.sampled_blocks, 1)
+        for name in ("influence_prompts", "verify_prompts"):
             value = getattr(self, name)
-            if not least <= value <= len(self.prompts):
-                raise ValueError(f"`{name}` must be from {least} to the number of prompts, got {value}.")
+            if not 0 <= value <= len(self.prompts):
+                raise ValueError(
+                    f"`{name}` must be from 0 to {len(self.prompts)}, the number of prompts, got {value}."
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +149,7 @@ class ProfileReport:
             f"density     {choice.density:.3f} of all query-key pairs; attention costs {choice.cost:.3f} of dense "
             f"({'timed here' if costs.measured else 'by operations'})",
             f"error       {choice.error:.4f} of the attention outputs' energy"
-            + (f", at most {choice.gap:.2%} above the least" if choice.gap else ""),
+            + (f", at most {choice.gap:.2%} above the least" if choice.gap >= 5e-5 else ""),
         ]
         if costs.step_share is not None:
             faster = f"{costs.speedup(choice.cost):.2f} times faster"

@@ -12,6 +12,7 @@ import torch
 from blade.attention.pattern_plan import order_places
 from blade.attention.patterns import HeadPattern, pattern_blocks, pattern_density
 from blade.machine import describe_machine, describe_versions
+from blade.models import BUNDLED
 from blade.profiling.assignment import GreedyRule
 from blade.profiling.attention_profiler import ProfileReport
 from blade.profiling.candidates import USUAL_DENSITY, natural_order
@@ -61,7 +62,7 @@ def report_data(report: ProfileReport, command: str) -> ReportData:
             "ssim": float(np.mean([one.ssim for one in report.verified])),
         }
     return ReportData(
-        title=f"Attention patterns of {source.model}",
+        title=f"Attention patterns of {'the bundled model' if source.model == BUNDLED else source.model}",
         command=command,
         date=datetime.now(UTC).date().isoformat(),
         model=source.model,
@@ -162,7 +163,7 @@ def _notes(report: ProfileReport) -> tuple[str, ...]:
             f"Chosen by the published rule, every head by itself: lambda {report.rule.weight:g}, epsilon "
             f"{report.rule.threshold:.4g}, errors relative to the mean energy of the layer's heads."
         )
-    elif report.choice.gap:
+    elif report.choice.gap >= 5e-5:
         notes.append(f"The choice is at most {report.choice.gap:.2%} above the best possible one.")
     if report.adaptive is not None:
         notes.append(

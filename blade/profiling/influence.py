@@ -57,32 +57,28 @@ def measure_influences(
 
     Returns:
         (steps, layers) float64, 1 on average: how much a squared error of a layer's output, as a share of its energy,
-        adds to the squared error of the finished video; a product of a factor of the step and one of the layer, each
-        the geometric mean over prompts.
+        adds to the squared error of the finished video; a product of a factor of the step and one of the layer. Of
+        every prompt the same total counts, so that one whose video is easily another does not outweigh the others.
     """
     expected = search.head_errors(choice).sum(-1)  # (steps, layers)
     steps, layers = expected.shape
     apart = STEPS_APART if steps >= 4 * STEPS_APART else 1
     runs = _Runs(pipe, requests, search, choice, folder, on_run)
-
-    def factor(name: str, sparse: np.ndarray) -> float:
-        within = float(expected[sparse].sum())
-        return float(np.exp(runs.log_errors(name, sparse).mean())) / within if within > LEAST else np.nan
-
-    by_layer = np.full(layers, np.nan)
-    for first, last in _parts(layers, BANDS):
-        sparse = np.zeros(expected.shape, dtype=bool)
-        sparse[::apart, first:last] = True
-        by_layer[first:last] = factor(f"layers {first} to {last - 1}", sparse)
-    by_layer = _filled(by_layer)
+    bands, stretches = _parts(layers, BANDS), _stretches(steps)
+    places = np.zeros((len(bands), *expected.shape), dtype=bool)
+    for place, (first, last) in zip(places, bands):
+        place[::apart, first:last] = True
+    names = [f"layers {first} to {last - 1}" for first, last in bands]
+    factors = runs.shares(names, places) / np.maximum([expected[place].sum() for place in places], LEAST)
+    by_layer = np.repeat(factors, [last - first for first, last in bands])
     expected = expected * by_layer
-    middles, factors = [], []
-    for first, last in _stretches(steps):
-        sparse = np.zeros(expected.shape, dtype=bool)
-        sparse[first:last] = True
-        middles.append((first + last - 1) / 2)
-        factors.append(factor(f"steps {first} to {last - 1}", sparse))
-    by_step = np.exp(np.interp(np.arange(steps), middles, np.log(_filled(np.array(factors)))))
+    places = np.zeros((len(stretches), *expected.shape), dtype=bool)
+    for place, (first, last) in zip(places, stretches):
+        place[first:last] = True
+    names = [f"steps {first} to {last - 1}" for first, last in stretches]
+    factors = runs.shares(names, places) / np.maximum([expected[place].sum() for place in places], LEAST)
+    middles = [(first + last - 1) / 2 for first, last in stretches]
+    by_step = np.exp(np.interp(np.arange(steps), middles, np.log(factors)))
     influences = by_step[:, None] * by_layer
     return influences / influences.mean()
 
@@ -106,27 +102,34 @@ class _Runs:
         self.path = self.folder / "errors.json"
         self.known: dict[str, float] = json.loads(self.path.read_text()) if self.path.is_file() else {}
 
-    def log_errors(self, name: str, sparse: np.ndarray) -> np.ndarray:
-        """Logarithms of the videos' squared errors as shares of their variances, one for each prompt.
+    def shares(self, names: Sequence[str], places: np.ndarray) -> np.ndarray:
+        """What each part has of the squared errors of all, the mean over prompts.
 
         Args:
-            name: what is sparse, in words.
-            sparse: (steps, layers) bool, where the choice is in force; elsewhere all heads are full.
+            names: of the parts, in words.
+            places: (parts, steps, layers) bool, where the choice is in force; elsewhere all heads are full.
         """
-        errors = []
-        for number, request in enumerate(self.requests):
-            key = f"prompt {number}, {name}"
-            if key not in self.known:
-                if self.on_run is not None:
-                    self.on_run(f"influence of {name} (prompt {number + 1}/{len(self.requests)})")
-                partly = replace(self.choice, candidates=np.where(sparse[:, :, None], self.choice.candidates, 0))
-                config = BladeConfig(attention="patterns", patterns=self.search.table(partly))
-                video = generate_kept(self.pipe, request, config, self.folder).video
-                dense = torch.from_numpy(dense_video(self.recordings, number)).float() / 255
-                self.known[key] = float((video - dense).square().mean() / dense.var().clamp(min=LEAST))
-                write_files({self.path: json.dumps(self.known, indent=1).encode()})
-            errors.append(max(self.known[key], LEAST))
-        return np.log(errors)
+        errors = np.array(
+            [
+                [self._error(number, request, name, sparse) for name, sparse in zip(names, places)]
+                for number, request in enumerate(self.requests)
+            ]
+        )
+        return (errors / errors.sum(1, keepdims=True)).mean(0)
+
+    def _error(self, number: int, request: GenerationRequest, name: str, sparse: np.ndarray) -> float:
+        """Squared error of a prompt's video as a share of its variance."""
+        key = f"prompt {number}, {name}"
+        if key not in self.known:
+            if self.on_run is not None:
+                self.on_run(f"influence of {name} (prompt {number + 1}/{len(self.requests)})")
+            partly = replace(self.choice, candidates=np.where(sparse[:, :, None], self.choice.candidates, 0))
+            config = BladeConfig(attention="patterns", patterns=self.search.table(partly))
+            video = generate_kept(self.pipe, request, config, self.folder).video
+            dense = torch.from_numpy(dense_video(self.recordings, number)).float() / 255
+            self.known[key] = float((video - dense).square().mean() / dense.var().clamp(min=LEAST))
+            write_files({self.path: json.dumps(self.known, indent=1).encode()})
+        return max(self.known[key], LEAST)
 
 
 def generate_kept(pipe: Any, request: GenerationRequest, config: BladeConfig, folder: Path) -> Generation:
@@ -148,9 +151,3 @@ def _parts(count: int, most: int) -> list[tuple[int, int]]:
     """Bounds of at most so many parts, as equal as can be."""
     parts = min(count, most)
     return list(pairwise(part * count // parts for part in range(parts + 1)))
-
-
-def _filled(factors: np.ndarray) -> np.ndarray:
-    """Factors, and where there is none, because nothing was sparse there, their geometric mean."""
-    known = factors[~np.isnan(factors)]
-    return np.where(np.isnan(factors), np.exp(np.log(known).mean()) if len(known) else 1.0, factors)

@@ -35,7 +35,8 @@ MOST_DEPENDENT = 8
 VERIFIED_NAMES = {
     "density": "Measured density",
     "error": "Measured error",
-    "psnr_db": "PSNR of latents",
+    "psnr_db": "PSNR to dense",
+    "ssim": "SSIM to dense",
 }
 """How what was measured with the table in use is called."""
 
@@ -130,7 +131,7 @@ class ReportData:
     chosen: tuple[float, float]
     """Density and predicted relative error of this table."""
     verified: Mapping[str, float] | None
-    """What was measured with the table in use: `density`, `error`, `psnr_db` (of latents, to dense attention), or
+    """What was measured with the table in use: `density`, `error`, `psnr_db` and `ssim` (to dense attention), or
     others. None: nothing was."""
     recall: np.ndarray | None
     """(layers, steps, 2) float32, attention weight in the blocks that ASA chooses, and in the best equally many. None:

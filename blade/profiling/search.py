@@ -246,6 +246,7 @@ def relative_errors(profile: AttentionProfile) -> np.ndarray:
     """
     count = len(profile.source.candidates)
     errors = profile.error[:, :, :, :count].mean(0, dtype=np.float64)
+    errors[:, :, 0] = 0  # the full pattern's is rounding
     energies = profile.energy.mean(0, dtype=np.float64).sum(-1)
     return errors / np.maximum(energies, 1e-30)[:, :, None, None]
 

@@ -18,6 +18,7 @@ ORDERS = ("raster", "token_major", "gilbert", "bricks(2,2,2)")
 PATTERNS = (
     HeadPattern(kind="full"),
     HeadPattern(kind="skip"),
+    HeadPattern(kind="diagonal", frames=0.0),
     HeadPattern(kind="diagonal", frames=0.5),
     HeadPattern(kind="multi_diagonal", frames=0.6, first_frame=True),
     HeadPattern(kind="vertical", share=0.3),
