@@ -142,10 +142,13 @@ class HeadPattern:
     def to_dict(self) -> dict[str, Any]:
         """The pattern as plain JSON values, without what is not set."""
         values = asdict(self)
-        values["windows"] = {axis: _set_values(asdict(window)) for axis, window in self.windows.items()}
+        values["windows"] = {
+            axis: {name: value for name, value in asdict(window).items() if value}  # a width is never 0
+            for axis, window in self.windows.items()
+        }
         if self.key_blocks is not None:
             values["key_blocks"] = list(self.key_blocks)
-        return _set_values(values)
+        return {name: value for name, value in values.items() if value not in (None, {}) and value is not False}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> HeadPattern:
@@ -165,10 +168,6 @@ class HeadPattern:
             return cls(**known)
         except TypeError as problem:
             raise ValueError(f"a pattern cannot be read from {values!r}: {problem}.") from None
-
-
-def _set_values(values: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in values.items() if value is not None and value is not False and value != {}}
 
 
 def pattern_blocks(

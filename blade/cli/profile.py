@@ -95,6 +95,7 @@ def profile(
     # imported here, so that --help and usage errors don't wait for PyTorch
     from accelerate import PartialState
 
+    from blade.models import resolve_device
     from blade.profiling.assignment import GreedyRule
     from blade.profiling.attention_profiler import ProfileRequest, profile_attention
     from blade.profiling.attention_report import write_attention_report
@@ -118,7 +119,7 @@ def profile(
         influence_prompts=influence_prompts,
         verify_prompts=verify_prompts,
     )
-    state = PartialState()
+    state = PartialState(cpu=resolve_device(device).type == "cpu")
     with progress_line() as say:
         if state.num_processes > 1:  # started by `accelerate launch`
             share = (state.process_index + 1, state.num_processes)

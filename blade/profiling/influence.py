@@ -57,8 +57,8 @@ def measure_influences(
 
     Returns:
         (steps, layers) float64, 1 on average: how much a squared error of a layer's output, as a share of its energy,
-        adds to the squared error of the finished video; a product of a factor of the step and one of the layer. Of
-        every prompt the same total counts, so that one whose video is easily another does not outweigh the others.
+        adds to the squared error of the finished video; a product of a factor of the step and one of the layer, each
+        the geometric mean over prompts, so that one whose video is easily another does not outweigh the others.
     """
     expected = search.head_errors(choice).sum(-1)  # (steps, layers)
     steps, layers = expected.shape
@@ -69,14 +69,14 @@ def measure_influences(
     for place, (first, last) in zip(places, bands):
         place[::apart, first:last] = True
     names = [f"layers {first} to {last - 1}" for first, last in bands]
-    factors = runs.shares(names, places) / np.maximum([expected[place].sum() for place in places], LEAST)
+    factors = runs.errors(names, places) / np.maximum([expected[place].sum() for place in places], LEAST)
     by_layer = np.repeat(factors, [last - first for first, last in bands])
     expected = expected * by_layer
     places = np.zeros((len(stretches), *expected.shape), dtype=bool)
     for place, (first, last) in zip(places, stretches):
         place[first:last] = True
     names = [f"steps {first} to {last - 1}" for first, last in stretches]
-    factors = runs.shares(names, places) / np.maximum([expected[place].sum() for place in places], LEAST)
+    factors = runs.errors(names, places) / np.maximum([expected[place].sum() for place in places], LEAST)
     middles = [(first + last - 1) / 2 for first, last in stretches]
     by_step = np.exp(np.interp(np.arange(steps), middles, np.log(factors)))
     influences = by_step[:, None] * by_layer
@@ -102,20 +102,18 @@ class _Runs:
         self.path = self.folder / "errors.json"
         self.known: dict[str, float] = json.loads(self.path.read_text()) if self.path.is_file() else {}
 
-    def shares(self, names: Sequence[str], places: np.ndarray) -> np.ndarray:
-        """What each part has of the squared errors of all, the mean over prompts.
+    def errors(self, names: Sequence[str], places: np.ndarray) -> np.ndarray:
+        """Squared errors of the videos as shares of their variances, the geometric mean over prompts, (parts,).
 
         Args:
             names: of the parts, in words.
             places: (parts, steps, layers) bool, where the choice is in force; elsewhere all heads are full.
         """
-        errors = np.array(
-            [
-                [self._error(number, request, name, sparse) for name, sparse in zip(names, places)]
-                for number, request in enumerate(self.requests)
-            ]
-        )
-        return (errors / errors.sum(1, keepdims=True)).mean(0)
+        logs = [
+            [np.log(self._error(number, request, name, sparse)) for name, sparse in zip(names, places)]
+            for number, request in enumerate(self.requests)
+        ]
+        return np.exp(np.mean(logs, axis=0))
 
     def _error(self, number: int, request: GenerationRequest, name: str, sparse: np.ndarray) -> float:
         """Squared error of a prompt's video as a share of its variance."""
