@@ -121,8 +121,9 @@ def parse_run(text: str, *, steps: int | None = None, guidance: float | None = N
     """Read a run's description: `NAME=WHAT`, `NAME=WHAT,KEY=VALUE,...` or `NAME=KEY=VALUE,...`.
 
     WHAT is a name of `ATTENTION`, or a folder or Hub id with a BLADE configuration. Where a run is called as its
-    attention, the name is enough. The keys are the fields of `RunSettings`; several dense layers are joined by `+`.
-    Examples: `dense`, `found=profiles/wan`, `asa-70=asa,steps=30,sparsity=0.7,dense_layers=0-1+5`.
+    attention, the name is enough. The keys are the fields of `RunSettings`; several dense layers are joined by `+`,
+    and `none` are none. Examples: `dense`, `found=profiles/wan`,
+    `asa-70=asa,steps=30,sparsity=0.7,dense_layers=0-1+5`.
 
     Args:
         text: The description.

@@ -326,6 +326,7 @@ class _Setup:
             token_order=order,
             sampled_blocks=request.sampled_blocks,
             adaptive=adaptive,
+            calibrated=not published,
         )
         source = ProfileSource(
             model=resolved.model,

@@ -25,8 +25,7 @@ class Recording:
     """What is measured in every layer."""
 
     candidates: tuple[HeadPattern, ...]
-    """The patterns, `full` first; no `asa`. A `vertical` with a `share` stands for the key blocks that each head
-    attends to most."""
+    """The patterns, `full` first; no `asa`."""
     block_size: int
     """Tokens in a block."""
     token_order: str = "raster"
@@ -36,6 +35,9 @@ class Recording:
     adaptive: tuple[BladeConfig, ...] = ()
     """Adaptive methods that are measured beside the patterns, without pooled tokens, each in its own token order. In a
     measurement they come after the patterns."""
+    calibrated: bool = True
+    """Whether a `vertical` with a `share` stands for the key blocks that each head attends to most, instead of evenly
+    spaced ones."""
     rule: GreedyRule | None = None
     """The published search: each head goes on with the pattern that this rule gives it. None: with full attention."""
 
@@ -183,8 +185,8 @@ class RecordingPlan:
         return groups
 
     def _vertical(self, pattern: HeadPattern, columns: Tensor) -> Tensor:
-        """(H or 1, blocks, blocks) bool: each head's most attended key blocks; by the published rule evenly spaced."""
-        if self.recording.rule is not None:
+        """(H or 1, blocks, blocks) bool: each head's most attended key blocks, or evenly spaced ones."""
+        if not self.recording.calibrated:
             size, order = self.recording.block_size, self.recording.token_order
             return pattern_blocks(pattern, self.grid, size, order, self.device).unsqueeze(0)
         assert pattern.share is not None
@@ -205,8 +207,9 @@ class RecordingPlan:
         count = self.recording.sampled_blocks
         if count is None or count >= blocks:
             return None
-        generator = torch.Generator().manual_seed(1_000_003 * layer + self.step)
-        return torch.randperm(blocks, generator=generator)[:count].sort().values
+        # all of them in turn, in an order of the layer's own
+        shuffled = torch.randperm(blocks, generator=torch.Generator().manual_seed(layer))
+        return shuffled[(self.step * count + torch.arange(count)) % blocks].sort().values
 
     def _draw(self, number: int, layer: int, heads: int) -> Tensor:
         if (number, layer) not in self._draws:

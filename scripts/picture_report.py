@@ -1,0 +1,41 @@
+"""Take the picture of docs/patterns.md: python scripts/picture_report.py REPORT.html docs/images/report.png.
+
+Needs the extra `browser` and Chromium, which `make test-report` installs.
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from playwright.sync_api import sync_playwright
+
+from blade.video_io import write_files
+
+OPTIONS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+"""The sandbox does not start for root."""
+
+
+def main(
+    report: Annotated[Path, typer.Argument(help="The report of `blade-profile`.")],
+    output: Annotated[Path, typer.Argument(help="The PNG.")],
+    step: Annotated[int, typer.Option(help="Step that the map of heads shows.")] = 12,
+    layer: Annotated[int, typer.Option(help="Layer of the head that is shown.")] = 3,
+    head: Annotated[int, typer.Option(help="That head.")] = 0,
+    chromium: Annotated[Path, typer.Option(help="The browser.")] = Path("/usr/bin/chromium"),
+) -> None:
+    """Write a picture of the map of heads and the chosen head beside it."""
+    with sync_playwright() as running:
+        browser = running.chromium.launch(executable_path=chromium, args=OPTIONS)
+        page = browser.new_page(viewport={"width": 1280, "height": 800}, device_scale_factor=1.25)
+        page.goto(report.resolve().as_uri())
+        for name, value in (("step", step), ("layer", layer), ("head", head)):
+            page.locator(f"#{name}").fill(str(value))
+            page.locator(f"#{name}").dispatch_event("change")
+        picture = page.locator("section[aria-labelledby=heads-title]").screenshot()
+        browser.close()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_files({output: picture})
+
+
+if __name__ == "__main__":
+    typer.run(main)
