@@ -17,8 +17,9 @@ from blade.checks import check_integer
 from blade.config import BladeConfig
 from blade.costs import forward_cost
 from blade.evaluation.metrics import psnr, ssim
+from blade.generation import generate
 from blade.generation_files import prepare_pipeline
-from blade.generation_request import GenerationRequest
+from blade.generation_request import GenerationRequest, dense_request
 from blade.models import execution_device, latent_size, load_empty_pipeline, main_transformer
 from blade.profiling.adaptive_sparsity import AdaptiveChoice, adaptive_at_error
 from blade.profiling.assignment import GreedyRule
@@ -27,7 +28,7 @@ from blade.profiling.costs import AttentionCosts
 from blade.profiling.influence import generate_kept, measure_influences
 from blade.profiling.profile import PROFILE_NAME, AttentionProfile, ProfileSource
 from blade.profiling.profiler import dense_video, record_profile, record_prompts
-from blade.profiling.published import published_candidates, published_search
+from blade.profiling.published import START_NAME, published_candidates, published_search
 from blade.profiling.recording_plan import Recording
 from blade.profiling.search import Budget, Choice, PatternSearch
 from blade.video_io import check_writable
@@ -94,6 +95,8 @@ class ProfileRequest:
             raise ValueError(f"`target_density` is the only budget of the published method, got {self.budget}.")
         if self.sampled_blocks is not None:
             check_integer("sampled_blocks", self.sampled_blocks, 1)
+        if self.method == "published" and self.share[1] > 1:
+            raise ValueError("`method` must be budgeted in several processes, got published, which goes step by step.")
         for name in ("influence_prompts", "verify_prompts"):
             value = getattr(self, name)
             if not 0 <= value <= len(self.prompts):
@@ -205,9 +208,11 @@ def profile_attention(
     if request.share[1] > 1:
         record_prompts(*recorder, share=request.share)
         return None
-    profile = record_profile(*recorder)
     costs = setup.costs(pipe)
     assert request.budget is not None
+    if request.budget.target_speedup is not None:  # said before anything is measured
+        costs.share_for_speedup(request.budget.target_speedup, float(costs.candidates.min()))
+    profile = record_profile(*recorder)
     search = PatternSearch(profile, groups=request.groups, costs=costs)
     choice = search.within(request.budget)
     if request.influence_prompts:
@@ -262,11 +267,11 @@ def _finished(
     search.profile.save(request.output / PROFILE_NAME)
     config.save_pretrained(request.output)
     verified = []
-    recordings = folder if rule is None else folder / "published" / "dense"
+    recordings = folder if rule is None else folder / "published" / START_NAME
     for number, own in enumerate(requests[: request.verify_prompts]):
         say(f"trying the table: {own.prompt}")
         generation = generate_kept(pipe, own, config, folder / "verified")
-        dense = torch.from_numpy(dense_video(recordings, number)).float() / 255
+        dense = _dense(pipe, own, recordings, number)
         verified.append(
             Verification(
                 prompt=own.prompt,
@@ -286,6 +291,14 @@ def _finished(
         verified=tuple(verified),
         device=execution_device(pipe),
     )
+
+
+def _dense(pipe: Any, request: GenerationRequest, recordings: Path, number: int) -> torch.Tensor:
+    """The dense video of a prompt: the recorded one, if there is one."""
+    try:
+        return torch.from_numpy(dense_video(recordings, number)).float() / 255
+    except FileNotFoundError:
+        return generate(pipe, dense_request(request)).video
 
 
 @dataclass(frozen=True, kw_only=True)

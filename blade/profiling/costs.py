@@ -76,9 +76,23 @@ class AttentionCosts:
         """How many times faster a step gets where attention costs this share of dense attention."""
         return 1 / (1 - self._known_share() * (1 - share))
 
-    def share_for_speedup(self, speedup: float) -> float:
-        """What share of dense attention's cost may be left for a step to get so many times faster; may be negative."""
-        return 1 - (1 - 1 / speedup) / self._known_share()
+    def share_for_speedup(self, speedup: float, least: float) -> float:
+        """What share of dense attention's cost may be left for a step to get so many times faster.
+
+        Args:
+            speedup: the factor.
+            least: the smallest share that can be had.
+
+        Raises:
+            ValueError: if that is not small enough; says which factor it comes to.
+        """
+        share = 1 - (1 - 1 / speedup) / self._known_share()
+        if share < least:
+            raise ValueError(
+                f"`target_speedup` must be at most {self.speedup(least):.3g} here, where attention is "
+                f"{self.step_share:.0%} of a step, got {speedup}."
+            )
+        return share
 
     def _known_share(self) -> float:
         if self.step_share is None:

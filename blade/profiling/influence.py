@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -133,10 +134,11 @@ class _Runs:
 def generate_kept(pipe: Any, request: GenerationRequest, config: BladeConfig, folder: Path) -> Generation:
     """Generate with a configuration; if that was stopped before, from where it was. Nothing stays in the folder."""
     transformer = next(iter(find_transformers(pipe).values()))
+    whole = json.dumps([request.prompt, request.seed, config.to_dict()]).encode()
+    passes = folder / hashlib.sha256(whole).hexdigest()[:12]
     with use_blade(pipe, config):
-        generation = generate(pipe, request, attention=kept_passes(transformer, folder))
-    for file in folder.glob("pass-*.safetensors"):
-        file.unlink()
+        generation = generate(pipe, request, attention=kept_passes(transformer, passes))
+    shutil.rmtree(passes)
     return generation
 
 

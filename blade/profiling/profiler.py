@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -104,8 +105,7 @@ def record_prompts(
             np.savez_compressed(buffer, frames=pixels)
             write_files({folder / f"video-{number:03d}.npz": buffer.getvalue()})
             sum_up_run(passes, path, source.steps)
-        for file in passes.glob("pass-*.safetensors"):
-            file.unlink()
+        shutil.rmtree(passes, ignore_errors=True)
 
 
 def _path(folder: Path, number: int) -> Path:

@@ -31,6 +31,9 @@ KEPT_DENSITY = 0.25
 HALVINGS = 50
 """Of the range of the threshold in a bisection."""
 
+START_NAME = "dense"
+"""Folder of the dense generations that a threshold is first looked for with."""
+
 ROUNDS = 3
 """Most generations of every prompt until the threshold stays."""
 
@@ -104,7 +107,7 @@ def published_search(
     losses = None
     if target_density is not None:
         # where to begin: the losses along dense generations
-        start = record_profile(pipe, requests, recording, source, folder / "dense", _named("dense", on_step))
+        start = record_profile(pipe, requests, recording, source, folder / START_NAME, _named("dense", on_step))
         search = PatternSearch(start, groups=groups)
         rule = _threshold_for(search, rule, target_density, search.losses(rule))
     for number in range(1, ROUNDS + 1):

@@ -140,14 +140,7 @@ class PatternSearch:
                 raise ValueError(f"`target_density` must be at least {least:.3g} with these patterns, got {limit}.")
             return self._choice(least_error(self._errors, costs, limit))
         assert budget.target_speedup is not None
-        limit = self.costs.share_for_speedup(budget.target_speedup)
-        least = float(self._costs().min(1).sum())
-        if limit < least:
-            most_speedup = self.costs.speedup(least)
-            raise ValueError(
-                f"`target_speedup` must be at most {most_speedup:.3g} here, where attention is "
-                f"{self.costs.step_share:.0%} of a step, got {budget.target_speedup}."
-            )
+        limit = self.costs.share_for_speedup(budget.target_speedup, float(self._costs().min(1).sum()))
         return self._choice(least_error(self._errors, self._costs(), limit))
 
     def by_rule(self, rule: GreedyRule, losses: np.ndarray | None = None) -> Choice:

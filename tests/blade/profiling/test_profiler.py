@@ -189,3 +189,19 @@ def test_speed_and_error_as_budgets_with_costs_timed(request_for, budget):
     else:
         assert costs.speedup(report.choice.cost) >= 1.001 - 1e-9
     assert report.config.patterns.assignment.shape == (2, 2, 2)
+
+
+def test_what_cannot_be_met_is_said_before_anything_is_measured(request_for):
+    request = request_for(budget=Budget(target_speedup=50.0))
+    with pytest.raises(ValueError, match=r"`target_speedup` must be at most 1\.\d+ here"):
+        profile_attention(request)
+    assert not list(request.output.rglob("prompt-*"))
+    with pytest.raises(ValueError, match="`method` must be budgeted in several processes"):
+        request_for(method="published", share=(1, 2))
+
+
+def test_the_published_threshold_is_tried_against_dense_videos(request_for):
+    report = profile_attention(
+        request_for(method="published", budget=None, rule=GreedyRule(threshold=0.0), verify_prompts=1)
+    )
+    assert report.choice.density == pytest.approx(1) and report.verified[0].psnr > 60
