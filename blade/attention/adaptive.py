@@ -140,11 +140,22 @@ def select(
     key_lengths: torch.Tensor | None = None,
 ) -> BlockMask:
     """Choose the key blocks of every query block. See `adaptive_attention`."""
+    return keep_most_important(block_importance(query, key, plan, draw, key_lengths), plan)
+
+
+def block_importance(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    plan: AdaptivePlan,
+    draw: torch.Tensor,
+    key_lengths: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Score the key blocks for every query block, (B or 1, H or 1, blocks, blocks). See `adaptive_attention`."""
     config, budget = plan.config, plan.budget
     block_size = (config.block_size, config.block_size)
     if config.selector == "sampled":
         query_offsets, key_offsets = draw.unbind(0)
-        importance = sampled_importance(
+        return sampled_importance(
             query,
             key,
             query_offsets,
@@ -153,16 +164,20 @@ def select(
             key_lengths=key_lengths,
             softmax_denominator=config.softmax_denominator,
         )
-    elif config.selector == "mean-pooled":
-        importance = mean_pooled_importance(query, key, block_size, key_lengths=key_lengths)
-    elif config.selector == "random":
-        importance = random_scores(draw, (1, query.shape[2], budget.blocks, budget.blocks))
-    else:
-        assert plan.nearness is not None
-        importance = plan.nearness
+    if config.selector == "mean-pooled":
+        return mean_pooled_importance(query, key, block_size, key_lengths=key_lengths)
+    if config.selector == "random":
+        return random_scores(draw, (1, query.shape[2], budget.blocks, budget.blocks))
+    assert plan.nearness is not None
+    return plan.nearness
+
+
+def keep_most_important(importance: torch.Tensor, plan: AdaptivePlan) -> BlockMask:
+    """Keep the blocks of the largest scores, as many as the plan's budget has. See `block_importance`."""
+    config, budget = plan.config, plan.budget
     return select_blocks(
         importance,
-        block_size,
+        (config.block_size, config.block_size),
         max_blocks=budget.text_blocks + budget.kept_blocks,
         min_blocks=plan.min_blocks,
         cumulative_mass=config.cumulative_mass,

@@ -29,7 +29,6 @@ COLOURS = {
     "local": "#E69F00",
     "dense": "#000000",
     "preset": "#56B4E9",
-    "patterns": "#882255",
     "config": "#B8A800",
 }
 """A colour for each kind of attention, most of them Okabe and Ito's, which the colour-blind can tell apart."""
@@ -43,8 +42,9 @@ MARKERS = ("o", "s", "^", "D", "v", "P")
 def plot_report(report: dict[str, Any]) -> bytes | None:
     """Draw a report, and return it as a PNG; None where there is nothing to draw.
 
-    One column a group of prompts; a line joins the runs of one kind of attention at the same steps and guidance. With
-    sparse runs, density runs along the x axis and dense runs are level lines; without, steps do.
+    One column a group of prompts; a line joins the runs of one kind of attention at the same steps and guidance, but
+    for tables of patterns, which stand alone. With sparse runs, density runs along the x axis and dense runs are level
+    lines; without, steps do.
     """
     groups = [name for name in report["prompts"] if any(name in run["groups"] for run in report["runs"])]
     estimated = {name for run in report["runs"] for group in run["groups"].values() for name in group}
@@ -61,7 +61,9 @@ def plot_report(report: dict[str, Any]) -> bytes | None:
             axes.set_title(GROUPS[group].capitalize() if row == 0 else "")
             axes.set_ylabel(label if column == 0 else "")
             axes.set_xlabel("run density" if by_density else "steps")
-            if not by_density:
+            if by_density:
+                axes.set_xlim(0, 1)
+            else:
                 steps = sorted({run["steps"] for run in report["runs"]})
                 axes.set_xscale("log")
                 axes.set_xticks(steps, labels=[str(count) for count in steps])
@@ -84,12 +86,14 @@ def _draw(axes: Axes, runs: list[dict[str, Any]], group: str, measure: str, by_d
     for run in runs:
         if measure in run["groups"].get(group, {}):
             settings = () if not by_density else (run["steps"],)
-            series[(run["attention"], run["guidance"], *settings)].append(run)
+            # tables of patterns have nothing in common but that they are tables
+            kind = run["name"] if run["attention"] == "patterns" else run["attention"]
+            series[(kind, run["guidance"], *settings)].append(run)
     for index, ((attention, guidance, *steps), members) in enumerate(series.items()):
         guided = f"guidance {guidance:g}" if guidance > 1 else "no guidance"
         label = f"{attention}, {f'{steps[0]} steps, ' if steps else ''}{guided}"
         estimates = [run["groups"][group] for run in members]
-        colour = COLOURS[attention] if by_density else f"C{index}"
+        colour = COLOURS.get(attention, f"C{index}") if by_density else f"C{index}"
         if by_density and attention == "dense":
             estimate = estimates[0][measure]
             style = (":", "--", "-.")[index % 3]

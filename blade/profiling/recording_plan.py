@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from blade.attention.adaptive import AdaptivePlan, draw_table, select
+from blade.attention.adaptive import AdaptivePlan, block_importance, draw_table, keep_most_important
 from blade.attention.family import ModelFamily
 from blade.attention.pattern_plan import PatternPlan, order_places
 from blade.attention.pattern_table import uniform_table
 from blade.attention.patterns import HeadPattern, pattern_blocks
-from blade.config import BladeConfig
+from blade.config import AdaptiveConfig, BladeConfig
 from blade.profiling.assignment import GreedyRule
 from blade.profiling.measure import Candidates, LayerMeasurement, column_mass, measure_layer
 from blade.token_grid import TokenGrid
@@ -87,7 +87,7 @@ class RecordingPlan:
             self._groups.setdefault(config.asa.token_order, ([], []))
         self._text = torch.tensor(self.grid.text_blocks(size), device=self.device)
         self._adaptive = [AdaptivePlan.of(config, self.grid, self.device) for config in self.recording.adaptive]
-        self._draws: dict[tuple[int, int], Tensor] = {}
+        self._draws: dict[tuple[AdaptiveConfig, int], Tensor] = {}
         self._patterns: PatternPlan | None = None
 
     @property
@@ -176,11 +176,15 @@ class RecordingPlan:
                         masks.append(self._vertical(pattern, columns))
             moved = (query, key) if tokens is None else (x.index_select(1, tokens) for x in (query, key))
             ordered_query, ordered_key = moved
+            scores: dict[AdaptiveConfig, Tensor] = {}  # sparsities share them
             for number, plan in enumerate(self._adaptive):
-                if plan.token_order == order:
-                    draw = self._draw(number, layer, query.shape[2])
-                    numbers.append(len(recording.candidates) + number)
-                    masks.append(select(ordered_query, ordered_key, plan, draw, key_lengths).keep)
+                if plan.token_order != order:
+                    continue
+                if plan.config not in scores:
+                    draw = self._draw(plan.config, layer, query.shape[2])
+                    scores[plan.config] = block_importance(ordered_query, ordered_key, plan, draw, key_lengths)
+                numbers.append(len(recording.candidates) + number)
+                masks.append(keep_most_important(scores[plan.config], plan).keep)
             groups.append(Candidates(numbers=tuple(numbers), masks=tuple(masks), tokens=tokens))
         return groups
 
@@ -211,11 +215,10 @@ class RecordingPlan:
         shuffled = torch.randperm(blocks, generator=torch.Generator().manual_seed(layer))
         return shuffled[(self.step * count + torch.arange(count)) % blocks].sort().values
 
-    def _draw(self, number: int, layer: int, heads: int) -> Tensor:
-        if (number, layer) not in self._draws:
-            config = self.recording.adaptive[number]
-            self._draws[number, layer] = draw_table(config, layer, heads).to(self.device)
-        draws = self._draws[number, layer]
+    def _draw(self, details: AdaptiveConfig, layer: int, heads: int) -> Tensor:
+        if (details, layer) not in self._draws:
+            self._draws[details, layer] = draw_table(BladeConfig(asa=details), layer, heads).to(self.device)
+        draws = self._draws[details, layer]
         return draws[self.step % len(draws)]
 
 
