@@ -74,7 +74,7 @@ def plot_report(report: dict[str, Any]) -> bytes | None:
             elif measure == "realism_error":
                 axes.set_ylim(bottom=0)
     handles, labels = grid[0][0].get_legend_handles_labels()
-    columns = max(1, min(1 + len(groups), len(labels)))
+    columns = max(1, min(len(groups), len(labels)))
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")

@@ -127,11 +127,13 @@ def column_mass(
     blocks = -(-tokens // block_size)
     places = torch.linspace(0, tokens - 1, min(queries, tokens), device=query.device).long()
     total = torch.zeros(heads, blocks, dtype=torch.float64, device=query.device)
+    together = max(1, CHUNK_BYTES // (heads * tokens * 4))
     for item in range(len(query)):
-        logits = _logits(query[item, places].transpose(0, 1), key[item].transpose(0, 1), blocks * block_size)
-        _hide(logits, tokens if key_lengths is None else key_lengths[item])
-        weights = logits.softmax(-1).unflatten(-1, (blocks, block_size))
-        total += weights.sum((1, 3), dtype=torch.float64)
+        for some in places.split(together):
+            logits = _logits(query[item, some].transpose(0, 1), key[item].transpose(0, 1), blocks * block_size)
+            _hide(logits, tokens if key_lengths is None else key_lengths[item])
+            weights = logits.softmax(-1).unflatten(-1, (blocks, block_size))
+            total += weights.sum((1, 3), dtype=torch.float64)
     return total / total.sum(-1, keepdim=True)
 
 
