@@ -18,12 +18,12 @@ ORDERS = ("raster", "token_major", "gilbert", "bricks(2,2,2)")
 PATTERNS = (
     HeadPattern(kind="full"),
     HeadPattern(kind="skip"),
-    HeadPattern(kind="diagonal", frames=0.0),
     HeadPattern(kind="diagonal", frames=0.5),
     HeadPattern(kind="multi_diagonal", frames=0.6, first_frame=True),
     HeadPattern(kind="vertical", share=0.3),
     HeadPattern(kind="window", windows={"frame": Window(width=2), "column": Window(width=2, offset=1, stride=3)}),
     HeadPattern(kind="window", windows={"place": Window(width=3)}),
+    HeadPattern(kind="diagonal", frames=0.0),
 )
 
 

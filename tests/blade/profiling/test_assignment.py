@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from blade.profiling.assignment import greedy_choice, least_cost, least_error
+from blade.profiling.assignment import GreedyRule, least_cost, least_error
 
 
 def instance(rng, items, candidates):
@@ -13,6 +13,12 @@ def instance(rng, items, candidates):
     errors, costs = rng.random((items, candidates)) ** 3, rng.random((items, candidates))
     errors[:, 0], costs[:, 0] = 0.0, 1.0
     return errors, costs
+
+
+def greedy(errors, densities, weight=0.5, threshold=1.0):
+    """The published rule's choice, with errors as they are."""
+    rule = GreedyRule(weight=weight, threshold=threshold)
+    return rule.decide((errors + weight * densities).T)
 
 
 def test_nothing_within_the_budget_has_a_smaller_error():
@@ -37,7 +43,7 @@ def test_it_is_never_worse_than_the_published_rule_at_its_cost(threshold):
         errors = rng.random((items, 8)) ** 2 * 2 * rng.random((items, 1))
         densities = np.linspace(1, 0, 8)
         errors[:, 0] = 0.0
-        choice = greedy_choice(errors, 1 - densities, threshold=threshold)
+        choice = greedy(errors, densities, threshold=threshold)
         rows = np.arange(items)
         found = least_error(errors, np.broadcast_to(densities, errors.shape), densities[choice].sum())
         assert found.error <= errors[rows, choice].sum() + 1e-9
@@ -48,10 +54,10 @@ def test_a_larger_threshold_never_keeps_more():
     rng = np.random.default_rng(2)
     errors, densities = rng.random((200, 5)) * 2, np.array([1.0, 0.6, 0.3, 0.2, 0.0])
     errors[:, 0] = 0.0
-    kept = [densities[greedy_choice(errors, 1 - densities, threshold=t)].sum() for t in (0.0, 0.2, 0.5, 1.0, 2.0, 9.0)]
+    kept = [densities[greedy(errors, densities, threshold=t)].sum() for t in (0.0, 0.2, 0.5, 1.0, 2.0, 9.0)]
     assert kept == sorted(kept, reverse=True) and kept[0] == 200 and kept[-1] < 120
     # without a cost, and with nothing too bad, no head stays full
-    assert (greedy_choice(errors, 1 - densities, weight=0.0, threshold=np.inf) > 0).all()
+    assert (greedy(errors, densities, weight=0.0, threshold=np.inf) > 0).all()
 
 
 def test_a_budget_below_the_cheapest_choice_is_refused_with_that():
