@@ -70,14 +70,14 @@ def measure_influences(
     for place, (first, last) in zip(places, bands):
         place[::apart, first:last] = True
     names = [f"layers {first} to {last - 1}" for first, last in bands]
-    factors = runs.errors(names, places) / np.maximum([expected[place].sum() for place in places], LEAST)
+    factors = _ratios(runs.errors(names, places), expected, places)
     by_layer = np.repeat(factors, [last - first for first, last in bands])
     expected = expected * by_layer
     places = np.zeros((len(stretches), *expected.shape), dtype=bool)
     for place, (first, last) in zip(places, stretches):
         place[first:last] = True
     names = [f"steps {first} to {last - 1}" for first, last in stretches]
-    factors = runs.errors(names, places) / np.maximum([expected[place].sum() for place in places], LEAST)
+    factors = _ratios(runs.errors(names, places), expected, places)
     middles = [(first + last - 1) / 2 for first, last in stretches]
     by_step = np.exp(np.interp(np.arange(steps), middles, np.log(factors)))
     influences = by_step[:, None] * by_layer
@@ -140,6 +140,16 @@ def generate_kept(pipe: Any, request: GenerationRequest, config: BladeConfig, fo
         generation = generate(pipe, request, attention=kept_passes(transformer, passes))
     shutil.rmtree(passes)
     return generation
+
+
+def _ratios(errors: np.ndarray, expected: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """What parts add to the video's error for their own; those that have none get the geometric mean of the others."""
+    within = np.array([expected[place].sum() for place in places])
+    known = within > LEAST
+    if not known.any():
+        return np.ones(len(errors))
+    ratios = errors / np.maximum(within, LEAST)
+    return np.where(known, ratios, np.exp(np.log(ratios[known]).mean()))
 
 
 def _stretches(steps: int) -> list[tuple[int, int]]:

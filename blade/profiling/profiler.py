@@ -24,6 +24,12 @@ from blade.video_io import write_files
 SOURCE_NAME = "source.json"
 """In a folder of recordings, what they are of."""
 
+SAME_FIELDS = (
+    "revision", "negative_prompt", "flow_shift", "dtype", "student", "student_weight", "scheduler", "loras",
+    "quantize",
+)  # fmt: skip
+"""Fields of a request, beside those of the source, that recordings of one folder have in common."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
@@ -91,7 +97,7 @@ def record_prompts(
             f"`model` must have one transformer to be profiled, but a {type(pipe).__name__} has {len(transformers)}."
         )
     (transformer,) = transformers.values()
-    _check_folder(folder, source, recording)
+    _check_folder(folder, source, recording, requests[0])
     own = range(share[0] - 1, len(requests), share[1])
     pace = _Pace(len(own), source.steps, on_step)
     for place, number in enumerate(own):
@@ -118,9 +124,10 @@ def dense_video(folder: Path, number: int) -> np.ndarray:
         return archive["frames"]
 
 
-def _check_folder(folder: Path, source: ProfileSource, recording: Recording) -> None:
+def _check_folder(folder: Path, source: ProfileSource, recording: Recording, request: GenerationRequest) -> None:
     """Refuse to mix recordings of different things; note what these are of."""
-    wanted = source.to_dict() | {"recording": json.loads(json.dumps(_plain(recording)))}
+    more = {"recording": _plain(recording), **{name: getattr(request, name) for name in SAME_FIELDS}}
+    wanted = source.to_dict() | json.loads(json.dumps(more))
     path = folder / SOURCE_NAME
     folder.mkdir(parents=True, exist_ok=True)
     if not path.is_file():

@@ -85,6 +85,11 @@ class RecordingPlan:
             masks.append(pattern_blocks(pattern, self.grid, size, order, self.device).unsqueeze(0))
         for config in self.recording.adaptive:
             self._groups.setdefault(config.asa.token_order, ([], []))
+        # the sequence in each order, as places in the model's; None: in that one
+        self._tokens: dict[str, Tensor | None] = {order: None}
+        for other in self._groups:
+            if other != order:
+                self._tokens[other] = order_places(self.grid, order, other, self.device).argsort()
         self._text = torch.tensor(self.grid.text_blocks(size), device=self.device)
         self._adaptive = [AdaptivePlan.of(config, self.grid, self.device) for config in self.recording.adaptive]
         self._draws: dict[tuple[AdaptiveConfig, int], Tensor] = {}
@@ -167,7 +172,7 @@ class RecordingPlan:
     ) -> list[Candidates]:
         recording, groups = self.recording, []
         for order, (static_numbers, static_masks) in self._groups.items():
-            tokens = self._tokens(order)
+            tokens = self._tokens[order]
             numbers, masks = list(static_numbers), list(static_masks)
             if order == recording.token_order:
                 for number, pattern in enumerate(recording.candidates):
@@ -199,12 +204,6 @@ class RecordingPlan:
             keep[head, list(most_attended_blocks(weights, pattern.share, self._text.cpu().numpy()))] = True
         keep = (keep | self._text).unsqueeze(1).expand(-1, keep.shape[1], -1)
         return keep | self._text[:, None]
-
-    def _tokens(self, order: str) -> Tensor | None:
-        """The sequence in another order, as places in the model's."""
-        if order == self.recording.token_order:
-            return None
-        return order_places(self.grid, self.recording.token_order, order, self.device).argsort()
 
     def _query_blocks(self, layer: int) -> Tensor | None:
         blocks = -(-self.grid.sequence_length // self.recording.block_size)

@@ -16,6 +16,7 @@ from blade.models import load_pipeline
 from blade.profiling import recording
 from blade.profiling.assignment import GreedyRule
 from blade.profiling.attention_profiler import ProfileRequest, profile_attention
+from blade.profiling.influence import _ratios
 from blade.profiling.profile import PROFILE_NAME, AttentionProfile
 from blade.profiling.profiler import dense_video
 from blade.profiling.recording_plan import Recording
@@ -102,6 +103,7 @@ def test_recordings_of_something_else_are_refused(request_for):
         ({"generation": replace(request.generation, steps=5)}, "another `steps`, 4 instead of 5"),
         ({"prompts": PROMPTS[::-1]}, "another `prompts`"),
         ({"sampled_blocks": 3}, "another `recording`"),
+        ({"generation": replace(request.generation, dtype="bfloat16")}, "another `dtype`"),
     ):
         with pytest.raises(ValueError, match=message):
             profile_attention(replace(request, **change))
@@ -205,3 +207,13 @@ def test_the_published_threshold_is_tried_against_dense_videos(request_for):
         request_for(method="published", budget=None, rule=GreedyRule(threshold=0.0), verify_prompts=1)
     )
     assert report.choice.density == pytest.approx(1) and report.verified[0].psnr > 60
+
+
+def test_parts_without_an_error_of_their_own_count_like_the_others():
+    expected = np.array([[1.0, 2.0], [0.0, 0.0], [4.0, 4.0]])
+    places = np.zeros((3, 3, 2), dtype=bool)
+    for step, place in enumerate(places):
+        place[step] = True
+    found = _ratios(np.array([0.3, 1e-8, 0.2]), expected, places)
+    assert found == pytest.approx([0.1, np.sqrt(0.1 * 0.025), 0.025])
+    assert (_ratios(np.full(3, 1e-8), np.zeros((3, 2)), places) == 1).all()
