@@ -70,8 +70,8 @@ def generate(
         ValueError: if BLADE cannot be applied to this model, or it does not take what the request says.
         MemoryError: if the device has too little memory; says what would need less.
     """
-    wanted = _arguments(pipe, request)
-    _prepare_sampler(pipe, request)
+    wanted = call_arguments(pipe, request)
+    prepare_sampler(pipe, request)
     config = request.blade_config
     if config is None and any(applied_to(transformer) for transformer in find_transformers(pipe).values()):
         config = BladeConfig(attention="dense")  # a student brings its own
@@ -113,7 +113,7 @@ def generate(
     )
 
 
-def _arguments(pipe: Any, request: GenerationRequest) -> dict[str, Any]:
+def call_arguments(pipe: Any, request: GenerationRequest) -> dict[str, Any]:
     """The arguments of a pipeline's call; what a request leaves open stays the pipeline's own."""
     assert request.height is not None and request.width is not None
     size = (request.height, request.width)
@@ -143,7 +143,7 @@ def _arguments(pipe: Any, request: GenerationRequest) -> dict[str, Any]:
     return {name: value for name, value in wanted.items() if value is not None and name in parameters}
 
 
-def _prepare_sampler(pipe: Any, request: GenerationRequest) -> None:
+def prepare_sampler(pipe: Any, request: GenerationRequest) -> None:
     """Set what is no argument of a pipeline's call: the scheduler's shift, and a guider's scale."""
     if request.flow_shift is not None:
         pipe.scheduler = set_flow_shift(pipe.scheduler, request.flow_shift)

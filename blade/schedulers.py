@@ -15,7 +15,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
-PREDICTION_TYPES = ("flow_prediction", "v_prediction")
+from blade.diffusion import PREDICTION_TYPES, mix, renew_noise, split_prediction
 
 _HASHED = 4096  # numbers of the first sample that the noise is drawn from
 
@@ -237,11 +237,7 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
         if index == len(self.timesteps):
             raise ValueError("The run is over; call `set_timesteps` before another one.")
         alpha, sigma = self._levels(self._grid()[index])
-        output, noisy = model_output.float(), sample.float()
-        if self.config.prediction_type == "flow_prediction":
-            clean, noise = noisy - sigma * output, noisy + alpha * output
-        else:
-            clean, noise = alpha * noisy - sigma * output, sigma * noisy + alpha * output
+        clean, noise = split_prediction(self.config.prediction_type, model_output, sample, alpha, sigma)
         next_sample = clean
         if index + 1 < len(self.timesteps):
             alpha, sigma = self._levels(self._grid()[index + 1])
@@ -252,8 +248,8 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
                 fresh = randn_tensor(
                     noise.shape, generator=generator or self._generator, device=noise.device, dtype=noise.dtype
                 )
-                noise = kept * noise + (1 - kept**2) ** 0.5 * fresh
-            next_sample = alpha * clean + sigma * noise
+                noise = renew_noise(noise, fresh, kept)
+            next_sample = mix(clean, noise, alpha, sigma)
         self._step_index = index + 1
         next_sample = next_sample.to(sample.dtype)
         if not return_dict:
@@ -262,10 +258,22 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
 
     def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """Bring clean samples to the noise of a time, one for each."""
-        levels = [self._levels(float(time)) for time in timesteps]
-        shape = (-1, *(1,) * (original_samples.ndim - 1))
-        alpha, sigma = (original_samples.new_tensor(values).view(shape) for values in zip(*levels))
-        return alpha * original_samples + sigma * noise
+        alpha, sigma = self.levels(timesteps, original_samples.ndim)
+        return mix(original_samples, noise, *(level.to(original_samples) for level in (alpha, sigma)))
+
+    def levels(self, times: torch.Tensor, dimensions: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return signal and noise at times.
+
+        Args:
+            times: (B,), whole numbers with `v_prediction`.
+            dimensions: of the samples.
+
+        Returns:
+            Alpha and sigma, each (B, 1, ...) float32 of `dimensions` dimensions, on the device of `times`.
+        """
+        pairs = torch.tensor([self._levels(float(time)) for time in times])
+        alpha, sigma = pairs.T.to(times.device).reshape(2, -1, *(1,) * (dimensions - 1))
+        return alpha, sigma
 
     def _grid(self) -> Sequence[float]:
         """The grid in force, as Python's numbers."""

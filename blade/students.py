@@ -8,16 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from diffusers import SchedulerMixin
 from torch import nn
 
 from blade.attention.applied import applied_to
-from blade.attention.apply import STUDENT_ATTRIBUTE, find_transformers, install_blade
+from blade.attention.apply import STUDENT_ATTRIBUTE, find_transformers, install_blade, remove_blade
 from blade.attention.family import find_family
 from blade.config import CONFIG_NAME, BladeConfig
-from blade.models import first_line, look_up
+from blade.models import first_line, look_up, main_transformer
 from blade.pipelines import released_students
 from blade.schedulers import FewStepScheduler
+from blade.step_condition import StepCondition
 
 if TYPE_CHECKING:
     from blade.pipelines import ReleasedStudent
@@ -27,6 +29,12 @@ ADAPTER = "blade_student"
 
 WEIGHT_NAME = "pytorch_lora_weights.safetensors"
 """Name of the LoRA's file where none is given, as Diffusers saves it."""
+
+CONDITION_NAME = "step_condition.safetensors"
+"""Where a student keeps what it is told of the number of steps by, if it is for several."""
+
+TRANSFORMER_FOLDER = "transformer"
+"""Where a student of whole weights keeps them."""
 
 SCHEDULER_FOLDER = "scheduler"
 """Where a student of this project keeps its `scheduler_config.json`, beside its LoRA."""
@@ -56,8 +64,8 @@ class Student:
     def __str__(self) -> str:
         where = self.source if self.subfolder is None else f"{self.source}/{self.subfolder}"
         steps = "steps unknown" if self.steps is None else f"{' or '.join(map(str, self.steps))} steps"
-        attention = "attention as it was"
-        if self.config is not None:
+        attention = "attention as it was" if self.config is None else "dense attention"
+        if self.config is not None and self.config.attention != "dense":
             attention = f"{self.config.attention} at sparsity {self.config.sparsity:g}"
         return f"student {where}: {steps}, guidance {self.guidance_scale:g}, {attention}"
 
@@ -69,6 +77,7 @@ class _Before:
     scheduler: Any
     configs: dict[str, BladeConfig | None]
     adapters: dict[str, list[str]]
+    transformers: dict[str, nn.Module]
 
 
 @dataclass
@@ -77,6 +86,7 @@ class _Loaded:
 
     before: _Before
     student: Student | None = None
+    condition: StepCondition | None = None
 
 
 def loaded_student(pipe: Any) -> Student | None:
@@ -124,8 +134,9 @@ def load_student(
 
     Args:
         pipe: the pipeline of the model that the student was trained from.
-        source: a folder or Hub id: one of this project (a LoRA, a `blade_config.json` and a scheduler), a published
-            one that this project knows (BLADE's `GYP666/VIDEO-BLADE`), or any few-step LoRA that Diffusers loads.
+        source: a folder or Hub id: one of this project (a LoRA or a whole transformer, a `blade_config.json` and a
+            scheduler), a published one that this project knows (BLADE's `GYP666/VIDEO-BLADE`), or any few-step LoRA
+            that Diffusers loads.
         subfolder: where in it; found by itself where only one fits the model.
         weight_name: name of the LoRA's file.
         weight_name_2: of the LoRA of the second transformer, for pipelines that have two.
@@ -144,12 +155,19 @@ def load_student(
     transformers = find_transformers(pipe)
     files = _Files(str(source))
     released = _released(files, transformers)
-    subfolder = files.find_subfolder(subfolder, weight_name or WEIGHT_NAME, released.family if released else None)
+    is_whole = weight_name is None and files.fetch(subfolder, f"{TRANSFORMER_FOLDER}/config.json") is not None
+    if not is_whole:
+        subfolder = files.find_subfolder(subfolder, weight_name or WEIGHT_NAME, released.family if released else None)
+    elif weight != 1.0:
+        raise ValueError(f"`weight` must be 1: {source} is a whole transformer and no LoRA, got {weight}.")
     before = _Before(
         pipe.scheduler,
         {name: applied.config if (applied := applied_to(one)) else None for name, one in transformers.items()},
         {name: _active_adapters(one) for name, one in transformers.items()},
+        transformers,
     )
+    if is_whole and any(before.adapters.values()):
+        raise ValueError(f"`source` {source} is a whole transformer, which the loaded LoRAs are not for; unload them.")
     config = files.read_config(subfolder)
     sampler = scheduler = parse_times(scheduler) if isinstance(scheduler, str) else scheduler
     if isinstance(scheduler, Sequence):
@@ -167,9 +185,13 @@ def load_student(
     loaded = _Loaded(before)
     setattr(pipe, STUDENT_ATTRIBUTE, loaded)
     try:
-        _load_weights(pipe, files, subfolder, weight_name, weight_name_2)
-        for name, transformer in transformers.items():
-            _activate(transformer, [*before.adapters[name], ADAPTER], weight)
+        if is_whole:
+            _replace_transformer(pipe, files, subfolder)
+        else:
+            _load_weights(pipe, files, subfolder, weight_name, weight_name_2)
+            for name, transformer in transformers.items():
+                _activate(transformer, [*before.adapters[name], ADAPTER], weight)
+        loaded.condition = _load_condition(pipe, files, subfolder, sampler)
         if config is not None:
             install_blade(pipe, config)
         if sampler is not None:
@@ -198,7 +220,12 @@ def unload_student(pipe: Any, *, missing_ok: bool = False) -> None:
             return
         raise ValueError("No student is loaded here; call `load_student` first.")
     before = loaded.before
-    transformers = find_transformers(pipe)
+    if loaded.condition is not None:
+        loaded.condition.remove()
+    remove_blade(pipe)
+    for name, transformer in before.transformers.items():
+        setattr(pipe, name, transformer)
+    transformers = before.transformers
     for name, transformer in transformers.items():
         if ADAPTER in getattr(transformer, "peft_config", {}):
             _activate(transformer, before.adapters[name] or [ADAPTER])
@@ -245,6 +272,11 @@ class _Files:
                 f"{listed}."
             )
         return found.pop() or None
+
+    def inside(self, subfolder: str | None) -> list[str]:
+        """The names of the files in a subfolder."""
+        prefix = "" if subfolder is None else f"{subfolder}/"
+        return [name.removeprefix(prefix) for name in self.names if name.startswith(prefix)]
 
     def fetch(self, subfolder: str | None, name: str) -> Path | None:
         """The path of a file here; None if there is none."""
@@ -307,6 +339,48 @@ def _load_weights(
             ) from error
     if not any(ADAPTER in getattr(one, "peft_config", {}) for one in find_transformers(pipe).values()):
         raise ValueError(f"`source` {files.source} holds no weights for this model's transformer.")
+
+
+def _replace_transformer(pipe: Any, files: _Files, subfolder: str | None) -> None:
+    """Put a student of whole weights in the transformer's place."""
+    before = main_transformer(pipe)
+    prefix = f"{TRANSFORMER_FOLDER}/"
+    paths = [files.fetch(subfolder, name) for name in files.inside(subfolder) if name.startswith(prefix)]
+    folder = next(path.parent for path in paths if path is not None)
+    try:
+        transformer = type(before).from_pretrained(folder)
+    except Exception as error:  # whatever Diffusers and safetensors raise for a broken model
+        raise ValueError(f"`source` {files.source}: the transformer cannot be loaded: {first_line(error)}") from error
+    differing = [key for key, value in before.config.items() if key[0] != "_" and transformer.config.get(key) != value]
+    if differing:
+        raise ValueError(
+            f"`source` {files.source} is a student of another model: its `{differing[0]}` is "
+            f"{transformer.config.get(differing[0])} instead of {before.config[differing[0]]}."
+        )
+    like = next(before.parameters())
+    pipe.transformer = transformer.to(like.device, like.dtype).eval().requires_grad_(False)
+
+
+def _load_condition(pipe: Any, files: _Files, subfolder: str | None, sampler: Any) -> StepCondition | None:
+    """Tell a student for several numbers of steps how many there are."""
+    path = files.fetch(subfolder, CONDITION_NAME)
+    if path is None:
+        return None
+    from safetensors.torch import load_file
+
+    weight = load_file(path)["weight"]
+    transformer, counts = main_transformer(pipe), [len(grid) for grid in sampler.config.grids]
+    embedding = find_family(transformer).time_embedding(transformer)
+    condition = StepCondition(embedding, {ADAPTER: len(weight)})
+    condition.vectors[ADAPTER].weight.data.copy_(weight)
+    condition.requires_grad_(False)
+
+    def choose() -> tuple[str, torch.Tensor] | None:
+        count = len(pipe.scheduler.timesteps)
+        return (ADAPTER, torch.tensor([counts.index(count)])) if count in counts else None
+
+    condition.choose = choose
+    return condition
 
 
 def _active_adapters(transformer: nn.Module) -> list[str]:

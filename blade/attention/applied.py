@@ -6,6 +6,7 @@ import inspect
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,6 +26,18 @@ logger = logging.getLogger("blade")
 
 HOOK_NAME = "blade"
 """Name of BLADE's hook in the transformer's registry of Diffusers hooks."""
+
+
+@dataclass(frozen=True)
+class PassState:
+    """What the layers of a transformer were told for one forward pass."""
+
+    plan: Plan | None
+    """What they share; None in a dense pass."""
+    row: int
+    """The row of their tables that they read."""
+    sparse: tuple[bool, ...]
+    """Which of them are sparse."""
 
 
 class AppliedBlade(ModelHook):
@@ -69,7 +82,11 @@ class AppliedBlade(ModelHook):
         self.permutation: torch.Tensor | None = None
         self._inverse: torch.Tensor | None = None
         self.plan: Plan | None = None
+        self.state = PassState(None, 0, ())
+        """What the layers were told last."""
         self.method = method_of(config) if method is None else method
+        self.paused = False
+        """Whether everything is dense for now."""
         self._plans: dict[tuple[TokenGrid, torch.device], Plan] = {}
         self._rows = 0
         self._parameters = tuple(inspect.signature(type(transformer).forward).parameters)[1:]
@@ -184,7 +201,7 @@ class AppliedBlade(ModelHook):
                     "`set_attn_processor` do. Call `apply_blade` again."
                 )
         plan, step, dense_steps, row = None, 0, 0, 0
-        if any(layer.dense_reason is None for layer in self.layers):
+        if not self.paused and any(layer.dense_reason is None for layer in self.layers):
             step, total = self.steps.resolve(inputs["timestep"])
             dense_steps = self._dense_steps(total)
             if total is None or dense_steps < total:
@@ -196,17 +213,24 @@ class AppliedBlade(ModelHook):
         if self.step.device != device:
             with torch.inference_mode(False):
                 self.step = self.step.to(device)
+        sparse = []
         for layer in self.layers:
             layer.move(device, self.step)
-            layer.plan = plan
-            layer.sparse = (
+            sparse.append(
                 plan is not None
                 and layer.dense_reason is None
                 and step >= dense_steps
                 and self.method.is_sparse(layer.index, row, self._rows)
             )
-        self.step.fill_(row)
+        self.put_back(PassState(plan, row, tuple(sparse)))
         return plan
+
+    def put_back(self, state: PassState) -> None:
+        """Tell the layers what they were told before, such as for the forward pass that a backward pass recomputes."""
+        self.state = state
+        for layer, sparse in zip(self.layers, state.sparse):
+            layer.plan, layer.sparse = state.plan, sparse
+        self.step.fill_(state.row)
 
     def _fill_tables(self, total: int | None) -> None:
         """Give the layers what they read at the steps of such a run."""

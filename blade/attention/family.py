@@ -59,6 +59,10 @@ class ModelFamily(Protocol):
         """Return the main blocks, one for each of `attention_layers`."""
         ...
 
+    def time_embedding(self, transformer: nn.Module) -> nn.Module:
+        """Return the module that makes the embedding of the time, (B, channels)."""
+        ...
+
     def heads(self, attention: nn.Module) -> int:
         """Return the number of heads of a self-attention module."""
         ...

@@ -48,6 +48,8 @@ class StepResolver:
             pipe: the pipeline whose scheduler drives the transformer, if there is one. It is not kept alive.
         """
         self.context = ContextRecorder()
+        self.fixed: tuple[int, int | None] | None = None
+        """What `resolve` answers whatever else there is: a caller that runs the transformer by itself knows best."""
         self._pipe = weakref.ref(pipe) if pipe is not None else None
         self._step = 0
         self._timestep: float | None = None
@@ -58,6 +60,8 @@ class StepResolver:
         Args:
             timestep: the transformer's timesteps, of any shape; only the largest counts.
         """
+        if self.fixed is not None:
+            return self.fixed
         scheduler_step, scheduler_total = self._from_scheduler()
         step = getattr(self.context.latest, "step_index", None)
         if step is not None:

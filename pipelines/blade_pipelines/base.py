@@ -24,6 +24,8 @@ class DiffusersFamily:
     """What stands in for those."""
     attention_name: ClassVar[str]
     """Name of the self-attention in a block."""
+    time_embedding_name: ClassVar[str]
+    """Name of the module that makes the embedding (B, channels) of the time."""
 
     def recognises(self, transformer: nn.Module) -> bool:
         """Return whether the transformer is of this family."""
@@ -40,6 +42,10 @@ class DiffusersFamily:
     def attention_layers(self, transformer: nn.Module) -> Sequence[nn.Module]:
         """Return the self-attention of every block."""
         return [getattr(block, self.attention_name) for block in self.blocks(transformer)]
+
+    def time_embedding(self, transformer: nn.Module) -> nn.Module:
+        """Return the module that makes the embedding of the time."""
+        return transformer.get_submodule(self.time_embedding_name)
 
     def heads(self, attention: nn.Module) -> int:
         """Return the number of heads."""

@@ -72,6 +72,7 @@ class CogVideoXFamily(DiffusersFamily):
     processors = (CogVideoXAttnProcessor2_0, FusedCogVideoXAttnProcessor2_0)
     sparse_processor = CogVideoXSparseProcessor
     attention_name = "attn1"
+    time_embedding_name = "time_embedding"
 
     def preset_name(self, transformer: nn.Module) -> str:
         """Return the preset for this version and size of model."""

@@ -86,6 +86,7 @@ class HunyuanVideoFamily(DiffusersFamily):
     processors = (HunyuanVideoAttnProcessor2_0,)
     sparse_processor = HunyuanVideoSparseProcessor
     attention_name = "attn"
+    time_embedding_name = "time_text_embed.timestep_embedder"
 
     def preset_name(self, transformer: nn.Module) -> str:
         """Return the one preset that there is."""
@@ -168,6 +169,7 @@ class HunyuanVideo15Family(HunyuanVideoFamily):
     guidance_takes_two_passes = True
     transformers = (HunyuanVideo15Transformer3DModel,)
     processors = (HunyuanVideo15AttnProcessor2_0,)
+    time_embedding_name = "time_embed.timestep_embedder"
 
     def sampling_defaults(self, pipe: Any, height: int | None, width: int | None) -> SamplingDefaults:
         """Return the size that Diffusers' pipeline derives from the model, and the guidance of its guider."""

@@ -63,6 +63,7 @@ class LTXVideoFamily(DiffusersFamily):
     processors = (LTXVideoAttnProcessor,)
     sparse_processor = LTXVideoSparseProcessor
     attention_name = "attn1"
+    time_embedding_name = "time_embed.emb.timestep_embedder"
 
     def preset_name(self, transformer: nn.Module) -> str:
         """Return the one preset that there is."""

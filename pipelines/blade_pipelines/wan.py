@@ -79,6 +79,7 @@ class WanFamily(DiffusersFamily):
     processors = (WanAttnProcessor,)
     sparse_processor = WanSparseProcessor
     attention_name = "attn1"
+    time_embedding_name = "condition_embedder.time_embedder"
 
     def recognises(self, transformer: nn.Module) -> bool:
         """Return whether this is one of the two.

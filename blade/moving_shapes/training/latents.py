@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKLWan
 
+from blade.training_run import numpy_rng
+
 from ..captions import Caption, sample_caption
 from ..world import Scene, render, sample_scene
-from .checkpoint import numpy_rng
 
 LATENT_STREAM = 3
 ENCODED_TOGETHER = 8

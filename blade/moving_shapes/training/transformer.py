@@ -12,10 +12,11 @@ from diffusers.training_utils import EMAModel
 from torch import nn
 from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
+from blade.training_run import TrainingLog, load_checkpoint, numpy_rng, save_checkpoint, torch_rng
+
 from ..captions import OPTIONAL, sample_caption
 from ..realism import realism_error
 from ..scoring import score
-from .checkpoint import TrainingLog, load_checkpoint, numpy_rng, save_checkpoint, torch_rng
 from .components import FLOW_SHIFT, build_pipeline, build_text_encoder, build_tokenizer, build_transformer
 from .latents import LatentStore
 from .muon import muon_and_adamw, set_learning_rate

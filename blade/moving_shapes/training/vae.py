@@ -12,9 +12,10 @@ from diffusers import AutoencoderKLWan
 from diffusers.training_utils import EMAModel
 from torch.nn import functional as F
 
+from blade.training_run import TrainingLog, load_checkpoint, numpy_rng, save_checkpoint, torch_rng
+
 from ..captions import sample_caption
 from ..world import render, sample_scene
-from .checkpoint import TrainingLog, load_checkpoint, numpy_rng, save_checkpoint, torch_rng
 from .components import build_vae
 from .muon import muon_and_adamw, set_learning_rate
 

@@ -48,6 +48,23 @@ def wan_2_1_t2v_1_3b_student() -> BladeConfig:
     return student(0.798, replace(PUBLISHED, cumulative_mass=0.95, min_fraction=0.05, pooled_window=30))
 
 
+def wan_student() -> BladeConfig:
+    """Values for a student of any other Wan transformer: those of the paper's; trained weights only."""
+    return wan_2_1_t2v_1_3b_student()
+
+
+def wan_shapes_student() -> BladeConfig:
+    """Values for a student of the bundled moving-shapes model (ASA_GT); trained weights only.
+
+    Sources:
+        sparsity 0.8: as in the paper.
+        block_size 32, probe_tokens 16: as `wan_shapes`.
+        pooled_window 36: makes 36 pooled tokens of 1,296; a density of 0.028, as the paper's 1/30.
+        All else: as the paper's student, without the rule of cumulative mass, which its cap makes inert.
+    """
+    return student(0.8, replace(PUBLISHED, block_size=32, pooled_window=36))
+
+
 TRAINING_FREE: dict[str, Callable[[], BladeConfig]] = {
     "wan": wan,
     "wan2.1-t2v-1.3b": wan,
@@ -55,5 +72,9 @@ TRAINING_FREE: dict[str, Callable[[], BladeConfig]] = {
 }
 """Presets for ordinary weights, by name."""
 
-STUDENT: dict[str, Callable[[], BladeConfig]] = {"wan2.1-t2v-1.3b": wan_2_1_t2v_1_3b_student}
+STUDENT: dict[str, Callable[[], BladeConfig]] = {
+    "wan": wan_student,
+    "wan2.1-t2v-1.3b": wan_2_1_t2v_1_3b_student,
+    "shapes": wan_shapes_student,
+}
 """Presets for weights that were trained with them, by name."""

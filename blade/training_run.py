@@ -1,4 +1,4 @@
-"""What every training stage shares: checkpoints that survive a kill at any point, a log, and progress."""
+"""What every training shares: checkpoints that survive a kill at any point, a log, and progress."""
 
 from __future__ import annotations
 
@@ -14,11 +14,19 @@ import torch
 
 
 def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
-    """Write a checkpoint under a temporary name, then rename it, so that a kill leaves the old or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a checkpoint under a temporary name, then rename it, so that a kill leaves the old or the new one.
+
+    Raises:
+        OSError: if it cannot be written, for example on a full disk; the old one stays as it is.
+    """
     temporary = path.with_suffix(".tmp")
-    torch.save(dict(state), temporary)
-    os.replace(temporary, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(dict(state), temporary)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # PyTorch's writer has a RuntimeError for a full disk
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"The checkpoint {path} cannot be written, so that the one before it stays: {error}") from error
 
 
 def load_checkpoint(path: Path) -> dict[str, Any] | None:

@@ -1,0 +1,1 @@
+"""Distillation: few-step students that have learned to live with sparsity."""

@@ -1,0 +1,439 @@
+"""A distillation from its configuration to the student's folder: what `blade-distill` does."""
+
+from __future__ import annotations
+
+import logging
+import resource
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from blade.attention.apply import find_transformers
+from blade.attention.family import find_family
+from blade.config import BladeConfig
+from blade.distillation.conditioning import PromptEmbeddings, encode_prompts
+from blade.distillation.config import DistillationConfig, student_attention
+from blade.distillation.parallel import Processes
+from blade.distillation.roles import TRAINED
+from blade.distillation.student_files import read_weights, write_student
+from blade.distillation.trainer import Trainer
+from blade.distillation.trajectory import make_sampler
+from blade.distillation.validation import validate
+from blade.generation_files import read_prompts
+from blade.generation_request import GenerationRequest, resolve_request
+from blade.machine import GIB, describe_machine, describe_versions
+from blade.models import BUNDLED, load_pipeline, main_transformer, resolve_device
+from blade.pipelines import preset_names
+from blade.training_run import TrainingLog, load_checkpoint, save_checkpoint
+
+logger = logging.getLogger("blade")
+
+CHECKPOINTS, VALIDATION, EMBEDDINGS, LOG_NAME = "checkpoints", "validation", "embeddings", "log.jsonl"
+"""Parts of a student's folder beside the student itself."""
+
+FREE = (
+    "output",
+    "embeddings",
+    "trackers",
+    "validation",
+    "run.updates",
+    "run.checkpoint_every",
+    "run.checkpoints_kept",
+    "run.device",
+    "run.parallel",
+    "run.batch_size",
+    "run.accumulation",
+)
+"""Settings that a stopped run may go on with other values of; of the last two only the product counts."""
+
+BUNDLED_PROMPTS, BUNDLED_SEED = 4096, 606
+"""Captions that the bundled model is distilled with where no prompts are given, and the seed of their sampling."""
+
+LAG_UPDATES = 25
+"""Updates over which the fake score is compared with the teacher."""
+
+DISTILLED_WORDS = ("distill", "lightning", "turbo", "lcm", "causvid", "lightx2v", "fast", "few-step")
+"""In a model's name, what says that it is for few steps already."""
+
+PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "triton")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillationReport:
+    """What became of a distillation; `print` it."""
+
+    output: Path
+    """The student's folder."""
+    updates: int
+    """Of the generator, all in all."""
+    seconds: float
+    """Of this run."""
+    skipped: Mapping[str, int]
+    """Steps that were left out, of each role."""
+    scores: Mapping[str, float]
+    """Of the last validation."""
+
+    def __str__(self) -> str:
+        skipped = ", ".join(f"{role} {count}" for role, count in self.skipped.items())
+        lines = [
+            f"student     {self.output} (blade-generate --student {self.output})",
+            f"updates     {self.updates}, in {self.seconds / 60:.1f} min; left out: {skipped}",
+        ]
+        lines += [f"validation  {name} {value:.3f}" for name, value in self.scores.items()]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """What a distillation would take; `print` it."""
+
+    seconds_update: float
+    """Of one update, the second of two."""
+    updates: int
+    peak_gib: float
+    """Memory at most: of the GPU, or of the process on a CPU."""
+    device: str
+    trained_parameters: int
+    prompts: int
+
+    def __str__(self) -> str:
+        hours = self.seconds_update * self.updates / 3600
+        return "\n".join(
+            [
+                f"update      {self.seconds_update:.2f} s (measured); {self.updates} of them: {hours:.2f} hours",
+                f"memory      {self.peak_gib:.2f} GiB at most on {self.device} (measured)",
+                f"trained     {self.trained_parameters:,} weights, of student and fake score together",
+                f"prompts     {self.prompts:,}, whose embeddings are made first; that time is not counted",
+            ]
+        )
+
+
+def distill(
+    config: DistillationConfig, *, dry_run: bool = False, on_progress: Callable[[str], None] = lambda text: None
+) -> DistillationReport | Estimate:
+    """Train a student, or go on with one that was stopped.
+
+    Started on several processes, by `accelerate launch` or torchrun, they share the work.
+
+    Args:
+        config: how.
+        dry_run: only measure what it takes, by two updates; nothing is written.
+        on_progress: told how far the preparations are.
+
+    Returns:
+        What became of it, or what it would take.
+
+    Raises:
+        ValueError: for a configuration that cannot be met, embeddings of another model, or a checkpoint of another
+            configuration.
+        ArithmeticError: if training diverges.
+        OSError: if a file cannot be written; the last checkpoint stays whole then.
+    """
+    from accelerate import PartialState
+
+    device = resolve_device(config.run.device)
+    state = PartialState(cpu=device.type == "cpu")
+    processes = Processes(state, config.run.parallel, device if state.num_processes == 1 else None)
+    output = Path(config.output).expanduser()
+    prompts = training_prompts(config)
+    checkpoint = None if dry_run else _newest_checkpoint(output)
+    saved = None if checkpoint is None else load_checkpoint(checkpoint)
+    if saved is not None:
+        _check_resumable(saved, config, processes, checkpoint)
+    with ExitStack() as stack:
+        folder = Path(config.embeddings).expanduser() if config.embeddings else output / EMBEDDINGS
+        if dry_run:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        job = _Job(config, processes, prompts, folder, on_progress, dry_run=dry_run)
+        if dry_run:
+            return job.estimate()
+        if saved is not None:
+            job.trainer.load_state_dict(saved["trainer"])
+            job.hours_before = saved["hours"]
+        return job.run(output)
+
+
+def training_prompts(config: DistillationConfig) -> list[str]:
+    """The prompts that a configuration names, or captions of the bundled model's own world.
+
+    Raises:
+        ValueError: if the file has none, or none is named for another model.
+    """
+    if config.prompts is not None:
+        return read_prompts(config.prompts)
+    if config.model != BUNDLED:
+        raise ValueError(f"`prompts` must be a file with prompts for {config.model}, one a line; got none.")
+    from blade.moving_shapes.captions import sample_caption
+
+    rng = np.random.default_rng(BUNDLED_SEED)
+    return [str(sample_caption(rng, objects=1 + number % 2)) for number in range(BUNDLED_PROMPTS)]
+
+
+class _Job:
+    """A training with everything around it."""
+
+    def __init__(
+        self,
+        config: DistillationConfig,
+        processes: Processes,
+        prompts: Sequence[str],
+        embeddings: Path,
+        on_progress: Callable[[str], None],
+        *,
+        dry_run: bool,
+    ) -> None:
+        self.config, self.processes, self.prompts = config, processes, prompts
+        self.hours_before = 0.0
+        device = processes.device
+        precision = config.run.precision or ("bf16" if device.type == "cuda" else "fp32")
+        self.dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+        self.kept_dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        pipe = load_pipeline(config.model, revision=config.revision, device=device, dtype=self.kept_dtype)
+        pipe.set_progress_bar_config(disable=True)
+        self.pipe, transformer = pipe, main_transformer(pipe)
+        if len(find_transformers(pipe)) > 1:
+            raise ValueError(f"`model` {config.model} has two transformers, of which students cannot be made.")
+        _warn_of_distilled(config.model, transformer)
+        size = config.video
+        request = GenerationRequest(
+            prompt=prompts[0],
+            negative_prompt=config.generator.negative_prompt,
+            model=config.model,
+            revision=config.revision,
+            attention="dense",
+            height=size.height,
+            width=size.width,
+            frames=size.frames,
+            guidance_scale=config.generator.guidance_scale,
+            flow_shift=None,
+            device=str(device),
+        )
+        self.request = resolve_request(request, pipe)
+        assert self.request.guidance_scale is not None
+        self.guidance_scale = self.request.guidance_scale
+        trajectory = config.trajectory
+        flow_shift = trajectory.flow_shift
+        if flow_shift is None and trajectory.times is None:
+            flow_shift = self.request.flow_shift
+        self.sampler = make_sampler(
+            pipe.scheduler,
+            trajectory.steps,
+            flow_shift=flow_shift,
+            times=trajectory.times,
+            noise_kept=trajectory.noise_kept,
+        )
+        self.attention = student_attention(config.attention, _student_preset(transformer))
+        needed = list(prompts)
+        if dry_run:
+            batch = config.run.batch_size * config.run.accumulation * processes.count
+            needed = [prompts[number % len(prompts)] for number in range(min(len(prompts), 2 * batch))]
+        share = (processes.index, processes.count)
+        encode_prompts(pipe, self.request, needed, embeddings, share=share, on_progress=on_progress)
+        processes.wait()
+        self._place_others(torch.device("cpu"))
+        self.trainer = Trainer(
+            pipe,
+            config,
+            PromptEmbeddings(embeddings, needed),
+            self.sampler,
+            self.attention,
+            processes,
+            guidance_scale=self.guidance_scale,
+            dtype=self.dtype,
+        )
+        if config.weights.start_from is not None:
+            source = Path(config.weights.start_from).expanduser()
+            self.trainer.start_from(read_weights(source, config.weights))
+
+    def estimate(self) -> Estimate:
+        """Do two updates, and measure the second."""
+        device = self.processes.device
+        self.trainer.train_update()
+        seconds = self.trainer.train_update()["update_seconds"]
+        if device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(device) / GIB
+        else:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
+        count = sum(
+            parameter.numel() for role in TRAINED for parameter in self.trainer.roles.named_parameters(role).values()
+        )
+        return Estimate(
+            seconds_update=seconds,
+            updates=self.config.run.updates,
+            peak_gib=peak,
+            device=str(describe_machine(device)["device"]),
+            trained_parameters=count,
+            prompts=len(self.prompts),
+        )
+
+    def run(self, output: Path) -> DistillationReport:
+        """Train to the end."""
+        config, trainer, processes = self.config, self.trainer, self.processes
+        run, began = config.run, time.perf_counter()
+        trackers = self._trackers(output)
+        log = None
+        if processes.is_first:
+            log = TrainingLog(output / LOG_NAME, stage="distillation", start=trainer.update, total=run.updates)
+        scores: dict[str, float] = {}
+        ratios: list[float] = []
+        while trainer.update < run.updates:
+            record = trainer.train_update()
+            done = trainer.update
+            ratios = [*ratios, record["critic_ratio"]][-LAG_UPDATES:]
+            if len(ratios) == LAG_UPDATES and sum(ratios) / len(ratios) > 1 and done % LAG_UPDATES == 0:
+                logger.warning(
+                    f"The fake score lags: in the last {LAG_UPDATES} updates its error for the student's samples was "
+                    f"{sum(ratios) / len(ratios):.2f} times the teacher's. Raise `fake.learning_rate` or "
+                    "`fake.updates`, or lower `generator.learning_rate`."
+                )
+            if config.validation.every and (done % config.validation.every == 0 or done == run.updates):
+                scores = self._validate(output / VALIDATION / f"{done:06d}")
+                record |= scores
+            if log is not None:
+                log.write(done, **record)
+            if trackers is not None:
+                trackers.log(record, step=done)
+            if done % run.checkpoint_every == 0 or done == run.updates:
+                hours = self.hours_before + (time.perf_counter() - began) / 3600
+                self._save(output, hours, scores)
+        if trackers is not None:
+            trackers.end_training()
+        processes.wait()
+        return DistillationReport(
+            output=output,
+            updates=trainer.update,
+            seconds=time.perf_counter() - began,
+            skipped={role: optimizer.skipped for role, optimizer in trainer.optimizers.items()},
+            scores=scores,
+        )
+
+    def _validate(self, folder: Path) -> dict[str, float]:
+        config, device = self.config.validation, self.processes.device
+        prompts = config.prompts or list(self.prompts[: config.count])
+        self._place_others(device)
+        try:
+            return validate(self.trainer, self.request, prompts, folder, self.processes)
+        finally:
+            self._place_others(torch.device("cpu"))
+
+    def _place_others(self, device: torch.device) -> None:
+        """Bring text encoders and VAE to a device; they are needed before training and between updates only."""
+        for name, part in self.pipe.components.items():
+            if isinstance(part, nn.Module) and not name.startswith("transformer"):
+                part.to(device)
+
+    def _save(self, output: Path, hours: float, scores: Mapping[str, float]) -> None:
+        """Write a checkpoint, and the student as it is now."""
+        trainer, config = self.trainer, self.config
+        state, weights = trainer.state_dict(), trainer.student_weights()
+        if self.processes.is_first:
+            folder = output / CHECKPOINTS
+            content = {
+                "trainer": state,
+                "hours": hours,
+                "config": config.to_dict(),
+                "batch_size": trainer.batch_size,
+            }
+            save_checkpoint(folder / f"update-{trainer.update:06d}.pt", content)
+            for old in sorted(folder.glob("update-*.pt"))[: -config.run.checkpoints_kept]:
+                old.unlink()
+            machine = describe_machine(self.processes.device)
+            versions = describe_versions(PACKAGES)
+            facts = {
+                "base": "the bundled moving-shapes model" if config.model == BUNDLED else config.model,
+                "source": str(config.output),
+                "updates": trainer.update,
+                "batch": trainer.batch_size,
+                "prompts": f"{len(self.prompts):,}",
+                "size": f"{self.request.frames} frames of {self.request.height}x{self.request.width}",
+                "guidance_scale": self.guidance_scale,
+                "trained": "all weights" if config.weights.full else f"a LoRA of rank {config.weights.rank}",
+                "scores": ", ".join(f"{name.replace('_', ' ')}: {value:.3f}" for name, value in scores.items()),
+                "machine": f"{machine['device']} ({self.processes.count} process(es))",
+                "versions": ", ".join(f"{name} {version}" for name, version in versions.items() if version),
+                "hours": hours,
+            }
+            write_student(
+                output,
+                transformer=main_transformer(self.pipe),
+                weights=weights,
+                config=config,
+                sampler=self.sampler,
+                attention=self.attention,
+                facts=facts,
+                dtype=self.kept_dtype,
+            )
+        self.processes.wait()
+
+    def _trackers(self, output: Path) -> Any:
+        if not self.config.trackers:
+            return None
+        from accelerate import Accelerator
+
+        accelerator = Accelerator(log_with=list(self.config.trackers), project_dir=str(output))
+        accelerator.init_trackers("blade-distill", config={key: str(one) for key, one in _flat(self.config).items()})
+        return accelerator
+
+
+def _student_preset(transformer: nn.Module) -> BladeConfig:
+    """The model's values for students; of one that has none, its others at the paper's sparsity."""
+    name = find_family(transformer).preset_name(transformer)
+    if name in preset_names("student"):
+        return BladeConfig.from_preset(name, "student")
+    preset = BladeConfig.from_preset(name)
+    return replace(preset, kind="student", sparsity=0.8, pooled_tokens="all", dense_steps=0, dense_layers=())
+
+
+def _warn_of_distilled(model: str, transformer: nn.Module) -> None:
+    if getattr(transformer.config, "guidance_embeds", False):
+        logger.warning(
+            f"{model} is distilled for guidance already: it takes its strength as an input, which stays the same for "
+            "teacher and student."
+        )
+    words = [word for word in DISTILLED_WORDS if word in model.lower()]
+    if words:
+        logger.warning(
+            f'`model` {model} seems to be distilled for few steps already ("{words[0]}" in its name). A teacher '
+            "should be a model for many steps: of one for few, only the mistakes are passed on."
+        )
+
+
+def _newest_checkpoint(output: Path) -> Path | None:
+    found = sorted((output / CHECKPOINTS).glob("update-*.pt"))
+    return found[-1] if found else None
+
+
+def _flat(config: DistillationConfig | Mapping[str, Any]) -> dict[str, Any]:
+    values = config if isinstance(config, Mapping) else config.to_dict()
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= {f"{name}.{key}": one for key, one in _flat(value).items()}
+        else:
+            flat[name] = value
+    return flat
+
+
+def _check_resumable(
+    saved: Mapping[str, Any], config: DistillationConfig, processes: Processes, path: Path | None
+) -> None:
+    """Refuse to go on with another configuration; say what differs."""
+    before, now = _flat(saved["config"]), _flat(config)
+    names = [name for name in now if not name.startswith(FREE) and before.get(name) != now[name]]
+    differences = [f"`{name}` {before.get(name)} instead of {now[name]}" for name in names]
+    run = config.run
+    batch = run.batch_size * run.accumulation * processes.count
+    if saved["batch_size"] != batch:
+        differences.append(f"{saved['batch_size']} samples an update instead of {batch}")
+    if config.optimizer.schedule != "constant" and before["run.updates"] != now["run.updates"]:
+        differences.append(f"`run.updates` {before['run.updates']} instead of {now['run.updates']}, with a schedule")
+    if differences:
+        raise ValueError(f"The checkpoint {path} was made with {'; '.join(differences)}. Name another `output`.")

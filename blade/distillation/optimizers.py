@@ -1,0 +1,134 @@
+"""Optimizers of the trained roles, their learning rates, and steps that are left out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from statistics import median
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from blade.distillation.config import OptimizerConfig
+from blade.distillation.parallel import shared_out_like, whole
+
+REMEMBERED = 50
+"""Norms of gradients that the next one is compared with."""
+
+MOST_SKIPPED = 20
+"""Steps left out in a row after which training has failed."""
+
+FEWEST = 10
+"""With fewer, only values that are not finite are left out."""
+
+
+class RoleOptimizer:
+    """The optimizer of one role."""
+
+    def __init__(
+        self, parameters: Iterable[nn.Parameter], config: OptimizerConfig, learning_rate: float, skip_factor: float
+    ) -> None:
+        """Make one.
+
+        Args:
+            parameters: what is trained.
+            config: how.
+            learning_rate: the largest.
+            skip_factor: a gradient so many times as large as the median of the last ones is left out.
+        """
+        self.parameters = list(parameters)
+        self.config, self.learning_rate, self.skip_factor = config, learning_rate, skip_factor
+        self.optimizer = _make(self.parameters, config, learning_rate)
+        self.norms: list[float] = []
+        self.skipped = self.skipped_in_a_row = 0
+
+    def set_rate(self, share: float) -> None:
+        """Set the learning rate to a share of the largest."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate * share
+
+    def step(self, loss: float) -> tuple[float, bool]:
+        """Clip the gradients and take a step, unless something is not finite or the gradient explodes.
+
+        The gradient's norm is the same on all processes, and so is the decision if `loss` is.
+
+        Args:
+            loss: mean over all processes.
+
+        Returns:
+            The norm of the gradient before it was clipped, and whether the step was taken.
+
+        Raises:
+            ArithmeticError: if too many in a row were not.
+        """
+        total = nn.utils.clip_grad_norm_(self.parameters, self.config.clip)
+        norm = float(total.full_tensor() if isinstance(total, DTensor) else total)
+        explodes = len(self.norms) >= FEWEST and norm > self.skip_factor * median(self.norms)
+        taken = math.isfinite(loss) and math.isfinite(norm) and not explodes
+        if taken:
+            self.optimizer.step()
+        else:
+            self.skipped += 1
+        self.skipped_in_a_row = 0 if taken else self.skipped_in_a_row + 1
+        if math.isfinite(norm):
+            self.norms = [*self.norms, norm][-REMEMBERED:]
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.skipped_in_a_row >= MOST_SKIPPED:
+            raise ArithmeticError(
+                f"The last {MOST_SKIPPED} steps were left out: losses or gradients are not finite, or explode. Go on "
+                "from the last checkpoint with lower learning rates."
+            )
+        return norm, taken
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next step depends on, whole; all processes must call it."""
+        return {"optimizer": whole(self.optimizer.state_dict()), "norms": self.norms, "skipped": self.skipped}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state_dict` was called."""
+        saved = state["optimizer"]
+        own = {
+            number: {name: _like(value, self.parameters[number]) for name, value in values.items()}
+            for number, values in saved["state"].items()
+        }
+        self.optimizer.load_state_dict({**saved, "state": own})
+        self.norms, self.skipped = list(state["norms"]), state["skipped"]
+
+
+def learning_rate_share(config: OptimizerConfig, update: int, updates: int, *, decays: bool) -> float:
+    """The learning rate at an update as a share of the largest.
+
+    Args:
+        config: warm-up and schedule.
+        update: from 0.
+        updates: in all.
+        decays: whether the schedule counts, as it does for the student.
+    """
+    share = min((update + 1) / (config.warmup_updates + 1), 1.0)
+    if decays and config.schedule == "cosine":
+        share *= (1 + math.cos(math.pi * update / updates)) / 2
+    return share
+
+
+def _make(parameters: list[nn.Parameter], config: OptimizerConfig, learning_rate: float) -> torch.optim.Optimizer:
+    options: dict[str, Any] = {
+        "lr": learning_rate,
+        "betas": (config.beta1, config.beta2),
+        "eps": config.epsilon,
+        "weight_decay": config.weight_decay,
+    }
+    if config.name == "adamw":
+        return torch.optim.AdamW(parameters, **options)
+    try:
+        from torchao.optim import AdamW8bit
+    except ImportError as error:
+        raise ValueError(
+            '`optimizer.name` adamw-8bit needs the extra `quantize`: pip install "blade-video[quantize]".'
+        ) from error
+    return AdamW8bit(parameters, **options)
+
+
+def _like(value: Any, parameter: nn.Parameter) -> Any:
+    return shared_out_like(value, parameter) if isinstance(value, torch.Tensor) else value

@@ -1,0 +1,156 @@
+"""A student as a folder: weights, sampler, attention, and a card that says how it was made and how to use it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from jinja2 import Environment, StrictUndefined
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from blade.config import BladeConfig
+from blade.distillation.config import DistillationConfig, WeightsConfig
+from blade.distillation.trajectory import SMALLEST
+from blade.schedulers import FewStepScheduler
+from blade.step_condition import ATTRIBUTE
+from blade.students import CONDITION_NAME, SCHEDULER_FOLDER, TRANSFORMER_FOLDER, WEIGHT_NAME
+
+CONFIG_NAME = "distillation.yaml"
+"""What the student was made by."""
+
+CARD_NAME = "README.md"
+
+FULL_WEIGHT_NAME = "diffusion_pytorch_model.safetensors"
+"""As Diffusers calls the weights of a transformer."""
+
+
+def write_student(
+    folder: Path,
+    *,
+    transformer: nn.Module,
+    weights: Mapping[str, torch.Tensor],
+    config: DistillationConfig,
+    sampler: FewStepScheduler,
+    attention: BladeConfig | None,
+    facts: Mapping[str, Any],
+    dtype: torch.dtype,
+) -> None:
+    """Write a student; what was there is replaced file by file, each of which is whole at any time.
+
+    Args:
+        folder: made if missing.
+        transformer: the base, for its configuration.
+        weights: of the student, whole, by the names of `trained_parameters`.
+        config: how it was made.
+        sampler: its sampler.
+        attention: its attention; None: dense.
+        facts: what else the card says.
+        dtype: of the weights that are written.
+
+    Raises:
+        OSError: if a file cannot be written.
+    """
+    temporary = folder / f".student.{os.getpid()}.tmp"
+    try:
+        temporary.mkdir(parents=True, exist_ok=True)
+        marker = f".{ATTRIBUTE}."
+        condition = {name: one for name, one in weights.items() if marker in name}
+        rest = {name: one.to(dtype).contiguous() for name, one in weights.items() if name not in condition}
+        if config.weights.full:
+            target = temporary / TRANSFORMER_FOLDER
+            transformer.save_config(target)
+            save_file(rest, target / FULL_WEIGHT_NAME, metadata={"format": "pt"})
+        else:
+            save_file(_lora(rest, config.weights.alpha / config.weights.rank), temporary / WEIGHT_NAME)
+        if condition:
+            save_file({"weight": next(iter(condition.values())).contiguous()}, temporary / CONDITION_NAME)
+        sampler.save_pretrained(temporary / SCHEDULER_FOLDER)
+        (attention or BladeConfig(attention="dense", kind="student")).save_pretrained(temporary)
+        text = yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True)
+        (temporary / CONFIG_NAME).write_text(text, encoding="utf-8")
+        (temporary / CARD_NAME).write_text(_card(config, sampler, attention, facts), encoding="utf-8")
+        for path in sorted(temporary.rglob("*")):
+            if path.is_file():
+                place = folder / path.relative_to(temporary)
+                place.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(path, place)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def read_weights(folder: Path, config: WeightsConfig) -> dict[str, torch.Tensor]:
+    """Read a student's weights, by the names of `trained_parameters`.
+
+    Args:
+        folder: that `write_student` wrote.
+        config: what they are for.
+
+    Raises:
+        ValueError: if there are none of this kind or rank.
+    """
+    path = folder / (f"{TRANSFORMER_FOLDER}/{FULL_WEIGHT_NAME}" if config.full else WEIGHT_NAME)
+    if not path.is_file():
+        raise ValueError(f"`weights.start_from` must be a student's folder with a {path.name}, got {folder}.")
+    weights = {name.removeprefix("transformer."): one.float() for name, one in load_file(path).items()}
+    if config.full:
+        return weights
+    ranks = {one.shape[0] for name, one in weights.items() if ".lora_A." in name}
+    if ranks != {config.rank}:
+        raise ValueError(f"`weights.start_from` must have the rank {config.rank} of `weights.rank`, got {ranks}.")
+    scale = config.rank / config.alpha
+    return {name: one * scale if ".lora_B." in name else one for name, one in weights.items()}
+
+
+def _lora(weights: Mapping[str, torch.Tensor], scale: float) -> dict[str, torch.Tensor]:
+    """A LoRA under Diffusers' keys, its scale in its weights, so that nothing else has to say it."""
+    return {
+        f"transformer.{name}": (one * scale if ".lora_B." in name else one).contiguous()
+        for name, one in weights.items()
+    }
+
+
+def _card(
+    config: DistillationConfig, sampler: FewStepScheduler, attention: BladeConfig | None, facts: Mapping[str, Any]
+) -> str:
+    environment = Environment(
+        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
+    template = environment.from_string((files("blade.distillation") / "student_card.md.jinja").read_text("utf-8"))
+    stock, why_not = stock_sampler(config, sampler)
+    return template.render(
+        config=config,
+        attention=attention,
+        grids=[[round(time, 2) for time in grid] for grid in sampler.config.grids],
+        steps=" or ".join(str(count) for count in sampler.step_counts),
+        stock=stock,
+        why_not=why_not,
+        **facts,
+    )
+
+
+def stock_sampler(config: DistillationConfig, sampler: FewStepScheduler) -> tuple[str | None, str | None]:
+    """How a scheduler of Diffusers does the same.
+
+    Returns:
+        The Python expression that makes one of the pipeline's own, and None; or None, and why there is none.
+    """
+    if sampler.config.noise_kept < 1:
+        return None, "every step renews a part of the noise, which no scheduler of Diffusers does at these times"
+    if config.trajectory.times is not None:
+        return None, "its times are its own, which no scheduler of Diffusers comes to"
+    if len(sampler.step_counts) > 1:
+        return None, "it is told how many steps there are, which stock Diffusers cannot"
+    if sampler.config.prediction_type == "v_prediction":
+        return 'CogVideoXDDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")', None
+    highest = max(sampler.config.grids[0]) / sampler.config.num_train_timesteps
+    # solved for the shift s: the first level of noise is s u / (1 + (s - 1) u) at u = `SMALLEST`
+    shift = highest * (1 - SMALLEST) / (SMALLEST * (1 - highest))
+    options = 'prediction_type="flow_prediction", use_flow_sigmas=True, solver_order=1'
+    return f"DPMSolverMultistepScheduler({options}, flow_shift={shift:g})", None

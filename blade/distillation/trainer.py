@@ -1,0 +1,295 @@
+"""Training a few-step student from prompts alone.
+
+An update is: a rollout of the student, the updates of the fake score, which learns what the student makes now, and one
+of the student, led by teacher and fake score. Everything random is keyed by the update and the sample, so that a
+stopped run goes on bit by bit as it would have, and neither the number of processes nor accumulation changes what is
+computed.
+
+Source: TDM, arXiv 2503.06674, and BLADE, arXiv 2508.10774.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from diffusers.training_utils import EMAModel
+
+from blade.attention.applied import AppliedBlade
+from blade.attention.apply import install_blade
+from blade.attention.family import find_family
+from blade.config import BladeConfig
+from blade.distillation.conditioning import PromptEmbeddings
+from blade.distillation.config import DistillationConfig
+from blade.distillation.draws import COUNT, Draws, prompt_numbers
+from blade.distillation.optimizers import RoleOptimizer, learning_rate_share
+from blade.distillation.parallel import Processes, put_weights, shared_out_like, whole
+from blade.distillation.roles import FAKE, STUDENT, TRAINED, Lora, adapter_roles, separate_roles
+from blade.distillation.trajectory import Trajectory
+from blade.distillation.updates import Batch, Updates
+from blade.models import main_transformer
+from blade.schedulers import FewStepScheduler
+
+ROLLOUT_PART = 0
+"""Number of the rollout among the parts of an update, for the draws of chance; the updates' follow."""
+
+WARMUP_STAGES = 8
+"""Sparsities that a warm-up goes through."""
+
+
+class Trainer:
+    """The state of a training, and what advances it by one update."""
+
+    def __init__(
+        self,
+        pipe: Any,
+        config: DistillationConfig,
+        embeddings: PromptEmbeddings,
+        sampler: FewStepScheduler,
+        attention: BladeConfig | None,
+        processes: Processes,
+        *,
+        guidance_scale: float,
+        dtype: torch.dtype,
+    ) -> None:
+        """Set everything up for the first update.
+
+        Args:
+            pipe: the pipeline; its transformer, without BLADE, becomes the base, and stays so.
+            config: how to train.
+            embeddings: of the prompts.
+            sampler: the student's.
+            attention: the student's; None: dense.
+            processes: this one among others.
+            guidance_scale: of the teacher.
+            dtype: what to compute in.
+        """
+        self.pipe, self.config, self.embeddings = pipe, config, embeddings
+        self.sampler, self.attention, self.processes = sampler, attention, processes
+        self.update = 0
+        transformer = main_transformer(pipe)
+        family = find_family(transformer)
+        sparse = () if attention is None else (STUDENT, FAKE) if config.attention.fake == "student" else (STUDENT,)
+        torch.manual_seed(config.run.seed)  # of the adapters' first weights, the same on all processes
+        weights = config.weights
+        if weights.full:
+            self.roles = separate_roles(transformer, sparse)
+        else:
+            lora = Lora(rank=weights.rank, alpha=weights.alpha, targets=tuple(weights.targets))
+            self.roles = adapter_roles(transformer, lora, sparse)
+        self._tell_numbers(family)
+        self._sparsity = self._install_attention()
+        networks = self.roles.distinct()
+        if config.run.gradient_checkpointing:
+            for network in networks:
+                network.enable_gradient_checkpointing()
+        processes.wrap(networks, family)
+        rates = {STUDENT: config.generator.learning_rate, FAKE: config.fake.learning_rate}
+        self.optimizers = {
+            role: RoleOptimizer(
+                self.roles.named_parameters(role).values(), config.optimizer, rates[role], config.run.skip_factor
+            )
+            for role in TRAINED
+        }
+        self.ema = self._make_ema()
+        together = attention is not None and (attention.dense_steps > 0 or attention.attention == "patterns")
+        device = processes.device
+        negative = embeddings.negative().on(device) if family.guidance_takes_two_passes else None
+        self.updates: list[Updates] = []
+        first_step_number = 0
+        for number, steps in enumerate(config.trajectory.steps):
+            trajectory = Trajectory(
+                sampler=sampler,
+                steps=steps,
+                intervals=config.trajectory.intervals,
+                lowest_time=config.trajectory.lowest_time,
+                highest_time=config.trajectory.highest_time,
+            )
+            self.updates.append(
+                Updates(
+                    self.roles,
+                    trajectory,
+                    negative,
+                    config.fake,
+                    config.generator,
+                    guidance_scale=guidance_scale,
+                    device=device,
+                    dtype=dtype,
+                    together=together,
+                    trajectory_number=number,
+                    first_step_number=first_step_number,
+                )
+            )
+            first_step_number += steps
+
+    @property
+    def batch_size(self) -> int:
+        """Samples of an update, of all processes together."""
+        run = self.config.run
+        return run.batch_size * run.accumulation * self.processes.count
+
+    def number_of(self, steps: int) -> int:
+        """Number of the trajectory of so many steps."""
+        return self.config.trajectory.steps.index(steps)
+
+    def train_update(self) -> dict[str, float]:
+        """Do one update of everything.
+
+        Returns:
+            What there is to log, the same on all processes.
+
+        Raises:
+            ArithmeticError: if training has diverged.
+        """
+        began, config, number = time.perf_counter(), self.config, self.update
+        self._sparsity = self._install_attention()
+        updates = self.updates[Draws(config.run.seed, number, ROLLOUT_PART).integer(COUNT, len(self.updates))]
+        batches = self._batches()
+        draws = [Draws(config.run.seed, number, 1 + part) for part in range(config.fake.updates + 1)]
+        rollout = Draws(config.run.seed, number, ROLLOUT_PART)
+        starts = [updates.rollout(batch, rollout, draws) for batch in batches]
+        log: dict[str, float] = {}
+        for part in range(config.fake.updates):
+            losses = []
+            for place, batch in enumerate(batches):
+                with updates.acting(FAKE, draws[part]), self._accumulating(FAKE, place, batches):
+                    loss = updates.fake_loss(batch, starts[place][part], draws[part]) / len(batches)
+                    loss.backward()
+                losses.append(loss.detach())
+            log |= self._step(FAKE, losses)
+        estimates = []
+        for place, batch in enumerate(batches):
+            with updates.acting(STUDENT, draws[-1]), self._accumulating(STUDENT, place, batches):
+                estimate = updates.generator_loss(batch, starts[place][-1], draws[-1])
+                (estimate.loss / len(batches)).backward()
+            estimates.append(estimate)
+        log |= self._step(STUDENT, [estimate.loss.detach() / len(batches) for estimate in estimates])
+        if self.ema is not None:
+            self.ema.step(self._parameters(STUDENT))
+        sums = [
+            sum(float(getattr(estimate, name)) for estimate in estimates) / len(estimates)
+            for name in ("difference", "fake_error", "teacher_error")
+        ]
+        difference, fake_error, teacher_error = self.processes.mean(sums)
+        self.update += 1
+        return {
+            **log,
+            "difference": difference,
+            "critic_ratio": fake_error / teacher_error,
+            "sparsity": self._sparsity,
+            "update_seconds": time.perf_counter() - began,
+        }
+
+    def student_weights(self, *, averaged: bool = True) -> dict[str, torch.Tensor]:
+        """The student's weights, whole, on the CPU, averaged where that was asked for; all processes must call it."""
+        named = self.roles.named_parameters(STUDENT)
+        if self.ema is None or not averaged:
+            return whole(dict(named))
+        return whole(dict(zip(named, self.ema.shadow_params)))
+
+    def use_averaged(self) -> None:
+        """Put averaged weights in force, until `use_own`."""
+        if self.ema is not None:
+            self.ema.store(self._parameters(STUDENT))
+            self.ema.copy_to(self._parameters(STUDENT))
+
+    def use_own(self) -> None:
+        """Put the student's own weights back."""
+        if self.ema is not None:
+            self.ema.restore(self._parameters(STUDENT))
+
+    def start_from(self, weights: dict[str, torch.Tensor]) -> None:
+        """Begin with the weights of another student, of which the fake score is a copy."""
+        for role in TRAINED:
+            put_weights(self.roles.named_parameters(role), weights)
+        self.ema = self._make_ema()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next update depends on, whole; all processes must call it."""
+        return {
+            "update": self.update,
+            "weights": {role: whole(dict(self.roles.named_parameters(role))) for role in TRAINED},
+            "optimizers": {role: optimizer.state_dict() for role, optimizer in self.optimizers.items()},
+            "ema": None if self.ema is None else whole(self.ema.state_dict()),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state_dict` was called."""
+        self.update = state["update"]
+        for role in TRAINED:
+            put_weights(self.roles.named_parameters(role), state["weights"][role])
+            self.optimizers[role].load_state_dict(state["optimizers"][role])
+        ema = self.ema = self._make_ema()
+        if ema is not None:
+            shadows = [shared_out_like(*pair) for pair in zip(state["ema"]["shadow_params"], ema.shadow_params)]
+            ema.load_state_dict({**state["ema"], "shadow_params": shadows})
+            ema.to(self.processes.device)
+
+    def _batches(self) -> list[Batch]:
+        """This process's batches of the update."""
+        run, processes = self.config.run, self.processes
+        batches = []
+        for place in range(run.accumulation):
+            first = (place * processes.count + processes.index) * run.batch_size
+            samples = range(first, first + run.batch_size)
+            numbers = prompt_numbers(
+                run.seed, self.update * self.batch_size + first, run.batch_size, len(self.embeddings)
+            )
+            conditions = self.embeddings.rows(numbers).on(processes.device)
+            batches.append(Batch(samples=samples, conditions=conditions))
+        return batches
+
+    def _accumulating(self, role: str, place: int, batches: Sequence[Batch]) -> Any:
+        return self.processes.accumulating(self.roles.networks[role], place == len(batches) - 1)
+
+    def _step(self, role: str, losses: Sequence[torch.Tensor]) -> dict[str, float]:
+        optimizer, config = self.optimizers[role], self.config
+        optimizer.set_rate(
+            learning_rate_share(config.optimizer, self.update, config.run.updates, decays=role == STUDENT)
+        )
+        (loss,) = self.processes.mean([sum(float(one) for one in losses)])
+        norm, _ = optimizer.step(loss)
+        name = "student" if role == STUDENT else "fake"
+        return {f"{name}_loss": loss, f"{name}_norm": norm, f"{name}_skipped": float(optimizer.skipped)}
+
+    def _parameters(self, role: str) -> list[torch.nn.Parameter]:
+        return list(self.roles.named_parameters(role).values())
+
+    def _make_ema(self) -> EMAModel | None:
+        decay = self.config.weights.ema_decay
+        return EMAModel(self._parameters(STUDENT), decay=decay, use_ema_warmup=True, power=0.75) if decay else None
+
+    def _tell_numbers(self, family: Any) -> None:
+        """Tell the roles what they cannot see from the time alone."""
+        counts, shared = self.config.trajectory.steps, self.config.trajectory.intervals == "shared"
+        sizes = {}
+        if len(counts) > 1:
+            sizes = {STUDENT: len(counts), FAKE: len(counts)}
+        if shared:
+            sizes[FAKE] = sum(counts)
+        self.roles.tell_numbers(family, sizes)
+
+    def _install_attention(self) -> float:
+        """Put the attention of the present update in force; return its sparsity."""
+        if self.attention is None:
+            return 0.0
+        warmup, sparsity = self.config.attention.warmup_updates, self.attention.sparsity
+        if self.update < warmup:
+            sparsity *= (1 + self.update * WARMUP_STAGES // warmup) / (WARMUP_STAGES + 1)
+        attention = replace(self.attention, sparsity=sparsity)
+        student = self.roles.networks[STUDENT]
+        if student.applied is None or student.applied.config != attention:
+            install_blade(self.pipe, attention)
+            fake = self.roles.networks[FAKE]
+            if fake is not student and FAKE in self.roles.sparse:
+                install_blade(fake.transformer, attention)
+        return sparsity
+
+
+def applied_density(applied: AppliedBlade | None) -> float:
+    """Mean density of the sparse passes that BLADE has counted; 1 without any."""
+    tally = torch.zeros(3) if applied is None else sum(layer.tally.cpu() for layer in applied.layers)
+    return float(tally[0] / tally[1]) if float(tally[1]) else 1.0

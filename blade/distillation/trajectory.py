@@ -1,0 +1,166 @@
+"""The times that a student is trained and sampled at, and what happens between them.
+
+A trajectory of K steps goes down a grid of times g_1 > ... > g_K. The prediction at g_i is taken to the next time of
+the grid, m_i = g_(i+1), or 0 after the last: that is the trajectory's point x_m. Trained is on points further up, x_t
+with t from an interval that begins at m_i, made by adding noise to x_m.
+
+Source: TDM, arXiv 2503.06674, and BLADE, arXiv 2508.10774.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from blade.checks import check_choice
+from blade.schedulers import FewStepScheduler
+
+INTERVALS = ("separate", "shared")
+"""Kinds of intervals: up to the step's own time, so that a time tells which step it belongs to, or up to the highest
+time for all steps."""
+
+SMALLEST = 0.999
+"""Diffusers' flow-matching samplers begin at this share of the noise, before the shift."""
+
+
+def flow_times(steps: int, shift: float) -> tuple[float, ...]:
+    """Return the times of a flow-matching sampler: 1000 s u / (1 + (s - 1) u) at evenly falling u.
+
+    Those of Diffusers' UniPC and DPM-Solver schedulers with `use_flow_sigmas`, which begin at u = 0.999, so that a
+    student can be sampled with either.
+
+    Args:
+        steps: how many.
+        shift: the shift s toward high noise; 1 is none.
+    """
+    shares = [SMALLEST * step / steps for step in range(steps, 0, -1)]
+    return tuple(1000 * shift * share / (1 + (shift - 1) * share) for share in shares)
+
+
+def trailing_times(steps: int, train_steps: int = 1000) -> tuple[float, ...]:
+    """Return the times of a sampler with trailing spacing, whole numbers: 999, 874, ... for 8 of 1000.
+
+    Those of Diffusers' CogVideoX schedulers with `timestep_spacing="trailing"`.
+
+    Args:
+        steps: how many.
+        train_steps: times that the model knows.
+    """
+    return tuple(round(train_steps - train_steps * step / steps) - 1.0 for step in range(steps))
+
+
+def make_sampler(
+    scheduler: Any,
+    steps: Sequence[int],
+    *,
+    flow_shift: float | None = None,
+    times: Sequence[Sequence[float]] | None = None,
+    noise_kept: float = 1.0,
+) -> FewStepScheduler:
+    """Make the sampler that a student is trained with, used with, and saved with.
+
+    Args:
+        scheduler: the model's own.
+        steps: the numbers of steps that the student is for.
+        flow_shift: shift of a flow-matching model's times; None takes the scheduler's own.
+        times: the grids themselves, one for each of `steps`, instead of the usual ones.
+        noise_kept: see `FewStepScheduler`.
+
+    Raises:
+        ValueError: if the model predicts neither a flow nor v, or the values do not go together.
+    """
+    if not steps or len(set(steps)) < len(steps) or min(steps) < 1:
+        raise ValueError(f"`steps` must be one or several different numbers of at least 1, got {list(steps)}.")
+    if times is not None:
+        if flow_shift is not None:
+            raise ValueError("`flow_shift` must not be given with `times`, which it would change.")
+        if [len(grid) for grid in times] != list(steps):
+            raise ValueError(
+                f"`times` must hold one grid for each of `steps` {list(steps)}, got {[list(grid) for grid in times]}."
+            )
+        return FewStepScheduler.like(scheduler, times, noise_kept=noise_kept)
+    sampler = FewStepScheduler.like(scheduler, [[1.0]])  # says what the model predicts
+    if sampler.config.prediction_type == "v_prediction":
+        if flow_shift is not None:
+            raise ValueError(f"`flow_shift` must not be given: a {type(scheduler).__name__} is not for flow matching.")
+        grids = [trailing_times(count, sampler.config.num_train_timesteps) for count in steps]
+    else:
+        own = scheduler.config.get("flow_shift", scheduler.config.get("shift", 1.0))
+        grids = [flow_times(count, own if flow_shift is None else flow_shift) for count in steps]
+    return FewStepScheduler.like(scheduler, grids, noise_kept=noise_kept)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trajectory:
+    """The steps of one number of steps."""
+
+    sampler: FewStepScheduler
+    """The sampler; its times and its noise schedule are in force."""
+    steps: int
+    """Number of steps K; the sampler has a grid of so many."""
+    intervals: str = "separate"
+    """One of `INTERVALS`."""
+    lowest_time: float = 20.0
+    """Nothing is trained below it, where next to no noise is left. Source: TDM's demonstration."""
+    highest_time: float = 980.0
+    """Nor above it, where next to nothing else is left. Source: BLADE's release."""
+
+    def __post_init__(self) -> None:
+        check_choice("intervals", self.intervals, INTERVALS)
+        if not 0 < self.lowest_time < self.highest_time <= self.sampler.config.num_train_timesteps:
+            raise ValueError(
+                f"`lowest_time` must be above 0 and below `highest_time`, got {self.lowest_time} and "
+                f"{self.highest_time}."
+            )
+        for step in range(self.steps):
+            low, high = self.interval(step)
+            if not low < high:
+                raise ValueError(
+                    f"`lowest_time` and `highest_time` leave nothing to train step {step} at, whose interval ends "
+                    f"at {low:g} and {high:g}; the times are {list(self.times)}."
+                )
+
+    @property
+    def kind(self) -> str:
+        """What the model predicts."""
+        return self.sampler.config.prediction_type
+
+    @property
+    def times(self) -> tuple[float, ...]:
+        """The times g_i, descending."""
+        return tuple(next(grid for grid in self.sampler.config.grids if len(grid) == self.steps))
+
+    def next_time(self, step: int) -> float:
+        """The time m_i that a step leads to; 0 after the last."""
+        return self.times[step + 1] if step + 1 < self.steps else 0.0
+
+    def interval(self, step: int) -> tuple[float, float]:
+        """The times that a step is trained at."""
+        top = self.times[step] if self.intervals == "separate" else self.highest_time
+        return max(self.next_time(step), self.lowest_time), min(top, self.highest_time)
+
+    def draw_time(self, step: int, share: float) -> float:
+        """The time at a share, in [0, 1), of a step's interval; a whole one where the model has no others."""
+        low, high = self.interval(step)
+        time = low + share * (high - low)
+        return float(math.floor(time)) if self.kind == "v_prediction" else time
+
+    def levels(self, times: Sequence[float], like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Alpha and sigma at a time for each sample; at time 0, 1 and 0.
+
+        Args:
+            times: B of them.
+            like: (B, ...) samples.
+
+        Returns:
+            Each (B, 1, ...), float32, on the samples' device.
+        """
+        asked = torch.tensor(list(times))
+        alpha, sigma = self.sampler.levels(asked, like.ndim)
+        clean = (asked == 0).view_as(alpha)
+        alpha, sigma = alpha.masked_fill(clean, 1.0), sigma.masked_fill(clean, 0.0)
+        return alpha.to(like.device), sigma.to(like.device)

@@ -1,0 +1,260 @@
+"""The losses of one batch: rollout of the student, then the fake score's or the generator's.
+
+Source: TDM, arXiv 2503.06674, and BLADE, arXiv 2508.10774.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from blade.attention.adaptive import DRAWN_STEPS
+from blade.diffusion import mix, renew_noise, split_prediction
+from blade.distillation.conditioning import Conditions
+from blade.distillation.config import FakeConfig, GeneratorConfig
+from blade.distillation.draws import FRESH_NOISE, NOISE, ROLLOUT, SAMPLE, START, STEPS, Draws
+from blade.distillation.losses import (
+    denoising_loss,
+    diffuse_further,
+    equivalent_noise,
+    error_weight,
+    generator_loss,
+    guide,
+    importance_weight,
+)
+from blade.distillation.roles import FAKE, STUDENT, TEACHER, Roles
+from blade.distillation.trajectory import Trajectory
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Some samples of an update."""
+
+    samples: Sequence[int]
+    """Places in the whole batch of all processes, from 0."""
+    conditions: Conditions
+    """Of their prompts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoisyPoint:
+    """A point of the student's trajectory with noise added to it, and what it was made of."""
+
+    clean: torch.Tensor
+    """x0, the student's prediction, (B, ...) float32."""
+    noisy: torch.Tensor
+    """x_t, without gradient."""
+    times: Sequence[float]
+    """t of each sample."""
+    steps: Sequence[int]
+    """Step of each sample."""
+    levels: tuple[torch.Tensor, torch.Tensor]
+    """Alpha and sigma at t, (B, 1, ...)."""
+    weight: torch.Tensor
+    """(B,), the importance of each sample."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimates:
+    """What the generator's update has found out."""
+
+    loss: torch.Tensor
+    difference: torch.Tensor
+    """Mean |mu_teacher - mu_fake|."""
+    fake_error: torch.Tensor
+    """Mean squared error of the fake score for what the student made."""
+    teacher_error: torch.Tensor
+    """That of the teacher without guidance, which a fake score that keeps up is below."""
+
+
+class Updates:
+    """The losses, for one number of steps."""
+
+    def __init__(
+        self,
+        roles: Roles,
+        trajectory: Trajectory,
+        negative: Conditions | None,
+        fake: FakeConfig,
+        generator: GeneratorConfig,
+        *,
+        guidance_scale: float,
+        device: torch.device,
+        dtype: torch.dtype,
+        together: bool = False,
+        trajectory_number: int = 0,
+        first_step_number: int = 0,
+    ) -> None:
+        """Take what stays the same from update to update.
+
+        Args:
+            roles: who plays which role.
+            trajectory: the student's.
+            negative: what guidance leads away from; None: the teacher is guided by itself.
+            fake: how the fake score is trained.
+            generator: how the student is.
+            guidance_scale: of the teacher.
+            device: where to compute.
+            dtype: what in.
+            together: all samples of an update take the same step.
+            trajectory_number: number of this trajectory among those of the student.
+            first_step_number: number of its first step among the steps of all of them.
+        """
+        self.roles, self.trajectory, self.negative = roles, trajectory, negative
+        self.fake, self.generator, self.guidance_scale = fake, generator, guidance_scale
+        self.device, self.dtype, self.together = device, dtype, together
+        self._trajectory_number, self._first_step_number = trajectory_number, first_step_number
+
+    def rollout(self, batch: Batch, draws: Draws, updates: Sequence[Draws]) -> list[torch.Tensor]:
+        """Run the student down its trajectory, without gradient.
+
+        Args:
+            batch: the samples.
+            draws: chance of the rollout.
+            updates: chance of each update that will start from it.
+
+        Returns:
+            For each of `updates`, the inputs of the steps that it takes, (B, ...) float32.
+        """
+        trajectory, shape = self.trajectory, batch.conditions.latent_shape
+        x = draws.noise(START, batch.samples, shape).to(self.device)
+        wanted = [update.steps(batch.samples, trajectory.steps, together=self.together) for update in updates]
+        found = [torch.empty_like(x) for _ in updates]
+        last = max(max(steps) for steps in wanted)
+        for step in range(last + 1):
+            for steps, kept in zip(wanted, found):
+                for place, own in enumerate(steps):
+                    if own == step:
+                        kept[place] = x[place]
+            if step < last:
+                steps = [step] * len(x)
+                with torch.no_grad(), self.roles.acting(STUDENT, (step, trajectory.steps)):
+                    clean, noise = self._estimate(STUDENT, batch.conditions, x, self._times(steps), steps)
+                x = self._next(clean, noise, steps, draws.noise(ROLLOUT, batch.samples, shape, step).to(x))
+        return found
+
+    def noisy_point(self, batch: Batch, start: torch.Tensor, draws: Draws) -> NoisyPoint:
+        """Take the student's step from the inputs of a rollout, and add noise to where it leads.
+
+        The student must be acting; gradients flow into `clean` where they are enabled.
+        """
+        trajectory, samples, shape = self.trajectory, batch.samples, batch.conditions.latent_shape
+        steps = draws.steps(samples, trajectory.steps, together=self.together)
+        clean, noise = self._estimate(STUDENT, batch.conditions, start, self._times(steps), steps)
+        shares = draws.shares(SAMPLE, samples)
+        times = [trajectory.draw_time(step, share) for step, share in zip(steps, shares)]
+        with torch.no_grad():
+            if trajectory.sampler.config.noise_kept < 1:
+                fresh = draws.noise(FRESH_NOISE, samples, shape).to(start)
+                noise = renew_noise(noise, fresh, trajectory.sampler.config.noise_kept)
+            added = draws.noise(NOISE, samples, shape).to(start)
+            middle = trajectory.levels([trajectory.next_time(step) for step in steps], start)
+            levels = trajectory.levels(times, start)
+            noisy = diffuse_further(mix(clean, noise, *middle), added, middle, levels)
+            weight = noisy.new_ones(len(noisy))
+            if self.fake.importance:
+                weight = importance_weight(equivalent_noise(noise, added, middle, levels), added)
+        return NoisyPoint(clean=clean, noisy=noisy, times=times, steps=steps, levels=levels, weight=weight)
+
+    def fake_loss(self, batch: Batch, start: torch.Tensor, draws: Draws) -> torch.Tensor:
+        """How far the fake score is from what the student makes.
+
+        Args:
+            batch: the samples.
+            start: inputs of their steps.
+            draws: chance of this update.
+
+        Returns:
+            A scalar with gradient for the fake score, which must be acting around this and the backward pass.
+        """
+        with torch.no_grad(), self.roles.acting(STUDENT, self._drawn_step(draws)):
+            point = self.noisy_point(batch, start, draws)
+        weight = error_weight(self.fake.weighting, *point.levels)
+        estimate, _ = self._estimate(FAKE, batch.conditions, point.noisy, point.times, point.steps)
+        loss = denoising_loss(estimate, point.clean, weight * point.weight)
+        if self.fake.regularization:
+            with torch.no_grad(), self.roles.acting(TEACHER):
+                teacher, _ = self._estimate(TEACHER, batch.conditions, point.noisy, point.times, point.steps)
+            loss = loss + self.fake.regularization * denoising_loss(estimate, teacher, weight)
+        return loss
+
+    def generator_loss(self, batch: Batch, start: torch.Tensor, draws: Draws) -> Estimates:
+        """What leads the student toward the teacher.
+
+        Args:
+            batch: the samples.
+            start: inputs of their steps.
+            draws: chance of this update.
+
+        Returns:
+            A loss with gradient for the student, which must be acting around this and the backward pass.
+        """
+        point = self.noisy_point(batch, start, draws)
+        arguments = (point.noisy, point.times, point.steps)
+        with torch.no_grad():
+            with self.roles.acting(TEACHER):
+                conditional, _ = self._estimate(TEACHER, batch.conditions, *arguments)
+                teacher = conditional
+                if self.negative is not None and self.guidance_scale != 1:
+                    unconditional, _ = self._estimate(TEACHER, self.negative, *arguments)
+                    teacher = guide(conditional, unconditional, self.guidance_scale)
+            with self.roles.acting(FAKE, self._drawn_step(draws)):
+                fake, _ = self._estimate(FAKE, batch.conditions, *arguments)
+            clean = point.clean.detach()
+            weight = error_weight(self.fake.weighting, *point.levels)
+            errors = [denoising_loss(estimate, clean, weight) for estimate in (fake, conditional)]
+        config = self.generator
+        loss = generator_loss(
+            point.clean,
+            teacher,
+            fake,
+            huber=config.huber if config.loss == "huber" else None,
+            normalize=config.normalize,
+            cap=config.normalize_cap,
+        )
+        difference = (teacher - fake).abs().mean()
+        return Estimates(loss=loss, difference=difference, fake_error=errors[0], teacher_error=errors[1])
+
+    def acting(self, role: str, draws: Draws) -> AbstractContextManager[Any]:
+        """Let a role act in an update, around its forward and its backward pass."""
+        return self.roles.acting(role, self._drawn_step(draws))
+
+    def _drawn_step(self, draws: Draws) -> tuple[int, int | None]:
+        """The step that BLADE takes an update for.
+
+        Samples are at several steps at once, so that only what is keyed by the step for chance is: any step's probe.
+        """
+        if self.together:
+            return draws.steps([0], self.trajectory.steps, together=True)[0], self.trajectory.steps
+        return draws.integer(STEPS, DRAWN_STEPS), None
+
+    def _times(self, steps: Sequence[int]) -> list[float]:
+        return [self.trajectory.times[step] for step in steps]
+
+    def _estimate(
+        self, role: str, conditions: Conditions, x: torch.Tensor, times: Sequence[float], steps: Sequence[int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Clean sample and noise that a role sees in noisy samples, float32."""
+        whole = self.trajectory.kind == "v_prediction"
+        asked = torch.tensor(list(times), dtype=torch.int64 if whole else torch.float32)
+        number = self._trajectory_number
+        numbers = [number] * len(steps)
+        if role == FAKE and self.trajectory.intervals == "shared":
+            numbers = [self._first_step_number + step for step in steps]
+        inputs = conditions.inputs(x.to(self.dtype), asked)
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            prediction = self.roles.predict(role, inputs, torch.tensor(numbers))
+        return split_prediction(self.trajectory.kind, prediction, x, *self.trajectory.levels(times, x))
+
+    def _next(
+        self, clean: torch.Tensor, noise: torch.Tensor, steps: Sequence[int], fresh: torch.Tensor
+    ) -> torch.Tensor:
+        """The inputs of the next steps."""
+        kept = self.trajectory.sampler.config.noise_kept
+        times = [self.trajectory.next_time(step) for step in steps]
+        noise = renew_noise(noise, fresh, kept) if kept < 1 else noise
+        return mix(clean, noise, *self.trajectory.levels(times, clean))

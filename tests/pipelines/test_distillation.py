@@ -1,0 +1,63 @@
+"""Every family can be distilled: its conditions are found, and gradients reach the adapters under checkpointing."""
+
+import pytest
+import torch
+
+from blade import BladeConfig
+from blade.attention.apply import install_blade
+from blade.attention.family import find_family
+from blade.config import AdaptiveConfig
+from blade.distillation.conditioning import PromptEmbeddings, capture, encode_prompts
+from blade.distillation.roles import FAKE, STUDENT, TEACHER, Lora, adapter_roles
+from blade.generation_request import GenerationRequest, resolve_request
+from blade.models import main_transformer
+
+pytest.importorskip("peft")
+CONFIG = BladeConfig(
+    sparsity=0.6,
+    pooled_tokens="all",
+    kind="student",
+    asa=AdaptiveConfig(block_size=8, probe_tokens=4, pooled_window=8),
+)
+PIPELINES = ("WanPipeline", "CogVideoXPipeline", "HunyuanVideoPipeline", "HunyuanVideo15Pipeline")
+
+
+def test_gradients_reach_the_student_and_no_other(family):
+    inputs, transformer = family.inputs(batch=2), family.make()
+    roles = adapter_roles(transformer, Lora(rank=2, alpha=2), (STUDENT,))
+    install_blade(transformer, CONFIG)
+    roles.networks[STUDENT].enable_gradient_checkpointing()
+    numbers = torch.zeros(2, dtype=torch.int64)
+    roles.tell_numbers(find_family(transformer), {STUDENT: 2})
+    with roles.acting(STUDENT, (2, None)):
+        output = roles.predict(STUDENT, inputs, numbers)
+        for other in (TEACHER, FAKE):
+            with torch.no_grad(), roles.acting(other):
+                roles.predict(other, inputs, numbers)
+        output.square().mean().backward()
+    found = {name: one.grad for name, one in roles.named_parameters(STUDENT).items()}
+    assert "step_condition" in next(reversed([name for name in found if "lora" not in name]))
+    # what only text makes use of has no part in the last block's output
+    missing = [name for name, gradient in found.items() if gradient is None]
+    assert len(missing) <= len(found) // 3
+    assert all(one.grad is None for one in roles.named_parameters(FAKE).values())
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_what_a_pipeline_gives_its_transformer_is_found_and_kept(small_pipelines, name, tmp_path):
+    pipe = small_pipelines[name]()
+    transformer = main_transformer(pipe)
+    request = GenerationRequest(prompt="x", height=128, width=128, frames=13, steps=3, attention="dense")
+    request = resolve_request(request, pipe)
+    found = capture(pipe, request, "a prompt")
+    assert len(found.latent_shape) == 4
+    encode_prompts(pipe, request, ["one", "two", "three"], tmp_path)
+    rows = PromptEmbeddings(tmp_path, ["one", "two", "three"]).rows([2, 0])
+    assert {key: value.shape[1:] for key, value in rows.prompts.items()} == {
+        key: value.shape[1:] for key, value in found.prompts.items()
+    }
+    latents = torch.randn(2, *found.latent_shape, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        output = transformer(**rows.inputs(latents, torch.tensor([500.0, 300.0])), return_dict=False)[0]
+    assert output.shape == latents.shape
+    assert output.isfinite().all()
