@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -52,16 +54,20 @@ class Processes:
             if self.parallel == "fsdp":
                 from torch.distributed.fsdp import fully_shard
 
+                # nothing is written into the output
+                warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
                 for block in family.blocks(network.transformer):
                     fully_shard(block)
                 fully_shard(network.transformer)
             elif trains:
-                network.wrapped = nn.parallel.DistributedDataParallel(
+                kind = nn.parallel.DistributedDataParallel
+                newer = "forward_sync_buffers" in inspect.signature(kind).parameters
+                network.wrapped = kind(
                     network.transformer,
                     device_ids=[self.device] if self.device.type == "cuda" else None,
-                    broadcast_buffers=False,
                     # the adapter of the other role has no part in a pass
                     find_unused_parameters=True,
+                    **{"forward_sync_buffers" if newer else "broadcast_buffers": False},
                 )
 
     @contextmanager

@@ -1,0 +1,176 @@
+"""A training is the same however it is shared out, accumulated or stopped."""
+
+import json
+import math
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from blade.distillation.config import load_config
+from blade.distillation.distill import distill
+from blade.distillation.draws import Draws, prompt_numbers
+from blade.training_run import load_checkpoint
+
+pytest.importorskip("peft")
+
+
+def trained(settings):
+    return distill(load_config("shapes", settings))
+
+
+def weights(folder):
+    return load_file(Path(folder) / "pytorch_lora_weights.safetensors")
+
+
+def log(folder):
+    return [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+
+
+def assert_close(first, second):
+    for name, one in weights(first).items():
+        two = weights(second)[name]
+        assert float((one - two).abs().max()) <= 1e-5 * max(float(one.abs().max()), 1e-3), name
+    for one, two in zip(log(first), log(second), strict=True):
+        for name in ("student_loss", "fake_loss", "student_norm", "fake_norm"):
+            assert one[name] == pytest.approx(two[name], rel=1e-4), name
+
+
+def test_accumulation_equals_the_large_batch(settings, tmp_path):
+    trained(settings("large", "run.batch_size=4", "run.updates=2"))
+    trained(settings("small", "run.batch_size=1", "run.accumulation=4", "run.updates=2"))
+    assert_close(tmp_path / "large", tmp_path / "small")
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_processes_equal_one_with_the_double_batch(settings, start, tmp_path, parallel):
+    two = start(
+        "-m", "blade.cli.distill", "shapes",
+        *settings("two", f"run.parallel={parallel}", "weights.ema_decay=0.9", "run.accumulation=2"), processes=2,
+    )  # fmt: skip
+    trained(settings("one", "run.batch_size=4", "run.accumulation=2", "weights.ema_decay=0.9"))
+    output, _ = two.communicate(timeout=300)
+    assert two.returncode == 0, output
+    assert output.count("student     ") == 1  # one of them reports
+    assert_close(tmp_path / "one", tmp_path / "two")
+    # and one goes on where two have stopped
+    trained(settings("two", "run.batch_size=4", "run.accumulation=2", "weights.ema_decay=0.9", "run.updates=4"))
+    trained(settings("one", "run.batch_size=4", "run.accumulation=2", "weights.ema_decay=0.9", "run.updates=4"))
+    assert_close(tmp_path / "one", tmp_path / "two")
+
+
+def test_gradients_on_two_processes(start):
+    process = start("two_processes.py", str(Path(__file__).parents[2]), processes=2)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+
+
+def test_a_killed_run_goes_on_bit_by_bit(settings, start, tmp_path):
+    others = ("run.updates=12", "run.checkpoint_every=3", "weights.ema_decay=0.9", "attention.warmup_updates=6")
+    trained(settings("whole", *others))
+    process = start("-m", "blade.cli.distill", "shapes", *settings("stopped", *others))
+    checkpoints = tmp_path / "stopped" / "checkpoints"
+    while not list(checkpoints.glob("*.pt")) and process.poll() is None:
+        time.sleep(0.01)
+    time.sleep(random.random())
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert log(tmp_path / "stopped"), "it was killed before the first update"
+    trained(settings("stopped", *others))
+    for name, one in weights(tmp_path / "whole").items():
+        assert torch.equal(one, weights(tmp_path / "stopped")[name]), name
+    records = [
+        [{k: v for k, v in record.items() if "seconds" not in k} for record in log(tmp_path / name)]
+        for name in ("whole", "stopped")
+    ]
+    assert records[0] == records[1]
+    states = [
+        load_checkpoint(tmp_path / name / "checkpoints" / "update-000012.pt")["trainer"]
+        for name in ("whole", "stopped")
+    ]
+    assert str(states[0]) == str(states[1])
+    assert records[0][0]["sparsity"] < records[0][-1]["sparsity"] == 0.6
+
+
+def test_another_configuration_is_refused_and_says_what_differs(settings):
+    trained(settings("out", "run.updates=1"))
+    with pytest.raises(
+        ValueError, match="`generator.loss` squared instead of huber; 2 samples an update instead of 4"
+    ):
+        trained(settings("out", "generator.loss=huber", "run.batch_size=4"))
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(settings, tmp_path, monkeypatch):
+    trained(settings("out", "run.updates=1"))
+    before = sorted((tmp_path / "out" / "checkpoints").iterdir())
+
+    def full(state, path):
+        Path(path).write_bytes(b"half of it")
+        raise RuntimeError("No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="update-000002.pt cannot be written, so that the one before it stays"):
+        trained(settings("out", "run.updates=2"))
+    assert sorted((tmp_path / "out" / "checkpoints").iterdir()) == before
+    assert load_checkpoint(before[0])["trainer"]["update"] == 1
+
+
+def test_what_is_not_finite_is_left_out_and_counted(settings, monkeypatch):
+    from blade.distillation import updates
+
+    plain, calls = updates.denoising_loss, []
+
+    def sometimes_infinite(*arguments):
+        calls.append(1)
+        return plain(*arguments) * (math.inf if len(calls) == 1 else 1.0)
+
+    monkeypatch.setattr(updates, "denoising_loss", sometimes_infinite)
+    report = trained(settings("out"))
+    assert report.skipped == {"student": 0, "fake": 1}
+    assert all(one.isfinite().all() for one in weights(report.output).values())
+
+
+def test_divergence_ends_the_run(settings, monkeypatch):
+    from blade.distillation import updates
+
+    monkeypatch.setattr(updates, "denoising_loss", lambda estimate, *others: estimate.sum() * math.nan)
+    with pytest.raises(ArithmeticError, match="The last 20 steps were left out"):
+        trained(settings("out", "run.updates=30", "run.checkpoint_every=30"))
+
+
+def test_several_numbers_of_steps_and_shared_intervals(settings, tmp_path):
+    others = ("trajectory.steps=[2,4]", "trajectory.intervals=shared", "fake.importance=true", "run.updates=6")
+    report = trained(settings("out", *others, "trajectory.noise_kept=0.9", "fake.updates=2", "attention.fake=student"))
+    vectors = load_file(report.output / "step_condition.safetensors")["weight"]
+    assert vectors.shape[0] == 2 and vectors.abs().amax(dim=1).min() > 0
+    card = (report.output / "README.md").read_text()
+    assert "Diffusers alone cannot sample it: every step renews a part of the noise" in card
+
+
+def test_a_dry_run_writes_nothing(settings, tmp_path):
+    estimate = distill(load_config("shapes", settings("out", "run.updates=100")), dry_run=True)
+    assert not (tmp_path / "out").exists()
+    assert estimate.seconds_update > 0 and estimate.peak_gib > 0.1
+    assert estimate.trained_parameters == 2 * 2 * 2 * 4 * 2 * 32 * 4  # roles, layers, attentions, projections, A and B
+
+
+def test_every_prompt_once_an_epoch_whatever_the_batches():
+    for batch in (1, 4, 7):
+        numbers = [n for first in range(0, 28, batch) for n in prompt_numbers(0, first, batch, 7)]
+        assert all(sorted(numbers[epoch * 7 : epoch * 7 + 7]) == list(range(7)) for epoch in range(4))
+        assert numbers == prompt_numbers(0, 0, 28, 7)
+    assert prompt_numbers(0, 0, 7, 7) != prompt_numbers(0, 7, 7, 7)
+
+
+def test_draws_belong_to_samples():
+    draws = Draws(0, 3, 1)
+    together = draws.noise(5, range(4), (2, 3))
+    assert torch.equal(together[2:], draws.noise(5, range(2, 4), (2, 3)))
+    assert not torch.equal(together, Draws(0, 4, 1).noise(5, range(4), (2, 3)))
+    steps = draws.steps(range(8), 4, together=False)
+    assert sorted(steps) == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert len(set(draws.steps(range(8), 4, together=True))) == 1

@@ -1,0 +1,39 @@
+"""Run by two processes at once: gradients under DDP and `fully_shard` are those of one process with both batches."""
+
+import sys
+
+import torch
+from accelerate import PartialState
+from test_roles import FAKE, STUDENT, gradients, make_roles
+
+from blade.attention.family import find_family
+from blade.distillation.parallel import Processes, whole
+
+
+def main(make_wan, wan_inputs):
+    state = PartialState(cpu=True)
+    assert state.num_processes == 2
+    both = wan_inputs(batch=2)
+    own = {name: value[state.process_index : state.process_index + 1] for name, value in both.items()}
+    for role, other in ((STUDENT, FAKE), (FAKE, STUDENT)):
+        expected = gradients(make_roles(make_wan()), role, both, detour=False)
+        for parallel in ("ddp", "fsdp"):
+            for checkpointing in (False, True):
+                roles = make_roles(make_wan(), checkpointing=checkpointing)
+                processes = Processes(state, parallel)
+                processes.wrap(roles.distinct(), find_family(roles.transformer(role)))
+                found = whole(gradients(roles, role, own, detour=True))
+                where = f"{role}, {parallel}, checkpointing {checkpointing}"
+                for name, gradient in expected.items():
+                    error = float((found[name] - gradient).abs().max() / gradient.abs().max())
+                    assert error < 1e-5, f"{where}: {name} differs by {error}"
+                assert all(one.grad is None for one in roles.named_parameters(other).values()), where
+    state.wait_for_everyone()
+    state.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, sys.argv[1])
+    import conftest
+
+    main(conftest.make_wan.__wrapped__(), conftest.wan_inputs.__wrapped__())
