@@ -24,14 +24,14 @@ INTERVALS = ("separate", "shared")
 time for all steps."""
 
 SMALLEST = 0.999
-"""Diffusers' flow-matching samplers begin at this share of the noise, before the shift."""
+"""The sampler begins at this share of the noise, before the shift."""
 
 
 def flow_times(steps: int, shift: float) -> tuple[float, ...]:
     """Return the times of a flow-matching sampler: 1000 s u / (1 + (s - 1) u) at evenly falling u.
 
-    Those of Diffusers' UniPC and DPM-Solver schedulers with `use_flow_sigmas`, which begin at u = 0.999, so that a
-    student can be sampled with either.
+    Those of Diffusers' DPM-Solver scheduler with `use_flow_sigmas`, which begins at u = 0.999, so that a student can be
+    sampled with it.
 
     Args:
         steps: how many.

@@ -131,5 +131,5 @@ def test_roles_of_separate_networks(make_wan, wan_inputs):
 
 
 def test_targets_must_be_there(make_wan):
-    with pytest.raises(ValueError, match="`targets` must be ends of layers' names, got .'nowhere'"):
+    with pytest.raises(ValueError, match=r"`targets` must be ends of layers' names, got .'nowhere'"):
         adapter_roles(make_wan(), Lora(targets=("nowhere",)), ())

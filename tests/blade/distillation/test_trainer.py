@@ -99,7 +99,7 @@ def test_a_killed_run_goes_on_bit_by_bit(settings, start, tmp_path):
 def test_another_configuration_is_refused_and_says_what_differs(settings):
     trained(settings("out", "run.updates=1"))
     with pytest.raises(
-        ValueError, match="`generator.loss` squared instead of huber; 2 samples an update instead of 4"
+        ValueError, match=r"`generator.loss` squared instead of huber; 2 samples an update instead of 4"
     ):
         trained(settings("out", "generator.loss=huber", "run.batch_size=4"))
 
@@ -113,7 +113,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(settings, tmp_path, monkeypatc
         raise RuntimeError("No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(OSError, match="update-000002.pt cannot be written, so that the one before it stays"):
+    with pytest.raises(OSError, match=r"update-000002.pt cannot be written, so that the one before it stays"):
         trained(settings("out", "run.updates=2"))
     assert sorted((tmp_path / "out" / "checkpoints").iterdir()) == before
     assert load_checkpoint(before[0])["trainer"]["update"] == 1

@@ -2,7 +2,6 @@
 
 import sys
 
-import torch
 from accelerate import PartialState
 from test_roles import FAKE, STUDENT, gradients, make_roles
 
