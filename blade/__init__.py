@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from blade.attention.apply import apply_blade, remove_blade, use_blade
     from blade.attention.summary import blade_summary
     from blade.config import BladeConfig
-    from blade.students import load_student, unload_student
+    from blade.students import load_student, push_student, unload_student
     from blade.token_grid import TokenGrid
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "blade_summary",
     "block_sparse_attention",
     "load_student",
+    "push_student",
     "remove_blade",
     "unload_student",
     "use_blade",
@@ -34,6 +35,7 @@ _HOMES = {
     "blade_summary": "blade.attention.summary",
     "block_sparse_attention": "blade_kernels.block_sparse.api",
     "load_student": "blade.students",
+    "push_student": "blade.students",
     "remove_blade": "blade.attention.apply",
     "unload_student": "blade.students",
     "use_blade": "blade.attention.apply",

@@ -144,14 +144,16 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
         Raises:
             ValueError: if the model predicts something else than a flow or v.
         """
+        # by name: of what is given by place, Diffusers' `from_config` takes the defaults instead
         config = scheduler.config
         kind = config.get("prediction_type", "flow_prediction" if "FlowMatch" in type(scheduler).__name__ else None)
         if kind == "v_prediction":
             names = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")
             options = {name: config[name] for name in (*names, "rescale_betas_zero_snr", "snr_shift_scale")}
-            return cls(grids, kind, noise_kept, **options)
+            return cls(grids=grids, prediction_type=kind, noise_kept=noise_kept, **options)
         if kind == "flow_prediction":
-            return cls(grids, kind, noise_kept, config["num_train_timesteps"])
+            options = {"num_train_timesteps": config["num_train_timesteps"]}
+            return cls(grids=grids, prediction_type=kind, noise_kept=noise_kept, **options)
         raise ValueError(
             f"`scheduler` must be of a model that predicts a flow or v, got a {type(scheduler).__name__} with "
             f"`prediction_type` {kind!r}."

@@ -95,6 +95,28 @@ def loaded_student(pipe: Any) -> Student | None:
     return None if loaded is None else loaded.student
 
 
+@dataclass(frozen=True)
+class StudentSettings:
+    """What a student's folder says of it."""
+
+    config: BladeConfig | None
+    """Its attention."""
+    steps: tuple[int, ...] | None
+    """Its numbers of steps."""
+
+
+def student_settings(source: str | Path) -> StudentSettings:
+    """Read what a student of this project says of itself, without its weights.
+
+    Args:
+        source: a folder or Hub id.
+    """
+    files = _Files(str(source))
+    scheduler = files.read_scheduler(None)
+    steps = scheduler.step_counts if isinstance(scheduler, FewStepScheduler) else None
+    return StudentSettings(files.read_config(None), steps)
+
+
 def published_students(pipe: Any) -> tuple[str, ...]:
     """Return the Hub ids of the students that this project knows for a pipeline's model."""
     transformer = next(iter(find_transformers(pipe).values()))
@@ -235,6 +257,47 @@ def unload_student(pipe: Any, *, missing_ok: bool = False) -> None:
     install_blade(pipe, {name: config for name, config in before.configs.items() if config is not None})
     pipe.scheduler = before.scheduler
     delattr(pipe, STUDENT_ATTRIBUTE)
+
+
+STUDENT_FILES = (
+    WEIGHT_NAME,
+    CONDITION_NAME,
+    CONFIG_NAME,
+    "README.md",
+    "distillation.yaml",
+    f"{SCHEDULER_FOLDER}/*",
+    f"{TRANSFORMER_FOLDER}/*",
+)
+"""What of a student's folder belongs to the student, and not to its training."""
+
+
+def push_student(
+    folder: str | Path, repo_id: str, *, private: bool | None = None, token: str | bool | None = None
+) -> str:
+    """Upload a student to a Hugging Face Hub repository, made if missing, and return the commit's URL.
+
+    Args:
+        folder: of a student of this project; checkpoints and what else its training has left there stay behind.
+        repo_id: owner/name.
+        private: whether a repository that is made is private.
+        token: access token for the Hub; by default the one that is logged in.
+
+    Raises:
+        ValueError: if the folder holds no student.
+    """
+    from huggingface_hub import HfApi
+
+    folder = Path(folder)
+    if not any((folder / name).exists() for name in (WEIGHT_NAME, TRANSFORMER_FOLDER)):
+        raise ValueError(
+            f"`folder` must hold a student, with a {WEIGHT_NAME} or a {TRANSFORMER_FOLDER}, got {folder}."
+        )
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    commit = api.upload_folder(
+        repo_id=repo_id, folder_path=folder, allow_patterns=list(STUDENT_FILES), commit_message="Upload a student"
+    )
+    return commit.commit_url
 
 
 class _Files:

@@ -31,7 +31,7 @@ def evaluate(
             "NAME=dense, NAME=preset (the model's training-free preset) or NAME=DIR (a folder or Hub id with a BLADE "
             "configuration), each with ,KEY=VALUE,... or without, or NAME=KEY=VALUE,...; repeatable. Keys: steps, "
             "guidance, attention (dense, preset, asa, asa-gt, asa-dropped, mean-pooled, random, local), config (a "
-            "DIR), sparsity, dense_steps, dense_layers (such as 0-1+5, or none). By default "
+            "DIR), student (a DIR), sparsity, dense_steps, dense_layers (such as 0-1+5, or none). By default "
             + " and ".join(DEFAULT_RUNS)
             + "."
         ),
@@ -48,6 +48,9 @@ def evaluate(
     ] = False,
     single: Annotated[int | None, _option("With --shapes: captions with one object. By default 64.")] = None,
     two: Annotated[int | None, _option("With --shapes: captions with two objects. By default 64.")] = None,
+    repeats: Annotated[
+        int | None, _option("With --shapes: videos of each caption, of which diversity is measured. By default 1.")
+    ] = None,
     model: Annotated[
         str | None, _option("A folder in Diffusers format or a Hub id; by default the bundled model.")
     ] = None,
@@ -76,7 +79,13 @@ def evaluate(
     """
     if (prompts is None) == (not shapes):
         raise ValueError("either `prompts` or `shapes` must be given, and not both.")
-    for option, value, source in (("seeds", seeds, prompts), ("single", single, shapes), ("two", two, shapes)):
+    options = (
+        ("seeds", seeds, prompts),
+        ("single", single, shapes),
+        ("two", two, shapes),
+        ("repeats", repeats, shapes),
+    )
+    for option, value, source in options:
         if value is not None and not source:
             raise ValueError(f"`{option}` must not be given without `{'prompts' if option == 'seeds' else 'shapes'}`.")
     # imported here, so that --help and usage errors don't wait for PyTorch
@@ -90,7 +99,7 @@ def evaluate(
 
     evaluation = Evaluation(
         runs=tuple(parse_run(text, steps=steps, guidance=guidance) for text in run or DEFAULT_RUNS),
-        prompts=_prompts(prompts, seeds, single, two),
+        prompts=_prompts(prompts, seeds, single, two, repeats),
         folder=output,
         model=model or BUNDLED,
         of_shapes=shapes,
@@ -115,14 +124,16 @@ def evaluate(
 
 
 def _prompts(
-    file: Path | None, seeds: str | None, single: int | None, two: int | None
+    file: Path | None, seeds: str | None, single: int | None, two: int | None, repeats: int | None
 ) -> tuple[EvaluationPrompt, ...]:
     from blade.evaluation.evaluation_prompts import held_out_prompts, parse_seeds, prompts_with_seeds
     from blade.generation_files import read_prompts
 
     if file is not None:
         return prompts_with_seeds(read_prompts(file), parse_seeds("0" if seeds is None else seeds))
-    return held_out_prompts(64 if single is None else single, 64 if two is None else two)
+    return held_out_prompts(
+        64 if single is None else single, 64 if two is None else two, 1 if repeats is None else repeats
+    )
 
 
 def _parse_shard(text: str) -> tuple[int, int]:

@@ -30,8 +30,8 @@ SMALLEST = 0.999
 def flow_times(steps: int, shift: float) -> tuple[float, ...]:
     """Return the times of a flow-matching sampler: 1000 s u / (1 + (s - 1) u) at evenly falling u.
 
-    Those of Diffusers' DPM-Solver scheduler with `use_flow_sigmas`, which begins at u = 0.999, so that a student can be
-    sampled with it.
+    Those of Diffusers' DPM-Solver scheduler with `use_flow_sigmas`, which begins at u = 0.999, so that it can sample a
+    student too.
 
     Args:
         steps: how many.

@@ -23,6 +23,7 @@ from blade.models import (
     resolve_device,
     resolve_dtype,
 )
+from blade.students import student_settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +105,14 @@ class EvaluationPlan:
     """What each run generates, by name; a video's prompt and seed take the place of those here."""
     fingerprint: str | None
     """What changes with the model's weights; see `blade.evaluation.evaluation_records.model_fingerprint`."""
+    student_fingerprints: dict[str, str | None]
+    """The same of the students' weights, by run."""
+
+    @property
+    def reference_run(self) -> RunSettings:
+        """The run whose distribution the others' are compared with: of dense ones of the model itself, the longest."""
+        own = [run for run in self.evaluation.runs if run.is_dense and run.student is None]
+        return max(own or self.evaluation.runs[:1], key=lambda run: run.steps or 0)
 
     @property
     def size(self) -> dict[str, Any]:
@@ -131,6 +140,8 @@ def plan_evaluation(evaluation: Evaluation) -> EvaluationPlan:
             _check(request, pipe)
         except ValueError as error:
             raise ValueError(f"run `{run.name}`: {error}") from error
+        if run.student is not None:
+            request = replace(request, student=run.student, flow_shift=None)
         requests[run.name] = replace(request, device=str(device))
     runs = [
         replace(run, steps=requests[run.name].steps, guidance=requests[run.name].guidance_scale)
@@ -140,6 +151,7 @@ def plan_evaluation(evaluation: Evaluation) -> EvaluationPlan:
         evaluation=replace(evaluation, runs=tuple(runs)),
         requests=requests,
         fingerprint=next(iter(requests.values())).revision or model_fingerprint(evaluation.model),
+        student_fingerprints={run.name: model_fingerprint(run.student) for run in runs if run.student is not None},
     )
 
 
@@ -148,10 +160,14 @@ def _request(evaluation: Evaluation, run: RunSettings, pipe: Any) -> GenerationR
         transformer = main_transformer(pipe)
         return BladeConfig.from_preset(find_family(transformer).preset_name(transformer))
 
-    config = run.blade_config(preset)
+    config, steps, guidance = run.blade_config(preset), run.steps, run.guidance
+    if run.student is not None:
+        settings = student_settings(run.student)
+        steps = steps or (settings.steps[-1] if settings.steps else None)
+        guidance = 1.0 if guidance is None else guidance
     asked = {
-        "steps": run.steps,
-        "guidance_scale": run.guidance,
+        "steps": steps,
+        "guidance_scale": guidance,
         **{name: getattr(evaluation, name) for name in ("height", "width", "frames")},
     }
     if evaluation.of_shapes:

@@ -50,6 +50,17 @@ class EvaluationPrompt:
         return f"{words}-{self.seed}"
 
 
+def is_in(prompt: EvaluationPrompt, group: str) -> bool:
+    """Whether a prompt is reported in a group; all are in `all`."""
+    return group in ("all", prompt.group)
+
+
+def groups_of(prompts: Sequence[EvaluationPrompt]) -> tuple[str, ...]:
+    """The groups that prompts are reported in: those that they are of, and all together where these are several."""
+    own = {prompt.group for prompt in prompts}
+    return tuple(group for group in GROUPS if group in own or (group == "all" and len(own) > 1))
+
+
 def parse_seeds(text: str) -> tuple[int, ...]:
     """Read seeds such as "0-3,7".
 
@@ -73,24 +84,28 @@ def prompts_with_seeds(texts: Sequence[str], seeds: Sequence[int]) -> tuple[Eval
     return tuple(EvaluationPrompt(text=text, seed=seed) for text in texts for seed in seeds)
 
 
-def held_out_prompts(single: int = 64, two: int = 64) -> tuple[EvaluationPrompt, ...]:
+def held_out_prompts(single: int = 64, two: int = 64, repeats: int = 1) -> tuple[EvaluationPrompt, ...]:
     """The first captions of the fixed lists, of combinations that no training caption names.
 
-    The seed of each is its place in the list of its kind, so that none is chosen.
+    The seed of each is its place in the list of its kind, so that none is chosen; repetitions go on from there.
 
     Args:
         single: How many with one object.
         two: How many with two objects.
+        repeats: How many videos of each.
 
     Raises:
         ValueError: If a number is negative, or there is no prompt.
     """
+    if repeats < 1:
+        raise ValueError(f"`repeats` must be at least 1, got {repeats}.")
     if min(single, two) < 0 or single + two == 0:
         raise ValueError(f"`single` and `two` must be at least 0 and not both 0, got {single} and {two}.")
     prompts = []
     for group, objects, count in (("single", 1, single), ("two", 2, two)):
         rng = np.random.default_rng([PROMPT_SEED, objects])
-        for seed in range(count):
-            caption = sample_caption(rng, objects=objects, held_out=True)
-            prompts.append(EvaluationPrompt(text=str(caption), seed=seed, group=group))
+        captions = [str(sample_caption(rng, objects=objects, held_out=True)) for _ in range(count)]
+        for repeat in range(repeats):
+            for place, caption in enumerate(captions):
+                prompts.append(EvaluationPrompt(text=caption, seed=repeat * count + place, group=group))
     return tuple(prompts)

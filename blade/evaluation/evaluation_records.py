@@ -38,6 +38,7 @@ def read_records(plan: EvaluationPlan) -> Records:
         run.name: {
             **_settings(run.to_dict()),
             "fingerprint": plan.fingerprint,
+            "student_fingerprint": plan.student_fingerprints.get(run.name),
             **plan.size,
         }
         for run in plan.evaluation.runs
@@ -84,8 +85,8 @@ def model_fingerprint(model: str) -> str | None:
 
 
 def _settings(run: dict[str, Any]) -> dict[str, Any]:
-    """What is compared of a run's settings: not where its configuration lies, as it is compared itself."""
-    return {name: value for name, value in run.items() if name != "config"}
+    """What is compared of a run's settings: not where configuration or student lie, which are compared themselves."""
+    return {name: value for name, value in run.items() if name not in ("config", "student")}
 
 
 def _is_same(recorded: dict[str, Any] | None, config: BladeConfig | None) -> bool:

@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from datetime import UTC, datetime
 from statistics import fmean
 from typing import Any
 
+import numpy as np
+import torch
+
+from blade.evaluation.distribution import (
+    THUMBNAIL,
+    Distance,
+    diversity,
+    frechet_distance,
+    resampled_distances,
+    thumbnail,
+)
 from blade.evaluation.estimates import bootstrap, paired_difference
 from blade.evaluation.evaluation import EvaluationPlan
-from blade.evaluation.evaluation_prompts import GROUPS
+from blade.evaluation.evaluation_prompts import GROUPS, groups_of, is_in
 from blade.evaluation.evaluation_records import Record, Records, read_records
 from blade.evaluation.evaluation_runs import RunSettings
+from blade.evaluation.evaluation_videos import video_path
 from blade.evaluation.report_tables import Table
+from blade.video_io import mp4_frames
 
 Measured = dict[tuple[str, int], float]
 """A measure by prompt and seed."""
@@ -48,26 +62,34 @@ COLUMNS = {
     "basics": ("basics", "{:.1%}"),
     "all_attributes": ("all", "{:.1%}"),
     "realism_error": ("realism error", "{:.3f}"),
+    "diversity": ("diversity", "{:.4f}"),
+    "frechet": ("Frechet", "{:.2f}"),
     "seconds_denoising": ("seconds", "{:.2f}"),
 }
 """Measures in the order of a table's columns, with heading and format."""
 
+OF_MANY = ("diversity", "frechet")
+"""Measures of several videos together."""
+
 MEASURES: dict[str, Callable[[Record], float | None]] = {
-    name: _of_objects(name) if name in ATTRIBUTES else _field(name) for name in COLUMNS
+    name: _of_objects(name) if name in ATTRIBUTES else _field(name) for name in COLUMNS if name not in OF_MANY
 }
 """What is averaged over videos. An attribute counts by object, `basics` and `all_attributes` by video."""
 
 BRIEF = (
-    "run_density", "psnr", "ssim", "lpips", "motion_ratio", "basics", "all_attributes", "realism_error",
+    "run_density", "psnr", "ssim", "lpips", "motion_ratio", "basics", "all_attributes", "realism_error", "frechet",
     "seconds_denoising",
 )  # fmt: skip
 """Columns of a table for a terminal."""
 
-WITH_INTERVAL = ("psnr", "ssim", "lpips", "motion_ratio", "basics", "all_attributes", "realism_error")
+WITH_INTERVAL = (
+    "psnr", "ssim", "lpips", "motion_ratio", "basics", "all_attributes", "realism_error", "diversity", "frechet",
+)  # fmt: skip
 """Columns that show their confidence interval, but for brief tables."""
 
 COMPARED = (
-    "psnr", "ssim", "lpips", "motion_ratio", "basics", "all_attributes", "realism_error", "seconds_denoising",
+    "psnr", "ssim", "lpips", "motion", "motion_ratio", "basics", "all_attributes", "realism_error", "diversity",
+    "seconds_denoising",
 )  # fmt: skip
 """Measures of which the difference to the baseline is told."""
 
@@ -83,21 +105,29 @@ def make_report(plan: EvaluationPlan, command: str) -> dict[str, Any]:
         `missing` (videos without a record), the settings, machines and versions, and for every run and group of
         prompts, in `groups`, an `Estimate` of each of `MEASURES` that has a value; in `by_frame`, the means over
         videos of each frame's PSNR and SSIM; and, in `differences`, an `Estimate` of how far each of `COMPARED` is
-        from the `baseline`, over the videos that both have.
+        from the `baseline`, over the videos that both have. The Frechet distance is to the videos of `reference`.
     """
     evaluation, records = plan.evaluation, read_records(plan)
-    baseline = evaluation.baseline_run
-    measured = {(run.name, group): _measured(plan, run, group, records) for run in evaluation.runs for group in GROUPS}
+    baseline, present = evaluation.baseline_run, groups_of(evaluation.prompts)
+    measured = {
+        (run.name, group): _measured(plan, run, group, records) for run in evaluation.runs for group in present
+    }
+    distances = {group: _distances(plan, group, records) for group in present}
     runs = []
     for run in evaluation.runs:
         groups, differences, by_frame = {}, {}, dict[str, Any]()
-        for group in GROUPS:
+        for group in present:
             by_frame |= _by_frame(plan, run, group, records)
             own, others = measured[run.name, group], measured[baseline.name, group]
+            of_many = distances[group]
             if own:
                 groups[group] = {name: asdict(bootstrap([*values.values()])) for name, values in own.items()}
+                if run.name in of_many:
+                    groups[group]["frechet"] = asdict(of_many[run.name].estimate())
             if run is not baseline:
                 compared = {name: paired_difference(own.get(name, {}), others.get(name, {})) for name in COMPARED}
+                if run.name in of_many and baseline.name in of_many:
+                    compared["frechet"] = of_many[run.name].less(of_many[baseline.name])
                 found = {name: asdict(estimate) for name, estimate in compared.items() if estimate is not None}
                 if found:
                     differences[group] = found
@@ -109,17 +139,14 @@ def make_report(plan: EvaluationPlan, command: str) -> dict[str, Any]:
         "model": evaluation.model,
         "fingerprint": plan.fingerprint,
         "size": plan.size,
-        "prompts": {
-            group: sum(prompt.group == group for prompt in evaluation.prompts)
-            for group in GROUPS
-            if any(prompt.group == group for prompt in evaluation.prompts)
-        },
+        "prompts": {group: sum(is_in(prompt, group) for prompt in evaluation.prompts) for group in present},
         "missing": len(evaluation.runs) * len(evaluation.prompts) - len(records),
         "unscored": sum(evaluation.of_shapes and "basics" not in record for record in made),
         "without_lpips": any(record["psnr"] is not None and record["lpips"] is None for record in made),
         "machines": _distinct(record["machine"] | {"dtype": record["dtype"]} for record in made),
         "versions": _distinct(record["versions"] for record in made),
         "baseline": baseline.name,
+        "reference": plan.reference_run.name,
         "runs": runs,
     }
 
@@ -138,7 +165,9 @@ def tables(report: dict[str, Any], *, brief: bool = False) -> list[Table]:
             found.append(_measures_table(present, group, brief))
         apart = [run for run in report["runs"] if group in run["differences"]]
         if apart and not brief:
-            columns = [name for name in COMPARED if any(name in run["differences"][group] for run in apart)]
+            columns = [
+                name for name in (*COMPARED, "frechet") if any(name in run["differences"][group] for run in apart)
+            ]
             rows = [
                 [run["name"], *(_cell(name, run["differences"][group].get(name), signed=True) for name in columns)]
                 for run in apart
@@ -164,6 +193,18 @@ def notes(report: dict[str, Any]) -> list[str]:
             "Colour to background: share of the objects or videos whose caption names it that show it. Basics: share "
             "of videos in which every object has its colour, shape and direction; all: everything that the caption "
             "says."
+        )
+    estimated = {name for run in report["runs"] for estimates in run["groups"].values() for name in estimates}
+    if "diversity" in estimated:
+        lines.append(
+            "Diversity: root mean square of the pixels' differences between videos of the same prompt, frames shrunk "
+            f"to {THUMBNAIL}x{THUMBNAIL}; over prompts."
+        )
+    if "frechet" in estimated:
+        lines.append(
+            f"Frechet: distance to the videos of {report['reference']}, of normal distributions fitted to features of "
+            "videos: mean and standard deviation of each channel of their latents, made by the model's own VAE, in "
+            "units of the reference's standard deviation over videos."
         )
     if report["unscored"]:
         lines.append(f"Not scored, as their prompts are no captions of moving shapes: {report['unscored']} videos.")
@@ -193,7 +234,7 @@ def _of_group(plan: EvaluationPlan, run: RunSettings, group: str, records: Recor
     return {
         prompt.key: records[run.name, *prompt.key]
         for prompt in plan.evaluation.prompts
-        if prompt.group == group and (run.name, *prompt.key) in records
+        if is_in(prompt, group) and (run.name, *prompt.key) in records
     }
 
 
@@ -205,6 +246,44 @@ def _measured(plan: EvaluationPlan, run: RunSettings, group: str, records: Recor
         values = {key: value for key, record in of_group.items() if (value := measure(record)) is not None}
         if values:
             found[name] = values
+    if different := _diversities(plan, run, of_group):
+        found["diversity"] = different
+    return found
+
+
+def _diversities(plan: EvaluationPlan, run: RunSettings, made: Iterable[tuple[str, int]]) -> Measured:
+    """How much the videos of each prompt differ that has several; known by the prompt and its first seed."""
+    seeds = defaultdict(list)
+    for prompt in plan.evaluation.prompts:
+        if prompt.key in made:
+            seeds[prompt.text].append(prompt)
+    found = {}
+    for text, prompts in seeds.items():
+        paths = [video_path(plan.evaluation.folder, run.name, prompt) for prompt in prompts]
+        if len(prompts) > 1 and all(path.is_file() for path in paths):
+            videos = [torch.stack([thumbnail(frame[None] / 255)[0] for frame in mp4_frames(path)]) for path in paths]
+            found[text, prompts[0].seed] = diversity(videos)
+    return found
+
+
+def _distances(plan: EvaluationPlan, group: str, records: Records) -> dict[str, Distance]:
+    """The Frechet distance of every run with enough videos to those of the reference."""
+    reference = plan.reference_run
+    features = {
+        run.name: {
+            key: record["features"]
+            for key, record in _of_group(plan, run, group, records).items()
+            if record.get("features") is not None
+        }
+        for run in plan.evaluation.runs
+    }
+    found = {}
+    for name, own in features.items():
+        both = [key for key in own if key in features[reference.name]]
+        # with fewer videos than features, the fitted distributions would be flat
+        if name != reference.name and both and len(both) > len(own[both[0]]):
+            first, second = (np.array([features[run][key] for key in both]) for run in (name, reference.name))
+            found[name] = Distance(frechet_distance(first, second), resampled_distances(first, second), len(both))
     return found
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from blade.config import BladeConfig, parse_dense_layers, parse_dense_steps
 from blade.generation_request import read_config
+from blade.students import student_settings
 
 ATTENTION: dict[str, dict[str, Any]] = {
     "dense": {},
@@ -38,6 +39,8 @@ class RunSettings:
     """A name of `ATTENTION`; None is what `config` says, and "dense" without it."""
     config: str | None = None
     """A folder, file or Hub id that holds a BLADE configuration."""
+    student: str | None = None
+    """A folder or Hub id of a few-step student; steps, guidance and attention are its own where none are given."""
     sparsity: float | None = None
     """Requested sparsity in [0, 1); None takes the configuration's."""
     dense_steps: int | float | None = None
@@ -48,7 +51,7 @@ class RunSettings:
     def __post_init__(self) -> None:
         if not re.fullmatch(r"\w[\w.-]*", self.name):
             raise ValueError(f"`name` must be of letters, digits, dots, underscores and hyphens, got {self.name!r}.")
-        if self.attention is None and self.config is None:
+        if self.attention is None and self.config is None and self.student is None:
             object.__setattr__(self, "attention", "dense")
         if self.attention is not None and self.config is not None:
             raise ValueError(f"`attention` must not be given with `config`, got {self.attention!r}.")
@@ -70,7 +73,8 @@ class RunSettings:
 
     def is_reference_of(self, other: RunSettings) -> bool:
         """Whether this is `other` with dense attention."""
-        return self.is_dense and (self.steps, self.guidance) == (other.steps, other.guidance)
+        own, its = ((run.steps, run.guidance, run.student) for run in (self, other))
+        return self.is_dense and own == its
 
     def blade_config(self, preset: Callable[[], BladeConfig]) -> BladeConfig | None:
         """The configuration to apply, None for dense.
@@ -85,6 +89,9 @@ class RunSettings:
             return None
         if self.config is not None:
             config = read_config(self.config)
+        elif self.attention is None:
+            assert self.student is not None
+            config = student_settings(self.student).config or BladeConfig(attention="dense")
         else:
             assert self.attention is not None
             config, kind = preset(), ATTENTION[self.attention]
@@ -110,6 +117,7 @@ READERS: dict[str, Callable[[str], Any]] = {
     "guidance": float,
     "attention": str,
     "config": str,
+    "student": str,
     "sparsity": float,
     "dense_steps": lambda value: parse_dense_steps(float(value)),
     "dense_layers": lambda value: () if value == "none" else parse_dense_layers(value.replace("+", ",")),
@@ -145,7 +153,7 @@ def parse_run(text: str, *, steps: int | None = None, guidance: float | None = N
         key, equals, value = part.partition("=")
         if key not in READERS or not equals or not value:
             raise ValueError(
-                f"`run` must be NAME=dense, NAME=preset, NAME=DIR or NAME=KEY=VALUE,... with keys "
+                f"`run` must be NAME=dense, NAME=preset, NAME=DIR, NAME=student=DIR or NAME=KEY=VALUE,... with keys "
                 f"{', '.join(READERS)}, got {part!r} in {text!r}."
             )
         if key in seen:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from blade.evaluation.distribution import latent_statistics
 from blade.evaluation.evaluation import EvaluationPlan
 from blade.evaluation.evaluation_prompts import EvaluationPrompt
 from blade.evaluation.evaluation_records import Record, append_record, read_records
@@ -31,6 +32,7 @@ from blade.models import load_pipeline, resolve_dtype
 from blade.moving_shapes.captions import parse_caption
 from blade.moving_shapes.realism import realism_error
 from blade.moving_shapes.scoring import score
+from blade.students import load_student, loaded_student, unload_student
 from blade.video_io import encode_mp4, write_files
 
 KEPT_FIELDS = ("model", "device", "dtype", "blade_config", "fps", "machine", "versions")
@@ -80,6 +82,7 @@ def evaluate_videos(plan: EvaluationPlan, on_video: Callable[[Progress], None] |
     # dense first: the others are compared with it
     runs = sorted(evaluation.runs, key=lambda run: not run.is_dense)
     missing = [(prompt, run) for prompt in own for run in runs if (run.name, *prompt.key) not in done]
+    missing.sort(key=lambda pair: pair[1].student or "")  # one after the other, as loading one takes time
     if not missing:
         return
     worker = _Worker(plan)
@@ -120,7 +123,9 @@ class _Worker:
             "prompt": prompt.text,
             "seed": prompt.seed,
             "fingerprint": self.plan.fingerprint,
+            "student_fingerprint": self.plan.student_fingerprints.get(run.name),
             **self.plan.size,
+            "features": latent_statistics(self.pipe, video),
             "motion": moves,
             "layer_density": generation.layer_density,
             "run_density": generation.run_density,
@@ -162,6 +167,12 @@ class _Worker:
 
     def _generate(self, prompt: EvaluationPrompt, run: RunSettings) -> tuple[GenerationRequest, Generation]:
         request = replace(self.plan.requests[run.name], prompt=prompt.text, seed=prompt.seed)
+        loaded = loaded_student(self.pipe)
+        if run.student != (None if loaded is None else loaded.source):
+            if run.student is None:
+                unload_student(self.pipe)
+            else:
+                load_student(self.pipe, run.student)
         return request, generate(self.pipe, request)
 
     def _reference_path(self, prompt: EvaluationPrompt, run: RunSettings) -> Path:

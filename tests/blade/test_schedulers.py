@@ -231,3 +231,9 @@ def test_pipelines_use_it_unchanged(make_wan, make):
     assert videos[0].isfinite().all()
     with pytest.raises(ValueError, match="must be 4, as trained, got 6"):
         pipe(num_inference_steps=6, **options)
+
+
+def test_one_that_is_made_like_another_can_be_made_again_from_its_configuration():
+    made = FewStepScheduler.like(FlowMatchEulerDiscreteScheduler(), [[900.0, 500.0]], noise_kept=0.5)
+    again = FewStepScheduler.from_config(made.config)
+    assert again.step_counts == (2,) and again.config.noise_kept == 0.5

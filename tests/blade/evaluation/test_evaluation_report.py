@@ -77,7 +77,7 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> EvaluationPlan:
 
 def test_report_averages_over_all_shards(plan):
     report = make_report(plan, "blade-evaluate --shapes")
-    assert report["missing"] == 0 and report["prompts"] == {"single": SINGLE, "two": TWO}
+    assert report["missing"] == 0 and report["prompts"] == {"single": SINGLE, "two": TWO, "all": SINGLE + TWO}
     assert report["machines"] == [{"system": "Linux", "device": "cpu", "threads": 1, "dtype": "float32"}]
     dense, *sparse = report["runs"]
     assert dense["groups"]["single"]["basics"] == {"mean": 1, "low": 1, "high": 1, "videos": SINGLE}
@@ -130,19 +130,23 @@ def test_tables(plan):
         "Single-object prompts: differences to asa-0.5",
         "Two-object prompts",
         "Two-object prompts: differences to asa-0.5",
+        "All prompts",
+        "All prompts: differences to asa-0.5",
     ]
     assert all(len(row) == len(table.headings) for table in found for row in table.rows)
-    assert [len(table.rows) for table in found] == [len(RUNS), len(RUNS) - 1] * 2
+    assert [len(table.rows) for table in found] == [len(RUNS), len(RUNS) - 1] * 3
     first = dict(zip(found[0].headings, found[0].rows[0]))
     assert first["run"] == "dense" and first["PSNR"] == "" and first["basics"] == "100.0% (100.0% to 100.0%)"
     apart = next(row for row in found[1].rows if row[0] == "random-0.5")
     assert dict(zip(found[1].headings, apart))["PSNR"] == "-3.00 (-3.00 to -3.00)"
-    assert [table.title for table in tables(report, brief=True)] == ["Single-object prompts", "Two-object prompts"]
+    titles = [table.title for table in tables(report, brief=True)]
+    assert titles == ["Single-object prompts", "Two-object prompts", "All prompts"]
 
 
 def test_words_around_the_tables(plan):
     report = make_report(plan, "x")
-    assert facts(report)[0].endswith("Videos of each run: 8 of single-object prompts, 4 of two-object prompts.")
+    counts = "8 of single-object prompts, 4 of two-object prompts, 12 of all prompts"
+    assert facts(report)[0].endswith(f"Videos of each run: {counts}.")
     assert any("less that of asa-0.5" in note for note in notes(report))
     assert "LPIPS is missing" in notes(report)[-1]
     report["runs"] = [report["runs"][0] | {"differences": {}}]

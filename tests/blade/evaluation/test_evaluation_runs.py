@@ -105,3 +105,16 @@ def test_a_saved_configuration_is_applied_as_it_is_but_for_what_the_run_says(pat
 def test_a_saved_dense_configuration_is_dense(tmp_path):
     BladeConfig(attention="dense").save_pretrained(tmp_path)
     assert parse_run(f"x={tmp_path}").blade_config(no_preset) is None
+
+
+def test_a_student_brings_its_attention_steps_and_guidance(tmp_path):
+    BladeConfig(sparsity=0.7, kind="student").save_pretrained(tmp_path)
+    run = parse_run(f"joint=student={tmp_path}", steps=None)
+    assert (run.student, run.attention, run.steps) == (str(tmp_path), None, None)
+    assert run.blade_config(lambda: BladeConfig()).sparsity == 0.7
+    dense = parse_run(f"dense=student={tmp_path},attention=dense")
+    assert dense.is_dense and dense.blade_config(lambda: BladeConfig()) is None
+    assert not parse_run("teacher=dense").is_reference_of(run)
+    other = parse_run(f"other=student={tmp_path},attention=asa,sparsity=0.9")
+    assert other.blade_config(lambda: BladeConfig()).sparsity == 0.9
+    assert dense.is_reference_of(other)

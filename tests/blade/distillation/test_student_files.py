@@ -1,0 +1,201 @@
+"""What a distillation leaves is a student that everything takes."""
+
+import json
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DPMSolverMultistepScheduler
+from safetensors.torch import load_file
+
+from blade import BladeConfig, load_student, push_student, unload_student
+from blade.cli.evaluate import main as evaluate
+from blade.cli.generate import main as generate
+from blade.distillation.config import load_config
+from blade.distillation.distill import distill
+from blade.models import load_pipeline
+from blade.schedulers import FewStepScheduler
+from blade.video_io import read_mp4
+
+pytest.importorskip("peft")
+SIZE = {"height": 64, "width": 64, "num_frames": 9}
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    with warnings.catch_warnings():
+        for message in ("Adapter .* was active which is now", "These are a student's values", "Already found a `peft"):
+            warnings.filterwarnings("ignore", message=message, category=UserWarning)
+        yield
+
+
+@pytest.fixture
+def pipe(saved_tiny_pipeline):
+    pipe = load_pipeline(saved_tiny_pipeline)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def latents(pipe, steps, prompt="a red ball moving left", seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return pipe(
+        prompt, num_inference_steps=steps, guidance_scale=1.0, generator=generator, output_type="latent", **SIZE
+    ).frames  # fmt: skip
+
+
+def trained(settings):
+    return distill(load_config("shapes", settings)).output
+
+
+def relative(first, second):
+    return float((first - second).abs().max() / second.abs().max())
+
+
+def test_loaded_it_makes_the_videos_of_its_training(settings, pipe, tmp_path):
+    folder = trained(settings("out", "validation.every=3", "validation.count=1", "weights.ema_decay=0.5"))
+    video = next((folder / "validation" / "000003").glob("*.mp4"))
+    record = json.loads(video.with_suffix(".json").read_text())
+    student = load_student(pipe, folder)
+    assert (student.steps, student.guidance_scale) == ((2,), 1.0)
+    assert (student.config.sparsity, student.config.kind) == (0.6, "student")
+    generator = torch.Generator().manual_seed(record["seed"])
+    again = pipe(
+        record["prompt"], num_inference_steps=2, guidance_scale=1.0, generator=generator, output_type="pt", **SIZE
+    ).frames[0]  # fmt: skip
+    assert float((read_mp4(video) - again).abs().mean()) < 0.02  # what the MP4 loses
+
+
+def test_an_average_is_saved_where_it_is_asked_for(settings, tmp_path):
+    averaged, last = (
+        load_file(trained(settings(name, f"weights.ema_decay={decay}")) / "pytorch_lora_weights.safetensors")
+        for name, decay in (("averaged", 0.9), ("last", 0.0))
+    )
+    name = "transformer.blocks.0.attn1.to_q.lora_B.weight"
+    assert not torch.equal(averaged[name], last[name])
+
+
+def test_a_stock_pipeline_samples_it(settings, pipe, capsys):
+    """The three lines of the model card: without BLADE, the attention is dense, and times are whole numbers."""
+    folder = trained(settings("out", "attention.method=dense"))
+    load_student(pipe, folder)
+    ours = latents(pipe, 2)
+    unload_student(pipe)
+    card = (folder / "README.md").read_text()
+    line = next(line for line in card.splitlines() if line.startswith("pipe.scheduler"))
+    pipe.load_lora_weights(folder)
+    exec(line, {"pipe": pipe, "DPMSolverMultistepScheduler": DPMSolverMultistepScheduler})
+    error = relative(latents(pipe, 2), ours)
+    print(f"relative error of the stock sampler: {error:.1e}")
+    assert 0 < error < 0.02
+
+
+def test_a_student_for_several_numbers_of_steps(settings, pipe):
+    folder = trained(settings("out", "trajectory.steps=[2,4]", "run.updates=6"))
+    before = latents(pipe, 4)
+    student = load_student(pipe, folder)
+    assert student.steps == (2, 4)
+    both = {steps: latents(pipe, steps) for steps in (2, 4)}
+    with torch.no_grad():
+        pipe.transformer.get_submodule("condition_embedder.time_embedder").step_condition.vectors[
+            "blade_student"
+        ].weight.zero_()
+    for steps, video in both.items():
+        assert relative(latents(pipe, steps), video) > 1e-6  # it was told
+    unload_student(pipe)
+    assert torch.equal(latents(pipe, 4), before)
+    assert not hasattr(pipe.transformer.get_submodule("condition_embedder.time_embedder"), "step_condition")
+
+
+def test_a_student_of_whole_weights(settings, pipe, tmp_path):
+    folder = trained(settings("out", "weights.full=true", "generator.learning_rate=1e-3", "fake.learning_rate=1e-3"))
+    assert not (folder / "pytorch_lora_weights.safetensors").exists()
+    base, before = pipe.transformer, latents(pipe, 4)
+    load_student(pipe, folder)
+    assert pipe.transformer is not base
+    weights = load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
+    own = pipe.transformer.state_dict()
+    assert weights.keys() == own.keys() and all(torch.equal(own[name], weights[name]) for name in own)
+    assert any(not torch.equal(own[name], one) for name, one in base.state_dict().items())
+    assert relative(latents(pipe, 2), latents(pipe, 2)) == 0
+    unload_student(pipe)
+    assert pipe.transformer is base and torch.equal(latents(pipe, 4), before)
+    with pytest.raises(ValueError, match=r"`weight` must be 1"):
+        load_student(pipe, folder, weight=0.5)
+
+
+def test_a_student_goes_on_from_another(settings, tmp_path):
+    first = trained(settings("first"))
+    second = trained(
+        settings("second", f"weights.start_from={first}", "generator.learning_rate=1e-12", "weights.alpha=8")
+    )
+    weights = [load_file(Path(folder) / "pytorch_lora_weights.safetensors") for folder in (first, second)]
+    for name, one in weights[0].items():
+        assert torch.allclose(one, weights[1][name], atol=1e-6), name
+    with pytest.raises(ValueError, match=r"must have the rank 2 of `weights.rank`, got \{4\}"):
+        trained(settings("third", f"weights.start_from={first}", "weights.rank=2"))
+    with pytest.raises(ValueError, match="must be a student's folder with a pytorch_lora_weights"):
+        trained(settings("third", f"weights.start_from={tmp_path}"))
+
+
+def test_the_commands_take_it(settings, saved_tiny_pipeline, tmp_path):
+    folder = trained(settings("out"))
+    options = [f"--model={saved_tiny_pipeline}", "--height=64", "--width=64", "--frames=9", "--device=cpu"]
+    video = tmp_path / "video.mp4"
+    with pytest.raises(SystemExit) as ended:
+        generate(["--prompt=a red ball moving left", f"--student={folder}", f"--output={video}", *options])
+    assert ended.value.code == 0
+    record = json.loads(video.with_suffix(".json").read_text())
+    assert (record["steps"], record["guidance_scale"], record["sparsity"]) == (2, 1.0, 0.6)
+    runs = ["--run=teacher=dense,steps=3,guidance=3", f"--run=student=student={folder}"]
+    runs.append(f"--run=dense=student={folder},attention=dense")
+    runs.append(f"--run=untrained=config={folder},steps=2,guidance=1")
+    output = tmp_path / "evaluation"
+    with pytest.raises(SystemExit) as ended:
+        evaluate([*runs, "--shapes", "--single=1", "--two=1", "--repeats=2", f"--output={output}", *options])
+    assert ended.value.code == 0
+    report = json.loads((output / "report.json").read_text())
+    assert [(run["name"], run["steps"], run["guidance"]) for run in report["runs"]] == [
+        ("teacher", 3, 3.0), ("student", 2, 1.0), ("dense", 2, 1.0), ("untrained", 2, 1.0)
+    ]  # fmt: skip
+    assert report["prompts"] == {"single": 2, "two": 2, "all": 4} and report["reference"] == "teacher"
+    groups = {run["name"]: run["groups"]["all"] for run in report["runs"]}
+    assert groups["student"]["run_density"]["mean"] < 0.5 and groups["dense"]["run_density"]["mean"] == 1
+    assert groups["student"]["psnr"]["mean"] < 100  # against the dense run of the same student
+    assert groups["student"]["diversity"]["videos"] == 2
+
+
+def test_it_is_pushed_without_what_its_training_left(settings, tmp_path, monkeypatch):
+    folder, uploaded = trained(settings("out")), {}
+
+    class Api:
+        def __init__(self, token):
+            uploaded["token"] = token
+
+        def create_repo(self, repo_id, **options):
+            return type("Url", (), {"repo_id": f"me/{repo_id}"})
+
+        def upload_folder(self, **options):
+            uploaded.update(options)
+            return type("Commit", (), {"commit_url": "https://huggingface.co/me/x/commit/1"})
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    assert push_student(folder, "x", token="t") == "https://huggingface.co/me/x/commit/1"
+    from fnmatch import fnmatch
+
+    files = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    sent = {name for name in files if any(fnmatch(name, pattern) for pattern in uploaded["allow_patterns"])}
+    assert sent == {
+        "pytorch_lora_weights.safetensors", "blade_config.json", "README.md", "distillation.yaml",
+        "scheduler/scheduler_config.json",
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="`folder` must hold a student"):
+        push_student(tmp_path / "nothing", "x")
+
+
+def test_the_files_say_what_it_is(settings):
+    folder = trained(settings("out"))
+    assert BladeConfig.from_pretrained(folder).sparsity == 0.6
+    assert FewStepScheduler.from_pretrained(folder / "scheduler").step_counts == (2,)
+    assert load_config(folder / "distillation.yaml").run.updates == 3
+    assert not list(folder.glob(".*")), "nothing half-written is left"
