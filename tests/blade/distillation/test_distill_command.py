@@ -1,0 +1,98 @@
+"""`blade-distill` from the command line: what it says of bad input, and what it leaves."""
+
+import pytest
+
+from blade.cli.distill import main
+
+pytest.importorskip("peft")
+
+
+def run(capsys, *arguments):
+    with pytest.raises(SystemExit) as ended:
+        main(list(arguments))
+    captured = capsys.readouterr()
+    return ended.value.code, captured.out, captured.err
+
+
+def test_a_student_from_the_command_line(settings, capsys, tmp_path):
+    code, out, err = run(capsys, "shapes", *settings("out", "trackers=[]"))
+    assert code == 0, err
+    assert f"student     {tmp_path / 'out'}" in out and "left out: student 0, fake 0" in out
+    assert "distillation 3/3" in out and "min left" in out
+    assert (tmp_path / "out" / "pytorch_lora_weights.safetensors").is_file()
+
+
+def test_a_dry_run_tells_time_and_memory(settings, capsys, tmp_path):
+    code, out, err = run(capsys, "shapes", *settings("out"), "--dry-run")
+    assert code == 0, err
+    assert "hours" in out and "GiB at most" in out and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("others", "message"),
+    [
+        (("run.updatse=3",), "`run.updatse` is not right"),
+        (("model=nobody",), "`model` nobody is no folder here"),
+        (("video.height=65",), "`height` must be a multiple of 16 for this model, got 65"),
+        (("trajectory.steps=[0]",), "`steps` must be one or several different numbers of at least 1, got [0]"),
+        (("attention.dense_layers=7",), "`dense_layers` must be from 0 to 1"),
+        (("weights.targets=[nothing]",), "`targets` must be ends of layers' names"),
+        (("run.device=cuda:9",), "`device`"),
+    ],
+)
+def test_bad_input_is_named(settings, capsys, tmp_path, others, message):
+    code, _, err = run(capsys, "shapes", *settings("out", *others))
+    assert code == 1 and message in err, err
+    assert not (tmp_path / "out" / "checkpoints").exists()
+
+
+def test_prompts_that_are_missing_or_empty(settings, capsys, tmp_path):
+    empty = tmp_path / "empty.txt"
+    empty.write_text("\n# nothing\n\n")
+    code, _, err = run(capsys, "shapes", *settings("out", f"prompts={empty}"))
+    assert code == 1 and f"`prompts` must be a text file with one prompt a line, but {empty} has none" in err
+    code, _, err = run(capsys, "shapes", *settings("out", "prompts=null"))
+    assert code == 1 and "`prompts` must be a file with prompts for" in err
+
+
+def test_prompts_as_json_lines(settings, capsys, tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "a red ball moving left", "id": 1}\n\n{"prompt": "a blue square moving up"}\n')
+    code, _, err = run(capsys, "shapes", *settings("out", f"prompts={path}", "run.updates=1"))
+    assert code == 0, err
+    path.write_text('{"text": "a red ball moving left"}\n')
+    code, _, err = run(capsys, "shapes", *settings("out2", f"prompts={path}"))
+    assert code == 1 and "must have an object with a `prompt` in each line" in err
+
+
+def test_a_base_that_is_distilled_draws_a_warning(settings, capsys, saved_tiny_pipeline, tmp_path):
+    import shutil
+
+    other = shutil.copytree(saved_tiny_pipeline, tmp_path / "tiny-lightning")
+    code, _, err = run(capsys, "shapes", *settings("out", f"model={other}", "run.updates=1"))
+    assert code == 0 and "seems to be distilled for few steps already" in err
+
+
+def test_a_rank_that_dies_ends_the_run_and_leaves_nothing_half_written(settings, start, tmp_path):
+    """One of two processes is killed: the other one does not wait for ever."""
+    import os
+    import signal
+    import time
+
+    process = start(
+        "-m", "blade.cli.distill", "shapes",
+        *settings("out", "run.updates=400", "run.checkpoint_every=2"), processes=2,
+    )  # fmt: skip
+    checkpoints = tmp_path / "out" / "checkpoints"
+    while not list(checkpoints.glob("*.pt")) and process.poll() is None:
+        time.sleep(0.05)
+    children = os.popen(f"pgrep -P {process.pid}").read().split()
+    assert len(children) == 2
+    os.kill(int(children[1]), signal.SIGKILL)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode != 0 and "Signal 9" in output
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.suffix == ".tmp" or ".tmp" in path.name]
+    from blade.training_run import load_checkpoint
+
+    newest = sorted(checkpoints.glob("*.pt"))[-1]
+    assert load_checkpoint(newest)["trainer"]["update"] >= 2
