@@ -67,6 +67,10 @@ class Conditions:
     time_dtype: torch.dtype | None = None
     """Type that the pipeline brings times to; None: none."""
 
+    def at(self, places: Sequence[int]) -> Conditions:
+        """Those of some of the prompts."""
+        return replace(self, prompts={name: value[list(places)] for name, value in self.prompts.items()})
+
     def on(self, device: torch.device) -> Conditions:
         """The same on a device."""
         return Conditions(

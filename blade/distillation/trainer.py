@@ -149,21 +149,20 @@ class Trainer:
         updates = self.updates[Draws(config.run.seed, number, ROLLOUT_PART).integer(COUNT, len(self.updates))]
         batches = self._batches()
         draws = [Draws(config.run.seed, number, 1 + part) for part in range(config.fake.updates + 1)]
-        rollout = Draws(config.run.seed, number, ROLLOUT_PART)
-        starts = [updates.rollout(batch, rollout, draws) for batch in batches]
+        starts = [updates.rollout(batch, Draws(config.run.seed, number, ROLLOUT_PART)) for batch in batches]
         log: dict[str, float] = {}
         for part in range(config.fake.updates):
             losses = []
-            for place, batch in enumerate(batches):
-                with updates.acting(FAKE, draws[part]), self._accumulating(FAKE, place, batches):
-                    loss = updates.fake_loss(batch, starts[place][part], draws[part]) / len(batches)
+            for place, (batch, start) in enumerate(zip(batches, starts)):
+                with updates.acting(FAKE, start, draws[part]), self._accumulating(FAKE, place, batches):
+                    loss = updates.fake_loss(batch, start, draws[part]) / len(batches)
                     loss.backward()
                 losses.append(loss.detach())
             log |= self._step(FAKE, losses)
         estimates = []
-        for place, batch in enumerate(batches):
-            with updates.acting(STUDENT, draws[-1]), self._accumulating(STUDENT, place, batches):
-                estimate = updates.generator_loss(batch, starts[place][-1], draws[-1])
+        for place, (batch, start) in enumerate(zip(batches, starts)):
+            with updates.acting(STUDENT, start, draws[-1]), self._accumulating(STUDENT, place, batches):
+                estimate = updates.generator_loss(batch, start, draws[-1])
                 (estimate.loss / len(batches)).backward()
             estimates.append(estimate)
         log |= self._step(STUDENT, [estimate.loss.detach() / len(batches) for estimate in estimates])

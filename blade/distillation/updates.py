@@ -41,6 +41,16 @@ class Batch:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Start:
+    """Where a rollout has ended: the inputs of the steps that are trained."""
+
+    noisy: torch.Tensor
+    """(B, ...) float32."""
+    steps: Sequence[int]
+    """Step of each sample."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class NoisyPoint:
     """A point of the student's trajectory with noise added to it, and what it was made of."""
 
@@ -109,69 +119,63 @@ class Updates:
         self.device, self.dtype, self.together = device, dtype, together
         self._trajectory_number, self._first_step_number = trajectory_number, first_step_number
 
-    def rollout(self, batch: Batch, draws: Draws, updates: Sequence[Draws]) -> list[torch.Tensor]:
-        """Run the student down its trajectory, without gradient.
+    def rollout(self, batch: Batch, draws: Draws) -> Start:
+        """Run the student down its trajectory, without gradient, each sample to the step that it is trained at.
 
         Args:
             batch: the samples.
-            draws: chance of the rollout.
-            updates: chance of each update that will start from it.
-
-        Returns:
-            For each of `updates`, the inputs of the steps that it takes, (B, ...) float32.
+            draws: chance of this update.
         """
         trajectory, shape = self.trajectory, batch.conditions.latent_shape
+        steps = draws.steps(batch.samples, trajectory.steps, together=self.together)
         x = draws.noise(START, batch.samples, shape).to(self.device)
-        wanted = [update.steps(batch.samples, trajectory.steps, together=self.together) for update in updates]
-        found = [torch.empty_like(x) for _ in updates]
-        last = max(max(steps) for steps in wanted)
-        for step in range(last + 1):
-            for steps, kept in zip(wanted, found):
-                for place, own in enumerate(steps):
-                    if own == step:
-                        kept[place] = x[place]
-            if step < last:
-                steps = [step] * len(x)
-                with torch.no_grad(), self.roles.acting(STUDENT, (step, trajectory.steps)):
-                    clean, noise = self._estimate(STUDENT, batch.conditions, x, self._times(steps), steps)
-                x = self._next(clean, noise, steps, draws.noise(ROLLOUT, batch.samples, shape, step).to(x))
-        return found
+        for step in range(max(steps)):
+            going = [place for place, own in enumerate(steps) if own > step]
+            samples, conditions = [batch.samples[place] for place in going], batch.conditions.at(going)
+            now = [step] * len(going)
+            with torch.no_grad(), self.roles.acting(STUDENT, (step, trajectory.steps)):
+                clean, noise = self._estimate(STUDENT, conditions, x[going], self._times(now), now)
+            if trajectory.sampler.config.noise_kept < 1:
+                fresh = draws.noise(ROLLOUT, samples, shape, step).to(x)
+                noise = renew_noise(noise, fresh, trajectory.sampler.config.noise_kept)
+            x[going] = mix(clean, noise, *trajectory.levels([trajectory.next_time(step)] * len(going), clean))
+        return Start(noisy=x, steps=steps)
 
-    def noisy_point(self, batch: Batch, start: torch.Tensor, draws: Draws) -> NoisyPoint:
-        """Take the student's step from the inputs of a rollout, and add noise to where it leads.
+    def noisy_point(self, batch: Batch, start: Start, draws: Draws) -> NoisyPoint:
+        """Take the student's step from where a rollout has ended, and add noise to where it leads.
 
         The student must be acting; gradients flow into `clean` where they are enabled.
         """
         trajectory, samples, shape = self.trajectory, batch.samples, batch.conditions.latent_shape
-        steps = draws.steps(samples, trajectory.steps, together=self.together)
-        clean, noise = self._estimate(STUDENT, batch.conditions, start, self._times(steps), steps)
+        noisy, steps = start.noisy, start.steps
+        clean, noise = self._estimate(STUDENT, batch.conditions, noisy, self._times(steps), steps)
         shares = draws.shares(SAMPLE, samples)
         times = [trajectory.draw_time(step, share) for step, share in zip(steps, shares)]
         with torch.no_grad():
             if trajectory.sampler.config.noise_kept < 1:
-                fresh = draws.noise(FRESH_NOISE, samples, shape).to(start)
+                fresh = draws.noise(FRESH_NOISE, samples, shape).to(noisy)
                 noise = renew_noise(noise, fresh, trajectory.sampler.config.noise_kept)
-            added = draws.noise(NOISE, samples, shape).to(start)
-            middle = trajectory.levels([trajectory.next_time(step) for step in steps], start)
-            levels = trajectory.levels(times, start)
-            noisy = diffuse_further(mix(clean, noise, *middle), added, middle, levels)
+            added = draws.noise(NOISE, samples, shape).to(noisy)
+            middle = trajectory.levels([trajectory.next_time(step) for step in steps], noisy)
+            levels = trajectory.levels(times, noisy)
             weight = noisy.new_ones(len(noisy))
+            noisy = diffuse_further(mix(clean, noise, *middle), added, middle, levels)
             if self.fake.importance:
                 weight = importance_weight(equivalent_noise(noise, added, middle, levels), added)
         return NoisyPoint(clean=clean, noisy=noisy, times=times, steps=steps, levels=levels, weight=weight)
 
-    def fake_loss(self, batch: Batch, start: torch.Tensor, draws: Draws) -> torch.Tensor:
+    def fake_loss(self, batch: Batch, start: Start, draws: Draws) -> torch.Tensor:
         """How far the fake score is from what the student makes.
 
         Args:
             batch: the samples.
-            start: inputs of their steps.
+            start: of their steps.
             draws: chance of this update.
 
         Returns:
             A scalar with gradient for the fake score, which must be acting around this and the backward pass.
         """
-        with torch.no_grad(), self.roles.acting(STUDENT, self._drawn_step(draws)):
+        with torch.no_grad(), self.acting(STUDENT, start, draws):
             point = self.noisy_point(batch, start, draws)
         weight = error_weight(self.fake.weighting, *point.levels)
         estimate, _ = self._estimate(FAKE, batch.conditions, point.noisy, point.times, point.steps)
@@ -182,12 +186,12 @@ class Updates:
             loss = loss + self.fake.regularization * denoising_loss(estimate, teacher, weight)
         return loss
 
-    def generator_loss(self, batch: Batch, start: torch.Tensor, draws: Draws) -> Estimates:
+    def generator_loss(self, batch: Batch, start: Start, draws: Draws) -> Estimates:
         """What leads the student toward the teacher.
 
         Args:
             batch: the samples.
-            start: inputs of their steps.
+            start: of their steps.
             draws: chance of this update.
 
         Returns:
@@ -202,7 +206,7 @@ class Updates:
                 if self.negative is not None and self.guidance_scale != 1:
                     unconditional, _ = self._estimate(TEACHER, self.negative, *arguments)
                     teacher = guide(conditional, unconditional, self.guidance_scale)
-            with self.roles.acting(FAKE, self._drawn_step(draws)):
+            with self.acting(FAKE, start, draws):
                 fake, _ = self._estimate(FAKE, batch.conditions, *arguments)
             clean = point.clean.detach()
             weight = error_weight(self.fake.weighting, *point.levels)
@@ -219,18 +223,14 @@ class Updates:
         difference = (teacher - fake).abs().mean()
         return Estimates(loss=loss, difference=difference, fake_error=errors[0], teacher_error=errors[1])
 
-    def acting(self, role: str, draws: Draws) -> AbstractContextManager[Any]:
-        """Let a role act in an update, around its forward and its backward pass."""
-        return self.roles.acting(role, self._drawn_step(draws))
+    def acting(self, role: str, start: Start, draws: Draws) -> AbstractContextManager[Any]:
+        """Let a role act in an update, around its forward and its backward pass.
 
-    def _drawn_step(self, draws: Draws) -> tuple[int, int | None]:
-        """The step that BLADE takes an update for.
-
-        Samples are at several steps at once, so that only what is keyed by the step for chance is: any step's probe.
+        Samples are at several steps at once, and BLADE takes the step for nothing but the draws of its probe, so that
+        it is told any; unless it matters, and all samples take the same.
         """
-        if self.together:
-            return draws.steps([0], self.trajectory.steps, together=True)[0], self.trajectory.steps
-        return draws.integer(STEPS, DRAWN_STEPS), None
+        any_step = draws.integer(STEPS, DRAWN_STEPS), None
+        return self.roles.acting(role, (start.steps[0], self.trajectory.steps) if self.together else any_step)
 
     def _times(self, steps: Sequence[int]) -> list[float]:
         return [self.trajectory.times[step] for step in steps]
@@ -249,12 +249,3 @@ class Updates:
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             prediction = self.roles.predict(role, inputs, torch.tensor(numbers))
         return split_prediction(self.trajectory.kind, prediction, x, *self.trajectory.levels(times, x))
-
-    def _next(
-        self, clean: torch.Tensor, noise: torch.Tensor, steps: Sequence[int], fresh: torch.Tensor
-    ) -> torch.Tensor:
-        """The inputs of the next steps."""
-        kept = self.trajectory.sampler.config.noise_kept
-        times = [self.trajectory.next_time(step) for step in steps]
-        noise = renew_noise(noise, fresh, kept) if kept < 1 else noise
-        return mix(clean, noise, *self.trajectory.levels(times, clean))

@@ -68,7 +68,7 @@ def validate(
         trainer.use_own()
         pipe.scheduler = scheduler
     processes.wait()
-    return _means(folder)
+    return means(folder)
 
 
 def _scores(request: GenerationRequest, video: torch.Tensor) -> dict[str, Any]:
@@ -85,12 +85,13 @@ def _scores(request: GenerationRequest, video: torch.Tensor) -> dict[str, Any]:
         return {}
 
 
-def _means(folder: Path) -> dict[str, float]:
+def means(folder: Path) -> dict[str, float]:
+    """The means over the videos of a folder; see `validate`."""
     records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
-    means = {}
+    found = {}
     for steps in sorted({record["steps"] for record in records}):
         for name in ("score", "realism_error"):
             values = [record[name] for record in records if record["steps"] == steps and name in record]
             if values:
-                means[f"{name}_{steps}"] = sum(values) / len(values)
-    return means
+                found[f"{name}_{steps}"] = sum(values) / len(values)
+    return found

@@ -24,6 +24,7 @@ SETTINGS = (
     "run.batch_size=2",
     "run.checkpoint_every=1",
     "run.device=cpu",
+    "run.precision=fp32",
     "validation.every=0",
     # gradients near zero have no sign to speak of
     "optimizer.epsilon=1e-3",

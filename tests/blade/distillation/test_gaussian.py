@@ -106,17 +106,17 @@ def test_the_student_matches_mean_and_variance(kind, steps, noise_kept, fake, ge
     before, teacher = (sampled(trajectory, roles.networks[name]) for name in ("student", "teacher"))
     for update in range(UPDATES):
         draws = [Draws(0, update, part) for part in range(3)]
-        starts = updates.rollout(batch, draws[0], draws[1:])
+        start = updates.rollout(batch, draws[0])
         share = 1.0 if update < UPDATES // 2 else 0.2
         for name, part in (("fake", 1), ("student", 2)):
             for group in optimizers[name].param_groups:
                 group["lr"] = share * rates[name]
             optimizers[name].zero_grad()
-            with updates.acting(name, draws[part]):
+            with updates.acting(name, start, draws[part]):
                 if name == "fake":
-                    loss = updates.fake_loss(batch, starts[0], draws[1])
+                    loss = updates.fake_loss(batch, start, draws[1])
                 else:
-                    loss = updates.generator_loss(batch, starts[1], draws[2]).loss
+                    loss = updates.generator_loss(batch, start, draws[2]).loss
                 loss.backward()
             optimizers[name].step()
     after = sampled(trajectory, roles.networks["student"])
@@ -137,8 +137,8 @@ def test_a_student_that_is_the_teacher_stays_where_it_is():
         device=torch.device("cpu"), dtype=torch.float32,
     )  # fmt: skip
     batch = Batch(samples=range(3), conditions=Conditions({}, {}, SHAPE))
-    start = updates.rollout(batch, Draws(0, 0, 0), [Draws(0, 0, 1)])[0]
-    with updates.acting("student", Draws(0, 0, 1)):
+    start = updates.rollout(batch, Draws(0, 0, 0))
+    with updates.acting("student", start, Draws(0, 0, 1)):
         estimates = updates.generator_loss(batch, start, Draws(0, 0, 1))
         estimates.loss.backward()
     assert torch.equal(roles.networks["student"].mean.grad, torch.zeros(3))

@@ -1,0 +1,99 @@
+"""Train the students of the moving-shapes model again, for the comparison in docs/distillation.md.
+
+    python scripts/distill_shapes.py runs/students search joint-4 dense-4   # every row's learning rate
+    python scripts/distill_shapes.py runs/students train joint-4 --seed 1   # a student with the rate that was found
+
+All rows have the same updates, and choose their learning rate from the same ones, by prompts of the training captions.
+Both go on where they were stopped.
+"""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from blade.cli.command import progress_line
+from blade.distillation.config import DistillationConfig, load_config
+from blade.distillation.distill import VALIDATION, distill
+from blade.distillation.validation import means
+from blade.video_io import write_files
+
+RECIPE = "shapes"
+
+ROWS: dict[str, tuple[str, ...]] = {
+    "dense-8": ("trajectory.steps=[8]", "attention.method=dense"),
+    "dense-4": ("attention.method=dense",),
+    "joint-8": ("trajectory.steps=[8]",),
+    "joint-4": (),
+    "joint-4-sparser": ("attention.sparsity=0.9",),
+    "joint-4-rank-8": ("weights.rank=8", "weights.alpha=8"),
+}
+"""Students by name, and what of each differs from the recipe: the jointly trained one in 4 steps at sparsity 0.8."""
+
+RATES = (1e-4, 2e-4, 4e-4)
+"""Learning rates of the student that are tried; that of the fake score is three times as large."""
+
+SEARCH_UPDATES = 30
+"""Updates of each try."""
+
+SEARCH_PROMPTS = 32
+"""Videos that a try is judged by."""
+
+FOUND = "rate.json"
+"""Where a row's learning rate is kept."""
+
+app = typer.Typer(add_completion=False, help=__doc__)
+Folder = Annotated[Path, typer.Argument(help="Folder of all students.")]
+
+
+def _config(folder: Path, row: str, rate: float, seed: int, *others: str) -> DistillationConfig:
+    if row not in ROWS:
+        raise typer.BadParameter(f"must be one of {', '.join(ROWS)}, got {row}.")
+    settings = [
+        *ROWS[row],
+        f"generator.learning_rate={rate}",
+        f"fake.learning_rate={3 * rate}",
+        f"run.seed={seed}",
+        f"embeddings={folder / 'embeddings'}",
+        *others,
+    ]
+    return load_config(RECIPE, settings)
+
+
+@app.command()
+def search(folder: Folder, rows: Annotated[list[str], typer.Argument(help="Names of rows.")]) -> None:
+    """Try every learning rate for some updates, and keep the one with the most real videos."""
+    for row in rows:
+        errors = {}
+        for rate in RATES:
+            output = folder / "search" / row / f"{rate:g}"
+            validation = (f"validation.every={SEARCH_UPDATES}", f"validation.count={SEARCH_PROMPTS}")
+            config = _config(folder, row, rate, 0, f"output={output}", f"run.updates={SEARCH_UPDATES}", *validation)
+            with progress_line() as say:
+                distill(config, on_progress=say)
+            found = means(output / VALIDATION / f"{SEARCH_UPDATES:06d}")
+            errors[rate] = found[f"realism_error_{config.trajectory.steps[0]}"]
+            print(f"{row}, learning rate {rate:g}: {found}", flush=True)
+        best = min(errors, key=lambda rate: errors[rate])
+        values = {"rate": best, "realism_error": {f"{rate:g}": error for rate, error in errors.items()}}
+        write_files({folder / "search" / row / FOUND: (json.dumps(values, indent=2) + "\n").encode()})
+        print(f"{row}: {best:g}", flush=True)
+
+
+@app.command()
+def train(
+    folder: Folder,
+    rows: Annotated[list[str], typer.Argument(help="Names of rows.")],
+    seed: Annotated[int, typer.Option(help="Seed of the training.")] = 0,
+) -> None:
+    """Train students with the learning rates that were found."""
+    for row in rows:
+        rate = json.loads((folder / "search" / row / FOUND).read_text(encoding="utf-8"))["rate"]
+        config = _config(folder, row, rate, seed, f"output={folder / f'{row}-seed-{seed}'}")
+        with progress_line() as say:
+            print(distill(config, on_progress=say), flush=True)
+
+
+if __name__ == "__main__":
+    app()
