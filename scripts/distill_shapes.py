@@ -1,7 +1,7 @@
 """Train the students of the moving-shapes model again, for the comparison in docs/distillation.md.
 
-    python scripts/distill_shapes.py runs/students search joint-4 dense-4   # every row's learning rate
-    python scripts/distill_shapes.py runs/students train joint-4 --seed 1   # a student with the rate that was found
+    python scripts/distill_shapes.py search runs/students joint-4 dense-4   # every row's learning rate
+    python scripts/distill_shapes.py train runs/students joint-4 --seed 1   # a student with the rate that was found
 
 All rows have the same updates, and choose their learning rate from the same ones, by prompts of the training captions.
 Both go on where they were stopped.

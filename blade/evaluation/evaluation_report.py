@@ -68,6 +68,9 @@ COLUMNS = {
 }
 """Measures in the order of a table's columns, with heading and format."""
 
+LEAST_REPEATED = 2
+"""Prompts with several videos from which on their diversity is told: a caption may come twice by chance."""
+
 OF_MANY = ("diversity", "frechet")
 """Measures of several videos together."""
 
@@ -258,6 +261,8 @@ def _diversities(plan: EvaluationPlan, run: RunSettings, made: Iterable[tuple[st
         if prompt.key in made:
             seeds[prompt.text].append(prompt)
     found = {}
+    if sum(len(prompts) > 1 for prompts in seeds.values()) < LEAST_REPEATED:
+        return found
     for text, prompts in seeds.items():
         paths = [video_path(plan.evaluation.folder, run.name, prompt) for prompt in prompts]
         if len(prompts) > 1 and all(path.is_file() for path in paths):
