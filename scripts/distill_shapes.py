@@ -28,8 +28,11 @@ ROWS: dict[str, tuple[str, ...]] = {
     "joint-4": (),
     "joint-4-sparser": ("attention.sparsity=0.9",),
     "joint-4-rank-8": ("weights.rank=8", "weights.alpha=8"),
+    "adapted": ("generator.objective=imitation", "trajectory.steps=[8]"),
+    "sparse-first-4": ("weights.start_from={folder}/adapted-seed-{seed}",),
 }
-"""Students by name, and what of each differs from the recipe: the jointly trained one in 4 steps at sparsity 0.8."""
+"""Students by name, and what of each differs from the recipe: the jointly trained one in 4 steps at sparsity 0.8.
+`adapted` has only learned to live with sparsity, at the teacher's own steps; `sparse-first-4` is distilled from it."""
 
 RATES = (1e-4, 2e-4, 4e-4)
 """Learning rates of the student that are tried; that of the fake score is three times as large."""
@@ -51,7 +54,7 @@ def _config(folder: Path, row: str, rate: float, seed: int, *others: str) -> Dis
     if row not in ROWS:
         raise typer.BadParameter(f"must be one of {', '.join(ROWS)}, got {row}.")
     settings = [
-        *ROWS[row],
+        *(setting.format(folder=folder, seed=seed) for setting in ROWS[row]),
         f"generator.learning_rate={rate}",
         f"fake.learning_rate={3 * rate}",
         f"run.seed={seed}",

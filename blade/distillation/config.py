@@ -146,6 +146,9 @@ class FakeConfig:
 class GeneratorConfig:
     """Updates of the student."""
 
+    objective: str = "distribution"
+    """`distribution` (TDM), or `imitation`: predict what the dense teacher does, without guidance, on the teacher's
+    own way; no fewer steps come of it, only weights that have learned to live with sparsity, to start from."""
     learning_rate: float = 1e-4
     guidance_scale: float | None = None
     """Of the teacher; none: the model's default."""
@@ -162,6 +165,7 @@ class GeneratorConfig:
 
     def __post_init__(self) -> None:
         check_number("generator.learning_rate", self.learning_rate, "above 0", _positive)
+        check_choice("generator.objective", self.objective, ("distribution", "imitation"))
         check_choice("generator.loss", self.loss, ("squared", "huber"))
         check_number("generator.huber", self.huber, "above 0", _positive)
         check_flag("generator.normalize", self.normalize)

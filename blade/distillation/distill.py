@@ -287,7 +287,7 @@ class _Job:
         while trainer.update < run.updates:
             record = trainer.train_update()
             done = trainer.update
-            ratios = [*ratios, record["critic_ratio"]][-LAG_UPDATES:]
+            ratios = [*ratios, record.get("critic_ratio", 0.0)][-LAG_UPDATES:]
             if len(ratios) == LAG_UPDATES and sum(ratios) / len(ratios) > 1 and done % LAG_UPDATES == 0:
                 logger.warning(
                     f"The fake score lags: in the last {LAG_UPDATES} updates its error for the student's samples was "

@@ -29,7 +29,7 @@ from blade.distillation.optimizers import RoleOptimizer, learning_rate_share
 from blade.distillation.parallel import Processes, put_weights, shared_out_like, whole
 from blade.distillation.roles import FAKE, STUDENT, TRAINED, Lora, adapter_roles, separate_roles
 from blade.distillation.trajectory import Trajectory
-from blade.distillation.updates import Batch, Updates
+from blade.distillation.updates import Batch, Start, Updates
 from blade.models import main_transformer
 from blade.schedulers import FewStepScheduler
 
@@ -150,12 +150,29 @@ class Trainer:
         batches = self._batches()
         draws = [Draws(config.run.seed, number, 1 + part) for part in range(config.fake.updates + 1)]
         starts = [updates.rollout(batch, Draws(config.run.seed, number, ROLLOUT_PART)) for batch in batches]
+        if config.generator.objective == "imitation":
+            log = self._imitate(updates, batches, starts, draws[-1])
+        else:
+            log = self._match(updates, batches, starts, draws)
+        if self.ema is not None:
+            self.ema.step(self._parameters(STUDENT))
+        self.update += 1
+        return {
+            **log,
+            "sparsity": self._sparsity,
+            "update_seconds": time.perf_counter() - began,
+        }
+
+    def _match(
+        self, updates: Updates, batches: Sequence[Batch], starts: Sequence[Start], draws: Sequence[Draws]
+    ) -> dict[str, float]:
+        """Let the fake score follow the student, and then the student the teacher; return what there is to log."""
         log: dict[str, float] = {}
-        for part in range(config.fake.updates):
+        for own_draws in draws[:-1]:
             losses = []
             for place, (batch, start) in enumerate(zip(batches, starts)):
-                with updates.acting(FAKE, start, draws[part]), self._accumulating(FAKE, place, batches):
-                    loss = updates.fake_loss(batch, start, draws[part]) / len(batches)
+                with updates.acting(FAKE, start, own_draws), self._accumulating(FAKE, place, batches):
+                    loss = updates.fake_loss(batch, start, own_draws) / len(batches)
                     loss.backward()
                 losses.append(loss.detach())
             log |= self._step(FAKE, losses)
@@ -166,21 +183,24 @@ class Trainer:
                 (estimate.loss / len(batches)).backward()
             estimates.append(estimate)
         log |= self._step(STUDENT, [estimate.loss.detach() / len(batches) for estimate in estimates])
-        if self.ema is not None:
-            self.ema.step(self._parameters(STUDENT))
         sums = [
             sum(float(getattr(estimate, name)) for estimate in estimates) / len(estimates)
             for name in ("difference", "fake_error", "teacher_error")
         ]
         difference, fake_error, teacher_error = self.processes.mean(sums)
-        self.update += 1
-        return {
-            **log,
-            "difference": difference,
-            "critic_ratio": fake_error / teacher_error,
-            "sparsity": self._sparsity,
-            "update_seconds": time.perf_counter() - began,
-        }
+        return {**log, "difference": difference, "critic_ratio": fake_error / teacher_error}
+
+    def _imitate(
+        self, updates: Updates, batches: Sequence[Batch], starts: Sequence[Start], draws: Draws
+    ) -> dict[str, float]:
+        """Let the student predict what the teacher does; return what there is to log."""
+        losses = []
+        for place, (batch, start) in enumerate(zip(batches, starts)):
+            with updates.acting(STUDENT, start, draws), self._accumulating(STUDENT, place, batches):
+                loss = updates.imitation_loss(batch, start, draws) / len(batches)
+                loss.backward()
+            losses.append(loss.detach())
+        return self._step(STUDENT, losses)
 
     def student_weights(self, *, averaged: bool = True) -> dict[str, torch.Tensor]:
         """The student's weights, whole, on the CPU, averaged where that was asked for; all processes must call it."""

@@ -120,7 +120,9 @@ class Updates:
         self._trajectory_number, self._first_step_number = trajectory_number, first_step_number
 
     def rollout(self, batch: Batch, draws: Draws) -> Start:
-        """Run the student down its trajectory, without gradient, each sample to the step that it is trained at.
+        """Run down the trajectory, without gradient, each sample to the step that it is trained at.
+
+        The student runs, or the guided teacher where it is to be imitated.
 
         Args:
             batch: the samples.
@@ -133,8 +135,9 @@ class Updates:
             going = [place for place, own in enumerate(steps) if own > step]
             samples, conditions = [batch.samples[place] for place in going], batch.conditions.at(going)
             now = [step] * len(going)
-            with torch.no_grad(), self.roles.acting(STUDENT, (step, trajectory.steps)):
-                clean, noise = self._estimate(STUDENT, conditions, x[going], self._times(now), now)
+            arguments = (conditions, x[going], self._times(now), now)
+            with torch.no_grad(), self.roles.acting(self._leader, (step, trajectory.steps)):
+                clean, noise = self._lead(*arguments)
             if trajectory.sampler.config.noise_kept < 1:
                 fresh = draws.noise(ROLLOUT, samples, shape, step).to(x)
                 noise = renew_noise(noise, fresh, trajectory.sampler.config.noise_kept)
@@ -142,13 +145,13 @@ class Updates:
         return Start(noisy=x, steps=steps)
 
     def noisy_point(self, batch: Batch, start: Start, draws: Draws) -> NoisyPoint:
-        """Take the student's step from where a rollout has ended, and add noise to where it leads.
+        """Take a step from where a rollout has ended, as the rollout did, and add noise to where it leads.
 
-        The student must be acting; gradients flow into `clean` where they are enabled.
+        Who ran there must be acting; gradients flow into `clean` where they are enabled.
         """
         trajectory, samples, shape = self.trajectory, batch.samples, batch.conditions.latent_shape
         noisy, steps = start.noisy, start.steps
-        clean, noise = self._estimate(STUDENT, batch.conditions, noisy, self._times(steps), steps)
+        clean, noise = self._lead(batch.conditions, noisy, self._times(steps), steps)
         shares = draws.shares(SAMPLE, samples)
         times = [trajectory.draw_time(step, share) for step, share in zip(steps, shares)]
         with torch.no_grad():
@@ -201,11 +204,7 @@ class Updates:
         arguments = (point.noisy, point.times, point.steps)
         with torch.no_grad():
             with self.roles.acting(TEACHER):
-                conditional, _ = self._estimate(TEACHER, batch.conditions, *arguments)
-                teacher = conditional
-                if self.negative is not None and self.guidance_scale != 1:
-                    unconditional, _ = self._estimate(TEACHER, self.negative, *arguments)
-                    teacher = guide(conditional, unconditional, self.guidance_scale)
+                conditional, teacher = self._guided(batch.conditions, *arguments)
             with self.acting(FAKE, start, draws):
                 fake, _ = self._estimate(FAKE, batch.conditions, *arguments)
             clean = point.clean.detach()
@@ -223,6 +222,24 @@ class Updates:
         difference = (teacher - fake).abs().mean()
         return Estimates(loss=loss, difference=difference, fake_error=errors[0], teacher_error=errors[1])
 
+    def imitation_loss(self, batch: Batch, start: Start, draws: Draws) -> torch.Tensor:
+        """How far the student's prediction is from the teacher's without guidance, on the teacher's way.
+
+        Args:
+            batch: the samples.
+            start: of their steps, on the teacher's way.
+            draws: chance of this update.
+
+        Returns:
+            A scalar with gradient for the student, which must be acting around this and the backward pass.
+        """
+        with torch.no_grad(), self.roles.acting(TEACHER):
+            point = self.noisy_point(batch, start, draws)
+            arguments = (batch.conditions, point.noisy, point.times, point.steps)
+            teacher, _ = self._estimate(TEACHER, *arguments)
+        student, _ = self._estimate(STUDENT, *arguments)
+        return denoising_loss(student, teacher, error_weight("velocity", *point.levels))
+
     def acting(self, role: str, start: Start, draws: Draws) -> AbstractContextManager[Any]:
         """Let a role act in an update, around its forward and its backward pass.
 
@@ -231,6 +248,31 @@ class Updates:
         """
         any_step = draws.integer(STEPS, DRAWN_STEPS), None
         return self.roles.acting(role, (start.steps[0], self.trajectory.steps) if self.together else any_step)
+
+    @property
+    def _leader(self) -> str:
+        """Who runs down the trajectory."""
+        return TEACHER if self.generator.objective == "imitation" else STUDENT
+
+    def _lead(
+        self, conditions: Conditions, x: torch.Tensor, times: Sequence[float], steps: Sequence[int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Clean sample and noise that the leader sees; see `_estimate`."""
+        if self._leader == STUDENT:
+            return self._estimate(STUDENT, conditions, x, times, steps)
+        _, clean = self._guided(conditions, x, times, steps)
+        alpha, sigma = self.trajectory.levels(times, x)
+        return clean, (x - alpha * clean) / sigma
+
+    def _guided(
+        self, conditions: Conditions, x: torch.Tensor, times: Sequence[float], steps: Sequence[int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Clean samples that the teacher sees, without guidance and with it; see `_estimate`."""
+        conditional, _ = self._estimate(TEACHER, conditions, x, times, steps)
+        if self.negative is None or self.guidance_scale == 1:
+            return conditional, conditional
+        unconditional, _ = self._estimate(TEACHER, self.negative, x, times, steps)
+        return conditional, guide(conditional, unconditional, self.guidance_scale)
 
     def _times(self, steps: Sequence[int]) -> list[float]:
         return [self.trajectory.times[step] for step in steps]

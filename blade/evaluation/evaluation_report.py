@@ -260,7 +260,7 @@ def _diversities(plan: EvaluationPlan, run: RunSettings, made: Iterable[tuple[st
     for prompt in plan.evaluation.prompts:
         if prompt.key in made:
             seeds[prompt.text].append(prompt)
-    found = {}
+    found: Measured = {}
     if sum(len(prompts) > 1 for prompts in seeds.values()) < LEAST_REPEATED:
         return found
     for text, prompts in seeds.items():

@@ -14,6 +14,8 @@ def test_recipes_can_be_read(name):
     config = load_config(name)
     assert config.run.updates > 0
     assert config.to_dict() == load_config(name, ["run.seed=0"]).to_dict()
+    preset = student_attention(config.attention, PRESET)
+    assert preset.kind == "student" and preset.sparsity >= 0.79
 
 
 def test_settings_stand_over_the_file(tmp_path):

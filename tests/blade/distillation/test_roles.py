@@ -130,6 +130,14 @@ def test_roles_of_separate_networks(make_wan, wan_inputs):
     assert not any(one.requires_grad for one in roles.transformer(TEACHER).parameters())
 
 
+def test_one_copy_of_the_base_is_in_memory(make_wan):
+    base = sum(one.numel() for one in make_wan().parameters())
+    roles = make_roles(make_wan())
+    lora = sum(one.numel() for one in roles.named_parameters(STUDENT).values())
+    held = {id(one): one.numel() for role in (STUDENT, FAKE, TEACHER) for one in roles.transformer(role).parameters()}
+    assert sum(held.values()) == base + 2 * lora
+
+
 def test_targets_must_be_there(make_wan):
     with pytest.raises(ValueError, match=r"`targets` must be ends of layers' names, got .'nowhere'"):
         adapter_roles(make_wan(), Lora(targets=("nowhere",)), ())

@@ -151,6 +151,20 @@ def test_several_numbers_of_steps_and_shared_intervals(settings, tmp_path):
     assert "Diffusers alone cannot sample it: every step renews a part of the noise" in card
 
 
+def test_imitation_teaches_sparsity_and_can_be_started_from(settings):
+    others = (
+        "generator.objective=imitation",
+        "run.updates=12",
+        "generator.learning_rate=3e-3",
+        "trajectory.steps=[4]",
+    )
+    first = trained(settings("first", *others)).output
+    losses = [record["student_loss"] for record in log(first)]
+    assert sum(losses[-3:]) < 0.9 * sum(losses[:3])
+    assert "fake_loss" not in log(first)[0]
+    assert trained(settings("second", f"weights.start_from={first}")).updates == 3
+
+
 def test_a_dry_run_writes_nothing(settings, tmp_path):
     estimate = distill(load_config("shapes", settings("out", "run.updates=100")), dry_run=True)
     assert not (tmp_path / "out").exists()
