@@ -86,9 +86,9 @@ def main(output: Annotated[Path, typer.Argument(help="Folder of the results.")],
         output,
         "memory",
         title="What the networks of a distillation take",
-        note=f"Weights, gradients and states of AdamW of student, fake score and teacher, with LoRAs of rank {rank} or "
-        "all weights trained; what is trained is float32, what is frozen bfloat16, of moving shapes float32. The "
-        "bundled model was made and its tensors counted, the others' tensors counted without being made. "
+        note="Weights, gradients and states of AdamW of student, fake score and teacher, with LoRAs of rank "
+        f"{rank} or all weights trained; what is trained is float32, what is frozen bfloat16 (of shapes: float32). "
+        "The bundled model was made and its tensors counted, the others' tensors counted without being made. "
         "Activations, text encoder and VAE come on top.",
         lines=lines,
         values={
