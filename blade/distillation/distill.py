@@ -143,6 +143,7 @@ def distill(
     state = PartialState(cpu=device.type == "cpu")
     processes = Processes(state, config.run.parallel, device if state.num_processes == 1 else None)
     output = Path(config.output).expanduser()
+    _check_trackers(config.trackers)
     prompts = training_prompts(config)
     checkpoint = None if dry_run else _newest_checkpoint(output)
     saved = None if checkpoint is None else load_checkpoint(checkpoint)
@@ -404,6 +405,17 @@ def _warn_of_distilled(model: str, transformer: nn.Module) -> None:
             f'`model` {model} seems to be distilled for few steps already ("{words[0]}" in its name). A teacher '
             "should be a model for many steps: of one for few, only the mistakes are passed on."
         )
+
+
+def _check_trackers(names: Sequence[str]) -> None:
+    """Raise a `ValueError` for trackers that accelerate would leave out."""
+    from accelerate.tracking import get_available_trackers
+
+    available = [str(name) for name in get_available_trackers()]
+    missing = [name for name in names if name not in available]
+    if missing:
+        listed = ", ".join(available) or "none"
+        raise ValueError(f"`trackers` must be installed ones ({listed}), got {missing[0]}; the log is written anyway.")
 
 
 def _newest_checkpoint(output: Path) -> Path | None:

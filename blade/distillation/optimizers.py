@@ -47,7 +47,10 @@ class RoleOptimizer:
     def set_rate(self, share: float) -> None:
         """Set the learning rate to a share of the largest."""
         for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate * share
+            if isinstance(group["lr"], torch.Tensor):  # as torchao's optimizers have it
+                group["lr"].fill_(self.learning_rate * share)
+            else:
+                group["lr"] = self.learning_rate * share
 
     def step(self, loss: float) -> tuple[float, bool]:
         """Clip the gradients and take a step, unless something is not finite or the gradient explodes.

@@ -38,6 +38,7 @@ def test_a_dry_run_tells_time_and_memory(settings, capsys, tmp_path):
         (("attention.dense_layers=7",), "`dense_layers` must be from 0 to 1"),
         (("weights.targets=[nothing]",), "`targets` must be ends of layers' names"),
         (("run.device=cuda:9",), "`device`"),
+        (("trackers=[nonsense]",), "`trackers` must be installed ones"),
     ],
 )
 def test_bad_input_is_named(settings, capsys, tmp_path, others, message):

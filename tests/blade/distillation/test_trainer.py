@@ -151,6 +151,17 @@ def test_several_numbers_of_steps_and_shared_intervals(settings, tmp_path):
     assert "Diffusers alone cannot sample it: every step renews a part of the noise" in card
 
 
+def test_eight_bit_adam_goes_on_where_it_was(settings, tmp_path):
+    pytest.importorskip("torchao")
+    trained(settings("whole", "optimizer.name=adamw-8bit"))
+    trained(settings("stopped", "optimizer.name=adamw-8bit", "run.updates=2"))
+    trained(settings("stopped", "optimizer.name=adamw-8bit"))
+    plain = weights(trained(settings("plain")).output)
+    for name, one in weights(tmp_path / "whole").items():
+        assert torch.equal(one, weights(tmp_path / "stopped")[name]), name
+        assert float((one - plain[name]).abs().max()) < 0.2 * float(plain[name].abs().max()), name
+
+
 def test_imitation_teaches_sparsity_and_can_be_started_from(settings):
     others = (
         "generator.objective=imitation",
