@@ -18,6 +18,10 @@ def distill(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only measure what it takes, by two updates; nothing is written.")
     ] = False,
+    random_weights: Annotated[
+        bool,
+        typer.Option("--random-weights", help="With --dry-run: of the model's size, from configuration files alone."),
+    ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Distil a video model to few steps, together with sparse attention. A stopped run goes on where it was."""
@@ -29,7 +33,7 @@ def distill(
 
     read = load_config(config, settings or ())
     with progress_line() as say:
-        report = distill(read, dry_run=dry_run, on_progress=say)
+        report = distill(read, dry_run=dry_run, random_weights=random_weights, on_progress=say)
     if PartialState().is_main_process:
         print(report)
 

@@ -134,6 +134,39 @@ def capture(pipe: Any, request: GenerationRequest, prompt: str) -> Conditions:
     return Conditions(prompts, shared, tuple(latent.shape[1:]), time_dtype if time_dtype.is_floating_point else None)
 
 
+class ExampleConditions:
+    """Conditions of no prompts in particular, all ones, where there are no text encoders."""
+
+    def __init__(self, transformer: nn.Module, latent_size: tuple[int, int, int]) -> None:
+        """Take the shapes that the transformer's family says.
+
+        Args:
+            transformer: the transformer.
+            latent_size: frames, height and width of the latent.
+        """
+        inputs = find_family(transformer).example_inputs(transformer, latent_size)
+        latent = inputs["hidden_states"]
+        channels = getattr(transformer.config, "out_channels", None) or latent.shape[1]
+        given = {name: value for name, value in inputs.items() if name not in VARIABLE}
+        prompts = {name: torch.ones_like(value) for name, value in given.items() if _is_row(value)}
+        shared = {name: value for name, value in given.items() if name not in prompts}
+        if latent.ndim == 5 and latent.shape[1] > channels:
+            shared[CONSTANT_CHANNELS] = latent[:, channels:]
+            latent = latent[:, :channels]
+        self._one = Conditions(prompts, shared, tuple(latent.shape[1:]))
+
+    def __len__(self) -> int:
+        return 1
+
+    def rows(self, numbers: Sequence[int]) -> Conditions:
+        """As many rows as there are numbers."""
+        return self._one.at([0] * len(numbers))
+
+    def negative(self) -> Conditions:
+        """One row."""
+        return self._one
+
+
 def stack(conditions: Sequence[Conditions]) -> Conditions:
     """Put the conditions of several prompts together."""
     first = conditions[0]

@@ -19,7 +19,7 @@ from torch import nn
 from blade.attention.apply import find_transformers
 from blade.attention.family import find_family
 from blade.config import BladeConfig
-from blade.distillation.conditioning import PromptEmbeddings, encode_prompts
+from blade.distillation.conditioning import ExampleConditions, PromptEmbeddings, encode_prompts
 from blade.distillation.config import DistillationConfig, student_attention
 from blade.distillation.parallel import Processes
 from blade.distillation.roles import TRAINED
@@ -30,7 +30,14 @@ from blade.distillation.validation import validate
 from blade.generation_files import read_prompts
 from blade.generation_request import GenerationRequest, resolve_request
 from blade.machine import GIB, describe_machine, describe_versions
-from blade.models import BUNDLED, load_pipeline, main_transformer, resolve_device
+from blade.models import (
+    BUNDLED,
+    latent_size,
+    load_empty_pipeline,
+    load_pipeline,
+    main_transformer,
+    resolve_device,
+)
 from blade.pipelines import preset_names
 from blade.training_run import TrainingLog, load_checkpoint, save_checkpoint
 
@@ -103,6 +110,7 @@ class Estimate:
     device: str
     trained_parameters: int
     prompts: int
+    """None in a run with random weights."""
 
     def __str__(self) -> str:
         hours = self.seconds_update * self.updates / 3600
@@ -111,13 +119,19 @@ class Estimate:
                 f"update      {self.seconds_update:.2f} s (measured); {self.updates} of them: {hours:.2f} hours",
                 f"memory      {self.peak_gib:.2f} GiB at most on {self.device} (measured)",
                 f"trained     {self.trained_parameters:,} weights, of student and fake score together",
-                f"prompts     {self.prompts:,}, whose embeddings are made first; that time is not counted",
+                f"prompts     {self.prompts:,}, whose embeddings are made first; that time is not counted"
+                if self.prompts
+                else "weights     random, so that nothing was loaded; text encoders and VAE come on top",
             ]
         )
 
 
 def distill(
-    config: DistillationConfig, *, dry_run: bool = False, on_progress: Callable[[str], None] = lambda text: None
+    config: DistillationConfig,
+    *,
+    dry_run: bool = False,
+    random_weights: bool = False,
+    on_progress: Callable[[str], None] = lambda text: None,
 ) -> DistillationReport | Estimate:
     """Train a student, or go on with one that was stopped.
 
@@ -126,6 +140,7 @@ def distill(
     Args:
         config: how.
         dry_run: only measure what it takes, by two updates; nothing is written.
+        random_weights: do that with random weights of the model's size, from its configuration files alone.
         on_progress: told how far the preparations are.
 
     Returns:
@@ -144,7 +159,9 @@ def distill(
     processes = Processes(state, config.run.parallel, device if state.num_processes == 1 else None)
     output = Path(config.output).expanduser()
     _check_trackers(config.trackers)
-    prompts = training_prompts(config)
+    if random_weights and not dry_run:
+        raise ValueError("`random_weights` must not be given without `dry_run`: nobody wants such a student.")
+    prompts = ["none"] if random_weights else training_prompts(config)
     checkpoint = None if dry_run else _newest_checkpoint(output)
     saved = None if checkpoint is None else load_checkpoint(checkpoint)
     if saved is not None:
@@ -153,7 +170,7 @@ def distill(
         folder = Path(config.embeddings).expanduser() if config.embeddings else output / EMBEDDINGS
         if dry_run:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        job = _Job(config, processes, prompts, folder, on_progress, dry_run=dry_run)
+        job = _Job(config, processes, prompts, folder, on_progress, dry_run=dry_run, random_weights=random_weights)
         if dry_run:
             return job.estimate()
         if saved is not None:
@@ -190,6 +207,7 @@ class _Job:
         on_progress: Callable[[str], None],
         *,
         dry_run: bool,
+        random_weights: bool,
     ) -> None:
         self.config, self.processes, self.prompts = config, processes, prompts
         self.hours_before = 0.0
@@ -197,22 +215,27 @@ class _Job:
         precision = config.run.precision or ("bf16" if device.type == "cuda" else "fp32")
         self.dtype = torch.float32 if precision == "fp32" else torch.bfloat16
         self.kept_dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        pipe = load_pipeline(config.model, revision=config.revision, device=device, dtype=self.kept_dtype)
+        options: dict[str, Any] = {"revision": config.revision, "dtype": self.kept_dtype}
+        pipe: Any
+        if random_weights:
+            pipe = load_empty_pipeline(config.model, **options, random_weights_on=device)
+        else:
+            pipe = load_pipeline(config.model, **options, device=device)
         pipe.set_progress_bar_config(disable=True)
         self.pipe, transformer = pipe, main_transformer(pipe)
         if len(find_transformers(pipe)) > 1:
             raise ValueError(f"`model` {config.model} has two transformers, of which students cannot be made.")
         _warn_of_distilled(config.model, transformer)
-        size = config.video
+        video = config.video
         request = GenerationRequest(
             prompt=prompts[0],
             negative_prompt=config.generator.negative_prompt,
             model=config.model,
             revision=config.revision,
             attention="dense",
-            height=size.height,
-            width=size.width,
-            frames=size.frames,
+            height=video.height,
+            width=video.width,
+            frames=video.frames,
             guidance_scale=config.generator.guidance_scale,
             flow_shift=None,
             device=str(device),
@@ -232,18 +255,19 @@ class _Job:
             noise_kept=trajectory.noise_kept,
         )
         self.attention = student_attention(config.attention, _student_preset(transformer))
-        needed = list(prompts)
-        if dry_run:
-            batch = config.run.batch_size * config.run.accumulation * processes.count
-            needed = [prompts[number % len(prompts)] for number in range(min(len(prompts), 2 * batch))]
-        share = (processes.index, processes.count)
-        encode_prompts(pipe, self.request, needed, embeddings, share=share, on_progress=on_progress)
-        processes.wait()
+        found: PromptEmbeddings | ExampleConditions
+        if random_weights:
+            assert self.request.height is not None and self.request.width is not None
+            assert self.request.frames is not None
+            size = latent_size(pipe, self.request.height, self.request.width, self.request.frames)
+            found = ExampleConditions(transformer, size)
+        else:
+            found = self._embeddings(embeddings, on_progress, dry_run=dry_run)
         self._place_others(torch.device("cpu"))
         self.trainer = Trainer(
             pipe,
             config,
-            PromptEmbeddings(embeddings, needed),
+            found,
             self.sampler,
             self.attention,
             processes,
@@ -253,6 +277,18 @@ class _Job:
         if config.weights.start_from is not None:
             source = Path(config.weights.start_from).expanduser()
             self.trainer.start_from(read_weights(source, config.weights))
+
+    def _embeddings(self, folder: Path, on_progress: Callable[[str], None], *, dry_run: bool) -> PromptEmbeddings:
+        """Make the prompts' embeddings, of a dry run only as many as it takes."""
+        config, processes = self.config, self.processes
+        needed = list(self.prompts)
+        if dry_run:
+            batch = config.run.batch_size * config.run.accumulation * processes.count
+            needed = [self.prompts[number % len(self.prompts)] for number in range(min(len(self.prompts), 2 * batch))]
+        share = (processes.index, processes.count)
+        encode_prompts(self.pipe, self.request, needed, folder, share=share, on_progress=on_progress)
+        processes.wait()
+        return PromptEmbeddings(folder, needed)
 
     def estimate(self) -> Estimate:
         """Do two updates, and measure the second."""
@@ -272,7 +308,7 @@ class _Job:
             peak_gib=peak,
             device=str(describe_machine(device)["device"]),
             trained_parameters=count,
-            prompts=len(self.prompts),
+            prompts=0 if isinstance(self.trainer.embeddings, ExampleConditions) else len(self.prompts),
         )
 
     def run(self, output: Path) -> DistillationReport:
@@ -328,7 +364,9 @@ class _Job:
     def _place_others(self, device: torch.device) -> None:
         """Bring text encoders and VAE to a device; they are needed before training and between updates only."""
         for name, part in self.pipe.components.items():
-            if isinstance(part, nn.Module) and not name.startswith("transformer"):
+            if not isinstance(part, nn.Module) or name.startswith("transformer"):
+                continue
+            if not any(parameter.is_meta for parameter in part.parameters()):  # which random weights leave out
                 part.to(device)
 
     def _save(self, output: Path, hours: float, scores: Mapping[str, float]) -> None:

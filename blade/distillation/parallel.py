@@ -58,7 +58,8 @@ class Processes:
                 warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
                 for block in family.blocks(network.transformer):
                     fully_shard(block)
-                fully_shard(network.transformer)
+                # otherwise its own weights would stay whole after a pass without a backward pass
+                fully_shard(network.transformer, reshard_after_forward=True)
             elif trains:
                 kind = nn.parallel.DistributedDataParallel
                 newer = "forward_sync_buffers" in inspect.signature(kind).parameters

@@ -22,7 +22,7 @@ from blade.attention.applied import AppliedBlade
 from blade.attention.apply import install_blade
 from blade.attention.family import find_family
 from blade.config import BladeConfig
-from blade.distillation.conditioning import PromptEmbeddings
+from blade.distillation.conditioning import ExampleConditions, PromptEmbeddings
 from blade.distillation.config import DistillationConfig
 from blade.distillation.draws import COUNT, Draws, prompt_numbers
 from blade.distillation.optimizers import RoleOptimizer, learning_rate_share
@@ -47,7 +47,7 @@ class Trainer:
         self,
         pipe: Any,
         config: DistillationConfig,
-        embeddings: PromptEmbeddings,
+        embeddings: PromptEmbeddings | ExampleConditions,
         sampler: FewStepScheduler,
         attention: BladeConfig | None,
         processes: Processes,

@@ -28,6 +28,18 @@ def test_a_dry_run_tells_time_and_memory(settings, capsys, tmp_path):
     assert "hours" in out and "GiB at most" in out and not (tmp_path / "out").exists()
 
 
+def test_a_dry_run_without_weights(settings, capsys, saved_tiny_pipeline, tmp_path):
+    import shutil
+
+    bare = tmp_path / "bare"
+    shutil.copytree(saved_tiny_pipeline, bare, ignore=shutil.ignore_patterns("*.safetensors"))
+    code, out, err = run(capsys, "shapes", *settings("out", f"model={bare}"), "--dry-run", "--random-weights")
+    assert code == 0, err
+    assert "hours" in out and "weights     random" in out
+    code, _, err = run(capsys, "shapes", *settings("out"), "--random-weights")
+    assert code == 1 and "`random_weights` must not be given without `dry_run`" in err
+
+
 @pytest.mark.parametrize(
     ("others", "message"),
     [

@@ -50,7 +50,8 @@ def test_accumulation_equals_the_large_batch(settings, tmp_path):
 def test_two_processes_equal_one_with_the_double_batch(settings, start, tmp_path, parallel):
     two = start(
         "-m", "blade.cli.distill", "shapes",
-        *settings("two", f"run.parallel={parallel}", "weights.ema_decay=0.9", "run.accumulation=2"), processes=2,
+        *settings("two", f"run.parallel={parallel}", "weights.ema_decay=0.9", "run.accumulation=2",
+                  "validation.every=2", "validation.count=1"), processes=2,
     )  # fmt: skip
     trained(settings("one", "run.batch_size=4", "run.accumulation=2", "weights.ema_decay=0.9"))
     output, _ = two.communicate(timeout=300)
