@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ from blade.config import BladeConfig
 from blade.distillation.conditioning import ExampleConditions, PromptEmbeddings, encode_prompts
 from blade.distillation.config import DistillationConfig, student_attention
 from blade.distillation.parallel import Processes
+from blade.distillation.reports import DistillationReport, Estimate
+from blade.distillation.resuming import CHECKPOINTS, check_resumable, flat, newest_checkpoint
 from blade.distillation.roles import TRAINED
 from blade.distillation.student_files import read_weights, write_student
 from blade.distillation.trainer import Trainer
@@ -43,23 +45,8 @@ from blade.training_run import TrainingLog, load_checkpoint, save_checkpoint
 
 logger = logging.getLogger("blade")
 
-CHECKPOINTS, VALIDATION, EMBEDDINGS, LOG_NAME = "checkpoints", "validation", "embeddings", "log.jsonl"
+VALIDATION, EMBEDDINGS, LOG_NAME = "validation", "embeddings", "log.jsonl"
 """Parts of a student's folder beside the student itself."""
-
-FREE = (
-    "output",
-    "embeddings",
-    "trackers",
-    "validation",
-    "run.updates",
-    "run.checkpoint_every",
-    "run.checkpoints_kept",
-    "run.device",
-    "run.parallel",
-    "run.batch_size",
-    "run.accumulation",
-)
-"""Settings that a stopped run may go on with other values of; of the last two only the product counts."""
 
 BUNDLED_PROMPTS, BUNDLED_SEED = 4096, 606
 """Captions that the bundled model is distilled with where no prompts are given, and the seed of their sampling."""
@@ -71,59 +58,6 @@ DISTILLED_WORDS = ("distill", "lightning", "turbo", "lcm", "causvid", "lightx2v"
 """In a model's name, what says that it is for few steps already."""
 
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "triton")
-
-
-@dataclass(frozen=True, kw_only=True)
-class DistillationReport:
-    """What became of a distillation; `print` it."""
-
-    output: Path
-    """The student's folder."""
-    updates: int
-    """Of the generator, all in all."""
-    seconds: float
-    """Of this run."""
-    skipped: Mapping[str, int]
-    """Steps that were left out, of each role."""
-    scores: Mapping[str, float]
-    """Of the last validation."""
-
-    def __str__(self) -> str:
-        skipped = ", ".join(f"{role} {count}" for role, count in self.skipped.items())
-        lines = [
-            f"student     {self.output} (blade-generate --student {self.output})",
-            f"updates     {self.updates}, in {self.seconds / 60:.1f} min; left out: {skipped}",
-        ]
-        lines += [f"validation  {name} {value:.3f}" for name, value in self.scores.items()]
-        return "\n".join(lines)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Estimate:
-    """What a distillation would take; `print` it."""
-
-    seconds_update: float
-    """Of one update, the second of two."""
-    updates: int
-    peak_gib: float
-    """Memory at most: of the GPU, or of the process on a CPU."""
-    device: str
-    trained_parameters: int
-    prompts: int
-    """None in a run with random weights."""
-
-    def __str__(self) -> str:
-        hours = self.seconds_update * self.updates / 3600
-        return "\n".join(
-            [
-                f"update      {self.seconds_update:.2f} s (measured); {self.updates} of them: {hours:.2f} hours",
-                f"memory      {self.peak_gib:.2f} GiB at most on {self.device} (measured)",
-                f"trained     {self.trained_parameters:,} weights, of student and fake score together",
-                f"prompts     {self.prompts:,}, whose embeddings are made first; that time is not counted"
-                if self.prompts
-                else "weights     random, so that nothing was loaded; text encoders and VAE come on top",
-            ]
-        )
 
 
 def distill(
@@ -162,10 +96,10 @@ def distill(
     if random_weights and not dry_run:
         raise ValueError("`random_weights` must not be given without `dry_run`: nobody wants such a student.")
     prompts = ["none"] if random_weights else training_prompts(config)
-    checkpoint = None if dry_run else _newest_checkpoint(output)
+    checkpoint = None if dry_run else newest_checkpoint(output)
     saved = None if checkpoint is None else load_checkpoint(checkpoint)
     if saved is not None:
-        _check_resumable(saved, config, processes, checkpoint)
+        check_resumable(saved, config, processes, checkpoint)
     with ExitStack() as stack:
         folder = Path(config.embeddings).expanduser() if config.embeddings else output / EMBEDDINGS
         if dry_run:
@@ -418,7 +352,7 @@ class _Job:
         from accelerate import Accelerator
 
         accelerator = Accelerator(log_with=list(self.config.trackers), project_dir=str(output))
-        accelerator.init_trackers("blade-distill", config={key: str(one) for key, one in _flat(self.config).items()})
+        accelerator.init_trackers("blade-distill", config={key: str(one) for key, one in flat(self.config).items()})
         return accelerator
 
 
@@ -454,36 +388,3 @@ def _check_trackers(names: Sequence[str]) -> None:
     if missing:
         listed = ", ".join(available) or "none"
         raise ValueError(f"`trackers` must be installed ones ({listed}), got {missing[0]}; the log is written anyway.")
-
-
-def _newest_checkpoint(output: Path) -> Path | None:
-    found = sorted((output / CHECKPOINTS).glob("update-*.pt"))
-    return found[-1] if found else None
-
-
-def _flat(config: DistillationConfig | Mapping[str, Any]) -> dict[str, Any]:
-    values = config if isinstance(config, Mapping) else config.to_dict()
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= {f"{name}.{key}": one for key, one in _flat(value).items()}
-        else:
-            flat[name] = value
-    return flat
-
-
-def _check_resumable(
-    saved: Mapping[str, Any], config: DistillationConfig, processes: Processes, path: Path | None
-) -> None:
-    """Refuse to go on with another configuration; say what differs."""
-    before, now = _flat(saved["config"]), _flat(config)
-    names = [name for name in now if not name.startswith(FREE) and before.get(name) != now[name]]
-    differences = [f"`{name}` {before.get(name)} instead of {now[name]}" for name in names]
-    run = config.run
-    batch = run.batch_size * run.accumulation * processes.count
-    if saved["batch_size"] != batch:
-        differences.append(f"{saved['batch_size']} samples an update instead of {batch}")
-    if config.optimizer.schedule != "constant" and before["run.updates"] != now["run.updates"]:
-        differences.append(f"`run.updates` {before['run.updates']} instead of {now['run.updates']}, with a schedule")
-    if differences:
-        raise ValueError(f"The checkpoint {path} was made with {'; '.join(differences)}. Name another `output`.")

@@ -1,0 +1,60 @@
+"""What a distillation, or its dry run, has come to; `print` it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillationReport:
+    """What became of a distillation; `print` it."""
+
+    output: Path
+    """The student's folder."""
+    updates: int
+    """Of the generator, all in all."""
+    seconds: float
+    """Of this run."""
+    skipped: Mapping[str, int]
+    """Steps that were left out, of each role."""
+    scores: Mapping[str, float]
+    """Of the last validation."""
+
+    def __str__(self) -> str:
+        skipped = ", ".join(f"{role} {count}" for role, count in self.skipped.items())
+        lines = [
+            f"student     {self.output} (blade-generate --student {self.output})",
+            f"updates     {self.updates}, in {self.seconds / 60:.1f} min; left out: {skipped}",
+        ]
+        lines += [f"validation  {name} {value:.3f}" for name, value in self.scores.items()]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """What a distillation would take; `print` it."""
+
+    seconds_update: float
+    """Of one update, the second of two."""
+    updates: int
+    peak_gib: float
+    """Memory at most: of the GPU, or of the process on a CPU."""
+    device: str
+    trained_parameters: int
+    prompts: int
+    """None in a run with random weights."""
+
+    def __str__(self) -> str:
+        hours = self.seconds_update * self.updates / 3600
+        return "\n".join(
+            [
+                f"update      {self.seconds_update:.2f} s (measured); {self.updates} of them: {hours:.2f} hours",
+                f"memory      {self.peak_gib:.2f} GiB at most on {self.device} (measured)",
+                f"trained     {self.trained_parameters:,} weights, of student and fake score together",
+                f"prompts     {self.prompts:,}, whose embeddings are made first; that time is not counted"
+                if self.prompts
+                else "weights     random, so that nothing was loaded; text encoders and VAE come on top",
+            ]
+        )

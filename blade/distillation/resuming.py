@@ -1,0 +1,63 @@
+"""Going on with a stopped run, and with none but the same."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from blade.distillation.config import DistillationConfig
+from blade.distillation.parallel import Processes
+
+CHECKPOINTS = "checkpoints"
+"""Folder of the checkpoints, in a student's."""
+
+FREE = (
+    "output",
+    "embeddings",
+    "trackers",
+    "validation",
+    "run.updates",
+    "run.checkpoint_every",
+    "run.checkpoints_kept",
+    "run.device",
+    "run.parallel",
+    "run.batch_size",
+    "run.accumulation",
+)
+"""Settings that a stopped run may go on with other values of; of the last two only the product counts."""
+
+
+def newest_checkpoint(output: Path) -> Path | None:
+    """The newest checkpoint in a student's folder."""
+    found = sorted((output / CHECKPOINTS).glob("update-*.pt"))
+    return found[-1] if found else None
+
+
+def flat(config: DistillationConfig | Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration with names such as `run.updates`."""
+    values = config if isinstance(config, Mapping) else config.to_dict()
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            found |= {f"{name}.{key}": one for key, one in flat(value).items()}
+        else:
+            found[name] = value
+    return found
+
+
+def check_resumable(
+    saved: Mapping[str, Any], config: DistillationConfig, processes: Processes, path: Path | None
+) -> None:
+    """Refuse to go on with another configuration; say what differs."""
+    before, now = flat(saved["config"]), flat(config)
+    names = [name for name in now if not name.startswith(FREE) and before.get(name) != now[name]]
+    differences = [f"`{name}` {before.get(name)} instead of {now[name]}" for name in names]
+    run = config.run
+    batch = run.batch_size * run.accumulation * processes.count
+    if saved["batch_size"] != batch:
+        differences.append(f"{saved['batch_size']} samples an update instead of {batch}")
+    if config.optimizer.schedule != "constant" and before["run.updates"] != now["run.updates"]:
+        differences.append(f"`run.updates` {before['run.updates']} instead of {now['run.updates']}, with a schedule")
+    if differences:
+        raise ValueError(f"The checkpoint {path} was made with {'; '.join(differences)}. Name another `output`.")
