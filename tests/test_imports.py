@@ -113,6 +113,7 @@ def test_every_public_name_is_there():
         "blade_summary",
         "block_sparse_attention",
         "load_student",
+        "push_student",
         "remove_blade",
         "unload_student",
         "use_blade",
