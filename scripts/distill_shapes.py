@@ -2,6 +2,7 @@
 
     python scripts/distill_shapes.py search runs/students joint-4 dense-4   # every row's learning rate
     python scripts/distill_shapes.py train runs/students joint-4 --seed 1   # a student with the rate that was found
+    python scripts/distill_shapes.py compare runs/students --shard 1/2      # all that are there, beside the teacher
 
 All rows have the same updates, and choose their learning rate from the same ones, by prompts of the training captions.
 Both go on where they were stopped.
@@ -14,21 +15,26 @@ from typing import Annotated
 import typer
 
 from blade.cli.command import progress_line
+from blade.cli.evaluate import main as evaluate
 from blade.distillation.config import DistillationConfig, load_config
 from blade.distillation.distill import VALIDATION, distill
 from blade.distillation.validation import means
+from blade.students import WEIGHT_NAME
 from blade.video_io import write_files
 
 RECIPE = "shapes"
 
+EIGHT = ("trajectory.steps=[8]", "trajectory.highest_time=998")
+"""The second of 8 times is above the highest that is trained at by default."""
+
 ROWS: dict[str, tuple[str, ...]] = {
-    "dense-8": ("trajectory.steps=[8]", "attention.method=dense"),
+    "dense-8": (*EIGHT, "attention.method=dense"),
     "dense-4": ("attention.method=dense",),
-    "joint-8": ("trajectory.steps=[8]",),
+    "joint-8": EIGHT,
     "joint-4": (),
     "joint-4-sparser": ("attention.sparsity=0.9",),
     "joint-4-rank-8": ("weights.rank=8", "weights.alpha=8"),
-    "adapted": ("generator.objective=imitation", "trajectory.steps=[8]"),
+    "adapted": ("generator.objective=imitation", *EIGHT),
     "sparse-first-4": ("weights.start_from={folder}/adapted-seed-{seed}",),
 }
 """Students by name, and what of each differs from the recipe: the jointly trained one in 4 steps at sparsity 0.8.
@@ -96,6 +102,43 @@ def train(
         config = _config(folder, row, rate, seed, f"output={folder / f'{row}-seed-{seed}'}")
         with progress_line() as say:
             print(distill(config, on_progress=say), flush=True)
+
+
+def comparison(folder: Path, seeds: int) -> list[str]:
+    """The runs of the comparison: the teacher, and the students that are there, as `blade-evaluate` takes them."""
+
+    def student(row: str, seed: int) -> Path:
+        return folder / f"{row}-seed-{seed}"
+
+    attention = {"0.8": student("joint-4", 0), "0.9": student("joint-4-sparser", 0)}
+    runs = [f"teacher-{steps}=dense,steps={steps},guidance=2" for steps in (50, 8, 4)]
+    runs += [f"teacher-{steps}-sparse=config={attention['0.8']},steps={steps},guidance=2" for steps in (8, 4)]
+    for seed in range(seeds):
+        for row in ROWS:
+            if row != "adapted" and (student(row, seed) / WEIGHT_NAME).exists():
+                runs.append(f"{row}-seed-{seed}=student={student(row, seed)}")
+                if row.startswith("dense"):
+                    runs += [
+                        f"{row}-afterwards-{sparsity}-seed-{seed}=student={student(row, seed)},config={source}"
+                        for sparsity, source in attention.items()
+                        if source.exists()
+                    ]
+    return runs
+
+
+@app.command()
+def compare(
+    folder: Folder,
+    shard: Annotated[str, typer.Option(help="i/n, as of blade-evaluate.")] = "1/1",
+    captions: Annotated[int, typer.Option(help="Held-out captions of one object, and as many of two.")] = 32,
+    repeats: Annotated[int, typer.Option(help="Videos of each.")] = 4,
+    seeds: Annotated[int, typer.Option(help="Trainings of a row at most.")] = 3,
+    baseline: Annotated[str, typer.Option(help="Row that the others are compared with.")] = "teacher-50",
+) -> None:
+    """Make the same videos by the teacher and all students, and compare them."""
+    options = ["--shapes", f"--single={captions}", f"--two={captions}", f"--repeats={repeats}", f"--shard={shard}"]
+    options += [f"--baseline={baseline}", f"--output={folder / 'comparison'}"]
+    evaluate([*(f"--run={run}" for run in comparison(folder, seeds)), *options])
 
 
 if __name__ == "__main__":
