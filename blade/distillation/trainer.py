@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 from diffusers.training_utils import EMAModel
+from torch import nn
 
-from blade.attention.applied import AppliedBlade
 from blade.attention.apply import install_blade
 from blade.attention.family import find_family
 from blade.config import BladeConfig
@@ -27,11 +27,12 @@ from blade.distillation.config import DistillationConfig
 from blade.distillation.draws import COUNT, Draws, prompt_numbers
 from blade.distillation.optimizers import RoleOptimizer, learning_rate_share
 from blade.distillation.parallel import Processes, put_weights, shared_out_like, whole
-from blade.distillation.roles import FAKE, STUDENT, TRAINED, Lora, adapter_roles, separate_roles
+from blade.distillation.roles import FAKE, STUDENT, TRAINED, Lora, Roles, adapter_roles, separate_roles
 from blade.distillation.trajectory import Trajectory
 from blade.distillation.updates import Batch, Start, Updates
 from blade.models import main_transformer
 from blade.schedulers import FewStepScheduler
+from blade.step_condition import ATTRIBUTE
 
 ROLLOUT_PART = 0
 """Number of the rollout among the parts of an update, for the draws of chance; the updates' follow."""
@@ -71,59 +72,21 @@ class Trainer:
         self.sampler, self.attention, self.processes = sampler, attention, processes
         self.update = 0
         transformer = main_transformer(pipe)
-        family = find_family(transformer)
-        sparse = () if attention is None else (STUDENT, FAKE) if config.attention.fake == "student" else (STUDENT,)
-        torch.manual_seed(config.run.seed)  # of the adapters' first weights, the same on all processes
-        weights = config.weights
-        if weights.full:
-            self.roles = separate_roles(transformer, sparse)
-        else:
-            lora = Lora(rank=weights.rank, alpha=weights.alpha, targets=tuple(weights.targets))
-            self.roles = adapter_roles(transformer, lora, sparse)
-        self._tell_numbers(family)
+        self._family = find_family(transformer)
+        self.roles = self._make_roles(transformer)
         self._sparsity = self._install_attention()
         networks = self.roles.distinct()
         if config.run.gradient_checkpointing:
             for network in networks:
                 network.enable_gradient_checkpointing()
-        processes.wrap(networks, family)
+        processes.wrap(networks, self._family)
         rates = {STUDENT: config.generator.learning_rate, FAKE: config.fake.learning_rate}
         self.optimizers = {
-            role: RoleOptimizer(
-                self.roles.named_parameters(role).values(), config.optimizer, rates[role], config.run.skip_factor
-            )
+            role: RoleOptimizer(self._parameters(role), config.optimizer, rates[role], config.run.skip_factor)
             for role in TRAINED
         }
         self.ema = self._make_ema()
-        together = attention is not None and (attention.dense_steps > 0 or attention.attention == "patterns")
-        device = processes.device
-        negative = embeddings.negative().on(device) if family.guidance_takes_two_passes else None
-        self.updates: list[Updates] = []
-        first_step_number = 0
-        for number, steps in enumerate(config.trajectory.steps):
-            trajectory = Trajectory(
-                sampler=sampler,
-                steps=steps,
-                intervals=config.trajectory.intervals,
-                lowest_time=config.trajectory.lowest_time,
-                highest_time=config.trajectory.highest_time,
-            )
-            self.updates.append(
-                Updates(
-                    self.roles,
-                    trajectory,
-                    negative,
-                    config.fake,
-                    config.generator,
-                    guidance_scale=guidance_scale,
-                    device=device,
-                    dtype=dtype,
-                    together=together,
-                    trajectory_number=number,
-                    first_step_number=first_step_number,
-                )
-            )
-            first_step_number += steps
+        self.updates = self._make_updates(guidance_scale, dtype)
 
     @property
     def batch_size(self) -> int:
@@ -223,7 +186,8 @@ class Trainer:
     def start_from(self, weights: dict[str, torch.Tensor]) -> None:
         """Begin with the weights of another student, of which the fake score is a copy."""
         for role in TRAINED:
-            put_weights(self.roles.named_parameters(role), weights)
+            named = self.roles.named_parameters(role)
+            put_weights({name: one for name, one in named.items() if f".{ATTRIBUTE}." not in name}, weights)
         self.ema = self._make_ema()
 
     def state_dict(self) -> dict[str, Any]:
@@ -281,15 +245,54 @@ class Trainer:
         decay = self.config.weights.ema_decay
         return EMAModel(self._parameters(STUDENT), decay=decay, use_ema_warmup=True, power=0.75) if decay else None
 
-    def _tell_numbers(self, family: Any) -> None:
-        """Tell the roles what they cannot see from the time alone."""
-        counts, shared = self.config.trajectory.steps, self.config.trajectory.intervals == "shared"
-        sizes = {}
+    def _make_roles(self, transformer: nn.Module) -> Roles:
+        """Decide who plays which role, and tell the roles what they cannot see from the time alone."""
+        config, weights = self.config, self.config.weights
+        sparse = [] if self.attention is None else [STUDENT]
+        if self.attention is not None and config.attention.fake == "student":
+            sparse.append(FAKE)
+        torch.manual_seed(config.run.seed)  # of the adapters' first weights, the same on all processes
+        if weights.full:
+            roles = separate_roles(transformer, sparse)
+        else:
+            lora = Lora(rank=weights.rank, alpha=weights.alpha, targets=tuple(weights.targets))
+            roles = adapter_roles(transformer, lora, sparse)
+        counts, sizes = config.trajectory.steps, dict[str, int]()
         if len(counts) > 1:
-            sizes = {STUDENT: len(counts), FAKE: len(counts)}
-        if shared:
+            sizes = dict.fromkeys(TRAINED, len(counts))
+        if config.trajectory.intervals == "shared":
             sizes[FAKE] = sum(counts)
-        self.roles.tell_numbers(family, sizes)
+        roles.tell_numbers(self._family, sizes)
+        return roles
+
+    def _make_updates(self, guidance_scale: float, dtype: torch.dtype) -> list[Updates]:
+        """The losses, for each number of steps."""
+        config, attention, device = self.config, self.attention, self.processes.device
+        negative = self.embeddings.negative().on(device) if self._family.guidance_takes_two_passes else None
+        made = []
+        for number, steps in enumerate(config.trajectory.steps):
+            trajectory = Trajectory(
+                sampler=self.sampler,
+                steps=steps,
+                intervals=config.trajectory.intervals,
+                lowest_time=config.trajectory.lowest_time,
+                highest_time=config.trajectory.highest_time,
+            )
+            updates = Updates(
+                self.roles,
+                trajectory,
+                negative,
+                config.fake,
+                config.generator,
+                guidance_scale=guidance_scale,
+                device=device,
+                dtype=dtype,
+                together=attention is not None and (attention.dense_steps > 0 or attention.attention == "patterns"),
+                trajectory_number=number,
+                first_step_number=sum(config.trajectory.steps[:number]),
+            )
+            made.append(updates)
+        return made
 
     def _install_attention(self) -> float:
         """Put the attention of the present update in force; return its sparsity."""
@@ -306,9 +309,3 @@ class Trainer:
             if fake is not student and FAKE in self.roles.sparse:
                 install_blade(fake.transformer, attention)
         return sparsity
-
-
-def applied_density(applied: AppliedBlade | None) -> float:
-    """Mean density of the sparse passes that BLADE has counted; 1 without any."""
-    tally = torch.zeros(3) if applied is None else sum(layer.tally.cpu() for layer in applied.layers)
-    return float(tally[0] / tally[1]) if float(tally[1]) else 1.0
