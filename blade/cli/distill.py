@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import shlex
+import sys
 from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
@@ -22,6 +27,9 @@ def distill(
         bool,
         typer.Option("--random-weights", help="With --dry-run: of the model's size, from configuration files alone."),
     ] = False,
+    report: Annotated[
+        Path | None, typer.Option(help="With --dry-run: a JSON file for what was measured.", show_default=False)
+    ] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Distil a video model to few steps, together with sparse attention. A stopped run goes on where it was."""
@@ -30,12 +38,24 @@ def distill(
 
     from blade.distillation.config import load_config
     from blade.distillation.distill import distill
+    from blade.distillation.reports import Estimate
+    from blade.video_io import write_files
 
+    if report is not None and not dry_run:
+        raise ValueError("`report` must not be given without `dry_run`; a training writes a log.")
     read = load_config(config, settings or ())
     with progress_line() as say:
-        report = distill(read, dry_run=dry_run, random_weights=random_weights, on_progress=say)
-    if PartialState().is_main_process:
-        print(report)
+        found = distill(read, dry_run=dry_run, random_weights=random_weights, on_progress=say)
+    if not PartialState().is_main_process:
+        return
+    print(found)
+    if report is not None:
+        assert isinstance(found, Estimate)
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        command = shlex.join(["blade-distill", *sys.argv[1:]])
+        values = {"date": now, "command": command, **found.to_dict(), "config": read.to_dict()}
+        report.parent.mkdir(parents=True, exist_ok=True)
+        write_files({report: (json.dumps(values, indent=2) + "\n").encode()})
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

@@ -6,7 +6,7 @@ import logging
 import resource
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -41,6 +41,7 @@ from blade.models import (
     resolve_device,
 )
 from blade.pipelines import preset_names
+from blade.schedulers import FewStepScheduler
 from blade.training_run import TrainingLog, load_checkpoint, save_checkpoint
 
 logger = logging.getLogger("blade")
@@ -109,7 +110,7 @@ def distill(
             return job.estimate()
         if saved is not None:
             job.trainer.load_state_dict(saved["trainer"])
-            job.hours_before = saved["hours"]
+            job.hours_before, job.scores = saved["hours"], saved.get("scores", {})
         return job.run(output)
 
 
@@ -144,11 +145,42 @@ class _Job:
         random_weights: bool,
     ) -> None:
         self.config, self.processes, self.prompts = config, processes, prompts
-        self.hours_before = 0.0
-        device = processes.device
-        precision = config.run.precision or ("bf16" if device.type == "cuda" else "fp32")
-        self.dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+        self.hours_before, self.scores = 0.0, dict[str, float]()
+        precision = config.run.precision or ("bf16" if processes.device.type == "cuda" else "fp32")
         self.kept_dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        self.pipe = self._load(random_weights)
+        transformer = main_transformer(self.pipe)
+        self.request = self._resolve()
+        self.sampler = self._make_sampler()
+        self.attention = student_attention(config.attention, _student_preset(transformer))
+        found: PromptEmbeddings | ExampleConditions
+        if random_weights:
+            assert self.request.height is not None and self.request.width is not None
+            assert self.request.frames is not None
+            size = latent_size(self.pipe, self.request.height, self.request.width, self.request.frames)
+            found = ExampleConditions(transformer, size)
+        else:
+            found = self._embeddings(embeddings, on_progress, dry_run=dry_run)
+        self._place_others(torch.device("cpu"))
+        assert self.request.guidance_scale is not None
+        self.guidance_scale = self.request.guidance_scale
+        self.trainer = Trainer(
+            self.pipe,
+            config,
+            found,
+            self.sampler,
+            self.attention,
+            processes,
+            guidance_scale=self.guidance_scale,
+            dtype=torch.float32 if precision == "fp32" else torch.bfloat16,
+        )
+        if config.weights.start_from is not None:
+            source = Path(config.weights.start_from).expanduser()
+            self.trainer.start_from(read_weights(source, config.weights))
+
+    def _load(self, random_weights: bool) -> Any:
+        """Load the base, in a pipeline on the device."""
+        config, device = self.config, self.processes.device
         options: dict[str, Any] = {"revision": config.revision, "dtype": self.kept_dtype}
         pipe: Any
         if random_weights:
@@ -156,13 +188,16 @@ class _Job:
         else:
             pipe = load_pipeline(config.model, **options, device=device)
         pipe.set_progress_bar_config(disable=True)
-        self.pipe, transformer = pipe, main_transformer(pipe)
         if len(find_transformers(pipe)) > 1:
             raise ValueError(f"`model` {config.model} has two transformers, of which students cannot be made.")
-        _warn_of_distilled(config.model, transformer)
-        video = config.video
+        _warn_of_distilled(config.model, main_transformer(pipe))
+        return pipe
+
+    def _resolve(self) -> GenerationRequest:
+        """What the teacher would be asked for, with the model's defaults where the configuration leaves them."""
+        config, video = self.config, self.config.video
         request = GenerationRequest(
-            prompt=prompts[0],
+            prompt=self.prompts[0],
             negative_prompt=config.generator.negative_prompt,
             model=config.model,
             revision=config.revision,
@@ -171,46 +206,22 @@ class _Job:
             width=video.width,
             frames=video.frames,
             guidance_scale=config.generator.guidance_scale,
-            flow_shift=None,
-            device=str(device),
+            device=str(self.processes.device),
         )
-        self.request = resolve_request(request, pipe)
-        assert self.request.guidance_scale is not None
-        self.guidance_scale = self.request.guidance_scale
-        trajectory = config.trajectory
-        flow_shift = trajectory.flow_shift
+        return resolve_request(request, self.pipe)
+
+    def _make_sampler(self) -> FewStepScheduler:
+        """The student's sampler; its flow shift is the one that is recommended for the size where none is given."""
+        trajectory, flow_shift = self.config.trajectory, self.config.trajectory.flow_shift
         if flow_shift is None and trajectory.times is None:
             flow_shift = self.request.flow_shift
-        self.sampler = make_sampler(
-            pipe.scheduler,
+        return make_sampler(
+            self.pipe.scheduler,
             trajectory.steps,
             flow_shift=flow_shift,
             times=trajectory.times,
             noise_kept=trajectory.noise_kept,
         )
-        self.attention = student_attention(config.attention, _student_preset(transformer))
-        found: PromptEmbeddings | ExampleConditions
-        if random_weights:
-            assert self.request.height is not None and self.request.width is not None
-            assert self.request.frames is not None
-            size = latent_size(pipe, self.request.height, self.request.width, self.request.frames)
-            found = ExampleConditions(transformer, size)
-        else:
-            found = self._embeddings(embeddings, on_progress, dry_run=dry_run)
-        self._place_others(torch.device("cpu"))
-        self.trainer = Trainer(
-            pipe,
-            config,
-            found,
-            self.sampler,
-            self.attention,
-            processes,
-            guidance_scale=self.guidance_scale,
-            dtype=self.dtype,
-        )
-        if config.weights.start_from is not None:
-            source = Path(config.weights.start_from).expanduser()
-            self.trainer.start_from(read_weights(source, config.weights))
 
     def _embeddings(self, folder: Path, on_progress: Callable[[str], None], *, dry_run: bool) -> PromptEmbeddings:
         """Make the prompts' embeddings, of a dry run only as many as it takes."""
@@ -241,6 +252,7 @@ class _Job:
             updates=self.config.run.updates,
             peak_gib=peak,
             device=str(describe_machine(device)["device"]),
+            versions=describe_versions(PACKAGES),
             trained_parameters=count,
             prompts=0 if isinstance(self.trainer.embeddings, ExampleConditions) else len(self.prompts),
         )
@@ -253,7 +265,6 @@ class _Job:
         log = None
         if processes.is_first:
             log = TrainingLog(output / LOG_NAME, stage="distillation", start=trainer.update, total=run.updates)
-        scores: dict[str, float] = {}
         ratios: list[float] = []
         while trainer.update < run.updates:
             record = trainer.train_update()
@@ -266,15 +277,15 @@ class _Job:
                     "`fake.updates`, or lower `generator.learning_rate`."
                 )
             if config.validation.every and (done % config.validation.every == 0 or done == run.updates):
-                scores = self._validate(output / VALIDATION / f"{done:06d}")
-                record |= scores
+                self.scores = self._validate(output / VALIDATION / f"{done:06d}")
+                record |= self.scores
             if log is not None:
                 log.write(done, **record)
             if trackers is not None:
                 trackers.log(record, step=done)
             if done % run.checkpoint_every == 0 or done == run.updates:
                 hours = self.hours_before + (time.perf_counter() - began) / 3600
-                self._save(output, hours, scores)
+                self._save(output, hours)
         if trackers is not None:
             trackers.end_training()
         processes.wait()
@@ -283,7 +294,7 @@ class _Job:
             updates=trainer.update,
             seconds=time.perf_counter() - began,
             skipped={role: optimizer.skipped for role, optimizer in trainer.optimizers.items()},
-            scores=scores,
+            scores=self.scores,
         )
 
     def _validate(self, folder: Path) -> dict[str, float]:
@@ -303,7 +314,7 @@ class _Job:
             if not any(parameter.is_meta for parameter in part.parameters()):  # which random weights leave out
                 part.to(device)
 
-    def _save(self, output: Path, hours: float, scores: Mapping[str, float]) -> None:
+    def _save(self, output: Path, hours: float) -> None:
         """Write a checkpoint, and the student as it is now."""
         trainer, config = self.trainer, self.config
         state, weights = trainer.state_dict(), trainer.student_weights()
@@ -312,6 +323,7 @@ class _Job:
             content = {
                 "trainer": state,
                 "hours": hours,
+                "scores": self.scores,
                 "config": config.to_dict(),
                 "batch_size": trainer.batch_size,
             }
@@ -322,14 +334,14 @@ class _Job:
             versions = describe_versions(PACKAGES)
             facts = {
                 "base": "the bundled moving-shapes model" if config.model == BUNDLED else config.model,
-                "source": str(config.output),
+                "source": output.name,
                 "updates": trainer.update,
                 "batch": trainer.batch_size,
                 "prompts": f"{len(self.prompts):,}",
                 "size": f"{self.request.frames} frames of {self.request.height}x{self.request.width}",
                 "guidance_scale": self.guidance_scale,
                 "trained": "all weights" if config.weights.full else f"a LoRA of rank {config.weights.rank}",
-                "scores": ", ".join(f"{name.replace('_', ' ')}: {value:.3f}" for name, value in scores.items()),
+                "scores": ", ".join(f"{name.replace('_', ' ')}: {value:.3f}" for name, value in self.scores.items()),
                 "machine": f"{machine['device']} ({self.processes.count} process(es))",
                 "versions": ", ".join(f"{name} {version}" for name, version in versions.items() if version),
                 "hours": hours,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,9 +43,14 @@ class Estimate:
     peak_gib: float
     """Memory at most: of the GPU, or of the process on a CPU."""
     device: str
+    versions: Mapping[str, str | None]
     trained_parameters: int
     prompts: int
     """None in a run with random weights."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self) | {"versions": dict(self.versions)}
 
     def __str__(self) -> str:
         hours = self.seconds_update * self.updates / 3600

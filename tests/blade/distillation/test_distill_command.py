@@ -1,5 +1,7 @@
 """`blade-distill` from the command line: what it says of bad input, and what it leaves."""
 
+import json
+
 import pytest
 
 from blade.cli.distill import main
@@ -33,8 +35,12 @@ def test_a_dry_run_without_weights(settings, capsys, saved_tiny_pipeline, tmp_pa
 
     bare = tmp_path / "bare"
     shutil.copytree(saved_tiny_pipeline, bare, ignore=shutil.ignore_patterns("*.safetensors"))
-    code, out, err = run(capsys, "shapes", *settings("out", f"model={bare}"), "--dry-run", "--random-weights")
+    report = tmp_path / "report" / "estimate.json"
+    options = ("--dry-run", "--random-weights", f"--report={report}")
+    code, out, err = run(capsys, "shapes", *settings("out", f"model={bare}"), *options)
     assert code == 0, err
+    values = json.loads(report.read_text())
+    assert values["seconds_update"] > 0 and values["config"]["weights"]["rank"] == 4 and "torch" in values["versions"]
     assert "hours" in out and "weights     random" in out
     code, _, err = run(capsys, "shapes", *settings("out"), "--random-weights")
     assert code == 1 and "`random_weights` must not be given without `dry_run`" in err
