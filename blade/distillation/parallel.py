@@ -38,6 +38,11 @@ class Processes:
         """Whether this one writes."""
         return self.index == 0
 
+    @property
+    def shares_weights(self) -> bool:
+        """Whether a pass of one process needs the others."""
+        return self.count > 1 and self.parallel == "fsdp"
+
     def wait(self) -> None:
         """Wait for all."""
         self._state.wait_for_everyone()
@@ -75,7 +80,7 @@ class Processes:
     def accumulating(self, network: Network, last: bool) -> Iterator[None]:
         """Around a forward and a backward pass: gradients come together in the last one of an update only."""
         wrapped = network.wrapped
-        if self.count > 1 and self.parallel == "fsdp":
+        if self.shares_weights:
             network.transformer.set_requires_gradient_sync(last)
         if isinstance(wrapped, nn.parallel.DistributedDataParallel) and not last:
             with wrapped.no_sync():

@@ -112,7 +112,7 @@ class Trainer:
         updates = self.updates[Draws(config.run.seed, number, ROLLOUT_PART).integer(COUNT, len(self.updates))]
         batches = self._batches()
         draws = [Draws(config.run.seed, number, 1 + part) for part in range(config.fake.updates + 1)]
-        starts = [updates.rollout(batch, Draws(config.run.seed, number, ROLLOUT_PART)) for batch in batches]
+        starts = self._rollouts(updates, batches)
         if config.generator.objective == "imitation":
             log = self._imitate(updates, batches, starts, draws[-1])
         else:
@@ -125,6 +125,18 @@ class Trainer:
             "sparsity": self._sparsity,
             "update_seconds": time.perf_counter() - began,
         }
+
+    def _rollouts(self, updates: Updates, batches: Sequence[Batch]) -> list[Start]:
+        """Run down the trajectory; where weights are shared out, all processes must run as many passes."""
+        run, processes = self.config.run, self.processes
+        draws, share = Draws(run.seed, self.update, ROLLOUT_PART), run.batch_size * processes.count
+        starts = []
+        for place, batch in enumerate(batches):
+            passes = None
+            if processes.shares_weights:
+                passes = max(updates.steps(range(place * share, (place + 1) * share), draws))
+            starts.append(updates.rollout(batch, draws, passes))
+        return starts
 
     def _match(
         self, updates: Updates, batches: Sequence[Batch], starts: Sequence[Start], draws: Sequence[Draws]

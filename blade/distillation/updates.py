@@ -119,7 +119,16 @@ class Updates:
         self.device, self.dtype, self.together = device, dtype, together
         self._trajectory_number, self._first_step_number = trajectory_number, first_step_number
 
-    def rollout(self, batch: Batch, draws: Draws) -> Start:
+    def steps(self, samples: Sequence[int], draws: Draws) -> list[int]:
+        """The step that each sample is trained at.
+
+        Args:
+            samples: places in the whole batch of all processes.
+            draws: chance of the rollout.
+        """
+        return draws.steps(samples, self.trajectory.steps, together=self.together)
+
+    def rollout(self, batch: Batch, draws: Draws, passes: int | None = None) -> Start:
         """Run down the trajectory, without gradient, each sample to the step that it is trained at.
 
         The student runs, or the guided teacher where it is to be imitated.
@@ -127,12 +136,17 @@ class Updates:
         Args:
             batch: the samples.
             draws: chance of this update.
+            passes: how many passes to run, the last ones for nothing if need be; None: no more than it takes.
         """
         trajectory, shape = self.trajectory, batch.conditions.latent_shape
-        steps = draws.steps(batch.samples, trajectory.steps, together=self.together)
+        steps = self.steps(batch.samples, draws)
         x = draws.noise(START, batch.samples, shape).to(self.device)
-        for step in range(max(steps)):
+        for step in range(max(steps) if passes is None else passes):
             going = [place for place, own in enumerate(steps) if own > step]
+            if not going:
+                with torch.no_grad(), self.roles.acting(self._leader, (step, trajectory.steps)):
+                    self._lead(batch.conditions.at([0]), x[:1], self._times([step]), [step])
+                continue
             samples, conditions = [batch.samples[place] for place in going], batch.conditions.at(going)
             now = [step] * len(going)
             arguments = (conditions, x[going], self._times(now), now)

@@ -46,6 +46,17 @@ def test_accumulation_equals_the_large_batch(settings, tmp_path):
     assert_close(tmp_path / "large", tmp_path / "small")
 
 
+def test_processes_that_share_weights_run_as_many_passes(settings, start):
+    """Each has one sample, at another step of the trajectory than the other's."""
+    others = ("run.parallel=fsdp", "run.batch_size=1", "trajectory.steps=[4]", "run.updates=6")
+    two = start("-m", "blade.cli.distill", "shapes", *settings("two", *others), processes=2)
+    try:
+        output, _ = two.communicate(timeout=120)
+    finally:
+        two.kill()
+    assert two.returncode == 0, output
+
+
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_two_processes_equal_one_with_the_double_batch(settings, start, tmp_path, parallel):
     two = start(
