@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -53,18 +55,25 @@ def settings(saved_tiny_pipeline, prompt_file, tmp_path):
 
 @pytest.fixture
 def start():
-    """Return a function that starts Python on one process or several, in this folder."""
+    """Return a function that starts Python on one process or several, in this folder; what still runs is killed."""
+    started = []
 
     def run(*arguments: str, processes: int = 1) -> subprocess.Popen[str]:
         # a port that is free: with one node, torchrun finds it itself
         launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [sys.executable, *(launch if processes > 1 else ()), *arguments],
             cwd=HERE,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
+        started.append(process)
+        return process
 
-    return run
+    yield run
+    for process in started:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)

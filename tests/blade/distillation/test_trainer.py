@@ -50,10 +50,7 @@ def test_processes_that_share_weights_run_as_many_passes(settings, start):
     """Each has one sample, at another step of the trajectory than the other's."""
     others = ("run.parallel=fsdp", "run.batch_size=1", "trajectory.steps=[4]", "run.updates=6")
     two = start("-m", "blade.cli.distill", "shapes", *settings("two", *others), processes=2)
-    try:
-        output, _ = two.communicate(timeout=120)
-    finally:
-        two.kill()
+    output, _ = two.communicate(timeout=300)
     assert two.returncode == 0, output
 
 
