@@ -22,7 +22,7 @@ from torch import nn
 from blade.attention.family import Inputs, find_family
 from blade.generation import call_arguments, prepare_sampler
 from blade.generation_request import GenerationRequest
-from blade.models import main_transformer
+from blade.models import INPUTS, call_parameters, main_transformer
 from blade.video_io import write_files
 
 INDEX_NAME = "embeddings.json"
@@ -94,6 +94,15 @@ class Conditions:
         if constant is not None:
             latents = torch.cat((latents, constant.expand(batch, *constant.shape[1:]).to(latents)), dim=1)
         return {**given, "hidden_states": latents, "timestep": times.to(latents.device, self.time_dtype)}
+
+
+def check_text_alone(pipe: Any) -> None:
+    """Raise a `ValueError` for a pipeline that needs more than a prompt, such as an image."""
+    needed = [name for name, value in call_parameters(pipe).items() if name in INPUTS and value.default is value.empty]
+    if others := [name for name in needed if name != "prompt"]:
+        raise ValueError(
+            f"`model` must be one that makes videos from text alone, but a {type(pipe).__name__} needs `{others[0]}`."
+        )
 
 
 def capture(pipe: Any, request: GenerationRequest, prompt: str) -> Conditions:

@@ -19,7 +19,12 @@ from torch import nn
 from blade.attention.apply import find_transformers
 from blade.attention.family import find_family
 from blade.config import BladeConfig
-from blade.distillation.conditioning import ExampleConditions, PromptEmbeddings, encode_prompts
+from blade.distillation.conditioning import (
+    ExampleConditions,
+    PromptEmbeddings,
+    check_text_alone,
+    encode_prompts,
+)
 from blade.distillation.config import DistillationConfig, student_attention
 from blade.distillation.parallel import Processes
 from blade.distillation.reports import DistillationReport, Estimate
@@ -190,6 +195,7 @@ class _Job:
         pipe.set_progress_bar_config(disable=True)
         if len(find_transformers(pipe)) > 1:
             raise ValueError(f"`model` {config.model} has two transformers, of which students cannot be made.")
+        check_text_alone(pipe)
         _warn_of_distilled(config.model, main_transformer(pipe))
         return pipe
 

@@ -7,7 +7,7 @@ from blade import BladeConfig
 from blade.attention.apply import install_blade
 from blade.attention.family import find_family
 from blade.config import AdaptiveConfig
-from blade.distillation.conditioning import PromptEmbeddings, capture, encode_prompts
+from blade.distillation.conditioning import PromptEmbeddings, capture, check_text_alone, encode_prompts
 from blade.distillation.roles import FAKE, STUDENT, TEACHER, Lora, adapter_roles
 from blade.generation_request import GenerationRequest, resolve_request
 from blade.models import main_transformer
@@ -61,3 +61,11 @@ def test_what_a_pipeline_gives_its_transformer_is_found_and_kept(small_pipelines
         output = transformer(**rows.inputs(latents, torch.tensor([500.0, 300.0])), return_dict=False)[0]
     assert output.shape == latents.shape
     assert output.isfinite().all()
+
+
+def test_a_pipeline_that_needs_an_image_is_refused(small_pipelines):
+    for name in PIPELINES:
+        check_text_alone(small_pipelines[name]())
+    for name, needed in (("WanImageToVideoPipeline", "image"), ("CogVideoXImageToVideoPipeline", "image")):
+        with pytest.raises(ValueError, match=f"from text alone, but a Small needs `{needed}`"):
+            check_text_alone(small_pipelines[name]())
