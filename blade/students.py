@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,29 +14,24 @@ from torch import nn
 from blade.attention.applied import applied_to
 from blade.attention.apply import STUDENT_ATTRIBUTE, find_transformers, install_blade, remove_blade
 from blade.attention.family import find_family
-from blade.config import CONFIG_NAME, BladeConfig
-from blade.models import first_line, look_up, main_transformer
+from blade.config import BladeConfig
+from blade.models import first_line, main_transformer
 from blade.pipelines import released_students
 from blade.schedulers import FewStepScheduler
 from blade.step_condition import StepCondition
+from blade.student_source import (
+    CONDITION_NAME,
+    STUDENT_FILES,
+    TRANSFORMER_FOLDER,
+    WEIGHT_NAME,
+    StudentFiles,
+)
 
 if TYPE_CHECKING:
     from blade.pipelines import ReleasedStudent
 
 ADAPTER = "blade_student"
 """Name of the student's adapter."""
-
-WEIGHT_NAME = "pytorch_lora_weights.safetensors"
-"""Name of the LoRA's file where none is given, as Diffusers saves it."""
-
-CONDITION_NAME = "step_condition.safetensors"
-"""Where a student keeps what it is told of the number of steps by, if it is for several."""
-
-TRANSFORMER_FOLDER = "transformer"
-"""Where a student of whole weights keeps them."""
-
-SCHEDULER_FOLDER = "scheduler"
-"""Where a student of this project keeps its `scheduler_config.json`, beside its LoRA."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,28 +87,6 @@ def loaded_student(pipe: Any) -> Student | None:
     """Return the student that is loaded onto a pipeline, or None."""
     loaded = getattr(pipe, STUDENT_ATTRIBUTE, None)
     return None if loaded is None else loaded.student
-
-
-@dataclass(frozen=True)
-class StudentSettings:
-    """What a student's folder says of it."""
-
-    config: BladeConfig | None
-    """Its attention."""
-    steps: tuple[int, ...] | None
-    """Its numbers of steps."""
-
-
-def student_settings(source: str | Path) -> StudentSettings:
-    """Read what a student of this project says of itself, without its weights.
-
-    Args:
-        source: a folder or Hub id.
-    """
-    files = _Files(str(source))
-    scheduler = files.read_scheduler(None)
-    steps = scheduler.step_counts if isinstance(scheduler, FewStepScheduler) else None
-    return StudentSettings(files.read_config(None), steps)
 
 
 def published_students(pipe: Any) -> tuple[str, ...]:
@@ -175,7 +147,7 @@ def load_student(
     """
     unload_student(pipe, missing_ok=True)
     transformers = find_transformers(pipe)
-    files = _Files(str(source))
+    files = StudentFiles(str(source))
     released = _released(files, transformers)
     is_whole = weight_name is None and files.fetch(subfolder, f"{TRANSFORMER_FOLDER}/config.json") is not None
     if not is_whole:
@@ -259,18 +231,6 @@ def unload_student(pipe: Any, *, missing_ok: bool = False) -> None:
     delattr(pipe, STUDENT_ATTRIBUTE)
 
 
-STUDENT_FILES = (
-    WEIGHT_NAME,
-    CONDITION_NAME,
-    CONFIG_NAME,
-    "README.md",
-    "distillation.yaml",
-    f"{SCHEDULER_FOLDER}/*",
-    f"{TRANSFORMER_FOLDER}/*",
-)
-"""What of a student's folder belongs to the student, and not to its training."""
-
-
 def push_student(
     folder: str | Path, repo_id: str, *, private: bool | None = None, token: str | bool | None = None
 ) -> str:
@@ -300,76 +260,7 @@ def push_student(
     return commit.commit_url
 
 
-class _Files:
-    """The files of a folder, or of a repository of the Hub."""
-
-    def __init__(self, source: str) -> None:
-        self.source = source
-        self.folder: Path | None = Path(source).expanduser()
-        if not self.folder.is_dir():
-            names = look_up(source, "source", WEIGHT_NAME)
-            self.folder = None
-            if names is not None:
-                self.names = list(names)
-                return
-            from huggingface_hub import snapshot_download  # the Hub cannot be reached: what its cache has
-
-            self.folder = Path(snapshot_download(source, local_files_only=True))
-        self.names = [path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*") if path.is_file()]
-
-    def find_subfolder(self, subfolder: str | None, weight_name: str, family: str | None) -> str | None:
-        """The subfolder that holds the LoRA, None for the top."""
-        found = {name.rpartition("/")[0] for name in self.names if name.rpartition("/")[2] == weight_name}
-        if subfolder is not None:
-            if subfolder.strip("/") in found:
-                return subfolder.strip("/")
-            found = {folder for folder in found if folder.startswith(subfolder.strip("/") + "/")}
-        elif family is not None:
-            found = {folder for folder in found if family in folder.lower()} or found
-        elif "" in found:
-            return None
-        if len(found) != 1:
-            listed = ", ".join(sorted(folder or "the top" for folder in found)) or "none"
-            raise ValueError(
-                f"`subfolder` must be one of {self.source} that holds a {weight_name}, got {subfolder!r}; it is in: "
-                f"{listed}."
-            )
-        return found.pop() or None
-
-    def inside(self, subfolder: str | None) -> list[str]:
-        """The names of the files in a subfolder."""
-        prefix = "" if subfolder is None else f"{subfolder}/"
-        return [name.removeprefix(prefix) for name in self.names if name.startswith(prefix)]
-
-    def fetch(self, subfolder: str | None, name: str) -> Path | None:
-        """The path of a file here; None if there is none."""
-        name = name if subfolder is None else f"{subfolder}/{name}"
-        if name not in self.names:
-            return None
-        if self.folder is not None:
-            return self.folder / name
-        from huggingface_hub import hf_hub_download
-
-        return Path(hf_hub_download(self.source, name))
-
-    def read_config(self, subfolder: str | None) -> BladeConfig | None:
-        """The attention that the student was trained with, if it says so."""
-        path = self.fetch(subfolder, CONFIG_NAME)
-        return None if path is None else BladeConfig.from_pretrained(path.parent)
-
-    def read_scheduler(self, subfolder: str | None) -> Any:
-        """The sampler that the student brings, if it does."""
-        path = self.fetch(subfolder, f"{SCHEDULER_FOLDER}/scheduler_config.json")
-        if path is None:
-            return None
-        import diffusers
-
-        name = json.loads(path.read_text(encoding="utf-8"))["_class_name"]
-        kind = FewStepScheduler if name == FewStepScheduler.__name__ else getattr(diffusers, name)
-        return kind.from_pretrained(path.parent)
-
-
-def _released(files: _Files, transformers: dict[str, nn.Module]) -> ReleasedStudent | None:
+def _released(files: StudentFiles, transformers: dict[str, nn.Module]) -> ReleasedStudent | None:
     """What this project knows of a published student, for this model."""
     known = released_students().get(files.source)
     if known is None:
@@ -384,7 +275,7 @@ def _released(files: _Files, transformers: dict[str, nn.Module]) -> ReleasedStud
 
 
 def _load_weights(
-    pipe: Any, files: _Files, subfolder: str | None, weight_name: str | None, weight_name_2: str | None
+    pipe: Any, files: StudentFiles, subfolder: str | None, weight_name: str | None, weight_name_2: str | None
 ) -> None:
     from safetensors.torch import load_file
 
@@ -404,7 +295,7 @@ def _load_weights(
         raise ValueError(f"`source` {files.source} holds no weights for this model's transformer.")
 
 
-def _replace_transformer(pipe: Any, files: _Files, subfolder: str | None) -> None:
+def _replace_transformer(pipe: Any, files: StudentFiles, subfolder: str | None) -> None:
     """Put a student of whole weights in the transformer's place."""
     before = main_transformer(pipe)
     prefix = f"{TRANSFORMER_FOLDER}/"
@@ -424,7 +315,7 @@ def _replace_transformer(pipe: Any, files: _Files, subfolder: str | None) -> Non
     pipe.transformer = transformer.to(like.device, like.dtype).eval().requires_grad_(False)
 
 
-def _load_condition(pipe: Any, files: _Files, subfolder: str | None, sampler: Any) -> StepCondition | None:
+def _load_condition(pipe: Any, files: StudentFiles, subfolder: str | None, sampler: Any) -> StepCondition | None:
     """Tell a student for several numbers of steps how many there are."""
     path = files.fetch(subfolder, CONDITION_NAME)
     if path is None:

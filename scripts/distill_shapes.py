@@ -19,7 +19,7 @@ from blade.cli.evaluate import main as evaluate
 from blade.distillation.config import DistillationConfig, load_config
 from blade.distillation.distill import VALIDATION, distill
 from blade.distillation.validation import means
-from blade.students import WEIGHT_NAME
+from blade.student_source import WEIGHT_NAME
 from blade.video_io import write_files
 
 RECIPE = "shapes"

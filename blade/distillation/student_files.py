@@ -20,7 +20,7 @@ from blade.distillation.config import DistillationConfig, WeightsConfig
 from blade.distillation.trajectory import SMALLEST
 from blade.schedulers import FewStepScheduler
 from blade.step_condition import ATTRIBUTE
-from blade.students import CONDITION_NAME, SCHEDULER_FOLDER, TRANSFORMER_FOLDER, WEIGHT_NAME
+from blade.student_source import CONDITION_NAME, SCHEDULER_FOLDER, TRANSFORMER_FOLDER, WEIGHT_NAME
 
 CONFIG_NAME = "distillation.yaml"
 """What the student was made by."""

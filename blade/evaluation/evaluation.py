@@ -23,7 +23,7 @@ from blade.models import (
     resolve_device,
     resolve_dtype,
 )
-from blade.students import student_settings
+from blade.student_source import student_settings
 
 
 @dataclass(frozen=True, kw_only=True)

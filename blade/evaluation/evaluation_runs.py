@@ -9,7 +9,7 @@ from typing import Any
 
 from blade.config import BladeConfig, parse_dense_layers, parse_dense_steps
 from blade.generation_request import read_config
-from blade.students import student_settings
+from blade.student_source import student_settings
 
 ATTENTION: dict[str, dict[str, Any]] = {
     "dense": {},
