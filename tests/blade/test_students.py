@@ -156,7 +156,7 @@ def test_any_few_step_lora_with_times_or_a_scheduler(pipe, tmp_path):
 def hub(monkeypatch, repository: Path):
     """Put a folder in place of the Hub."""
     names = [path.relative_to(repository).as_posix() for path in repository.rglob("*") if path.is_file()]
-    monkeypatch.setattr("blade.students.look_up", lambda *_: names)
+    monkeypatch.setattr("blade.student_source.look_up", lambda *_: names)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda source, name: str(repository / name))
 
 
