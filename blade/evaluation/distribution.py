@@ -13,12 +13,18 @@ import torch
 from torch.nn import functional
 
 from blade.evaluation.estimates import Estimate
+from blade.models import empty_latent
 
 RESAMPLES = 200
 """Bootstrap resamples of a Frechet distance."""
 
 THUMBNAIL = 24
 """Edge in pixels of the frames that diversity is measured on."""
+
+
+def feature_count(pipe: Any) -> int:
+    """Number of features of a video: see `latent_statistics`."""
+    return 2 * empty_latent(pipe, (1, 1, 1)).shape[1]
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from blade.evaluation.distribution import latent_statistics
+from blade.evaluation.distribution import feature_count, latent_statistics
 from blade.evaluation.evaluation import EvaluationPlan
 from blade.evaluation.evaluation_prompts import EvaluationPrompt
 from blade.evaluation.evaluation_records import Record, append_record, read_records
@@ -111,6 +111,8 @@ class _Worker:
             device=first.device,
             dtype=resolve_dtype(first.dtype, torch.device(first.device)),
         )
+        # encoding takes time and memory, and distances of distributions take more videos than features
+        self.enough_for_distances = len(plan.evaluation.prompts) > feature_count(self.pipe)
         self.seconds_loading = time.perf_counter() - began
         self.pipe.set_progress_bar_config(disable=True)
 
@@ -125,7 +127,7 @@ class _Worker:
             "fingerprint": self.plan.fingerprint,
             "student_fingerprint": self.plan.student_fingerprints.get(run.name),
             **self.plan.size,
-            "features": latent_statistics(self.pipe, video),
+            "features": latent_statistics(self.pipe, video) if self.enough_for_distances else None,
             "motion": moves,
             "layer_density": generation.layer_density,
             "run_density": generation.run_density,

@@ -7,6 +7,7 @@ import torch
 from blade.evaluation.distribution import (
     Distance,
     diversity,
+    feature_count,
     frechet_distance,
     latent_statistics,
     resampled_distances,
@@ -69,5 +70,5 @@ def test_latent_statistics_see_blur(saved_tiny_pipeline):
     video = torch.rand(9, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     sharp = latent_statistics(pipe, video)
     blurred = latent_statistics(pipe, torch.nn.functional.avg_pool2d(video, 5, 1, 2))
-    assert len(sharp) == 2 * 4
+    assert len(sharp) == feature_count(pipe) == 2 * 4
     assert sharp == pytest.approx(latent_statistics(pipe, video)) and sharp != pytest.approx(blurred, rel=0.01)
