@@ -21,7 +21,6 @@ from blade.config import AdaptiveConfig
 from blade.models import ModelError
 from blade.schedulers import FewStepScheduler
 
-pytest.importorskip("peft")
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
 CONFIG = BladeConfig(sparsity=0.5, asa=AdaptiveConfig(block_size=8, probe_tokens=4), kind="student")
 TIMES = (999.0, 749.0, 499.0, 249.0)

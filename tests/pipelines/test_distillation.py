@@ -12,7 +12,6 @@ from blade.distillation.roles import FAKE, STUDENT, TEACHER, Lora, adapter_roles
 from blade.generation_request import GenerationRequest, resolve_request
 from blade.models import main_transformer
 
-pytest.importorskip("peft")
 CONFIG = BladeConfig(
     sparsity=0.6,
     pooled_tokens="all",

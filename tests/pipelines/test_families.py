@@ -189,7 +189,6 @@ def test_compiled_blocks_give_the_same_at_two_sizes(family):
 
 @pytest.mark.parametrize("loaded", ["before", "after"])
 def test_a_lora_works_whenever_it_is_loaded(family, keep_all, loaded):
-    pytest.importorskip("peft")
     transformer, inputs = family.make(), family.inputs()
     without = run(transformer, inputs)
     generator = torch.Generator().manual_seed(1)

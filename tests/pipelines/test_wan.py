@@ -133,7 +133,6 @@ def test_first_block_caches_residual_is_the_dense_one_in_token_order(make_wan, w
 
 
 def test_a_lora_on_the_output_projection_loaded_later_works(make_wan, wan_inputs, keep_all):
-    pytest.importorskip("peft")
     inputs = wan_inputs()
     generator = torch.Generator().manual_seed(1)
     lora = {

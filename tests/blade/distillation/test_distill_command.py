@@ -6,8 +6,6 @@ import pytest
 
 from blade.cli.distill import main
 
-pytest.importorskip("peft")
-
 
 def run(capsys, *arguments):
     with pytest.raises(SystemExit) as ended:

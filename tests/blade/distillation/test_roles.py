@@ -8,7 +8,6 @@ from blade.attention.apply import install_blade
 from blade.config import AdaptiveConfig
 from blade.distillation.roles import FAKE, STUDENT, TEACHER, Lora, adapter_roles, separate_roles
 
-pytest.importorskip("peft")
 CONFIG = BladeConfig(
     sparsity=0.6,
     pooled_tokens="all",

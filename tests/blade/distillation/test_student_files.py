@@ -18,7 +18,6 @@ from blade.models import load_pipeline
 from blade.schedulers import FewStepScheduler
 from blade.video_io import read_mp4
 
-pytest.importorskip("peft")
 SIZE = {"height": 64, "width": 64, "num_frames": 9}
 
 
