@@ -150,6 +150,11 @@ class GeneratorConfig:
     """`distribution` (TDM), or `imitation`: predict what the dense teacher does, without guidance, on the teacher's
     own way; no fewer steps come of it, only weights that have learned to live with sparsity, to start from."""
     learning_rate: float = 1e-4
+    ode_updates: int = 0
+    """The first so many updates teach the student to go where the guided teacher goes (ODE initialization, CausVid,
+    arXiv 2412.07772): it gets near in few updates, which the objective then need not make."""
+    ode_substeps: int = 3
+    """Steps of the teacher for one of the student's."""
     guidance_scale: float | None = None
     """Of the teacher; none: the model's default."""
     negative_prompt: str | None = None
@@ -166,6 +171,8 @@ class GeneratorConfig:
     def __post_init__(self) -> None:
         check_number("generator.learning_rate", self.learning_rate, "above 0", _positive)
         check_choice("generator.objective", self.objective, ("distribution", "imitation"))
+        check_integer("generator.ode_updates", self.ode_updates, least=0)
+        check_integer("generator.ode_substeps", self.ode_substeps, least=1)
         check_choice("generator.loss", self.loss, ("squared", "huber"))
         check_number("generator.huber", self.huber, "above 0", _positive)
         check_flag("generator.normalize", self.normalize)

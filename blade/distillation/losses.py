@@ -91,6 +91,27 @@ def guide(conditional: torch.Tensor, unconditional: torch.Tensor, scale: float) 
     return unconditional + scale * (conditional - unconditional)
 
 
+def clean_between(
+    start: torch.Tensor,
+    end: torch.Tensor,
+    levels: tuple[torch.Tensor, torch.Tensor],
+    end_levels: tuple[torch.Tensor, torch.Tensor],
+) -> torch.Tensor:
+    """The x0 with which one deterministic step leads from a noisy sample to another.
+
+    x0 = (x_m - (sigma_m / sigma) x) / (alpha_m - alpha sigma_m / sigma), solved from x = alpha x0 + sigma eps and
+    x_m = alpha_m x0 + sigma_m eps. Source: progressive distillation, arXiv 2202.00512, appendix G.
+
+    Args:
+        start: x, (B, ...).
+        end: x_m, less noisy.
+        levels: alpha and sigma of x, (B, 1, ...).
+        end_levels: those of x_m.
+    """
+    share = end_levels[1] / levels[1]
+    return (end - share * start) / (end_levels[0] - levels[0] * share)
+
+
 def denoising_loss(estimate: torch.Tensor, clean: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Mean over the batch of w mean((mu - x0)^2): what the fake score is trained by.
 

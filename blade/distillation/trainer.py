@@ -11,7 +11,7 @@ Source: TDM, arXiv 2503.06674, and BLADE, arXiv 2508.10774.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -113,8 +113,10 @@ class Trainer:
         batches = self._batches()
         draws = [Draws(config.run.seed, number, 1 + part) for part in range(config.fake.updates + 1)]
         starts = self._rollouts(updates, batches)
-        if config.generator.objective == "imitation":
-            log = self._imitate(updates, batches, starts, draws[-1])
+        if number < config.generator.ode_updates:
+            log = self._regress(updates.ode_loss, updates, batches, starts, draws[-1])
+        elif config.generator.objective == "imitation":
+            log = self._regress(updates.imitation_loss, updates, batches, starts, draws[-1])
         else:
             log = self._match(updates, batches, starts, draws)
         if self.ema is not None:
@@ -165,14 +167,19 @@ class Trainer:
         difference, fake_error, teacher_error = self.processes.mean(sums)
         return {**log, "difference": difference, "critic_ratio": fake_error / teacher_error}
 
-    def _imitate(
-        self, updates: Updates, batches: Sequence[Batch], starts: Sequence[Start], draws: Draws
+    def _regress(
+        self,
+        loss_of: Callable[[Batch, Start, Draws], torch.Tensor],
+        updates: Updates,
+        batches: Sequence[Batch],
+        starts: Sequence[Start],
+        draws: Draws,
     ) -> dict[str, float]:
         """Let the student predict what the teacher does; return what there is to log."""
         losses = []
         for place, (batch, start) in enumerate(zip(batches, starts)):
             with updates.acting(STUDENT, start, draws), self._accumulating(STUDENT, place, batches):
-                loss = updates.imitation_loss(batch, start, draws) / len(batches)
+                loss = loss_of(batch, start, draws) / len(batches)
                 loss.backward()
             losses.append(loss.detach())
         return self._step(STUDENT, losses)

@@ -18,6 +18,7 @@ from blade.distillation.conditioning import Conditions
 from blade.distillation.config import FakeConfig, GeneratorConfig
 from blade.distillation.draws import FRESH_NOISE, NOISE, ROLLOUT, SAMPLE, START, STEPS, Draws
 from blade.distillation.losses import (
+    clean_between,
     denoising_loss,
     diffuse_further,
     equivalent_noise,
@@ -235,6 +236,35 @@ class Updates:
         )
         difference = (teacher - fake).abs().mean()
         return Estimates(loss=loss, difference=difference, fake_error=errors[0], teacher_error=errors[1])
+
+    def ode_loss(self, batch: Batch, start: Start, draws: Draws) -> torch.Tensor:
+        """How far a step of the student leads from where the guided teacher goes in several.
+
+        Args:
+            batch: the samples.
+            start: of their steps, on the student's way.
+            draws: chance of this update.
+
+        Returns:
+            A scalar with gradient for the student, which must be acting around this and the backward pass.
+        """
+        trajectory, substeps, x = self.trajectory, self.generator.ode_substeps, start.noisy
+        starts, ends = self._times(start.steps), [trajectory.next_time(step) for step in start.steps]
+        with torch.no_grad(), self.roles.acting(TEACHER):
+            for substep in range(substeps):
+                now, then = (
+                    [high + (low - high) * (substep + more) / substeps for high, low in zip(starts, ends)]
+                    for more in (0, 1)
+                )
+                if trajectory.kind == "v_prediction":  # which knows whole times only
+                    now, then = ([float(round(time)) for time in times] for times in (now, then))
+                _, clean = self._guided(batch.conditions, x, now, start.steps)
+                alpha, sigma = trajectory.levels(now, x)
+                x = mix(clean, (x - alpha * clean) / sigma, *trajectory.levels(then, x))
+        levels = trajectory.levels(starts, x)
+        target = clean_between(start.noisy, x, levels, trajectory.levels(ends, x))
+        clean, _ = self._estimate(STUDENT, batch.conditions, start.noisy, starts, start.steps)
+        return denoising_loss(clean, target, error_weight("velocity", *levels))
 
     def imitation_loss(self, batch: Batch, start: Start, draws: Draws) -> torch.Tensor:
         """How far the student's prediction is from the teacher's without guidance, on the teacher's way.

@@ -62,11 +62,15 @@ class GaussianRoles:
         return self.networks[role](inputs["hidden_states"], inputs["timestep"])
 
 
+def first_noise(count):
+    return torch.randn(count, *SHAPE, generator=torch.Generator().manual_seed(99))
+
+
 def sampled(trajectory, student, count=64):
     """Videos of the student, with its own sampler."""
     scheduler = trajectory.sampler
     scheduler.set_timesteps(trajectory.steps)
-    x = torch.randn(count, *SHAPE, generator=torch.Generator().manual_seed(99))
+    x = first_noise(count)
     with torch.no_grad():
         for time in scheduler.timesteps:
             x = scheduler.step(student(x, [float(time)] * count), time, x).prev_sample
@@ -124,6 +128,33 @@ def test_the_student_matches_mean_and_variance(kind, steps, noise_kept, fake, ge
     assert float(teacher.std()) < DEVIATION - 0.05  # at so few steps the teacher itself is too narrow
     assert float(after.mean()) == pytest.approx(MEAN, abs=0.05)
     assert float(after.std()) == pytest.approx(DEVIATION, abs=0.05)
+
+
+@pytest.mark.parametrize("kind", ["flow", "vp"])
+def test_ode_initialization_leads_where_many_steps_of_the_teacher_lead(kind):
+    """To the same sample, and not only to one of the same distribution."""
+    trajectory = trajectory_of(kind, 4, 1.0)
+    roles = GaussianRoles(trajectory)
+    updates = Updates(
+        roles, trajectory, None, FakeConfig(), GeneratorConfig(ode_substeps=40), guidance_scale=1.0,
+        device=torch.device("cpu"), dtype=torch.float32,
+    )  # fmt: skip
+    optimizer = torch.optim.Adam(roles.networks["student"].parameters(), 0.03)
+    batch = Batch(samples=range(BATCH), conditions=Conditions({}, {}, SHAPE))
+    for update in range(UPDATES):
+        draws = [Draws(0, update, part) for part in range(2)]
+        start = updates.rollout(batch, draws[0])
+        optimizer.param_groups[0]["lr"] = 0.03 if update < UPDATES // 2 else 0.006
+        optimizer.zero_grad()
+        with updates.acting("student", start, draws[1]):
+            updates.ode_loss(batch, start, draws[1]).backward()
+        optimizer.step()
+    noise = first_noise(64)
+    alpha, sigma = trajectory.levels([trajectory.times[0]] * len(noise), noise)
+    # the flow of a normal distribution keeps every sample at its place in it
+    aim = MEAN + DEVIATION * (noise - alpha * MEAN) / (alpha**2 * DEVIATION**2 + sigma**2).sqrt()
+    student, teacher = (sampled(trajectory, roles.networks[name]) for name in ("student", "teacher"))
+    assert (student - aim).abs().mean() < 0.1 * (teacher - aim).abs().mean()
 
 
 def test_a_student_that_is_the_teacher_stays_where_it_is():

@@ -7,7 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from blade.diffusion import mix
 from blade.distillation.losses import (
+    clean_between,
     denoising_loss,
     diffuse_further,
     equivalent_noise,
@@ -42,6 +44,15 @@ def test_the_equivalent_noise_leads_to_the_same_point(kind):
     noisy = diffuse_further(start[0] * clean + start[1] * noise, fresh, start, end)
     again = end[0] * clean + end[1] * equivalent_noise(noise, fresh, start, end)
     assert torch.allclose(noisy, again)
+
+
+@pytest.mark.parametrize("kind", LEVELS)
+@given(low=st.floats(0, 0.9), share=st.floats(0.01, 1))
+def test_the_clean_sample_between_two_points_leads_from_one_to_the_other(kind, low, share):
+    levels, end_levels = LEVELS[kind](low + share * (0.99 - low)), LEVELS[kind](low)
+    clean, noise = normal(3, 5), normal(3, 5, seed=1)
+    start, end = (mix(clean, noise, *each) for each in (levels, end_levels))
+    assert torch.allclose(clean_between(start, end, levels, end_levels), clean)
 
 
 def test_importance_is_the_ratio_of_densities_per_dimension():

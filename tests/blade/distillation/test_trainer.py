@@ -16,8 +16,6 @@ from blade.distillation.distill import distill
 from blade.distillation.draws import Draws, prompt_numbers
 from blade.training_run import load_checkpoint
 
-pytest.importorskip("peft")
-
 
 def trained(settings):
     return distill(load_config("shapes", settings))
@@ -183,6 +181,12 @@ def test_imitation_teaches_sparsity_and_can_be_started_from(settings):
     assert sum(losses[-3:]) < 0.9 * sum(losses[:3])
     assert "fake_loss" not in log(first)[0]
     assert trained(settings("second", f"weights.start_from={first}")).updates == 3
+
+
+def test_ode_initialization_comes_first(settings):
+    others = ("generator.ode_updates=2", "generator.ode_substeps=2", "run.updates=4")
+    made = log(trained(settings("student", *others)).output)
+    assert ["fake_loss" in record for record in made] == [False, False, True, True]
 
 
 def test_a_dry_run_writes_nothing(settings, tmp_path):
