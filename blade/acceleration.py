@@ -69,11 +69,23 @@ def load_loras(pipe: Any, loras: Sequence[str]) -> None:
         pipe.set_adapters(names, weights)
 
 
-def quantize(pipe: Any, kind: str) -> None:
-    """Store the weights of the transformers' blocks in fewer bits, with torchao; LoRAs are merged into them first.
+def merge_loras(pipe: Any) -> None:
+    """Add all LoRAs, a student's too, to the transformers' weights, where they cost no time; none can be taken off.
 
     Args:
         pipe: the pipeline, its LoRAs loaded.
+    """
+    for transformer in find_transformers(pipe).values():
+        if getattr(transformer, "peft_config", None):
+            transformer.fuse_lora()
+            transformer.unload_lora()
+
+
+def quantize(pipe: Any, kind: str) -> None:
+    """Store the weights of the transformers' blocks in fewer bits, with torchao.
+
+    Args:
+        pipe: the pipeline, its LoRAs merged.
         kind: one of `QUANTIZATIONS`. Matrices are multiplied in the model's own type.
 
     Raises:
@@ -84,9 +96,6 @@ def quantize(pipe: Any, kind: str) -> None:
     except ImportError:
         raise ValueError('`quantize` needs torchao: pip install "blade-video[quantize]".') from None
     for transformer in find_transformers(pipe).values():
-        if getattr(transformer, "peft_config", None):
-            transformer.fuse_lora()
-            transformer.unload_lora()
         config = Int8WeightOnlyConfig() if kind == "int8" else Float8WeightOnlyConfig()
         for block in find_family(transformer).blocks(transformer):
             quantize_(block, config)

@@ -11,7 +11,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from blade.acceleration import choose_offload, compile_blocks, enable_cache, enable_tiling, load_loras, place, quantize
+from blade.acceleration import (
+    choose_offload,
+    compile_blocks,
+    enable_cache,
+    enable_tiling,
+    load_loras,
+    merge_loras,
+    place,
+    quantize,
+)
 from blade.conditions import pipeline_for
 from blade.generation import Generation, generate
 from blade.generation_record import make_record
@@ -325,6 +334,7 @@ def prepare_pipeline(request: GenerationRequest) -> tuple[Any, GenerationRequest
         weight = 1.0 if request.student_weight is None else request.student_weight
         load_student(pipe, request.student, scheduler=request.scheduler, weight=weight)
     resolved = replace(resolve_request(request, pipe), offload=offload, device=str(device))
+    merge_loras(pipe)
     if request.quantize is not None:
         quantize(pipe, request.quantize)
     if request.cache is not None:

@@ -58,8 +58,8 @@ def read_request(path: str | Path, changes: Mapping[str, Any] | None = None) -> 
 
     Args:
         path: the JSON.
-        changes: fields of the request to change. A changed `model`, `attention` or `config` takes the recorded
-            values that belong to the old one along only where they still make sense.
+        changes: fields of the request to change. A changed `model`, `student`, `attention` or `config` takes the
+            recorded values that belong to the old one along only where they still make sense.
 
     Raises:
         ValueError: if this is no such record.
@@ -75,9 +75,12 @@ def read_request(path: str | Path, changes: Mapping[str, Any] | None = None) -> 
     changes = dict(changes or {})
     values = {name: record[name] for name in REQUEST_FIELDS if record.get(name) is not None}
     forgotten: tuple[str, ...] = ()
-    other_model = "model" in changes and changes["model"] != values.get("model")
-    if "config" in changes or other_model:
+    other_model = _differs("model", changes, values)
+    other_student = values.get("student") is not None if other_model else _differs("student", changes, values)
+    if "config" in changes or other_model or other_student:
         forgotten = ("blade_config", "attention", *SPARSE_OPTIONS)
+    if other_student:
+        forgotten += ("steps", "guidance_scale", *STUDENT_OPTIONS)
     if other_model:
         forgotten += ("revision", "negative_prompt", *STUDENT_OPTIONS, *MODEL_OPTIONS)
     if changes.get("attention") == "dense":
@@ -89,6 +92,10 @@ def read_request(path: str | Path, changes: Mapping[str, Any] | None = None) -> 
         return GenerationRequest(**values)
     except TypeError as error:
         raise ValueError(f"`from_json` {path} holds a value of the wrong type: {error}.") from error
+
+
+def _differs(name: str, changes: Mapping[str, Any], values: Mapping[str, Any]) -> bool:
+    return name in changes and changes[name] != values.get(name)
 
 
 def _peak_memory_gib(device: torch.device) -> float:

@@ -23,7 +23,7 @@ from blade.models import (
     main_transformer,
     vae_compression,
 )
-from blade.students import loaded_student, parse_times
+from blade.students import Student, loaded_student, parse_times
 
 FPS = 16
 """Frames a second of a model that does not say its own: Wan's."""
@@ -209,12 +209,13 @@ class GenerationRequest:
         return None if config.attention == "dense" else config
 
 
-def resolve_request(request: GenerationRequest, pipe: Any) -> GenerationRequest:
+def resolve_request(request: GenerationRequest, pipe: Any, *, student: Student | None = None) -> GenerationRequest:
     """Fill in everything that a request leaves to the model, so that it stays the same when defaults change.
 
     Args:
         request: what was asked for.
         pipe: the loaded pipeline.
+        student: one that would be loaded; None: the one that is, if any.
 
     Returns:
         A request without None, but for `negative_prompt`, `config`, `revision` where the model is not from the Hub,
@@ -223,7 +224,7 @@ def resolve_request(request: GenerationRequest, pipe: Any) -> GenerationRequest:
     Raises:
         ValueError: if the model cannot make a video of this size, or no configuration can be had.
     """
-    student = loaded_student(pipe)
+    student = student or loaded_student(pipe)
     config = request.sparse_config(lambda: student.config if student and student.config else _preset(pipe))
     defaults = _defaults(pipe, request)
     if student is not None:

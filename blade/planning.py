@@ -28,6 +28,7 @@ from blade.models import (
     resolve_device,
     resolve_dtype,
 )
+from blade.students import read_student
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +66,7 @@ class RunPlan:
         lines = [
             f"video       {request.frames} frames of {request.width}x{request.height}, {request.steps} steps, "
             f"guidance {request.guidance_scale:g}",
+            *([] if request.student is None else [f"student     {request.student}"]),
             f"tokens      {grid.frames} x {grid.height} x {grid.width} = {grid.video_tokens:,}{text}, "
             f"in {cost.forward.layers} layers of {cost.forward.heads} heads",
             f"attention   {request.attention}"
@@ -106,7 +108,10 @@ def plan_run(request: GenerationRequest) -> RunPlan:
     dtype = resolve_dtype(request.dtype, device)
     pipe = load_empty_pipeline(request.model, revision=request.revision, dtype=dtype)
     pipe = pipeline_for(pipe, request.condition)
-    resolved = replace(resolve_request(request, pipe), device=str(device))
+    student = None
+    if request.student is not None:
+        student = read_student(pipe, request.student, scheduler=request.scheduler)
+    resolved = replace(resolve_request(request, pipe, student=student), device=str(device))
     assert resolved.frames is not None and resolved.height is not None and resolved.width is not None
     assert resolved.steps is not None and resolved.guidance_scale is not None
     latent = latent_size(pipe, resolved.height, resolved.width, resolved.frames)

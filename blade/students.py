@@ -147,12 +147,8 @@ def load_student(
     """
     unload_student(pipe, missing_ok=True)
     transformers = find_transformers(pipe)
-    files = StudentFiles(str(source))
-    released = _released(files, transformers)
-    is_whole = weight_name is None and files.fetch(subfolder, f"{TRANSFORMER_FOLDER}/config.json") is not None
-    if not is_whole:
-        subfolder = files.find_subfolder(subfolder, weight_name or WEIGHT_NAME, released.family if released else None)
-    elif weight != 1.0:
+    found = _find(pipe, str(source), subfolder, weight_name, scheduler, steps)
+    if found.is_whole and weight != 1.0:
         raise ValueError(f"`weight` must be 1: {source} is a whole transformer and no LoRA, got {weight}.")
     before = _Before(
         pipe.scheduler,
@@ -160,42 +156,42 @@ def load_student(
         {name: _active_adapters(one) for name, one in transformers.items()},
         transformers,
     )
-    if is_whole and any(before.adapters.values()):
+    if found.is_whole and any(before.adapters.values()):
         raise ValueError(f"`source` {source} is a whole transformer, which the loaded LoRAs are not for; unload them.")
-    config = files.read_config(subfolder)
-    sampler = scheduler = parse_times(scheduler) if isinstance(scheduler, str) else scheduler
-    if isinstance(scheduler, Sequence):
-        sampler = FewStepScheduler.like(pipe.scheduler, [list(scheduler)])
-    elif scheduler is not None and not isinstance(scheduler, SchedulerMixin):
-        raise ValueError(f"`scheduler` must be a Diffusers scheduler or times, got {scheduler!r}.")
-    sampler = sampler or files.read_scheduler(subfolder)
-    if released is not None:
-        config = config or BladeConfig.from_preset(released.preset, "student")
-        sampler = sampler or released.make_scheduler(pipe.scheduler)
-        steps = steps or released.steps
-    if isinstance(sampler, FewStepScheduler):
-        steps = sampler.step_counts
 
     loaded = _Loaded(before)
     setattr(pipe, STUDENT_ATTRIBUTE, loaded)
     try:
-        if is_whole:
-            _replace_transformer(pipe, files, subfolder)
+        if found.is_whole:
+            _replace_transformer(pipe, found.files, found.student.subfolder)
         else:
-            _load_weights(pipe, files, subfolder, weight_name, weight_name_2)
+            _load_weights(pipe, found.files, found.student.subfolder, weight_name, weight_name_2)
             for name, transformer in transformers.items():
                 _activate(transformer, [*before.adapters[name], ADAPTER], weight)
-        loaded.condition = _load_condition(pipe, files, subfolder, sampler)
-        if config is not None:
-            install_blade(pipe, config)
-        if sampler is not None:
-            pipe.scheduler = sampler
+        loaded.condition = _load_condition(pipe, found.files, found.student.subfolder, found.sampler)
+        if found.student.config is not None:
+            install_blade(pipe, found.student.config)
+        if found.sampler is not None:
+            pipe.scheduler = found.sampler
     except BaseException:
         unload_student(pipe)
         raise
-    counts = (steps,) if isinstance(steps, int) else None if steps is None else tuple(steps)
-    loaded.student = Student(source=str(source), subfolder=subfolder, steps=counts, guidance_scale=1.0, config=config)
-    return loaded.student
+    loaded.student = found.student
+    return found.student
+
+
+def read_student(pipe: Any, source: str | Path, *, scheduler: Any = None) -> Student:
+    """What `load_student` would load, without its weights.
+
+    Args:
+        pipe: see `load_student`; its models may be empty.
+        source: see `load_student`.
+        scheduler: see `load_student`.
+
+    Raises:
+        ValueError: if the source has no student of this model.
+    """
+    return _find(pipe, str(source), None, None, scheduler, None).student
 
 
 def unload_student(pipe: Any, *, missing_ok: bool = False) -> None:
@@ -258,6 +254,50 @@ def push_student(
         repo_id=repo_id, folder_path=folder, allow_patterns=list(STUDENT_FILES), commit_message="Upload a student"
     )
     return commit.commit_url
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Found:
+    """A student before it is loaded."""
+
+    files: StudentFiles
+    is_whole: bool
+    """A whole transformer instead of a LoRA."""
+    sampler: Any
+    """None: the pipeline's own."""
+    student: Student
+
+
+def _find(
+    pipe: Any,
+    source: str,
+    subfolder: str | None,
+    weight_name: str | None,
+    scheduler: Any,
+    steps: int | Sequence[int] | None,
+) -> _Found:
+    """Find a student's files, and out of them or of what is known of it how it is run; see `load_student`."""
+    files = StudentFiles(source)
+    released = _released(files, find_transformers(pipe))
+    is_whole = weight_name is None and files.fetch(subfolder, f"{TRANSFORMER_FOLDER}/config.json") is not None
+    if not is_whole:
+        subfolder = files.find_subfolder(subfolder, weight_name or WEIGHT_NAME, released.family if released else None)
+    config = files.read_config(subfolder)
+    sampler = scheduler = parse_times(scheduler) if isinstance(scheduler, str) else scheduler
+    if isinstance(scheduler, Sequence):
+        sampler = FewStepScheduler.like(pipe.scheduler, [list(scheduler)])
+    elif scheduler is not None and not isinstance(scheduler, SchedulerMixin):
+        raise ValueError(f"`scheduler` must be a Diffusers scheduler or times, got {scheduler!r}.")
+    sampler = sampler or files.read_scheduler(subfolder)
+    if released is not None:
+        config = config or BladeConfig.from_preset(released.preset, "student")
+        sampler = sampler or released.make_scheduler(pipe.scheduler)
+        steps = steps or released.steps
+    if isinstance(sampler, FewStepScheduler):
+        steps = sampler.step_counts
+    counts = (steps,) if isinstance(steps, int) else None if steps is None else tuple(steps)
+    student = Student(source=source, subfolder=subfolder, steps=counts, guidance_scale=1.0, config=config)
+    return _Found(files=files, is_whole=is_whole, sampler=sampler, student=student)
 
 
 def _released(files: StudentFiles, transformers: dict[str, nn.Module]) -> ReleasedStudent | None:

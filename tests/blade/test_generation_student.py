@@ -15,10 +15,10 @@ from blade.generation_files import generate_files
 from blade.generation_record import read_request
 from blade.generation_request import GenerationRequest
 from blade.models import load_pipeline
+from blade.planning import plan_run
 from blade.schedulers import FewStepScheduler
 from blade.video_io import read_mp4
 
-pytest.importorskip("peft")
 TINY = {"prompt": "a red ball moving right", "height": 64, "width": 64, "frames": 9, "device": "cpu"}
 CONFIG = BladeConfig(sparsity=0.4, kind="student", asa=AdaptiveConfig(block_size=32))
 
@@ -52,8 +52,13 @@ def test_a_student_decides_steps_guidance_attention_and_sampler(saved_tiny_pipel
     assert f"student     {student}" in str(report)
     generate_files(read_request(report.record_path), tmp_path / "again.mp4")
     assert torch.equal(read_mp4(tmp_path / "again.mp4"), read_mp4(report.video_path))
-    plain = read_request(report.record_path, {"model": "bundled"})
-    assert plain.student is None
+    for changes in ({"model": "bundled"}, {"student": None}):  # nothing of the student stays
+        plain = read_request(report.record_path, changes)
+        assert plain.student is plain.steps is plain.guidance_scale is plain.blade_config is None
+        assert (plain.frames, plain.seed) == (9, 0)
+    planned = plan_run(request)
+    assert (planned.request.steps, planned.request.guidance_scale, planned.cost.passes) == (3, 1.0, 3)
+    assert planned.request.blade_config == CONFIG and f"student     {student}" in str(planned)
 
 
 def test_untrained_steps_are_refused(saved_tiny_pipeline, student, tmp_path):

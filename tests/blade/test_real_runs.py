@@ -11,7 +11,15 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from blade import generation_files
-from blade.acceleration import advise, choose_offload, compile_blocks, load_loras, parse_cache, place, quantize
+from blade.acceleration import (
+    advise,
+    choose_offload,
+    compile_blocks,
+    load_loras,
+    merge_loras,
+    parse_cache,
+    place,
+)
 from blade.attention.apply import use_blade
 from blade.cli.generate import main
 from blade.conditions import cover, pipeline_for, size_like
@@ -118,7 +126,6 @@ def test_an_image_is_cut_to_a_shape_without_being_stretched(saved_tiny_pipeline:
 
 
 def test_loras_add_up_with_their_strengths(saved_tiny_pipeline: Path, plain: torch.Tensor, tmp_path: Path) -> None:
-    pytest.importorskip("peft")
     pipe = load_pipeline(saved_tiny_pipeline)
     files = [lora(pipe, tmp_path / f"{seed}.safetensors", seed) for seed in (1, 2)]
     load_loras(pipe, [files[0], f"{files[1]}=0.5"])
@@ -181,15 +188,21 @@ def test_tiles_and_int8_weights_stay_close(saved_tiny_pipeline: Path, plain: tor
     assert (video - plain).square().mean().sqrt() < 0.05
 
 
-def test_quantizing_merges_loras(saved_tiny_pipeline: Path, tmp_path: Path) -> None:
-    pytest.importorskip("torchao")
-    pytest.importorskip("peft")
+def test_merged_loras_make_the_same_video(saved_tiny_pipeline: Path, tmp_path: Path) -> None:
     pipe = load_pipeline(saved_tiny_pipeline)
     path = lora(pipe, tmp_path / "style.safetensors", 1)
+    load_loras(pipe, [f"{path}=0.5"])
+    request = resolve_request(tiny(saved_tiny_pipeline), pipe)
+    before = generate(pipe, request).video
+    merge_loras(pipe)
+    assert not any("lora" in name or "base_layer" in name for name, _ in pipe.transformer.named_parameters())
+    assert (generate(pipe, request).video - before).abs().max() < 1e-4
+
+
+def test_quantizing_leaves_loras_in(saved_tiny_pipeline: Path, tmp_path: Path) -> None:
+    pytest.importorskip("torchao")
+    path = lora(load_pipeline(saved_tiny_pipeline), tmp_path / "style.safetensors", 1)
     whole = make(tiny(saved_tiny_pipeline, loras=(path,)))
-    load_loras(pipe, [path])
-    quantize(pipe, "int8")
-    assert not getattr(pipe.transformer, "peft_config", None)
     assert (make(tiny(saved_tiny_pipeline, loras=(path,), quantize="int8")) - whole).square().mean().sqrt() < 0.05
 
 
