@@ -84,7 +84,7 @@ class BlockMask:
             raise ValueError(f"`capacity` must be at least 1 block or None, got {capacity}.")
         else:
             keep = keep & (rank <= capacity)
-        slot = torch.where(keep, rank - 1, capacity)  # what is dropped goes to one slot past the end
+        slot = (rank - 1).masked_fill_(~keep, capacity)  # what is dropped goes to one slot past the end
         blocks = torch.arange(key_blocks, device=keep.device, dtype=torch.int32).expand_as(keep)
         indices = torch.zeros((*keep.shape[:-1], capacity + 1), dtype=torch.int32, device=keep.device)
         indices = indices.scatter(-1, slot.long(), blocks)[..., :capacity].contiguous()

@@ -10,7 +10,7 @@ from torch import Tensor
 from blade_kernels.block_selection import triton_launch
 from blade_kernels.block_selection.choice import takes_triton
 
-_CHUNK_ELEMENTS = 2**22  # logits held at a time
+_CHUNK_ELEMENTS = 2**18  # logits held at a time
 
 
 def sampled_importance(
@@ -78,13 +78,17 @@ def sampled_importance(
         absent = None if absent is None else absent.flatten(0, 1).mT.unsqueeze(1)  # (B * H, 1, samples, blocks)
 
         importance = qs.new_empty(batch * heads, query_blocks, key_blocks)
-        heads_at_once = max(1, _CHUNK_ELEMENTS // (query_blocks * query_samples * ks.shape[1]))
-        blocks_at_once = max(1, _CHUNK_ELEMENTS // (query_samples * ks.shape[1]))
+        row_logits = query_samples * ks.shape[1]
+        heads_at_once = max(1, _CHUNK_ELEMENTS // (query_blocks * row_logits))
+        blocks_at_once = min(query_blocks, max(1, _CHUNK_ELEMENTS // row_logits))
+        scratch = qs.new_empty(min(heads_at_once, batch * heads) * blocks_at_once * row_logits)  # of all chunks
         for head in range(0, batch * heads, heads_at_once):
             some = slice(head, head + heads_at_once)
             for block in range(0, query_blocks, blocks_at_once):
                 rows = slice(block, block + blocks_at_once)
-                logits = qs[some, rows].flatten(1, 2) @ ks[some].mT
+                sampled = qs[some, rows].flatten(1, 2)
+                logits = scratch[: sampled.shape[0] * sampled.shape[1] * ks.shape[1]].view(*sampled.shape[:2], -1)
+                torch.bmm(sampled, ks[some].mT, out=logits)
                 logits = logits.view(*logits.shape[:2], key_samples, key_blocks)
                 if absent is not None:
                     logits[..., key_blocks - absent.shape[-1] :].masked_fill_(absent[some], -torch.inf)
@@ -150,7 +154,9 @@ def _sample(x: Tensor, offsets: Tensor, size: int, lengths: Tensor | None) -> tu
     starts = torch.arange(blocks, device=x.device) * size
     positions = (within + starts.unsqueeze(-1)).flatten(2)  # (B, H, blocks * samples)
     dtype = torch.promote_types(x.dtype, torch.float32)
-    picked = x.transpose(1, 2).gather(2, positions.unsqueeze(-1).expand(-1, -1, -1, width)).to(dtype)
+    items = torch.arange(batch, device=x.device).view(-1, 1, 1) * tokens
+    rows = (items + positions) * heads + torch.arange(heads, device=x.device).view(-1, 1)  # of (B * T * H, D)
+    picked = x.reshape(-1, width).index_select(0, rows.flatten()).to(dtype)
     picked = picked.view(batch, heads, blocks, -1, width)
     if lengths is None and tokens % size == 0:
         return picked, None

@@ -92,17 +92,16 @@ def select_blocks(
     if forced_key_blocks is not None:
         forced = forced | forced_key_blocks
     importance = importance.to(torch.float32)
-    order = importance.masked_fill(forced, torch.inf).argsort(dim=-1, descending=True, stable=True)
+    ranked = importance.masked_fill(forced, torch.inf)
     if cumulative_mass is None:
-        kept = torch.full_like(order[..., :1], limit)
+        keep = _largest(ranked, limit) | forced
     else:
+        order = ranked.argsort(dim=-1, descending=True, stable=True)
         mass = importance.gather(-1, order).cumsum(-1)
         kept = (mass < cumulative_mass * mass[..., -1:]).sum(-1, keepdim=True) + 1  # and the block that reaches it
-        kept = kept.clamp(min_blocks, limit)
-    kept = torch.maximum(kept, forced.sum(-1, keepdim=True))
-    places = torch.arange(key_blocks, device=order.device).expand_as(order)
-    rank = torch.empty_like(order).scatter_(-1, order, places)
-    keep = rank < kept
+        kept = torch.maximum(kept.clamp(min_blocks, limit), forced.sum(-1, keepdim=True))
+        places = torch.arange(key_blocks, device=order.device).expand_as(order)
+        keep = torch.empty_like(order).scatter_(-1, order, places) < kept
     if forced_query_blocks is not None:
         keep = keep | forced_query_blocks.unsqueeze(-1)
     return BlockMask.from_dense(keep, block_size, capacity)
@@ -189,3 +188,11 @@ def _local(
     last = (starts + query_size - 1) // key_size + radius
     blocks = torch.arange(key_blocks, device=device)
     return (blocks >= first.unsqueeze(-1)) & (blocks <= last.unsqueeze(-1))
+
+
+def _largest(x: Tensor, count: int) -> Tensor:
+    """Where the `count` largest of the last dimension are, bool; ties by rising index. Needs no order of the rest."""
+    least = x.topk(count, sorted=False).values.amin(-1, keepdim=True)
+    above, tied = x > least, x == least
+    room = count - above.sum(-1, keepdim=True)
+    return above | (tied & (tied.cumsum(-1) <= room))

@@ -13,8 +13,8 @@ A row without keys gives out = 0 and lse = -inf. Backward, from the gradients do
     dq = scale sum_j ds_j k_j            dk_j = scale sum_q ds_j q            dv_j = sum_q a_j dout
 
 and the same for pooled tokens. One head is computed at a time, a piece of its rows and keys at a time, in float32 at
-the least and with logits in base 2. No gathered copy is larger than the keys of one head, and its values. How many
-blocks the rows keep is read on the host.
+the least and with logits in base 2. No gathered copy is larger than what the threads' caches hold. How many blocks the
+rows keep is read on the host.
 """
 
 from __future__ import annotations

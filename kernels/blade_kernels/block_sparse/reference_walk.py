@@ -92,16 +92,15 @@ class Head:
         _, key_block, size = self.k.shape
         threads = torch.get_num_threads()
         widest = max(1, _THREAD_ELEMENTS // (key_block * max(size, self.q.shape[1])))  # key blocks of a single row
-        most = max(1, self.k.numel() // (key_block * max(size, self.q.shape[1])))  # of all rows
         start, occupied = 0, self.occupied
         while start < occupied:
-            width = min(self.counts[start], widest, most)
-            stop = min(start + max(1, min(threads * (widest // width), most // width)), occupied)
+            width = min(self.counts[start], widest)
+            stop = min(start + threads * (widest // width), occupied)
             for slot in range(0, self.counts[start], width):
                 yield self._piece(slice(start, stop), slice(slot, min(slot + width, self.counts[start])))
             start = stop
         if pooled := len(self.pooled_k):
-            at_once = max(1, min(threads * _THREAD_ELEMENTS, self.k.numel()) // (self.q.shape[1] * pooled))
+            at_once = max(1, threads * _THREAD_ELEMENTS // (self.q.shape[1] * pooled))
             for start in range(0, len(self.counts), at_once):
                 rows = slice(start, min(start + at_once, len(self.counts)))
                 yield Piece(rows, None, None if self.hidden is None else self.hidden[rows], first=False)

@@ -22,21 +22,22 @@ def reference_norm_rope(
     """What `qk_norm_rope` computes, on any device; `cos` and `sin` are (tokens, D)."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     y = x.to(dtype)
+    weight, bias = (None if vector is None else vector.to(dtype) for vector in (weight, bias))
     if norm == "layer":
-        y = y - y.mean(-1, keepdim=True)
-    if norm != "none":
-        over = (-2, -1) if norm == "rms-all-heads" else (-1,)
-        y = y * (y.square().mean(over, keepdim=True) + eps).rsqrt()
-    if weight is not None:
-        y = y * (weight.view(x.shape[2:]) if norm == "rms-all-heads" else weight).to(dtype)
-    if bias is not None:
-        y = y + bias.to(dtype)
+        y = torch.nn.functional.layer_norm(y, y.shape[-1:], weight, bias, eps)
+    elif norm == "rms":
+        y = torch.nn.functional.rms_norm(y, y.shape[-1:], weight, eps)
+    elif norm == "rms-all-heads":
+        y = torch.nn.functional.rms_norm(y.flatten(2), (y.shape[2] * y.shape[3],), weight, eps).view(y.shape)
     if cos is not None and sin is not None:
         stop = rope_start + len(cos)
-        even, odd = y[:, rope_start:stop].unflatten(-1, (-1, 2)).unbind(-1)
-        c, s = cos[:, None, 0::2].to(dtype), sin[:, None, 1::2].to(dtype)
-        rotated = torch.stack((even * c - odd * s, even * s + odd * c), -1).flatten(-2)
-        y = torch.cat((y[:, :rope_start], rotated, y[:, stop:]), 1)
+        rotated = y[:, rope_start:stop]
+        even, odd = rotated.unflatten(-1, (-1, 2)).unbind(-1)
+        swapped = torch.stack((odd, even), -1).flatten(-2)
+        signs = sin.new_tensor([-1.0, 1.0], dtype=dtype).repeat(sin.shape[-1] // 2)
+        rotated = torch.addcmul(rotated * cos[:, None].to(dtype), swapped, (sin * signs)[:, None])
+        whole = rope_start == 0 and stop == y.shape[1]
+        y = rotated if whole else torch.cat((y[:, :rope_start], rotated, y[:, stop:]), 1)
     y = y.to(x.dtype)
     if places is None:
         return y.contiguous()
