@@ -47,7 +47,7 @@ VARIABLE = ("hidden_states", "timestep", "return_dict")
 """Arguments that are no condition."""
 
 SAMPLED_VALUES = 64
-"""Weights of each parameter that a text encoder's fingerprint takes in."""
+"""Weights of each parameter that a fingerprint takes in."""
 
 
 class _Captured(Exception):
@@ -184,11 +184,19 @@ def stack(conditions: Sequence[Conditions]) -> Conditions:
 
 
 def encoder_fingerprint(pipe: Any) -> str:
-    """A short name for a pipeline's text encoders: it differs where a class, a setting or weights do."""
+    """A short name for a pipeline's text encoders; see `fingerprint`."""
+    parts = {name: part for name, part in sorted(pipe.components.items()) if isinstance(part, nn.Module)}
+    return fingerprint({name: part for name, part in parts.items() if not name.startswith(("transformer", "vae"))})
+
+
+def fingerprint(parts: Mapping[str, nn.Module]) -> str:
+    """A short name for models: it differs where a class, a setting or weights do.
+
+    Args:
+        parts: models with a `config`, by name.
+    """
     found = hashlib.sha256()
-    for name, part in sorted(pipe.components.items()):
-        if not isinstance(part, nn.Module) or name.startswith(("transformer", "vae")):
-            continue
+    for name, part in parts.items():
         settings = part.config.to_dict() if hasattr(part.config, "to_dict") else dict(part.config)
         known = {key: value for key, value in settings.items() if not key.startswith(("_", "transformers_version"))}
         found.update(json.dumps([name, type(part).__name__, known], sort_keys=True, default=str).encode())
@@ -277,7 +285,8 @@ def encode_prompts(
         "pipeline": type(pipe).__name__,
         "size": [request.height, request.width, request.frames],
     }
-    _check_index(folder, wanted)
+    others = {"encoders": "other text encoders", "size": "videos of another size", "pipeline": "another pipeline"}
+    check_index(folder / INDEX_NAME, wanted, "embeddings", others)
     folder.mkdir(parents=True, exist_ok=True)
     if own == 0 and not (folder / INDEX_NAME).exists():
         found = capture(pipe, request, prompts[0])
@@ -305,17 +314,24 @@ def encode_prompts(
         _save(tensors, folder / f"{name}.safetensors", shard)
 
 
-def _check_index(folder: Path, wanted: Mapping[str, Any]) -> None:
-    """Refuse a folder that was made for something else."""
-    path = folder / INDEX_NAME
-    if not path.exists():
-        return
-    index = json.loads(path.read_text(encoding="utf-8"))
+def check_index(path: Path, wanted: Mapping[str, Any], field: str, others: Mapping[str, str]) -> None:
+    """Refuse a folder that was made for something else.
+
+    Args:
+        path: of what its files share, JSON; it may be missing.
+        wanted: what that must say.
+        field: that names the folder.
+        others: names of what else it may be of, by key; any other key is named itself.
+
+    Raises:
+        ValueError: where it says something else.
+    """
+    index = json.loads(path.read_text(encoding="utf-8")) if path.exists() else wanted
     for name, value in wanted.items():
         if index.get(name) != value:
-            what = {"encoders": "other text encoders", "size": "videos of another size"}.get(name, "another pipeline")
+            what = others.get(name, f"another {name}")
             raise ValueError(
-                f"`embeddings` {folder} are of {what} ({index.get(name)} instead of {value}); name another folder."
+                f"`{field}` {path.parent} are of {what} ({index.get(name)} instead of {value}); name another folder."
             )
 
 

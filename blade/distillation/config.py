@@ -152,7 +152,12 @@ class GeneratorConfig:
     learning_rate: float = 1e-4
     ode_updates: int = 0
     """The first so many updates teach the student to go where the guided teacher goes (ODE initialization, CausVid,
-    arXiv 2412.07772): it gets near in few updates, which the objective then need not make."""
+    arXiv 2412.07772): it gets near in short ones, which the objective then need not make. The learning rate's
+    schedule begins anew after them."""
+    ode_learning_rate: float | None = None
+    """Of these; none: `learning_rate`."""
+    ode_trajectories: int = 256
+    """Trajectories of the guided teacher that they learn from, of the first prompts, made before training."""
     ode_substeps: int = 3
     """Steps of the teacher for one of the student's."""
     guidance_scale: float | None = None
@@ -172,7 +177,10 @@ class GeneratorConfig:
         check_number("generator.learning_rate", self.learning_rate, "above 0", _positive)
         check_choice("generator.objective", self.objective, ("distribution", "imitation"))
         check_integer("generator.ode_updates", self.ode_updates, least=0)
+        check_integer("generator.ode_trajectories", self.ode_trajectories, least=1)
         check_integer("generator.ode_substeps", self.ode_substeps, least=1)
+        if self.ode_learning_rate is not None:
+            check_number("generator.ode_learning_rate", self.ode_learning_rate, "above 0", _positive)
         check_choice("generator.loss", self.loss, ("squared", "huber"))
         check_number("generator.huber", self.huber, "above 0", _positive)
         check_flag("generator.normalize", self.normalize)
@@ -195,7 +203,7 @@ class OptimizerConfig:
     clip: float = 1.0
     """Largest norm of a gradient."""
     schedule: str = "constant"
-    """Of the student's learning rate: `constant` or `cosine`, down to 0 at the last update."""
+    """Of the student's learning rate: `constant` or `cosine`, down to 0 at the last update (of either kind)."""
     warmup_updates: int = 5
     """Over which both learning rates rise."""
 
@@ -276,6 +284,8 @@ class DistillationConfig:
     """A text file, a prompt a line, or JSONL with a `prompt` in each; of the bundled model by default captions."""
     embeddings: str | None = None
     """Folder of the prompts' embeddings, which several runs can share; none: in `output`."""
+    trajectories: str | None = None
+    """Folder of the teacher's trajectories, which several runs can share; none: in `output`."""
     video: VideoSize = field(default_factory=VideoSize)
     trajectory: TrajectoryConfig = field(default_factory=TrajectoryConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)

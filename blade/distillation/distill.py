@@ -24,6 +24,7 @@ from blade.distillation.conditioning import (
     PromptEmbeddings,
     check_text_alone,
     encode_prompts,
+    fingerprint,
 )
 from blade.distillation.config import DistillationConfig, student_attention
 from blade.distillation.parallel import Processes
@@ -31,6 +32,7 @@ from blade.distillation.reports import DistillationReport, Estimate
 from blade.distillation.resuming import CHECKPOINTS, check_resumable, flat, newest_checkpoint
 from blade.distillation.roles import TRAINED
 from blade.distillation.student_files import read_weights, write_student
+from blade.distillation.teacher_trajectories import TeacherTrajectories
 from blade.distillation.trainer import Trainer
 from blade.distillation.trajectory import make_sampler
 from blade.distillation.validation import validate
@@ -51,7 +53,7 @@ from blade.training_run import TrainingLog, load_checkpoint, save_checkpoint
 
 logger = logging.getLogger("blade")
 
-VALIDATION, EMBEDDINGS, LOG_NAME = "validation", "embeddings", "log.jsonl"
+VALIDATION, EMBEDDINGS, TRAJECTORIES, LOG_NAME = "validation", "embeddings", "trajectories", "log.jsonl"
 """Parts of a student's folder beside the student itself."""
 
 BUNDLED_PROMPTS, BUNDLED_SEED = 4096, 606
@@ -116,6 +118,7 @@ def distill(
         if saved is not None:
             job.trainer.load_state_dict(saved["trainer"])
             job.hours_before, job.scores = saved["hours"], saved.get("scores", {})
+        job.make_trajectories(output, on_progress)
         return job.run(output)
 
 
@@ -169,6 +172,7 @@ class _Job:
         self._place_others(torch.device("cpu"))
         assert self.request.guidance_scale is not None
         self.guidance_scale = self.request.guidance_scale
+        self.teacher = fingerprint({"transformer": transformer})
         self.trainer = Trainer(
             self.pipe,
             config,
@@ -241,9 +245,25 @@ class _Job:
         processes.wait()
         return PromptEmbeddings(folder, needed)
 
+    def make_trajectories(self, output: Path, on_progress: Callable[[str], None]) -> None:
+        """Make the teacher's trajectories, where there are still updates that learn from them."""
+        config, generator = self.config, self.config.generator
+        if self.trainer.update >= generator.ode_updates:
+            return
+        folder = Path(config.trajectories).expanduser() if config.trajectories else output / TRAJECTORIES
+        facts = {
+            "teacher": self.teacher,
+            "guidance_scale": self.guidance_scale,
+            "negative_prompt": self.request.negative_prompt,
+            "size": [self.request.height, self.request.width, self.request.frames],
+        }
+        trajectories = TeacherTrajectories(folder, self.prompts, generator.ode_trajectories)
+        self.trainer.make_trajectories(trajectories, facts, on_progress)
+
     def estimate(self) -> Estimate:
-        """Do two updates, and measure the second."""
+        """Do two updates toward the objective, and measure the second."""
         device = self.processes.device
+        self.trainer.update = self.config.generator.ode_updates
         self.trainer.train_update()
         seconds = self.trainer.train_update()["update_seconds"]
         if device.type == "cuda":

@@ -44,13 +44,13 @@ class RoleOptimizer:
         self.norms: list[float] = []
         self.skipped = self.skipped_in_a_row = 0
 
-    def set_rate(self, share: float) -> None:
-        """Set the learning rate to a share of the largest."""
+    def set_rate(self, rate: float) -> None:
+        """Set the learning rate."""
         for group in self.optimizer.param_groups:
             if isinstance(group["lr"], torch.Tensor):  # as torchao's optimizers have it
-                group["lr"].fill_(self.learning_rate * share)
+                group["lr"].fill_(rate)
             else:
-                group["lr"] = self.learning_rate * share
+                group["lr"] = rate
 
     def step(self, loss: float) -> tuple[float, bool]:
         """Clip the gradients and take a step, unless something is not finite or the gradient explodes.

@@ -15,6 +15,7 @@ CHECKPOINTS = "checkpoints"
 FREE = (
     "output",
     "embeddings",
+    "trajectories",
     "trackers",
     "validation",
     "run.updates",

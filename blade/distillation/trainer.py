@@ -11,7 +11,7 @@ Source: TDM, arXiv 2503.06674, and BLADE, arXiv 2508.10774.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,12 +22,13 @@ from torch import nn
 from blade.attention.apply import install_blade
 from blade.attention.family import find_family
 from blade.config import BladeConfig
-from blade.distillation.conditioning import ExampleConditions, PromptEmbeddings
+from blade.distillation.conditioning import Conditions, ExampleConditions, PromptEmbeddings
 from blade.distillation.config import DistillationConfig
 from blade.distillation.draws import COUNT, Draws, prompt_numbers
 from blade.distillation.optimizers import RoleOptimizer, learning_rate_share
 from blade.distillation.parallel import Processes, put_weights, shared_out_like, whole
 from blade.distillation.roles import FAKE, STUDENT, TRAINED, Lora, Roles, adapter_roles, separate_roles
+from blade.distillation.teacher_trajectories import TeacherTrajectories
 from blade.distillation.trajectory import Trajectory
 from blade.distillation.updates import Batch, Start, Updates
 from blade.models import main_transformer
@@ -71,6 +72,7 @@ class Trainer:
         self.pipe, self.config, self.embeddings = pipe, config, embeddings
         self.sampler, self.attention, self.processes = sampler, attention, processes
         self.update = 0
+        self.trajectories: TeacherTrajectories | None = None
         transformer = main_transformer(pipe)
         self._family = find_family(transformer)
         self.roles = self._make_roles(transformer)
@@ -110,10 +112,10 @@ class Trainer:
         began, config, number = time.perf_counter(), self.config, self.update
         self._sparsity = self._install_attention()
         updates = self.updates[Draws(config.run.seed, number, ROLLOUT_PART).integer(COUNT, len(self.updates))]
-        batches = self._batches()
         draws = [Draws(config.run.seed, number, 1 + part) for part in range(config.fake.updates + 1)]
-        starts = self._rollouts(updates, batches)
-        if number < config.generator.ode_updates:
+        initializes = number < config.generator.ode_updates
+        batches, starts = self._teacher_batches(updates) if initializes else self._student_batches(updates)
+        if initializes:
             log = self._regress(updates.ode_loss, updates, batches, starts, draws[-1])
         elif config.generator.objective == "imitation":
             log = self._regress(updates.imitation_loss, updates, batches, starts, draws[-1])
@@ -128,17 +130,67 @@ class Trainer:
             "update_seconds": time.perf_counter() - began,
         }
 
-    def _rollouts(self, updates: Updates, batches: Sequence[Batch]) -> list[Start]:
-        """Run down the trajectory; where weights are shared out, all processes must run as many passes."""
+    def make_trajectories(
+        self, trajectories: TeacherTrajectories, facts: Mapping[str, Any], on_progress: Callable[[str], None]
+    ) -> None:
+        """Make the teacher's trajectories that the first updates learn from, as many as are missing.
+
+        Args:
+            trajectories: where they go.
+            facts: what they depend on besides the student's times and their own settings.
+            on_progress: told how far it is.
+
+        Raises:
+            ValueError: if the folder has trajectories that were made otherwise.
+        """
+        substeps, times = self.config.generator.ode_substeps, self._way()
+
+        def run(conditions: Conditions, noise: torch.Tensor) -> torch.Tensor:
+            return self.updates[0].teacher_way(conditions, noise, times)
+
+        everything = {**facts, "times": times, "substeps": substeps}
+        trajectories.make(run, self.embeddings, everything, self.processes, self.config.run.batch_size, on_progress)
+        self.trajectories = trajectories
+
+    def _way(self) -> list[float]:
+        """The times of the teacher's trajectories: those of all numbers of steps, and 0."""
+        return [*sorted({time for grid in self.sampler.config.grids for time in grid}, reverse=True), 0.0]
+
+    def _teacher_batches(self, updates: Updates) -> tuple[list[Batch], list[Start]]:
+        """This process's batches of the update, at points of the teacher's trajectories."""
+        assert self.trajectories is not None
+        draws, trajectory, way = (
+            Draws(self.config.run.seed, self.update, ROLLOUT_PART),
+            updates.trajectory,
+            self._way(),
+        )
+        batches, starts = [], []
+        for samples in self._samples():
+            numbers = self._numbers(samples, len(self.trajectories))
+            conditions = self.embeddings.rows(self.trajectories.prompt_numbers(numbers)).on(self.processes.device)
+            points = self.trajectories.points(numbers).to(self.processes.device)
+            steps = updates.steps(samples, draws)
+            now = [way.index(trajectory.times[step]) for step in steps]
+            then = [way.index(trajectory.next_time(step)) for step in steps]
+            own = range(len(steps))
+            batches.append(Batch(samples=samples, conditions=conditions))
+            starts.append(Start(noisy=points[own, now], steps=steps, end=points[own, then]))
+        return batches, starts
+
+    def _student_batches(self, updates: Updates) -> tuple[list[Batch], list[Start]]:
+        """This process's batches of the update, and where the rollout has come to in each."""
         run, processes = self.config.run, self.processes
         draws, share = Draws(run.seed, self.update, ROLLOUT_PART), run.batch_size * processes.count
-        starts = []
-        for place, batch in enumerate(batches):
+        batches, starts = [], []
+        for place, samples in enumerate(self._samples()):
+            conditions = self.embeddings.rows(self._numbers(samples, len(self.embeddings))).on(processes.device)
+            batch = Batch(samples=samples, conditions=conditions)
             passes = None
-            if processes.shares_weights:
+            if processes.shares_weights:  # all processes must run as many passes
                 passes = max(updates.steps(range(place * share, (place + 1) * share), draws))
+            batches.append(batch)
             starts.append(updates.rollout(batch, draws, passes))
-        return starts
+        return batches, starts
 
     def _match(
         self, updates: Updates, batches: Sequence[Batch], starts: Sequence[Start], draws: Sequence[Draws]
@@ -230,28 +282,26 @@ class Trainer:
             ema.load_state_dict({**state["ema"], "shadow_params": shadows})
             ema.to(self.processes.device)
 
-    def _batches(self) -> list[Batch]:
-        """This process's batches of the update."""
+    def _samples(self) -> list[range]:
+        """Places of this process's samples in the whole batch, for each forward pass of the update."""
         run, processes = self.config.run, self.processes
-        batches = []
-        for place in range(run.accumulation):
-            first = (place * processes.count + processes.index) * run.batch_size
-            samples = range(first, first + run.batch_size)
-            numbers = prompt_numbers(
-                run.seed, self.update * self.batch_size + first, run.batch_size, len(self.embeddings)
-            )
-            conditions = self.embeddings.rows(numbers).on(processes.device)
-            batches.append(Batch(samples=samples, conditions=conditions))
-        return batches
+        firsts = [(place * processes.count + processes.index) * run.batch_size for place in range(run.accumulation)]
+        return [range(first, first + run.batch_size) for first in firsts]
+
+    def _numbers(self, samples: range, count: int) -> list[int]:
+        """The prompts, or trajectories, that samples of the update are of."""
+        return prompt_numbers(self.config.run.seed, self.update * self.batch_size + samples.start, len(samples), count)
 
     def _accumulating(self, role: str, place: int, batches: Sequence[Batch]) -> Any:
         return self.processes.accumulating(self.roles.networks[role], place == len(batches) - 1)
 
     def _step(self, role: str, losses: Sequence[torch.Tensor]) -> dict[str, float]:
-        optimizer, config = self.optimizers[role], self.config
-        optimizer.set_rate(
-            learning_rate_share(config.optimizer, self.update, config.run.updates, decays=role == STUDENT)
-        )
+        optimizer, config, ode_updates = self.optimizers[role], self.config, self.config.generator.ode_updates
+        first, last, rate = ode_updates, config.run.updates, optimizer.learning_rate
+        if self.update < ode_updates:
+            first, last, rate = 0, ode_updates, config.generator.ode_learning_rate or rate
+        share = learning_rate_share(config.optimizer, self.update - first, last - first, decays=role == STUDENT)
+        optimizer.set_rate(rate * share)
         (loss,) = self.processes.mean([sum(float(one) for one in losses)])
         norm, _ = optimizer.step(loss)
         name = "student" if role == STUDENT else "fake"

@@ -5,6 +5,7 @@ Source: TDM, arXiv 2503.06674, and BLADE, arXiv 2508.10774.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -49,6 +50,8 @@ class Start:
     """(B, ...) float32."""
     steps: Sequence[int]
     """Step of each sample."""
+    end: torch.Tensor | None = None
+    """(B, ...) float32, where the guided teacher goes in that step; None if it has not been asked."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,33 +240,48 @@ class Updates:
         difference = (teacher - fake).abs().mean()
         return Estimates(loss=loss, difference=difference, fake_error=errors[0], teacher_error=errors[1])
 
+    def teacher_way(self, conditions: Conditions, noise: torch.Tensor, times: Sequence[float]) -> torch.Tensor:
+        """Where the guided teacher goes from noise.
+
+        Args:
+            conditions: of the prompts.
+            noise: (B, ...), at the first time.
+            times: falling; between two of them the teacher takes `generator.ode_substeps` steps.
+
+        Returns:
+            (B, times, ...) float32, the noise first.
+        """
+        trajectory, substeps, x, points = self.trajectory, self.generator.ode_substeps, noise, [noise]
+        with self.roles.acting(TEACHER):
+            for high, low in itertools.pairwise(times):
+                way = [high + (low - high) * substep / substeps for substep in range(substeps + 1)]
+                if trajectory.kind == "v_prediction":  # which knows whole times only
+                    way = [float(round(time)) for time in way]
+                for now, then in itertools.pairwise(way):
+                    nows, thens = [now] * len(x), [then] * len(x)
+                    _, clean = self._guided(conditions, x, nows, [0] * len(x))
+                    alpha, sigma = trajectory.levels(nows, x)
+                    x = mix(clean, (x - alpha * clean) / sigma, *trajectory.levels(thens, x))
+                points.append(x)
+        return torch.stack(points, 1)
+
     def ode_loss(self, batch: Batch, start: Start, draws: Draws) -> torch.Tensor:
         """How far a step of the student leads from where the guided teacher goes in several.
 
         Args:
             batch: the samples.
-            start: of their steps, on the student's way.
+            start: of their steps, on the teacher's way, and where it goes.
             draws: chance of this update.
 
         Returns:
             A scalar with gradient for the student, which must be acting around this and the backward pass.
         """
-        trajectory, substeps, x = self.trajectory, self.generator.ode_substeps, start.noisy
-        starts, ends = self._times(start.steps), [trajectory.next_time(step) for step in start.steps]
-        with torch.no_grad(), self.roles.acting(TEACHER):
-            for substep in range(substeps):
-                now, then = (
-                    [high + (low - high) * (substep + more) / substeps for high, low in zip(starts, ends)]
-                    for more in (0, 1)
-                )
-                if trajectory.kind == "v_prediction":  # which knows whole times only
-                    now, then = ([float(round(time)) for time in times] for times in (now, then))
-                _, clean = self._guided(batch.conditions, x, now, start.steps)
-                alpha, sigma = trajectory.levels(now, x)
-                x = mix(clean, (x - alpha * clean) / sigma, *trajectory.levels(then, x))
-        levels = trajectory.levels(starts, x)
-        target = clean_between(start.noisy, x, levels, trajectory.levels(ends, x))
-        clean, _ = self._estimate(STUDENT, batch.conditions, start.noisy, starts, start.steps)
+        assert start.end is not None
+        trajectory, times = self.trajectory, self._times(start.steps)
+        levels = trajectory.levels(times, start.noisy)
+        ends = trajectory.levels([trajectory.next_time(step) for step in start.steps], start.noisy)
+        target = clean_between(start.noisy, start.end, levels, ends)
+        clean, _ = self._estimate(STUDENT, batch.conditions, start.noisy, times, start.steps)
         return denoising_loss(clean, target, error_weight("velocity", *levels))
 
     def imitation_loss(self, batch: Batch, start: Start, draws: Draws) -> torch.Tensor:

@@ -9,9 +9,9 @@ from torch import nn
 
 from blade.distillation.conditioning import Conditions
 from blade.distillation.config import FakeConfig, GeneratorConfig
-from blade.distillation.draws import Draws
+from blade.distillation.draws import START, Draws
 from blade.distillation.trajectory import Trajectory, make_sampler
-from blade.distillation.updates import Batch, Updates
+from blade.distillation.updates import Batch, Start, Updates
 
 MEAN, DEVIATION = 1.5, 0.4
 SHAPE, BATCH, UPDATES = (256,), 12, 260
@@ -143,7 +143,11 @@ def test_ode_initialization_leads_where_many_steps_of_the_teacher_lead(kind):
     batch = Batch(samples=range(BATCH), conditions=Conditions({}, {}, SHAPE))
     for update in range(UPDATES):
         draws = [Draws(0, update, part) for part in range(2)]
-        start = updates.rollout(batch, draws[0])
+        with torch.no_grad():
+            noise = draws[0].noise(START, batch.samples, SHAPE)
+            way = updates.teacher_way(batch.conditions, noise, [*trajectory.times, 0.0])
+        steps, own = updates.steps(batch.samples, draws[0]), range(BATCH)
+        start = Start(noisy=way[own, steps], steps=steps, end=way[own, [step + 1 for step in steps]])
         optimizer.param_groups[0]["lr"] = 0.03 if update < UPDATES // 2 else 0.006
         optimizer.zero_grad()
         with updates.acting("student", start, draws[1]):

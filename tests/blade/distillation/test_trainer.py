@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 from blade.distillation.config import load_config
 from blade.distillation.distill import distill
 from blade.distillation.draws import Draws, prompt_numbers
+from blade.distillation.optimizers import RoleOptimizer
+from blade.distillation.updates import Updates
 from blade.training_run import load_checkpoint
 
 
@@ -34,7 +36,8 @@ def assert_close(first, second):
         two = weights(second)[name]
         assert float((one - two).abs().max()) <= 1e-5 * max(float(one.abs().max()), 1e-3), name
     for one, two in zip(log(first), log(second), strict=True):
-        for name in ("student_loss", "fake_loss", "student_norm", "fake_norm"):
+        assert one.keys() == two.keys()
+        for name in one.keys() & {"student_loss", "fake_loss", "student_norm", "fake_norm"}:
             assert one[name] == pytest.approx(two[name], rel=1e-4), name
 
 
@@ -54,19 +57,20 @@ def test_processes_that_share_weights_run_as_many_passes(settings, start):
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_two_processes_equal_one_with_the_double_batch(settings, start, tmp_path, parallel):
+    shared = ("weights.ema_decay=0.9", "run.accumulation=2", "generator.ode_updates=1", "generator.ode_trajectories=5")
+    validated = ("validation.every=2", "validation.count=1")
     two = start(
-        "-m", "blade.cli.distill", "shapes",
-        *settings("two", f"run.parallel={parallel}", "weights.ema_decay=0.9", "run.accumulation=2",
-                  "validation.every=2", "validation.count=1"), processes=2,
+        "-m", "blade.cli.distill", "shapes", *settings("two", f"run.parallel={parallel}", *shared, *validated),
+        processes=2,
     )  # fmt: skip
-    trained(settings("one", "run.batch_size=4", "run.accumulation=2", "weights.ema_decay=0.9"))
+    trained(settings("one", "run.batch_size=4", *shared))
     output, _ = two.communicate(timeout=300)
     assert two.returncode == 0, output
     assert output.count("student     ") == 1  # one of them reports
     assert_close(tmp_path / "one", tmp_path / "two")
     # and one goes on where two have stopped
-    trained(settings("two", "run.batch_size=4", "run.accumulation=2", "weights.ema_decay=0.9", "run.updates=4"))
-    trained(settings("one", "run.batch_size=4", "run.accumulation=2", "weights.ema_decay=0.9", "run.updates=4"))
+    trained(settings("two", "run.batch_size=4", *shared, "run.updates=4"))
+    trained(settings("one", "run.batch_size=4", *shared, "run.updates=4"))
     assert_close(tmp_path / "one", tmp_path / "two")
 
 
@@ -77,7 +81,14 @@ def test_gradients_on_two_processes(start):
 
 
 def test_a_killed_run_goes_on_bit_by_bit(settings, start, tmp_path):
-    others = ("run.updates=12", "run.checkpoint_every=3", "weights.ema_decay=0.9", "attention.warmup_updates=6")
+    others = (
+        "run.updates=12",
+        "run.checkpoint_every=3",
+        "weights.ema_decay=0.9",
+        "attention.warmup_updates=6",
+        "generator.ode_updates=5",
+        "generator.ode_trajectories=3",
+    )
     trained(settings("whole", *others))
     process = start("-m", "blade.cli.distill", "shapes", *settings("stopped", *others))
     checkpoints = tmp_path / "stopped" / "checkpoints"
@@ -151,7 +162,8 @@ def test_divergence_ends_the_run(settings, monkeypatch):
 
 def test_several_numbers_of_steps_and_shared_intervals(settings, tmp_path):
     others = ("trajectory.steps=[2,4]", "trajectory.intervals=shared", "fake.importance=true", "run.updates=6")
-    report = trained(settings("out", *others, "trajectory.noise_kept=0.9", "fake.updates=2", "attention.fake=student"))
+    others += ("trajectory.noise_kept=0.9", "fake.updates=2", "attention.fake=student")
+    report = trained(settings("out", *others, "generator.ode_updates=2", "generator.ode_trajectories=2"))
     vectors = load_file(report.output / "step_condition.safetensors")["weight"]
     assert vectors.shape[0] == 2 and vectors.abs().amax(dim=1).min() > 0
     card = (report.output / "README.md").read_text()
@@ -183,10 +195,49 @@ def test_imitation_teaches_sparsity_and_can_be_started_from(settings):
     assert trained(settings("second", f"weights.start_from={first}")).updates == 3
 
 
-def test_ode_initialization_comes_first(settings):
-    others = ("generator.ode_updates=2", "generator.ode_substeps=2", "run.updates=4")
-    made = log(trained(settings("student", *others)).output)
+INITIALIZED = ("generator.ode_updates=2", "generator.ode_substeps=2", "generator.ode_trajectories=6")
+
+
+def test_ode_initialization_comes_first_at_its_own_rate(settings, monkeypatch):
+    rates = []
+    plain = RoleOptimizer.set_rate
+
+    def record(self, rate):
+        rates.append(rate)
+        plain(self, rate)
+
+    monkeypatch.setattr(RoleOptimizer, "set_rate", record)
+    others = ("generator.ode_learning_rate=0.1", "optimizer.schedule=cosine", "optimizer.warmup_updates=0")
+    made = log(trained(settings("student", *INITIALIZED, *others, "run.updates=4")).output)
     assert ["fake_loss" in record for record in made] == [False, False, True, True]
+    # the student's alone; then the fake score's, which does not fall, and the student's from the start of its schedule
+    assert rates == pytest.approx([0.1, 0.05, 2e-2, 1e-2, 2e-2, 0.5e-2])
+
+
+def test_trajectories_are_the_guided_teachers_and_are_kept(settings, tmp_path, monkeypatch):
+    shared = (*INITIALIZED, f"trajectories={tmp_path / 'shared'}")
+    trained(settings("first", *shared, "run.updates=1"))
+    files = sorted((tmp_path / "shared").glob("*.safetensors"))
+    assert len(files) == 6  # of five prompts
+    points = load_file(files[5])["points"].float()
+    assert points.shape[0] == 3  # two times, and 0
+    assert float(points[0].std()) == pytest.approx(1.0, abs=0.05)
+    seen = []
+    plain = Updates.teacher_way
+
+    def record(self, conditions, noise, times):
+        seen.append(noise)
+        return plain(self, conditions, noise, times)
+
+    monkeypatch.setattr(Updates, "teacher_way", record)
+    files[5].unlink()  # as after a kill
+    trained(settings("second", *shared, "run.updates=1", "run.seed=1"))
+    assert [len(one) for one in seen] == [2]  # the batch that it was in, so that nothing is rounded otherwise
+    assert torch.equal(load_file(files[5])["points"].float(), points)
+    with pytest.raises(
+        ValueError, match=r"`trajectories` .*shared are of another guidance_scale \(3.0 instead of 4.0\)"
+    ):
+        trained(settings("third", *shared, "generator.guidance_scale=4"))
 
 
 def test_a_dry_run_writes_nothing(settings, tmp_path):
