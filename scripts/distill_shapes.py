@@ -24,7 +24,7 @@ from blade.video_io import write_files
 
 RECIPE = "shapes"
 
-EIGHT = ("trajectory.steps=[8]", "trajectory.highest_time=998", "generator.ode_substeps=2")
+EIGHT = ("trajectory.steps=[8]", "trajectory.highest_time=998", "generator.substeps=2")
 """The second of 8 times is above the highest that is trained at by default, and shorter steps need fewer substeps."""
 
 ROWS: dict[str, tuple[str, ...]] = {

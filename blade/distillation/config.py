@@ -147,8 +147,8 @@ class GeneratorConfig:
     """Updates of the student."""
 
     objective: str = "distribution"
-    """`distribution` (TDM), or `imitation`: predict what the dense teacher does, without guidance, on the teacher's
-    own way; no fewer steps come of it, only weights that have learned to live with sparsity, to start from."""
+    """`distribution` (TDM), or `imitation`: predict what the dense teacher does, without guidance, for videos of its
+    own; no fewer steps come of it, only weights that have learned to live with sparsity, to start from."""
     learning_rate: float = 1e-4
     ode_updates: int = 0
     """The first so many updates teach the student to go where the guided teacher goes (ODE initialization, CausVid,
@@ -156,10 +156,11 @@ class GeneratorConfig:
     schedule begins anew after them."""
     ode_learning_rate: float | None = None
     """Of these; none: `learning_rate`."""
-    ode_trajectories: int = 256
-    """Trajectories of the guided teacher that they learn from, of the first prompts, made before training."""
-    ode_substeps: int = 3
-    """Steps of the teacher for one of the student's."""
+    trajectories: int = 256
+    """Of the guided teacher, made before training, which ODE initialization and imitation learn from: of the first
+    prompts."""
+    substeps: int = 3
+    """Steps of the teacher in them for one of the student's."""
     guidance_scale: float | None = None
     """Of the teacher; none: the model's default."""
     negative_prompt: str | None = None
@@ -177,8 +178,8 @@ class GeneratorConfig:
         check_number("generator.learning_rate", self.learning_rate, "above 0", _positive)
         check_choice("generator.objective", self.objective, ("distribution", "imitation"))
         check_integer("generator.ode_updates", self.ode_updates, least=0)
-        check_integer("generator.ode_trajectories", self.ode_trajectories, least=1)
-        check_integer("generator.ode_substeps", self.ode_substeps, least=1)
+        check_integer("generator.trajectories", self.trajectories, least=1)
+        check_integer("generator.substeps", self.substeps, least=1)
         if self.ode_learning_rate is not None:
             check_number("generator.ode_learning_rate", self.ode_learning_rate, "above 0", _positive)
         check_choice("generator.loss", self.loss, ("squared", "huber"))

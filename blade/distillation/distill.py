@@ -32,7 +32,7 @@ from blade.distillation.reports import DistillationReport, Estimate
 from blade.distillation.resuming import CHECKPOINTS, check_resumable, flat, newest_checkpoint
 from blade.distillation.roles import TRAINED
 from blade.distillation.student_files import read_weights, write_student
-from blade.distillation.teacher_trajectories import TeacherTrajectories
+from blade.distillation.teacher_trajectories import ExampleTrajectories, TeacherTrajectories
 from blade.distillation.trainer import Trainer
 from blade.distillation.trajectory import make_sampler
 from blade.distillation.validation import validate
@@ -248,7 +248,7 @@ class _Job:
     def make_trajectories(self, output: Path, on_progress: Callable[[str], None]) -> None:
         """Make the teacher's trajectories, where there are still updates that learn from them."""
         config, generator = self.config, self.config.generator
-        if self.trainer.update >= generator.ode_updates:
+        if self.trainer.update >= generator.ode_updates and generator.objective != "imitation":
             return
         folder = Path(config.trajectories).expanduser() if config.trajectories else output / TRAJECTORIES
         facts = {
@@ -257,31 +257,58 @@ class _Job:
             "negative_prompt": self.request.negative_prompt,
             "size": [self.request.height, self.request.width, self.request.frames],
         }
-        trajectories = TeacherTrajectories(folder, self.prompts, generator.ode_trajectories)
+        trajectories = TeacherTrajectories(folder, self.prompts, generator.trajectories)
         self.trainer.make_trajectories(trajectories, facts, on_progress)
 
     def estimate(self) -> Estimate:
-        """Do two updates toward the objective, and measure the second."""
-        device = self.processes.device
-        self.trainer.update = self.config.generator.ode_updates
-        self.trainer.train_update()
-        seconds = self.trainer.train_update()["update_seconds"]
+        """Do two updates of each kind, and measure the second."""
+        device, trainer, generator = self.processes.device, self.trainer, self.config.generator
+        seconds_trajectories = seconds_ode_update = 0.0
+        if generator.ode_updates or generator.objective == "imitation":
+            seconds_trajectories = self._estimate_trajectories()
+        if generator.ode_updates:
+            seconds_ode_update = self._second_update(0)
+        seconds_update = self._second_update(generator.ode_updates)
         if device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(device) / GIB
         else:
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
         count = sum(
-            parameter.numel() for role in TRAINED for parameter in self.trainer.roles.named_parameters(role).values()
+            parameter.numel() for role in TRAINED for parameter in trainer.roles.named_parameters(role).values()
         )
         return Estimate(
-            seconds_update=seconds,
+            seconds_trajectories=seconds_trajectories,
+            seconds_ode_update=seconds_ode_update,
+            seconds_update=seconds_update,
+            ode_updates=generator.ode_updates,
             updates=self.config.run.updates,
             peak_gib=peak,
             device=str(describe_machine(device)["device"]),
             versions=describe_versions(PACKAGES),
             trained_parameters=count,
-            prompts=0 if isinstance(self.trainer.embeddings, ExampleConditions) else len(self.prompts),
+            prompts=0 if isinstance(trainer.embeddings, ExampleConditions) else len(self.prompts),
         )
+
+    def _second_update(self, number: int) -> float:
+        """Do an update twice; return the seconds of the second time."""
+        for _ in range(2):
+            self.trainer.update = number
+            seconds = self.trainer.train_update()["update_seconds"]
+        return seconds
+
+    def _estimate_trajectories(self) -> float:
+        """Seconds that the teacher's trajectories take, of which one step of the student's is measured."""
+        trainer, run, count = self.trainer, self.config.run, self.config.generator.trajectories
+        way, rounds = trainer.way(), -(-count // (run.batch_size * self.processes.count))
+        conditions = trainer.embeddings.rows([0] * run.batch_size).on(self.processes.device)
+        noise = torch.zeros(run.batch_size, *conditions.latent_shape, device=self.processes.device)
+        for _ in range(2):
+            began = time.perf_counter()
+            with torch.no_grad():
+                float(trainer.updates[0].teacher_way(conditions, noise, way[:2]).sum())  # waits for the device
+            seconds = time.perf_counter() - began
+        trainer.trajectories = ExampleTrajectories(len(way), conditions.latent_shape)
+        return seconds * (len(way) - 1) * rounds
 
     def run(self, output: Path) -> DistillationReport:
         """Train to the end."""

@@ -37,9 +37,15 @@ class DistillationReport:
 class Estimate:
     """What a distillation would take; `print` it."""
 
+    seconds_trajectories: float
+    """Of all trajectories of the teacher, from one of the student's steps; 0 where there are none."""
+    seconds_ode_update: float
+    """Of an update of ODE initialization; 0 where there is none."""
     seconds_update: float
-    """Of one update, the second of two."""
+    """Of any other."""
+    ode_updates: int
     updates: int
+    """In all."""
     peak_gib: float
     """Memory at most: of the GPU, or of the process on a CPU."""
     device: str
@@ -53,14 +59,23 @@ class Estimate:
         return asdict(self) | {"versions": dict(self.versions)}
 
     def __str__(self) -> str:
-        hours = self.seconds_update * self.updates / 3600
-        return "\n".join(
-            [
-                f"update      {self.seconds_update:.2f} s (measured); {self.updates} of them: {hours:.2f} hours",
-                f"memory      {self.peak_gib:.2f} GiB at most on {self.device} (measured)",
-                f"trained     {self.trained_parameters:,} weights, of student and fake score together",
-                f"prompts     {self.prompts:,}, whose embeddings are made first; that time is not counted"
-                if self.prompts
-                else "weights     random, so that nothing was loaded; text encoders and VAE come on top",
-            ]
-        )
+        ode_updates = min(self.updates, self.ode_updates)
+        others = self.updates - ode_updates
+        seconds = self.seconds_trajectories + ode_updates * self.seconds_ode_update + others * self.seconds_update
+        lines = []
+        if self.seconds_trajectories:
+            lines.append(
+                f"teacher     {self.seconds_trajectories / 3600:.2f} hours for its trajectories (measured on a step)"
+            )
+        if self.ode_updates:
+            lines.append(f"ODE update  {self.seconds_ode_update:.2f} s (measured), {ode_updates} of them")
+        lines += [
+            f"update      {self.seconds_update:.2f} s (measured), {others} of them",
+            f"together    {seconds / 3600:.2f} hours",
+            f"memory      {self.peak_gib:.2f} GiB at most on {self.device} (measured)",
+            f"trained     {self.trained_parameters:,} weights, of student and fake score together",
+            f"prompts     {self.prompts:,}, whose embeddings are made first; that time is not counted"
+            if self.prompts
+            else "weights     random, so that nothing was loaded; text encoders and VAE come on top",
+        ]
+        return "\n".join(lines)

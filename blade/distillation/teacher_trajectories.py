@@ -1,4 +1,4 @@
-"""Where the guided teacher goes from noise, at the student's times: what ODE initialization learns from.
+"""Where the guided teacher goes from noise, at the student's times: what ODE initialization and imitation learn from.
 
 Each trajectory is a file of its own, so that stopped work goes on, several processes share it out, and several runs
 can use one folder.
@@ -122,3 +122,27 @@ class TeacherTrajectories:
             return False
         with safe_open(path, framework="pt") as file:
             return bool((file.metadata() or {}).get(PROMPTS_KEY) == self._prompt(number))
+
+
+class ExampleTrajectories:
+    """Trajectories of nothing in particular, all zeros, to measure what an update takes."""
+
+    def __init__(self, times: int, latent_shape: Sequence[int]) -> None:
+        """Take the shape.
+
+        Args:
+            times: points of a trajectory.
+            latent_shape: of one latent.
+        """
+        self._shape = (times, *latent_shape)
+
+    def __len__(self) -> int:
+        return 1
+
+    def prompt_numbers(self, numbers: Sequence[int]) -> list[int]:
+        """Which prompts they show: the first."""
+        return [0] * len(numbers)
+
+    def points(self, numbers: Sequence[int]) -> torch.Tensor:
+        """As many as there are numbers."""
+        return torch.zeros(len(numbers), *self._shape)

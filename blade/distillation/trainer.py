@@ -28,7 +28,7 @@ from blade.distillation.draws import COUNT, Draws, prompt_numbers
 from blade.distillation.optimizers import RoleOptimizer, learning_rate_share
 from blade.distillation.parallel import Processes, put_weights, shared_out_like, whole
 from blade.distillation.roles import FAKE, STUDENT, TRAINED, Lora, Roles, adapter_roles, separate_roles
-from blade.distillation.teacher_trajectories import TeacherTrajectories
+from blade.distillation.teacher_trajectories import ExampleTrajectories, TeacherTrajectories
 from blade.distillation.trajectory import Trajectory
 from blade.distillation.updates import Batch, Start, Updates
 from blade.models import main_transformer
@@ -72,7 +72,7 @@ class Trainer:
         self.pipe, self.config, self.embeddings = pipe, config, embeddings
         self.sampler, self.attention, self.processes = sampler, attention, processes
         self.update = 0
-        self.trajectories: TeacherTrajectories | None = None
+        self.trajectories: TeacherTrajectories | ExampleTrajectories | None = None
         transformer = main_transformer(pipe)
         self._family = find_family(transformer)
         self.roles = self._make_roles(transformer)
@@ -113,14 +113,12 @@ class Trainer:
         self._sparsity = self._install_attention()
         updates = self.updates[Draws(config.run.seed, number, ROLLOUT_PART).integer(COUNT, len(self.updates))]
         draws = [Draws(config.run.seed, number, 1 + part) for part in range(config.fake.updates + 1)]
-        initializes = number < config.generator.ode_updates
-        batches, starts = self._teacher_batches(updates) if initializes else self._student_batches(updates)
-        if initializes:
-            log = self._regress(updates.ode_loss, updates, batches, starts, draws[-1])
+        if number < config.generator.ode_updates:
+            log = self._regress(updates.ode_loss, updates, *self._teacher_batches(updates), draws[-1])
         elif config.generator.objective == "imitation":
-            log = self._regress(updates.imitation_loss, updates, batches, starts, draws[-1])
+            log = self._regress(updates.imitation_loss, updates, *self._teacher_batches(updates), draws[-1])
         else:
-            log = self._match(updates, batches, starts, draws)
+            log = self._match(updates, *self._student_batches(updates), draws)
         if self.ema is not None:
             self.ema.step(self._parameters(STUDENT))
         self.update += 1
@@ -133,7 +131,7 @@ class Trainer:
     def make_trajectories(
         self, trajectories: TeacherTrajectories, facts: Mapping[str, Any], on_progress: Callable[[str], None]
     ) -> None:
-        """Make the teacher's trajectories that the first updates learn from, as many as are missing.
+        """Make the teacher's trajectories that are learned from, as many as are missing.
 
         Args:
             trajectories: where they go.
@@ -143,7 +141,7 @@ class Trainer:
         Raises:
             ValueError: if the folder has trajectories that were made otherwise.
         """
-        substeps, times = self.config.generator.ode_substeps, self._way()
+        substeps, times = self.config.generator.substeps, self.way()
 
         def run(conditions: Conditions, noise: torch.Tensor) -> torch.Tensor:
             return self.updates[0].teacher_way(conditions, noise, times)
@@ -152,7 +150,7 @@ class Trainer:
         trajectories.make(run, self.embeddings, everything, self.processes, self.config.run.batch_size, on_progress)
         self.trajectories = trajectories
 
-    def _way(self) -> list[float]:
+    def way(self) -> list[float]:
         """The times of the teacher's trajectories: those of all numbers of steps, and 0."""
         return [*sorted({time for grid in self.sampler.config.grids for time in grid}, reverse=True), 0.0]
 
@@ -162,7 +160,7 @@ class Trainer:
         draws, trajectory, way = (
             Draws(self.config.run.seed, self.update, ROLLOUT_PART),
             updates.trajectory,
-            self._way(),
+            self.way(),
         )
         batches, starts = [], []
         for samples in self._samples():
@@ -172,6 +170,8 @@ class Trainer:
             steps = updates.steps(samples, draws)
             now = [way.index(trajectory.times[step]) for step in steps]
             then = [way.index(trajectory.next_time(step)) for step in steps]
+            if self.update >= self.config.generator.ode_updates:  # imitation
+                then = [len(way) - 1] * len(steps)
             own = range(len(steps))
             batches.append(Batch(samples=samples, conditions=conditions))
             starts.append(Start(noisy=points[own, now], steps=steps, end=points[own, then]))

@@ -44,14 +44,15 @@ class Batch:
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """Where a rollout has ended: the inputs of the steps that are trained."""
+    """Where a rollout has ended, or the teacher has come to: the inputs of the steps that are trained."""
 
     noisy: torch.Tensor
     """(B, ...) float32."""
     steps: Sequence[int]
     """Step of each sample."""
     end: torch.Tensor | None = None
-    """(B, ...) float32, where the guided teacher goes in that step; None if it has not been asked."""
+    """(B, ...) float32, where the guided teacher goes from there: in that step for ODE initialization, in all of them
+    for imitation. None where it has not been asked."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,9 +134,7 @@ class Updates:
         return draws.steps(samples, self.trajectory.steps, together=self.together)
 
     def rollout(self, batch: Batch, draws: Draws, passes: int | None = None) -> Start:
-        """Run down the trajectory, without gradient, each sample to the step that it is trained at.
-
-        The student runs, or the guided teacher where it is to be imitated.
+        """Let the student run down the trajectory, without gradient, each sample to the step that it is trained at.
 
         Args:
             batch: the samples.
@@ -148,14 +147,13 @@ class Updates:
         for step in range(max(steps) if passes is None else passes):
             going = [place for place, own in enumerate(steps) if own > step]
             if not going:
-                with torch.no_grad(), self.roles.acting(self._leader, (step, trajectory.steps)):
-                    self._lead(batch.conditions.at([0]), x[:1], self._times([step]), [step])
+                with torch.no_grad(), self.roles.acting(STUDENT, (step, trajectory.steps)):
+                    self._estimate(STUDENT, batch.conditions.at([0]), x[:1], self._times([step]), [step])
                 continue
             samples, conditions = [batch.samples[place] for place in going], batch.conditions.at(going)
             now = [step] * len(going)
-            arguments = (conditions, x[going], self._times(now), now)
-            with torch.no_grad(), self.roles.acting(self._leader, (step, trajectory.steps)):
-                clean, noise = self._lead(*arguments)
+            with torch.no_grad(), self.roles.acting(STUDENT, (step, trajectory.steps)):
+                clean, noise = self._estimate(STUDENT, conditions, x[going], self._times(now), now)
             if trajectory.sampler.config.noise_kept < 1:
                 fresh = draws.noise(ROLLOUT, samples, shape, step).to(x)
                 noise = renew_noise(noise, fresh, trajectory.sampler.config.noise_kept)
@@ -163,13 +161,13 @@ class Updates:
         return Start(noisy=x, steps=steps)
 
     def noisy_point(self, batch: Batch, start: Start, draws: Draws) -> NoisyPoint:
-        """Take a step from where a rollout has ended, as the rollout did, and add noise to where it leads.
+        """Let the student take a step from where its rollout has ended, and add noise to where it leads.
 
-        Who ran there must be acting; gradients flow into `clean` where they are enabled.
+        The student must be acting; gradients flow into `clean` where they are enabled.
         """
         trajectory, samples, shape = self.trajectory, batch.samples, batch.conditions.latent_shape
         noisy, steps = start.noisy, start.steps
-        clean, noise = self._lead(batch.conditions, noisy, self._times(steps), steps)
+        clean, noise = self._estimate(STUDENT, batch.conditions, noisy, self._times(steps), steps)
         shares = draws.shares(SAMPLE, samples)
         times = [trajectory.draw_time(step, share) for step, share in zip(steps, shares)]
         with torch.no_grad():
@@ -246,12 +244,12 @@ class Updates:
         Args:
             conditions: of the prompts.
             noise: (B, ...), at the first time.
-            times: falling; between two of them the teacher takes `generator.ode_substeps` steps.
+            times: falling; between two of them the teacher takes `generator.substeps` steps.
 
         Returns:
             (B, times, ...) float32, the noise first.
         """
-        trajectory, substeps, x, points = self.trajectory, self.generator.ode_substeps, noise, [noise]
+        trajectory, substeps, x, points = self.trajectory, self.generator.substeps, noise, [noise]
         with self.roles.acting(TEACHER):
             for high, low in itertools.pairwise(times):
                 way = [high + (low - high) * substep / substeps for substep in range(substeps + 1)]
@@ -285,22 +283,26 @@ class Updates:
         return denoising_loss(clean, target, error_weight("velocity", *levels))
 
     def imitation_loss(self, batch: Batch, start: Start, draws: Draws) -> torch.Tensor:
-        """How far the student's prediction is from the teacher's without guidance, on the teacher's way.
+        """How far the student's prediction is from the teacher's without guidance, for noisy videos of the teacher's.
 
         Args:
             batch: the samples.
-            start: of their steps, on the teacher's way.
+            start: their steps, and the teacher's videos.
             draws: chance of this update.
 
         Returns:
             A scalar with gradient for the student, which must be acting around this and the backward pass.
         """
+        assert start.end is not None
+        shares = draws.shares(SAMPLE, batch.samples)
+        times = [self.trajectory.draw_time(step, share) for step, share in zip(start.steps, shares)]
+        levels = self.trajectory.levels(times, start.end)
+        added = draws.noise(NOISE, batch.samples, batch.conditions.latent_shape).to(start.end)
+        arguments = (batch.conditions, mix(start.end, added, *levels), times, start.steps)
         with torch.no_grad(), self.roles.acting(TEACHER):
-            point = self.noisy_point(batch, start, draws)
-            arguments = (batch.conditions, point.noisy, point.times, point.steps)
             teacher, _ = self._estimate(TEACHER, *arguments)
         student, _ = self._estimate(STUDENT, *arguments)
-        return denoising_loss(student, teacher, error_weight("velocity", *point.levels))
+        return denoising_loss(student, teacher, error_weight("velocity", *levels))
 
     def acting(self, role: str, start: Start, draws: Draws) -> AbstractContextManager[Any]:
         """Let a role act in an update, around its forward and its backward pass.
@@ -310,21 +312,6 @@ class Updates:
         """
         any_step = draws.integer(STEPS, DRAWN_STEPS), None
         return self.roles.acting(role, (start.steps[0], self.trajectory.steps) if self.together else any_step)
-
-    @property
-    def _leader(self) -> str:
-        """Who runs down the trajectory."""
-        return TEACHER if self.generator.objective == "imitation" else STUDENT
-
-    def _lead(
-        self, conditions: Conditions, x: torch.Tensor, times: Sequence[float], steps: Sequence[int]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Clean sample and noise that the leader sees; see `_estimate`."""
-        if self._leader == STUDENT:
-            return self._estimate(STUDENT, conditions, x, times, steps)
-        _, clean = self._guided(conditions, x, times, steps)
-        alpha, sigma = self.trajectory.levels(times, x)
-        return clean, (x - alpha * clean) / sigma
 
     def _guided(
         self, conditions: Conditions, x: torch.Tensor, times: Sequence[float], steps: Sequence[int]

@@ -136,7 +136,7 @@ def test_ode_initialization_leads_where_many_steps_of_the_teacher_lead(kind):
     trajectory = trajectory_of(kind, 4, 1.0)
     roles = GaussianRoles(trajectory)
     updates = Updates(
-        roles, trajectory, None, FakeConfig(), GeneratorConfig(ode_substeps=40), guidance_scale=1.0,
+        roles, trajectory, None, FakeConfig(), GeneratorConfig(substeps=40), guidance_scale=1.0,
         device=torch.device("cpu"), dtype=torch.float32,
     )  # fmt: skip
     optimizer = torch.optim.Adam(roles.networks["student"].parameters(), 0.03)
