@@ -9,8 +9,9 @@ from torch import Tensor
 
 from blade_kernels.block_selection import triton_launch
 from blade_kernels.block_selection.choice import takes_triton
+from blade_kernels.scratch import scratch_for
 
-_CHUNK_ELEMENTS = 2**18  # logits held at a time
+_CHUNK_ELEMENTS = 2**20  # logits held at a time
 
 
 def sampled_importance(
@@ -80,14 +81,14 @@ def sampled_importance(
         importance = qs.new_empty(batch * heads, query_blocks, key_blocks)
         row_logits = query_samples * ks.shape[1]
         heads_at_once = max(1, _CHUNK_ELEMENTS // (query_blocks * row_logits))
-        blocks_at_once = min(query_blocks, max(1, _CHUNK_ELEMENTS // row_logits))
-        scratch = qs.new_empty(min(heads_at_once, batch * heads) * blocks_at_once * row_logits)  # of all chunks
+        blocks_at_once = max(1, _CHUNK_ELEMENTS // row_logits)
+        scratch = scratch_for(qs.dtype, qs.device)
         for head in range(0, batch * heads, heads_at_once):
             some = slice(head, head + heads_at_once)
             for block in range(0, query_blocks, blocks_at_once):
                 rows = slice(block, block + blocks_at_once)
                 sampled = qs[some, rows].flatten(1, 2)
-                logits = scratch[: sampled.shape[0] * sampled.shape[1] * ks.shape[1]].view(*sampled.shape[:2], -1)
+                logits = scratch("importance logits", *sampled.shape[:2], ks.shape[1])
                 torch.bmm(sampled, ks[some].mT, out=logits)
                 logits = logits.view(*logits.shape[:2], key_samples, key_blocks)
                 if absent is not None:
@@ -147,18 +148,19 @@ def _sample(x: Tensor, offsets: Tensor, size: int, lengths: Tensor | None) -> tu
         tokens or are there twice, for the last block alone unless `lengths` are given, or None where there are none.
     """
     batch, tokens, heads, width = x.shape
-    held = _held(tokens, size, x.device, lengths)  # (B or 1, blocks)
-    blocks = held.shape[1]
-    offsets = offsets.long().expand(batch, heads, -1).sort(-1).values.unsqueeze(2)  # (B, H, 1, samples)
-    within = offsets * held[:, None, :, None] // size
-    starts = torch.arange(blocks, device=x.device) * size
-    positions = (within + starts.unsqueeze(-1)).flatten(2)  # (B, H, blocks * samples)
+    whole = lengths is None and tokens % size == 0
+    within = offsets.long().expand(batch, heads, -1).unsqueeze(2)  # (B, H, 1, samples)
+    if not whole:
+        held = _held(tokens, size, x.device, lengths)  # (B or 1, blocks)
+        within = within.sort(-1).values * held[:, None, :, None] // size
+    blocks = -(-tokens // size)
+    starts = torch.arange(batch, device=x.device).view(-1, 1, 1, 1) * tokens
+    starts = starts + torch.arange(blocks, device=x.device).view(-1, 1) * size
+    head = torch.arange(heads, device=x.device).view(-1, 1, 1)
+    rows = (starts + within) * heads + head  # of (B * T * H, D)
     dtype = torch.promote_types(x.dtype, torch.float32)
-    items = torch.arange(batch, device=x.device).view(-1, 1, 1) * tokens
-    rows = (items + positions) * heads + torch.arange(heads, device=x.device).view(-1, 1)  # of (B * T * H, D)
-    picked = x.reshape(-1, width).index_select(0, rows.flatten()).to(dtype)
-    picked = picked.view(batch, heads, blocks, -1, width)
-    if lengths is None and tokens % size == 0:
+    picked = x.reshape(-1, width).index_select(0, rows.flatten()).to(dtype).view(batch, heads, blocks, -1, width)
+    if whole:
         return picked, None
     first = 0 if lengths is not None else blocks - 1
     within = within.expand(-1, -1, blocks, -1)[:, :, first:]

@@ -12,24 +12,9 @@ from torch import Tensor
 
 from blade_kernels.block_mask import BlockMask
 from blade_kernels.block_sparse.pooled import PooledTokens
+from blade_kernels.scratch import Scratch, scratch_for
 
 _THREAD_ELEMENTS = 2**18  # keys gathered, or logits, at a time by each thread: what a core's cache holds is fastest
-
-
-class Scratch:
-    """Memory that one head or piece after another writes over: touching fresh pages costs as much as computing."""
-
-    def __init__(self, like: Tensor) -> None:
-        """An empty scratch for tensors of the type and device of `like`."""
-        self._like = like
-        self._held: dict[str, Tensor] = {}
-
-    def __call__(self, name: str, *shape: int) -> Tensor:
-        """A tensor of this shape with any contents; what had this name before is lost."""
-        size = math.prod(shape)
-        if name not in self._held or self._held[name].numel() < size:
-            self._held[name] = self._like.new_empty(size)
-        return self._held[name][:size].view(shape)
 
 
 class Piece(NamedTuple):
@@ -180,7 +165,7 @@ class Heads:
 
     def __post_init__(self) -> None:
         self.dtype = torch.promote_types(self.q.dtype, torch.float32)
-        self.scratch = Scratch(self.q.new_empty(0, dtype=self.dtype))
+        self.scratch = scratch_for(self.dtype, self.q.device)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         """Every (batch item, head)."""

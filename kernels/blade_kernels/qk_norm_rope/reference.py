@@ -35,7 +35,7 @@ def reference_norm_rope(
         even, odd = rotated.unflatten(-1, (-1, 2)).unbind(-1)
         swapped = torch.stack((odd, even), -1).flatten(-2)
         signs = sin.new_tensor([-1.0, 1.0], dtype=dtype).repeat(sin.shape[-1] // 2)
-        rotated = torch.addcmul(rotated * cos[:, None].to(dtype), swapped, (sin * signs)[:, None])
+        rotated = (rotated * cos[:, None].to(dtype)).addcmul_(swapped, (sin * signs)[:, None])
         whole = rope_start == 0 and stop == y.shape[1]
         y = rotated if whole else torch.cat((y[:, :rope_start], rotated, y[:, stop:]), 1)
     y = y.to(x.dtype)

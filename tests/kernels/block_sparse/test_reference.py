@@ -1,4 +1,5 @@
 import blade_kernels.block_sparse.reference_walk as walk
+import blade_kernels.scratch as scratch
 import pytest
 import torch
 from blade_kernels.block_mask import BlockMask
@@ -172,14 +173,14 @@ def test_any_shape_matches_dense_attention(dense, case, tokens, keys, block_size
 def test_no_gathered_copy_outgrows_the_caches(case, monkeypatch):
     """The keys and values gathered at a time, and the logits, stay within a bound for each thread."""
     largest = {}
-    original = walk.Scratch.__call__
+    original = scratch.Scratch.__call__
 
     def record(self, name, *shape):
         tensor = original(self, name, *shape)
         largest[name] = max(largest.get(name, 0), tensor.numel())
         return tensor
 
-    monkeypatch.setattr(walk.Scratch, "__call__", record)
+    monkeypatch.setattr(scratch.Scratch, "__call__", record)
     monkeypatch.setattr(walk, "_THREAD_ELEMENTS", 1000)
     inputs = case(512, size=8, block_size=(16, 16), density=0.8, grad=True)
     attend(inputs).sum().backward()
