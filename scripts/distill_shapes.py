@@ -24,27 +24,33 @@ from blade.video_io import write_files
 
 RECIPE = "shapes"
 
-EIGHT = ("trajectory.steps=[8]", "trajectory.highest_time=998", "generator.substeps=2")
+FOUR = ("trajectories={folder}/trajectories-4",)
+EIGHT = (
+    "trajectory.steps=[8]",
+    "trajectory.highest_time=998",
+    "generator.substeps=2",
+    "trajectories={folder}/trajectories-8",
+)
 """The second of 8 times is above the highest that is trained at by default, and shorter steps need fewer substeps."""
 
 ROWS: dict[str, tuple[str, ...]] = {
     "dense-8": (*EIGHT, "attention.method=dense"),
-    "dense-4": ("attention.method=dense",),
+    "dense-4": (*FOUR, "attention.method=dense"),
     "joint-8": EIGHT,
-    "joint-4": (),
-    "joint-4-sparser": ("attention.sparsity=0.9",),
-    "joint-4-rank-8": ("weights.rank=8", "weights.alpha=8"),
-    "adapted": ("generator.objective=imitation", *EIGHT, "generator.ode_updates=0"),
-    "sparse-first-4": ("weights.start_from={folder}/adapted-seed-{seed}",),
+    "joint-4": FOUR,
+    "joint-4-sparser": (*FOUR, "attention.sparsity=0.9"),
+    "joint-4-rank-8": (*FOUR, "weights.rank=8", "weights.alpha=8"),
+    "adapted": (*EIGHT, "generator.objective=imitation", "generator.ode_updates=0"),
+    "sparse-first-4": (*FOUR, "weights.start_from={folder}/adapted-seed-{seed}"),
 }
 """Students by name, and what of each differs from the recipe: the jointly trained one in 4 steps at sparsity 0.8.
 `adapted` has only learned to live with sparsity, at the teacher's own steps; `sparse-first-4` is distilled from it."""
 
 RATES = (2e-4, 4e-4, 8e-4)
-"""Learning rates of the student that are tried; that of the fake score is twice as large."""
+"""The student's learning rates that are tried; ODE initialization and the fake score take twice as much."""
 
-SEARCH_UPDATES, SEARCH_ODE_UPDATES = 45, 15
-"""Updates of each try, and those of ODE initialization among them: a third, as in the recipe."""
+SEARCH_UPDATES, SEARCH_ODE_UPDATES = 100, 80
+"""Updates of each try, and those of ODE initialization among them: four fifths, as in the recipe."""
 
 SEARCH_PROMPTS = 32
 """Videos that a try is judged by."""
@@ -63,6 +69,7 @@ def _config(folder: Path, row: str, rate: float, seed: int, *others: str) -> Dis
         *others,
         *(setting.format(folder=folder, seed=seed) for setting in ROWS[row]),
         f"generator.learning_rate={rate}",
+        f"generator.ode_learning_rate={2 * rate}",
         f"fake.learning_rate={2 * rate}",
         f"run.seed={seed}",
         f"embeddings={folder / 'embeddings'}",
