@@ -157,11 +157,8 @@ class Trainer:
     def _teacher_batches(self, updates: Updates) -> tuple[list[Batch], list[Start]]:
         """This process's batches of the update, at points of the teacher's trajectories."""
         assert self.trajectories is not None
-        draws, trajectory, way = (
-            Draws(self.config.run.seed, self.update, ROLLOUT_PART),
-            updates.trajectory,
-            self.way(),
-        )
+        draws = Draws(self.config.run.seed, self.update, ROLLOUT_PART)
+        way, trajectory = self.way(), updates.trajectory
         batches, starts = [], []
         for samples in self._samples():
             numbers = self._numbers(samples, len(self.trajectories))
