@@ -9,9 +9,9 @@ from torch import Tensor
 
 from blade_kernels.block_selection import triton_launch
 from blade_kernels.block_selection.choice import takes_triton
-from blade_kernels.scratch import scratch_for
+from blade_kernels.scratch import Scratch
 
-_CHUNK_ELEMENTS = 2**20  # logits held at a time
+_CHUNK_ELEMENTS = 2**18  # logits held at a time
 
 
 def sampled_importance(
@@ -82,7 +82,7 @@ def sampled_importance(
         row_logits = query_samples * ks.shape[1]
         heads_at_once = max(1, _CHUNK_ELEMENTS // (query_blocks * row_logits))
         blocks_at_once = max(1, _CHUNK_ELEMENTS // row_logits)
-        scratch = scratch_for(qs.dtype, qs.device)
+        scratch = Scratch(qs.dtype, qs.device)
         for head in range(0, batch * heads, heads_at_once):
             some = slice(head, head + heads_at_once)
             for block in range(0, query_blocks, blocks_at_once):

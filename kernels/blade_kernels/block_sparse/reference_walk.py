@@ -12,7 +12,7 @@ from torch import Tensor
 
 from blade_kernels.block_mask import BlockMask
 from blade_kernels.block_sparse.pooled import PooledTokens
-from blade_kernels.scratch import Scratch, scratch_for
+from blade_kernels.scratch import Scratch
 
 _THREAD_ELEMENTS = 2**18  # keys gathered, or logits, at a time by each thread: what a core's cache holds is fastest
 
@@ -165,7 +165,7 @@ class Heads:
 
     def __post_init__(self) -> None:
         self.dtype = torch.promote_types(self.q.dtype, torch.float32)
-        self.scratch = scratch_for(self.dtype, self.q.device)
+        self.scratch = Scratch(self.dtype, self.q.device)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         """Every (batch item, head)."""

@@ -31,11 +31,9 @@ def reference_norm_rope(
         y = torch.nn.functional.rms_norm(y.flatten(2), (y.shape[2] * y.shape[3],), weight, eps).view(y.shape)
     if cos is not None and sin is not None:
         stop = rope_start + len(cos)
-        rotated = y[:, rope_start:stop]
-        even, odd = rotated.unflatten(-1, (-1, 2)).unbind(-1)
-        swapped = torch.stack((odd, even), -1).flatten(-2)
-        signs = sin.new_tensor([-1.0, 1.0], dtype=dtype).repeat(sin.shape[-1] // 2)
-        rotated = (rotated * cos[:, None].to(dtype)).addcmul_(swapped, (sin * signs)[:, None])
+        even, odd = y[:, rope_start:stop].unflatten(-1, (-1, 2)).unbind(-1)
+        c, s = cos[:, None, 0::2].to(dtype), sin[:, None, 1::2].to(dtype)
+        rotated = torch.stack((even * c - odd * s, even * s + odd * c), -1).flatten(-2)
         whole = rope_start == 0 and stop == y.shape[1]
         y = rotated if whole else torch.cat((y[:, :rope_start], rotated, y[:, stop:]), 1)
     y = y.to(x.dtype)
