@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import resource
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -27,18 +26,18 @@ from blade.distillation.conditioning import (
     fingerprint,
 )
 from blade.distillation.config import DistillationConfig, student_attention
+from blade.distillation.dry_run import estimate
 from blade.distillation.parallel import Processes
-from blade.distillation.reports import DistillationReport, Estimate
+from blade.distillation.reports import PACKAGES, DistillationReport, Estimate
 from blade.distillation.resuming import CHECKPOINTS, check_resumable, flat, newest_checkpoint
-from blade.distillation.roles import TRAINED
 from blade.distillation.student_files import read_weights, write_student
-from blade.distillation.teacher_trajectories import ExampleTrajectories, TeacherTrajectories
+from blade.distillation.teacher_trajectories import TeacherTrajectories
 from blade.distillation.trainer import Trainer
 from blade.distillation.trajectory import make_sampler
 from blade.distillation.validation import validate
 from blade.generation_files import read_prompts
 from blade.generation_request import GenerationRequest, resolve_request
-from blade.machine import GIB, describe_machine, describe_versions
+from blade.machine import describe_machine, describe_versions
 from blade.models import (
     BUNDLED,
     latent_size,
@@ -64,8 +63,6 @@ LAG_UPDATES = 25
 
 DISTILLED_WORDS = ("distill", "lightning", "turbo", "lcm", "causvid", "lightx2v", "fast", "few-step")
 """In a model's name, what says that it is for few steps already."""
-
-PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "triton")
 
 
 def distill(
@@ -114,7 +111,7 @@ def distill(
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         job = _Job(config, processes, prompts, folder, on_progress, dry_run=dry_run, random_weights=random_weights)
         if dry_run:
-            return job.estimate()
+            return estimate(job.trainer, 0 if random_weights else len(prompts))
         if saved is not None:
             job.trainer.load_state_dict(saved["trainer"])
             job.hours_before, job.scores = saved["hours"], saved.get("scores", {})
@@ -259,56 +256,6 @@ class _Job:
         }
         trajectories = TeacherTrajectories(folder, self.prompts, generator.trajectories)
         self.trainer.make_trajectories(trajectories, facts, on_progress)
-
-    def estimate(self) -> Estimate:
-        """Do two updates of each kind, and measure the second."""
-        device, trainer, generator = self.processes.device, self.trainer, self.config.generator
-        seconds_trajectories = seconds_ode_update = 0.0
-        if generator.ode_updates or generator.objective == "imitation":
-            seconds_trajectories = self._estimate_trajectories()
-        if generator.ode_updates:
-            seconds_ode_update = self._second_update(0)
-        seconds_update = self._second_update(generator.ode_updates)
-        if device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated(device) / GIB
-        else:
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
-        count = sum(
-            parameter.numel() for role in TRAINED for parameter in trainer.roles.named_parameters(role).values()
-        )
-        return Estimate(
-            seconds_trajectories=seconds_trajectories,
-            seconds_ode_update=seconds_ode_update,
-            seconds_update=seconds_update,
-            ode_updates=generator.ode_updates,
-            updates=self.config.run.updates,
-            peak_gib=peak,
-            device=str(describe_machine(device)["device"]),
-            versions=describe_versions(PACKAGES),
-            trained_parameters=count,
-            prompts=0 if isinstance(trainer.embeddings, ExampleConditions) else len(self.prompts),
-        )
-
-    def _second_update(self, number: int) -> float:
-        """Do an update twice; return the seconds of the second time."""
-        for _ in range(2):
-            self.trainer.update = number
-            seconds = self.trainer.train_update()["update_seconds"]
-        return seconds
-
-    def _estimate_trajectories(self) -> float:
-        """Seconds that the teacher's trajectories take, of which one step of the student's is measured."""
-        trainer, run, count = self.trainer, self.config.run, self.config.generator.trajectories
-        way, rounds = trainer.way(), -(-count // (run.batch_size * self.processes.count))
-        conditions = trainer.embeddings.rows([0] * run.batch_size).on(self.processes.device)
-        noise = torch.zeros(run.batch_size, *conditions.latent_shape, device=self.processes.device)
-        for _ in range(2):
-            began = time.perf_counter()
-            with torch.no_grad():
-                float(trainer.updates[0].teacher_way(conditions, noise, way[:2]).sum())  # waits for the device
-            seconds = time.perf_counter() - began
-        trainer.trajectories = ExampleTrajectories(len(way), conditions.latent_shape)
-        return seconds * (len(way) - 1) * rounds
 
     def run(self, output: Path) -> DistillationReport:
         """Train to the end."""

@@ -7,6 +7,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "triton")
+"""Whose versions are told."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class DistillationReport:
@@ -39,6 +42,8 @@ class Estimate:
 
     seconds_trajectories: float
     """Of all trajectories of the teacher, from one of the student's steps; 0 where there are none."""
+    gib_trajectories: float
+    """That they take on the disk."""
     seconds_ode_update: float
     """Of an update of ODE initialization; 0 where there is none."""
     seconds_update: float
@@ -64,8 +69,9 @@ class Estimate:
         seconds = self.seconds_trajectories + ode_updates * self.seconds_ode_update + others * self.seconds_update
         lines = []
         if self.seconds_trajectories:
+            hours = self.seconds_trajectories / 3600
             lines.append(
-                f"teacher     {self.seconds_trajectories / 3600:.2f} hours for its trajectories (measured on a step)"
+                f"teacher     {hours:.2f} hours (measured on a step) and {self.gib_trajectories:.2f} GiB of disk"
             )
         if self.ode_updates:
             lines.append(f"ODE update  {self.seconds_ode_update:.2f} s (measured), {ode_updates} of them")

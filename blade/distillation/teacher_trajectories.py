@@ -28,6 +28,9 @@ INDEX_NAME = "trajectories.json"
 POINTS = "points"
 """Name of the tensor in a file."""
 
+KEPT_DTYPE = torch.float16
+"""Type that points are kept in."""
+
 NOISE_SEED = 0
 """Of the noise that trajectories begin with, whatever the training's seed, so that trainings can share them."""
 
@@ -53,13 +56,18 @@ class TeacherTrajectories:
         """Which prompts trajectories show."""
         return [number % len(self._prompts) for number in numbers]
 
-    def points(self, numbers: Sequence[int]) -> torch.Tensor:
-        """Trajectories, (B, times, ...) float32, on the CPU."""
+    def points(self, numbers: Sequence[int], places: Sequence[int]) -> torch.Tensor:
+        """One point of each trajectory, (B, ...) float32, on the CPU.
+
+        Args:
+            numbers: of the trajectories.
+            places: of the points on their way.
+        """
         found = []
-        for number in numbers:
+        for number, place in zip(numbers, places, strict=True):
             with safe_open(self._path(number), framework="pt") as file:
-                found.append(file.get_tensor(POINTS).float())
-        return torch.stack(found)
+                found.append(file.get_slice(POINTS)[place : place + 1])
+        return torch.cat(found).float()
 
     def make(
         self,
@@ -101,7 +109,7 @@ class TeacherTrajectories:
             conditions = embeddings.rows(self.prompt_numbers(numbers)).on(processes.device)
             noise = Draws(NOISE_SEED, 0, 0).noise(START, numbers, conditions.latent_shape).to(processes.device)
             with torch.no_grad():
-                points = run(conditions, noise).to("cpu", torch.float16)
+                points = run(conditions, noise).to("cpu", KEPT_DTYPE)
             for number, one in zip(numbers if own else (), points):
                 data = save({POINTS: one.contiguous()}, metadata={PROMPTS_KEY: self._prompt(number)})
                 write_files({self._path(number): data})
@@ -127,14 +135,9 @@ class TeacherTrajectories:
 class ExampleTrajectories:
     """Trajectories of nothing in particular, all zeros, to measure what an update takes."""
 
-    def __init__(self, times: int, latent_shape: Sequence[int]) -> None:
-        """Take the shape.
-
-        Args:
-            times: points of a trajectory.
-            latent_shape: of one latent.
-        """
-        self._shape = (times, *latent_shape)
+    def __init__(self, latent_shape: Sequence[int]) -> None:
+        """Take the shape of one latent."""
+        self._shape = tuple(latent_shape)
 
     def __len__(self) -> int:
         return 1
@@ -143,6 +146,6 @@ class ExampleTrajectories:
         """Which prompts they show: the first."""
         return [0] * len(numbers)
 
-    def points(self, numbers: Sequence[int]) -> torch.Tensor:
+    def points(self, numbers: Sequence[int], places: Sequence[int]) -> torch.Tensor:
         """As many as there are numbers."""
         return torch.zeros(len(numbers), *self._shape)

@@ -163,15 +163,14 @@ class Trainer:
         for samples in self._samples():
             numbers = self._numbers(samples, len(self.trajectories))
             conditions = self.embeddings.rows(self.trajectories.prompt_numbers(numbers)).on(self.processes.device)
-            points = self.trajectories.points(numbers).to(self.processes.device)
             steps = updates.steps(samples, draws)
             now = [way.index(trajectory.times[step]) for step in steps]
             then = [way.index(trajectory.next_time(step)) for step in steps]
             if self.update >= self.config.generator.ode_updates:  # imitation
                 then = [len(way) - 1] * len(steps)
-            own = range(len(steps))
+            noisy, end = (self.trajectories.points(numbers, at).to(self.processes.device) for at in (now, then))
             batches.append(Batch(samples=samples, conditions=conditions))
-            starts.append(Start(noisy=points[own, now], steps=steps, end=points[own, then]))
+            starts.append(Start(noisy=noisy, steps=steps, end=end))
         return batches, starts
 
     def _student_batches(self, updates: Updates) -> tuple[list[Batch], list[Start]]:

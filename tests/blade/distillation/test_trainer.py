@@ -265,6 +265,8 @@ def test_a_dry_run_writes_nothing(settings, tmp_path):
     estimate = distill(load_config("shapes", settings("out", "run.updates=100", *INITIALIZED)), dry_run=True)
     assert not (tmp_path / "out").exists()
     assert min(estimate.seconds_update, estimate.seconds_ode_update, estimate.seconds_trajectories) > 0
+    # trajectories, each at two times and 0, latents of 4 x 3 x 8 x 8, bytes
+    assert estimate.gib_trajectories == 6 * 3 * (4 * 3 * 8 * 8) * 2 / 2**30
     assert estimate.peak_gib > 0.1
     assert estimate.trained_parameters == 2 * 2 * 2 * 4 * 2 * 32 * 4  # roles, layers, attentions, projections, A and B
 

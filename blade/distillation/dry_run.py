@@ -1,0 +1,73 @@
+"""Measuring what a training would take, by two updates of each kind."""
+
+from __future__ import annotations
+
+import math
+import resource
+import time
+
+import torch
+
+from blade.distillation.reports import PACKAGES, Estimate
+from blade.distillation.roles import TRAINED
+from blade.distillation.teacher_trajectories import KEPT_DTYPE, ExampleTrajectories
+from blade.distillation.trainer import Trainer
+from blade.machine import GIB, describe_machine, describe_versions
+
+
+def estimate(trainer: Trainer, prompts: int) -> Estimate:
+    """Do two updates of each kind, and measure the second.
+
+    Args:
+        trainer: a training that has not begun, and is of no use afterwards.
+        prompts: number of prompts; 0 with random weights.
+    """
+    device, config, generator = trainer.processes.device, trainer.config, trainer.config.generator
+    seconds_trajectories = seconds_ode_update = gib_trajectories = 0.0
+    if generator.ode_updates or generator.objective == "imitation":
+        seconds_trajectories, gib_trajectories = _trajectories(trainer)
+    if generator.ode_updates:
+        seconds_ode_update = _second_update(trainer, 0)
+    seconds_update = _second_update(trainer, generator.ode_updates)
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device) / GIB
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
+    count = sum(parameter.numel() for role in TRAINED for parameter in trainer.roles.named_parameters(role).values())
+    return Estimate(
+        seconds_trajectories=seconds_trajectories,
+        gib_trajectories=gib_trajectories,
+        seconds_ode_update=seconds_ode_update,
+        seconds_update=seconds_update,
+        ode_updates=generator.ode_updates,
+        updates=config.run.updates,
+        peak_gib=peak,
+        device=str(describe_machine(device)["device"]),
+        versions=describe_versions(PACKAGES),
+        trained_parameters=count,
+        prompts=prompts,
+    )
+
+
+def _second_update(trainer: Trainer, number: int) -> float:
+    """Do an update twice; return the seconds of the second time."""
+    for _ in range(2):
+        trainer.update = number
+        seconds = trainer.train_update()["update_seconds"]
+    return seconds
+
+
+def _trajectories(trainer: Trainer) -> tuple[float, float]:
+    """Seconds and GiB that the teacher's trajectories take, of which one step of the student's is measured."""
+    run, device, count = trainer.config.run, trainer.processes.device, trainer.config.generator.trajectories
+    way, rounds = trainer.way(), math.ceil(count / (run.batch_size * trainer.processes.count))
+    conditions = trainer.embeddings.rows([0] * run.batch_size).on(device)
+    noise = torch.zeros(run.batch_size, *conditions.latent_shape, device=device)
+    for _ in range(2):
+        began = time.perf_counter()
+        with torch.no_grad():
+            float(trainer.updates[0].teacher_way(conditions, noise, way[:2]).sum())  # waits for the device
+        seconds = time.perf_counter() - began
+    trainer.trajectories = ExampleTrajectories(conditions.latent_shape)
+    size = count * len(way) * math.prod(conditions.latent_shape) * KEPT_DTYPE.itemsize
+    return seconds * (len(way) - 1) * rounds, size / GIB
