@@ -169,7 +169,7 @@ def tune(
     tokens: Annotated[int, _option("Length of the sequence.")] = 32760,
     heads: Annotated[int, _option("Attention heads.")] = 12,
     head_dim: Annotated[int, _option("64 or 128.")] = 128,
-    block_size: Annotated[int, _option("Tokens in a block: 32, 64 or 128.")] = 128,
+    block_size: Annotated[int, _option("Tokens in a block: 16, 32, 64 or 128.")] = 128,
     density: Annotated[float, _option("Share of key blocks that a row keeps, in (0, 1].")] = 0.2,
     dtype: Annotated[str, _option("bfloat16 or float16.")] = "bfloat16",
     device: Annotated[str, _option("cuda, cuda:1, ...")] = "cuda",

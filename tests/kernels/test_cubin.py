@@ -25,7 +25,7 @@ def test_nothing_spills_and_the_matrix_units_are_used(arch, tmp_path):
     command = [sys.executable, "-m", "blade_kernels.cubin", arch, "--json"]
     shown = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
     reports = [json.loads(line) for line in shown.splitlines()]
-    assert len(reports) == 46
+    assert len(reports) == 58
     for report in reports:
         place, code = (report["kernel"], arch, report["case"]), report["instructions"]
         spills = report["stack_bytes"] or code.get("LDL", 0) or code.get("STL", 0)
@@ -34,9 +34,11 @@ def test_nothing_spills_and_the_matrix_units_are_used(arch, tmp_path):
         assert report["shared_bytes"] <= SHARED_MEMORY[arch] * 1024, report
         if "tiles" in report["case"]:
             # a tile of 32 is too small for the matrix unit of a group of four warps
-            small = "tiles of 32x32" in report["case"] and arch in ("90", "100")
+            newer, tiny = arch in ("90", "100"), "blocks of 16" in report["case"]
+            small = newer and (tiny or "tiles of 32x32" in report["case"])
             assert code.get("HMMA" if small else MATRIX_INSTRUCTIONS[arch]), report
-            assert bool(code.get("UTMALDG")) == (arch in ("90", "100")), report
+            # describing tensors costs the host more than it saves where programs are this short
+            assert bool(code.get("UTMALDG")) == (newer and not tiny), report
 
 
 @needs_triton

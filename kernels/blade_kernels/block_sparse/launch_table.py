@@ -19,7 +19,7 @@ from typing import Any, Literal
 Kernel = Literal["forward", "query_gradient", "key_gradient"]
 KERNELS: tuple[Kernel, ...] = ("forward", "query_gradient", "key_gradient")
 HEAD_SIZES = (64, 128)
-BLOCK_SIZES = (32, 64, 128)
+BLOCK_SIZES = (16, 32, 64, 128)
 SHARED_MEMORY = {"80": 163, "89": 99, "90": 227, "100": 227, "120": 99}
 """KiB that one program may take, by architecture."""
 TABLE = Path(__file__).with_name("launch_table.json")
@@ -83,7 +83,7 @@ def launch_config(
     if tried is not None and tried[0] == kernel:
         return tried[1]
     if not half:
-        return LaunchConfig(block_m=32, block_n=32, num_warps=4, num_stages=1)
+        return LaunchConfig(block_m=min(32, block_size[0]), block_n=min(32, block_size[1]), num_warps=4, num_stages=1)
     own, other = (block_size[1], block_size[0]) if kernel == "key_gradient" else block_size
     measured = measured_configs(override_path()).get(device or "", {})
     row = _lookup(measured, kernel, head_size, own) or _lookup(_table()[arch], kernel, head_size, own)

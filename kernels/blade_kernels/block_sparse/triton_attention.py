@@ -42,7 +42,7 @@ def unsupported(device_type: str, dtype: torch.dtype, head_size: int, block_size
     if head_size not in HEAD_SIZES:
         return f"the Triton kernels need heads of 64 or 128, got {head_size}"
     if any(size not in BLOCK_SIZES for size in block_size):
-        return f"the Triton kernels need blocks of 32, 64 or 128 tokens, got {block_size}"
+        return f"the Triton kernels need blocks of 16, 32, 64 or 128 tokens, got {block_size}"
     return missing_triton(device_type)
 
 
@@ -61,7 +61,7 @@ def triton_block_attention(
         q: (B, S, H, D), bfloat16, float16 or float32, D of 64 or 128.
         k: (B, T, H, D).
         v: (B, T, H, D).
-        mask: which blocks are kept; blocks of 32, 64 or 128.
+        mask: which blocks are kept; blocks of 16, 32, 64 or 128.
         pooled: pooled tokens that share the softmax, or None.
         key_lengths: (B,) integers, keys from there on are absent; or None.
         scale: factor of the logits.

@@ -46,7 +46,7 @@ class TuningCase:
     head_dim: int = 128
     """64 or 128."""
     block_size: int = 128
-    """Tokens in a block, of queries and of keys alike: 32, 64 or 128."""
+    """Tokens in a block, of queries and of keys alike: 16, 32, 64 or 128."""
     density: float = 0.2
     """Share of key blocks that a row keeps, in (0, 1]."""
     dtype: torch.dtype = torch.bfloat16
@@ -91,7 +91,7 @@ def candidates(kernel: Kernel, arch: str, head_size: int, block: int) -> Iterato
         head_size: 64 or 128.
         block: tokens in a block, of queries and of keys.
     """
-    tiles = [size for size in (32, 64, 128) if size <= block]
+    tiles = [size for size in BLOCK_SIZES if 32 <= size <= block] or [block]
     for block_m, block_n, warps, stages in itertools.product(tiles, tiles, (4, 8), (1, 2, 3, 4)):
         streamed, held = (block_m, block_n) if kernel == "key_gradient" else (block_n, block_m)
         if 2 * head_size * (2 * stages * streamed + held) > 1024 * SHARED_MEMORY[arch]:

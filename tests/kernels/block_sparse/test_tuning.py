@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from blade_kernels.block_sparse import launch_table, tuning
-from blade_kernels.block_sparse.launch_table import KERNELS, SHARED_MEMORY, launch_config
+from blade_kernels.block_sparse.launch_table import BLOCK_SIZES, KERNELS, SHARED_MEMORY, launch_config
 from blade_kernels.block_sparse.tuning import Trial, TuningCase, best, candidates, save, tune
 
 pytest.importorskip("triton")
@@ -73,7 +73,7 @@ def test_a_gain_within_noise_changes_nothing_and_takes_an_older_choice_away():
 def test_candidates_divide_the_block_and_fit_into_shared_memory(arch):
     for kernel in KERNELS:
         for head_size in (64, 128):
-            for block in (32, 64, 128):
+            for block in BLOCK_SIZES:
                 found = list(candidates(kernel, arch, head_size, block))
                 assert len(found) == len(set(found)) >= 4
                 assert all(block % config.block_m == block % config.block_n == 0 for config in found)
@@ -92,7 +92,7 @@ def test_an_unreadable_file_is_named():
     [
         ({"tokens": 0}, "`tokens` must be at least 1, got 0"),
         ({"head_dim": 96}, r"`head_dim` must be one of \(64, 128\), got 96"),
-        ({"block_size": 16}, r"`block_size` must be one of \(32, 64, 128\), got 16"),
+        ({"block_size": 8}, r"`block_size` must be one of \(16, 32, 64, 128\), got 8"),
         ({"density": 0.0}, r"`density` must be in \(0, 1\], got 0.0"),
         ({"dtype": torch.float32}, "`dtype` must be torch.bfloat16 or torch.float16, got torch.float32"),
     ],
