@@ -104,12 +104,13 @@ class _Worker:
         self.reference_motion = dict[Path, float]()
         first = next(iter(plan.requests.values()))
         assert first.device is not None
+        self.device = torch.device(first.device)
         began = time.perf_counter()
         self.pipe = load_pipeline(
             plan.evaluation.model,
             revision=first.revision,
-            device=first.device,
-            dtype=resolve_dtype(first.dtype, torch.device(first.device)),
+            device=self.device,
+            dtype=resolve_dtype(first.dtype, self.device),
         )
         # encoding takes time and memory, and distances of distributions take more videos than features
         self.enough_for_distances = len(plan.evaluation.prompts) > feature_count(self.pipe)
@@ -119,7 +120,8 @@ class _Worker:
     def make(self, prompt: EvaluationPrompt, run: RunSettings) -> Record:
         """Make a video, write it and measure it."""
         request, generation = self._generate(prompt, run)
-        video, moves = generation.video, motion(generation.video)
+        video, on_device = generation.video, generation.video.to(self.device)
+        moves = motion(on_device)
         record: Record = {
             "run": run.to_dict(),
             "prompt": prompt.text,
@@ -136,7 +138,7 @@ class _Worker:
         }
         if run.is_dense:
             self._save_reference(prompt, run, video)
-        record |= self._likeness(prompt, run, video, moves)
+        record |= self._likeness(prompt, run, on_device, moves)
         if self.evaluation.of_shapes:
             record |= _scores(video, prompt.text)
         made = make_record(request, generation, seconds_loading=self.seconds_loading)
@@ -186,7 +188,7 @@ class _Worker:
         if not path.exists():
             self._save_reference(prompt, run, self._generate(prompt, run)[1].video)
         with np.load(path) as archive:
-            return torch.from_numpy(archive["frames"]).float() / 255
+            return torch.from_numpy(archive["frames"]).to(self.device).float() / 255
 
     def _save_reference(self, prompt: EvaluationPrompt, run: RunSettings, video: torch.Tensor) -> None:
         path = self._reference_path(prompt, run)

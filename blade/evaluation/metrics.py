@@ -154,7 +154,9 @@ def _flow_step(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
     products = torch.cat(
         (slope_x * slope_x, slope_x * slope_y, slope_y * slope_y, slope_x * change, slope_y * change), dim=1
     )
-    xx, xy, yy, xt, yt = F.avg_pool2d(products, WINDOW, 1, WINDOW // 2, count_include_pad=False).split(1, dim=1)
+    for size, padding in (((WINDOW, 1), (WINDOW // 2, 0)), ((1, WINDOW), (0, WINDOW // 2))):
+        products = F.avg_pool2d(products, size, 1, padding, count_include_pad=False)
+    xx, xy, yy, xt, yt = products.split(1, dim=1)
     # what the window does not determine stays as it is
     steady = 1e-5 + 0.01 * (xx + yy)
     xx, yy = xx + steady, yy + steady
