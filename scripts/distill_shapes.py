@@ -3,23 +3,26 @@
     python scripts/distill_shapes.py search runs/students joint-4 dense-4   # every row's learning rate
     python scripts/distill_shapes.py train runs/students joint-4 --seed 1   # a student with the rate that was found
     python scripts/distill_shapes.py compare runs/students --shard 1/2      # all that are there, beside the teacher
+    python scripts/distill_shapes.py ship runs/students                     # into the package
 
 All rows have the same updates, and choose their learning rate from the same ones, by prompts of the training captions.
 Both go on where they were stopped.
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
 import typer
+import yaml
 
 from blade.cli.command import progress_line
 from blade.cli.evaluate import main as evaluate
 from blade.distillation.config import DistillationConfig, load_config
 from blade.distillation.distill import VALIDATION, distill
 from blade.distillation.validation import means
-from blade.student_source import WEIGHT_NAME
+from blade.student_source import BUNDLED_STUDENTS, STUDENT_FILES, WEIGHT_NAME, bundled_student_path
 from blade.video_io import write_files
 
 RECIPE = "shapes"
@@ -49,14 +52,17 @@ ROWS: dict[str, tuple[str, ...]] = {
 RATES = (2e-4, 4e-4, 8e-4)
 """The student's learning rates that are tried; ODE initialization and the fake score take twice as much."""
 
-SEARCH_UPDATES, SEARCH_ODE_UPDATES = 100, 80
-"""Updates of each try, and those of ODE initialization among them: four fifths, as in the recipe."""
+SEARCH_UPDATES, SEARCH_ODE_UPDATES = 100, 85
+"""Updates of each try, and those of ODE initialization among them: the same share as in the recipe."""
 
 SEARCH_PROMPTS = 32
 """Videos that a try is judged by."""
 
 FOUND = "rate.json"
 """Where a row's learning rate is kept."""
+
+SHIPPED = {"joint-4": BUNDLED_STUDENTS[4], "joint-8": BUNDLED_STUDENTS[8]}
+"""Rows whose students ship with the package, and their names there."""
 
 app = typer.Typer(add_completion=False, help=__doc__)
 Folder = Annotated[Path, typer.Argument(help="Folder of all students.")]
@@ -134,7 +140,7 @@ def comparison(folder: Path, seeds: int) -> list[str]:
                     runs += [
                         f"{row}-afterwards-{sparsity}-seed-{seed}=student={student(row, seed)},config={source}"
                         for sparsity, source in attention.items()
-                        if source.exists()
+                        if source.exists() and (sparsity == "0.8" or (row, seed) == ("dense-4", 0))
                     ]
     return runs
 
@@ -150,8 +156,48 @@ def compare(
 ) -> None:
     """Make the same videos by the teacher and all students, and compare them."""
     options = ["--shapes", f"--single={captions}", f"--two={captions}", f"--repeats={repeats}", f"--shard={shard}"]
-    options += [f"--baseline={baseline}", f"--output={folder / 'comparison'}"]
+    options += [f"--baseline={baseline}", f"--output={folder / 'comparison'}", "--dtype=float32"]
     evaluate([*(f"--run={run}" for run in comparison(folder, seeds)), *options])
+
+
+@app.command()
+def ship(folder: Folder, seed: Annotated[int, typer.Option(help="Seed of the training.")] = 0) -> None:
+    """Put the students of 4 and of 8 steps where the package has them, under their names there."""
+    for row, name in SHIPPED.items():
+        source, target = folder / f"{row}-seed-{seed}", bundled_student_path(name)
+        contents: dict[Path, bytes] = {}
+        for path in sorted(found for pattern in STUDENT_FILES for found in source.glob(pattern)):
+            content = path.read_bytes()
+            if path.suffix == ".yaml":
+                content = _with_own_folders(content, f"outputs/{name}")
+            elif path.suffix == ".md":
+                content = _with_own_name(content.decode(), source.name, name).encode()
+            contents[target / path.relative_to(source)] = content
+            (target / path.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
+        write_files(contents)
+        print(target)
+
+
+def _with_own_name(card: str, old: str, new: str) -> str:
+    """A student's card with the name that the package has it under, and with where its comparison is."""
+    scores = "## What it scores\n\n"
+    return (
+        card.replace(f'load_lora_weights("{old}")', f'load_lora_weights("blade/assets/students/{new}")')
+        .replace(old, new)
+        .replace(
+            scores, f"{scores}On captions that no training has seen, beside its teacher: `docs/distillation.md`.\n"
+        )
+    )
+
+
+def _with_own_folders(content: bytes, output: str) -> bytes:
+    """A training's configuration with everything in its own folder, wherever that was."""
+    values: Mapping[str, object] = yaml.safe_load(content) | {
+        "output": output,
+        "embeddings": None,
+        "trajectories": None,
+    }
+    return yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True).encode()
 
 
 if __name__ == "__main__":

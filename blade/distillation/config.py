@@ -12,7 +12,7 @@ from blade.checks import check_choice, check_flag, check_integer, check_number
 from blade.config import BladeConfig
 from blade.distillation.roles import TARGETS
 from blade.distillation.trajectory import INTERVALS
-from blade.models import BUNDLED
+from blade.models import BUNDLED, DTYPES
 
 RECIPES = "recipes"
 """Folder of the package that holds the recipes."""
@@ -111,11 +111,15 @@ class WeightsConfig:
     """A student to begin with, of the same kind and rank; none: the base."""
     ema_decay: float = 0.0
     """Average the student's weights over updates, with this decay at most; 0: the last ones are the student."""
+    saved_as: str | None = None
+    """Type of the weights in the student's files: float32, bfloat16 or float16; none: as the base is kept."""
 
     def __post_init__(self) -> None:
         check_integer("weights.rank", self.rank, least=1)
         check_integer("weights.alpha", self.alpha, least=1)
         check_number("weights.ema_decay", self.ema_decay, "in [0, 1)", _share)
+        if self.saved_as is not None:
+            check_choice("weights.saved_as", self.saved_as, tuple(DTYPES))
         if not self.targets:
             raise ValueError("`weights.targets` must name at least one layer, got none.")
 

@@ -40,6 +40,7 @@ from blade.generation_request import GenerationRequest, resolve_request
 from blade.machine import describe_machine, describe_versions
 from blade.models import (
     BUNDLED,
+    DTYPES,
     latent_size,
     load_empty_pipeline,
     load_pipeline,
@@ -354,7 +355,7 @@ class _Job:
                 sampler=self.sampler,
                 attention=self.attention,
                 facts=facts,
-                dtype=self.kept_dtype,
+                dtype=DTYPES[config.weights.saved_as] if config.weights.saved_as else self.kept_dtype,
             )
         self.processes.wait()
 
