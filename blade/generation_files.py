@@ -24,8 +24,16 @@ from blade.acceleration import (
 from blade.conditions import pipeline_for
 from blade.generation import Generation, generate
 from blade.generation_record import make_record
-from blade.generation_request import BUNDLED_DEFAULTS, GenerationRequest, dense_request, read_config, resolve_request
+from blade.generation_request import (
+    BUNDLED_DEFAULTS,
+    NO_STUDENT,
+    GenerationRequest,
+    dense_request,
+    read_config,
+    resolve_request,
+)
 from blade.models import BUNDLED, EXAMPLE_MODEL, first_line, load_pipeline, resolve_device, resolve_dtype
+from blade.student_source import BUNDLED_STUDENTS
 from blade.students import load_student, published_students
 from blade.video_io import check_writable, encode_mp4, side_by_side, write_files
 
@@ -63,7 +71,9 @@ class GenerationReport:
             f"loading {record['seconds_loading']:.2f}",
             f"attention   {describe_attention(record)}",
         ]
-        if record["student"] is not None:
+        if record["student"] in BUNDLED_STUDENTS.values():
+            lines.append(f"student     {record['student']} (the bundled model itself: --student {NO_STUDENT})")
+        elif record["student"] is not None:
             lines.append(f"student     {record['student']}")
         for source in self.published_students:
             lines.append(f"student     none; there is one for this model, for fewer steps: --student {source}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +23,7 @@ from blade.models import (
     main_transformer,
     vae_compression,
 )
+from blade.student_source import BUNDLED_STUDENTS
 from blade.students import Student, loaded_student, parse_times
 
 FPS = 16
@@ -37,6 +38,15 @@ OPTIONAL_DEFAULTS = ("fps", "negative_prompt", "guidance_scale_2", "flow_shift")
 
 SPARSE_OPTIONS = ("sparsity", "dense_steps", "dense_layers")
 """Fields of a request that change a field of the same name in the BLADE configuration."""
+
+NO_STUDENT = "none"
+"""What is asked for as a student by who wants none."""
+
+TEACHER_OPTIONS = (
+    "negative_prompt", "attention", "config", *SPARSE_OPTIONS, "guidance_scale", "guidance_scale_2", "student_weight",
+    "scheduler", "flow_shift", "loras", "cache",
+)  # fmt: skip
+"""Fields of a request that say how a model itself is sampled, which a student has settled."""
 
 STUDENT_OPTIONS = ("student", "student_weight", "scheduler")
 """Fields of a request that belong to a student."""
@@ -91,7 +101,7 @@ class GenerationRequest:
     dtype: str | None = None
     """A name of `blade.models.DTYPES`; None takes bfloat16 on CUDA and float32 elsewhere."""
     student: str | None = None
-    """A few-step student, a folder or Hub id; see `blade.students.load_student`."""
+    """A few-step student, one of `BUNDLED_STUDENTS`, a folder, or a Hub id; see `blade.students.load_student`."""
     student_weight: float | None = None
     """Strength of its LoRA; None takes 1."""
     scheduler: str | None = None
@@ -209,6 +219,18 @@ class GenerationRequest:
         return None if config.attention == "dense" else config
 
 
+def default_student(given: Mapping[str, Any]) -> str | None:
+    """Return the student that makes a video where none is named: one of the bundled model's, or None.
+
+    Args:
+        given: the fields of a request that were given. Some call for the model itself: `TEACHER_OPTIONS`, and numbers
+            of steps that no student has.
+    """
+    if given.get("model", BUNDLED) != BUNDLED or any(name in given for name in TEACHER_OPTIONS):
+        return None
+    return BUNDLED_STUDENTS.get(given.get("steps", min(BUNDLED_STUDENTS)))
+
+
 def resolve_request(request: GenerationRequest, pipe: Any, *, student: Student | None = None) -> GenerationRequest:
     """Fill in everything that a request leaves to the model, so that it stays the same when defaults change.
 
@@ -248,7 +270,7 @@ def resolve_request(request: GenerationRequest, pipe: Any, *, student: Student |
         attention=_method(config),
         model=request.model if request.model == BUNDLED else _absolute(request.model) or request.model,
         revision=hub_commit(request.model, request.revision),
-        student=_absolute(request.student),
+        student=request.student if request.student in BUNDLED_STUDENTS.values() else _absolute(request.student),
         config=None,
         blade_config=config,
         image=_absolute(request.image),

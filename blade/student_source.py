@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from blade.config import CONFIG_NAME, BladeConfig
 from blade.models import look_up
 from blade.schedulers import FewStepScheduler
+
+BUNDLED_STUDENTS = {4: "shapes-4-steps", 8: "shapes-8-steps"}
+"""Names of the bundled model's students, which ship with this package, by their numbers of steps."""
 
 WEIGHT_NAME = "pytorch_lora_weights.safetensors"
 """Name of the LoRA's file where none is given, as Diffusers saves it."""
@@ -45,24 +49,34 @@ class StudentSettings:
     """Its numbers of steps."""
 
 
+def bundled_student_path(name: str) -> Path:
+    """Return the folder of a student that ships with this package.
+
+    Args:
+        name: one of `BUNDLED_STUDENTS`.
+    """
+    return Path(str(files("blade") / "assets" / "students" / name))
+
+
 def student_settings(source: str | Path) -> StudentSettings:
     """Read what a student of this project says of itself, without its weights.
 
     Args:
-        source: a folder or Hub id.
+        source: one of `BUNDLED_STUDENTS`, a folder, or a Hub id.
     """
-    files = StudentFiles(str(source))
-    scheduler = files.read_scheduler(None)
+    found = StudentFiles(str(source))
+    scheduler = found.read_scheduler(None)
     steps = scheduler.step_counts if isinstance(scheduler, FewStepScheduler) else None
-    return StudentSettings(files.read_config(None), steps)
+    return StudentSettings(found.read_config(None), steps)
 
 
 class StudentFiles:
-    """The files of a folder, or of a repository of the Hub."""
+    """The files of a bundled student, of a folder, or of a repository of the Hub."""
 
     def __init__(self, source: str) -> None:
         self.source = source
-        self.folder: Path | None = Path(source).expanduser()
+        is_bundled = source in BUNDLED_STUDENTS.values()
+        self.folder: Path | None = bundled_student_path(source) if is_bundled else Path(source).expanduser()
         if not self.folder.is_dir():
             names = look_up(source, "source", WEIGHT_NAME)
             self.folder = None

@@ -51,7 +51,11 @@ def generate(
         str | None, _option("float32, bfloat16 or float16; by default bfloat16 on CUDA and float32 elsewhere.")
     ] = None,
     student: Annotated[
-        str | None, _option("A few-step student: a folder or Hub id, such as GYP666/VIDEO-BLADE for Wan2.1-1.3B.")
+        str | None,
+        _option(
+            "A few-step student: a folder or Hub id, such as GYP666/VIDEO-BLADE for Wan2.1-1.3B. Of the bundled model "
+            "shapes-4-steps (the default) or shapes-8-steps; none: the model itself."
+        ),
     ] = None,
     student_weight: Annotated[float | None, _option("Strength of the student's LoRA; by default 1.")] = None,
     scheduler: Annotated[
@@ -137,7 +141,7 @@ def generate(
 
     from blade.generation_files import OUTPUT_FOLDER, generate_files, generate_list, read_prompts
     from blade.generation_record import read_request
-    from blade.generation_request import GenerationRequest
+    from blade.generation_request import NO_STUDENT, GenerationRequest, default_student
     from blade.models import BUNDLED
 
     given = {name: value for name, value in options.items() if value is not None}
@@ -149,6 +153,10 @@ def generate(
         given["prompt"] = listed[0]
     if from_json is None and "prompt" not in given:
         raise ValueError('`--prompt` must be given, such as --prompt "a red ball moving right".')
+    if student == NO_STUDENT:
+        given["student"] = None
+    elif student is None and from_json is None:
+        given["student"] = default_student(given)
     request = GenerationRequest(**given) if from_json is None else read_request(from_json, given)
     if dry_run:
         from blade.planning import plan_run

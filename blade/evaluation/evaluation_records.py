@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from blade.config import BladeConfig
 from blade.models import BUNDLED, bundled_model_path
+from blade.student_source import BUNDLED_STUDENTS, bundled_student_path
 
 if TYPE_CHECKING:
     from blade.evaluation.evaluation import EvaluationPlan
@@ -73,7 +74,11 @@ def append_record(path: Path, record: Record) -> None:
 
 def model_fingerprint(model: str) -> str | None:
     """16 hexadecimal digits that change with the weights; None for a model that is not in a folder here."""
-    folder = bundled_model_path() if model == BUNDLED else Path(model).expanduser()
+    folder = Path(model).expanduser()
+    if model == BUNDLED:
+        folder = bundled_model_path()
+    elif model in BUNDLED_STUDENTS.values():
+        folder = bundled_student_path(model)
     if not folder.is_dir():
         return None
     digest = hashlib.sha256()
