@@ -17,7 +17,7 @@ from typing import Annotated
 import typer
 import yaml
 
-from blade.cli.command import progress_line
+from blade.cli.command import keep_freed_memory, progress_line
 from blade.cli.evaluate import main as evaluate
 from blade.distillation.config import DistillationConfig, load_config
 from blade.distillation.distill import VALIDATION, distill
@@ -201,4 +201,5 @@ def _with_own_folders(content: bytes, output: str) -> bytes:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     app()
