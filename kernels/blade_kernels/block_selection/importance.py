@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -11,7 +9,7 @@ from blade_kernels.block_selection import triton_launch
 from blade_kernels.block_selection.choice import takes_triton
 from blade_kernels.scratch import Scratch
 
-_CHUNK_ELEMENTS = 2**18  # logits held at a time
+_THREAD_ELEMENTS = 2**18  # logits held at a time by each thread
 
 
 def sampled_importance(
@@ -70,8 +68,7 @@ def sampled_importance(
             )
         qs, _ = _sample(q, query_offsets, block_size[0], None)
         ks, absent = _sample(k, key_offsets, block_size[1], key_lengths)
-        # Logits in base 2: exp2 is the faster of the two.
-        qs = qs * (scale / math.log(2.0))
+        qs = qs * scale
         batch, heads, query_blocks, query_samples, _ = qs.shape
         key_blocks, key_samples = ks.shape[2:4]
         # First samples of all key blocks, then the second ones, and so on: maxima over samples vectorise over blocks.
@@ -80,8 +77,9 @@ def sampled_importance(
 
         importance = qs.new_empty(batch * heads, query_blocks, key_blocks)
         row_logits = query_samples * ks.shape[1]
-        heads_at_once = max(1, _CHUNK_ELEMENTS // (query_blocks * row_logits))
-        blocks_at_once = max(1, _CHUNK_ELEMENTS // row_logits)
+        at_once = torch.get_num_threads() * _THREAD_ELEMENTS
+        heads_at_once = max(1, at_once // (query_blocks * row_logits))
+        blocks_at_once = max(1, at_once // row_logits)
         scratch = Scratch(qs.dtype, qs.device)
         for head in range(0, batch * heads, heads_at_once):
             some = slice(head, head + heads_at_once)
@@ -131,13 +129,13 @@ def mean_pooled_importance(
 
 def _block_maxima(logits: Tensor, softmax_denominator: bool) -> Tensor:
     """Largest softmax weight in each key block, (n, queries, KB), of (n, queries, samples, KB) logits; spoils them."""
+    if softmax_denominator:
+        flat = logits.flatten(-2)
+        torch.softmax(flat, -1, out=flat)  # one pass over what a cache holds; nan where every key is absent
+        return logits.amax(-2).nan_to_num_(0.0)
     best = logits.amax(-2)
     peak = best.amax(-1, keepdim=True).clamp(min=torch.finfo(best.dtype).min)  # finite where every key is absent
-    weights = (best - peak).exp2_()
-    if softmax_denominator:
-        total = logits.flatten(-2).sub_(peak).exp2_().sum(-1, keepdim=True)
-        weights.div_(total.clamp(min=1.0))  # the largest term is exactly 1, if there is one
-    return weights
+    return (best - peak).exp_()
 
 
 def _sample(x: Tensor, offsets: Tensor, size: int, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:

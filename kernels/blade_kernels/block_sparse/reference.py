@@ -12,9 +12,9 @@ A row without keys gives out = 0 and lse = -inf. Backward, from the gradients do
     delta = dout.out - dlse              ds_j = a_j (dout.v_j - delta)
     dq = scale sum_j ds_j k_j            dk_j = scale sum_q ds_j q            dv_j = sum_q a_j dout
 
-and the same for pooled tokens. One head is computed at a time, a piece of its rows and keys at a time, in float32 at
-the least and with logits in base 2. No gathered copy is larger than what the threads' caches hold. How many blocks the
-rows keep is read on the host.
+and the same for pooled tokens. One head is computed at a time, or a few small ones that are alike, a piece of its
+rows and keys at a time, in float32 at the least and with logits in base 2. No gathered copy is larger than what the
+threads' caches hold. How many blocks the rows keep is read on the host.
 """
 
 from __future__ import annotations
@@ -60,15 +60,15 @@ def reference_attention(
 
 
 def _forward(arguments: Arguments) -> tuple[Tensor, Tensor]:
-    """All heads, one after another."""
+    """All heads, a few at a time."""
     q, heads = arguments.q, _heads(arguments)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = q.new_empty(q.shape[:3], dtype=heads.dtype)
-    for item, index in heads:
-        head = heads[item, index]
+    for item, some in heads:
+        head = heads[item, some]
         head_out, head_lse = _attend(head)
-        out[item, :, index] = head.in_sequence(head_out, q.shape[1])
-        lse[item, :, index] = head.in_sequence(head_lse, q.shape[1]).squeeze(-1)
+        out[item, :, some] = head.in_sequence(head_out, q.shape[1])
+        lse[item, :, some] = head.in_sequence(head_lse, q.shape[1]).squeeze(-1)
     return out, lse.mul_(_LN2)
 
 
@@ -81,22 +81,23 @@ def _backward(
         torch.empty_like(x, memory_format=torch.contiguous_format)
         for x in (q, k, v, arguments.pooled_k, arguments.pooled_v)
     )
-    for item, index in heads:
-        head = heads[item, index]
-        d_out = grad_out[item, :, index].to(heads.dtype)
-        delta = (d_out * out[item, :, index]).sum(-1) - grad_lse[item, :, index]
+    for item, some in heads:
+        head = heads[item, some]
+        d_out = grad_out[item, :, some].to(heads.dtype)
+        delta = (d_out * out[item, :, some]).sum(-1) - grad_lse[item, :, some]
         grads = _attend_backward(
             head,
             head.in_order(d_out),
-            head.in_order(lse[item, :, index, None] / _LN2),
+            head.in_order(lse[item, :, some, None] / _LN2),
             head.in_order(delta.unsqueeze(-1)),
         )
-        dq[item, :, index] = head.in_sequence(grads.q.mul_(scale), q.shape[1])
+        dq[item, :, some] = head.in_sequence(grads.q.mul_(scale), q.shape[1])
         # The queries of a head bear the factor scale / ln 2, and so do the gradients that are sums over them.
-        dk[item, :, index] = grads.k.mul_(_LN2).flatten(0, 1)[: k.shape[1]]
-        dv[item, :, index] = grads.v.flatten(0, 1)[: v.shape[1]]
-        d_pooled_k[item, :, index] = grads.pooled_k.mul_(_LN2)
-        d_pooled_v[item, :, index] = grads.pooled_v
+        for gradient, own in ((dk, grads.k.mul_(_LN2)), (dv, grads.v)):
+            by_head = own.view(head.heads, -1, own.shape[-1])
+            gradient[item, :, some] = by_head[:, : gradient.shape[1]].transpose(0, 1)
+        d_pooled_k[item, :, some] = grads.pooled_k.mul_(_LN2).transpose(0, 1)
+        d_pooled_v[item, :, some] = grads.pooled_v.transpose(0, 1)
     return dq, dk, dv, d_pooled_k, d_pooled_v
 
 
@@ -107,7 +108,7 @@ def _heads(arguments: Arguments) -> Heads:
 
 
 def _attend(head: Head) -> tuple[Tensor, Tensor]:
-    """Output (QB, bq, D) and log-sum-exp in base 2 (QB, bq, 1) of one head, in the head's order of rows."""
+    """Output (R, bq, D) and log-sum-exp in base 2 (R, bq, 1), in the heads' order of rows."""
     out = head.scratch("head out", *head.q.shape)
     total = out.new_zeros(*out.shape[:2], 1)
     peak = torch.full_like(total, torch.finfo(total.dtype).min)  # finite, so that -inf less the peak stays -inf
@@ -125,7 +126,7 @@ def _attend(head: Head) -> tuple[Tensor, Tensor]:
             total_.mul_(fade).add_(a.sum(-1, keepdim=True))
             out_.mul_(fade)
             if piece.blocks is None:
-                out_.view(-1, out.shape[-1]).addmm_(a.flatten(0, 1), head.gather_v(piece))
+                head.by_head(out_, piece).baddbmm_(head.by_head(a, piece), head.gather_v(piece))
             else:
                 out_.baddbmm_(a, head.gather_v(piece))
         peak_.copy_(higher)
@@ -144,13 +145,13 @@ class _HeadGradients(NamedTuple):
 
 
 def _attend_backward(head: Head, d_out: Tensor, lse: Tensor, delta: Tensor) -> _HeadGradients:
-    """Gradients of one head.
+    """Gradients of a head, or of those that are taken together.
 
     Args:
         head: the head.
-        d_out: (QB, bq, D) in the head's order of rows, gradient of the output.
-        lse: (QB, bq, 1), log-sum-exp in base 2.
-        delta: (QB, bq, 1), `d_out . out - d_lse`.
+        d_out: (R, bq, D) in the head's order of rows, gradient of the output.
+        lse: (R, bq, 1), log-sum-exp in base 2.
+        delta: (R, bq, 1), `d_out . out - d_lse`.
     """
     grads = _HeadGradients(*(torch.zeros_like(x) for x in (head.q, head.k, head.v, head.pooled_k, head.pooled_v)))
     lse = lse.clamp(min=torch.finfo(lse.dtype).min)
@@ -159,11 +160,12 @@ def _attend_backward(head: Head, d_out: Tensor, lse: Tensor, delta: Tensor) -> _
         a = head.logits(piece).sub_(lse[piece.rows]).exp2_()
         ds = head.scratch("ds", *a.shape)
         if piece.blocks is None:
-            a, ds, q, dq, do = (x.view(-1, x.shape[-1]) for x in (a, ds, q, dq, do))
-            torch.mm(do, head.pooled_v.T, out=ds).sub_(delta[piece.rows].view(-1, 1)).mul_(a)
-            dq.addmm_(ds, head.pooled_k)
-            grads.pooled_k.addmm_(ds.T, q)
-            grads.pooled_v.addmm_(a.T, do)
+            own, change = head.heads_of(piece), head.by_head(delta[piece.rows], piece)
+            a, ds, q, dq, do = (head.by_head(x, piece) for x in (a, ds, q, dq, do))
+            torch.bmm(do, head.pooled_v[own].mT, out=ds).sub_(change).mul_(a)
+            dq.baddbmm_(ds, head.pooled_k[own])
+            grads.pooled_k[own].baddbmm_(ds.mT, q)
+            grads.pooled_v[own].baddbmm_(a.mT, do)
         else:
             torch.bmm(do, head.gather_v(piece).mT, out=ds).sub_(delta[piece.rows]).mul_(a)
             dq.baddbmm_(ds, head.gather_k(piece))

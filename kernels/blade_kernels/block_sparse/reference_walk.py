@@ -1,4 +1,4 @@
-"""The walk of the reference over heads, and over a few rows of a head's mask at a time."""
+"""The walk of the reference over heads, a few together where that is possible, and over a few rows at a time."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _THREAD_ELEMENTS = 2**18  # keys gathered, or logits, at a time by each thread: 
 
 
 class Piece(NamedTuple):
-    """Some rows of a head with some of what they attend to: keys of kept blocks, or all pooled tokens.
+    """Some rows of heads with some of what they attend to: keys of kept blocks, or all pooled tokens.
 
     Attributes:
-        rows: the rows' places in the head's order; m of them.
+        rows: the rows' places in the heads' order; m of them, and of pooled tokens those of whole heads or of one.
         blocks: (m * width,) int64, the key blocks gathered for them, one row after another; None for pooled tokens.
         absent: (m, 1, width * bk or P) bool, keys that a row does not see: past its count, past the end of the
             sequence, or pooled from a block that it keeps. None where it sees all.
@@ -38,24 +38,29 @@ class Piece(NamedTuple):
 class Head:
     """One head of one batch item, in the accumulation type, its rows in order of how many blocks they keep.
 
+    Or N heads, whose rows all keep as many blocks, each full of keys: then R, the number of rows, is N * QB, and they
+    are in the order of the heads and of the sequence.
+
     Attributes:
-        order: (QB,) int64, the query block at each place of that order.
+        heads: N.
+        order: (R,) int64, the query block at each place of that order; None where that is the sequence's.
         counts: kept key blocks of each row, never rising.
         partial: of each row, whether it keeps a block that is not full of keys.
-        q: (QB, bq, D) in that order, times `factor`; the last block of the sequence is filled up with zeros.
-        k: (KB, bk, D), zeros from `keys` on.
-        v: (KB, bk, D), zeros from `keys` on.
-        keys: number of keys present.
-        kept: (QB, capacity) int64 in that order, the kept key blocks; slots past a row's count repeat its first, so
-            that nothing is read that the row does not keep.
-        pooled_k: (P, D).
-        pooled_v: (P, D).
+        q: (R, bq, D) in that order, times `factor`; the last block of the sequence is filled up with zeros.
+        k: (N * KB, bk, D), zeros from `keys` on.
+        v: (N * KB, bk, D), zeros from `keys` on.
+        keys: number of keys present, of each head.
+        kept: (R, capacity) int64 in that order, the kept key blocks among those of `k`; slots past a row's count
+            repeat its first, so that nothing is read that the row does not keep.
+        pooled_k: (N, P, D).
+        pooled_v: (N, P, D).
         pooled_bias: (P,), log2(tokens in each window).
-        hidden: (QB, 1, P) bool in that order, windows that a row does not see; None where every row sees all.
-        scratch: where the head and its pieces are copied to.
+        hidden: (R, 1, P) bool in that order, windows that a row does not see; None where every row sees all.
+        scratch: where the heads and their pieces are copied to.
     """
 
-    order: Tensor
+    heads: int
+    order: Tensor | None
     counts: list[int]
     partial: list[bool]
     q: Tensor
@@ -84,8 +89,11 @@ class Head:
             for slot in range(0, self.counts[start], width):
                 yield self._piece(slice(start, stop), slice(slot, min(slot + width, self.counts[start])))
             start = stop
-        if pooled := len(self.pooled_k):
+        if pooled := self.pooled_k.shape[1]:
             at_once = max(1, threads * _THREAD_ELEMENTS // (self.q.shape[1] * pooled))
+            if self.heads > 1:  # whole heads
+                of_head = len(self.counts) // self.heads
+                at_once = max(1, at_once // of_head) * of_head
             for start in range(0, len(self.counts), at_once):
                 rows = slice(start, min(start + at_once, len(self.counts)))
                 yield Piece(rows, None, None if self.hidden is None else self.hidden[rows], first=False)
@@ -106,12 +114,28 @@ class Head:
         return sum(count > 0 for count in self.counts)
 
     def gather_k(self, piece: Piece) -> Tensor:
-        """Keys of a piece, (m, width * bk, D), or (P, D) pooled ones; gone with the next gathering."""
-        return self.pooled_k if piece.blocks is None else self._gather(self.k, piece.blocks, piece.rows)
+        """Keys of a piece, (m, width * bk, D), or (n, P, D) pooled ones of its heads; gone with the next gathering."""
+        if piece.blocks is None:
+            return self.pooled_k[self.heads_of(piece)]
+        return self._gather(self.k, piece.blocks, piece.rows)
 
     def gather_v(self, piece: Piece) -> Tensor:
         """Values of a piece, as `gather_k`, and in the same place: a cache need not hold both."""
-        return self.pooled_v if piece.blocks is None else self._gather(self.v, piece.blocks, piece.rows)
+        if piece.blocks is None:
+            return self.pooled_v[self.heads_of(piece)]
+        return self._gather(self.v, piece.blocks, piece.rows)
+
+    def heads_of(self, piece: Piece) -> slice:
+        """The heads that a piece of pooled tokens has rows of."""
+        if self.heads == 1:
+            return slice(0, 1)
+        of_head = len(self.counts) // self.heads
+        return slice(piece.rows.start // of_head, piece.rows.stop // of_head)
+
+    def by_head(self, x: Tensor, piece: Piece) -> Tensor:
+        """(m, bq, n) of a piece of pooled tokens as (its heads, ..., n)."""
+        heads = self.heads_of(piece)
+        return x.view(heads.stop - heads.start, -1, x.shape[-1])
 
     def _gather(self, source: Tensor, blocks: Tensor, rows: slice) -> Tensor:
         gathered = self.scratch("gathered", len(blocks), *source.shape[1:])
@@ -123,25 +147,27 @@ class Head:
         q, k = self.q[piece.rows], self.gather_k(piece)
         logits = self.scratch("logits", *q.shape[:2], k.shape[-2])
         if piece.blocks is None:
-            torch.addmm(self.pooled_bias, q.flatten(0, 1), k.T, out=logits.view(-1, len(k)))
+            torch.baddbmm(self.pooled_bias, self.by_head(q, piece), k.mT, out=self.by_head(logits, piece))
         else:
             torch.bmm(q, k.mT, out=logits)
         return logits if piece.absent is None else logits.masked_fill_(piece.absent, -torch.inf)
 
     def in_order(self, x: Tensor) -> Tensor:
-        """(S, n) of the sequence as (QB, bq, n) in the head's order."""
-        blocks = x.new_empty(self.q.shape[0], self.q.shape[1], x.shape[1], dtype=self.q.dtype)
-        return _fill(blocks, x).index_select(0, self.order)
+        """(S, N, n) of the sequence as (R, bq, n) in the heads' order."""
+        blocks = x.new_empty(self.q.shape[0], self.q.shape[1], x.shape[2], dtype=self.q.dtype)
+        filled = _fill(blocks, x)
+        return filled if self.order is None else filled.index_select(0, self.order)
 
     def in_sequence(self, rows: Tensor, tokens: int) -> Tensor:
-        """(QB, bq, n) in the head's order, as the (tokens, n) of the sequence; gone with the next."""
-        in_sequence = self.scratch("head in sequence", *rows.shape)
-        return in_sequence.index_copy_(0, self.order, rows).flatten(0, 1)[:tokens]
+        """(R, bq, n) in the heads' order, as the (tokens, N, n) of the sequence; gone with the next."""
+        if self.order is not None:
+            rows = self.scratch("head in sequence", *rows.shape).index_copy_(0, self.order, rows)
+        return rows.view(self.heads, -1, rows.shape[-1])[:, :tokens].transpose(0, 1)
 
 
 @dataclass
 class Heads:
-    """The arguments of an attention call; iterates over (batch item, head), and `heads[item, head]` is one head.
+    """The arguments of an attention call; iterates over places, which are a batch item and the heads to take together.
 
     Attributes:
         q: (B, S, H, D).
@@ -167,19 +193,69 @@ class Heads:
         self.dtype = torch.promote_types(self.q.dtype, torch.float32)
         self.scratch = Scratch(self.dtype, self.q.device)
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        """Every (batch item, head)."""
-        return ((item, index) for item in range(self.q.shape[0]) for index in range(self.q.shape[2]))
+    def __iter__(self) -> Iterator[tuple[int, slice]]:
+        """Every batch item with all of its heads, a few at a time."""
+        count = self.q.shape[2]
+        for item in range(self.q.shape[0]):
+            together = self._together(item)
+            yield from ((item, slice(first, min(first + together, count))) for first in range(0, count, together))
 
-    def __getitem__(self, place: tuple[int, int]) -> Head:
-        """The head at (batch item, head); its tensors are written over by the next."""
-        item, index = place
-        mask, pooled = self.mask, self.pooled
-        row = (min(item, mask.keep.shape[0] - 1), min(index, mask.keep.shape[1] - 1))  # a size of 1 is shared
+    def __getitem__(self, place: tuple[int, slice]) -> Head:
+        """The heads of a place; their tensors are written over by the next."""
+        item, heads = place
+        return self._alike(item, heads) if heads.stop - heads.start > 1 else self._alone(item, heads.start)
+
+    def _together(self, item: int) -> int:
+        """How many heads of a batch item are taken together: as many as fit the bound, if they are alike."""
+        of_head = max(self.q[0, :, 0].numel(), self.k[0, :, 0].numel())
+        fitting = torch.get_num_threads() * _THREAD_ELEMENTS // of_head
+        if fitting < 2 or self._keys(item) < self.mask.key_blocks * self.mask.block_size[1]:
+            return 1
+        counts = self.mask.counts[min(item, len(self.mask.counts) - 1)]
+        count = int(counts[0, 0])
+        return fitting if count and bool((counts == count).all()) else 1
+
+    def _keys(self, item: int) -> int:
+        """Number of keys of a batch item."""
         keys = self.k.shape[1]
-        if self.key_lengths is not None:
-            keys = min(max(int(self.key_lengths[item]), 0), keys)
+        return keys if self.key_lengths is None else min(max(int(self.key_lengths[item]), 0), keys)
 
+    def _alike(self, item: int, heads: slice) -> Head:
+        """Heads whose rows all keep as many whole blocks."""
+        mask, pooled, keys = self.mask, self.pooled, self._keys(item)
+        number, rows, key_blocks = heads.stop - heads.start, mask.query_blocks, mask.key_blocks
+        row = min(item, mask.keep.shape[0] - 1)  # a size of 1 is shared
+        shared = mask.keep.shape[1] == 1
+        own = slice(0, 1) if shared else heads
+        count = int(mask.counts[row, own.start, 0])
+        kept = mask.indices[row, own, :, :count].long()
+        first = torch.arange(0, number * key_blocks, key_blocks, device=kept.device)
+        hidden = None
+        if pooled.key_block is not None:
+            hidden = mask.keep[row, own].index_select(-1, pooled.key_block).expand(number, -1, -1).flatten(0, 1)
+        shape = (number * rows, mask.block_size[0], self.q.shape[-1])
+        key_shape = (number * key_blocks, mask.block_size[1], self.k.shape[-1])
+        return Head(
+            heads=number,
+            order=None,
+            counts=[count] * (number * rows),
+            partial=[False] * (number * rows),
+            q=_fill(self.scratch("head q", *shape), self.q[item, :, heads], self.factor),
+            k=_fill(self.scratch("head k", *key_shape), self.k[item, :keys, heads]),
+            v=_fill(self.scratch("head v", *key_shape), self.v[item, :keys, heads]),
+            keys=keys,
+            kept=(kept + first.view(-1, 1, 1)).flatten(0, 1),
+            pooled_k=pooled.k[item, :, heads].transpose(0, 1).to(self.dtype),
+            pooled_v=pooled.v[item, :, heads].transpose(0, 1).to(self.dtype),
+            pooled_bias=pooled.log_weight.to(self.dtype) / math.log(2.0),
+            hidden=None if hidden is None else hidden.unsqueeze(1),
+            scratch=self.scratch,
+        )
+
+    def _alone(self, item: int, index: int) -> Head:
+        """A head by itself."""
+        mask, pooled, keys = self.mask, self.pooled, self._keys(item)
+        row = (min(item, mask.keep.shape[0] - 1), min(index, mask.keep.shape[1] - 1))  # a size of 1 is shared
         counts, kept = mask.counts[row].long(), mask.indices[row].long()
         used = torch.arange(mask.capacity, device=kept.device) < counts.unsqueeze(-1)
         kept = torch.where(used, kept, kept[:, :1])
@@ -190,18 +266,20 @@ class Heads:
             hidden = mask.keep[row].index_select(-1, pooled.key_block).index_select(0, order).unsqueeze(1)
         shape = (mask.query_blocks, mask.block_size[0], self.q.shape[-1])
         key_shape = (mask.key_blocks, mask.block_size[1], self.k.shape[-1])
-        in_sequence = _fill(self.scratch("head in sequence", *shape), self.q[item, :, index], self.factor)
+        head = slice(index, index + 1)
+        in_sequence = _fill(self.scratch("head in sequence", *shape), self.q[item, :, head], self.factor)
         return Head(
+            heads=1,
             order=order,
             counts=counts.index_select(0, order).tolist(),
             partial=partial.index_select(0, order).tolist(),
             q=torch.index_select(in_sequence, 0, order, out=self.scratch("head q", *shape)),
-            k=_fill(self.scratch("head k", *key_shape), self.k[item, :keys, index]),
-            v=_fill(self.scratch("head v", *key_shape), self.v[item, :keys, index]),
+            k=_fill(self.scratch("head k", *key_shape), self.k[item, :keys, head]),
+            v=_fill(self.scratch("head v", *key_shape), self.v[item, :keys, head]),
             keys=keys,
             kept=kept.index_select(0, order),
-            pooled_k=pooled.k[item, :, index].to(self.dtype),
-            pooled_v=pooled.v[item, :, index].to(self.dtype),
+            pooled_k=pooled.k[item, :, head].transpose(0, 1).to(self.dtype),
+            pooled_v=pooled.v[item, :, head].transpose(0, 1).to(self.dtype),
             pooled_bias=pooled.log_weight.to(self.dtype) / math.log(2.0),
             hidden=hidden,
             scratch=self.scratch,
@@ -209,8 +287,8 @@ class Heads:
 
 
 def _fill(blocks: Tensor, x: Tensor, factor: float = 1.0) -> Tensor:
-    """Write (n, D), times `factor`, into (blocks, size, D), with zeros after it."""
-    tokens = blocks.view(-1, x.shape[1])
-    torch.mul(x.to(blocks.dtype), factor, out=tokens[: len(x)])
-    tokens[len(x) :] = 0.0
+    """Write (n, N, D), times `factor`, into (N * blocks, size, D), head after head, with zeros after each."""
+    tokens = blocks.view(x.shape[1], -1, x.shape[2])
+    torch.mul(x.to(blocks.dtype).transpose(0, 1), factor, out=tokens[:, : len(x)])
+    tokens[:, len(x) :] = 0.0
     return blocks

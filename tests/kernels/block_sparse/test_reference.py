@@ -3,6 +3,7 @@ import blade_kernels.scratch as scratch
 import pytest
 import torch
 from blade_kernels.block_mask import BlockMask
+from blade_kernels.block_selection.selection import random_blocks
 from blade_kernels.block_sparse import PooledTokens, block_sparse_attention, pool_tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -54,6 +55,32 @@ def test_shared_masks_and_unequal_blocks(dense, case, shared, block_size):
 def test_queries_and_keys_of_different_lengths(dense, case):
     inputs = case(37, keys=90, lengths=True)
     torch.testing.assert_close(attend(inputs, scale=0.9), expected(dense, inputs, scale=0.9)[0])
+
+
+@pytest.mark.parametrize("shared", [(False, False), (True, True)])
+@pytest.mark.parametrize("pooled", KINDS)
+@pytest.mark.parametrize("bound", [2**18, 1100, 600])  # all three heads together, two, and one by one
+def test_heads_that_keep_as_many_blocks(monkeypatch, dense, case, shared, pooled, bound):
+    monkeypatch.setattr(walk, "_THREAD_ELEMENTS", bound // torch.get_num_threads())
+    inputs = case(64, heads=3, shared=shared, pooled=pooled, grad=True)
+    masks, heads = inputs.mask.keep.shape[:2]
+    inputs.mask = random_blocks((masks, heads, 4, 8), 3, (16, 8), generator=torch.Generator().manual_seed(1))
+    together = [some.stop - some.start for _, some in walk_of(inputs)]
+    assert together == {2**18: [3, 3], 1100: [2, 1, 2, 1], 600: [1] * 6}[bound]
+    found, exact = attend(inputs, return_lse=True), expected(dense, inputs)
+    tensors = (inputs.q, inputs.k, inputs.v)
+    weight = torch.randn_like(exact[0])
+    for one, other in zip(found, exact):
+        torch.testing.assert_close(one, other)
+    losses = [(out * weight).sum() + lse.sin().sum() for out, lse in (found, exact)]
+    for one, other in zip(*(torch.autograd.grad(loss, tensors) for loss in losses)):
+        torch.testing.assert_close(one, other)
+
+
+def walk_of(inputs):
+    nothing = PooledTokens(inputs.k[:, :0], inputs.v[:, :0], torch.zeros(0))
+    pooled = nothing if inputs.pooled() is None else inputs.pooled()
+    return walk.Heads(inputs.q, inputs.k, inputs.v, inputs.mask, pooled, None, 1.0)
 
 
 @pytest.mark.parametrize("tokens", ODD)
