@@ -250,8 +250,15 @@ def _make_files(
         record_path=record_path,
         comparison_path=comparison_path,
         record=record,
-        published_students=published_students(pipe) if resolved.student is None else (),
+        published_students=_other_students(pipe, resolved),
     )
+
+
+def _other_students(pipe: Any, resolved: GenerationRequest) -> tuple[str, ...]:
+    """The students that could have made a video which none made."""
+    if resolved.student is not None:
+        return ()
+    return tuple(BUNDLED_STUDENTS.values()) if resolved.model == BUNDLED else published_students(pipe)
 
 
 def default_output(request: GenerationRequest) -> Path:

@@ -106,6 +106,9 @@ def test_the_command_says_which_it_took_and_how_to_do_without(tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
         main([*again, "--student", "none", "--steps", "2"])
     assert not end.value.code
+    assert "student     none; there is one for this model, for fewer steps: --student shapes-8-steps" in (
+        capsys.readouterr().out
+    )
     record = json.loads((tmp_path / "model.json").read_text())
     assert (record["student"], record["steps"], record["guidance_scale"]) == (None, 2, 2.0)
 
