@@ -223,7 +223,7 @@ def _convolve(layer: nn.Conv3d, x: torch.Tensor, weight: torch.Tensor, bias: tor
     suited = (
         x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and torch.backends.mkldnn.is_available()
     )
-    if not suited or torch.is_grad_enabled() or isinstance(layer.padding, str):
+    if not suited or torch.is_grad_enabled() or torch.compiler.is_compiling() or isinstance(layer.padding, str):
         return nn.Conv3d._conv_forward(layer, x, weight, bias)
     return torch.mkldnn_convolution(x, weight, bias, layer.padding, layer.stride, layer.dilation, layer.groups)
 
