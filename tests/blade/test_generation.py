@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import AutoencoderKLWan
+from torch.profiler import ProfilerActivity, profile
 
 from blade.cli.generate import main
 from blade.config import AdaptiveConfig, BladeConfig
@@ -61,6 +63,17 @@ def test_a_dense_video_is_the_pipelines_own(pipe, saved_tiny_pipeline: Path) -> 
     made = generate(pipe, request)
     assert torch.equal(made.video, expected)
     assert made.run_density == 1 and made.layer_density is None
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN")
+def test_decoding_by_onednn_gives_what_diffusers_does(pipe, saved_tiny_pipeline: Path) -> None:
+    plain = AutoencoderKLWan.from_pretrained(saved_tiny_pipeline / "vae")
+    latent = torch.randn(1, plain.config.z_dim, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), profile(activities=[ProfilerActivity.CPU]) as recorded:
+        decoded = pipe.vae.decode(latent).sample
+    assert "aten::slow_conv3d_forward" not in {event.name for event in recorded.events()}
+    with torch.no_grad():
+        torch.testing.assert_close(decoded, plain.decode(latent).sample)
 
 
 def test_what_a_run_cost_adds_up(pipe, saved_tiny_pipeline: Path) -> None:
