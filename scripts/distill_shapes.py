@@ -136,11 +136,11 @@ def comparison(folder: Path, seeds: int) -> list[str]:
         for row in ROWS:
             if row != "adapted" and (student(row, seed) / WEIGHT_NAME).exists():
                 runs.append(f"{row}-seed-{seed}=student={student(row, seed)}")
-                if row.startswith("dense"):
+                if row == "dense-4":
                     runs += [
                         f"{row}-afterwards-{sparsity}-seed-{seed}=student={student(row, seed)},config={source}"
                         for sparsity, source in attention.items()
-                        if source.exists() and (sparsity == "0.8" or (row, seed) == ("dense-4", 0))
+                        if source.exists()
                     ]
     return runs
 
@@ -152,12 +152,14 @@ def compare(
     captions: Annotated[int, typer.Option(help="Held-out captions of one object, and as many of two.")] = 32,
     repeats: Annotated[int, typer.Option(help="Videos of each.")] = 4,
     seeds: Annotated[int, typer.Option(help="Trainings of a row at most.")] = 3,
-    baseline: Annotated[str, typer.Option(help="Row that the others are compared with.")] = "teacher-50",
+    baseline: Annotated[str, typer.Option(help="Run that the others are compared with.")] = "teacher-50",
+    run: Annotated[list[str] | None, typer.Option(help="Name of a run; repeatable. By default all.")] = None,
 ) -> None:
     """Make the same videos by the teacher and all students, and compare them."""
+    runs = [one for one in comparison(folder, seeds) if not run or one.partition("=")[0] in run]
     options = ["--shapes", f"--single={captions}", f"--two={captions}", f"--repeats={repeats}", f"--shard={shard}"]
     options += [f"--baseline={baseline}", f"--output={folder / 'comparison'}", "--dtype=float32"]
-    evaluate([*(f"--run={run}" for run in comparison(folder, seeds)), *options])
+    evaluate([*(f"--run={one}" for one in runs), *options])
 
 
 @app.command()
