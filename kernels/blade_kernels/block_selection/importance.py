@@ -9,7 +9,7 @@ from blade_kernels.block_selection import triton_launch
 from blade_kernels.block_selection.choice import takes_triton
 from blade_kernels.scratch import Scratch
 
-_THREAD_ELEMENTS = 2**18  # logits held at a time by each thread
+_CHUNK_ELEMENTS = 2**19  # logits held at a time
 
 
 def sampled_importance(
@@ -77,9 +77,8 @@ def sampled_importance(
 
         importance = qs.new_empty(batch * heads, query_blocks, key_blocks)
         row_logits = query_samples * ks.shape[1]
-        at_once = torch.get_num_threads() * _THREAD_ELEMENTS
-        heads_at_once = max(1, at_once // (query_blocks * row_logits))
-        blocks_at_once = max(1, at_once // row_logits)
+        heads_at_once = max(1, _CHUNK_ELEMENTS // (query_blocks * row_logits))
+        blocks_at_once = max(1, _CHUNK_ELEMENTS // row_logits)
         scratch = Scratch(qs.dtype, qs.device)
         for head in range(0, batch * heads, heads_at_once):
             some = slice(head, head + heads_at_once)

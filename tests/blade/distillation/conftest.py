@@ -18,6 +18,7 @@ SETTINGS = (
     "generator.guidance_scale=3",
     "generator.learning_rate=1e-2",
     "generator.ode_updates=0",
+    "weights.saved_as=float32",
     "fake.learning_rate=2e-2",
     "weights.rank=4",
     "weights.alpha=4",

@@ -86,7 +86,7 @@ def test_does_not_depend_on_how_much_is_held_at_a_time(monkeypatch, limit):
     q, k = inputs(97)
     drawn = offsets(4, 16), offsets(4, 16, seed=2)
     whole = sampled_importance(q, k, *drawn, (16, 16))
-    monkeypatch.setattr(module, "_THREAD_ELEMENTS", limit)
+    monkeypatch.setattr(module, "_CHUNK_ELEMENTS", limit)
     torch.testing.assert_close(sampled_importance(q, k, *drawn, (16, 16)), whole)
 
 
