@@ -10,13 +10,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
-from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from blade.attention.apply import find_transformers
+from blade.convolutions import quicken_convolutions
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -144,7 +144,7 @@ def load_pipeline(
     except Exception as error:  # whatever Diffusers, Transformers and safetensors raise for a broken model
         raise ModelError(f"`model` {model} cannot be loaded: {_reason(source, error)}") from error
     _check_video_model(model, pipe)
-    _quicken_convolutions(pipe.vae)
+    quicken_convolutions(pipe.vae)
     return pipe if device is None else pipe.to(device)
 
 
@@ -207,25 +207,6 @@ def load_empty_pipeline(
         raise ModelError(f"`model` {model} cannot be read: {first_line(error)}") from error
     _check_video_model(model, pipe)
     return pipe
-
-
-def _quicken_convolutions(vae: nn.Module) -> None:
-    """Let a VAE's convolutions run on oneDNN on the CPU.
-
-    PyTorch takes a plain loop for a single video of few channels, with which the bundled model decodes half as fast.
-    """
-    for module in vae.modules():
-        if isinstance(module, nn.Conv3d) and module.padding_mode == "zeros":
-            module._conv_forward = MethodType(_convolve, module)  # type: ignore[method-assign]
-
-
-def _convolve(layer: nn.Conv3d, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    suited = (
-        x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and torch.backends.mkldnn.is_available()
-    )
-    if not suited or torch.is_grad_enabled() or torch.compiler.is_compiling() or isinstance(layer.padding, str):
-        return nn.Conv3d._conv_forward(layer, x, weight, bias)
-    return torch.mkldnn_convolution(x, weight, bias, layer.padding, layer.stride, layer.dilation, layer.groups)
 
 
 @contextmanager
