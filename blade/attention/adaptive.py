@@ -199,13 +199,14 @@ def _pool(key: torch.Tensor, value: torch.Tensor, plan: AdaptivePlan) -> PooledT
     )
 
 
-def draw_table(config: BladeConfig, layer: int, heads: int) -> torch.Tensor:
+def draw_table(config: BladeConfig, layer: int, heads: int, steps: int = DRAWN_STEPS) -> torch.Tensor:
     """Draw what a layer's selector needs by chance, for every step.
 
     Args:
         config: the configuration; its seed, with `layer` and the step, is the key.
         layer: number of the layer.
         heads: number of attention heads.
+        steps: number of steps.
 
     Returns:
         For the `sampled` selector, int16 (steps, 2, heads, probe tokens): distinct offsets in a query block and, drawn
@@ -213,8 +214,8 @@ def draw_table(config: BladeConfig, layer: int, heads: int) -> torch.Tensor:
     """
     details = config.asa
     if details.selector not in ("sampled", "random"):
-        return torch.empty(DRAWN_STEPS, 0)
-    generators = [np.random.default_rng([config.seed, layer, step]) for step in range(DRAWN_STEPS)]
+        return torch.empty(steps, 0)
+    generators = [np.random.default_rng([config.seed, layer, step]) for step in range(steps)]
     if details.selector == "random":
         return torch.tensor([[int(generator.integers(2**62))] for generator in generators])
     shuffled = np.stack([generator.random((2, heads, details.block_size)).argsort(-1) for generator in generators])

@@ -12,6 +12,8 @@ from blade.attention.pattern_plan import PatternPlan, pattern_tables
 from blade.config import BladeConfig
 from blade.token_grid import TokenGrid
 
+_ROUNDED_TO = 16
+
 
 class Method(Protocol):
     """A way of making attention sparse."""
@@ -56,12 +58,12 @@ class AdaptiveMethod:
         """Every model will do."""
 
     def rows(self, total: int | None) -> int:
-        """As many as are drawn."""
-        return DRAWN_STEPS
+        """As many as are drawn: one a step, rounded up so that runs of nearly as many steps share compiled graphs."""
+        return DRAWN_STEPS if total is None else min(DRAWN_STEPS, -(-total // _ROUNDED_TO) * _ROUNDED_TO)
 
     def tables(self, layer: int, heads: int, rows: int) -> tuple[torch.Tensor, ...]:
         """The draws of chance."""
-        return (draw_table(self._config, layer, heads),)
+        return (draw_table(self._config, layer, heads, rows),)
 
     def plan(self, grid: TokenGrid, device: torch.device) -> AdaptivePlan:
         """The budget of blocks."""

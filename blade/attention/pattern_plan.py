@@ -204,7 +204,7 @@ def pattern_tables(config: BladeConfig, layer: int, heads: int, steps: int) -> t
     ids = torch.from_numpy(table.assignment[table.by_step(steps), layer]).to(torch.int16)
     if all(pattern.kind != "asa" for pattern in table.patterns):
         return (ids,)
-    return ids, draw_table(config, layer, heads)[torch.arange(steps) % DRAWN_STEPS]
+    return ids, draw_table(config, layer, heads, min(steps, DRAWN_STEPS))[torch.arange(steps) % DRAWN_STEPS]
 
 
 def order_places(grid: TokenGrid, model: str, own: str, device: torch.device) -> Tensor:

@@ -91,6 +91,24 @@ class BlockMask:
         counts = keep.sum(-1, dtype=torch.int32)
         return cls(keep=keep, counts=counts, indices=indices, block_size=(block_size[0], block_size[1]))
 
+    @classmethod
+    def from_lists(cls, blocks: Tensor, key_blocks: int, block_size: tuple[int, int] = (64, 64)) -> BlockMask:
+        """Make a mask of which every row keeps as many blocks, with no host synchronisation.
+
+        Args:
+            blocks: (B or 1, H or 1, query blocks, count) int64, the key blocks that a row keeps, each once, in any
+                order. They are not looked at.
+            key_blocks: number of key blocks.
+            block_size: tokens in a (query block, key block).
+        """
+        keep = torch.zeros((*blocks.shape[:-1], key_blocks), dtype=torch.bool, device=blocks.device)
+        return cls(
+            keep=keep.scatter_(-1, blocks, True),
+            counts=torch.full(blocks.shape[:-1], blocks.shape[-1], dtype=torch.int32, device=blocks.device),
+            indices=blocks.sort(-1).values.to(torch.int32),
+            block_size=(block_size[0], block_size[1]),
+        )
+
     @property
     def query_blocks(self) -> int:
         """Number of query blocks."""
@@ -149,6 +167,9 @@ class BlockMask:
         Raises:
             ValueError: a length does not end in the mask's last block.
         """
+        whole = (self.query_blocks * self.block_size[0], self.key_blocks * self.block_size[1])
+        if query_tokens in (None, whole[0]) and key_tokens in (None, whole[1]):
+            return self.counts.sum(-1) * (self.block_size[0] * self.block_size[1])
         queries = self._tokens("query_tokens", query_tokens, self.query_blocks, self.block_size[0])
         keys = self._tokens("key_tokens", key_tokens, self.key_blocks, self.block_size[1])
         missing = self.block_size[1] - keys[-1]  # only the last block can lack tokens

@@ -26,6 +26,15 @@ def test_lists_and_bits_say_the_same(shape, density, seed):
         assert not mask.indices[place][count:].any()
 
 
+def test_lists_of_equal_length_make_the_mask_that_their_bits_make():
+    blocks = torch.rand(2, 3, 5, 9, generator=torch.Generator().manual_seed(0)).argsort(-1)[..., :4]
+    mask = BlockMask.from_lists(blocks, 9, (16, 32))
+    same = BlockMask.from_dense(torch.zeros(2, 3, 5, 9, dtype=torch.bool).scatter(-1, blocks, True), (16, 32), 4)
+    for name in ("keep", "counts", "indices"):
+        assert torch.equal(getattr(mask, name), getattr(same, name)), name
+    assert mask.block_size == same.block_size
+
+
 def test_rows_are_ordered_from_the_longest_ties_by_place():
     keep = torch.tensor([[1, 0, 0], [1, 1, 1], [0, 0, 0], [0, 1, 0]], dtype=torch.bool)[None, None]
     mask = BlockMask.from_dense(keep).longest_rows_first()

@@ -66,13 +66,13 @@ def sampled_importance(
             return triton_launch.sampled_importance(
                 q, k, query_offsets, key_offsets, list(block_size), scale, key_lengths, softmax_denominator
             )
-        qs, _ = _sample(q, query_offsets, block_size[0], None)
-        ks, absent = _sample(k, key_offsets, block_size[1], key_lengths)
+        qs, _ = _sample(q, query_offsets, block_size[0], None, blocks_first=True)
+        # First samples of all key blocks, then the second ones, and so on: maxima over samples vectorise over blocks.
+        ks, absent = _sample(k, key_offsets, block_size[1], key_lengths, blocks_first=False)
         qs = qs * scale
         batch, heads, query_blocks, query_samples, _ = qs.shape
-        key_blocks, key_samples = ks.shape[2:4]
-        # First samples of all key blocks, then the second ones, and so on: maxima over samples vectorise over blocks.
-        qs, ks = qs.flatten(0, 1), ks.flatten(0, 1).transpose(1, 2).flatten(1, 2)  # (B * H, keys, D)
+        key_samples, key_blocks = ks.shape[2:4]
+        qs, ks = qs.flatten(0, 1), ks.flatten(0, 1).flatten(1, 2)  # (B * H, keys, D)
         absent = None if absent is None else absent.flatten(0, 1).mT.unsqueeze(1)  # (B * H, 1, samples, blocks)
 
         importance = qs.new_empty(batch * heads, query_blocks, key_blocks)
@@ -90,8 +90,7 @@ def sampled_importance(
                 logits = logits.view(*logits.shape[:2], key_samples, key_blocks)
                 if absent is not None:
                     logits[..., key_blocks - absent.shape[-1] :].masked_fill_(absent[some], -torch.inf)
-                weights = _block_maxima(logits, softmax_denominator)
-                importance[some, rows] = weights.unflatten(1, (-1, query_samples)).amax(2)
+                importance[some, rows] = _block_maxima(logits, query_samples, softmax_denominator)
         return importance.view(batch, heads, query_blocks, key_blocks)
 
 
@@ -126,23 +125,27 @@ def mean_pooled_importance(
         return logits.masked_fill((held == 0)[:, None, None], -torch.inf).softmax(-1).nan_to_num(0.0)
 
 
-def _block_maxima(logits: Tensor, softmax_denominator: bool) -> Tensor:
-    """Largest softmax weight in each key block, (n, queries, KB), of (n, queries, samples, KB) logits; spoils them."""
+def _block_maxima(logits: Tensor, query_samples: int, softmax_denominator: bool) -> Tensor:
+    """Largest softmax weight in each pair of blocks, (n, QB, KB), of (n, QB * samples, samples, KB); spoils them."""
+    query_blocks = (-1, query_samples)
     if softmax_denominator:
         flat = logits.flatten(-2)
         torch.softmax(flat, -1, out=flat)  # one pass over what a cache holds; nan where every key is absent
-        return logits.amax(-2).nan_to_num_(0.0)
+        return logits.unflatten(1, query_blocks).amax(2).amax(2).nan_to_num_(0.0)
     best = logits.amax(-2)
     peak = best.amax(-1, keepdim=True).clamp(min=torch.finfo(best.dtype).min)  # finite where every key is absent
-    return (best - peak).exp_()
+    return (best - peak).exp_().unflatten(1, query_blocks).amax(2)
 
 
-def _sample(x: Tensor, offsets: Tensor, size: int, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def _sample(
+    x: Tensor, offsets: Tensor, size: int, lengths: Tensor | None, *, blocks_first: bool
+) -> tuple[Tensor, Tensor | None]:
     """Pick tokens of every block of (B, T, H, D).
 
     Returns:
-        (B, H, blocks, samples, D) in float32 at the least; and (B, H, blocks, samples) bool, samples that are no
-        tokens or are there twice, for the last block alone unless `lengths` are given, or None where there are none.
+        (B, H, blocks, samples, D) in float32 at the least, or (B, H, samples, blocks, D) unless `blocks_first`; and
+        (B, H, blocks, samples) bool, samples that are no tokens or are there twice, for the last block alone unless
+        `lengths` are given, or None where there are none.
     """
     batch, tokens, heads, width = x.shape
     whole = lengths is None and tokens % size == 0
@@ -151,12 +154,14 @@ def _sample(x: Tensor, offsets: Tensor, size: int, lengths: Tensor | None) -> tu
         held = _held(tokens, size, x.device, lengths)  # (B or 1, blocks)
         within = within.sort(-1).values * held[:, None, :, None] // size
     blocks = -(-tokens // size)
-    starts = torch.arange(batch, device=x.device).view(-1, 1, 1, 1) * tokens
-    starts = starts + torch.arange(blocks, device=x.device).view(-1, 1) * size
-    head = torch.arange(heads, device=x.device).view(-1, 1, 1)
-    rows = (starts + within) * heads + head  # of (B * T * H, D)
+    # Rows of (B * T * H, D).
+    rows = within * heads + torch.arange(heads, device=x.device).view(-1, 1, 1)
+    rows = rows + torch.arange(0, blocks * size * heads, size * heads, device=x.device).view(-1, 1)
+    if batch > 1:
+        rows = rows + torch.arange(0, batch * tokens * heads, tokens * heads, device=x.device).view(-1, 1, 1, 1)
+    rows = rows if blocks_first else rows.mT
     dtype = torch.promote_types(x.dtype, torch.float32)
-    picked = x.reshape(-1, width).index_select(0, rows.flatten()).to(dtype).view(batch, heads, blocks, -1, width)
+    picked = x.reshape(-1, width).index_select(0, rows.flatten()).to(dtype).view(*rows.shape, width)
     if whole:
         return picked, None
     first = 0 if lengths is not None else blocks - 1

@@ -86,24 +86,29 @@ def select_blocks(
             local_radius, capacity,
         )  # fmt: skip
 
-    forced = importance.new_zeros((query_blocks, key_blocks), dtype=torch.bool)
+    importance = importance.to(torch.float32)
+    forced = None
     if local_radius is not None:
         forced = _local(query_blocks, key_blocks, block_size, local_radius, importance.device)
     if forced_key_blocks is not None:
-        forced = forced | forced_key_blocks
-    importance = importance.to(torch.float32)
-    ranked = importance.masked_fill(forced, torch.inf)
+        forced = forced_key_blocks if forced is None else forced | forced_key_blocks
+    ranked = importance if forced is None else importance.masked_fill(forced, torch.inf)
     if cumulative_mass is None:
-        keep = _largest(ranked, limit) | forced
+        largest = _largest(ranked, limit)
+        if forced is None and forced_query_blocks is None:
+            return BlockMask.from_lists(largest, key_blocks, block_size)
+        keep = torch.zeros_like(ranked, dtype=torch.bool).scatter_(-1, largest, True)
     else:
         order = ranked.argsort(dim=-1, descending=True, stable=True)
         mass = importance.gather(-1, order).cumsum(-1)
         kept = (mass < cumulative_mass * mass[..., -1:]).sum(-1, keepdim=True) + 1  # and the block that reaches it
-        kept = torch.maximum(kept.clamp(min_blocks, limit), forced.sum(-1, keepdim=True))
+        kept = kept.clamp(min_blocks, limit)
+        if forced is not None:
+            kept = torch.maximum(kept, forced.sum(-1, keepdim=True))
         places = torch.arange(key_blocks, device=order.device).expand_as(order)
         keep = torch.empty_like(order).scatter_(-1, order, places) < kept
-    if forced_query_blocks is not None:
-        keep = keep | forced_query_blocks.unsqueeze(-1)
+    for flags in (forced, None if forced_query_blocks is None else forced_query_blocks.unsqueeze(-1)):
+        keep = keep if flags is None else keep | flags
     return BlockMask.from_dense(keep, block_size, capacity)
 
 
@@ -191,8 +196,12 @@ def _local(
 
 
 def _largest(x: Tensor, count: int) -> Tensor:
-    """Where the `count` largest of the last dimension are, bool; ties by rising index. Needs no order of the rest."""
-    least = x.topk(count, sorted=False).values.amin(-1, keepdim=True)
-    above, tied = x > least, x == least
-    room = count - above.sum(-1, keepdim=True)
-    return above | (tied & (tied.cumsum(-1) <= room))
+    """Which `count` of the last dimension are largest, (.., count) int64 in no order; ties by rising index.
+
+    Args:
+        x: float32, nothing negative: their bits, read as integers, rise as they do, so that the index goes beside.
+        count: at most the size of the last dimension.
+    """
+    size = x.shape[-1]
+    falling = torch.arange(size - 1, -1, -1, device=x.device)
+    return (x.abs().view(torch.int32).long() * size + falling).topk(count, sorted=False).indices

@@ -59,7 +59,7 @@ class PooledTokens:
             return mask.keep.new_ones(()).expand(*mask.keep.shape[:3], len(self))
         return ~mask.keep.index_select(-1, self.key_block)
 
-    def pairs(self, mask: BlockMask, query_tokens: int | None = None) -> Tensor:
+    def pairs(self, mask: BlockMask, query_tokens: int | None = None) -> Tensor | int:
         """Number of pairs (query, pooled token) that attention computes beside `mask`, for `BlockMask.density`.
 
         Args:
@@ -67,11 +67,13 @@ class PooledTokens:
             query_tokens: length of the sequence of queries. None: every query block is full.
 
         Returns:
-            (B or 1, H or 1) int64.
+            (B or 1, H or 1) int64; or the number itself where every query sees every pooled token.
         """
         size = mask.block_size[0]
-        starts = torch.arange(mask.query_blocks, device=mask.device) * size
         stop = mask.query_blocks * size if query_tokens is None else query_tokens
+        if self.key_block is None:
+            return len(self) * stop
+        starts = torch.arange(mask.query_blocks, device=mask.device) * size
         return (self.visible(mask).sum(-1) * (stop - starts).clamp(max=size)).sum(-1)
 
 

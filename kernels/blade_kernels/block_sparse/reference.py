@@ -111,24 +111,27 @@ def _attend(head: Head) -> tuple[Tensor, Tensor]:
     """Output (R, bq, D) and log-sum-exp in base 2 (R, bq, 1), in the heads' order of rows."""
     out = head.scratch("head out", *head.q.shape)
     total = out.new_zeros(*out.shape[:2], 1)
-    peak = torch.full_like(total, torch.finfo(total.dtype).min)  # finite, so that -inf less the peak stays -inf
+    lowest = torch.finfo(total.dtype).min  # finite, so that -inf less the peak stays -inf
+    peak = torch.full_like(total, lowest)
     out[head.occupied :].zero_()
     for piece in head.pieces():
         logits = head.logits(piece)
         out_, total_, peak_ = out[piece.rows], total[piece.rows], peak[piece.rows]
-        higher = torch.maximum(peak_, logits.amax(-1, keepdim=True))
-        a = logits.sub_(higher).exp2_()
         if piece.first:
+            torch.amax(logits, -1, keepdim=True, out=peak_).clamp_(min=lowest)
+            a = logits.sub_(peak_).exp2_()
             torch.sum(a, -1, keepdim=True, out=total_)
             torch.bmm(a, head.gather_v(piece), out=out_)
+            continue
+        higher = torch.maximum(peak_, logits.amax(-1, keepdim=True))
+        a = logits.sub_(higher).exp2_()
+        fade = peak_.sub_(higher).exp2_()  # what came before was relative to a lower peak
+        total_.mul_(fade).add_(a.sum(-1, keepdim=True))
+        out_.mul_(fade)
+        if piece.blocks is None:
+            head.by_head(out_, piece).baddbmm_(head.by_head(a, piece), head.gather_v(piece))
         else:
-            fade = peak_.sub_(higher).exp2_()  # what came before was relative to a lower peak
-            total_.mul_(fade).add_(a.sum(-1, keepdim=True))
-            out_.mul_(fade)
-            if piece.blocks is None:
-                head.by_head(out_, piece).baddbmm_(head.by_head(a, piece), head.gather_v(piece))
-            else:
-                out_.baddbmm_(a, head.gather_v(piece))
+            out_.baddbmm_(a, head.gather_v(piece))
         peak_.copy_(higher)
     # The largest weight of a query is exactly 1: a total below 1 is that of a query without keys.
     return out.div_(total.clamp(min=1.0)), peak.add_(total.log2())

@@ -290,5 +290,6 @@ def _fill(blocks: Tensor, x: Tensor, factor: float = 1.0) -> Tensor:
     """Write (n, N, D), times `factor`, into (N * blocks, size, D), head after head, with zeros after each."""
     tokens = blocks.view(x.shape[1], -1, x.shape[2])
     torch.mul(x.to(blocks.dtype).transpose(0, 1), factor, out=tokens[:, : len(x)])
-    tokens[:, len(x) :] = 0.0
+    if len(x) < tokens.shape[1]:
+        tokens[:, len(x) :] = 0.0
     return blocks

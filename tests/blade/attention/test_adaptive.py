@@ -17,6 +17,7 @@ from blade.attention.adaptive import (
     random_scores,
     select,
 )
+from blade.attention.methods import AdaptiveMethod
 from blade.config import AdaptiveConfig
 
 CPU = torch.device("cpu")
@@ -156,6 +157,14 @@ def test_offsets_are_distinct_and_depend_on_seed_layer_and_step_alone():
         assert not torch.equal(other, table)
     assert not torch.equal(table[0], table[1])
     assert not torch.equal(table[:, 0], table[:, 1])
+    assert torch.equal(draw_table(config, layer=2, heads=3, steps=5), table[:5])
+
+
+@pytest.mark.parametrize(("steps", "rows"), [(1, 16), (16, 16), (17, 32), (50, 64), (64, 64), (1000, 64), (None, 64)])
+def test_no_more_is_drawn_than_a_run_reads(steps, rows):
+    method = AdaptiveMethod(BladeConfig())
+    assert method.rows(steps) == rows
+    assert len(method.tables(0, HEADS, rows)[0]) == rows
 
 
 def test_random_scores_are_even_and_depend_on_their_key():

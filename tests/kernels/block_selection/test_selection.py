@@ -24,6 +24,11 @@ def test_ties_go_to_the_lower_index():
     assert kept(select_blocks(rows([1, 2, 2, 2], [3, 3, 3, 3]), max_blocks=2)) == [[1, 2], [0, 1]]
 
 
+def test_zeros_of_either_sign_are_ties_and_the_smallest_difference_is_none():
+    least = torch.finfo(torch.float32).smallest_normal
+    assert kept(select_blocks(rows([-0.0, 0.0, least, 0.0], [1, -0.0, 0, 0]), max_blocks=2)) == [[0, 2], [0, 1]]
+
+
 def test_the_block_that_crosses_the_mass_is_kept():
     importance = rows([4, 3, 2, 1], [10, 0, 0, 0])
     assert kept(select_blocks(importance, cumulative_mass=0.6)) == [[0, 1], [0]]
