@@ -29,11 +29,13 @@ COLOURS = {
     "local": "#E69F00",
     "dense": "#000000",
     "preset": "#56B4E9",
-    "config": "#B8A800",
 }
 """A colour for each kind of attention, most of them Okabe and Ito's, which the colour-blind can tell apart."""
 
-APART = 0.005
+STANDING_ALONE = ("patterns", "config")
+"""Attention of runs that have nothing in common but that it comes from a file."""
+
+APART = 0.008
 """How far, in density, points of different lines are set apart, so that none hides another."""
 
 MARKERS = ("o", "s", "^", "D", "v", "P")
@@ -43,8 +45,8 @@ def plot_report(report: dict[str, Any]) -> bytes | None:
     """Draw a report, and return it as a PNG; None where there is nothing to draw.
 
     One column a group of prompts; a line joins the runs of one kind of attention at the same steps and guidance, but
-    for tables of patterns, which stand alone. With sparse runs, density runs along the x axis and dense runs are level
-    lines; without, steps do.
+    for students, tables of patterns and configurations, which stand alone. With sparse runs, density runs along the x
+    axis and dense runs are level lines; without, steps do.
     """
     groups = [name for name in report["prompts"] if any(name in run["groups"] for run in report["runs"])]
     estimated = {name for run in report["runs"] for group in run["groups"].values() for name in group}
@@ -62,7 +64,7 @@ def plot_report(report: dict[str, Any]) -> bytes | None:
             axes.set_ylabel(label if column == 0 else "")
             axes.set_xlabel("run density" if by_density else "steps")
             if by_density:
-                axes.set_xlim(0, 1)
+                axes.set_xlim(-0.05, 1.05)
             else:
                 steps = sorted({run["steps"] for run in report["runs"]})
                 axes.set_xscale("log")
@@ -86,8 +88,7 @@ def _draw(axes: Axes, runs: list[dict[str, Any]], group: str, measure: str, by_d
     for run in runs:
         if measure in run["groups"].get(group, {}):
             settings = () if not by_density else (run["steps"],)
-            # tables of patterns have nothing in common but that they are tables
-            kind = run["name"] if run["attention"] == "patterns" else run["attention"]
+            kind = run["name"] if run["student"] or run["attention"] in STANDING_ALONE else run["attention"]
             series[(kind, run["guidance"], *settings)].append(run)
     for index, ((attention, guidance, *steps), members) in enumerate(series.items()):
         guided = f"guidance {guidance:g}" if guidance > 1 else "no guidance"

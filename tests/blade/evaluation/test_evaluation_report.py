@@ -188,3 +188,20 @@ def test_plot_is_a_picture(plan):
     assert plot_report(report).startswith(b"\x89PNG")
     report["runs"] = report["runs"][:1]
     assert plot_report(report) is None
+
+
+def test_students_are_points_of_their_own(plan, monkeypatch):
+    axes = pytest.importorskip("matplotlib.axes")
+    from blade.evaluation.evaluation_plot import plot_report
+
+    drawn = {}
+    monkeypatch.setattr(axes.Axes, "errorbar", lambda self, x, y, label, **style: drawn.update({label: len(x)}))
+    report = make_report(plan, "x")
+    sparse = next(run for run in report["runs"] if run["attention"] not in ("dense", "config", "patterns"))
+    report["runs"] = [{**sparse, "name": name, "student": name} for name in ("one", "two")]
+    plot_report(report)
+    assert sorted(drawn.values()) == [1, 1] and all(label.startswith(("one, ", "two, ")) for label in drawn)
+    report["runs"] = [{**run, "student": None} for run in report["runs"]]
+    drawn.clear()
+    plot_report(report)
+    assert list(drawn.values()) == [2]
