@@ -66,9 +66,9 @@ FOUND = "rate.json"
 SHIPPED = {"joint-4": BUNDLED_STUDENTS[4], "joint-8": BUNDLED_STUDENTS[8]}
 """Rows whose students ship with the package, and their names there."""
 
-PROBE_TOKENS = 4
-"""Tokens of each block that the students probe which ship: fewer than in their training, as that changes no score that
-could be told (docs/distillation.md), and the probe was a quarter of what sparse attention takes on a CPU."""
+PROBE_TOKENS = {"joint-4": 4}
+"""Tokens of each block that a student probes as it ships, where these are fewer than in its training. On a CPU the
+probe takes a good part of sparse attention's time, and half of it changed nothing that could be told."""
 
 app = typer.Typer(add_completion=False, help=__doc__)
 Folder = Annotated[Path, typer.Argument(help="Folder of all students.")]
@@ -138,12 +138,12 @@ def comparison(folder: Path, seeds: int) -> list[str]:
     attention = {"0.8": student("joint-4", 0), "0.9": student("joint-4-sparser", 0)}
     runs = [f"teacher-{steps}=dense,steps={steps},guidance=2" for steps in (50, 8, 4)]
     runs += [f"teacher-{steps}-sparse=config={attention['0.8']},steps={steps},guidance=2" for steps in (8, 4)]
-    runs += [f"{name}=student={name}" for name in SHIPPED.values()]
+    runs += [f"{SHIPPED[row]}=student={SHIPPED[row]}" for row in PROBE_TOKENS]
     for seed in range(seeds):
         for row in ROWS:
             if row != "adapted" and (student(row, seed) / WEIGHT_NAME).exists():
                 runs.append(f"{row}-seed-{seed}=student={student(row, seed)}")
-                if row == "dense-4":
+                if row in ("dense-4", "dense-8"):
                     runs += [
                         f"{row}-afterwards-{sparsity}-seed-{seed}=student={student(row, seed)},config={source}"
                         for sparsity, source in attention.items()
@@ -177,37 +177,36 @@ def ship(folder: Folder, seed: Annotated[int, typer.Option(help="Seed of the tra
         contents: dict[Path, bytes] = {}
         for path in sorted(found for pattern in STUDENT_FILES for found in source.glob(pattern)):
             content = path.read_bytes()
-            if path.name == CONFIG_NAME:
-                content = _with_small_probe(content)
+            if path.name == CONFIG_NAME and row in PROBE_TOKENS:
+                content = _with_small_probe(content, PROBE_TOKENS[row])
             elif path.suffix == ".yaml":
                 content = _with_own_folders(content, f"outputs/{name}")
             elif path.suffix == ".md":
-                content = _with_own_name(content.decode(), source.name, name).encode()
+                content = _with_own_name(content.decode(), source.name, name, PROBE_TOKENS.get(row)).encode()
             contents[target / path.relative_to(source)] = content
             (target / path.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
         write_files(contents)
         print(target)
 
 
-def _with_own_name(card: str, old: str, new: str) -> str:
-    """A student's card with the name that the package has it under, and with where its comparison is."""
+def _with_own_name(card: str, old: str, new: str, probe_tokens: int | None) -> str:
+    """A student's card with the name that the package has it under, where its comparison is, and what it probes."""
     scores, config = "## What it scores\n\n", f"see `{CONFIG_NAME}`"
+    probe = f", by which it probes {probe_tokens} tokens of a block; `distillation.yaml` probed more"
     return (
         card.replace(f'load_lora_weights("{old}")', f'load_lora_weights("blade/assets/students/{new}")')
         .replace(old, new)
         .replace(
-            config, f"{config}, by which it probes {PROBE_TOKENS} tokens of a block; `distillation.yaml` probed more"
-        )
-        .replace(
             scores, f"{scores}On captions that no training has seen, beside its teacher: `docs/distillation.md`.\n"
         )
+        .replace(config, f"{config}{probe}" if probe_tokens else config)
     )
 
 
-def _with_small_probe(content: bytes) -> bytes:
-    """A student's attention with as many tokens probed as those that ship probe."""
+def _with_small_probe(content: bytes, probe_tokens: int) -> bytes:
+    """A student's attention with so many tokens probed."""
     config = BladeConfig.from_dict(json.loads(content))
-    config = replace(config, asa=replace(config.asa, probe_tokens=PROBE_TOKENS))
+    config = replace(config, asa=replace(config.asa, probe_tokens=probe_tokens))
     return (json.dumps(config.to_dict(), indent=2) + "\n").encode()
 
 
