@@ -11,7 +11,6 @@ Both go on where they were stopped.
 
 import json
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -20,7 +19,6 @@ import yaml
 
 from blade.cli.command import keep_freed_memory, progress_line
 from blade.cli.evaluate import main as evaluate
-from blade.config import CONFIG_NAME, BladeConfig
 from blade.distillation.config import DistillationConfig, load_config
 from blade.distillation.distill import VALIDATION, distill
 from blade.distillation.validation import means
@@ -65,10 +63,6 @@ FOUND = "rate.json"
 
 SHIPPED = {"joint-4": BUNDLED_STUDENTS[4], "joint-8": BUNDLED_STUDENTS[8]}
 """Rows whose students ship with the package, and their names there."""
-
-PROBE_TOKENS = {"joint-4": 4}
-"""Tokens of each block that a student probes as it ships, where these are fewer than in its training. On a CPU the
-probe takes a good part of sparse attention's time, and half of it changed nothing that could be told."""
 
 app = typer.Typer(add_completion=False, help=__doc__)
 Folder = Annotated[Path, typer.Argument(help="Folder of all students.")]
@@ -138,7 +132,6 @@ def comparison(folder: Path, seeds: int) -> list[str]:
     attention = {"0.8": student("joint-4", 0), "0.9": student("joint-4-sparser", 0)}
     runs = [f"teacher-{steps}=dense,steps={steps},guidance=2" for steps in (50, 8, 4)]
     runs += [f"teacher-{steps}-sparse=config={attention['0.8']},steps={steps},guidance=2" for steps in (8, 4)]
-    runs += [f"{SHIPPED[row]}=student={SHIPPED[row]}" for row in PROBE_TOKENS]
     for seed in range(seeds):
         for row in ROWS:
             if row != "adapted" and (student(row, seed) / WEIGHT_NAME).exists():
@@ -177,37 +170,26 @@ def ship(folder: Folder, seed: Annotated[int, typer.Option(help="Seed of the tra
         contents: dict[Path, bytes] = {}
         for path in sorted(found for pattern in STUDENT_FILES for found in source.glob(pattern)):
             content = path.read_bytes()
-            if path.name == CONFIG_NAME and row in PROBE_TOKENS:
-                content = _with_small_probe(content, PROBE_TOKENS[row])
-            elif path.suffix == ".yaml":
+            if path.suffix == ".yaml":
                 content = _with_own_folders(content, f"outputs/{name}")
             elif path.suffix == ".md":
-                content = _with_own_name(content.decode(), source.name, name, PROBE_TOKENS.get(row)).encode()
+                content = _with_own_name(content.decode(), source.name, name).encode()
             contents[target / path.relative_to(source)] = content
             (target / path.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
         write_files(contents)
         print(target)
 
 
-def _with_own_name(card: str, old: str, new: str, probe_tokens: int | None) -> str:
-    """A student's card with the name that the package has it under, where its comparison is, and what it probes."""
-    scores, config = "## What it scores\n\n", f"see `{CONFIG_NAME}`"
-    probe = f", by which it probes {probe_tokens} tokens of a block; `distillation.yaml` probed more"
+def _with_own_name(card: str, old: str, new: str) -> str:
+    """A student's card with the name that the package has it under, and with where its comparison is."""
+    scores = "## What it scores\n\n"
     return (
         card.replace(f'load_lora_weights("{old}")', f'load_lora_weights("blade/assets/students/{new}")')
         .replace(old, new)
         .replace(
             scores, f"{scores}On captions that no training has seen, beside its teacher: `docs/distillation.md`.\n"
         )
-        .replace(config, f"{config}{probe}" if probe_tokens else config)
     )
-
-
-def _with_small_probe(content: bytes, probe_tokens: int) -> bytes:
-    """A student's attention with so many tokens probed."""
-    config = BladeConfig.from_dict(json.loads(content))
-    config = replace(config, asa=replace(config.asa, probe_tokens=probe_tokens))
-    return (json.dumps(config.to_dict(), indent=2) + "\n").encode()
 
 
 def _with_own_folders(content: bytes, output: str) -> bytes:
