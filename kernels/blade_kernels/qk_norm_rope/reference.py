@@ -31,9 +31,7 @@ def reference_norm_rope(
         y = torch.nn.functional.rms_norm(y.flatten(2), (y.shape[2] * y.shape[3],), weight, eps).view(y.shape)
     if cos is not None and sin is not None:
         stop = rope_start + len(cos)
-        even, odd = y[:, rope_start:stop].unflatten(-1, (-1, 2)).unbind(-1)
-        c, s = cos[:, None, 0::2].to(dtype), sin[:, None, 1::2].to(dtype)
-        rotated = torch.stack((even * c - odd * s, even * s + odd * c), -1).flatten(-2)
+        rotated = _rotate(y[:, rope_start:stop], cos[:, None, 0::2].to(dtype), sin[:, None, 1::2].to(dtype))
         whole = rope_start == 0 and stop == y.shape[1]
         y = rotated if whole else torch.cat((y[:, :rope_start], rotated, y[:, stop:]), 1)
     y = y.to(x.dtype)
@@ -41,3 +39,12 @@ def reference_norm_rope(
         return y.contiguous()
     to = places.long().expand(x.shape[2], -1).T[None, :, :, None].expand_as(y)
     return torch.zeros_like(y).scatter(1, to, y)
+
+
+def _rotate(y: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn pairs of channels, (B, S, H, D), by angles, (S, 1, D / 2): each pair is a complex number."""
+    if torch.compiler.is_compiling():  # which fuses real numbers, and leaves complex ones as they are
+        even, odd = y.unflatten(-1, (-1, 2)).unbind(-1)
+        return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2)
+    pairs = torch.view_as_complex(y.contiguous().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2)
