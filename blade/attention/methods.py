@@ -12,7 +12,7 @@ from blade.attention.pattern_plan import PatternPlan, pattern_tables
 from blade.config import BladeConfig
 from blade.token_grid import TokenGrid
 
-_ROUNDED_TO = 16
+_ROUNDED_TO = 16  # steps that the adaptive method's tables have more from one size to the next
 
 
 class Method(Protocol):

@@ -107,8 +107,10 @@ def select_blocks(
             kept = torch.maximum(kept, forced.sum(-1, keepdim=True))
         places = torch.arange(key_blocks, device=order.device).expand_as(order)
         keep = torch.empty_like(order).scatter_(-1, order, places) < kept
-    for flags in (forced, None if forced_query_blocks is None else forced_query_blocks.unsqueeze(-1)):
-        keep = keep if flags is None else keep | flags
+    if forced is not None:
+        keep = keep | forced
+    if forced_query_blocks is not None:
+        keep = keep | forced_query_blocks.unsqueeze(-1)
     return BlockMask.from_dense(keep, block_size, capacity)
 
 
