@@ -11,7 +11,7 @@ from torch import nn
 
 from blade.attention.apply import find_transformers
 from blade.attention.family import find_family
-from blade.models import first_line
+from blade.model_source import first_line
 
 OFFLOADS = ("none", "model", "sequential", "group", "auto")
 """Where weights are while they are not needed, fastest first; "auto" takes the fastest that fits."""

@@ -18,7 +18,8 @@ from blade.attention.summary import BladeSummary, blade_summary
 from blade.conditions import cover, read_frames, read_image
 from blade.config import BladeConfig
 from blade.generation_request import GenerationRequest
-from blade.models import call_parameters, execution_device, first_line
+from blade.model_source import first_line
+from blade.models import call_parameters, execution_device
 from blade.schedulers import set_flow_shift
 
 

@@ -32,7 +32,8 @@ from blade.generation_request import (
     read_config,
     resolve_request,
 )
-from blade.models import BUNDLED, EXAMPLE_MODEL, first_line, load_pipeline, resolve_device, resolve_dtype
+from blade.model_source import BUNDLED, EXAMPLE_MODEL, first_line
+from blade.models import load_pipeline, resolve_device, resolve_dtype
 from blade.student_source import BUNDLED_STUDENTS
 from blade.students import load_student, published_students
 from blade.video_io import check_writable, encode_mp4, side_by_side, write_files

@@ -12,17 +12,8 @@ from blade.acceleration import OFFLOADS, QUANTIZATIONS, parse_cache, split_lora
 from blade.attention.family import find_family
 from blade.conditions import read_frames, read_image, size_like
 from blade.config import CONFIG_NAME, BladeConfig
-from blade.models import (
-    BUNDLED,
-    DTYPES,
-    call_parameters,
-    check_size,
-    execution_device,
-    hub_commit,
-    look_up,
-    main_transformer,
-    vae_compression,
-)
+from blade.model_source import BUNDLED, hub_commit, look_up
+from blade.models import DTYPES, call_parameters, check_size, execution_device, main_transformer, vae_compression
 from blade.student_source import BUNDLED_STUDENTS
 from blade.students import Student, loaded_student, parse_times
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from blade.config import CONFIG_NAME, BladeConfig
-from blade.models import look_up
+from blade.model_source import look_up
 from blade.schedulers import FewStepScheduler
 
 BUNDLED_STUDENTS = {4: "shapes-4-steps", 8: "shapes-8-steps"}

@@ -15,7 +15,8 @@ from blade.attention.applied import applied_to
 from blade.attention.apply import STUDENT_ATTRIBUTE, find_transformers, install_blade, remove_blade
 from blade.attention.family import find_family
 from blade.config import BladeConfig
-from blade.models import first_line, main_transformer
+from blade.model_source import first_line
+from blade.models import main_transformer
 from blade.pipelines import released_students
 from blade.schedulers import FewStepScheduler
 from blade.step_condition import StepCondition

@@ -95,7 +95,7 @@ def evaluate(
     from blade.evaluation.evaluation_runs import parse_run
     from blade.evaluation.evaluation_videos import lay_out_videos
     from blade.evaluation.evaluation_worker import evaluate_videos
-    from blade.models import BUNDLED
+    from blade.model_source import BUNDLED
 
     evaluation = Evaluation(
         runs=tuple(parse_run(text, steps=steps, guidance=guidance) for text in run or DEFAULT_RUNS),

@@ -142,7 +142,7 @@ def generate(
     from blade.generation_files import OUTPUT_FOLDER, generate_files, generate_list, read_prompts
     from blade.generation_record import read_request
     from blade.generation_request import NO_STUDENT, GenerationRequest, default_student
-    from blade.models import BUNDLED
+    from blade.model_source import BUNDLED
 
     given = {name: value for name, value in options.items() if value is not None}
     listed = [] if prompts is None else read_prompts(prompts)

@@ -12,7 +12,8 @@ from blade.checks import check_choice, check_flag, check_integer, check_number
 from blade.config import BladeConfig
 from blade.distillation.roles import TARGETS
 from blade.distillation.trajectory import INTERVALS
-from blade.models import BUNDLED, DTYPES
+from blade.model_source import BUNDLED
+from blade.models import DTYPES
 
 RECIPES = "recipes"
 """Folder of the package that holds the recipes."""

@@ -38,15 +38,8 @@ from blade.distillation.validation import validate
 from blade.generation_files import read_prompts
 from blade.generation_request import GenerationRequest, resolve_request
 from blade.machine import describe_machine, describe_versions
-from blade.models import (
-    BUNDLED,
-    DTYPES,
-    latent_size,
-    load_empty_pipeline,
-    load_pipeline,
-    main_transformer,
-    resolve_device,
-)
+from blade.model_source import BUNDLED
+from blade.models import DTYPES, latent_size, load_empty_pipeline, load_pipeline, main_transformer, resolve_device
 from blade.pipelines import preset_names
 from blade.schedulers import FewStepScheduler
 from blade.training_run import TrainingLog, load_checkpoint, save_checkpoint

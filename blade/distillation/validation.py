@@ -17,7 +17,7 @@ from blade.distillation.trainer import Trainer
 from blade.generation import generate
 from blade.generation_files import file_stem
 from blade.generation_request import GenerationRequest
-from blade.models import BUNDLED
+from blade.model_source import BUNDLED
 from blade.schedulers import FewStepScheduler
 from blade.video_io import encode_mp4, write_files
 

@@ -15,14 +15,8 @@ from blade.evaluation.evaluation_prompts import EvaluationPrompt
 from blade.evaluation.evaluation_records import model_fingerprint
 from blade.evaluation.evaluation_runs import RunSettings
 from blade.generation_request import BUNDLED_DEFAULTS, GenerationRequest, resolve_request
-from blade.models import (
-    BUNDLED,
-    latent_size,
-    load_empty_pipeline,
-    main_transformer,
-    resolve_device,
-    resolve_dtype,
-)
+from blade.model_source import BUNDLED
+from blade.models import latent_size, load_empty_pipeline, main_transformer, resolve_device, resolve_dtype
 from blade.student_source import student_settings
 
 

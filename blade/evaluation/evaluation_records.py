@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from blade.config import BladeConfig
-from blade.models import BUNDLED, bundled_model_path
+from blade.model_source import BUNDLED, bundled_model_path
 from blade.student_source import BUNDLED_STUDENTS, bundled_student_path
 
 if TYPE_CHECKING:

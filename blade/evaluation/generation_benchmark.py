@@ -21,10 +21,9 @@ from blade.config import BladeConfig
 from blade.evaluation.timing import Measurement, Stopwatch, measure, time_calls
 from blade.generation_request import GenerationRequest, resolve_request
 from blade.machine import GIB, describe_machine, describe_versions
+from blade.model_source import BUNDLED, first_line
 from blade.models import (
-    BUNDLED,
     empty_latent,
-    first_line,
     latent_size,
     load_empty_pipeline,
     load_pipeline,

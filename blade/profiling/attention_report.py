@@ -12,7 +12,7 @@ import torch
 from blade.attention.pattern_plan import order_places
 from blade.attention.patterns import HeadPattern, pattern_blocks, pattern_density
 from blade.machine import describe_machine, describe_versions
-from blade.models import BUNDLED
+from blade.model_source import BUNDLED
 from blade.profiling.assignment import GreedyRule
 from blade.profiling.attention_profiler import ProfileReport
 from blade.profiling.candidates import USUAL_DENSITY, natural_order

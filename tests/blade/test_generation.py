@@ -23,7 +23,8 @@ from blade.generation import generate
 from blade.generation_files import GenerationReport, default_output, describe_score, generate_files, prompt_warning
 from blade.generation_record import read_request
 from blade.generation_request import MODEL_OPTIONS, STUDENT_OPTIONS, GenerationRequest, dense_request, resolve_request
-from blade.models import bundled_model_path, load_pipeline
+from blade.model_source import bundled_model_path
+from blade.models import load_pipeline
 from blade.video_io import read_mp4
 
 PROMPT = "a red ball moving right"

@@ -10,7 +10,7 @@ from transformers import UMT5Config
 from blade.cli.generate import main
 from blade.costs import forward_cost, run_cost
 from blade.generation_request import GenerationRequest
-from blade.models import ModelError
+from blade.model_source import ModelError
 from blade.planning import peak_bytes, plan_run
 
 

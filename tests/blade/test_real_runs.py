@@ -28,7 +28,8 @@ from blade.generation import generate
 from blade.generation_files import generate_files, generate_list, prepare_pipeline, read_prompts
 from blade.generation_record import read_request
 from blade.generation_request import GenerationRequest, resolve_request
-from blade.models import bytes_to_download, load_pipeline
+from blade.model_source import bytes_to_download
+from blade.models import load_pipeline
 from blade.video_io import encode_mp4, read_mp4
 
 PROMPT = "a red ball moving right"

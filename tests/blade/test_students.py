@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from blade import BladeConfig, apply_blade, blade_summary, load_student, unload_student
 from blade.attention.applied import applied_to
 from blade.config import AdaptiveConfig
-from blade.models import ModelError
+from blade.model_source import ModelError
 from blade.schedulers import FewStepScheduler
 
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")

@@ -10,7 +10,7 @@ from blade.config import BladeConfig
 from blade.evaluation.evaluation import Evaluation, plan_evaluation
 from blade.evaluation.evaluation_prompts import prompts_with_seeds
 from blade.evaluation.evaluation_runs import RunSettings, parse_run
-from blade.models import ModelError
+from blade.model_source import ModelError
 
 PROMPTS = prompts_with_seeds(["a red ball moving left"], (0,))
 
