@@ -45,9 +45,16 @@ ROWS: dict[str, tuple[str, ...]] = {
     "joint-4-rank-8": (*FOUR, "weights.rank=8", "weights.alpha=8"),
     "adapted": (*EIGHT, "generator.objective=imitation", "generator.ode_updates=0"),
     "sparse-first-4": (*FOUR, "weights.start_from={folder}/adapted-seed-{seed}"),
+    "joint-4-longer": (
+        "weights.start_from={folder}/joint-4-seed-{seed}",
+        "generator.ode_updates=0",
+        "run.updates=100",
+        "validation.every=50",
+    ),
 }
 """Students by name, and what of each differs from the recipe: the jointly trained one in 4 steps at sparsity 0.8.
-`adapted` has only learned to live with sparsity, at the teacher's own steps; `sparse-first-4` is distilled from it."""
+`adapted` has only learned to live with sparsity, at the teacher's own steps; `sparse-first-4` is distilled from it.
+`joint-4-longer` goes on from `joint-4`, with as many updates of TDM as that had."""
 
 RATES = (2e-4, 4e-4, 8e-4)
 """The student's learning rates that are tried; ODE initialization and the fake score take twice as much."""
@@ -114,11 +121,12 @@ def train(
     folder: Folder,
     rows: Annotated[list[str], typer.Argument(help="Names of rows.")],
     seed: Annotated[int, typer.Option(help="Seed of the training.")] = 0,
+    rate: Annotated[float | None, typer.Option(help="Learning rate; by default the one that was found.")] = None,
 ) -> None:
     """Train students with the learning rates that were found."""
     for row in rows:
-        rate = json.loads((folder / "search" / row / FOUND).read_text(encoding="utf-8"))["rate"]
-        config = _config(folder, row, rate, seed, f"output={folder / f'{row}-seed-{seed}'}")
+        own_rate = rate or json.loads((folder / "search" / row / FOUND).read_text(encoding="utf-8"))["rate"]
+        config = _config(folder, row, own_rate, seed, f"output={folder / f'{row}-seed-{seed}'}")
         with progress_line() as say:
             print(distill(config, on_progress=say), flush=True)
 

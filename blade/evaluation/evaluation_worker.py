@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from blade.acceleration import merge_loras
 from blade.evaluation.distribution import feature_count, latent_statistics
 from blade.evaluation.evaluation import EvaluationPlan
 from blade.evaluation.evaluation_prompts import EvaluationPrompt
@@ -32,7 +33,7 @@ from blade.models import load_pipeline, resolve_dtype
 from blade.moving_shapes.captions import parse_caption
 from blade.moving_shapes.realism import realism_error
 from blade.moving_shapes.scoring import score
-from blade.students import load_student, loaded_student, unload_student
+from blade.students import load_student
 from blade.video_io import encode_mp4, write_files
 
 KEPT_FIELDS = ("model", "device", "dtype", "blade_config", "fps", "machine", "versions")
@@ -85,7 +86,7 @@ def evaluate_videos(plan: EvaluationPlan, on_video: Callable[[Progress], None] |
     missing.sort(key=lambda pair: pair[1].student or "")  # one after the other, as loading one takes time
     if not missing:
         return
-    worker = _Worker(plan)
+    worker = _Worker(plan, missing[0][1].student)
     evaluation.folder.mkdir(parents=True, exist_ok=True)
     total, began = len(own) * len(runs), time.monotonic()
     for made, (prompt, run) in enumerate(missing, start=1):
@@ -97,23 +98,35 @@ def evaluate_videos(plan: EvaluationPlan, on_video: Callable[[Progress], None] |
 
 
 class _Worker:
-    """A loaded model, and the reference frames in the folder."""
+    """A loaded model or student, and the reference frames in the folder."""
 
-    def __init__(self, plan: EvaluationPlan) -> None:
+    def __init__(self, plan: EvaluationPlan, student: str | None) -> None:
         self.plan, self.evaluation = plan, plan.evaluation
         self.reference_motion = dict[Path, float]()
-        first = next(iter(plan.requests.values()))
-        assert first.device is not None
-        self.device = torch.device(first.device)
-        began = time.perf_counter()
+        self.device = torch.device(str(self._first_request.device))
+        self._load(student)
+        # encoding takes time and memory, and distances of distributions take more videos than features
+        self.enough_for_distances = len(plan.evaluation.prompts) > feature_count(self.pipe)
+
+    @property
+    def _first_request(self) -> GenerationRequest:
+        """The request of a run; model, device and dtype are the same in all."""
+        return next(iter(self.plan.requests.values()))
+
+    def _load(self, student: str | None) -> None:
+        """Load the model, and a student into its weights, so that it takes the time that it does in a generation."""
+        began, first = time.perf_counter(), self._first_request
+        self.pipe: Any = None  # which leaves the memory before the next one comes
         self.pipe = load_pipeline(
-            plan.evaluation.model,
+            self.evaluation.model,
             revision=first.revision,
             device=self.device,
             dtype=resolve_dtype(first.dtype, self.device),
         )
-        # encoding takes time and memory, and distances of distributions take more videos than features
-        self.enough_for_distances = len(plan.evaluation.prompts) > feature_count(self.pipe)
+        if student is not None:
+            load_student(self.pipe, student)
+            merge_loras(self.pipe)
+        self.student = student
         self.seconds_loading = time.perf_counter() - began
         self.pipe.set_progress_bar_config(disable=True)
 
@@ -171,12 +184,8 @@ class _Worker:
 
     def _generate(self, prompt: EvaluationPrompt, run: RunSettings) -> tuple[GenerationRequest, Generation]:
         request = replace(self.plan.requests[run.name], prompt=prompt.text, seed=prompt.seed)
-        loaded = loaded_student(self.pipe)
-        if run.student != (None if loaded is None else loaded.source):
-            if run.student is None:
-                unload_student(self.pipe)
-            else:
-                load_student(self.pipe, run.student)
+        if run.student != self.student:
+            self._load(run.student)
         return request, generate(self.pipe, request)
 
     def _reference_path(self, prompt: EvaluationPrompt, run: RunSettings) -> Path:
