@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,10 @@ from safetensors.torch import save_file
 
 from blade.cli.generate import main
 from blade.config import AdaptiveConfig, BladeConfig
+from blade.evaluation.evaluation import Evaluation, plan_evaluation
+from blade.evaluation.evaluation_prompts import prompts_with_seeds
+from blade.evaluation.evaluation_runs import parse_run
+from blade.evaluation.evaluation_worker import evaluate_videos
 from blade.generation_files import generate_files
 from blade.generation_record import read_request
 from blade.generation_request import GenerationRequest
@@ -59,6 +64,26 @@ def test_a_student_decides_steps_guidance_attention_and_sampler(saved_tiny_pipel
     planned = plan_run(request)
     assert (planned.request.steps, planned.request.guidance_scale, planned.cost.passes) == (3, 1.0, 3)
     assert planned.request.blade_config == CONFIG and f"student     {student}" in str(planned)
+
+
+def test_an_evaluation_makes_the_videos_of_a_generation(saved_tiny_pipeline, student, tmp_path):
+    settings = {name: TINY[name] for name in ("height", "width", "frames", "device")}
+    evaluation = Evaluation(
+        runs=(parse_run(f"few=student={student}"), parse_run("dense=dense,steps=2,guidance=1")),
+        prompts=prompts_with_seeds([TINY["prompt"]], (0,)),
+        folder=tmp_path / "evaluation",
+        model=str(saved_tiny_pipeline),
+        **settings,
+    )
+    evaluate_videos(plan_evaluation(evaluation))
+    model = GenerationRequest(model=str(saved_tiny_pipeline), **TINY)
+    for name, request in {
+        "few": replace(model, student=str(student)),
+        "dense": replace(model, attention="dense", steps=2, guidance_scale=1.0),
+    }.items():
+        (path,) = (evaluation.folder / "videos" / name).iterdir()
+        video = read_mp4(generate_files(request, tmp_path / f"{name}.mp4").video_path)
+        assert torch.equal(read_mp4(path), video), name
 
 
 def test_untrained_steps_are_refused(saved_tiny_pipeline, student, tmp_path):
