@@ -2,6 +2,7 @@
 
     python scripts/distill_shapes.py search runs/students joint-4 dense-4   # every row's learning rate
     python scripts/distill_shapes.py train runs/students joint-4 --seed 1   # a student with the rate that was found
+    python scripts/distill_shapes.py train runs/students joint-4-longer --seed 1 --rate 4e-4   # or with another
     python scripts/distill_shapes.py compare runs/students --shard 1/2      # all that are there, beside the teacher
     python scripts/distill_shapes.py ship runs/students                     # into the package
 
