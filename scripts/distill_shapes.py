@@ -6,8 +6,8 @@
     python scripts/distill_shapes.py compare runs/students --shard 1/2      # all that are there, beside the teacher
     python scripts/distill_shapes.py ship runs/students                     # into the package
 
-All rows have the same updates, and choose their learning rate from the same ones, by prompts of the training captions.
-Both go on where they were stopped.
+All rows but joint-4-longer have the same updates, and choose their learning rate from the same ones, by prompts of the
+training captions. Search and training go on where they were stopped.
 """
 
 import json
