@@ -6,6 +6,7 @@ guidance are compared.
 
 from __future__ import annotations
 
+import gc
 import io
 import time
 from collections.abc import Callable
@@ -117,6 +118,7 @@ class _Worker:
         """Load the model, and a student into its weights, so that it takes the time that it does in a generation."""
         began, first = time.perf_counter(), self._first_request
         self.pipe: Any = None  # which leaves the memory before the next one comes
+        gc.collect()
         self.pipe = load_pipeline(
             self.evaluation.model,
             revision=first.revision,
