@@ -350,7 +350,7 @@ def prepare_pipeline(request: GenerationRequest) -> tuple[Any, GenerationRequest
     load_loras(pipe, request.loras)
     if request.student is not None:
         weight = 1.0 if request.student_weight is None else request.student_weight
-        load_student(pipe, request.student, scheduler=request.scheduler, weight=weight)
+        load_student(pipe, request.student, scheduler=request.scheduler, weight=weight, noise_kept=request.noise_kept)
     resolved = replace(resolve_request(request, pipe), offload=offload, device=str(device))
     merge_loras(pipe)
     if request.quantize is not None:

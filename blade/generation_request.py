@@ -35,11 +35,11 @@ NO_STUDENT = "none"
 
 TEACHER_OPTIONS = (
     "negative_prompt", "attention", "config", *SPARSE_OPTIONS, "guidance_scale", "guidance_scale_2", "student_weight",
-    "scheduler", "flow_shift", "loras", "cache",
+    "scheduler", "noise_kept", "flow_shift", "loras", "cache",
 )  # fmt: skip
 """Fields of a request that say how a model itself is sampled, which a student has settled."""
 
-STUDENT_OPTIONS = ("student", "student_weight", "scheduler")
+STUDENT_OPTIONS = ("student", "student_weight", "scheduler", "noise_kept")
 """Fields of a request that belong to a student."""
 
 MODEL_OPTIONS = ("guidance_scale_2", "flow_shift", "loras", "cache", "image", "last_image", "video", "strength")
@@ -97,6 +97,8 @@ class GenerationRequest:
     """Strength of its LoRA; None takes 1."""
     scheduler: str | None = None
     """The times that the student was trained at, such as "999,856,665,399", where it doesn't bring them itself."""
+    noise_kept: float | None = None
+    """The share of the noise that the student's steps keep, in [0, 1]; None takes its own."""
     image: str | None = None
     """The first frame: an image file, or the address of one."""
     last_image: str | None = None
@@ -141,7 +143,9 @@ class GenerationRequest:
             raise ValueError(f"`seed` must be an integer from 0 to 2**63 - 1, got {self.seed!r}.")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise ValueError(f"`dtype` must be one of {', '.join(DTYPES)}, got {self.dtype!r}.")
-        for name in ("student_weight", "scheduler"):
+        if self.noise_kept is not None and not 0 <= self.noise_kept <= 1:
+            raise ValueError(f"`noise_kept` must be in [0, 1], got {self.noise_kept!r}.")
+        for name in STUDENT_OPTIONS:
             if getattr(self, name) is not None and self.student is None:
                 raise ValueError(f"`{name}` must not be given without `student`.")
         if self.scheduler is not None:

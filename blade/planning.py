@@ -110,7 +110,7 @@ def plan_run(request: GenerationRequest) -> RunPlan:
     pipe = pipeline_for(pipe, request.condition)
     student = None
     if request.student is not None:
-        student = read_student(pipe, request.student, scheduler=request.scheduler)
+        student = read_student(pipe, request.student, scheduler=request.scheduler, noise_kept=request.noise_kept)
     resolved = replace(resolve_request(request, pipe, student=student), device=str(device))
     assert resolved.frames is not None and resolved.height is not None and resolved.width is not None
     assert resolved.steps is not None and resolved.guidance_scale is not None

@@ -47,6 +47,8 @@ class StudentSettings:
     """Its attention."""
     steps: tuple[int, ...] | None
     """Its numbers of steps."""
+    noise_kept: float | None
+    """The share of the noise that its steps keep; None if another scheduler than `FewStepScheduler` samples it."""
 
 
 def bundled_student_path(name: str) -> Path:
@@ -66,8 +68,9 @@ def student_settings(source: str | Path) -> StudentSettings:
     """
     found = StudentFiles(str(source))
     scheduler = found.read_scheduler(None)
-    steps = scheduler.step_counts if isinstance(scheduler, FewStepScheduler) else None
-    return StudentSettings(found.read_config(None), steps)
+    if not isinstance(scheduler, FewStepScheduler):
+        return StudentSettings(found.read_config(None), None, None)
+    return StudentSettings(found.read_config(None), scheduler.step_counts, scheduler.config.noise_kept)
 
 
 class StudentFiles:

@@ -122,6 +122,7 @@ def load_student(
     scheduler: Any = None,
     steps: int | Sequence[int] | None = None,
     weight: float = 1.0,
+    noise_kept: float | None = None,
 ) -> Student:
     """Load a student onto a pipeline: its LoRA, its attention and its scheduler.
 
@@ -139,6 +140,8 @@ def load_student(
             of a `FewStepScheduler`, such as (999, 856, 665, 399) or "999,856,665,399".
         steps: the numbers of steps that it is trained for, where the source doesn't say.
         weight: strength of the LoRA.
+        noise_kept: the share of the noise that a step keeps, in [0, 1], in place of the student's own; see
+            `FewStepScheduler`.
 
     Returns:
         What was loaded; run the pipeline with its `steps` and `guidance_scale`.
@@ -148,7 +151,7 @@ def load_student(
     """
     unload_student(pipe, missing_ok=True)
     transformers = find_transformers(pipe)
-    found = _find(pipe, str(source), subfolder, weight_name, scheduler, steps)
+    found = _find(pipe, str(source), subfolder, weight_name, scheduler, steps, noise_kept)
     if found.is_whole and weight != 1.0:
         raise ValueError(f"`weight` must be 1: {source} is a whole transformer and no LoRA, got {weight}.")
     before = _Before(
@@ -181,18 +184,19 @@ def load_student(
     return found.student
 
 
-def read_student(pipe: Any, source: str | Path, *, scheduler: Any = None) -> Student:
+def read_student(pipe: Any, source: str | Path, *, scheduler: Any = None, noise_kept: float | None = None) -> Student:
     """What `load_student` would load, without its weights.
 
     Args:
         pipe: see `load_student`; its models may be empty.
         source: see `load_student`.
         scheduler: see `load_student`.
+        noise_kept: see `load_student`.
 
     Raises:
-        ValueError: if the source has no student of this model.
+        ValueError: if the source has no student of this model, or none that can be sampled so.
     """
-    return _find(pipe, str(source), None, None, scheduler, None).student
+    return _find(pipe, str(source), None, None, scheduler, None, noise_kept).student
 
 
 def unload_student(pipe: Any, *, missing_ok: bool = False) -> None:
@@ -276,6 +280,7 @@ def _find(
     weight_name: str | None,
     scheduler: Any,
     steps: int | Sequence[int] | None,
+    noise_kept: float | None,
 ) -> _Found:
     """Find a student's files, and out of them or of what is known of it how it is run; see `load_student`."""
     files = StudentFiles(source)
@@ -294,6 +299,13 @@ def _find(
         config = config or BladeConfig.from_preset(released.preset, "student")
         sampler = sampler or released.make_scheduler(pipe.scheduler)
         steps = steps or released.steps
+    if noise_kept is not None:
+        if not isinstance(sampler, FewStepScheduler):
+            sampled_by = type(pipe.scheduler if sampler is None else sampler).__name__
+            raise ValueError(
+                f"`noise_kept` must not be given: {source} is sampled by a {sampled_by}, which keeps all."
+            )
+        sampler = FewStepScheduler.from_config(sampler.config, noise_kept=noise_kept)
     if isinstance(sampler, FewStepScheduler):
         steps = sampler.step_counts
     counts = (steps,) if isinstance(steps, int) else None if steps is None else tuple(steps)

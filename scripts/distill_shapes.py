@@ -133,7 +133,10 @@ def train(
 
 
 def comparison(folder: Path, seeds: int) -> list[str]:
-    """The runs of the comparison: the teacher, and the students that are there, as `blade-evaluate` takes them."""
+    """The runs of the comparison: the teacher, and the students that are there, as `blade-evaluate` takes them.
+
+    Each student is sampled as it was trained, keeping the noise, and with noise that every step renews.
+    """
 
     def student(row: str, seed: int) -> Path:
         return folder / f"{row}-seed-{seed}"
@@ -141,13 +144,16 @@ def comparison(folder: Path, seeds: int) -> list[str]:
     attention = {"0.8": student("joint-4", 0), "0.9": student("joint-4-sparser", 0)}
     runs = [f"teacher-{steps}=dense,steps={steps},guidance=2" for steps in (50, 8, 4)]
     runs += [f"teacher-{steps}-sparse=config={attention['0.8']},steps={steps},guidance=2" for steps in (8, 4)]
-    for seed in range(seeds):
-        for row in ROWS:
-            if row != "adapted" and (student(row, seed) / WEIGHT_NAME).exists():
-                runs.append(f"{row}-seed-{seed}=student={student(row, seed)}")
+    for noise, kept in (("", 1), ("-renewed", 0)):
+        for seed in range(seeds):
+            for row in ROWS:
+                if row == "adapted" or not (student(row, seed) / WEIGHT_NAME).exists():
+                    continue
+                sampled = f"{noise}-seed-{seed}=student={student(row, seed)},noise_kept={kept}"
+                runs.append(f"{row}{sampled}")
                 if row in ("dense-4", "dense-8"):
                     runs += [
-                        f"{row}-afterwards-{sparsity}-seed-{seed}=student={student(row, seed)},config={source}"
+                        f"{row}-afterwards-{sparsity}{sampled},config={source}"
                         for sparsity, source in attention.items()
                         if source.exists()
                     ]

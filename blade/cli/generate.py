@@ -61,6 +61,9 @@ def generate(
     scheduler: Annotated[
         str | None, _option("Times that the student was trained at, such as 999,856,665,399, if it brings none.")
     ] = None,
+    noise_kept: Annotated[
+        float | None, _option("Share of the noise that the student's steps keep, 0 to 1; by default its own.")
+    ] = None,
     image: Annotated[str | None, _option("The first frame: an image file or its address.")] = None,
     last_image: Annotated[str | None, _option("The last frame, beside --image.")] = None,
     video: Annotated[str | None, _option("A video to change.")] = None,
@@ -122,6 +125,7 @@ def generate(
         "student": student,
         "student_weight": student_weight,
         "scheduler": scheduler,
+        "noise_kept": noise_kept,
         "image": image,
         "last_image": last_image,
         "video": video,

@@ -56,6 +56,8 @@ class TrajectoryConfig:
     """The grids themselves, one for each of `steps`."""
     noise_kept: float = 1.0
     """Share of the noise that a step keeps (BLADE's release: 0.9); below 1 no scheduler of Diffusers does the same."""
+    sampling_noise_kept: float | None = None
+    """The same of the finished student, where it shall be sampled otherwise than it was trained; none: as it was."""
     intervals: str = "separate"
     """`separate` (TDM) or `shared` (BLADE's release); with shared ones the fake score is told the step."""
     lowest_time: float = 20.0
@@ -65,7 +67,9 @@ class TrajectoryConfig:
 
     def __post_init__(self) -> None:
         check_choice("trajectory.intervals", self.intervals, INTERVALS)
-        check_number("trajectory.noise_kept", self.noise_kept, "in [0, 1]", lambda x: 0 <= x <= 1)
+        for name in ("noise_kept", "sampling_noise_kept"):
+            if getattr(self, name) is not None:
+                check_number(f"trajectory.{name}", getattr(self, name), "in [0, 1]", lambda x: 0 <= x <= 1)
         if self.flow_shift is not None:
             check_number("trajectory.flow_shift", self.flow_shift, "above 0", _positive)
 

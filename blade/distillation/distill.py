@@ -150,7 +150,9 @@ class _Job:
         self.pipe = self._load(random_weights)
         transformer = main_transformer(self.pipe)
         self.request = self._resolve()
-        self.sampler = self._make_sampler()
+        self.sampler = self._make_sampler(config.trajectory.noise_kept)
+        kept = config.trajectory.sampling_noise_kept
+        self.student_sampler = self.sampler if kept is None else self._make_sampler(kept)
         self.attention = student_attention(config.attention, _student_preset(transformer))
         found: PromptEmbeddings | ExampleConditions
         if random_weights:
@@ -211,8 +213,8 @@ class _Job:
         )
         return resolve_request(request, self.pipe)
 
-    def _make_sampler(self) -> FewStepScheduler:
-        """The student's sampler; its flow shift is the one that is recommended for the size where none is given."""
+    def _make_sampler(self, noise_kept: float) -> FewStepScheduler:
+        """A sampler of the student's times, with the flow shift that is recommended for the size if none is given."""
         trajectory, flow_shift = self.config.trajectory, self.config.trajectory.flow_shift
         if flow_shift is None and trajectory.times is None:
             flow_shift = self.request.flow_shift
@@ -221,7 +223,7 @@ class _Job:
             trajectory.steps,
             flow_shift=flow_shift,
             times=trajectory.times,
-            noise_kept=trajectory.noise_kept,
+            noise_kept=noise_kept,
         )
 
     def _embeddings(self, folder: Path, on_progress: Callable[[str], None], *, dry_run: bool) -> PromptEmbeddings:
@@ -260,6 +262,8 @@ class _Job:
         if processes.is_first:
             log = TrainingLog(output / LOG_NAME, stage="distillation", start=trainer.update, total=run.updates)
         ratios: list[float] = []
+        if trainer.update >= run.updates:
+            self._write_student(output, self.hours_before)  # which may be sampled otherwise from now on
         while trainer.update < run.updates:
             record = trainer.train_update()
             done = trainer.update
@@ -296,7 +300,7 @@ class _Job:
         prompts = config.prompts or list(self.prompts[: config.count])
         self._place_others(device)
         try:
-            return validate(self.trainer, self.request, prompts, folder, self.processes)
+            return validate(self.trainer, self.student_sampler, self.request, prompts, folder, self.processes)
         finally:
             self._place_others(torch.device("cpu"))
 
@@ -311,7 +315,7 @@ class _Job:
     def _save(self, output: Path, hours: float) -> None:
         """Write a checkpoint, and the student as it is now."""
         trainer, config = self.trainer, self.config
-        state, weights = trainer.state_dict(), trainer.student_weights()
+        state = trainer.state_dict()
         if self.processes.is_first:
             folder = output / CHECKPOINTS
             content = {
@@ -324,6 +328,13 @@ class _Job:
             save_checkpoint(folder / f"update-{trainer.update:06d}.pt", content)
             for old in sorted(folder.glob("update-*.pt"))[: -config.run.checkpoints_kept]:
                 old.unlink()
+        self._write_student(output, hours)
+
+    def _write_student(self, output: Path, hours: float) -> None:
+        """Write the student as it is now."""
+        trainer, config = self.trainer, self.config
+        weights = trainer.student_weights()
+        if self.processes.is_first:
             machine = describe_machine(self.processes.device)
             versions = describe_versions(PACKAGES)
             facts = {
@@ -345,7 +356,7 @@ class _Job:
                 transformer=main_transformer(self.pipe),
                 weights=weights,
                 config=config,
-                sampler=self.sampler,
+                sampler=self.student_sampler,
                 attention=self.attention,
                 facts=facts,
                 dtype=DTYPES[config.weights.saved_as] if config.weights.saved_as else self.kept_dtype,

@@ -17,6 +17,7 @@ FREE = (
     "embeddings",
     "trajectories",
     "trackers",
+    "trajectory.sampling_noise_kept",
     "validation",
     "run.updates",
     "run.checkpoint_every",

@@ -131,17 +131,18 @@ def _card(
         steps=" or ".join(str(count) for count in sampler.step_counts),
         stock=stock,
         why_not=why_not,
+        kept=sampler.config.noise_kept,
         **facts,
     )
 
 
 def stock_sampler(config: DistillationConfig, sampler: FewStepScheduler) -> tuple[str | None, str | None]:
-    """How a scheduler of Diffusers does the same.
+    """How a scheduler of Diffusers does the same as the student's in its training.
 
     Returns:
         The Python expression that makes one of the pipeline's own, and None; or None, and why there is none.
     """
-    if sampler.config.noise_kept < 1:
+    if config.trajectory.noise_kept < 1:
         return None, "every step renews a part of the noise, which no scheduler of Diffusers does at these times"
     if config.trajectory.times is not None:
         return None, "its times are its own, which no scheduler of Diffusers comes to"

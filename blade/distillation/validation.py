@@ -25,12 +25,18 @@ SCORES_NAME = "scores.json"
 
 
 def validate(
-    trainer: Trainer, request: GenerationRequest, prompts: Sequence[str], folder: Path, processes: Processes
+    trainer: Trainer,
+    sampler: FewStepScheduler,
+    request: GenerationRequest,
+    prompts: Sequence[str],
+    folder: Path,
+    processes: Processes,
 ) -> dict[str, float]:
     """Make the student's videos of some prompts, each with a seed of its own, at every number of its steps.
 
     Args:
         trainer: the training.
+        sampler: the finished student's.
         request: a resolved request, for all but prompt, seed and steps.
         prompts: what they show.
         folder: where they go.
@@ -42,7 +48,7 @@ def validate(
     """
     pipe, roles = trainer.pipe, trainer.roles
     scheduler = pipe.scheduler
-    pipe.scheduler = FewStepScheduler.from_config(trainer.sampler.config)
+    pipe.scheduler = FewStepScheduler.from_config(sampler.config)
     folder.mkdir(parents=True, exist_ok=True)
     trainer.use_averaged()
     try:

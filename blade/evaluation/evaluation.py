@@ -94,7 +94,7 @@ class EvaluationPlan:
     """An evaluation before it is made."""
 
     evaluation: Evaluation
-    """What was asked for, with the steps and the guidance of every run."""
+    """What was asked for, with the steps, the guidance and the noise kept of every run."""
     requests: dict[str, GenerationRequest]
     """What each run generates, by name; a video's prompt and seed take the place of those here."""
     fingerprint: str | None
@@ -135,10 +135,16 @@ def plan_evaluation(evaluation: Evaluation) -> EvaluationPlan:
         except ValueError as error:
             raise ValueError(f"run `{run.name}`: {error}") from error
         if run.student is not None:
-            request = replace(request, student=run.student, flow_shift=None)
+            kept = student_settings(run.student).noise_kept if run.noise_kept is None else run.noise_kept
+            request = replace(request, student=run.student, flow_shift=None, noise_kept=kept)
         requests[run.name] = replace(request, device=str(device))
     runs = [
-        replace(run, steps=requests[run.name].steps, guidance=requests[run.name].guidance_scale)
+        replace(
+            run,
+            steps=requests[run.name].steps,
+            guidance=requests[run.name].guidance_scale,
+            noise_kept=requests[run.name].noise_kept,
+        )
         for run in evaluation.runs
     ]
     return EvaluationPlan(

@@ -41,6 +41,8 @@ class RunSettings:
     """A folder, file or Hub id that holds a BLADE configuration."""
     student: str | None = None
     """A folder or Hub id of a few-step student; steps, guidance and attention are its own where none are given."""
+    noise_kept: float | None = None
+    """Share of the noise that the student's steps keep; None takes its own."""
     sparsity: float | None = None
     """Requested sparsity in [0, 1); None takes the configuration's."""
     dense_steps: int | float | None = None
@@ -61,6 +63,8 @@ class RunSettings:
             raise ValueError(f"`steps` must be at least 1, got {self.steps}.")
         if self.guidance is not None and not self.guidance >= 0:
             raise ValueError(f"`guidance` must be at least 0, got {self.guidance}.")
+        if self.noise_kept is not None and self.student is None:
+            raise ValueError("`noise_kept` must not be given without `student`.")
         given = self._given()
         if self.is_dense and given:
             raise ValueError(f'`{next(iter(given))}` must not be given where `attention` is "dense".')
@@ -73,7 +77,7 @@ class RunSettings:
 
     def is_reference_of(self, other: RunSettings) -> bool:
         """Whether this is `other` with dense attention."""
-        own, its = ((run.steps, run.guidance, run.student) for run in (self, other))
+        own, its = ((run.steps, run.guidance, run.student, run.noise_kept) for run in (self, other))
         return self.is_dense and own == its
 
     def blade_config(self, preset: Callable[[], BladeConfig]) -> BladeConfig | None:
@@ -118,6 +122,7 @@ READERS: dict[str, Callable[[str], Any]] = {
     "attention": str,
     "config": str,
     "student": str,
+    "noise_kept": float,
     "sparsity": float,
     "dense_steps": lambda value: parse_dense_steps(float(value)),
     "dense_layers": lambda value: () if value == "none" else parse_dense_layers(value.replace("+", ",")),

@@ -84,10 +84,11 @@ def evaluate_videos(plan: EvaluationPlan, on_video: Callable[[Progress], None] |
     # dense first: the others are compared with it
     runs = sorted(evaluation.runs, key=lambda run: not run.is_dense)
     missing = [(prompt, run) for prompt in own for run in runs if (run.name, *prompt.key) not in done]
-    missing.sort(key=lambda pair: pair[1].student or "")  # one after the other, as loading one takes time
+    # one student after the other, as loading one takes time
+    missing.sort(key=lambda pair: (pair[1].student or "", pair[1].noise_kept or 0.0))
     if not missing:
         return
-    worker = _Worker(plan, missing[0][1].student)
+    worker = _Worker(plan, missing[0][1])
     evaluation.folder.mkdir(parents=True, exist_ok=True)
     total, began = len(own) * len(runs), time.monotonic()
     for made, (prompt, run) in enumerate(missing, start=1):
@@ -101,11 +102,11 @@ def evaluate_videos(plan: EvaluationPlan, on_video: Callable[[Progress], None] |
 class _Worker:
     """A loaded model or student, and the reference frames in the folder."""
 
-    def __init__(self, plan: EvaluationPlan, student: str | None) -> None:
+    def __init__(self, plan: EvaluationPlan, first: RunSettings) -> None:
         self.plan, self.evaluation = plan, plan.evaluation
         self.reference_motion = dict[Path, float]()
         self.device = torch.device(str(self._first_request.device))
-        self._load(student)
+        self._load(first)
         # encoding takes time and memory, and distances of distributions take more videos than features
         self.enough_for_distances = len(plan.evaluation.prompts) > feature_count(self.pipe)
 
@@ -114,8 +115,8 @@ class _Worker:
         """The request of a run; model, device and dtype are the same in all."""
         return next(iter(self.plan.requests.values()))
 
-    def _load(self, student: str | None) -> None:
-        """Load the model, and a student into its weights, so that it takes the time that it does in a generation."""
+    def _load(self, run: RunSettings) -> None:
+        """Load a run's model, and its student into the weights, so that it takes the time of a generation."""
         began, first = time.perf_counter(), self._first_request
         self.pipe: Any = None  # which leaves the memory before the next one comes
         gc.collect()
@@ -125,10 +126,10 @@ class _Worker:
             device=self.device,
             dtype=resolve_dtype(first.dtype, self.device),
         )
-        if student is not None:
-            load_student(self.pipe, student)
+        if run.student is not None:
+            load_student(self.pipe, run.student, noise_kept=run.noise_kept)
             merge_loras(self.pipe)
-        self.student = student
+        self.loaded = (run.student, run.noise_kept)
         self.seconds_loading = time.perf_counter() - began
         self.pipe.set_progress_bar_config(disable=True)
 
@@ -186,13 +187,12 @@ class _Worker:
 
     def _generate(self, prompt: EvaluationPrompt, run: RunSettings) -> tuple[GenerationRequest, Generation]:
         request = replace(self.plan.requests[run.name], prompt=prompt.text, seed=prompt.seed)
-        if run.student != self.student:
-            self._load(run.student)
+        if (run.student, run.noise_kept) != self.loaded:
+            self._load(run)
         return request, generate(self.pipe, request)
 
     def _reference_path(self, prompt: EvaluationPrompt, run: RunSettings) -> Path:
-        settings = f"steps{run.steps}-guidance{run.guidance:g}"
-        return self.evaluation.folder / "references" / settings / f"{prompt.stem}.npz"
+        return self.evaluation.folder / "references" / run.name / f"{prompt.stem}.npz"
 
     def _reference(self, prompt: EvaluationPrompt, run: RunSettings) -> torch.Tensor:
         path = self._reference_path(prompt, run)

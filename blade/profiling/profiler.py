@@ -25,8 +25,8 @@ SOURCE_NAME = "source.json"
 """In a folder of recordings, what they are of."""
 
 SAME_FIELDS = (
-    "revision", "negative_prompt", "flow_shift", "dtype", "student", "student_weight", "scheduler", "loras",
-    "quantize",
+    "revision", "negative_prompt", "flow_shift", "dtype", "student", "student_weight", "scheduler", "noise_kept",
+    "loras", "quantize",
 )  # fmt: skip
 """Fields of a request, beside those of the source, that recordings of one folder have in common."""
 

@@ -65,8 +65,8 @@ def test_each_brings_its_steps_and_its_attention(pipe, steps, name):
 
 def test_stock_diffusers_samples_them_alike(pipe):
     """By the three lines of the card, but for attention, which is dense there."""
-    load_student(pipe, "shapes-4-steps")
-    request = GenerationRequest(prompt=PROMPT, student="shapes-4-steps", attention="dense")
+    load_student(pipe, "shapes-4-steps", noise_kept=1.0)  # as in its training
+    request = GenerationRequest(prompt=PROMPT, student="shapes-4-steps", noise_kept=1.0, attention="dense")
     own = generate(pipe, resolve_request(request, pipe)).video
     stock = load_pipeline()
     stock.set_progress_bar_config(disable=True)
@@ -142,9 +142,12 @@ def test_the_comparison_has_the_model_and_what_was_trained(tmp_path):
     for trained in ("joint-4-seed-0", "joint-4-sparser-seed-0", "dense-4-seed-0", "adapted-seed-0", "dense-8-seed-1"):
         (tmp_path / trained).mkdir()
         (tmp_path / trained / WEIGHT_NAME).touch()
-    assert {run.partition("=")[0] for run in SHIP["comparison"](tmp_path, 3)} == {
-        *("teacher-50", "teacher-8", "teacher-4", "teacher-8-sparse", "teacher-4-sparse"),
+    students = {
         *("dense-4-seed-0", "dense-4-afterwards-0.8-seed-0", "dense-4-afterwards-0.9-seed-0"),
         *("dense-8-seed-1", "dense-8-afterwards-0.8-seed-1", "dense-8-afterwards-0.9-seed-1"),
         *("joint-4-seed-0", "joint-4-sparser-seed-0"),
     }
+    runs = [run.partition("=")[0] for run in SHIP["comparison"](tmp_path, 3)]
+    teachers = {"teacher-50", "teacher-8", "teacher-4", "teacher-8-sparse", "teacher-4-sparse"}
+    assert set(runs) == teachers | students | {name.replace("-seed", "-renewed-seed") for name in students}
+    assert len(runs) == len(set(runs))

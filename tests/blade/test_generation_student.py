@@ -14,6 +14,7 @@ from blade.cli.generate import main
 from blade.config import AdaptiveConfig, BladeConfig
 from blade.evaluation.evaluation import Evaluation, plan_evaluation
 from blade.evaluation.evaluation_prompts import prompts_with_seeds
+from blade.evaluation.evaluation_records import read_records
 from blade.evaluation.evaluation_runs import parse_run
 from blade.evaluation.evaluation_worker import evaluate_videos
 from blade.generation_files import generate_files
@@ -69,7 +70,11 @@ def test_a_student_decides_steps_guidance_attention_and_sampler(saved_tiny_pipel
 def test_an_evaluation_makes_the_videos_of_a_generation(saved_tiny_pipeline, student, tmp_path):
     settings = {name: TINY[name] for name in ("height", "width", "frames", "device")}
     evaluation = Evaluation(
-        runs=(parse_run(f"few=student={student}"), parse_run("dense=dense,steps=2,guidance=1")),
+        runs=(
+            parse_run(f"few=student={student}"),
+            parse_run(f"renewed=student={student},noise_kept=0"),
+            parse_run("dense=dense,steps=2,guidance=1"),
+        ),
         prompts=prompts_with_seeds([TINY["prompt"]], (0,)),
         folder=tmp_path / "evaluation",
         model=str(saved_tiny_pipeline),
@@ -79,11 +84,37 @@ def test_an_evaluation_makes_the_videos_of_a_generation(saved_tiny_pipeline, stu
     model = GenerationRequest(model=str(saved_tiny_pipeline), **TINY)
     for name, request in {
         "few": replace(model, student=str(student)),
+        "renewed": replace(model, student=str(student), noise_kept=0.0),
         "dense": replace(model, attention="dense", steps=2, guidance_scale=1.0),
     }.items():
         (path,) = (evaluation.folder / "videos" / name).iterdir()
         video = read_mp4(generate_files(request, tmp_path / f"{name}.mp4").video_path)
         assert torch.equal(read_mp4(path), video), name
+
+
+def test_every_sparse_student_is_compared_with_itself_dense(saved_tiny_pipeline, student, tmp_path):
+    """Whatever the order in which the videos are made."""
+    settings = {name: TINY[name] for name in ("height", "width", "frames", "device")}
+    dense = [
+        parse_run(f"dense-{kept}=student={student},attention=dense,steps=2,noise_kept={kept}") for kept in (0.0, 1.0)
+    ]
+    sparse = [parse_run(f"sparse-{kept}=student={student},steps=2,noise_kept={kept}") for kept in (0.0, 1.0)]
+    evaluation = Evaluation(
+        runs=(*dense, *sparse),
+        prompts=prompts_with_seeds([TINY["prompt"]], (0,)),
+        folder=tmp_path / "at once",
+        model=str(saved_tiny_pipeline),
+        **settings,
+    )
+    apart = replace(evaluation, folder=tmp_path / "apart")
+    evaluate_videos(plan_evaluation(evaluation))
+    evaluate_videos(plan_evaluation(replace(apart, runs=tuple(dense))))
+    evaluate_videos(plan_evaluation(apart))
+    plan, plan_apart = plan_evaluation(evaluation), plan_evaluation(apart)
+    found, others = read_records(plan), read_records(plan_apart)
+    psnrs = {key[0]: record["psnr"] for key, record in found.items()}
+    assert psnrs == {key[0]: record["psnr"] for key, record in others.items()}
+    assert psnrs["dense-0.0"] is None and psnrs["sparse-0.0"] != psnrs["sparse-1.0"]
 
 
 def test_untrained_steps_are_refused(saved_tiny_pipeline, student, tmp_path):
@@ -116,12 +147,17 @@ def test_times_make_a_sampler_for_a_lora_that_brings_none(saved_tiny_pipeline, s
     assert not ended.value.code
     record = json.loads(output.with_suffix(".json").read_text())
     assert (record["steps"], record["scheduler"], record["student_weight"]) == (3, "1000,800,400", 0.5)
+    kept = read_request(output.with_suffix(".json"), {"noise_kept": 0.0})
+    assert (kept.noise_kept, kept.scheduler) == (0.0, "1000,800,400")
+    assert read_request(output.with_suffix(".json"), {"student": "another"}).noise_kept is None
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"scheduler": "999,500"}, "`scheduler` must not be given without `student`"),
+        ({"noise_kept": 0.5}, "`noise_kept` must not be given without `student`"),
+        ({"student": "x", "noise_kept": 1.5}, r"`noise_kept` must be in \[0, 1\], got 1.5"),
         ({"student": "x", "scheduler": "fast"}, "`scheduler` must be times separated by commas, .* got 'fast'"),
     ],
 )

@@ -9,6 +9,7 @@ from diffusers import (
     CogVideoXDPMScheduler,
     CogVideoXPipeline,
     CogVideoXTransformer3DModel,
+    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     UniPCMultistepScheduler,
     WanPipeline,
@@ -108,6 +109,17 @@ def test_weight_zero_is_no_lora(pipe, folder):
     apply_blade(pipe, CONFIG)
     pipe.scheduler = FewStepScheduler.like(pipe.scheduler, [TIMES], noise_kept=0.9)
     assert torch.equal(run(pipe), output)
+
+
+def test_another_share_of_the_noise_is_kept_where_it_is_asked_for(pipe, folder):
+    outputs = {}
+    for kept in (None, 0.9, 0.0):
+        load_student(pipe, folder, noise_kept=kept)
+        assert pipe.scheduler.config.noise_kept == (0.9 if kept is None else kept)
+        outputs[kept] = run(pipe)
+    assert torch.equal(outputs[None], outputs[0.9]) and not torch.equal(outputs[0.9], outputs[0.0])
+    with pytest.raises(ValueError, match=r"`noise_kept` must not be given: .* is sampled by a EulerDiscreteScheduler"):
+        load_student(pipe, folder, scheduler=EulerDiscreteScheduler(), noise_kept=0.5)
 
 
 def test_a_style_lora_keeps_its_strength_below_and_after(pipe, folder):

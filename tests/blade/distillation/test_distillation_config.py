@@ -41,6 +41,7 @@ def test_what_is_written_is_read_again(tmp_path):
         (["run.updates"], "must be `key=value`, got 'run.updates'"),
         (["generator.loss=cubic"], '`generator.loss` must be one of "squared", "huber", got \'cubic\''),
         (["trajectory.noise_kept=2"], "`trajectory.noise_kept` must be in"),
+        (["trajectory.sampling_noise_kept=-1"], "`trajectory.sampling_noise_kept` must be in"),
         (["attention.method=flash"], "`attention.method` must be one of"),
         (["weights.ema_decay=1.0"], "`weights.ema_decay` must be in"),
         (["run.precision=fp8"], "`run.precision` must be one of"),

@@ -16,6 +16,7 @@ from blade.distillation.config import load_config
 from blade.distillation.distill import distill
 from blade.models import load_pipeline
 from blade.schedulers import FewStepScheduler
+from blade.student_source import student_settings
 from blade.video_io import read_mp4
 
 SIZE = {"height": 64, "width": 64, "num_frames": 9}
@@ -74,10 +75,25 @@ def test_an_average_is_saved_where_it_is_asked_for(settings, tmp_path):
     assert not torch.equal(averaged[name], last[name])
 
 
+def test_it_is_sampled_as_the_configuration_says(settings):
+    """What was trained is the same, and of a finished run the sampler alone is written anew."""
+    folder = trained(settings("kept", "trajectory.sampling_noise_kept=1"))
+    weights = (folder / "pytorch_lora_weights.safetensors").read_bytes()
+    assert student_settings(folder).noise_kept == 1
+    assert trained(settings("kept", "trajectory.sampling_noise_kept=0.25")) == folder
+    assert student_settings(folder).noise_kept == 0.25
+    assert (folder / "pytorch_lora_weights.safetensors").read_bytes() == weights
+    card = (folder / "README.md").read_text()
+    assert "Share of the noise that a step keeps: 0.25, in training 1." in card
+    assert "every step keeps its noise there, as in training" in card
+    trained(settings("renewed", "trajectory.sampling_noise_kept=0.25"))
+    assert (folder.parent / "renewed" / "pytorch_lora_weights.safetensors").read_bytes() == weights
+
+
 def test_a_stock_pipeline_samples_it(settings, pipe, capsys):
     """The three lines of the model card: without BLADE, the attention is dense, and times are whole numbers."""
     folder = trained(settings("out", "attention.method=dense"))
-    load_student(pipe, folder)
+    load_student(pipe, folder, noise_kept=1.0)
     ours = latents(pipe, 2)
     unload_student(pipe)
     card = (folder / "README.md").read_text()

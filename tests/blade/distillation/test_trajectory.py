@@ -63,9 +63,11 @@ def test_a_stock_scheduler_samples_nearly_the_same(model, bound, steps):
 
 
 def test_what_no_stock_scheduler_can():
-    assert "renews" in stock_sampler(DistillationConfig(), make_sampler(FLOW, [4], noise_kept=0.9))[1]
-    assert "how many steps" in stock_sampler(DistillationConfig(), make_sampler(FLOW, [4, 8]))[1]
     config = DistillationConfig()
+    assert "how many steps" in stock_sampler(config, make_sampler(FLOW, [4, 8]))[1]
+    config.trajectory.noise_kept = 0.9
+    assert "renews" in stock_sampler(config, make_sampler(FLOW, [4], noise_kept=0.9))[1]
+    config.trajectory.noise_kept = 1.0
     config.trajectory.times = [[900.0, 500.0]]
     assert "its own" in stock_sampler(config, make_sampler(FLOW, [2], times=[[900.0, 500.0]]))[1]
 

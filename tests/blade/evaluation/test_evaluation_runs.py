@@ -69,6 +69,7 @@ def test_defaults_fill_in_what_a_run_leaves_open():
         ("x=attention=asa,sparsity=1", "`sparsity`"),
         ("x=sparsity=0.5", '`attention` is "dense"'),
         ("x=guidance=-1", "`guidance`"),
+        ("x=noise_kept=0.5", "`noise_kept` must not be given without `student`"),
     ],
 )
 def test_bad_runs_are_refused(text, message):
@@ -112,6 +113,7 @@ def test_a_student_brings_its_attention_steps_and_guidance(tmp_path):
     run = parse_run(f"joint=student={tmp_path}", steps=None)
     assert (run.student, run.attention, run.steps) == (str(tmp_path), None, None)
     assert run.blade_config(lambda: BladeConfig()).sparsity == 0.7
+    assert run.noise_kept is None and parse_run(f"joint=student={tmp_path},noise_kept=0.5").noise_kept == 0.5
     dense = parse_run(f"dense=student={tmp_path},attention=dense")
     assert dense.is_dense and dense.blade_config(lambda: BladeConfig()) is None
     assert not parse_run("teacher=dense").is_reference_of(run)
