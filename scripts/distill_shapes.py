@@ -3,6 +3,7 @@
     python scripts/distill_shapes.py search runs/students joint-4 dense-4   # every row's learning rate
     python scripts/distill_shapes.py train runs/students joint-4 --seed 1   # a student with the rate that was found
     python scripts/distill_shapes.py train runs/students joint-4-longer --seed 1 --rate 4e-4   # or with another
+    python scripts/distill_shapes.py average runs/students joint-4          # the mean of a row's trainings
     python scripts/distill_shapes.py compare runs/students --shard 1/2      # all that are there, beside the teacher
     python scripts/distill_shapes.py ship runs/students                     # into the package
 
@@ -11,17 +12,20 @@ training captions. Search and training go on where they were stopped.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 import yaml
+from safetensors.torch import load_file, save
 
 from blade.cli.command import keep_freed_memory, progress_line
 from blade.cli.evaluate import main as evaluate
 from blade.distillation.config import DistillationConfig, load_config
 from blade.distillation.distill import VALIDATION, distill
+from blade.distillation.student_files import CARD_NAME, CONFIG_NAME
 from blade.distillation.validation import means
 from blade.student_source import BUNDLED_STUDENTS, STUDENT_FILES, WEIGHT_NAME, bundled_student_path
 from blade.video_io import write_files
@@ -69,8 +73,11 @@ SEARCH_PROMPTS = 32
 FOUND = "rate.json"
 """Where a row's learning rate is kept."""
 
-SHIPPED = {"joint-4": BUNDLED_STUDENTS[4], "joint-8": BUNDLED_STUDENTS[8]}
-"""Rows whose students ship with the package, and their names there."""
+AVERAGE = "average"
+"""What a mean of trainings is called instead of their seeds."""
+
+SHIPPED = {f"joint-4-{AVERAGE}": BUNDLED_STUDENTS[4], "joint-8-seed-0": BUNDLED_STUDENTS[8]}
+"""Students that ship with the package, and their names there."""
 
 app = typer.Typer(add_completion=False, help=__doc__)
 Folder = Annotated[Path, typer.Argument(help="Folder of all students.")]
@@ -157,7 +164,61 @@ def comparison(folder: Path, seeds: int) -> list[str]:
                         for sparsity, source in attention.items()
                         if source.exists()
                     ]
-    return runs
+    averages = [f"{row}-{AVERAGE}" for row in ROWS if (folder / f"{row}-{AVERAGE}" / WEIGHT_NAME).exists()]
+    return runs + [f"{name}=student={folder / name},noise_kept=1" for name in averages]
+
+
+@app.command()
+def average(
+    folder: Folder,
+    row: Annotated[str, typer.Argument(help="Name of a row.")],
+    seeds: Annotated[int, typer.Option(help="Trainings, of the seeds from 0 on.")] = 3,
+) -> None:
+    """Make one student of several trainings of a row, whose LoRAs it has the mean of."""
+    sources = [folder / f"{row}-seed-{seed}" for seed in range(seeds)]
+    missing = [source.name for source in sources if not (source / WEIGHT_NAME).exists()]
+    if missing:
+        raise typer.BadParameter(f"needs a training of every seed, and there is no {missing[0]}.")
+    weights = [load_file(source / WEIGHT_NAME) for source in sources]
+    config = load_config(str(sources[0] / CONFIG_NAME))
+    mean, kept = mean_lora(weights, config.weights.rank)
+    target = folder / f"{row}-{AVERAGE}"
+    contents = {
+        target / path.relative_to(sources[0]): path.read_bytes()
+        for pattern in STUDENT_FILES
+        for path in sources[0].glob(pattern)
+    }
+    contents[target / WEIGHT_NAME] = save({name: one.contiguous() for name, one in mean.items()})
+    card = contents[target / CARD_NAME].decode().replace(sources[0].name, target.name)
+    contents[target / CARD_NAME] = _averages_card(card, config.weights.rank, seeds).encode()
+    for path in contents:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    write_files(contents)
+    print(f"{target}: rank {config.weights.rank} holds {kept:.2%} of the mean's squared norm")
+
+
+def mean_lora(loras: Sequence[Mapping[str, torch.Tensor]], rank: int) -> tuple[dict[str, torch.Tensor], float]:
+    """Return the mean of LoRAs as one.
+
+    Args:
+        loras: by Diffusers' keys, A (rank, columns) and B (rows, rank) of each layer.
+        rank: of the result, which is the nearest of this rank.
+
+    Returns:
+        The LoRA, of the type of the first, and the share of the mean's squared norm that it holds.
+    """
+    found, held, whole = dict[str, torch.Tensor](), 0.0, 0.0
+    for first in (name for name in loras[0] if ".lora_A." in name):
+        second = first.replace(".lora_A.", ".lora_B.")
+        down = torch.cat([lora[first].float() for lora in loras])
+        up = torch.cat([lora[second].float() for lora in loras], dim=1) / len(loras)
+        (up, up_rest), (down, down_rest) = torch.linalg.qr(up), torch.linalg.qr(down.T)
+        left, values, right = torch.linalg.svd(up_rest @ down_rest.T)
+        held, whole = held + float(values[:rank].square().sum()), whole + float(values.square().sum())
+        root = values[:rank].sqrt()
+        found[first] = (root[:, None] * (right[:rank] @ down.T)).to(loras[0][first].dtype)
+        found[second] = (up @ left[:, :rank] * root).to(loras[0][second].dtype)
+    return found, held / whole
 
 
 @app.command()
@@ -178,10 +239,10 @@ def compare(
 
 
 @app.command()
-def ship(folder: Folder, seed: Annotated[int, typer.Option(help="Seed of the training.")] = 0) -> None:
+def ship(folder: Folder) -> None:
     """Put the students of 4 and of 8 steps where the package has them, under their names there."""
-    for row, name in SHIPPED.items():
-        source, target = folder / f"{row}-seed-{seed}", bundled_student_path(name)
+    for student, name in SHIPPED.items():
+        source, target = folder / student, bundled_student_path(name)
         contents: dict[Path, bytes] = {}
         for path in sorted(found for pattern in STUDENT_FILES for found in source.glob(pattern)):
             content = path.read_bytes()
@@ -193,6 +254,23 @@ def ship(folder: Folder, seed: Annotated[int, typer.Option(help="Seed of the tra
             (target / path.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
         write_files(contents)
         print(target)
+
+
+def _averages_card(card: str, rank: int, seeds: int) -> str:
+    """The card of a mean of trainings, from that of the first of them."""
+    scores = card.index("In the training's last validation")
+    changes = {
+        card[scores : card.index("\n", scores)]: "Not measured by the trainings.",
+        f"- Trained: a LoRA of rank {rank}.": f"- Trained: {seeds} LoRAs of rank {rank}, of the seeds from 0 on; "
+        f"these weights are their mean, brought to rank {rank} by its singular values.",
+        "makes it again.": "makes the first of them again.",
+        "- Trained on": "- Each was trained on",
+    }
+    for old, new in changes.items():
+        if card.count(old) != 1:
+            raise ValueError(f"The card of the first training must have {old!r} once.")
+        card = card.replace(old, new)
+    return card
 
 
 def _with_own_name(card: str, old: str, new: str) -> str:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import runpy
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+import typer
 from diffusers import DPMSolverMultistepScheduler
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from blade import load_student
 from blade.cli.generate import main
@@ -115,8 +117,8 @@ def test_the_command_says_which_it_took_and_how_to_do_without(tmp_path, capsys):
 
 def test_shipping_leaves_the_trainings_folders_behind(tmp_path, monkeypatch):
     trained = tmp_path / "trained"
-    for row in SHIP["SHIPPED"]:
-        folder = trained / f"{row}-seed-0"
+    for name in SHIP["SHIPPED"]:
+        folder = trained / name
         (folder / "scheduler").mkdir(parents=True)
         (folder / "checkpoints").mkdir()
         (folder / WEIGHT_NAME).write_bytes(b"weights")
@@ -124,9 +126,7 @@ def test_shipping_leaves_the_trainings_folders_behind(tmp_path, monkeypatch):
         (folder / "distillation.yaml").write_text(
             f"output: {folder}\nembeddings: {trained}/embeddings\nmodel: bundled\n"
         )
-        (folder / "README.md").write_text(
-            f'load_lora_weights("{row}-seed-0")\n--student {row}-seed-0\n## What it scores\n\nx\n'
-        )
+        (folder / "README.md").write_text(f'load_lora_weights("{name}")\n--student {name}\n## What it scores\n\nx\n')
     ship = SHIP["ship"]
     monkeypatch.setitem(ship.__globals__, "bundled_student_path", lambda name: tmp_path / "shipped" / name)
     ship(trained)
@@ -138,8 +138,53 @@ def test_shipping_leaves_the_trainings_folders_behind(tmp_path, monkeypatch):
     assert "docs/distillation.md" in card and "seed" not in card
 
 
+def test_a_mean_of_trainings_is_one_student(tmp_path, capsys):
+    """Of three whose updates are 0, 1 and 2 times one student's, it is that student."""
+    source = bundled_student_path("shapes-8-steps")
+    weights = load_file(source / WEIGHT_NAME)
+    for seed in range(3):
+        folder = shutil.copytree(source, tmp_path / f"joint-8-seed-{seed}")
+        save_file(
+            {name: seed * one if "lora_B" in name else one for name, one in weights.items()}, folder / WEIGHT_NAME
+        )
+    SHIP["average"](tmp_path, "joint-8")
+    assert "rank 64 holds 100.00% of the mean's squared norm" in capsys.readouterr().out
+    mean = load_file(tmp_path / "joint-8-average" / WEIGHT_NAME)
+    assert mean.keys() == weights.keys()
+    for first in (name for name in weights if "lora_A" in name):
+        found, wanted = (
+            one[first.replace("lora_A", "lora_B")].float() @ one[first].float() for one in (mean, weights)
+        )
+        assert (found - wanted).norm() < 2e-3 * wanted.norm(), first  # they are kept in half precision
+    card = (tmp_path / "joint-8-average" / "README.md").read_text()
+    assert "3 LoRAs of rank 64, of the seeds from 0 on" in card and "Not measured by the trainings." in card
+    assert load_config(tmp_path / "joint-8-average" / "distillation.yaml").trajectory.steps == [8]
+    with pytest.raises(typer.BadParameter, match="there is no joint-8-seed-3"):
+        SHIP["average"](tmp_path, "joint-8", seeds=4)
+
+
+def test_a_mean_of_lower_rank_is_the_nearest():
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"x.lora_A.weight": (2, 7), "x.lora_B.weight": (5, 2)}
+    loras = [{name: torch.randn(shape, generator=generator) for name, shape in shapes.items()} for _ in range(3)]
+    mean = sum(lora["x.lora_B.weight"] @ lora["x.lora_A.weight"] for lora in loras) / 3
+    found, held = SHIP["mean_lora"](loras, 2)
+    left, values, right = torch.linalg.svd(mean, full_matrices=False)
+    assert torch.allclose(
+        found["x.lora_B.weight"] @ found["x.lora_A.weight"], left[:, :2] * values[:2] @ right[:2], atol=1e-5
+    )
+    assert held == pytest.approx(float(values[:2].square().sum() / values.square().sum()))
+
+
 def test_the_comparison_has_the_model_and_what_was_trained(tmp_path):
-    for trained in ("joint-4-seed-0", "joint-4-sparser-seed-0", "dense-4-seed-0", "adapted-seed-0", "dense-8-seed-1"):
+    for trained in (
+        "joint-4-seed-0",
+        "joint-4-average",
+        "joint-4-sparser-seed-0",
+        "dense-4-seed-0",
+        "adapted-seed-0",
+        "dense-8-seed-1",
+    ):
         (tmp_path / trained).mkdir()
         (tmp_path / trained / WEIGHT_NAME).touch()
     students = {
@@ -149,5 +194,7 @@ def test_the_comparison_has_the_model_and_what_was_trained(tmp_path):
     }
     runs = [run.partition("=")[0] for run in SHIP["comparison"](tmp_path, 3)]
     teachers = {"teacher-50", "teacher-8", "teacher-4", "teacher-8-sparse", "teacher-4-sparse"}
-    assert set(runs) == teachers | students | {name.replace("-seed", "-renewed-seed") for name in students}
+    assert set(runs) == teachers | {"joint-4-average"} | students | {
+        name.replace("-seed", "-renewed-seed") for name in students
+    }
     assert len(runs) == len(set(runs))
