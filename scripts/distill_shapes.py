@@ -76,7 +76,7 @@ FOUND = "rate.json"
 AVERAGE = "average"
 """What a mean of trainings is called instead of their seeds."""
 
-SHIPPED = {f"joint-4-{AVERAGE}": BUNDLED_STUDENTS[4], "joint-8-seed-0": BUNDLED_STUDENTS[8]}
+SHIPPED = {"joint-4-seed-0": BUNDLED_STUDENTS[4], "joint-8-seed-0": BUNDLED_STUDENTS[8]}
 """Students that ship with the package, and their names there."""
 
 app = typer.Typer(add_completion=False, help=__doc__)

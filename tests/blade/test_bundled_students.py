@@ -67,8 +67,8 @@ def test_each_brings_its_steps_and_its_attention(pipe, steps, name):
 
 def test_stock_diffusers_samples_them_alike(pipe):
     """By the three lines of the card, but for attention, which is dense there."""
-    load_student(pipe, "shapes-4-steps", noise_kept=1.0)  # as in its training
-    request = GenerationRequest(prompt=PROMPT, student="shapes-4-steps", noise_kept=1.0, attention="dense")
+    load_student(pipe, "shapes-4-steps")
+    request = GenerationRequest(prompt=PROMPT, student="shapes-4-steps", attention="dense")
     own = generate(pipe, resolve_request(request, pipe)).video
     stock = load_pipeline()
     stock.set_progress_bar_config(disable=True)
