@@ -44,7 +44,7 @@ EIGHT = (
 ROWS: dict[str, tuple[str, ...]] = {
     "dense-8": (*EIGHT, "attention.method=dense"),
     "dense-4": (*FOUR, "attention.method=dense"),
-    "joint-8": EIGHT,
+    "joint-8": (*EIGHT, "trajectory.sampling_noise_kept=0"),
     "joint-4": FOUR,
     "joint-4-sparser": (*FOUR, "attention.sparsity=0.9"),
     "joint-4-rank-8": (*FOUR, "weights.rank=8", "weights.alpha=8"),
