@@ -8,9 +8,9 @@ if TYPE_CHECKING:
     from blade_kernels.block_sparse.api import block_sparse_attention
 
     from blade.attention.apply import apply_blade, remove_blade, use_blade
+    from blade.attention.config import BladeConfig
     from blade.attention.summary import blade_summary
-    from blade.config import BladeConfig
-    from blade.students import load_student, push_student, unload_student
+    from blade.students.loading import load_student, push_student, unload_student
     from blade.token_grid import TokenGrid
 
 __all__ = [
@@ -28,16 +28,16 @@ __all__ = [
 ]
 
 _HOMES = {
-    "BladeConfig": "blade.config",
+    "BladeConfig": "blade.attention.config",
     "BlockMask": "blade_kernels.block_mask",
     "TokenGrid": "blade.token_grid",
     "apply_blade": "blade.attention.apply",
     "blade_summary": "blade.attention.summary",
     "block_sparse_attention": "blade_kernels.block_sparse.api",
-    "load_student": "blade.students",
-    "push_student": "blade.students",
+    "load_student": "blade.students.loading",
+    "push_student": "blade.students.loading",
     "remove_blade": "blade.attention.apply",
-    "unload_student": "blade.students",
+    "unload_student": "blade.students.loading",
     "use_blade": "blade.attention.apply",
 }
 

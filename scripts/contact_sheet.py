@@ -7,7 +7,9 @@ from typing import Annotated
 import torch
 import typer
 
-from blade.video_io import contact_sheet, encode_png, read_mp4, write_files
+from blade.common.files import write_files
+from blade.media.pictures import contact_sheet, encode_png
+from blade.media.video import read_mp4
 
 
 def main(

@@ -13,12 +13,12 @@ from diffusers import CogVideoXTransformer3DModel, HunyuanVideoTransformer3DMode
 from torch import nn
 
 from blade import BladeConfig
-from blade.attention.family import find_family
 from blade.attention.pattern_table import uniform_table
 from blade.attention.patterns import HeadPattern, diagonal_density, pattern_density
-from blade.costs import PARTS, ForwardCost, forward_cost, run_cost
-from blade.evaluation.report_tables import markdown_table, write_table
-from blade.machine import describe_versions
+from blade.common.machine import describe_versions
+from blade.common.tables import markdown_table, write_table
+from blade.families.lookup import find_family
+from blade.models.costs import PARTS, ForwardCost, forward_cost, run_cost
 from blade.profiling.candidates import pattern_of_density
 from blade.token_grid import TokenGrid
 

@@ -23,12 +23,12 @@ from safetensors.torch import load_file, save
 
 from blade.cli.command import keep_freed_memory, progress_line
 from blade.cli.evaluate import main as evaluate
+from blade.common.files import write_files
 from blade.distillation.config import DistillationConfig, load_config
-from blade.distillation.distill import VALIDATION, distill
 from blade.distillation.student_files import CARD_NAME, CONFIG_NAME
 from blade.distillation.validation import means
-from blade.student_source import BUNDLED_STUDENTS, STUDENT_FILES, WEIGHT_NAME, bundled_student_path
-from blade.video_io import write_files
+from blade.distillation.workflow import VALIDATION, distill
+from blade.students.source import BUNDLED_STUDENTS, STUDENT_FILES, WEIGHT_NAME, bundled_student_path
 
 RECIPE = "shapes"
 

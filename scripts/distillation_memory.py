@@ -13,10 +13,10 @@ import torch
 import typer
 from diffusers import WanTransformer3DModel
 
+from blade.common.machine import GIB, describe_versions
+from blade.common.tables import markdown_table, write_table
 from blade.distillation.roles import TRAINED, Lora, adapter_roles, separate_roles
-from blade.evaluation.report_tables import markdown_table, write_table
-from blade.machine import GIB, describe_versions
-from blade.models import load_pipeline
+from blade.models.loading import load_pipeline
 
 MADE = "moving shapes"
 

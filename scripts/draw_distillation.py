@@ -9,8 +9,8 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patches import FancyBboxPatch
 
+from blade.common.files import write_files
 from blade.distillation.trajectory import flow_times
-from blade.video_io import write_files
 
 STUDENT, FAKE, TEACHER, PALE = "#d1495b", "#edae49", "#5b83b8", "#f2f2f2"
 STEPS, SHIFT, SHOWN = 4, 3.0, 2

@@ -11,7 +11,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
-from blade.video_io import write_files
+from blade.common.files import write_files
 
 KEPT, CHOSEN, PALE, POOLED = "#9db8d9", "#d1495b", "#f2f2f2", "#edae49"
 ROW, COLUMN, BLOCKS = 3, 5, 8

@@ -8,9 +8,9 @@ from typing import Annotated
 import typer
 
 from blade.attention.patterns import HeadPattern, Window, pattern_density
-from blade.evaluation.attention_benchmark import MODELS
-from blade.evaluation.report_tables import markdown_table, write_table
-from blade.machine import describe_versions
+from blade.benchmarks.attention import MODELS
+from blade.common.machine import describe_versions
+from blade.common.tables import markdown_table, write_table
 
 BLOCK_SIZE = 128
 ORDERS = ("raster", "token_major", "gilbert", "bricks(2,8,8)")

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from playwright.sync_api import sync_playwright
 
-from blade.video_io import write_files
+from blade.common.files import write_files
 
 OPTIONS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 """The sandbox does not start for root."""

@@ -17,7 +17,7 @@ from blade_kernels.block_sparse.api import block_sparse_attention, resolve_imple
 from blade_kernels.block_sparse.pooled import PooledTokens, pool_tokens
 
 from blade.attention.budget import BlockBudget, configured_budget
-from blade.config import AdaptiveConfig, BladeConfig
+from blade.attention.config import AdaptiveConfig, BladeConfig
 from blade.token_grid import TokenGrid
 
 DRAWN_STEPS = 64

@@ -15,11 +15,11 @@ from diffusers.hooks import HookRegistry, ModelHook
 from torch import nn
 
 from blade.attention.adaptive import AdaptivePlan
-from blade.attention.family import Inputs, ModelFamily
+from blade.attention.config import BladeConfig
 from blade.attention.layer import Plan, SparseLayer
 from blade.attention.methods import Method, method_of
 from blade.attention.steps import ASSUMED_STEPS, StepResolver
-from blade.config import BladeConfig
+from blade.families.protocol import Inputs, ModelFamily
 from blade.token_grid import TokenGrid
 
 logger = logging.getLogger("blade")

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from blade.config import BladeConfig
+from blade.attention.config import BladeConfig
 from blade.token_grid import TokenGrid
 
 

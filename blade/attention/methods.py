@@ -7,9 +7,9 @@ from typing import Protocol
 import torch
 
 from blade.attention.adaptive import DRAWN_STEPS, AdaptivePlan, draw_table
+from blade.attention.config import BladeConfig
 from blade.attention.layer import Plan
 from blade.attention.pattern_plan import PatternPlan, pattern_tables
-from blade.config import BladeConfig
 from blade.token_grid import TokenGrid
 
 _ROUNDED_TO = 16  # steps that the adaptive method's tables have more from one size to the next

@@ -10,9 +10,9 @@ from blade_kernels.block_sparse.api import block_sparse_attention, resolve_imple
 from torch import Tensor
 
 from blade.attention.adaptive import DRAWN_STEPS, AdaptivePlan, draw_table, select
+from blade.attention.config import BladeConfig
 from blade.attention.pattern_table import PatternTable
 from blade.attention.patterns import pattern_blocks
-from blade.config import BladeConfig
 from blade.token_grid import TokenGrid
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from blade.attention.patterns import HeadPattern
-from blade.checks import check_integer
+from blade.common.checks import check_integer
 from blade.token_grid import TokenGrid, check_token_order
 
 TABLE_NAME = "pattern_table.json"

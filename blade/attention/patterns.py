@@ -16,7 +16,7 @@ from blade_kernels.block_mask import BlockMask
 from torch import Tensor
 from torch.nn import functional
 
-from blade.checks import check_choice, check_flag, check_integer, check_number
+from blade.common.checks import check_choice, check_flag, check_integer, check_number
 from blade.token_grid import TokenGrid, check_token_order
 
 PatternKind = Literal["full", "skip", "diagonal", "multi_diagonal", "vertical", "window", "asa"]

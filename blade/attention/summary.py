@@ -11,9 +11,9 @@ import torch
 
 from blade.attention.adaptive import AdaptivePlan
 from blade.attention.applied import AppliedBlade, applied_to
-from blade.attention.apply import find_transformers
 from blade.attention.budget import BlockBudget
-from blade.config import BladeConfig
+from blade.attention.config import BladeConfig
+from blade.families.transformers import find_transformers
 from blade.token_grid import TokenGrid
 
 

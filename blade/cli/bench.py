@@ -57,14 +57,8 @@ def attention(
     # imported here, so that --help and usage errors don't wait for PyTorch
     from rich.console import Console
 
-    from blade.evaluation.attention_benchmark import (
-        MODELS,
-        PASSES,
-        AttentionBenchmark,
-        AttentionShape,
-        run_attention_benchmark,
-    )
-    from blade.evaluation.attention_report import tables, write_report
+    from blade.benchmarks.attention import MODELS, PASSES, AttentionBenchmark, AttentionShape, run_attention_benchmark
+    from blade.benchmarks.attention_report import tables, write_report
 
     if model is None:
         lengths = _numbers("--tokens", tokens, int)
@@ -131,8 +125,8 @@ def generate(
     """Time a model's videos at full size: dense with guidance, sparse with guidance, and sparse with few steps."""
     from rich.console import Console
 
-    from blade.evaluation.generation_benchmark import GenerationBenchmark, run_generation_benchmark
-    from blade.evaluation.generation_report import tables, write_report
+    from blade.benchmarks.generation import GenerationBenchmark, run_generation_benchmark
+    from blade.benchmarks.generation_report import tables, write_report
 
     if pooled_tokens not in ("none", "all", "dropped"):
         raise ValueError(f"`--pooled-tokens` must be none, all or dropped, got {pooled_tokens!r}.")

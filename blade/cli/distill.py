@@ -36,10 +36,10 @@ def distill(
     # imported here, so that --help and usage errors don't wait for PyTorch
     from accelerate import PartialState
 
+    from blade.common.files import write_files
     from blade.distillation.config import load_config
-    from blade.distillation.distill import distill
     from blade.distillation.reports import Estimate
-    from blade.video_io import write_files
+    from blade.distillation.workflow import distill
 
     if report is not None and not dry_run:
         raise ValueError("`report` must not be given without `dry_run`; a training writes a log.")

@@ -13,7 +13,7 @@ import typer
 from blade.cli.command import run_command
 
 if TYPE_CHECKING:
-    from blade.evaluation.evaluation_prompts import EvaluationPrompt
+    from blade.evaluation.prompts import EvaluationPrompt
 
 DEFAULT_RUNS = ("dense", "preset")
 """What is compared where no run is given."""
@@ -89,13 +89,13 @@ def evaluate(
         if value is not None and not source:
             raise ValueError(f"`{option}` must not be given without `{'prompts' if option == 'seeds' else 'shapes'}`.")
     # imported here, so that --help and usage errors don't wait for PyTorch
-    from blade.evaluation.evaluation import Evaluation, plan_evaluation
-    from blade.evaluation.evaluation_pages import write_report
-    from blade.evaluation.evaluation_report import make_report
-    from blade.evaluation.evaluation_runs import parse_run
-    from blade.evaluation.evaluation_videos import lay_out_videos
-    from blade.evaluation.evaluation_worker import evaluate_videos
-    from blade.model_source import BUNDLED
+    from blade.evaluation.pages import write_report
+    from blade.evaluation.plan import Evaluation, plan_evaluation
+    from blade.evaluation.report import make_report
+    from blade.evaluation.runs import parse_run
+    from blade.evaluation.videos import lay_out_videos
+    from blade.evaluation.worker import evaluate_videos
+    from blade.models.source import BUNDLED
 
     evaluation = Evaluation(
         runs=tuple(parse_run(text, steps=steps, guidance=guidance) for text in run or DEFAULT_RUNS),
@@ -126,8 +126,8 @@ def evaluate(
 def _prompts(
     file: Path | None, seeds: str | None, single: int | None, two: int | None, repeats: int | None
 ) -> tuple[EvaluationPrompt, ...]:
-    from blade.evaluation.evaluation_prompts import held_out_prompts, parse_seeds, prompts_with_seeds
-    from blade.generation_files import read_prompts
+    from blade.evaluation.prompts import held_out_prompts, parse_seeds, prompts_with_seeds
+    from blade.generation.prompts import read_prompts
 
     if file is not None:
         return prompts_with_seeds(read_prompts(file), parse_seeds("0" if seeds is None else seeds))
@@ -147,7 +147,7 @@ def _print_tables(report: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from blade.evaluation.evaluation_report import tables
+    from blade.evaluation.report import tables
 
     for table in tables(report, brief=True):
         shown = Table(title=table.title)

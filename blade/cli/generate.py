@@ -143,10 +143,11 @@ def generate(
     import diffusers
     import transformers
 
-    from blade.generation_files import OUTPUT_FOLDER, generate_files, generate_list, read_prompts
-    from blade.generation_record import read_request
-    from blade.generation_request import NO_STUDENT, GenerationRequest, default_student
-    from blade.model_source import BUNDLED
+    from blade.generation.outputs import OUTPUT_FOLDER, generate_files, generate_list
+    from blade.generation.prompts import read_prompts
+    from blade.generation.record import read_request
+    from blade.generation.request import NO_STUDENT, GenerationRequest, default_student
+    from blade.models.source import BUNDLED
 
     given = {name: value for name, value in options.items() if value is not None}
     listed = [] if prompts is None else read_prompts(prompts)
@@ -163,7 +164,7 @@ def generate(
         given["student"] = default_student(given)
     request = GenerationRequest(**given) if from_json is None else read_request(from_json, given)
     if dry_run:
-        from blade.planning import plan_run
+        from blade.generation.plan import plan_run
 
         print(plan_run(request))
         return

@@ -95,12 +95,12 @@ def profile(
     # imported here, so that --help and usage errors don't wait for PyTorch
     from accelerate import PartialState
 
-    from blade.models import resolve_device
+    from blade.models.devices import resolve_device
     from blade.profiling.assignment import GreedyRule
-    from blade.profiling.attention_profiler import ProfileRequest, profile_attention
-    from blade.profiling.attention_report import write_attention_report
     from blade.profiling.prompts import profile_prompts
+    from blade.profiling.report_data import write_attention_report
     from blade.profiling.search import Budget
+    from blade.profiling.workflow import ProfileRequest, profile_attention
 
     budgets = {"target_density": target_density, "target_speedup": target_speedup, "max_error": max_error}
     given = {name: value for name, value in generation.items() if value is not None}

@@ -19,11 +19,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import nn
 
-from blade.attention.family import Inputs, find_family
-from blade.generation import call_arguments, prepare_sampler
-from blade.generation_request import GenerationRequest
-from blade.models import INPUTS, call_parameters, main_transformer
-from blade.video_io import write_files
+from blade.common.files import write_files
+from blade.families.lookup import find_family
+from blade.families.protocol import Inputs
+from blade.generation.request import GenerationRequest
+from blade.generation.run import call_arguments, prepare_sampler
+from blade.models.pipeline_facts import INPUTS, call_parameters, main_transformer
 
 INDEX_NAME = "embeddings.json"
 """What all shards share."""

@@ -8,12 +8,12 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from blade.checks import check_choice, check_flag, check_integer, check_number
-from blade.config import BladeConfig
+from blade.attention.config import BladeConfig
+from blade.common.checks import check_choice, check_flag, check_integer, check_number
 from blade.distillation.roles import TARGETS
 from blade.distillation.trajectory import INTERVALS
-from blade.model_source import BUNDLED
-from blade.models import DTYPES
+from blade.models.devices import DTYPES
+from blade.models.source import BUNDLED
 
 RECIPES = "recipes"
 """Folder of the package that holds the recipes."""
@@ -369,8 +369,8 @@ def student_attention(config: AttentionConfig, preset: BladeConfig) -> BladeConf
         config: what was asked for.
         preset: what the model takes where it names no configuration.
     """
-    from blade.generation_request import read_config
-    from blade.pipelines import preset_names
+    from blade.families.registry import preset_names
+    from blade.generation.request import read_config
 
     base = preset
     if config.config in preset_names("student"):

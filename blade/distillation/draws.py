@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-from blade.training_run import numpy_rng, torch_rng
+from blade.common.training_log import numpy_rng, torch_rng
 
 START, ROLLOUT, STEPS, SAMPLE, FRESH_NOISE, NOISE, COUNT, ORDER = range(8)
 """Streams: the noise that a run begins with, the fresh noise of its steps, which steps an update takes, the time of a

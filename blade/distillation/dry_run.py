@@ -8,11 +8,11 @@ import time
 
 import torch
 
+from blade.common.machine import GIB, describe_machine, describe_versions
 from blade.distillation.reports import PACKAGES, Estimate
 from blade.distillation.roles import TRAINED
 from blade.distillation.teacher_trajectories import KEPT_DTYPE, ExampleTrajectories
 from blade.distillation.trainer import Trainer
-from blade.machine import GIB, describe_machine, describe_versions
 
 
 def estimate(trainer: Trainer, prompts: int) -> Estimate:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import torch
 
-from blade.diffusion import Level, mix
+from blade.students.prediction import Level, mix
 
 
 def diffuse_further(

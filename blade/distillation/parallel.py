@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from blade.attention.family import ModelFamily
 from blade.distillation.roles import Network
+from blade.families.protocol import ModelFamily
 
 
 class Processes:

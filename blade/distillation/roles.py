@@ -20,8 +20,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from blade.attention.applied import AppliedBlade, PassState, applied_to
-from blade.attention.family import Inputs, ModelFamily
-from blade.step_condition import StepCondition
+from blade.families.protocol import Inputs, ModelFamily
+from blade.students.step_condition import StepCondition
 
 STUDENT, FAKE, TEACHER = "student", "fake", "teacher"
 ROLES = (STUDENT, FAKE, TEACHER)

@@ -15,12 +15,12 @@ from jinja2 import Environment, StrictUndefined
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from blade.config import BladeConfig
+from blade.attention.config import BladeConfig
 from blade.distillation.config import DistillationConfig, WeightsConfig
 from blade.distillation.trajectory import SMALLEST
-from blade.schedulers import FewStepScheduler
-from blade.step_condition import ATTRIBUTE
-from blade.student_source import CONDITION_NAME, SCHEDULER_FOLDER, TRANSFORMER_FOLDER, WEIGHT_NAME
+from blade.students.scheduler import FewStepScheduler
+from blade.students.source import CONDITION_NAME, SCHEDULER_FOLDER, TRANSFORMER_FOLDER, WEIGHT_NAME
+from blade.students.step_condition import ATTRIBUTE
 
 CONFIG_NAME = "distillation.yaml"
 """What the student was made by."""

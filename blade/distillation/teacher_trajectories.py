@@ -17,10 +17,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 
+from blade.common.files import write_files
 from blade.distillation.conditioning import PROMPTS_KEY, ExampleConditions, PromptEmbeddings, check_index
 from blade.distillation.draws import START, Draws
 from blade.distillation.parallel import Processes
-from blade.video_io import write_files
 
 INDEX_NAME = "trajectories.json"
 """What all trajectories share."""

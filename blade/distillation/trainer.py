@@ -20,8 +20,7 @@ from diffusers.training_utils import EMAModel
 from torch import nn
 
 from blade.attention.apply import install_blade
-from blade.attention.family import find_family
-from blade.config import BladeConfig
+from blade.attention.config import BladeConfig
 from blade.distillation.conditioning import Conditions, ExampleConditions, PromptEmbeddings
 from blade.distillation.config import DistillationConfig
 from blade.distillation.draws import COUNT, Draws, prompt_numbers
@@ -31,9 +30,10 @@ from blade.distillation.roles import FAKE, STUDENT, TRAINED, Lora, Roles, adapte
 from blade.distillation.teacher_trajectories import ExampleTrajectories, TeacherTrajectories
 from blade.distillation.trajectory import Trajectory
 from blade.distillation.updates import Batch, Start, Updates
-from blade.models import main_transformer
-from blade.schedulers import FewStepScheduler
-from blade.step_condition import ATTRIBUTE
+from blade.families.lookup import find_family
+from blade.models.pipeline_facts import main_transformer
+from blade.students.scheduler import FewStepScheduler
+from blade.students.step_condition import ATTRIBUTE
 
 ROLLOUT_PART = 0
 """Number of the rollout among the parts of an update, for the draws of chance; the updates' follow."""

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from blade.checks import check_choice
-from blade.schedulers import FewStepScheduler
+from blade.common.checks import check_choice
+from blade.students.scheduler import FewStepScheduler
 
 INTERVALS = ("separate", "shared")
 """Kinds of intervals: up to the step's own time, so that a time tells which step it belongs to, or up to the highest

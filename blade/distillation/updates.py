@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 from blade.attention.adaptive import DRAWN_STEPS
-from blade.diffusion import mix, renew_noise, split_prediction
 from blade.distillation.conditioning import Conditions
 from blade.distillation.config import FakeConfig, GeneratorConfig
 from blade.distillation.draws import FRESH_NOISE, NOISE, ROLLOUT, SAMPLE, START, STEPS, Draws
@@ -30,6 +29,7 @@ from blade.distillation.losses import (
 )
 from blade.distillation.roles import FAKE, STUDENT, TEACHER, Roles
 from blade.distillation.trajectory import Trajectory
+from blade.students.prediction import mix, renew_noise, split_prediction
 
 
 @dataclass(frozen=True, kw_only=True)

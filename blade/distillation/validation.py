@@ -11,15 +11,16 @@ from typing import Any
 
 import torch
 
+from blade.common.files import write_files
 from blade.distillation.parallel import Processes
 from blade.distillation.roles import STUDENT
 from blade.distillation.trainer import Trainer
-from blade.generation import generate
-from blade.generation_files import file_stem
-from blade.generation_request import GenerationRequest
-from blade.model_source import BUNDLED
-from blade.schedulers import FewStepScheduler
-from blade.video_io import encode_mp4, write_files
+from blade.generation.prompts import file_stem
+from blade.generation.request import GenerationRequest
+from blade.generation.run import generate
+from blade.media.video import encode_mp4
+from blade.models.source import BUNDLED
+from blade.students.scheduler import FewStepScheduler
 
 SCORES_NAME = "scores.json"
 

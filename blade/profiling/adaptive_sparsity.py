@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from blade.config import BladeConfig
+from blade.attention.config import BladeConfig
 from blade.profiling.profile import AttentionProfile
 
 

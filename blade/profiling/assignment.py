@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from blade.checks import check_number
+from blade.common.checks import check_number
 
 MOST_STATES = 20_000
 """Sums of cost and error that are kept at a time where the choice is made exact."""

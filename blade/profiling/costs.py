@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from blade.attention.family import find_family
 from blade.attention.pattern_plan import PatternPlan
-from blade.costs import ForwardCost
-from blade.evaluation.timing import measure
-from blade.models import main_transformer
+from blade.families.lookup import find_family
+from blade.metrics.timing import measure
+from blade.models.costs import ForwardCost
+from blade.models.pipeline_facts import main_transformer
 
 REPEATS = 5
 """Calls that are timed of each pattern."""

@@ -14,14 +14,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from blade.attention.apply import find_transformers, use_blade
-from blade.config import BladeConfig
-from blade.generation import Generation, generate
-from blade.generation_request import GenerationRequest
-from blade.profiling.profiler import dense_video
+from blade.attention.apply import use_blade
+from blade.attention.config import BladeConfig
+from blade.common.files import write_files
+from blade.families.transformers import find_transformers
+from blade.generation.request import GenerationRequest
+from blade.generation.run import Generation, generate
+from blade.profiling.record_prompts import dense_video
 from blade.profiling.recording import kept_passes
 from blade.profiling.search import Choice, PatternSearch
-from blade.video_io import write_files
 
 STRETCHES = (0.0, 0.1, 0.2, 0.33, 0.5, 0.67, 0.83, 1.0)
 """Bounds of the stretches as shares of a run; the early steps, which decide most, in finer ones."""

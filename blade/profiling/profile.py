@@ -13,8 +13,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from blade.attention.config import BladeConfig
 from blade.attention.patterns import HeadPattern
-from blade.config import BladeConfig
 from blade.profiling.recording import read_pass
 from blade.token_grid import TokenGrid
 
@@ -133,7 +133,7 @@ class AttentionProfile:
             raise ValueError(f"`{path}` cannot be read as an attention profile: {problem}") from None
 
 
-def sum_up_run(folder: Path, path: Path, steps: int) -> None:
+def aggregate_passes(folder: Path, path: Path, steps: int) -> None:
     """Sum up the passes of one generation that `recorded` kept, and write that to a file.
 
     Args:
@@ -180,7 +180,7 @@ def sum_up_run(folder: Path, path: Path, steps: int) -> None:
 
 
 def make_profile(source: ProfileSource, paths: Sequence[Path]) -> AttentionProfile:
-    """Put together what `sum_up_run` wrote of all prompts."""
+    """Put together what `aggregate_passes` wrote of all prompts."""
     runs = [load_file(path) for path in paths]
 
     def mean(name: str) -> np.ndarray:

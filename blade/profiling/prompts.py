@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from blade.generation_files import read_prompts
-from blade.model_source import BUNDLED
+from blade.generation.prompts import read_prompts
+from blade.models.source import BUNDLED
 
 BUNDLED_PROMPTS = 8
 """How many prompts the bundled model is profiled with where none are given."""

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 
 from blade.attention.patterns import HeadPattern
-from blade.generation_request import GenerationRequest
+from blade.generation.request import GenerationRequest
 from blade.profiling.assignment import GreedyRule
 from blade.profiling.candidates import natural_order, pattern_of_density, share_of_blocks
 from blade.profiling.profile import AttentionProfile, ProfileSource
-from blade.profiling.profiler import Progress, record_profile
+from blade.profiling.record_prompts import Progress, record_profile
 from blade.profiling.recording_plan import Recording
 from blade.profiling.search import Choice, PatternSearch
 from blade.token_grid import TokenGrid

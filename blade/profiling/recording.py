@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from blade.attention.applied import AppliedBlade, applied_to
-from blade.attention.family import find_family
-from blade.config import BladeConfig
+from blade.attention.config import BladeConfig
+from blade.families.lookup import find_family
 from blade.profiling.measure import LayerMeasurement
 from blade.profiling.recording_plan import Recording, RecordingMethod, RecordingPlan
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from blade.attention.adaptive import AdaptivePlan, block_importance, draw_table, keep_most_important
-from blade.attention.family import ModelFamily
+from blade.attention.config import AdaptiveConfig, BladeConfig
 from blade.attention.pattern_plan import PatternPlan, order_places
 from blade.attention.pattern_table import uniform_table
 from blade.attention.patterns import HeadPattern, pattern_blocks
-from blade.config import AdaptiveConfig, BladeConfig
+from blade.families.protocol import ModelFamily
 from blade.profiling.assignment import GreedyRule
 from blade.profiling.measure import Candidates, LayerMeasurement, column_mass, measure_layer
 from blade.token_grid import TokenGrid

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from blade.attention.patterns import KINDS
-from blade.checks import check_choice, check_integer, check_number
-from blade.video_io import write_files
+from blade.common.checks import check_choice, check_integer, check_number
+from blade.common.files import write_files
 
 TEMPLATE = "report.html.jinja"
 """The template, beside this file, as its style sheet and scripts are."""

@@ -8,7 +8,7 @@ import numpy as np
 
 from blade.attention.pattern_table import PatternTable
 from blade.attention.patterns import HeadPattern
-from blade.checks import check_integer, check_number
+from blade.common.checks import check_integer, check_number
 from blade.profiling.assignment import Assignment, GreedyRule, least_cost, least_error
 from blade.profiling.costs import AttentionCosts
 from blade.profiling.profile import AttentionProfile

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from blade.attention.layer import SparseLayer
-from blade.sampling import SamplingDefaults
+from blade.families.sampling_defaults import SamplingDefaults
 from blade_pipelines.processor import SparseProcessor
 
 

@@ -14,8 +14,8 @@ from diffusers.models.attention_processor import (
 from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXTransformer3DModel
 from torch import nn
 
-from blade.attention.family import Inputs, Permutation
-from blade.sampling import SamplingDefaults
+from blade.families.protocol import Inputs, Permutation
+from blade.families.sampling_defaults import SamplingDefaults
 from blade.token_grid import TokenGrid
 from blade_pipelines.base import DiffusersFamily
 from blade_pipelines.patches import permute_patches

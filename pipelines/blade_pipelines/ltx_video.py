@@ -14,8 +14,8 @@ from diffusers.models.transformers.transformer_ltx import (
 )
 from torch import nn
 
-from blade.attention.family import Inputs, Permutation
-from blade.sampling import SamplingDefaults
+from blade.families.protocol import Inputs, Permutation
+from blade.families.sampling_defaults import SamplingDefaults
 from blade.token_grid import TokenGrid
 from blade_pipelines.base import DiffusersFamily
 from blade_pipelines.processor import SparseProcessor

@@ -5,8 +5,8 @@ from __future__ import annotations
 from functools import cache
 from typing import Literal
 
-from blade.attention.family import ModelFamily
-from blade.config import BladeConfig
+from blade.attention.config import BladeConfig
+from blade.families.protocol import ModelFamily
 from blade_pipelines.presets import STUDENT, TRAINING_FREE
 from blade_pipelines.presets.students import RELEASED, ReleasedStudent
 

@@ -10,8 +10,8 @@ from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnP
 from diffusers.models.transformers.transformer_wan_vace import WanVACETransformer3DModel
 from torch import nn
 
-from blade.attention.family import Inputs, Permutation
-from blade.sampling import SamplingDefaults
+from blade.families.protocol import Inputs, Permutation
+from blade.families.sampling_defaults import SamplingDefaults
 from blade.token_grid import TokenGrid
 from blade_pipelines.base import DiffusersFamily
 from blade_pipelines.patches import permute_patches

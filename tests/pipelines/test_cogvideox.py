@@ -13,7 +13,7 @@ from diffusers import (
 from blade import BladeConfig, TokenGrid, apply_blade, blade_summary, remove_blade
 from blade.attention.applied import applied_to
 from blade.attention.budget import BlockBudget, plan_budget
-from blade.config import AdaptiveConfig
+from blade.attention.config import AdaptiveConfig
 
 DETAILS = AdaptiveConfig(block_size=8, probe_tokens=4, pooled_window=4)
 

@@ -9,7 +9,7 @@ from packaging.version import Version
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from blade import BladeConfig, apply_blade, blade_summary
-from blade.config import AdaptiveConfig
+from blade.attention.config import AdaptiveConfig
 
 VIEW_COMPILED_APART = Version(diffusers.__version__) < Version("0.37")
 """The first block's input is a view there, which PyTorch compiles by itself once sizes vary, with BLADE or without."""

@@ -5,12 +5,13 @@ import torch
 
 from blade import BladeConfig
 from blade.attention.apply import install_blade
-from blade.attention.family import find_family
-from blade.config import AdaptiveConfig
+from blade.attention.config import AdaptiveConfig
 from blade.distillation.conditioning import PromptEmbeddings, capture, check_text_alone, encode_prompts
 from blade.distillation.roles import FAKE, STUDENT, TEACHER, Lora, adapter_roles
-from blade.generation_request import GenerationRequest, resolve_request
-from blade.models import main_transformer
+from blade.families.lookup import find_family
+from blade.generation.request import GenerationRequest
+from blade.generation.resolve import resolve_request
+from blade.models.pipeline_facts import main_transformer
 
 CONFIG = BladeConfig(
     sparsity=0.6,

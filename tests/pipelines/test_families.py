@@ -10,7 +10,7 @@ from blade import BladeConfig, TokenGrid, apply_blade, blade_summary, remove_bla
 from blade.attention import adaptive
 from blade.attention.applied import applied_to
 from blade.attention.budget import BlockBudget
-from blade.config import AdaptiveConfig
+from blade.attention.config import AdaptiveConfig
 
 GRIDS = [(3, 5, 7), (1, 6, 5), (4, 1, 9), (5, 4, 1), (1, 1, 11)]
 DETAILS = AdaptiveConfig(block_size=8, probe_tokens=4, pooled_window=4)

@@ -7,11 +7,11 @@ import torch
 from PIL import Image
 
 from blade import BladeConfig
-from blade.attention.finite import NonFiniteError
-from blade.config import AdaptiveConfig
-from blade.generation import generate
-from blade.generation_request import GenerationRequest
-from blade.video_io import encode_mp4
+from blade.attention.config import AdaptiveConfig
+from blade.generation.finite import NonFiniteError
+from blade.generation.request import GenerationRequest
+from blade.generation.run import generate
+from blade.media.video import encode_mp4
 
 CONFIG = BladeConfig(sparsity=0.5, dense_steps=1, asa=AdaptiveConfig(block_size=16))
 

@@ -6,7 +6,7 @@ from diffusers import HunyuanVideoTransformer3DModel
 
 from blade import BladeConfig, apply_blade, blade_summary
 from blade.attention.applied import applied_to
-from blade.config import AdaptiveConfig
+from blade.attention.config import AdaptiveConfig
 
 DETAILS = AdaptiveConfig(block_size=8, probe_tokens=4, pooled_window=4)
 

@@ -7,7 +7,7 @@ from diffusers import LTXVideoTransformer3DModel
 from blade import BladeConfig, apply_blade, remove_blade
 from blade.attention.applied import applied_to
 from blade.attention.budget import BlockBudget
-from blade.config import AdaptiveConfig
+from blade.attention.config import AdaptiveConfig
 
 DETAILS = AdaptiveConfig(block_size=8, probe_tokens=4, pooled_window=4)
 

@@ -6,7 +6,7 @@ from diffusers import WanTransformer3DModel
 from torch.profiler import ProfilerActivity, profile
 
 from blade import BladeConfig, apply_blade
-from blade.config import AdaptiveConfig
+from blade.attention.config import AdaptiveConfig
 
 MOST = 1.05
 """Peak memory under BLADE over that of plain Diffusers."""

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from blade import BladeConfig, TokenGrid, apply_blade, remove_blade
 from blade.attention.applied import applied_to
 from blade.attention.budget import BlockBudget
-from blade.config import AdaptiveConfig
+from blade.attention.config import AdaptiveConfig
 
 DETAILS = AdaptiveConfig(block_size=8, probe_tokens=4, pooled_window=4)
 

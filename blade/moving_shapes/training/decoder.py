@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKLWan
 
-from blade.training_run import torch_rng
+from blade.common.training_log import torch_rng
 
 from .components import DECODER_WIDTHS, build_vae
 from .vae import VAETraining, fit, is_full_size, measured, training_videos

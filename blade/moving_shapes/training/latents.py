@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKLWan
 
-from blade.training_run import numpy_rng
+from blade.common.training_log import numpy_rng
 
 from ..captions import Caption, sample_caption
 from ..world import Scene, render, sample_scene

@@ -12,7 +12,7 @@ from diffusers.training_utils import EMAModel
 from torch import nn
 from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
-from blade.training_run import TrainingLog, load_checkpoint, numpy_rng, save_checkpoint, torch_rng
+from blade.common.training_log import TrainingLog, load_checkpoint, numpy_rng, save_checkpoint, torch_rng
 
 from ..captions import OPTIONAL, sample_caption
 from ..realism import realism_error

@@ -12,7 +12,7 @@ from diffusers import AutoencoderKLWan
 from diffusers.training_utils import EMAModel
 from torch.nn import functional as F
 
-from blade.training_run import TrainingLog, load_checkpoint, numpy_rng, save_checkpoint, torch_rng
+from blade.common.training_log import TrainingLog, load_checkpoint, numpy_rng, save_checkpoint, torch_rng
 
 from ..captions import sample_caption
 from ..world import render, sample_scene

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from blade.config import AdaptiveConfig, BladeConfig
+from blade.attention.config import AdaptiveConfig, BladeConfig
 
 PUBLISHED = AdaptiveConfig(
     block_size=128, token_order="gilbert", selector="sampled", probe_tokens=16, softmax_denominator=True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from blade.config import BladeConfig
+from blade.attention.config import BladeConfig
 from blade_pipelines.presets.common import training_free
 
 

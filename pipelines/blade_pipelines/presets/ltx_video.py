@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from blade.config import BladeConfig
+from blade.attention.config import BladeConfig
 from blade_pipelines.presets.common import PUBLISHED, training_free
 
 

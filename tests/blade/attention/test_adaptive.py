@@ -17,8 +17,8 @@ from blade.attention.adaptive import (
     random_scores,
     select,
 )
+from blade.attention.config import AdaptiveConfig
 from blade.attention.methods import AdaptiveMethod
-from blade.config import AdaptiveConfig
 
 CPU = torch.device("cpu")
 HEADS, SIZE = 2, 8

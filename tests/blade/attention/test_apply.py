@@ -11,7 +11,7 @@ from torch import nn
 
 from blade import BladeConfig, apply_blade, blade_summary, remove_blade, use_blade
 from blade.attention.applied import applied_to
-from blade.config import AdaptiveConfig
+from blade.attention.config import AdaptiveConfig
 
 DETAILS = AdaptiveConfig(block_size=8, probe_tokens=4, pooled_window=4)
 CONFIG = BladeConfig(sparsity=0.5, asa=DETAILS)

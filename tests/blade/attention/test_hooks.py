@@ -9,7 +9,7 @@ from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
 from blade import BladeConfig, apply_blade, blade_summary, remove_blade
 from blade.attention.applied import applied_to
-from blade.config import AdaptiveConfig
+from blade.attention.config import AdaptiveConfig
 
 CONFIG = BladeConfig(sparsity=0.5, asa=AdaptiveConfig(block_size=8, probe_tokens=4, pooled_window=4))
 

@@ -9,10 +9,10 @@ from blade_kernels.block_mask import BlockMask
 from blade_kernels.block_sparse import block_sparse_attention
 
 from blade import BladeConfig, TokenGrid, apply_blade, blade_summary, remove_blade
+from blade.attention.config import AdaptiveConfig
 from blade.attention.pattern_plan import PatternPlan, pattern_tables
 from blade.attention.pattern_table import PatternTable, mixed_table, uniform_table
 from blade.attention.patterns import HeadPattern, Window, half_width, pattern_blocks
-from blade.config import AdaptiveConfig
 
 ORDERS = ("raster", "token_major", "gilbert", "bricks(2,2,2)")
 PATTERNS = (

@@ -6,8 +6,9 @@ from safetensors import safe_open
 
 from blade.distillation import conditioning
 from blade.distillation.conditioning import PromptEmbeddings, capture, encode_prompts, encoder_fingerprint
-from blade.generation_request import GenerationRequest, resolve_request
-from blade.models import load_pipeline
+from blade.generation.request import GenerationRequest
+from blade.generation.resolve import resolve_request
+from blade.models.loading import load_pipeline
 
 PROMPTS = ["a red ball moving right", "a blue square moving up", "a green triangle moving left", "a ball", "a square"]
 

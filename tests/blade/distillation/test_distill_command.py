@@ -109,7 +109,7 @@ def test_a_rank_that_dies_ends_the_run_and_leaves_nothing_half_written(settings,
     output, _ = process.communicate(timeout=120)
     assert process.returncode != 0 and "Signal 9" in output
     assert not [path for path in (tmp_path / "out").rglob("*") if path.suffix == ".tmp" or ".tmp" in path.name]
-    from blade.training_run import load_checkpoint
+    from blade.common.training_log import load_checkpoint
 
     newest = sorted(checkpoints.glob("*.pt"))[-1]
     assert load_checkpoint(newest)["trainer"]["update"] >= 2

@@ -7,7 +7,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blade.diffusion import mix
 from blade.distillation.losses import (
     clean_between,
     denoising_loss,
@@ -18,6 +17,7 @@ from blade.distillation.losses import (
     guide,
     importance_weight,
 )
+from blade.students.prediction import mix
 
 LEVELS = {"flow": lambda x: (1 - x, x), "vp": lambda x: (math.cos(x * math.pi / 2), math.sin(x * math.pi / 2))}
 

@@ -5,7 +5,7 @@ import torch
 
 from blade import BladeConfig
 from blade.attention.apply import install_blade
-from blade.config import AdaptiveConfig
+from blade.attention.config import AdaptiveConfig
 from blade.distillation.roles import FAKE, STUDENT, TEACHER, Lora, adapter_roles, separate_roles
 
 CONFIG = BladeConfig(

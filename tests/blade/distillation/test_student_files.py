@@ -13,11 +13,11 @@ from blade import BladeConfig, load_student, push_student, unload_student
 from blade.cli.evaluate import main as evaluate
 from blade.cli.generate import main as generate
 from blade.distillation.config import load_config
-from blade.distillation.distill import distill
-from blade.models import load_pipeline
-from blade.schedulers import FewStepScheduler
-from blade.student_source import student_settings
-from blade.video_io import read_mp4
+from blade.distillation.workflow import distill
+from blade.media.video import read_mp4
+from blade.models.loading import load_pipeline
+from blade.students.scheduler import FewStepScheduler
+from blade.students.source import student_settings
 
 SIZE = {"height": 64, "width": 64, "num_frames": 9}
 

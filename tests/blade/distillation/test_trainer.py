@@ -11,12 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from blade.common.training_log import load_checkpoint
 from blade.distillation.config import load_config
-from blade.distillation.distill import distill
 from blade.distillation.draws import Draws, prompt_numbers
 from blade.distillation.optimizers import RoleOptimizer
 from blade.distillation.updates import Updates
-from blade.training_run import load_checkpoint
+from blade.distillation.workflow import distill
 
 
 def trained(settings):

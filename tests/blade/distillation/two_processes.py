@@ -5,8 +5,8 @@ import sys
 from accelerate import PartialState
 from test_roles import FAKE, STUDENT, gradients, make_roles
 
-from blade.attention.family import find_family
 from blade.distillation.parallel import Processes, whole
+from blade.families.lookup import find_family
 
 
 def main(make_wan, wan_inputs):

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from blade.attention.config import BladeConfig
 from blade.attention.pattern_table import uniform_table
 from blade.attention.patterns import HeadPattern
-from blade.config import BladeConfig
-from blade.evaluation.evaluation import Evaluation
-from blade.evaluation.evaluation_prompts import held_out_prompts
-from blade.evaluation.evaluation_runs import RunSettings
+from blade.evaluation.plan import Evaluation
+from blade.evaluation.prompts import held_out_prompts
+from blade.evaluation.runs import RunSettings
 
 DENSE = RunSettings(name="dense", steps=2, guidance=1.0)
 SPARSE = RunSettings(name="asa", steps=2, guidance=1.0, attention="asa", sparsity=0.5, dense_steps=1, dense_layers=())

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from blade import BladeConfig, TokenGrid
+from blade.attention.config import AdaptiveConfig
 from blade.attention.patterns import HeadPattern, pattern_blocks
-from blade.config import AdaptiveConfig
 from blade.profiling.profile import AttentionProfile, ProfileSource
 
 

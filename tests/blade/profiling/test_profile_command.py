@@ -12,8 +12,8 @@ from blade.cli import generate as generate_command
 from blade.cli.command import progress_line
 from blade.cli.profile import main
 from blade.moving_shapes.captions import HELD_OUT, parse_caption
-from blade.profiling.attention_report import explained_mass, mask_cells
 from blade.profiling.prompts import profile_prompts
+from blade.profiling.report_data import explained_mass, mask_cells
 
 
 @pytest.fixture

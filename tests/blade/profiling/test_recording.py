@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from blade import BladeConfig, TokenGrid, apply_blade
+from blade.attention.config import AdaptiveConfig
 from blade.attention.patterns import HeadPattern, Window, pattern_blocks
-from blade.config import AdaptiveConfig
 from blade.profiling.candidates import default_candidates
 from blade.profiling.measure import Candidates, column_mass, measure_layer
 from blade.profiling.recording import read_pass, recorded

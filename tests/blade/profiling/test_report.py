@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from report_example import PROMPTS, report_example
 
+from blade.common.files import OutputError
 from blade.profiling import report
 from blade.profiling.report import Candidate, render_report, write_report
-from blade.video_io import OutputError
 
 
 class Page(HTMLParser):

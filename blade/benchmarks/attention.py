@@ -1,0 +1,430 @@
+"""How fast block-sparse attention is beside the fastest dense attention, at given sizes and densities."""
+
+from __future__ import annotations
+
+import datetime
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from blade_kernels.block_mask import BlockMask
+from blade_kernels.block_selection import sampled_importance, select_blocks
+from blade_kernels.block_sparse import resolve_implementation
+from blade_kernels.block_sparse.launch_table import architecture
+from blade_kernels.triton_support import missing_triton
+from torch import Tensor
+
+from blade.attention.pattern_plan import PatternPlan
+from blade.benchmarks.candidates import Attend, Candidate, dense_candidates, installed_peers, own_candidates
+from blade.benchmarks.patterns import PATTERN_KINDS, benchmark_patterns
+from blade.common.machine import describe_machine, describe_versions
+from blade.metrics.timing import time_calls
+from blade.token_grid import TokenGrid
+
+PACKAGES = (
+    "blade-video", "torch", "triton", "flash-attn", "flash-attn-3", "sageattention", "spas-sage-attn",
+    "fastvideo-kernel",
+)  # fmt: skip
+"""Packages whose versions are recorded."""
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+ERROR_BOUNDS = {"float32": 1e-4, "bfloat16": 3e-2, "float16": 3e-3}
+"""Largest error, relative to the exact output's root mean square, with which times are reported."""
+
+PASSES = {
+    "drawn": "drawing random blocks, building the mask, and the forward pass",
+    "forward": "the forward pass, with the mask given",
+    "training": "the forward and the backward pass, with the mask given",
+    "selection": "the choice of blocks from queries and keys, and building the mask",
+    "whole": "the choice of blocks, building the mask, and the forward pass",
+}
+"""What can be timed. The fastest dense attention stands beside each."""
+
+BLOCKS = ("random", "patterns")
+"""Which blocks are kept: independent ones in every head and row, or those of a table of head patterns."""
+
+PROBE_TOKENS = 16
+"""Tokens in 128 that the choice of blocks looks at."""
+
+ROTATED_INPUTS = 2
+"""Different inputs that a CUDA measurement takes in turn."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionShape:
+    """Size of one attention layer's queries, keys and values."""
+
+    tokens: int
+    """Length of the sequence."""
+    heads: int = 2
+    """Attention heads."""
+    head_dim: int = 128
+    """Numbers in one head of one token."""
+    batch: int = 1
+    """Sequences."""
+    model: str | None = None
+    """The model that has such layers."""
+    grid: TokenGrid | None = None
+    """The tokens of its videos, where head patterns are measured."""
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "heads", "head_dim", "batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+
+    def __str__(self) -> str:
+        return f"{self.model}, {self.tokens:,} tokens" if self.model else f"{self.tokens:,} tokens"
+
+
+def _model(model: str, grid: TokenGrid, heads: int, head_dim: int = 128) -> AttentionShape:
+    return AttentionShape(model=model, tokens=grid.sequence_length, heads=heads, head_dim=head_dim, grid=grid)
+
+
+MODELS = {
+    "wan-1.3b": _model("Wan-1.3B 480p", TokenGrid(21, 30, 52), 12),
+    "wan-14b": _model("Wan-14B 720p", TokenGrid(21, 45, 80), 40),
+    "cogvideox-1.5": _model("CogVideoX1.5", TokenGrid(11, 48, 85, text_after=226), 48, 64),
+    "hunyuan-video": _model("HunyuanVideo 720p", TokenGrid(33, 45, 80, text_after=256), 24),
+}
+"""Sizes at which models are run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionBenchmark:
+    """What to measure."""
+
+    shapes: tuple[AttentionShape, ...] = (AttentionShape(tokens=8192),)
+    """Sizes of the layer."""
+    densities: tuple[float, ...] = (0.15,)
+    """Shares of the key blocks that the rows keep, in (0, 1]. A row keeps the next smaller or the next larger whole
+    number, drawn so that the mean is the share, and one at the least."""
+    passes: tuple[str, ...] = ("drawn",)
+    """Names of `PASSES`."""
+    blocks: str = "random"
+    """One of `BLOCKS`."""
+    block_size: int = 128
+    """Tokens in a block, of queries and of keys alike."""
+    dtype: str = "float32"
+    """Type of queries, keys and values."""
+    device: str = "cpu"
+    """Where to measure."""
+    threads: int | None = None
+    """Threads on the CPU. None: PyTorch's own number."""
+    repeats: int = 5
+    """Measured calls, of which the median counts; one more before them is not measured."""
+    seed: int = 0
+    """Of the inputs and of the blocks."""
+
+    def __post_init__(self) -> None:
+        for name in ("block_size", "repeats"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        if not self.shapes:
+            raise ValueError("`shapes` must hold at least one size.")
+        if not self.densities or not all(0 < density <= 1 for density in self.densities):
+            raise ValueError(f"`densities` must be in (0, 1], got {self.densities}.")
+        if not self.passes or not set(self.passes) <= set(PASSES):
+            raise ValueError(f"`passes` must be some of {', '.join(PASSES)}, got {', '.join(self.passes) or 'none'}.")
+        if self.blocks not in BLOCKS:
+            raise ValueError(f"`blocks` must be one of {', '.join(BLOCKS)}, got {self.blocks!r}.")
+        if self.blocks == "patterns" and any(shape.grid is None for shape in self.shapes):
+            raise ValueError("`shapes` must be of models where `blocks` is patterns, which need to know the frames.")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"`dtype` must be one of {', '.join(DTYPES)}, got {self.dtype!r}.")
+        if self.threads is not None and self.threads < 1:
+            raise ValueError(f"`threads` must be at least 1 or None, got {self.threads}.")
+        if torch.device(self.device).type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"`device` must be there, got {self.device!r} and no CUDA device is available.")
+
+
+def run_attention_benchmark(
+    settings: AttentionBenchmark,
+    *,
+    command: str | None = None,
+    on_case: Callable[[dict[str, Any]], None] | None = None,
+) -> dict[str, Any]:
+    """Measure dense and block-sparse attention, and other packages' where they are installed.
+
+    The blocks are drawn at random, independently in every head and row, or are those of a table of head patterns. An
+    implementation of BLADE whose output is wrong is an error, not a result; a peer's error stands beside its times.
+
+    Args:
+        settings: what to measure.
+        command: the command line to record.
+        on_case: called with the report so far after every size and density, so that none is lost.
+
+    Returns:
+        Plain JSON values: `settings`, `machine`, `versions`, `date`, `command`, and `cases`, one for each size and
+        density; on CUDA also `matrix_peak_tflops`, the fastest that the machine multiplied matrices, and `cubins`,
+        what Triton's kernels of these sizes compiled to. A case has, by name
+        of candidate, `ms`, with a time for every pass, `error`, relative to the exact output, and on CUDA `peak_mib`,
+        the most memory that was allocated in every pass, its inputs included but for a mask that is given; `sparse`,
+        the names of those that take blocks alone; and `missing`, why some were not measured.
+
+    Raises:
+        RuntimeError: an implementation's output is wrong.
+    """
+    device, cases = torch.device(settings.device), list[dict[str, Any]]()
+    with _threads(settings.threads):
+        machine = describe_machine(device)
+        report: dict[str, Any] = {
+            "date": datetime.date.today().isoformat(),
+            "command": command,
+            "machine": machine,
+            "versions": describe_versions(PACKAGES),
+            "settings": asdict(settings),
+            "cases": cases,
+        }
+        if device.type == "cuda":
+            report["matrix_peak_tflops"] = _matrix_peak(settings)
+            report["cubins"] = _cubins(settings)
+        for shape in settings.shapes:
+            layer = _Layer(shape, settings)
+            for density in settings.densities:
+                cases.append(layer.case(density))
+                if on_case is not None:
+                    on_case(report)
+    return report
+
+
+class _Layer:
+    """Inputs of one size, and the times of dense attention on them."""
+
+    def __init__(self, shape: AttentionShape, settings: AttentionBenchmark) -> None:
+        self.shape, self.settings = shape, settings
+        self.device = torch.device(settings.device)
+        self.generator = torch.Generator(self.device).manual_seed(settings.seed)
+        # queries, keys, values and the gradient of the output
+        self.inputs = [
+            [self._normal() for _ in range(4)] for _ in range(ROTATED_INPUTS if self.device.type == "cuda" else 1)
+        ]
+        self.blocks = -(-shape.tokens // settings.block_size)
+        self.passes = ["training"] if "training" in settings.passes else []
+        if set(settings.passes) - {"training"}:
+            self.passes.insert(0, "forward")
+        self._plans: dict[float, PatternPlan] = {}
+        self.dense = _Results()
+        q = self.inputs[0][0]
+        for candidate in [*dense_candidates(q), *installed_peers(q, settings.block_size)]:
+            if not candidate.sparse:
+                self._measure(candidate, self.passes, self.draw(1.0), self.dense)
+
+    def case(self, density: float) -> dict[str, Any]:
+        """Measure everything at one density."""
+        settings, (q, k, v, _) = self.settings, self.inputs[0]
+        mask, results = self.draw(density), _Results(self.dense)
+        own, missing = own_candidates(q, k, v, mask)
+        results.missing |= missing
+        sparse = [*own, *(peer for peer in installed_peers(q, settings.block_size) if peer.sparse)]
+        for candidate in sparse:
+            passes = [name for name in settings.passes if name != "selection"]
+            if not candidate.own:
+                passes = [name for name in passes if name in ("forward", "training")]
+            self._measure(candidate, passes, mask, results, density)
+        if "selection" in settings.passes:
+            kept = self._kept(density)
+            choose: Callable[[Tensor, Tensor, Tensor], object] = lambda q, k, v: self._select(q, k, kept)  # noqa: E731
+            if settings.blocks == "patterns":
+                choose = lambda q, k, v: self.draw(density)  # noqa: E731
+            results.add("selection", "selection", *self._timed(choose))
+        return {
+            **asdict(self.shape),
+            "density": density,
+            "realised_density": float(mask.density(self.shape.tokens, self.shape.tokens)),
+            "auto": resolve_implementation(q, k, v, mask),
+            "sparse": [candidate.name for candidate in sparse if candidate.name in results.ms],
+            "ms": results.ms,
+            "peak_mib": results.peak_mib,
+            "error": results.error,
+            "missing": results.missing,
+        }
+
+    def draw(self, density: float) -> BlockMask:
+        """A mask of random blocks, or of patterns."""
+        if self.settings.blocks == "patterns" and density < 1:
+            return self._plan(density).mask(self._pattern_ids())
+        shape, size = (self.shape.batch, self.shape.heads, self.blocks, self.blocks), self.settings.block_size
+        places = torch.rand(shape, generator=self.generator, device=self.device).argsort(-1).argsort(-1)
+        share = torch.rand((*shape[:3], 1), generator=self.generator, device=self.device)
+        kept = (density * self.blocks + share).floor().clamp(min=1)
+        return BlockMask.from_dense(places < kept, (size, size), math.ceil(density * self.blocks))
+
+    def _plan(self, density: float) -> PatternPlan:
+        """The heads' patterns at a density."""
+        if density not in self._plans:
+            assert self.shape.grid is not None
+            self._plans[density] = benchmark_patterns(
+                self.shape.grid, self.shape.heads, density, self.settings.block_size, self.device
+            )
+        return self._plans[density]
+
+    def _pattern_ids(self) -> Tensor:
+        return torch.arange(self.shape.heads, device=self.device) % len(PATTERN_KINDS)
+
+    def _measure(
+        self, one: Candidate, passes: list[str], mask: BlockMask, results: _Results, density: float = 1.0
+    ) -> None:
+        """Check a candidate's output and time its passes; what it cannot compute is noted."""
+        kept = self._kept(density)
+        forwards: dict[str, Callable[[Tensor, Tensor, Tensor], object]] = {
+            "forward": lambda q, k, v: one.attend(q, k, v, mask),
+            "drawn": lambda q, k, v: one.attend(q, k, v, self.draw(density)),
+            "whole": lambda q, k, v: one.attend(q, k, v, self._select(q, k, kept)),
+        }
+        if self.settings.blocks == "patterns" and density < 1:
+            plan = replace(self._plan(density), implementation=one.name)
+            rows = (self._pattern_ids(),)
+            places = plan.head_places(rows)
+            forwards["whole"] = lambda q, k, v: plan.attend(q, k, v, rows, places=places)[0]
+        try:
+            with torch.no_grad():
+                q, k, v = self._laid_out(one)[0][:3]
+                results.error[one.name] = _relative_error(one.attend(q, k, v, mask), q, k, v, mask)
+        except Exception as problem:
+            if one.own or not isinstance(problem, (RuntimeError, ImportError, TypeError, ValueError)):
+                raise
+            results.error.pop(one.name, None)
+            results.missing[one.name] = str(problem).splitlines()[0]
+            return
+        bound = ERROR_BOUNDS[self.settings.dtype]
+        error = results.error[one.name]
+        if one.own and not error <= bound:
+            raise RuntimeError(f"the output of `{one.name}` is wrong: relative error {error:.2g}, density {density}.")
+        for name in passes:
+            if name != "training":
+                results.add(one.name, name, *self._timed(forwards[name], one))
+            elif one.differentiable:
+                with _deterministic(one.deterministic):
+                    results.add(one.name, name, *self._timed_training(one.attend, mask, one))
+
+    def _timed(
+        self, function: Callable[[Tensor, Tensor, Tensor], object], one: Candidate | None = None
+    ) -> tuple[float, float | None]:
+        inputs = self._laid_out(one)
+        with torch.no_grad():
+            return _measured(lambda turn: function(*inputs[turn % len(inputs)][:3]), self.settings, inputs[0][:3])
+
+    def _timed_training(self, attend: Attend, mask: BlockMask, one: Candidate) -> tuple[float, float | None]:
+        inputs = [[x.detach().requires_grad_() for x in tensors] for tensors in self._laid_out(one)]
+
+        def train(turn: int) -> object:
+            q, k, v, grad_out = inputs[turn % len(inputs)]
+            return torch.autograd.grad(attend(q, k, v, mask), (q, k, v), grad_out.detach())
+
+        return _measured(train, self.settings, inputs[0])
+
+    def _laid_out(self, one: Candidate | None) -> list[list[Tensor]]:
+        """The inputs as a candidate takes them."""
+        if one is None or not one.heads_first:
+            return self.inputs
+        return [[x.transpose(1, 2).contiguous().transpose(1, 2) for x in tensors] for tensors in self.inputs]
+
+    def _normal(self) -> Tensor:
+        shape = (self.shape.batch, self.shape.tokens, self.shape.heads, self.shape.head_dim)
+        values = torch.randn(shape, generator=self.generator, device=self.device, dtype=torch.float32)
+        return values.to(DTYPES[self.settings.dtype])
+
+    def _kept(self, density: float) -> int:
+        return max(1, round(density * self.blocks))
+
+    def _select(self, q: Tensor, k: Tensor, kept: int) -> BlockMask:
+        """The blocks that sampled tokens make important, a fixed number in every row."""
+        size = self.settings.block_size
+        probe = max(1, PROBE_TOKENS * size // 128)
+        offsets = torch.arange(0, size, size // probe, device=q.device)[:probe].expand(q.shape[2], -1)
+        importance = sampled_importance(q, k, offsets, offsets, (size, size))
+        return select_blocks(importance, (size, size), max_blocks=kept)
+
+
+class _Results:
+    """Times, memory and errors, by name of candidate."""
+
+    def __init__(self, start: _Results | None = None) -> None:
+        self.ms: dict[str, dict[str, float]] = dict(start.ms) if start else {}
+        self.peak_mib: dict[str, dict[str, float]] = dict(start.peak_mib) if start else {}
+        self.error: dict[str, float] = dict(start.error) if start else {}
+        self.missing: dict[str, str] = dict(start.missing) if start else {}
+
+    def add(self, name: str, what: str, ms: float, peak_mib: float | None) -> None:
+        self.ms.setdefault(name, {})[what] = ms
+        if peak_mib is not None:
+            self.peak_mib.setdefault(name, {})[what] = peak_mib
+
+
+def _relative_error(out: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> float:
+    """Largest root mean square error of the first, a middle and the last query block, relative to what is right."""
+    size, worst = mask.block_size[0], 0.0
+    for block in {0, mask.query_blocks // 2, mask.query_blocks - 1}:
+        rows = slice(block * size, (block + 1) * size)
+        seen = mask.keep[:, :, block].repeat_interleave(mask.block_size[1], -1)[..., : k.shape[1]].unsqueeze(2)
+        heads = [x.double().transpose(1, 2) for x in (q[:, rows], k, v)]
+        exact = torch.nn.functional.scaled_dot_product_attention(*heads, attn_mask=seen).transpose(1, 2)
+        error = (out[:, rows].double() - exact).square().mean().sqrt() / exact.square().mean().sqrt()
+        worst = max(worst, float(error))
+    return worst
+
+
+def _measured(
+    function: Callable[[int], object], settings: AttentionBenchmark, inputs: Sequence[Tensor]
+) -> tuple[float, float | None]:
+    """Median milliseconds of a call, which is told its turn, and peak MiB on CUDA, after one that does not count."""
+    function(0)
+    others = 0
+    if torch.device(settings.device).type == "cuda":
+        others = torch.cuda.memory_allocated(settings.device) - sum(x.numel() * x.element_size() for x in inputs)
+    found = time_calls(function, settings.device, settings.repeats)
+    peak = None if found.peak_bytes is None else round((found.peak_bytes - others) / 2**20, 1)
+    return round(found.median, 4), peak
+
+
+def _matrix_peak(settings: AttentionBenchmark) -> float:
+    """TFLOP/s of one large matrix product."""
+    size = 8192
+    left, right = (
+        torch.randn(size, size, device=settings.device, dtype=torch.float32).to(DTYPES[settings.dtype])
+        for _ in range(2)
+    )
+    ms, _ = _measured(lambda turn: left @ right, settings, (left, right))
+    return round(2 * size**3 / ms / 1e9, 1)
+
+
+def _cubins(settings: AttentionBenchmark) -> list[dict[str, Any]]:
+    """What the Triton kernels of these sizes compile to; nothing of float32, which is there for tests."""
+    if settings.dtype == "float32" or missing_triton(settings.device) is not None:
+        return []
+    from blade_kernels.cubin import attention_variants, cubin_report
+
+    arch = architecture(torch.cuda.get_device_capability(settings.device))
+    sizes = {shape.head_dim for shape in settings.shapes}
+    variants = [
+        variant
+        for variant in attention_variants(arch)
+        if variant.constants["D"] in sizes and variant.constants["BQ"] == settings.block_size
+    ]
+    dtype = {"bfloat16": "bf16", "float16": "fp16"}[settings.dtype]
+    return [asdict(cubin_report(variant, arch, dtype=dtype)) for variant in variants]
+
+
+@contextmanager
+def _deterministic(wanted: bool) -> Iterator[None]:
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(wanted or before)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """Compute with this number of threads, then with as many as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

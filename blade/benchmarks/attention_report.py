@@ -1,0 +1,222 @@
+"""The attention benchmark's report: tables, and speed against density as a plot."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+from blade_kernels.cubin import CubinReport
+from blade_kernels.cubin import table as cubin_table
+
+from blade.benchmarks.attention import PASSES, AttentionShape
+from blade.common.files import write_files
+from blade.common.tables import Table, markdown_table
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+"""A colour for each size (Okabe and Ito's, which the colour-blind can tell apart)."""
+
+WORK = {"training": 3.5, "backward": 2.5}
+"""Matrix products of a pass, in those of a forward pass, where they are not as many."""
+
+_BLOCKS = {
+    "random": "drawn at random in every head and row",
+    "patterns": "by head patterns (diagonal, multi-diagonal, vertical and window in turn)",
+}
+
+
+def tables(report: dict[str, Any]) -> list[Table]:
+    """A report's tables: one for each pass, and of memory and compiled kernels where there are any."""
+    passes = report["settings"]["passes"]
+    found = [_dense_table(report)]
+    found += [_pass_table(report, name, PASSES[name]) for name in PASSES if name in passes]
+    if {"forward", "training"} <= set(passes):
+        found.append(_pass_table(report, "backward", "the backward pass: both passes less the forward pass"))
+    if any(case["peak_mib"] for case in report["cases"]):
+        found.append(_memory_table(report))
+    if report.get("cubins"):
+        compiled = [CubinReport(**values) for values in report["cubins"]]
+        found.append(Table("What the Triton kernels compiled to", *cubin_table(compiled)))
+    return found
+
+
+def write_report(report: dict[str, Any], folder: Path) -> list[Path]:
+    """Write `attention.json`, `attention.md` and `attention.png`; all or none.
+
+    Returns:
+        The files' paths.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        OutputError: a file cannot be written.
+    """
+    machine, settings = report["machine"], report["settings"]
+    threads = "" if str(settings["device"]).startswith("cuda") else f", {machine['threads']} threads"
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items() if version is not None)
+    peak = report.get("matrix_peak_tflops")
+    lines = [
+        "# Attention, dense and block-sparse",
+        "",
+        f"{report['date']}, {machine['device']}{threads}, {versions}. {settings['dtype']}, blocks of "
+        f"{settings['block_size']} {_BLOCKS[settings['blocks']]}; median of {settings['repeats']}. In "
+        "brackets: how many times as fast as the fastest dense attention, and its speed per pair of query and key, as "
+        "a share of dense attention's." + (f" Matrix products reach {peak} TFLOP/s." if peak else ""),
+        "",
+        f"    {report['command']}",
+    ]
+    for table in tables(report):
+        lines += ["", f"## {table.title}", "", *markdown_table(table.headings, table.rows)]
+    files = {
+        folder / "attention.json": (json.dumps(report, indent=2) + "\n").encode(),
+        folder / "attention.md": ("\n".join(lines) + "\n").encode(),
+        folder / "attention.png": plot(report),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    write_files(files)
+    return list(files)
+
+
+def plot(report: dict[str, Any]) -> bytes:
+    """Draw speed against density, a row of panels for each pass and a column for each candidate, as a PNG."""
+    from matplotlib.figure import Figure
+
+    cases = report["cases"]
+    passes = [name for name in PASSES if name in report["settings"]["passes"] and name != "selection"]
+    names, speeds = _sparse(cases), (0.25, 0.5, 1, 2, 4, 8, 16)
+    densities = sorted({case["density"] for case in cases})
+    figure = Figure(figsize=(5.0 * len(names) + 0.4, 3.6 * len(passes) + 0.8), dpi=110, layout="constrained")
+    panels = figure.subplots(len(passes), len(names), squeeze=False, sharex=True, sharey="row")
+    for what, row in zip(passes, panels):
+        row[0].set_ylabel(f"{what}: times as fast as dense")
+        for name, axes in zip(names, row):
+            for index, size in enumerate(dict.fromkeys(_size(case) for case in cases)):
+                measured = [case for case in cases if _size(case) == size and what in case["ms"].get(name, {})]
+                measured.sort(key=lambda case: case["realised_density"])
+                x = [case["realised_density"] for case in measured]
+                y = [_dense_ms(case, what) / case["ms"][name][what] for case in measured]
+                axes.plot(x, y, "o-", color=COLOURS[index % len(COLOURS)], label=str(size))
+            if not any(what in case["ms"].get(name, {}) for case in cases):
+                axes.text(0.5, 0.1, "not available here", transform=axes.transAxes, ha="center")
+            if len(densities) > 1:
+                axes.plot(densities, [1 / x for x in densities], "--", color="#7F7F7F", label="1 / density")
+            axes.axhline(1.0, color="#000000", linewidth=0.8)
+            axes.set_xscale("log")
+            axes.set_yscale("log")
+            axes.set_xticks(densities, labels=[f"{density:g}" for density in densities])
+            axes.set_yticks(speeds, labels=[f"{speed:g}" for speed in speeds])
+            axes.minorticks_off()
+            axes.grid(alpha=0.3)
+    for name, axes in zip(names, panels[0]):
+        axes.set_title(name)
+    for axes in panels[-1]:
+        axes.set_xlabel("density")
+    panels[0][0].legend(frameon=False, fontsize=8)
+    settings, machine = report["settings"], report["machine"]
+    figure.suptitle(f"{settings['dtype']}, blocks of {settings['block_size']}; {machine['device']}", fontsize=9)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def _dense_table(report: dict[str, Any]) -> Table:
+    """Every dense candidate's times, which do not depend on the density."""
+    rows, passes = [], ("forward", "training", "backward")
+    for size, case in {_size(case): case for case in report["cases"]}.items():
+        for name in _dense(case):
+            rows.append([str(size), name, *(_cell(case, name, what) for what in passes)])
+    used = [0, 1, *(column for column in (2, 3, 4) if any(row[column] for row in rows))]
+    headings = ["size", "computed by", *(f"{what} ms" for what in passes)]
+    return Table("Dense attention", [headings[i] for i in used], [[row[i] for i in used] for row in rows])
+
+
+def _pass_table(report: dict[str, Any], what: str, title: str) -> Table:
+    cases = report["cases"]
+    if what == "selection":
+        headings, names = ["selection ms"], []
+    else:
+        names = [name for name in _sparse(cases) if any(_cell(case, name, what) for case in cases)]
+        headings = [f"{name} ms" for name in names]
+    rows = []
+    for case in cases:
+        fastest = _fastest(case, what)
+        row = [*_place(case), f"{_cell(case, fastest, what)} ({fastest})"]
+        row += [_cell(case, name, what) for name in names]
+        if what == "selection":
+            ms = case["ms"]["selection"]["selection"]
+            row.append(f"{ms:.2f} ({100 * ms / _dense_ms(case, what):.1f} % of dense)")
+        rows.append(row)
+    return Table(title[0].upper() + title[1:], ["size", "density", "dense ms", *headings], rows)
+
+
+def _memory_table(report: dict[str, Any]) -> Table:
+    """Peak memory of sparse candidates, as a multiple of the fastest dense one's."""
+    rows, columns = [], dict[str, None]()
+    for case in report["cases"]:
+        cells = {}
+        for name in case["sparse"]:
+            for what, mib in case["peak_mib"].get(name, {}).items():
+                dense = case["peak_mib"][_fastest(case, what)][_beside(what)]
+                cells[f"{name}, {what}"] = f"{mib:.0f} MiB ({mib / dense:.2f})"
+        columns |= dict.fromkeys(cells)
+        rows.append((_place(case), cells))
+    return Table(
+        "Peak memory, and as a multiple of the fastest dense attention's",
+        ["size", "density", *columns],
+        [[*place, *(cells.get(column, "") for column in columns)] for place, cells in rows],
+    )
+
+
+def _cell(case: dict[str, Any], name: str, what: str) -> str:
+    """A time; for a sparse candidate with its speed beside the fastest dense attention's."""
+    sparse = name in case["sparse"]
+    ms = _ms(case, name, what if sparse else _beside(what))
+    if ms is None:
+        return ""
+    work = 4 * case["head_dim"] * case["batch"] * case["heads"] * case["tokens"] ** 2 * WORK.get(what, 1.0)
+    work *= case["realised_density"] if sparse else 1.0
+    cell = f"{ms:.1f}" if work / ms < 1e10 else f"{ms:.2f}, {work / ms / 1e9:.0f} TFLOP/s"
+    if not sparse:
+        return cell
+    faster = _dense_ms(case, what) / ms
+    return f"{cell} ({faster:.2f}, {100 * faster * case['realised_density']:.0f} %)"
+
+
+def _ms(case: dict[str, Any], name: str, what: str) -> float | None:
+    times = case["ms"].get(name, {})
+    if what == "backward":
+        return times["training"] - times["forward"] if {"training", "forward"} <= set(times) else None
+    return times.get(what)
+
+
+def _beside(what: str) -> str:
+    """The pass of dense attention that stands beside a pass."""
+    return what if what in ("training", "backward") else "forward"
+
+
+def _dense(case: dict[str, Any]) -> list[str]:
+    return [name for name in case["ms"] if name not in (*case["sparse"], "selection")]
+
+
+def _sparse(cases: list[dict[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(name for case in cases for name in case["sparse"]))
+
+
+def _fastest(case: dict[str, Any], what: str) -> str:
+    """The fastest dense candidate's name."""
+    times = {name: ms for name in _dense(case) if (ms := _ms(case, name, _beside(what))) is not None}
+    return min(times, key=lambda name: times[name])
+
+
+def _dense_ms(case: dict[str, Any], what: str) -> float:
+    ms = _ms(case, _fastest(case, what), _beside(what))
+    assert ms is not None
+    return ms
+
+
+def _size(case: dict[str, Any]) -> AttentionShape:
+    return AttentionShape(**{name: case[name] for name in ("tokens", "heads", "head_dim", "batch", "model")})
+
+
+def _place(case: dict[str, Any]) -> list[str]:
+    return [str(_size(case)), f"{case['realised_density']:.3f}"]

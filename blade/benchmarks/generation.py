@@ -1,0 +1,372 @@
+"""How long a model's videos take, dense and sparse, at real size: its transformer's passes, their parts, decoding."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+import torch
+from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend, dispatch_attention_fn
+from torch import nn
+
+from blade.attention.adaptive import select
+from blade.attention.applied import AppliedBlade, applied_to
+from blade.attention.apply import use_blade
+from blade.attention.budget import configured_budget
+from blade.attention.config import BladeConfig
+from blade.common.errors import first_line
+from blade.common.machine import GIB, describe_machine, describe_versions
+from blade.families.lookup import find_family
+from blade.families.protocol import Inputs, ModelFamily
+from blade.generation.request import GenerationRequest
+from blade.generation.resolve import resolve_request
+from blade.metrics.timing import Measurement, Stopwatch, measure, time_calls
+from blade.models.devices import resolve_device, resolve_dtype
+from blade.models.loading import load_empty_pipeline, load_pipeline
+from blade.models.pipeline_facts import empty_latent, latent_size, main_transformer
+from blade.models.source import BUNDLED
+
+PACKAGES = ("blade-video", "diffusers", "torch", "triton", "flash-attn", "flash-attn-3")
+"""Packages whose versions are recorded."""
+
+BACKENDS = ("native", "_native_cudnn", "_native_flash", "flash", "_flash_3", "_flash_3_hub")
+"""Diffusers' names of exact dense attention; dense runs take the fastest."""
+
+BACKEND_ERRORS = (RuntimeError, ValueError, ImportError, TypeError, NotImplementedError)
+"""What backends raise where they cannot compute."""
+
+PARTS = ("attention", "block selection", "norms and RoPE", "linear layers", "token permutation", "other")
+"""Of a sparse pass. Attention includes the pooling of its tokens; other: cross-attention, modulation, activations."""
+
+REACHED_SPEED = 0.85
+"""Speed of sparse attention per pair of query and key, as a share of dense attention's, that the bound counts on."""
+
+ALLOWANCE = 1.10
+"""How much longer than its bound a sparse pass may take."""
+
+
+LINEAR = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+"""Modules of matrix products with weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationBenchmark:
+    """What to measure."""
+
+    model: str = BUNDLED
+    """`BUNDLED`, a folder in Diffusers format, or a Hub id."""
+    random_weights: bool = False
+    """Whether the weights are random; then configuration files are all that is read."""
+    height: int | None = None
+    """Pixels; None takes the model's own, as for the next two."""
+    width: int | None = None
+    """Pixels."""
+    frames: int | None = None
+    """Number of frames."""
+    steps: int | None = None
+    """Steps of the runs with guidance."""
+    student_steps: tuple[int, ...] = (8, 4)
+    """Steps of the runs without guidance."""
+    sparsity: float = 0.8
+    """Of every layer and step."""
+    pooled_tokens: Literal["none", "all", "dropped"] = "all"
+    """See `BladeConfig`; inside the budget."""
+    measured_passes: int | None = None
+    """Passes of a run that are measured, the others being taken to be as long; None measures all."""
+    repeats: int = 3
+    """Measured calls of what is no run."""
+    device: str | None = None
+    """A torch device; None takes CUDA if there is one."""
+    dtype: str | None = None
+    """Of the transformer; None takes bfloat16 on CUDA and float32 elsewhere. The VAE runs in float32."""
+
+    def __post_init__(self) -> None:
+        for name in ("measured_passes", "repeats"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {value}.")
+        if not self.student_steps or min(self.student_steps) < 1:
+            raise ValueError(f"`student_steps` must be counts of at least 1, got {self.student_steps}.")
+
+
+def run_generation_benchmark(
+    settings: GenerationBenchmark, *, command: str | None = None, on_stage: Callable[[str], None] | None = None
+) -> dict[str, Any]:
+    """Measure a model's runs, dense with guidance, sparse with guidance, and sparse with few steps and without.
+
+    The budget of blocks is fixed, so that no time depends on the weights. A run is its transformer's passes and the
+    decoding of its latent, both with random inputs; encoding the text, the scheduler's steps and writing a file are
+    left out.
+
+    Args:
+        settings: what to measure.
+        command: the command line to record.
+        on_stage: called with what comes next.
+
+    Returns:
+        Plain JSON values: `date`, `command`, `machine`, `versions`, `settings` and what they came to: the resolved
+        size, `config`, `tokens`, `layers`, `density`; `dense_attention_ms` of one layer by backend, `backend` the
+        fastest that the transformer takes, `missing` why others were not measured or taken; `pass_ms` of a dense and a
+        sparse pass; `parts_ms` of a sparse one, of `PARTS`; `bound_ms`; `decoding_seconds`; `peak_gib` on CUDA; and
+        `runs`.
+
+    Raises:
+        ValueError: for a model or a size that cannot be measured.
+    """
+    on_stage = on_stage or (lambda stage: None)
+    device = resolve_device(settings.device)
+    dtype = resolve_dtype(settings.dtype, device)
+    on_stage("building the model")
+    if settings.random_weights:
+        pipe = load_empty_pipeline(settings.model, dtype=dtype, random_weights_on=device)
+    else:
+        pipe = load_pipeline(settings.model, device=device, dtype=dtype)
+    config = _fixed_budget(main_transformer(pipe), settings)
+    asked = {name: getattr(settings, name) for name in ("model", "height", "width", "frames", "steps")}
+    request = resolve_request(GenerationRequest(prompt="a benchmark", blade_config=config, **asked), pipe)
+    assert request.height and request.width and request.frames and request.steps
+    latent = latent_size(pipe, request.height, request.width, request.frames)
+    model = _Model(main_transformer(pipe), latent, device)
+    if configured_budget(config, model.grid).is_full:
+        raise ValueError(
+            f"`sparsity` must leave out a block, got {settings.sparsity} of {model.grid.sequence_length:,} tokens in "
+            f"blocks of {config.asa.block_size}."
+        )
+    report: dict[str, Any] = {
+        "date": datetime.date.today().isoformat(),
+        "command": command,
+        "machine": describe_machine(device),
+        "versions": describe_versions(PACKAGES),
+        "settings": {**asdict(settings), "device": str(device), "dtype": str(dtype).removeprefix("torch.")},
+        **{name: getattr(request, name) for name in ("height", "width", "frames", "steps")},
+        "config": config.to_dict(),
+    }
+    # choosing a transformer's backend also changes the one that Diffusers takes for all others, until this ends
+    with torch.inference_mode(), attention_backend(AttentionBackendName.NATIVE):
+        report |= model.describe(config)
+        on_stage("dense attention")
+        report |= model.dense_attention(settings.repeats)
+        on_stage("parts of a sparse pass")
+        with use_blade(model.transformer, config):
+            report["parts_ms"] = model.parts(settings.repeats)
+        on_stage("decoding")
+        decoding = _decoding(pipe, latent, device)
+        report["runs"], report["pass_ms"], report["peak_gib"] = [], {}, {"decoding": _gib(decoding.peak_bytes)}
+        report["decoding_seconds"] = decoding.median / 1e3
+        two = 2 if model.family.guidance_takes_two_passes else 1
+        plans = [("dense, guidance", None, request.steps, two), ("sparse, guidance", config, request.steps, two)]
+        plans += [("sparse", config, steps, 1) for steps in settings.student_steps]
+        for name, one, steps, passes in plans:
+            on_stage(f"{name}, {steps} steps")
+            report["runs"].append(model.run(name, one, steps, steps * passes, settings.measured_passes, report))
+    _conclude(report)
+    return report
+
+
+class _Model:
+    """A transformer with random inputs of one size."""
+
+    def __init__(self, transformer: nn.Module, latent: tuple[int, int, int], device: torch.device) -> None:
+        self.transformer, self.device = transformer, device
+        self.family: ModelFamily = find_family(transformer)
+        self.inputs: Inputs = {
+            name: _random(name, value) for name, value in self.family.example_inputs(transformer, latent).items()
+        }
+        self.grid = self.family.token_grid(transformer, self.inputs)
+        self.attentions = self.family.attention_layers(transformer)
+
+    def describe(self, config: BladeConfig) -> dict[str, Any]:
+        """Sizes, and the planned density."""
+        return {
+            "tokens": self.grid.sequence_length,
+            "layers": len(self.attentions),
+            "heads": self.family.heads(self.attentions[0]),
+            "head_dim": self.transformer.config.attention_head_dim,
+            "parameters": sum(parameter.numel() for parameter in self.transformer.parameters()),
+            "density": configured_budget(config, self.grid).density,
+        }
+
+    def forward(self, _: int = 0) -> object:
+        """One pass."""
+        return self.transformer(**self.inputs)
+
+    def dense_attention(self, repeats: int) -> dict[str, Any]:
+        """Time one layer's dense attention by backend, and let the transformer take the fastest that it can."""
+        shape = (1, self.grid.sequence_length, self.family.heads(self.attentions[0]))
+        like = next(self.attentions[0].parameters())
+        query, key, value = (
+            torch.randn(*shape, self.transformer.config.attention_head_dim, device=self.device, dtype=like.dtype)
+            for _ in range(3)
+        )
+        times, missing = dict[str, float](), dict[str, str]()
+        for name in BACKENDS:
+            try:
+                backend = AttentionBackendName(name)
+                self.transformer.set_attention_backend(name)
+                times[name] = measure(
+                    lambda _: dispatch_attention_fn(query, key, value, backend=backend),  # noqa: B023
+                    self.device,
+                    repeats,
+                ).median
+            except BACKEND_ERRORS as problem:
+                missing[name] = first_line(problem)
+        for name in sorted(times, key=lambda name: times[name]):
+            self.transformer.set_attention_backend(name)
+            try:
+                self.forward()
+            except BACKEND_ERRORS as problem:  # such as a mask, which not every backend takes
+                missing[name] = first_line(problem)
+            else:
+                return {"dense_attention_ms": times, "missing": missing, "backend": name}
+        raise ValueError(f"`device` must run one of Diffusers' attention backends, got {self.device}: {missing}.")
+
+    def parts(self, repeats: int) -> dict[str, float]:
+        """Milliseconds of the parts of a sparse pass; BLADE is applied."""
+        applied = applied_to(self.transformer)
+        assert applied is not None
+        self.forward()
+        watch = Stopwatch(self.device)
+        with _parts_watched(self.transformer, applied, self.attentions, watch) as calls:
+            for _ in range(repeats):
+                with watch.region("other"):
+                    self.forward()
+        found = {name: ms / repeats for name, ms in watch.milliseconds().items()}
+        layer, arguments = calls[0]
+        query, key, _, *lengths = arguments
+        draw = layer.tables[0][0]
+        one = measure(lambda _: select(query, key, layer.plan, draw, *lengths), self.device, repeats).median
+        found["block selection"] = one * len(calls) / repeats
+        found["attention"] -= found["block selection"]
+        return {name: found.get(name, 0.0) for name in PARTS}
+
+    def run(
+        self,
+        name: str,
+        config: BladeConfig | None,
+        steps: int,
+        passes: int,
+        measured: int | None,
+        report: dict[str, Any],
+    ) -> dict[str, Any]:
+        """Time a run's passes, after one that does not count."""
+        measured = min(passes, measured or passes)
+        with ExitStack() as stack:
+            if config is not None:
+                stack.enter_context(use_blade(self.transformer, config))
+            self.forward()
+            found = time_calls(self.forward, self.device, measured)
+        kind = "dense" if config is None else "sparse"
+        report["pass_ms"].setdefault(kind, found.median)
+        report["peak_gib"].setdefault(kind, _gib(found.peak_bytes))
+        seconds = sum(found.milliseconds) / measured * passes / 1e3
+        return {
+            "run": name,
+            "steps": steps,
+            "passes": passes,
+            "measured_passes": measured,
+            "transformer_seconds": seconds,
+            "seconds": seconds + report["decoding_seconds"],
+        }
+
+
+def _fixed_budget(transformer: nn.Module, settings: GenerationBenchmark) -> BladeConfig:
+    """The model's preset, with every layer and step sparse and as many blocks in every row."""
+    preset = BladeConfig.from_preset(find_family(transformer).preset_name(transformer))
+    return replace(
+        preset,
+        sparsity=settings.sparsity,
+        pooled_tokens=settings.pooled_tokens,
+        dense_steps=0,
+        dense_layers=(),
+        asa=replace(preset.asa, cumulative_mass=None),
+    )
+
+
+def _random(name: str, value: Any) -> Any:
+    """An input as it might be in a run; masks and sizes as they are."""
+    if not isinstance(value, torch.Tensor) or not value.is_floating_point() or name.endswith("mask"):
+        return value
+    return torch.full_like(value, 500.0) if name == "timestep" else torch.randn_like(value)
+
+
+def _decoding(pipe: Any, latent: tuple[int, int, int], device: torch.device) -> Measurement:
+    """Decode a random latent, twice."""
+    sample = torch.randn_like(empty_latent(pipe, latent))
+    return measure(lambda _: pipe.vae.decode(sample, return_dict=False)[0].float().cpu(), device, 1)
+
+
+def _gib(size: int | None) -> float | None:
+    return None if size is None else size / GIB
+
+
+def _conclude(report: dict[str, Any]) -> None:
+    """Add what follows from the measurements."""
+    attention = report["layers"] * report["dense_attention_ms"][report["backend"]]
+    dense, density = report["pass_ms"]["dense"], report["density"]
+    rest = dense - attention
+    bound = rest + attention * density / REACHED_SPEED + report["parts_ms"]["block selection"]
+    report["dense_attention_share"] = attention / dense
+    report["bound_ms"] = ALLOWANCE * bound
+    report["of_bound"] = report["pass_ms"]["sparse"] / bound
+    reference = report["runs"][0]
+    for run in report["runs"]:
+        run["transformer_factor"] = reference["transformer_seconds"] / run["transformer_seconds"]
+        run["factor"] = reference["seconds"] / run["seconds"]
+        without = run["passes"] * rest / 1e3
+        run["limit"] = reference["seconds"] / (without + report["decoding_seconds"])
+
+
+@contextmanager
+def _parts_watched(
+    transformer: nn.Module, applied: AppliedBlade, attentions: Any, watch: Stopwatch
+) -> Iterator[list[tuple[Any, tuple[Any, ...]]]]:
+    """Let a stopwatch see the parts of passes; yields the sparse layers' calls, the first one's arguments with it."""
+    calls: list[tuple[Any, tuple[Any, ...]]] = []
+    handles = []
+    regions = {module: "norms and RoPE" for module in attentions}
+    regions |= {module: "linear layers" for module in transformer.modules() if isinstance(module, LINEAR)}
+    for module, name in regions.items():
+        handles.append(module.register_forward_pre_hook(lambda *_, name=name: watch.enter(name)))
+        handles.append(module.register_forward_hook(lambda *_: watch.leave()))
+    family, attends = applied.family, [layer.attend for layer in applied.layers]
+
+    def watched(layer: Any, attend: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            calls.append((layer, () if calls else arguments))
+            with watch.region("attention"):
+                return attend(*arguments, **options)
+
+        return call
+
+    applied.family = _WatchedFamily(family, watch)  # type: ignore[assignment]
+    for layer, attend in zip(applied.layers, attends):
+        layer.attend = watched(layer, attend)  # type: ignore[method-assign]
+    try:
+        yield calls
+    finally:
+        applied.family = family
+        for layer in applied.layers:
+            del layer.attend
+        for handle in handles:
+            handle.remove()
+
+
+class _WatchedFamily:
+    """A family whose permutations a stopwatch sees."""
+
+    def __init__(self, family: ModelFamily, watch: Stopwatch) -> None:
+        self._family, self._watch = family, watch
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._family, name)
+
+    def permute_inputs(self, *arguments: Any) -> Any:
+        with self._watch.region("token permutation"):
+            return self._family.permute_inputs(*arguments)
+
+    def restore_output(self, *arguments: Any) -> Any:
+        with self._watch.region("token permutation"):
+            return self._family.restore_output(*arguments)

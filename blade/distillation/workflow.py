@@ -1,0 +1,410 @@
+"""A distillation from its configuration to the student's folder: what `blade-distill` does."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from blade.attention.config import BladeConfig
+from blade.common.machine import describe_machine, describe_versions
+from blade.common.training_log import TrainingLog, load_checkpoint, save_checkpoint
+from blade.distillation.conditioning import (
+    ExampleConditions,
+    PromptEmbeddings,
+    check_text_alone,
+    encode_prompts,
+    fingerprint,
+)
+from blade.distillation.config import DistillationConfig, student_attention
+from blade.distillation.dry_run import estimate
+from blade.distillation.parallel import Processes
+from blade.distillation.reports import PACKAGES, DistillationReport, Estimate
+from blade.distillation.resuming import CHECKPOINTS, check_resumable, flat, newest_checkpoint
+from blade.distillation.student_files import read_weights, write_student
+from blade.distillation.teacher_trajectories import TeacherTrajectories
+from blade.distillation.trainer import Trainer
+from blade.distillation.trajectory import make_sampler
+from blade.distillation.validation import validate
+from blade.families.lookup import find_family
+from blade.families.registry import preset_names
+from blade.families.transformers import find_transformers
+from blade.generation.prompts import read_prompts
+from blade.generation.request import GenerationRequest
+from blade.generation.resolve import resolve_request
+from blade.models.devices import DTYPES, resolve_device
+from blade.models.loading import load_empty_pipeline, load_pipeline
+from blade.models.pipeline_facts import latent_size, main_transformer
+from blade.models.source import BUNDLED
+from blade.students.scheduler import FewStepScheduler
+
+logger = logging.getLogger("blade")
+
+VALIDATION, EMBEDDINGS, TRAJECTORIES, LOG_NAME = "validation", "embeddings", "trajectories", "log.jsonl"
+"""Parts of a student's folder beside the student itself."""
+
+BUNDLED_PROMPTS, BUNDLED_SEED = 4096, 606
+"""Captions that the bundled model is distilled with where no prompts are given, and the seed of their sampling."""
+
+LAG_UPDATES = 25
+"""Updates over which the fake score is compared with the teacher."""
+
+DISTILLED_WORDS = ("distill", "lightning", "turbo", "lcm", "causvid", "lightx2v", "fast", "few-step")
+"""In a model's name, what says that it is for few steps already."""
+
+
+def distill(
+    config: DistillationConfig,
+    *,
+    dry_run: bool = False,
+    random_weights: bool = False,
+    on_progress: Callable[[str], None] = lambda text: None,
+) -> DistillationReport | Estimate:
+    """Train a student, or go on with one that was stopped.
+
+    Started on several processes, by `accelerate launch` or torchrun, they share the work.
+
+    Args:
+        config: how.
+        dry_run: only measure what it takes, by two updates; nothing is written.
+        random_weights: do that with random weights of the model's size, from its configuration files alone.
+        on_progress: told how far the preparations are.
+
+    Returns:
+        What became of it, or what it would take.
+
+    Raises:
+        ValueError: for a configuration that cannot be met, embeddings of another model, or a checkpoint of another
+            configuration.
+        ArithmeticError: if training diverges.
+        OSError: if a file cannot be written; the last checkpoint stays whole then.
+    """
+    from accelerate import PartialState
+
+    device = resolve_device(config.run.device)
+    state = PartialState(cpu=device.type == "cpu")
+    processes = Processes(state, config.run.parallel, device if state.num_processes == 1 else None)
+    output = Path(config.output).expanduser()
+    _check_trackers(config.trackers)
+    if random_weights and not dry_run:
+        raise ValueError("`random_weights` must not be given without `dry_run`: nobody wants such a student.")
+    prompts = ["none"] if random_weights else training_prompts(config)
+    checkpoint = None if dry_run else newest_checkpoint(output)
+    saved = None if checkpoint is None else load_checkpoint(checkpoint)
+    if saved is not None:
+        check_resumable(saved, config, processes, checkpoint)
+    with ExitStack() as stack:
+        folder = Path(config.embeddings).expanduser() if config.embeddings else output / EMBEDDINGS
+        if dry_run:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        job = _Job(config, processes, prompts, folder, on_progress, dry_run=dry_run, random_weights=random_weights)
+        if dry_run:
+            return estimate(job.trainer, 0 if random_weights else len(prompts))
+        if saved is not None:
+            job.trainer.load_state_dict(saved["trainer"])
+            job.hours_before, job.scores = saved["hours"], saved.get("scores", {})
+        job.make_trajectories(output, on_progress)
+        return job.run(output)
+
+
+def training_prompts(config: DistillationConfig) -> list[str]:
+    """The prompts that a configuration names, or captions of the bundled model's own world.
+
+    Raises:
+        ValueError: if the file has none, or none is named for another model.
+    """
+    if config.prompts is not None:
+        return read_prompts(config.prompts)
+    if config.model != BUNDLED:
+        raise ValueError(f"`prompts` must be a file with prompts for {config.model}, one a line; got none.")
+    from blade.moving_shapes.captions import sample_caption
+
+    rng = np.random.default_rng(BUNDLED_SEED)
+    return [str(sample_caption(rng, objects=1 + number % 2)) for number in range(BUNDLED_PROMPTS)]
+
+
+class _Job:
+    """A training with everything around it."""
+
+    def __init__(
+        self,
+        config: DistillationConfig,
+        processes: Processes,
+        prompts: Sequence[str],
+        embeddings: Path,
+        on_progress: Callable[[str], None],
+        *,
+        dry_run: bool,
+        random_weights: bool,
+    ) -> None:
+        self.config, self.processes, self.prompts = config, processes, prompts
+        self.hours_before, self.scores = 0.0, dict[str, float]()
+        precision = config.run.precision or ("bf16" if processes.device.type == "cuda" else "fp32")
+        self.kept_dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        self.pipe = self._load(random_weights)
+        transformer = main_transformer(self.pipe)
+        self.request = self._resolve()
+        self.sampler = self._make_sampler(config.trajectory.noise_kept)
+        kept = config.trajectory.sampling_noise_kept
+        self.student_sampler = self.sampler if kept is None else self._make_sampler(kept)
+        self.attention = student_attention(config.attention, _student_preset(transformer))
+        found: PromptEmbeddings | ExampleConditions
+        if random_weights:
+            assert self.request.height is not None and self.request.width is not None
+            assert self.request.frames is not None
+            size = latent_size(self.pipe, self.request.height, self.request.width, self.request.frames)
+            found = ExampleConditions(transformer, size)
+        else:
+            found = self._embeddings(embeddings, on_progress, dry_run=dry_run)
+        self._place_others(torch.device("cpu"))
+        assert self.request.guidance_scale is not None
+        self.guidance_scale = self.request.guidance_scale
+        self.teacher = fingerprint({"transformer": transformer})
+        self.trainer = Trainer(
+            self.pipe,
+            config,
+            found,
+            self.sampler,
+            self.attention,
+            processes,
+            guidance_scale=self.guidance_scale,
+            dtype=torch.float32 if precision == "fp32" else torch.bfloat16,
+        )
+        if config.weights.start_from is not None:
+            source = Path(config.weights.start_from).expanduser()
+            self.trainer.start_from(read_weights(source, config.weights))
+
+    def _load(self, random_weights: bool) -> Any:
+        """Load the base, in a pipeline on the device."""
+        config, device = self.config, self.processes.device
+        options: dict[str, Any] = {"revision": config.revision, "dtype": self.kept_dtype}
+        pipe: Any
+        if random_weights:
+            pipe = load_empty_pipeline(config.model, **options, random_weights_on=device)
+        else:
+            pipe = load_pipeline(config.model, **options, device=device)
+        pipe.set_progress_bar_config(disable=True)
+        if len(find_transformers(pipe)) > 1:
+            raise ValueError(f"`model` {config.model} has two transformers, of which students cannot be made.")
+        check_text_alone(pipe)
+        _warn_of_distilled(config.model, main_transformer(pipe))
+        return pipe
+
+    def _resolve(self) -> GenerationRequest:
+        """What the teacher would be asked for, with the model's defaults where the configuration leaves them."""
+        config, video = self.config, self.config.video
+        request = GenerationRequest(
+            prompt=self.prompts[0],
+            negative_prompt=config.generator.negative_prompt,
+            model=config.model,
+            revision=config.revision,
+            attention="dense",
+            height=video.height,
+            width=video.width,
+            frames=video.frames,
+            guidance_scale=config.generator.guidance_scale,
+            device=str(self.processes.device),
+        )
+        return resolve_request(request, self.pipe)
+
+    def _make_sampler(self, noise_kept: float) -> FewStepScheduler:
+        """A sampler of the student's times, with the flow shift that is recommended for the size if none is given."""
+        trajectory, flow_shift = self.config.trajectory, self.config.trajectory.flow_shift
+        if flow_shift is None and trajectory.times is None:
+            flow_shift = self.request.flow_shift
+        return make_sampler(
+            self.pipe.scheduler,
+            trajectory.steps,
+            flow_shift=flow_shift,
+            times=trajectory.times,
+            noise_kept=noise_kept,
+        )
+
+    def _embeddings(self, folder: Path, on_progress: Callable[[str], None], *, dry_run: bool) -> PromptEmbeddings:
+        """Make the prompts' embeddings, of a dry run only as many as it takes."""
+        config, processes = self.config, self.processes
+        needed = list(self.prompts)
+        if dry_run:
+            batch = config.run.batch_size * config.run.accumulation * processes.count
+            needed = [self.prompts[number % len(self.prompts)] for number in range(min(len(self.prompts), 2 * batch))]
+        share = (processes.index, processes.count)
+        encode_prompts(self.pipe, self.request, needed, folder, share=share, on_progress=on_progress)
+        processes.wait()
+        return PromptEmbeddings(folder, needed)
+
+    def make_trajectories(self, output: Path, on_progress: Callable[[str], None]) -> None:
+        """Make the teacher's trajectories, where there are still updates that learn from them."""
+        config, generator = self.config, self.config.generator
+        if self.trainer.update >= generator.ode_updates and generator.objective != "imitation":
+            return
+        folder = Path(config.trajectories).expanduser() if config.trajectories else output / TRAJECTORIES
+        facts = {
+            "teacher": self.teacher,
+            "guidance_scale": self.guidance_scale,
+            "negative_prompt": self.request.negative_prompt,
+            "size": [self.request.height, self.request.width, self.request.frames],
+        }
+        trajectories = TeacherTrajectories(folder, self.prompts, generator.trajectories)
+        self.trainer.make_trajectories(trajectories, facts, on_progress)
+
+    def run(self, output: Path) -> DistillationReport:
+        """Train to the end."""
+        config, trainer, processes = self.config, self.trainer, self.processes
+        run, began = config.run, time.perf_counter()
+        trackers = self._trackers(output)
+        log = None
+        if processes.is_first:
+            log = TrainingLog(output / LOG_NAME, stage="distillation", start=trainer.update, total=run.updates)
+        ratios: list[float] = []
+        if trainer.update >= run.updates:
+            self._write_student(output, self.hours_before)  # which may be sampled otherwise from now on
+        while trainer.update < run.updates:
+            record = trainer.train_update()
+            done = trainer.update
+            ratios = [*ratios, record.get("critic_ratio", 0.0)][-LAG_UPDATES:]
+            if len(ratios) == LAG_UPDATES and sum(ratios) / len(ratios) > 1 and done % LAG_UPDATES == 0:
+                logger.warning(
+                    f"The fake score lags: in the last {LAG_UPDATES} updates its error for the student's samples was "
+                    f"{sum(ratios) / len(ratios):.2f} times the teacher's. Raise `fake.learning_rate` or "
+                    "`fake.updates`, or lower `generator.learning_rate`."
+                )
+            if config.validation.every and (done % config.validation.every == 0 or done == run.updates):
+                self.scores = self._validate(output / VALIDATION / f"{done:06d}")
+                record |= self.scores
+            if log is not None:
+                log.write(done, **record)
+            if trackers is not None:
+                trackers.log(record, step=done)
+            if done % run.checkpoint_every == 0 or done == run.updates:
+                hours = self.hours_before + (time.perf_counter() - began) / 3600
+                self._save(output, hours)
+        if trackers is not None:
+            trackers.end_training()
+        processes.wait()
+        return DistillationReport(
+            output=output,
+            updates=trainer.update,
+            seconds=time.perf_counter() - began,
+            skipped={role: optimizer.skipped for role, optimizer in trainer.optimizers.items()},
+            scores=self.scores,
+        )
+
+    def _validate(self, folder: Path) -> dict[str, float]:
+        config, device = self.config.validation, self.processes.device
+        prompts = config.prompts or list(self.prompts[: config.count])
+        self._place_others(device)
+        try:
+            return validate(self.trainer, self.student_sampler, self.request, prompts, folder, self.processes)
+        finally:
+            self._place_others(torch.device("cpu"))
+
+    def _place_others(self, device: torch.device) -> None:
+        """Bring text encoders and VAE to a device; they are needed before training and between updates only."""
+        for name, part in self.pipe.components.items():
+            if not isinstance(part, nn.Module) or name.startswith("transformer"):
+                continue
+            if not any(parameter.is_meta for parameter in part.parameters()):  # which random weights leave out
+                part.to(device)
+
+    def _save(self, output: Path, hours: float) -> None:
+        """Write a checkpoint, and the student as it is now."""
+        trainer, config = self.trainer, self.config
+        state = trainer.state_dict()
+        if self.processes.is_first:
+            folder = output / CHECKPOINTS
+            content = {
+                "trainer": state,
+                "hours": hours,
+                "scores": self.scores,
+                "config": config.to_dict(),
+                "batch_size": trainer.batch_size,
+            }
+            save_checkpoint(folder / f"update-{trainer.update:06d}.pt", content)
+            for old in sorted(folder.glob("update-*.pt"))[: -config.run.checkpoints_kept]:
+                old.unlink()
+        self._write_student(output, hours)
+
+    def _write_student(self, output: Path, hours: float) -> None:
+        """Write the student as it is now."""
+        trainer, config = self.trainer, self.config
+        weights = trainer.student_weights()
+        if self.processes.is_first:
+            machine = describe_machine(self.processes.device)
+            versions = describe_versions(PACKAGES)
+            facts = {
+                "base": "the bundled moving-shapes model" if config.model == BUNDLED else config.model,
+                "source": output.name,
+                "updates": trainer.update,
+                "batch": trainer.batch_size,
+                "prompts": f"{len(self.prompts):,}",
+                "size": f"{self.request.frames} frames of {self.request.height}x{self.request.width}",
+                "guidance_scale": self.guidance_scale,
+                "trained": "all weights" if config.weights.full else f"a LoRA of rank {config.weights.rank}",
+                "scores": ", ".join(f"{name.replace('_', ' ')}: {value:.3f}" for name, value in self.scores.items()),
+                "machine": f"{machine['device']} ({self.processes.count} process(es))",
+                "versions": ", ".join(f"{name} {version}" for name, version in versions.items() if version),
+                "hours": hours,
+            }
+            write_student(
+                output,
+                transformer=main_transformer(self.pipe),
+                weights=weights,
+                config=config,
+                sampler=self.student_sampler,
+                attention=self.attention,
+                facts=facts,
+                dtype=DTYPES[config.weights.saved_as] if config.weights.saved_as else self.kept_dtype,
+            )
+        self.processes.wait()
+
+    def _trackers(self, output: Path) -> Any:
+        if not self.config.trackers:
+            return None
+        from accelerate import Accelerator
+
+        accelerator = Accelerator(log_with=list(self.config.trackers), project_dir=str(output))
+        accelerator.init_trackers("blade-distill", config={key: str(one) for key, one in flat(self.config).items()})
+        return accelerator
+
+
+def _student_preset(transformer: nn.Module) -> BladeConfig:
+    """The model's values for students; of one that has none, its others at the paper's sparsity."""
+    name = find_family(transformer).preset_name(transformer)
+    if name in preset_names("student"):
+        return BladeConfig.from_preset(name, "student")
+    preset = BladeConfig.from_preset(name)
+    return replace(preset, kind="student", sparsity=0.8, pooled_tokens="all", dense_steps=0, dense_layers=())
+
+
+def _warn_of_distilled(model: str, transformer: nn.Module) -> None:
+    if getattr(transformer.config, "guidance_embeds", False):
+        logger.warning(
+            f"{model} is distilled for guidance already: it takes its strength as an input, which stays the same for "
+            "teacher and student."
+        )
+    words = [word for word in DISTILLED_WORDS if word in model.lower()]
+    if words:
+        logger.warning(
+            f'`model` {model} seems to be distilled for few steps already ("{words[0]}" in its name). A teacher '
+            "should be a model for many steps: of one for few, only the mistakes are passed on."
+        )
+
+
+def _check_trackers(names: Sequence[str]) -> None:
+    """Raise a `ValueError` for trackers that accelerate would leave out."""
+    from accelerate.tracking import get_available_trackers
+
+    available = [str(name) for name in get_available_trackers()]
+    missing = [name for name in names if name not in available]
+    if missing:
+        listed = ", ".join(available) or "none"
+        raise ValueError(f"`trackers` must be installed ones ({listed}), got {missing[0]}; the log is written anyway.")

@@ -1,0 +1,99 @@
+"""An evaluation's report as files: JSON, Markdown, a plot, and a page that stands by itself but for its videos."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from blade.common.files import write_files
+from blade.common.tables import markdown_table
+from blade.evaluation.report import facts, notes, tables
+from blade.evaluation.videos import VideoLayout
+
+TEMPLATE = "report.html.jinja"
+"""The page's template, beside this file."""
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The report as a Markdown page."""
+    first, *others = facts(report)
+    lines = ["# Evaluation", "", first, "", f"    {report['command']}", ""]
+    for line in others:
+        lines += [line, ""]
+    for table in tables(report):
+        lines += [f"## {table.title}", "", *markdown_table(table.headings, table.rows), ""]
+    for note in notes(report):
+        lines += [note, ""]
+    return "\n".join(lines)
+
+
+def html(report: dict[str, Any], *, pictures: Mapping[str, bytes], videos: Mapping[str, Path]) -> str:
+    """The report as a page, light or dark as the reader has it, that loads nothing from elsewhere.
+
+    Args:
+        report: By `make_report`.
+        pictures: PNGs by heading, put into the page.
+        videos: By caption, paths relative to the page.
+    """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(TEMPLATE).render(
+        facts=facts(report),
+        notes=notes(report),
+        command=report["command"],
+        tables=tables(report),
+        pictures={title: base64.b64encode(picture).decode() for title, picture in pictures.items()},
+        videos={caption: quote(path.as_posix()) for caption, path in videos.items()},
+        runs=[run["name"] for run in report["runs"]],
+    )
+
+
+def write_report(report: dict[str, Any], folder: Path, laid_out: VideoLayout) -> list[Path]:
+    """Write `report.json`, `report.md`, `report.html`, and `report.png` if it can be drawn; all or none.
+
+    Args:
+        report: By `make_report`.
+        folder: The evaluation's.
+        laid_out: What `lay_out_videos` made of its videos.
+
+    Returns:
+        The files' paths.
+
+    Raises:
+        OutputError: If one cannot be written.
+    """
+    pictures = {}
+    try:
+        from blade.evaluation.plot import plot_report
+    except ImportError:  # matplotlib is in the extra `plots`
+        plot = None
+    else:
+        plot = plot_report(report)
+    if plot is not None:
+        pictures["Plot"] = plot
+    if laid_out.sheet is not None:
+        pictures["Middle frames"] = laid_out.sheet
+    videos = {
+        f"{prompt.text} (seed {prompt.seed})": path.relative_to(folder) for prompt, path in laid_out.shown.items()
+    }
+    files = {
+        folder / "report.json": (json.dumps(report, indent=2) + "\n").encode(),
+        folder / "report.md": markdown(report).encode(),
+        folder / "report.html": html(report, pictures=pictures, videos=videos).encode(),
+    }
+    if plot is not None:
+        files[folder / "report.png"] = plot
+    folder.mkdir(parents=True, exist_ok=True)
+    write_files(files)
+    return list(files)

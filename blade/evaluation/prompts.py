@@ -1,0 +1,111 @@
+"""The prompts of an evaluation, each with the seed of its noise: a fixed list of captions, or any with any seeds."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from blade.common.checks import parse_ranges
+from blade.generation.prompts import file_stem
+from blade.generation.request import MAXIMUM_SEED
+from blade.moving_shapes.captions import sample_caption
+
+PROMPT_SEED = 20250
+"""Seed of the fixed list of captions."""
+
+GROUPS = {"single": "single-object prompts", "two": "two-object prompts", "all": "all prompts"}
+"""Prompts that are reported together, and what they are called."""
+
+MOST_SEEDS = 10_000
+"""More seeds than anybody means."""
+
+STEM_LENGTH = 60
+"""Letters of a prompt in the names of its files, which file systems limit to 255 bytes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationPrompt:
+    """One video that every run generates."""
+
+    text: str
+    seed: int
+    """Seed of the noise."""
+    group: str = "all"
+    """A name of `GROUPS`."""
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """What it is known by: text and seed."""
+        return (self.text, self.seed)
+
+    @property
+    def stem(self) -> str:
+        """Name of its files, without their ending; six digits of a hash where the text does not fit or says more."""
+        words = file_stem(self.text)[:STEM_LENGTH].rstrip("-")
+        if words.replace("-", " ") != self.text:
+            words += f"-{hashlib.sha256(self.text.encode()).hexdigest()[:6]}"
+        return f"{words}-{self.seed}"
+
+
+def is_in(prompt: EvaluationPrompt, group: str) -> bool:
+    """Whether a prompt is reported in a group; all are in `all`."""
+    return group in ("all", prompt.group)
+
+
+def groups_of(prompts: Sequence[EvaluationPrompt]) -> tuple[str, ...]:
+    """The groups that prompts are reported in: those that they are of, and all together where these are several."""
+    own = {prompt.group for prompt in prompts}
+    return tuple(group for group in GROUPS if group in own or (group == "all" and len(own) > 1))
+
+
+def parse_seeds(text: str) -> tuple[int, ...]:
+    """Read seeds such as "0-3,7".
+
+    Returns:
+        The seeds, ascending, each once.
+
+    Raises:
+        ValueError: If the text does not read like that, names none, or a seed is too large.
+    """
+    problem = f'`seeds` must be numbers from 0 to 2**63 - 1, or ranges of them, such as "0-3,7", got {text!r}.'
+    ranges = parse_ranges(text, problem)
+    if not ranges or any(seeds.stop - 1 > MAXIMUM_SEED for seeds in ranges):
+        raise ValueError(problem)
+    if sum(seeds.stop - seeds.start for seeds in ranges) > MOST_SEEDS:
+        raise ValueError(f"`seeds` must be at most {MOST_SEEDS:,}, got {text!r}.")
+    return tuple(sorted({seed for seeds in ranges for seed in seeds}))
+
+
+def prompts_with_seeds(texts: Sequence[str], seeds: Sequence[int]) -> tuple[EvaluationPrompt, ...]:
+    """Every prompt with every seed, prompt by prompt."""
+    return tuple(EvaluationPrompt(text=text, seed=seed) for text in texts for seed in seeds)
+
+
+def held_out_prompts(single: int = 64, two: int = 64, repeats: int = 1) -> tuple[EvaluationPrompt, ...]:
+    """The first captions of the fixed lists, of combinations that no training caption names.
+
+    The seed of each is its place in the list of its kind, so that none is chosen; repetitions go on from there.
+
+    Args:
+        single: How many with one object.
+        two: How many with two objects.
+        repeats: How many videos of each.
+
+    Raises:
+        ValueError: If a number is negative, or there is no prompt.
+    """
+    if repeats < 1:
+        raise ValueError(f"`repeats` must be at least 1, got {repeats}.")
+    if min(single, two) < 0 or single + two == 0:
+        raise ValueError(f"`single` and `two` must be at least 0 and not both 0, got {single} and {two}.")
+    prompts = []
+    for group, objects, count in (("single", 1, single), ("two", 2, two)):
+        rng = np.random.default_rng([PROMPT_SEED, objects])
+        captions = [str(sample_caption(rng, objects=objects, held_out=True)) for _ in range(count)]
+        for repeat in range(repeats):
+            for place, caption in enumerate(captions):
+                prompts.append(EvaluationPrompt(text=caption, seed=repeat * count + place, group=group))
+    return tuple(prompts)

@@ -1,0 +1,29 @@
+"""The transformers of a pipeline."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+
+def find_transformers(pipe_or_transformer: Any) -> dict[str, nn.Module]:
+    """Return the transformers of a pipeline by their component's name, or the one given as "transformer".
+
+    Raises:
+        ValueError: if this is neither a transformer nor a pipeline that holds one.
+    """
+    if isinstance(pipe_or_transformer, nn.Module):
+        # what `torch.compile` returns stands around the transformer
+        return {"transformer": getattr(pipe_or_transformer, "_orig_mod", pipe_or_transformer)}
+    found = {}
+    for name in ("transformer", "transformer_2"):
+        transformer = getattr(pipe_or_transformer, name, None)
+        if isinstance(transformer, nn.Module):
+            found[name] = getattr(transformer, "_orig_mod", transformer)
+    if not found:
+        raise ValueError(
+            "`pipe_or_transformer` must be a Diffusers pipeline with a `transformer`, or a transformer, got "
+            f"{type(pipe_or_transformer).__name__}."
+        )
+    return found

@@ -1,0 +1,26 @@
+"""Fingerprints of weights."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from blade.models.source import BUNDLED, bundled_model_path
+from blade.students.source import BUNDLED_STUDENTS, bundled_student_path
+
+
+def model_fingerprint(model: str) -> str | None:
+    """16 hexadecimal digits that change with the weights; None for a model that is not in a folder here."""
+    folder = Path(model).expanduser()
+    if model == BUNDLED:
+        folder = bundled_model_path()
+    elif model in BUNDLED_STUDENTS.values():
+        folder = bundled_student_path(model)
+    if not folder.is_dir():
+        return None
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.safetensors")):
+        digest.update(path.relative_to(folder).as_posix().encode())
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,211 @@
+"""What a run would compute and hold in memory, from configuration files alone: nothing is downloaded, nothing runs."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.weak import WeakIdKeyDictionary
+
+from blade.common.machine import GIB
+from blade.families.lookup import find_family
+from blade.generation.request import GenerationRequest
+from blade.generation.resolve import resolve_request
+from blade.models.conditions import pipeline_for
+from blade.models.costs import AssumeUnmasked, RunCost, forward_cost, run_cost
+from blade.models.devices import resolve_device, resolve_dtype
+from blade.models.loading import load_empty_pipeline
+from blade.models.pipeline_facts import empty_latent, latent_size, main_transformer
+from blade.students.loading import read_student
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunPlan:
+    """A run before it is made; `print` it."""
+
+    request: GenerationRequest
+    """What was asked for, with the model's defaults filled in."""
+    cost: RunCost
+    """Of the transformer."""
+    text_flops: float
+    """Of encoding the prompt, and with guidance the negative one."""
+    decoding_flops: float
+    """Of the VAE's decoder."""
+    weights_gib: dict[str, float]
+    """Memory of the weights, by part of the pipeline."""
+    activations_gib: dict[str, float]
+    """Most memory beside the weights: of the transformer's forward pass, and of decoding."""
+    device_gib: float | None
+    """Memory of the CUDA device; None elsewhere."""
+
+    @property
+    def needed_gib(self) -> float:
+        """All weights, and the activations of whichever part takes most."""
+        return sum(self.weights_gib.values()) + max(self.activations_gib.values())
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether the device holds it without offloading; None where there is no CUDA device."""
+        return None if self.device_gib is None else self.needed_gib <= self.device_gib
+
+    def __str__(self) -> str:
+        request, cost, grid = self.request, self.cost, self.cost.forward.grid
+        text = f" and {grid.text_tokens:,} of text" if grid.text_tokens else ""
+        lines = [
+            f"video       {request.frames} frames of {request.width}x{request.height}, {request.steps} steps, "
+            f"guidance {request.guidance_scale:g}",
+            *([] if request.student is None else [f"student     {request.student}"]),
+            f"tokens      {grid.frames} x {grid.height} x {grid.width} = {grid.video_tokens:,}{text}, "
+            f"in {cost.forward.layers} layers of {cost.forward.heads} heads",
+            f"attention   {request.attention}"
+            + (
+                f": {cost.sparse_layers} layers in {cost.sparse_passes} of {cost.passes} passes at density "
+                f"{cost.density:.3f}"
+                if cost.sparse_passes
+                else ""
+            ),
+            f"operations  {_count(cost.total + self.text_flops + self.decoding_flops)} "
+            f"(dense {_count(cost.dense_total + self.text_flops + self.decoding_flops)}): "
+            + ", ".join(
+                f"{part} {_count(flops)}"
+                for part, flops in {"text": self.text_flops, **cost.flops, "decoding": self.decoding_flops}.items()
+                if flops
+            ),
+            f"weights     {sum(self.weights_gib.values()):.2f} GiB: "
+            + ", ".join(f"{part} {gib:.2f}" for part, gib in self.weights_gib.items()),
+            f"memory      {self.needed_gib:.2f} GiB with all parts on one device; beside the weights "
+            + ", ".join(f"{part} {gib:.2f}" for part, gib in self.activations_gib.items()),
+        ]
+        if self.fits is not None:
+            verdict = "it fits" if self.fits else "it does not fit: take --offload auto, or a smaller video"
+            lines.append(f"device      {self.device_gib:.1f} GiB: {verdict}")
+        return "\n".join(lines)
+
+
+def plan_run(request: GenerationRequest) -> RunPlan:
+    """Work out what a request would compute and hold.
+
+    Args:
+        request: what would be made.
+
+    Raises:
+        ValueError: for a request that cannot be met, or a model whose operations cannot be counted.
+        ModelError: if there is no such model.
+    """
+    device = resolve_device(request.device)
+    dtype = resolve_dtype(request.dtype, device)
+    pipe = load_empty_pipeline(request.model, revision=request.revision, dtype=dtype)
+    pipe = pipeline_for(pipe, request.condition)
+    student = None
+    if request.student is not None:
+        student = read_student(pipe, request.student, scheduler=request.scheduler, noise_kept=request.noise_kept)
+    resolved = replace(resolve_request(request, pipe, student=student), device=str(device))
+    assert resolved.frames is not None and resolved.height is not None and resolved.width is not None
+    assert resolved.steps is not None and resolved.guidance_scale is not None
+    latent = latent_size(pipe, resolved.height, resolved.width, resolved.frames)
+    transformer = main_transformer(pipe)
+    family = find_family(transformer)
+    guidance = resolved.guidance_scale > 1 and family.guidance_takes_two_passes
+    forward = forward_cost(transformer, latent)
+    cost = run_cost(forward, resolved.steps, guidance=guidance, config=resolved.blade_config)
+    models = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+    inputs = family.example_inputs(transformer, latent)
+    vae, sample = pipe.vae, empty_latent(pipe, latent)
+    text_tokens = inputs["encoder_hidden_states"].shape[1]
+    encoders = [part for name, part in models.items() if name.startswith("text_encoder")]
+    text_flops = sum(_flops(lambda: _encode(part, text_tokens)) for part in encoders)  # noqa: B023
+    return RunPlan(
+        request=resolved,
+        cost=cost,
+        text_flops=text_flops * (2 if guidance else 1),
+        decoding_flops=_flops(lambda: vae.decode(sample, return_dict=False)),
+        weights_gib={name: _bytes(part) / GIB for name, part in models.items()},
+        activations_gib={
+            "transformer": peak_bytes(lambda: transformer(**inputs)) / GIB,
+            "decoding": peak_bytes(lambda: vae.decode(sample, return_dict=False)) / GIB,
+        },
+        device_gib=torch.cuda.get_device_properties(device).total_memory / GIB if device.type == "cuda" else None,
+    )
+
+
+def peak_bytes(function: Callable[[], object]) -> int:
+    """Most memory that a call on the meta device would hold beside what there was before it.
+
+    Attention is taken to hold its output and no logits, as every fused implementation does.
+    """
+    with torch.no_grad(), torch.device("meta"), AssumeUnmasked(), _FusedAttention(), _Memory() as memory:
+        function()
+    return memory.peak
+
+
+class _FusedAttention(TorchFunctionMode):
+    """Lets attention make its output alone."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.nn.functional.scaled_dot_product_attention:
+            return _attended(*args, **(kwargs or {}))
+        return function(*args, **(kwargs or {}))
+
+
+def _attended(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+    return query.new_empty(*query.shape[:-1], value.shape[-1])
+
+
+class _Memory(TorchDispatchMode):
+    """Follows the storages that are made, until they are freed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._known = WeakIdKeyDictionary()
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        for storage in _storages((args, kwargs)):  # what was there before, weights among it
+            self._known.setdefault(storage, True)
+        result = operation(*args, **kwargs)
+        for storage in _storages(result):
+            if storage not in self._known:
+                self._known[storage] = True
+                self.live += storage.nbytes()
+                weakref.finalize(storage, self._free, storage.nbytes())
+        self.peak = max(self.peak, self.live)
+        return result
+
+    def _free(self, size: int) -> None:
+        self.live -= size
+
+
+def _storages(tree: Any) -> list[torch.UntypedStorage]:
+    return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+def _flops(function: Callable[[], object]) -> int:
+    with torch.no_grad(), torch.device("meta"), FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+def _encode(encoder: nn.Module, tokens: int) -> object:
+    """Run a text encoder on as many tokens as it is given; CLIP's takes no more than it has positions for."""
+    if "CLIP" in type(encoder).__name__:
+        tokens = min(tokens, encoder.config.max_position_embeddings)
+    ids = torch.zeros(1, tokens, dtype=torch.int64, device="meta")
+    return encoder(input_ids=ids)
+
+
+def _bytes(model: nn.Module) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
+
+
+def _count(flops: float) -> str:
+    unit, size = ("PFLOP", 1e15) if flops >= 1e14 else ("TFLOP", 1e12)
+    return f"{flops / size:.2f} {unit}"

@@ -1,0 +1,107 @@
+"""The record of a generation: everything needed to make the same video again, and what it cost, as flat JSON."""
+
+from __future__ import annotations
+
+import json
+import platform
+import resource
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from blade.attention.config import BladeConfig
+from blade.common.machine import GIB, describe_machine, describe_versions
+from blade.generation.request import MODEL_OPTIONS, SPARSE_OPTIONS, STUDENT_OPTIONS, GenerationRequest
+from blade.generation.run import Generation
+
+PACKAGES = ("blade-video", "torch", "diffusers", "transformers", "av")
+"""Packages whose versions are recorded."""
+
+REQUEST_FIELDS = tuple(item.name for item in fields(GenerationRequest))
+
+
+def make_record(request: GenerationRequest, generation: Generation, *, seconds_loading: float) -> dict[str, Any]:
+    """Return the record of a generation, plain JSON values.
+
+    Args:
+        request: the resolved request.
+        generation: what came of it.
+        seconds_loading: how long loading the pipeline took.
+
+    Returns:
+        First the fields of the request, by name, then what it cost (`seconds_...`, densities, `peak_memory_gib`), then
+        `machine` and `versions`.
+    """
+    record = {name: getattr(request, name) for name in REQUEST_FIELDS if name != "config"}
+    config, device = request.blade_config, torch.device(request.device or "cpu")
+    record["blade_config"] = None if config is None else config.to_dict()
+    record["dense_layers"] = None if config is None else list(config.dense_layers)
+    record["loras"] = list(request.loras)
+    return record | {
+        "layer_density": generation.layer_density,
+        "run_density": generation.run_density,
+        "seconds_loading": round(seconds_loading, 4),
+        "seconds_text": round(generation.seconds_text, 4),
+        "seconds_denoising": round(generation.seconds_denoising, 4),
+        "seconds_decoding": round(generation.seconds_decoding, 4),
+        "peak_memory_gib": round(_peak_memory_gib(device), 4),
+        "machine": describe_machine(device),
+        "versions": describe_versions(PACKAGES),
+    }
+
+
+def read_request(path: str | Path, changes: Mapping[str, Any] | None = None) -> GenerationRequest:
+    """Return the request of a record, so that the same video can be made again.
+
+    Args:
+        path: the JSON.
+        changes: fields of the request to change. A changed `model`, `student`, `attention` or `config` takes the
+            recorded values that belong to the old one along only where they still make sense.
+
+    Raises:
+        ValueError: if this is no such record.
+    """
+    try:
+        record = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"`from_json` must be the JSON beside a video, but there is no file {path}.") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"`from_json` {path} cannot be read as JSON: {error}.") from error
+    if not isinstance(record, dict) or "prompt" not in record:
+        raise ValueError(f"`from_json` must be the JSON beside a video, with a `prompt`; {path} has none.")
+    changes = dict(changes or {})
+    values = {name: record[name] for name in REQUEST_FIELDS if record.get(name) is not None}
+    forgotten: tuple[str, ...] = ()
+    other_model = _differs("model", changes, values)
+    other_student = values.get("student") is not None if other_model else _differs("student", changes, values)
+    if "config" in changes or other_model or other_student:
+        forgotten = ("blade_config", "attention", *SPARSE_OPTIONS)
+    if other_student:
+        forgotten += ("steps", "guidance_scale", *STUDENT_OPTIONS)
+    if other_model:
+        forgotten += ("revision", "negative_prompt", *STUDENT_OPTIONS, *MODEL_OPTIONS)
+    if changes.get("attention") == "dense":
+        forgotten += ("blade_config", *SPARSE_OPTIONS)
+    values = {name: value for name, value in values.items() if name not in forgotten} | changes
+    try:
+        if isinstance(values.get("blade_config"), dict):
+            values["blade_config"] = BladeConfig.from_dict(values["blade_config"])
+        return GenerationRequest(**values)
+    except TypeError as error:
+        raise ValueError(f"`from_json` {path} holds a value of the wrong type: {error}.") from error
+
+
+def _differs(name: str, changes: Mapping[str, Any], values: Mapping[str, Any]) -> bool:
+    return name in changes and changes[name] != values.get(name)
+
+
+def _peak_memory_gib(device: torch.device) -> float:
+    """Peak memory of the device in GiB; on the CPU, of the whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / GIB
+    # Linux counts in KiB, macOS in bytes
+    unit = 1 if platform.system() == "Darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB

@@ -1,0 +1,216 @@
+"""One generation: the video of a resolved request, and what it cost."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from blade.attention.applied import applied_to
+from blade.attention.apply import use_blade
+from blade.attention.config import BladeConfig
+from blade.attention.summary import BladeSummary, blade_summary
+from blade.common.errors import first_line
+from blade.families.transformers import find_transformers
+from blade.generation.finite import NonFiniteError, watch_finite
+from blade.generation.request import GenerationRequest
+from blade.models.acceleration import advise
+from blade.models.conditions import cover, read_frames, read_image
+from blade.models.pipeline_facts import call_parameters, execution_device
+from blade.students.scheduler import set_flow_shift
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """A finished video, and what it cost."""
+
+    video: torch.Tensor
+    """(frames, 3, H, W), float32 on the CPU, in [0, 1]."""
+    seconds_text: float
+    """From the start to the transformer's first forward pass: text encoding."""
+    seconds_denoising: float
+    """From there to the end of the last step."""
+    seconds_decoding: float
+    """From there to the finished frames."""
+    summary: BladeSummary | None
+    """What BLADE did; None if the run was dense."""
+    layer_density: float | None = field(init=False)
+    """Mean density over sparse layers and steps; None if there was none."""
+    run_density: float = field(init=False)
+    """Mean density over all layers and steps."""
+
+    def __post_init__(self) -> None:
+        layer = self.summary.layer_density if self.summary else None
+        run = self.summary.run_density if self.summary else None
+        object.__setattr__(self, "layer_density", layer)
+        object.__setattr__(self, "run_density", 1.0 if run is None else run)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds in all."""
+        return self.seconds_text + self.seconds_denoising + self.seconds_decoding
+
+
+def generate(
+    pipe: Any, request: GenerationRequest, *, attention: AbstractContextManager[Any] | None = None
+) -> Generation:
+    """Make a video.
+
+    Args:
+        pipe: the pipeline that `request.model` names, loaded.
+        request: a request that `resolve_request` returned.
+        attention: what decides about attention while the pipeline runs, instead of the request's configuration; the
+            result has no summary then.
+
+    Raises:
+        NonFiniteError: if the latents turned infinite or not-a-number; names the step and the first layer. Nothing is
+            decoded then.
+        ValueError: if BLADE cannot be applied to this model, or it does not take what the request says.
+        MemoryError: if the device has too little memory; says what would need less.
+    """
+    wanted = call_arguments(pipe, request)
+    prepare_sampler(pipe, request)
+    config = request.blade_config
+    if config is None and any(applied_to(transformer) for transformer in find_transformers(pipe).values()):
+        config = BladeConfig(attention="dense")  # a student brings its own
+    sparse: AbstractContextManager[Any] = nullcontext() if config is None else use_blade(pipe, config)
+    with ExitStack() as stack:
+        stack.enter_context(sparse if attention is None else attention)
+        clock = stack.enter_context(_stage_clock(pipe))
+        watch = stack.enter_context(watch_finite(pipe))
+
+        def on_step_end(pipe: Any, step: int, timestep: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+            inputs = watch.on_step_end(pipe, step, timestep, inputs)
+            clock.step_ended()
+            return inputs
+
+        if "callback_on_step_end" in call_parameters(pipe):
+            wanted["callback_on_step_end"] = on_step_end
+        else:
+            stack.enter_context(_watch_scheduler(pipe, on_step_end))
+        try:
+            video = pipe(**wanted).frames[0].float().cpu()
+        except torch.OutOfMemoryError as error:
+            advice = advise(
+                request.offload,
+                quantized=request.quantize is not None,
+                tiled=request.vae_tiling,
+                decoding=clock.steps == request.steps,
+            )
+            raise MemoryError(f"The device's memory does not hold this run ({first_line(error)}). {advice}") from error
+        clock.finished()
+        summary = None if request.blade_config is None or attention is not None else blade_summary(pipe)
+    if not video.isfinite().all():
+        raise NonFiniteError("Non-finite values in the decoded video, made by the VAE; the latents were finite.")
+    return Generation(
+        video=video,
+        seconds_text=clock.denoising - clock.start,
+        seconds_denoising=clock.decoding - clock.denoising,
+        seconds_decoding=clock.end - clock.decoding,
+        summary=summary,
+    )
+
+
+def call_arguments(pipe: Any, request: GenerationRequest) -> dict[str, Any]:
+    """The arguments of a pipeline's call; what a request leaves open stays the pipeline's own."""
+    assert request.height is not None and request.width is not None
+    size = (request.height, request.width)
+    wanted: dict[str, Any] = {
+        "prompt": request.prompt,
+        "negative_prompt": request.negative_prompt,
+        "height": request.height,
+        "width": request.width,
+        "num_frames": request.frames,
+        "frame_rate": request.fps,
+        "num_inference_steps": request.steps,
+        "guidance_scale": request.guidance_scale,
+        "guidance_scale_2": request.guidance_scale_2,
+        "strength": request.strength,
+        "generator": torch.Generator("cpu").manual_seed(request.seed),
+        "output_type": "pt",
+    }
+    for name in ("image", "last_image"):
+        if (path := getattr(request, name)) is not None:
+            wanted[name] = cover(read_image(path, name), *size)
+    if request.video is not None:
+        wanted["video"] = [cover(frame, *size) for frame in read_frames(request.video, request.frames)]
+    parameters = call_parameters(pipe)
+    for name in ("last_image", "strength", "guidance_scale_2"):
+        if wanted.get(name) is not None and name not in parameters:
+            raise ValueError(f"`{name}` must not be given: a {type(pipe).__name__} does not take it.")
+    return {name: value for name, value in wanted.items() if value is not None and name in parameters}
+
+
+def prepare_sampler(pipe: Any, request: GenerationRequest) -> None:
+    """Set what is no argument of a pipeline's call: the scheduler's shift, and a guider's scale."""
+    if request.flow_shift is not None:
+        pipe.scheduler = set_flow_shift(pipe.scheduler, request.flow_shift)
+    guider = getattr(pipe, "guider", None)
+    if guider is not None and "guidance_scale" not in call_parameters(pipe):
+        pipe.guider = guider.new(guidance_scale=request.guidance_scale)
+
+
+@contextmanager
+def _watch_scheduler(pipe: Any, on_step_end: Callable[..., Any]) -> Iterator[None]:
+    """Call a callback of Diffusers' kind after every step of the scheduler, for pipelines that take none."""
+    scheduler, taken = pipe.scheduler, 0
+    step = scheduler.step
+
+    def watched(model_output: Any, timestep: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal taken
+        result = step(model_output, timestep, *args, **kwargs)
+        on_step_end(pipe, taken, timestep, {"latents": result[0]})
+        taken += 1
+        return result
+
+    scheduler.step = watched
+    try:
+        yield
+    finally:
+        del scheduler.step
+
+
+class _StageClock:
+    """Times at which a pipeline's stages began, in seconds."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.start = self.denoising = self.decoding = self.end = self._now()
+        self.steps = 0
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def denoising_began(self) -> None:
+        self.denoising = self.decoding = self._now()
+
+    def step_ended(self) -> None:
+        self.decoding = self._now()
+        self.steps += 1
+
+    def finished(self) -> None:
+        self.end = self._now()
+
+
+@contextmanager
+def _stage_clock(pipe: Any) -> Iterator[_StageClock]:
+    """Time a pipeline's run: the first forward pass of a transformer ends text encoding, the last step denoising."""
+    clock = _StageClock(execution_device(pipe))
+
+    def first_forward(module: Any, args: Any) -> None:
+        clock.denoising_began()
+        while handles:
+            handles.pop().remove()
+
+    handles = [one.register_forward_pre_hook(first_forward) for one in find_transformers(pipe).values()]
+    try:
+        yield clock
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,117 @@
+"""What a video is made from beside a prompt, images or another video, and the pipeline that takes it."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from typing import TYPE_CHECKING, Any
+
+from blade.media.video import read_mp4
+from blade.models.pipeline_facts import call_parameters, size_multiples
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+VIDEO_PIPELINES = {
+    "WanPipeline": "WanVideoToVideoPipeline",
+    "CogVideoXPipeline": "CogVideoXVideoToVideoPipeline",
+}
+"""By text-to-video pipeline, the one of the same weights that changes a video."""
+
+IMAGE_PIPELINES = {"LTXPipeline": "LTXImageToVideoPipeline"}
+"""By text-to-video pipeline, the one of the same weights that starts from an image. So can Wan 2.2 TI2V."""
+
+
+def pipeline_for(pipe: Any, condition: str | None) -> Any:
+    """Return the pipeline of the same weights that takes a condition.
+
+    Args:
+        pipe: the loaded pipeline.
+        condition: "image", "video", or None for a prompt alone.
+
+    Raises:
+        ValueError: if this model cannot take the condition, or needs one that is not given.
+    """
+    import diffusers
+
+    kind, parameters = type(pipe).__name__, call_parameters(pipe)
+    if condition is None:
+        for name in ("image", "video"):
+            if name in parameters and parameters[name].default is parameters[name].empty:
+                raise ValueError(f"`{name}` must be given: this model is a {kind}, which starts from one.")
+        return pipe
+    if condition in parameters:
+        return pipe
+    other = {"image": IMAGE_PIPELINES, "video": VIDEO_PIPELINES}[condition].get(kind)
+    if condition == "image" and getattr(pipe.config, "expand_timesteps", False):
+        other = "WanImageToVideoPipeline"
+    if other is None:
+        raise ValueError(f"`{condition}` must not be given: this model is a {kind}, whose weights take none.")
+    if condition == "video" and getattr(pipe, "transformer_2", None) is not None:
+        raise ValueError(f"`video` must not be given for a model of two transformers: {other} has one.")
+    return _rebuild(pipe, getattr(diffusers, other))
+
+
+def size_like(pipe: Any, image: Image, area: int) -> tuple[int, int]:
+    """Return the height and width nearest to an image's shape, of about so many pixels, that a pipeline can make."""
+    ratio = image.height / image.width
+    edges = (math.sqrt(area * ratio), math.sqrt(area / ratio))
+    height, width = (
+        max(round(edge / multiple), 1) * multiple for edge, multiple in zip(edges, size_multiples(pipe), strict=True)
+    )
+    return height, width
+
+
+def read_image(path: str, field: str = "image") -> Image:
+    """Return the image in a file, or at an address.
+
+    Args:
+        path: where it is.
+        field: name of the option, for the message.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    from diffusers.utils import load_image
+
+    try:
+        return load_image(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"`{field}` must be an image file, or the address of one, got {path}: {error}.") from error
+
+
+def read_frames(path: str, frames: int | None) -> list[Image]:
+    """Return the first frames of the video in a file.
+
+    Args:
+        path: an MP4, or whatever else FFmpeg reads.
+        frames: how many; None takes all.
+
+    Raises:
+        ValueError: if there is no such video, or it has fewer frames.
+    """
+    import av
+    from PIL import Image
+
+    try:
+        video = read_mp4(path)
+    except (OSError, ValueError, av.FFmpegError) as error:
+        raise ValueError(f"`video` must be a video file, got {path}: {error}.") from error
+    if frames is not None and len(video) < frames:
+        raise ValueError(f"`frames` must be at most the {len(video)} that `video` {path} has, got {frames}.")
+    pixels = (video[:frames] * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    return [Image.fromarray(frame) for frame in pixels]
+
+
+def cover(image: Image, height: int, width: int) -> Image:
+    """Scale an image until it covers a size, and cut off what sticks out on both sides."""
+    from PIL import Image, ImageOps
+
+    return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
+
+
+def _rebuild(pipe: Any, kind: type) -> Any:
+    """Make a pipeline of another class from the parts and settings of one; `from_pipe` would cast them to float32."""
+    settings = {name: value for name, value in pipe.config.items() if not name.startswith("_")}
+    accepted = inspect.signature(kind).parameters
+    return kind(**{name: part for name, part in {**settings, **pipe.components}.items() if name in accepted})

@@ -1,0 +1,236 @@
+"""What a run computes, in floating-point operations, from a transformer's configuration alone, without its weights."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.weak import WeakIdKeyDictionary
+
+from blade.attention.budget import configured_budget
+from blade.attention.config import BladeConfig
+from blade.attention.pattern_plan import PatternPlan
+from blade.families.lookup import find_family
+from blade.token_grid import TokenGrid
+
+PARTS = ("self-attention", "other attention", "linear layers", "convolutions")
+"""Parts of a forward pass: products of queries, keys and values in the layers that BLADE makes sparse; the same
+elsewhere (cross-attention, token refiners); matrix products with weights; patch embeddings."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForwardCost:
+    """One forward pass of a transformer, with dense attention."""
+
+    grid: TokenGrid
+    """Its tokens."""
+    layers: int
+    """Self-attention layers."""
+    heads: int
+    """Heads of each."""
+    head_dim: int
+    """Numbers in one head of one token."""
+    parameters: int
+    """Numbers that the transformer holds."""
+    flops: dict[str, int]
+    """Floating-point operations by part, of `PARTS`; a multiplication and an addition are two."""
+
+    @property
+    def total(self) -> int:
+        """All operations."""
+        return sum(self.flops.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunCost:
+    """All forward passes of a run."""
+
+    forward: ForwardCost
+    """One of them, dense."""
+    passes: int
+    """Forward passes of one video: two a step with guidance."""
+    sparse_passes: int
+    """Those in which layers are sparse."""
+    sparse_layers: int
+    """How many layers are, in those."""
+    density: float
+    """Of such a layer, as planned; 1 without a configuration."""
+    flops: dict[str, float]
+    """Operations of the run by part, of `PARTS` and, where blocks are chosen, `block selection`."""
+
+    @property
+    def dense_total(self) -> int:
+        """Operations of the run with dense attention."""
+        return self.passes * self.forward.total
+
+    @property
+    def total(self) -> float:
+        """All operations."""
+        return sum(self.flops.values())
+
+
+def forward_cost(
+    transformer: nn.Module,
+    latent_size: tuple[int, int, int],
+    *,
+    batch: int = 1,
+    text_tokens: int | None = None,
+) -> ForwardCost:
+    """Count the operations of a forward pass by running it on PyTorch's meta device, where nothing is computed.
+
+    Args:
+        transformer: a transformer of a family that BLADE knows, on the meta device: made under
+            `with torch.device("meta"):`, by its class or by `from_config`.
+        latent_size: frames, height and width of the latent.
+        batch: latents in the pass.
+        text_tokens: length of the text; None takes the length that the family's pipeline pads to.
+
+    Raises:
+        ValueError: if the transformer is of no known family, is not on the meta device, or has a forward pass that
+            depends on what the inputs hold.
+    """
+    family = find_family(transformer)
+    if any(parameter.device.type != "meta" for parameter in transformer.parameters()):
+        raise ValueError('`transformer` must be on the meta device: make it under `with torch.device("meta"):`.')
+    inputs = family.example_inputs(transformer, latent_size, batch=batch, text_tokens=text_tokens)
+    attentions = family.attention_layers(transformer)
+    with torch.no_grad(), torch.device("meta"), FlopCounterMode(display=False) as counter, AssumeUnmasked():
+        try:
+            transformer(**inputs)
+        except (NotImplementedError, RuntimeError) as error:
+            if "meta" not in str(error).lower():
+                raise
+            raise ValueError(
+                f"`transformer` cannot be counted without weights: the forward pass of {type(transformer).__name__} "
+                "depends on what its inputs hold."
+            ) from error
+    root = type(transformer).__name__
+    places = {module: f"{root}.{name}" for name, module in transformer.named_modules()}
+    counts = counter.get_flop_counts()
+    own = sum(_attention(counts.get(places[attention], {})) for attention in attentions)
+    everywhere = counts["Global"]
+    flops = {
+        "self-attention": own,
+        "other attention": _attention(everywhere) - own,
+        "linear layers": _of(everywhere, "mm", "addmm"),
+        "convolutions": _of(everywhere, "convolution"),
+    }
+    unknown = sum(everywhere.values()) - sum(flops.values())
+    if unknown:
+        raise ValueError(f"`transformer` has operations of no known part: {sorted(map(str, everywhere))}.")
+    heads = family.heads(attentions[0])
+    return ForwardCost(
+        grid=family.token_grid(transformer, inputs),
+        layers=len(attentions),
+        heads=heads,
+        head_dim=transformer.config.attention_head_dim,
+        parameters=sum(parameter.numel() for parameter in transformer.parameters()),
+        flops=flops,
+    )
+
+
+def run_cost(forward: ForwardCost, steps: int, *, guidance: bool = True, config: BladeConfig | None = None) -> RunCost:
+    """Add up the forward passes of a run.
+
+    Args:
+        forward: one of them.
+        steps: denoising steps.
+        guidance: whether every step runs the transformer twice, for classifier-free guidance.
+        config: the configuration; None is dense. Its density is the planned one, which the rule of cumulative mass
+            may fall short of.
+
+    Returns:
+        Operations by part. The choice of blocks is counted for the `sampled` selector.
+    """
+    calls = 2 if guidance else 1
+    passes = sparse_passes = calls * steps
+    layers, density, selection = forward.layers, 1.0, 0.0
+    if config is None or config.attention == "dense":
+        sparse_passes = layers = 0
+    elif config.patterns is not None:
+        layers -= len(config.dense_layers)
+        sparse_passes -= calls * config.dense_step_count(steps)
+        density = _pattern_density(config, forward.grid, steps)
+    else:
+        details = config.asa
+        budget = configured_budget(config, forward.grid)
+        layers -= len(config.dense_layers)
+        sparse_passes -= calls * config.dense_step_count(steps)
+        if budget.is_full:
+            sparse_passes = layers = 0
+        else:
+            density = budget.density
+            probes = math.ceil(forward.grid.sequence_length / details.block_size) * details.probe_tokens
+            selection = 2.0 * forward.heads * forward.head_dim * probes**2 if details.selector == "sampled" else 0.0
+    flops = {part: float(passes * count) for part, count in forward.flops.items()}
+    share = sparse_passes * layers / (passes * forward.layers)
+    flops["self-attention"] *= 1 - share * (1 - density)
+    if selection:
+        flops["block selection"] = sparse_passes * layers * selection
+    return RunCost(
+        forward=forward,
+        passes=passes,
+        sparse_passes=sparse_passes,
+        sparse_layers=layers,
+        density=density,
+        flops=flops,
+    )
+
+
+def _pattern_density(config: BladeConfig, grid: TokenGrid, steps: int) -> float:
+    """Planned mean density of the layers and steps that a table of patterns is used in."""
+    table = config.patterns
+    assert table is not None
+    plan = PatternPlan.of(config, grid, torch.device("cpu"))
+    adaptive = configured_budget(config, grid).density
+    densities = np.array([adaptive if density is None else density for density in plan.densities])
+    layers = [layer for layer in range(table.layers) if layer not in config.dense_layers]
+    groups = table.by_step(steps)[config.dense_step_count(steps) :]
+    return float(densities[table.assignment[groups][:, layers]].mean()) if len(groups) and layers else 1.0
+
+
+class AssumeUnmasked(TorchFunctionMode):
+    """Answers what a forward pass asks about values, which the meta device has none of: nothing is masked or missing.
+
+    HunyuanVideo-1.5 asks whether its image is empty, and sorts the tokens of its texts by their masks.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._inverted = WeakIdKeyDictionary()
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.Tensor.__bool__ and args[0].is_meta:
+            return False
+        if function is torch.Tensor.__getitem__ and _is_mask(args[1]):
+            return args[0][:0] if args[1] in self._inverted else args[0]
+        result = function(*args, **(kwargs or {}))
+        if function is torch.Tensor.__invert__ and _is_mask(result):
+            self._inverted[result] = True
+        return result
+
+
+def _is_mask(value: Any) -> bool:
+    """Whether this is one row of a mask."""
+    return isinstance(value, torch.Tensor) and value.is_meta and value.dtype == torch.bool and value.ndim == 1
+
+
+def _attention(counts: dict[Any, int]) -> int:
+    """Products that involve no weights: batched ones, and fused attention's."""
+    return sum(
+        count for operation, count in counts.items() if "bmm" in str(operation) or "attention" in str(operation)
+    )
+
+
+def _of(counts: dict[Any, int], *names: str) -> int:
+    total: Counter[str] = Counter()
+    for operation, count in counts.items():
+        total[str(operation).split(".")[-1]] += count
+    return sum(total[name] for name in names)

@@ -1,0 +1,162 @@
+"""Loading a text-to-video pipeline, and what it can make: inputs, devices, sizes of videos."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from blade.common.errors import first_line
+from blade.models.cpu_convolutions import use_onednn_conv3d
+from blade.models.pipeline_facts import INPUTS, call_parameters
+from blade.models.source import BUNDLED, EXAMPLE_MODEL, INDEX_NAME, ModelError, locate
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+
+SMALL_PARTS = ("scheduler_config.json", "guider_config.json")
+"""Configuration files of a pipeline's parts that have no weights."""
+
+RANDOM_PARTS = ("transformer", "transformer_2")
+"""Of a pipeline without weights, the parts of which one can be given random ones, beside the VAE."""
+
+
+def load_pipeline(
+    model: str | Path = BUNDLED,
+    *,
+    revision: str | None = None,
+    device: torch.device | str | None = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> DiffusionPipeline:
+    """Load a Diffusers video pipeline.
+
+    Args:
+        model: `BUNDLED`, a folder in Diffusers format, or a Hub id.
+        revision: branch, tag or commit of a Hub id; None takes its main branch.
+        device: where it runs; None leaves it where it was loaded, on the CPU.
+        dtype: dtype of all parts but the VAE, which runs in float32.
+
+    Raises:
+        ModelError: if there is no such model, it cannot be read, or it makes no video.
+    """
+    import diffusers
+    from packaging.version import Version
+
+    source, options = locate(model, revision)
+    # named `torch_dtype` before Diffusers 0.40, which warns about that name
+    dtype_argument = "dtype" if Version(diffusers.__version__) >= Version("0.40") else "torch_dtype"
+    options[dtype_argument] = {"default": dtype, "vae": torch.float32}
+    try:
+        pipe = diffusers.DiffusionPipeline.from_pretrained(source, **options)
+    except Exception as error:  # whatever Diffusers, Transformers and safetensors raise for a broken model
+        raise ModelError(f"`model` {model} cannot be loaded: {_reason(source, error)}") from error
+    _check_video_model(model, pipe)
+    use_onednn_conv3d(pipe.vae)
+    return pipe if device is None else pipe.to(device)
+
+
+def load_empty_pipeline(
+    model: str | Path = BUNDLED,
+    *,
+    revision: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    random_weights_on: torch.device | None = None,
+) -> DiffusionPipeline:
+    """Load a pipeline without its weights: its models are on PyTorch's meta device, and it has no tokenizers.
+
+    Of a Hub id, only the small configuration files are downloaded.
+
+    Args:
+        model: see `load_pipeline`.
+        revision: see `load_pipeline`.
+        dtype: see `load_pipeline`.
+        random_weights_on: where one transformer and the VAE are made, with the random weights of their classes. None
+            leaves them on the meta device too.
+
+    Raises:
+        ModelError: if there is no such model, it cannot be read, or it makes no video.
+    """
+    import diffusers
+    import transformers
+    from huggingface_hub import snapshot_download
+
+    source, options = locate(model, revision, announce=False)
+    try:
+        if not Path(source).is_dir():
+            patterns = [INDEX_NAME, "*/config.json", *(f"*/{file}" for file in SMALL_PARTS)]
+            source = snapshot_download(source, allow_patterns=patterns, **options)
+        folder = Path(source)
+        index = json.loads((folder / INDEX_NAME).read_text(encoding="utf-8"))
+        parts: dict[str, Any] = {}
+        for name, value in index.items():
+            if name.startswith("_"):
+                continue
+            if not isinstance(value, list):
+                parts[name] = value
+            elif value[0] == "diffusers" and any((folder / name / file).exists() for file in SMALL_PARTS):
+                parts[name] = getattr(diffusers, value[1]).from_pretrained(folder, subfolder=name)
+            elif value[0] in ("diffusers", "transformers") and (folder / name / "config.json").exists():
+                wanted = torch.float32 if name == "vae" else dtype
+                # a second transformer is as large, and would only take memory
+                first = name in RANDOM_PARTS and not any(parts.get(other) for other in RANDOM_PARTS)
+                real = random_weights_on is not None and (first or name == "vae")
+                with _making(random_weights_on if real else None, wanted):
+                    if value[0] == "diffusers":
+                        kind = getattr(diffusers, value[1])
+                        part = kind.from_config(kind.load_config(folder, subfolder=name))
+                    else:
+                        part = getattr(transformers, value[1])(transformers.AutoConfig.from_pretrained(folder / name))
+                parts[name] = nn.Module.to(part.eval(), wanted)
+            else:
+                parts[name] = None
+        pipe = getattr(diffusers, index["_class_name"])(**parts)
+    except Exception as error:  # whatever Diffusers, Transformers and the Hub's client raise for a broken model
+        raise ModelError(f"`model` {model} cannot be read: {first_line(error)}") from error
+    _check_video_model(model, pipe)
+    return pipe
+
+
+@contextmanager
+def _making(device: torch.device | None, dtype: torch.dtype) -> Iterator[None]:
+    """Make modules on a device, in a dtype from the start, as the largest would not fit twice; None: on no device."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(before if device is None else dtype)
+    try:
+        with torch.device("meta" if device is None else device):
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _check_video_model(model: str | Path, pipe: Any) -> None:
+    kind, parameters = type(pipe).__name__, call_parameters(pipe)
+    if "num_frames" not in parameters or not (
+        getattr(pipe, "transformer", None) or getattr(pipe, "transformer_2", None)
+    ):
+        raise ModelError(
+            f"`model` {model} is a {kind}, which makes no video with a transformer; take {EXAMPLE_MODEL}."
+        )
+    needed = [name for name, value in parameters.items() if value.default is value.empty and name != "self"]
+    needed = [name for name in needed if name not in INPUTS and parameters[name].kind != inspect.Parameter.VAR_KEYWORD]
+    if needed:
+        raise ModelError(f"`model` {model} is a {kind}, which needs `{needed[0]}`; take {EXAMPLE_MODEL}.")
+
+
+def _reason(source: str, error: Exception) -> str:
+    """Name the weight file that cannot be read, if it is that; else the first line of the error."""
+    from safetensors import SafetensorError, safe_open
+
+    for path in sorted(Path(source).rglob("*.safetensors")) if Path(source).is_dir() else ():
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as damage:
+            return f"{path.relative_to(source)} is damaged or incomplete ({first_line(damage)})"
+    return first_line(error)

@@ -1,0 +1,181 @@
+"""Where a model is: the bundled one, a folder in Diffusers format, or a repository of the Hub."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from blade.common.errors import first_line
+
+BUNDLED = "bundled"
+"""Name of the shapes model that ships with this package."""
+
+INDEX_NAME = "model_index.json"
+"""The file that makes a folder a Diffusers pipeline."""
+
+EXAMPLE_MODEL = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+"""A real model, named in messages."""
+
+LARGE_DOWNLOAD = 50_000_000
+"""Bytes from which on a download is announced."""
+
+HUB_TIMEOUT = 10.0
+"""Seconds to wait for the Hub before the local cache is taken."""
+
+logger = logging.getLogger("blade")
+
+
+class ModelError(ValueError):
+    """A model that cannot be found, loaded or used; its message names the model and what would be right."""
+
+
+def bundled_model_path() -> Path:
+    """Return the folder of the shapes model, an ordinary `WanPipeline` in Diffusers format.
+
+    Raises:
+        ModelError: if the package was installed without it.
+    """
+    path = Path(str(files("blade") / "assets" / "shapes"))
+    if not (path / INDEX_NAME).is_file():
+        raise ModelError(f"This installation lacks the bundled model; name another, such as `{EXAMPLE_MODEL}`.")
+    return path
+
+
+def hub_commit(model: str | Path, revision: str | None = None) -> str | None:
+    """Return the commit of a Hub id that the local cache holds, once it is loaded.
+
+    Args:
+        model: what `load_pipeline` was given.
+        revision: what `load_pipeline` was given.
+
+    Returns:
+        40 hexadecimal digits; None for the bundled model and for folders.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    if str(model) == BUNDLED or Path(model).expanduser().exists():
+        return None
+    cached = try_to_load_from_cache(str(model), INDEX_NAME, revision=revision)
+    return Path(cached).parent.name if isinstance(cached, str) else None
+
+
+def look_up(name: str, option: str, file: str, revision: str | None = None) -> dict[str, int] | None:
+    """Ask the Hub for a repository, once and with a time limit, where Diffusers would retry for minutes.
+
+    Args:
+        name: what ought to be a Hub id, as it is no path here.
+        option: name of the option that it was given for, for messages.
+        file: the file that tells whether the local cache has it.
+        revision: branch, tag or commit; None takes the main branch.
+
+    Returns:
+        The repository's files with their sizes in bytes; None if the Hub cannot be reached but the cache has `file`.
+
+    Raises:
+        ModelError: if there is no such repository.
+    """
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    problem = f"`{option}` {name} is no folder here"
+    parts = name.split("/")
+    if len(parts) != 2 or not all(parts) or name[0] in ".~":
+        raise ModelError(f"{problem}, and no Hub id, which reads owner/name.")
+    try:
+        info = HfApi().model_info(name, revision=revision, timeout=HUB_TIMEOUT, files_metadata=True)
+    except HFValidationError as error:
+        raise ModelError(f"{problem}, and no Hub id: {first_line(error)}") from error
+    except GatedRepoError as error:
+        raise ModelError(f"{problem}; on the Hub its licence must be accepted first (`hf auth login`).") from error
+    except RepositoryNotFoundError as error:
+        raise ModelError(f"{problem}, and the Hub has no such repository, or not without `hf auth login`.") from error
+    except RevisionNotFoundError as error:
+        raise ModelError(f"`revision` must be a branch, tag or commit of {name}, got {revision!r}.") from error
+    except HfHubHTTPError as error:
+        raise ModelError(f"{problem}, and the Hub refused to look it up: {first_line(error)}") from error
+    except Exception as error:  # no network: each version of the Hub's client has another class for it
+        if isinstance(try_to_load_from_cache(name, file, revision=revision), str):
+            return None
+        raise ModelError(
+            f"{problem} and not in the Hub's local cache, and the Hub cannot be reached ({first_line(error)})."
+        ) from error
+    return {item.rfilename: item.size or 0 for item in info.siblings or []}
+
+
+def bytes_to_download(name: str, files: Mapping[str, int], revision: str | None = None) -> int:
+    """Return how much of a pipeline's repository the local cache lacks: its parts' configurations and safetensors.
+
+    Args:
+        name: the Hub id.
+        files: its files with their sizes.
+        revision: branch, tag or commit; None takes the main branch.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    parts = {path.partition("/")[0] for path in files if path.endswith(("/config.json", "_config.json"))}
+    needed = [
+        path
+        for path in files
+        if path.partition("/")[0] in parts
+        and path.endswith((".safetensors", ".json", ".txt", ".model"))
+        and not path.endswith((".fp16.safetensors", ".bf16.safetensors"))
+    ]
+    return sum(
+        files[path] for path in needed if not isinstance(try_to_load_from_cache(name, path, revision=revision), str)
+    )
+
+
+def locate(model: str | Path, revision: str | None, *, announce: bool = True) -> tuple[str, dict[str, Any]]:
+    """Return what to hand to Diffusers for a model that seems to be one.
+
+    Args:
+        model: `BUNDLED`, a folder in Diffusers format, or a Hub id.
+        revision: branch, tag or commit of a Hub id; None takes its main branch.
+        announce: say how much a large model will download.
+
+    Returns:
+        What `from_pretrained` takes first, and its keyword arguments.
+
+    Raises:
+        ModelError: if there is no such model.
+    """
+    name = str(model)
+    path = Path(name).expanduser()
+    if revision is not None and (name == BUNDLED or path.exists()):
+        raise ModelError(f"`revision` must not be given for `model` {name}, which is not from the Hub.")
+    if name == BUNDLED:
+        return str(bundled_model_path()), {}
+    if path.is_file():
+        raise ModelError(f"`model` must be a folder in Diffusers format or a Hub id, got the file {name}.")
+    if path.is_dir():
+        files = [item.name for item in path.iterdir()]
+        options: dict[str, Any] = {}
+    else:
+        found = look_up(name, "model", INDEX_NAME, revision)
+        files = [INDEX_NAME] if found is None else list(found)
+        size = 0 if found is None else bytes_to_download(name, found, revision)
+        if size >= LARGE_DOWNLOAD and announce:
+            logger.info(f"downloading {size / 1e9:.1f} GB of {name} to the Hub's local cache")
+        options = {"local_files_only": found is None, "revision": revision}
+    if INDEX_NAME not in files:
+        raise ModelError(f"`model` {name} is no Diffusers pipeline: it has no {INDEX_NAME}{_resemblance(files)}.")
+    return (str(path) if path.is_dir() else name), options
+
+
+def _resemblance(files: list[str]) -> str:
+    """Say what a folder without a pipeline looks like."""
+    if any(name.endswith((".safetensors", ".pth", ".pt", ".ckpt", ".bin", ".gguf")) for name in files):
+        return (
+            ". It looks like a model in its original format, or a single component; take the repository whose name "
+            f"ends in -Diffusers, such as {EXAMPLE_MODEL}"
+        )
+    return ""

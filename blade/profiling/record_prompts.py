@@ -1,0 +1,186 @@
+"""Making an attention profile: dense generations of a few prompts, looked into pass by pass."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from blade.common.files import write_files
+from blade.families.transformers import find_transformers
+from blade.generation.request import GenerationRequest, dense_request
+from blade.generation.run import generate
+from blade.profiling.profile import AttentionProfile, ProfileSource, aggregate_passes, make_profile
+from blade.profiling.recording import recorded
+from blade.profiling.recording_plan import Recording
+
+SOURCE_NAME = "source.json"
+"""In a folder of recordings, what they are of."""
+
+SAME_FIELDS = (
+    "revision", "negative_prompt", "flow_shift", "dtype", "student", "student_weight", "scheduler", "noise_kept",
+    "loras", "quantize",
+)  # fmt: skip
+"""Fields of a request, beside those of the source, that recordings of one folder have in common."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """How far the recording has come, after each step of a generation."""
+
+    prompt: int
+    """Number of the prompt, from 1."""
+    prompts: int
+    """How many there are."""
+    step: int
+    """Steps done of its generation."""
+    steps: int
+    """Steps of it."""
+    seconds_left: float
+    """Until all prompts are done, as far as the pace so far tells."""
+
+    def __str__(self) -> str:
+        left = f"{self.seconds_left / 60:.0f} min" if self.seconds_left >= 90 else f"{self.seconds_left:.0f} s"
+        return f"prompt {self.prompt}/{self.prompts}, step {self.step}/{self.steps}, {left} left"
+
+
+def record_profile(
+    pipe: Any,
+    requests: Sequence[GenerationRequest],
+    recording: Recording,
+    source: ProfileSource,
+    folder: Path,
+    on_step: Callable[[Progress], None] | None = None,
+) -> AttentionProfile:
+    """Record all prompts and put together what was measured. See `record_prompts`."""
+    record_prompts(pipe, requests, recording, source, folder, on_step)
+    return make_profile(source, [_path(folder, number) for number in range(len(requests))])
+
+
+def record_prompts(
+    pipe: Any,
+    requests: Sequence[GenerationRequest],
+    recording: Recording,
+    source: ProfileSource,
+    folder: Path,
+    on_step: Callable[[Progress], None] | None = None,
+    share: tuple[int, int] = (1, 1),
+) -> None:
+    """Generate videos with dense attention, or as the recording's rule says, and measure what candidates would do.
+
+    What is stopped goes on where it was: a pass of the transformer that is kept in the folder is not computed again.
+
+    Args:
+        pipe: the pipeline, with one transformer.
+        requests: one for each prompt, resolved.
+        recording: what is measured.
+        source: what the profile is of.
+        folder: where passes, and the videos of the prompts, are kept.
+        on_step: called after each pass.
+        share: (i, n): record every n-th prompt from the i-th, as one of n processes.
+
+    Raises:
+        ValueError: if the pipeline has two transformers, or the folder holds recordings of something else.
+        NonFiniteError: see `blade.generation.run.generate`.
+        OSError: if a file cannot be written.
+    """
+    transformers = find_transformers(pipe)
+    if len(transformers) > 1:
+        raise ValueError(
+            f"`model` must have one transformer to be profiled, but a {type(pipe).__name__} has {len(transformers)}."
+        )
+    (transformer,) = transformers.values()
+    _check_folder(folder, source, recording, requests[0])
+    own = range(share[0] - 1, len(requests), share[1])
+    pace = _Pace(len(own), source.steps, on_step)
+    for place, number in enumerate(own):
+        passes, path = folder / f"prompt-{number:03d}", _path(folder, number)
+        pace.prompt_began(place)
+        if not path.is_file():
+            look = recorded(transformer, recording, passes, pipe, pace.passed)
+            generation = generate(pipe, dense_request(requests[number]), attention=look)
+            pixels = (generation.video.clamp(0, 1) * 255).round().byte().numpy()
+            buffer = io.BytesIO()
+            np.savez_compressed(buffer, frames=pixels)
+            write_files({folder / f"video-{number:03d}.npz": buffer.getvalue()})
+            aggregate_passes(passes, path, source.steps)
+        shutil.rmtree(passes, ignore_errors=True)
+
+
+def _path(folder: Path, number: int) -> Path:
+    return folder / f"prompt-{number:03d}.safetensors"
+
+
+def dense_video(folder: Path, number: int) -> np.ndarray:
+    """The video that `record_profile` made of a prompt: (frames, 3, H, W) uint8."""
+    with np.load(folder / f"video-{number:03d}.npz") as archive:
+        return archive["frames"]
+
+
+def _check_folder(folder: Path, source: ProfileSource, recording: Recording, request: GenerationRequest) -> None:
+    """Refuse to mix recordings of different things; note what these are of."""
+    more = {"recording": _plain(recording), **{name: getattr(request, name) for name in SAME_FIELDS}}
+    wanted = source.to_dict() | json.loads(json.dumps(more))
+    path = folder / SOURCE_NAME
+    folder.mkdir(parents=True, exist_ok=True)
+    if not path.is_file():
+        write_files({path: (json.dumps(wanted, indent=1) + "\n").encode()})
+        return
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as problem:
+        raise ValueError(f"`{path}` cannot be read as JSON: {problem}; take another folder.") from None
+    for name, value in wanted.items():
+        if known.get(name) != value:
+            raise ValueError(
+                f"`output` holds recordings with another `{name}`, {_short(known.get(name))} instead of "
+                f"{_short(value)}; take another folder."
+            )
+
+
+def _plain(recording: Recording) -> dict[str, Any]:
+    rule = recording.rule
+    return {
+        "sampled_blocks": recording.sampled_blocks,
+        "rule": None if rule is None else [rule.weight, rule.threshold],
+    }
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+class _Pace:
+    """Estimates what is left, from pass to pass."""
+
+    def __init__(self, prompts: int, steps: int, on_step: Callable[[Progress], None] | None) -> None:
+        self.prompts, self.steps, self.on_step = prompts, steps, on_step
+        self.prompt = 0
+        self.computed: set[tuple[int, int]] = set()
+        self.spent, self.latest = 0.0, time.monotonic()
+
+    def prompt_began(self, number: int) -> None:
+        self.prompt, self.latest = number, time.monotonic()
+
+    def passed(self, number: int, known: bool, step: int | None) -> None:
+        assert step is not None
+        now = time.monotonic()
+        if not known:
+            self.spent += now - self.latest
+            self.computed.add((self.prompt, step))
+        self.latest = now
+        if self.on_step is not None:
+            left = self.steps * (self.prompts - self.prompt) - step - 1
+            pace = self.spent / max(len(self.computed), 1)
+            progress = Progress(
+                prompt=self.prompt + 1, prompts=self.prompts, step=step + 1, steps=self.steps, seconds_left=pace * left
+            )
+            self.on_step(progress)

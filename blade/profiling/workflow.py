@@ -1,0 +1,370 @@
+"""`blade-profile`: from prompts and a budget to a table of head patterns, with what was measured on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from blade.attention.budget import configured_budget
+from blade.attention.config import BladeConfig
+from blade.attention.pattern_plan import PatternPlan
+from blade.attention.pattern_table import uniform_table
+from blade.common.checks import check_integer
+from blade.common.files import check_writable
+from blade.families.lookup import find_family
+from blade.generation.prepare import prepare_pipeline
+from blade.generation.request import GenerationRequest, dense_request
+from blade.generation.run import generate
+from blade.metrics.similarity import psnr, ssim
+from blade.models.costs import forward_cost
+from blade.models.loading import load_empty_pipeline
+from blade.models.pipeline_facts import execution_device, latent_size, main_transformer
+from blade.profiling.adaptive_sparsity import AdaptiveChoice, adaptive_at_error
+from blade.profiling.assignment import GreedyRule
+from blade.profiling.candidates import default_candidates
+from blade.profiling.costs import AttentionCosts
+from blade.profiling.influence import generate_kept, measure_influences
+from blade.profiling.profile import PROFILE_NAME, AttentionProfile, ProfileSource
+from blade.profiling.published import START_NAME, published_candidates, published_search
+from blade.profiling.record_prompts import dense_video, record_profile, record_prompts
+from blade.profiling.recording_plan import Recording
+from blade.profiling.search import Budget, Choice, PatternSearch
+
+RECORDINGS_NAME = "recordings"
+"""Folder beside the results in which recordings are kept, so that what is stopped goes on."""
+
+ADAPTIVE_NAME = "asa"
+"""Folder beside the results with the configuration of ASA that comes to the same error."""
+
+ADAPTIVE_SPARSITIES = (0.5, 0.65, 0.8, 0.9)
+"""Sparsities at which ASA is measured beside the patterns."""
+
+METHODS = ("budgeted", "published")
+"""Ways to choose patterns: the least error within the budget, or every head by itself as published."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProfileRequest:
+    """What to profile, and what to search for."""
+
+    generation: GenerationRequest
+    """The model and how it generates; its prompt is not used."""
+    prompts: tuple[str, ...]
+    """Of the generations that are looked into; each has the seed of `generation` plus its number."""
+    output: Path
+    """Folder of the results; recordings go into `recordings` there."""
+    budget: Budget | None = None
+    """What to keep within; None only for the published method, by its threshold."""
+    method: str = "budgeted"
+    """One of `METHODS`."""
+    rule: GreedyRule = field(default_factory=GreedyRule)
+    """The published rule."""
+    groups: int | None = None
+    """Groups of steps with an assignment each; None: every step has its own."""
+    sampled_blocks: int | None = 8
+    """Query blocks that are looked at in a layer, others every step; None: all."""
+    own_orders: bool = True
+    """Whether heads may have token orders of their own."""
+    costs: str = "auto"
+    """`operations`, `time` (on the device), or `auto`: time on CUDA."""
+    influence_prompts: int = 1
+    """Prompts with which it is measured how much each step and layer matters; 0: all count the same."""
+    verify_prompts: int = 1
+    """Prompts that are generated with the finished table and compared with dense attention."""
+    share: tuple[int, int] = (1, 1)
+    """(i, n): record every n-th prompt from the i-th, in one of n processes, and leave the search to the caller."""
+
+    @classmethod
+    def of(cls, generation: Mapping[str, Any], *, prompts: Sequence[str], **options: Any) -> ProfileRequest:
+        """Make a request from fields of a `GenerationRequest` but its prompt, and the other fields of this class."""
+        return cls(generation=GenerationRequest(prompt=prompts[0], **generation), prompts=tuple(prompts), **options)
+
+    def __post_init__(self) -> None:
+        if not self.prompts:
+            raise ValueError("`prompts` must hold at least one prompt, got none.")
+        if self.method not in METHODS:
+            raise ValueError(f"`method` must be one of {', '.join(METHODS)}, got {self.method!r}.")
+        if self.costs not in ("auto", "operations", "time"):
+            raise ValueError(f"`costs` must be auto, operations or time, got {self.costs!r}.")
+        if self.budget is None and self.method == "budgeted":
+            Budget()  # which says what must be given
+        if self.method == "published" and self.budget is not None and self.budget.target_density is None:
+            raise ValueError(f"`target_density` is the only budget of the published method, got {self.budget}.")
+        if self.sampled_blocks is not None:
+            check_integer("sampled_blocks", self.sampled_blocks, 1)
+        if self.method == "published" and self.share[1] > 1:
+            raise ValueError("`method` must be budgeted in several processes, got published, which goes step by step.")
+        for name in ("influence_prompts", "verify_prompts"):
+            value = getattr(self, name)
+            if not 0 <= value <= len(self.prompts):
+                raise ValueError(
+                    f"`{name}` must be from 0 to {len(self.prompts)}, the number of prompts, got {value}."
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verification:
+    """A prompt generated with the finished table, beside dense attention and the same noise."""
+
+    prompt: str
+    """The prompt."""
+    psnr: float
+    """PSNR to dense, in dB."""
+    ssim: float
+    """SSIM to dense."""
+    seconds_denoising: float
+    """Of the sparse run."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ProfileReport:
+    """What a search came to; `print` it."""
+
+    request: ProfileRequest
+    """What was asked for."""
+    profile: AttentionProfile
+    """What was measured."""
+    search: PatternSearch
+    """Errors and costs."""
+    choice: Choice
+    """The patterns."""
+    config: BladeConfig
+    """The configuration with the table."""
+    rule: GreedyRule | None
+    """Of the published method, with its threshold."""
+    adaptive: AdaptiveChoice | None
+    """ASA at the same error; None with the published method."""
+    verified: tuple[Verification, ...]
+    """What the table does."""
+    device: torch.device
+    """Where it was profiled."""
+
+    def __str__(self) -> str:
+        choice, table, folder = self.choice, self.config.patterns, self.request.output
+        assert table is not None
+        shares = ", ".join(f"{kind.replace('_', '-')} {share:.1%}" for kind, share in table.shares().items())
+        costs = self.search.costs
+        lines = [
+            f"patterns    {shares}",
+            f"density     {choice.density:.3f} of all query-key pairs; attention costs {choice.cost:.3f} of dense "
+            f"({'timed here' if costs.measured else 'by operations'})",
+            f"error       {choice.error:.4f} of the attention outputs' energy"
+            + (f", at most {choice.gap:.2%} above the least" if choice.gap >= 5e-5 else ""),
+        ]
+        if costs.step_share is not None:
+            faster = f"{costs.speedup(choice.cost):.2f} times faster"
+            lines.append(f"step        {faster}: dense attention is {costs.step_share:.0%} of it")
+        if self.rule is not None:
+            lines.append(f"rule        lambda {self.rule.weight:g}, epsilon {self.rule.threshold:.4g}")
+        for one in self.verified:
+            lines.append(
+                f"verified    PSNR {one.psnr:.2f} dB, SSIM {one.ssim:.4f} to dense, denoising in "
+                f"{one.seconds_denoising:.1f} s: {one.prompt}"
+            )
+        if self.adaptive is not None:
+            about = "at the same error" if self.adaptive.reached else "as far as it was measured"
+            lines.append(
+                f"asa         {about}: sparsity {self.adaptive.config.sparsity:g}, run density "
+                f"{self.adaptive.density:.3f} ({folder / ADAPTIVE_NAME})"
+            )
+        return "\n".join([*lines, f"written     {folder} (blade-generate --config {folder})"])
+
+
+def profile_attention(
+    request: ProfileRequest, on_progress: Callable[[str], None] | None = None
+) -> ProfileReport | None:
+    """Profile a model's attention, choose a pattern for every head, and try the result.
+
+    Writes `attention_profile.safetensors`, `blade_config.json` and `pattern_table.json` into the request's folder, and
+    ASA's configuration into `asa` there. What is stopped goes on where it was.
+
+    Args:
+        request: what to do.
+        on_progress: called with a line whenever something is done.
+
+    Returns:
+        None in one of several processes, which only records.
+
+    Raises:
+        ValueError: for a request that cannot be met; a budget as soon as its errors are known.
+        ModelError: if there is no such model, or it cannot be used.
+        OutputError: if the folder cannot be written.
+    """
+    say = on_progress or (lambda line: None)
+    check_writable(request.output / PROFILE_NAME)
+    pipe, resolved = prepare_pipeline(replace(request.generation, prompt=request.prompts[0], attention="dense"))
+    pipe.set_progress_bar_config(disable=True)
+    requests = [
+        replace(resolved, prompt=prompt, seed=resolved.seed + number) for number, prompt in enumerate(request.prompts)
+    ]
+    setup = _Setup.of(request, resolved, pipe)
+    folder = request.output / RECORDINGS_NAME
+    if request.method == "published":
+        return _published(request, pipe, requests, setup, folder, say)
+    recorder = (pipe, requests, setup.recording, setup.source, folder, lambda step: say(str(step)))
+    if request.share[1] > 1:
+        record_prompts(*recorder, share=request.share)
+        return None
+    costs = setup.costs(pipe)
+    assert request.budget is not None
+    if request.budget.target_speedup is not None:  # said before anything is measured
+        costs.share_for_speedup(request.budget.target_speedup, float(costs.candidates.min()))
+    profile = record_profile(*recorder)
+    search = PatternSearch(profile, groups=request.groups, costs=costs)
+    choice = search.within(request.budget)
+    if request.influence_prompts:
+        by_step = PatternSearch(profile, costs=costs)
+        first = by_step.within(Budget(target_density=max(choice.density, by_step.least_density)))
+        own = requests[: request.influence_prompts]
+        influences = measure_influences(pipe, own, by_step, first, folder, say)
+        search = PatternSearch(profile, groups=request.groups, costs=costs, influences=influences)
+        choice = search.within(request.budget)
+    adaptive = adaptive_at_error(profile, choice.error, search.influences)
+    adaptive.config.save_pretrained(request.output / ADAPTIVE_NAME)
+    return _finished(request, pipe, requests, search, choice, adaptive, None, folder, say)
+
+
+def _published(
+    request: ProfileRequest,
+    pipe: Any,
+    requests: Sequence[GenerationRequest],
+    setup: _Setup,
+    folder: Path,
+    say: Callable[[str], None],
+) -> ProfileReport:
+    found = published_search(
+        pipe,
+        requests,
+        setup.recording,
+        setup.source,
+        folder / "published",
+        rule=request.rule,
+        target_density=None if request.budget is None else request.budget.target_density,
+        groups=request.groups,
+        on_step=lambda name, step: say(f"{name}: {step}"),
+    )
+    search = PatternSearch(found.profile, groups=request.groups, costs=setup.costs(pipe))
+    choice = replace(found.choice, cost=search.by_rule(found.rule).cost)
+    return _finished(request, pipe, requests, search, choice, None, found.rule, folder, say)
+
+
+def _finished(
+    request: ProfileRequest,
+    pipe: Any,
+    requests: Sequence[GenerationRequest],
+    search: PatternSearch,
+    choice: Choice,
+    adaptive: AdaptiveChoice | None,
+    rule: GreedyRule | None,
+    folder: Path,
+    say: Callable[[str], None],
+) -> ProfileReport:
+    """Write the profile and the table, and try it."""
+    config = BladeConfig(attention="patterns", patterns=search.table(choice, calibrated=rule is None))
+    search.profile.save(request.output / PROFILE_NAME)
+    config.save_pretrained(request.output)
+    verified = []
+    recordings = folder if rule is None else folder / "published" / START_NAME
+    for number, own in enumerate(requests[: request.verify_prompts]):
+        say(f"trying the table: {own.prompt}")
+        generation = generate_kept(pipe, own, config, folder / "verified")
+        dense = _dense(pipe, own, recordings, number)
+        verified.append(
+            Verification(
+                prompt=own.prompt,
+                psnr=psnr(generation.video, dense),
+                ssim=ssim(generation.video, dense),
+                seconds_denoising=generation.seconds_denoising,
+            )
+        )
+    return ProfileReport(
+        request=request,
+        profile=search.profile,
+        search=search,
+        choice=choice,
+        config=config,
+        rule=rule,
+        adaptive=adaptive,
+        verified=tuple(verified),
+        device=execution_device(pipe),
+    )
+
+
+def _dense(pipe: Any, request: GenerationRequest, recordings: Path, number: int) -> torch.Tensor:
+    """The dense video of a prompt: the recorded one, if there is one."""
+    try:
+        return torch.from_numpy(dense_video(recordings, number)).float() / 255
+    except FileNotFoundError:
+        return generate(pipe, dense_request(request)).video
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Setup:
+    """What is measured, and what the profile is of."""
+
+    recording: Recording
+    source: ProfileSource
+    plan: PatternPlan
+    """Of the candidates."""
+    latent: tuple[int, int, int]
+    """Frames, height and width of the latent."""
+    request: ProfileRequest
+
+    @classmethod
+    def of(cls, request: ProfileRequest, resolved: GenerationRequest, pipe: Any) -> _Setup:
+        assert resolved.frames is not None and resolved.height is not None and resolved.width is not None
+        assert resolved.steps is not None and resolved.guidance_scale is not None
+        latent = latent_size(pipe, resolved.height, resolved.width, resolved.frames)
+        transformer = main_transformer(pipe)
+        family = find_family(transformer)
+        preset = BladeConfig.from_preset(family.preset_name(transformer))
+        size, order = preset.asa.block_size, "raster"
+        grid = family.token_grid(transformer, family.example_inputs(transformer, latent))
+        device = torch.device(resolved.device or "cpu")
+        published = request.method == "published"
+        if published:
+            candidates = published_candidates(grid, size, order, device=device)
+        else:
+            candidates = default_candidates(grid, size, order, own_orders=request.own_orders, device=device)
+        adaptive = () if published else tuple(replace(preset, sparsity=sparsity) for sparsity in ADAPTIVE_SPARSITIES)
+        table = uniform_table(candidates[0], 1, 1, block_size=size, token_order=order)
+        config = BladeConfig(attention="patterns", patterns=replace(table, patterns=candidates))
+        plan = PatternPlan.of(config, grid, device)
+        recording = Recording(
+            candidates=candidates,
+            block_size=size,
+            token_order=order,
+            sampled_blocks=request.sampled_blocks,
+            adaptive=adaptive,
+            calibrated=not published,
+        )
+        source = ProfileSource(
+            model=resolved.model,
+            prompts=request.prompts,
+            seeds=tuple(resolved.seed + number for number in range(len(request.prompts))),
+            steps=resolved.steps,
+            guidance_scale=resolved.guidance_scale,
+            video=(resolved.frames, resolved.height, resolved.width),
+            grid=grid,
+            block_size=size,
+            token_order=order,
+            candidates=candidates,
+            densities=tuple(1.0 if density is None else density for density in plan.densities),
+            adaptive=adaptive,
+            adaptive_densities=tuple(configured_budget(config, grid).density for config in adaptive),
+        )
+        return cls(recording=recording, source=source, plan=plan, latent=latent, request=request)
+
+    def costs(self, pipe: Any) -> AttentionCosts:
+        """Costs of the candidates, timed where that is asked for."""
+        on_cuda = self.plan.masks.device.type == "cuda"
+        if self.request.costs == "time" or (self.request.costs == "auto" and on_cuda):
+            return AttentionCosts.timed(pipe, self.plan, self.latent)
+        generation = self.request.generation
+        empty = load_empty_pipeline(generation.model, revision=generation.revision)
+        forward = forward_cost(main_transformer(empty), self.latent)
+        return AttentionCosts.of_operations(self.source.densities, forward)

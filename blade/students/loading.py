@@ -1,0 +1,400 @@
+"""Few-step students: a LoRA, the attention that it was trained with, and its sampler, loaded together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers import SchedulerMixin
+from torch import nn
+
+from blade.attention.applied import applied_to
+from blade.attention.apply import STUDENT_ATTRIBUTE, install_blade, remove_blade
+from blade.attention.config import BladeConfig
+from blade.common.errors import first_line
+from blade.families.lookup import find_family
+from blade.families.registry import released_students
+from blade.families.transformers import find_transformers
+from blade.models.pipeline_facts import main_transformer
+from blade.students.scheduler import FewStepScheduler
+from blade.students.source import CONDITION_NAME, STUDENT_FILES, TRANSFORMER_FOLDER, WEIGHT_NAME, StudentFiles
+from blade.students.step_condition import StepCondition
+
+if TYPE_CHECKING:
+    from blade.families.registry import ReleasedStudent
+
+ADAPTER = "blade_student"
+"""Name of the student's adapter."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Student:
+    """A loaded student; `print` it."""
+
+    source: str
+    """Folder or Hub id."""
+    subfolder: str | None
+    """Where in it."""
+    steps: tuple[int, ...] | None
+    """Numbers of steps that it is trained for; None if nobody says."""
+    guidance_scale: float
+    """Weight of guidance that it is trained for: 1 is none."""
+    config: BladeConfig | None
+    """Its attention; None leaves the pipeline's as it was."""
+
+    def check_steps(self, steps: int) -> None:
+        """Raise a `ValueError` if this is no number of steps that it is trained for."""
+        if self.steps is not None and steps not in self.steps:
+            counts = " or ".join(str(count) for count in self.steps)
+            raise ValueError(f"`steps` must be {counts}, as the student {self.source} is trained, got {steps}.")
+
+    def __str__(self) -> str:
+        where = self.source if self.subfolder is None else f"{self.source}/{self.subfolder}"
+        steps = "steps unknown" if self.steps is None else f"{' or '.join(map(str, self.steps))} steps"
+        attention = "attention as it was" if self.config is None else "dense attention"
+        if self.config is not None and self.config.attention != "dense":
+            attention = f"{self.config.attention} at sparsity {self.config.sparsity:g}"
+        return f"student {where}: {steps}, guidance {self.guidance_scale:g}, {attention}"
+
+
+@dataclass(frozen=True)
+class _Before:
+    """What `unload_student` puts back."""
+
+    scheduler: Any
+    configs: dict[str, BladeConfig | None]
+    adapters: dict[str, list[str]]
+    transformers: dict[str, nn.Module]
+
+
+@dataclass
+class _Loaded:
+    """What a pipeline remembers of its student."""
+
+    before: _Before
+    student: Student | None = None
+    condition: StepCondition | None = None
+
+
+def loaded_student(pipe: Any) -> Student | None:
+    """Return the student that is loaded onto a pipeline, or None."""
+    loaded = getattr(pipe, STUDENT_ATTRIBUTE, None)
+    return None if loaded is None else loaded.student
+
+
+def published_students(pipe: Any) -> tuple[str, ...]:
+    """Return the Hub ids of the students that this project knows for a pipeline's model."""
+    transformer = next(iter(find_transformers(pipe).values()))
+    preset = find_family(transformer).preset_name(transformer)
+    known = released_students().items()
+    return tuple(source for source, students in known if any(student.preset == preset for student in students))
+
+
+def parse_times(text: str) -> tuple[float, ...]:
+    """Read the times of a `FewStepScheduler`, such as "999,856,665,399".
+
+    Raises:
+        ValueError: if these are no numbers separated by commas.
+    """
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(
+            f"`scheduler` must be times separated by commas, such as 999,856,665,399, got {text!r}."
+        ) from None
+
+
+def load_student(
+    pipe: Any,
+    source: str | Path,
+    *,
+    subfolder: str | None = None,
+    weight_name: str | None = None,
+    weight_name_2: str | None = None,
+    scheduler: Any = None,
+    steps: int | Sequence[int] | None = None,
+    weight: float = 1.0,
+    noise_kept: float | None = None,
+) -> Student:
+    """Load a student onto a pipeline: its LoRA, its attention and its scheduler.
+
+    LoRAs that are active already stay active beside it. A student that is loaded already is unloaded first.
+
+    Args:
+        pipe: the pipeline of the model that the student was trained from.
+        source: a folder or Hub id: one of this project (a LoRA or a whole transformer, a `blade_config.json` and a
+            scheduler), a published one that this project knows (BLADE's `GYP666/VIDEO-BLADE`), or any few-step LoRA
+            that Diffusers loads.
+        subfolder: where in it; found by itself where only one fits the model.
+        weight_name: name of the LoRA's file.
+        weight_name_2: of the LoRA of the second transformer, for pipelines that have two.
+        scheduler: the sampler, where the source has none or another one is wanted: a Diffusers scheduler, or the times
+            of a `FewStepScheduler`, such as (999, 856, 665, 399) or "999,856,665,399".
+        steps: the numbers of steps that it is trained for, where the source doesn't say.
+        weight: strength of the LoRA.
+        noise_kept: the share of the noise that a step keeps, in [0, 1], in place of the student's own; see
+            `FewStepScheduler`.
+
+    Returns:
+        What was loaded; run the pipeline with its `steps` and `guidance_scale`.
+
+    Raises:
+        ValueError: if the source has no such LoRA, or more than one that fits, or it is of another model.
+    """
+    unload_student(pipe, missing_ok=True)
+    transformers = find_transformers(pipe)
+    found = _find(pipe, str(source), subfolder, weight_name, scheduler, steps, noise_kept)
+    if found.is_whole and weight != 1.0:
+        raise ValueError(f"`weight` must be 1: {source} is a whole transformer and no LoRA, got {weight}.")
+    before = _Before(
+        pipe.scheduler,
+        {name: applied.config if (applied := applied_to(one)) else None for name, one in transformers.items()},
+        {name: _active_adapters(one) for name, one in transformers.items()},
+        transformers,
+    )
+    if found.is_whole and any(before.adapters.values()):
+        raise ValueError(f"`source` {source} is a whole transformer, which the loaded LoRAs are not for; unload them.")
+
+    loaded = _Loaded(before)
+    setattr(pipe, STUDENT_ATTRIBUTE, loaded)
+    try:
+        if found.is_whole:
+            _replace_transformer(pipe, found.files, found.student.subfolder)
+        else:
+            _load_weights(pipe, found.files, found.student.subfolder, weight_name, weight_name_2)
+            for name, transformer in transformers.items():
+                _activate(transformer, [*before.adapters[name], ADAPTER], weight)
+        loaded.condition = _load_condition(pipe, found.files, found.student.subfolder, found.sampler)
+        if found.student.config is not None:
+            install_blade(pipe, found.student.config)
+        if found.sampler is not None:
+            pipe.scheduler = found.sampler
+    except BaseException:
+        unload_student(pipe)
+        raise
+    loaded.student = found.student
+    return found.student
+
+
+def read_student(pipe: Any, source: str | Path, *, scheduler: Any = None, noise_kept: float | None = None) -> Student:
+    """What `load_student` would load, without its weights.
+
+    Args:
+        pipe: see `load_student`; its models may be empty.
+        source: see `load_student`.
+        scheduler: see `load_student`.
+        noise_kept: see `load_student`.
+
+    Raises:
+        ValueError: if the source has no student of this model, or none that can be sampled so.
+    """
+    return _find(pipe, str(source), None, None, scheduler, None, noise_kept).student
+
+
+def unload_student(pipe: Any, *, missing_ok: bool = False) -> None:
+    """Take a student away again: LoRA, attention and scheduler are as they were before `load_student`.
+
+    Args:
+        pipe: the pipeline.
+        missing_ok: do nothing if no student is loaded.
+
+    Raises:
+        ValueError: if no student is loaded.
+    """
+    loaded = getattr(pipe, STUDENT_ATTRIBUTE, None)
+    if loaded is None:
+        if missing_ok:
+            return
+        raise ValueError("No student is loaded here; call `load_student` first.")
+    before = loaded.before
+    if loaded.condition is not None:
+        loaded.condition.remove()
+    remove_blade(pipe)
+    for name, transformer in before.transformers.items():
+        setattr(pipe, name, transformer)
+    transformers = before.transformers
+    for name, transformer in transformers.items():
+        if ADAPTER in getattr(transformer, "peft_config", {}):
+            _activate(transformer, before.adapters[name] or [ADAPTER])
+            transformer.delete_adapters(ADAPTER)
+            if not getattr(transformer, "peft_config", None):
+                transformer.unload_lora()
+    install_blade(pipe, {name: config for name, config in before.configs.items() if config is not None})
+    pipe.scheduler = before.scheduler
+    delattr(pipe, STUDENT_ATTRIBUTE)
+
+
+def push_student(
+    folder: str | Path, repo_id: str, *, private: bool | None = None, token: str | bool | None = None
+) -> str:
+    """Upload a student to a Hugging Face Hub repository, made if missing, and return the commit's URL.
+
+    Args:
+        folder: of a student of this project; checkpoints and what else its training has left there stay behind.
+        repo_id: owner/name.
+        private: whether a repository that is made is private.
+        token: access token for the Hub; by default the one that is logged in.
+
+    Raises:
+        ValueError: if the folder holds no student.
+    """
+    from huggingface_hub import HfApi
+
+    folder = Path(folder)
+    if not any((folder / name).exists() for name in (WEIGHT_NAME, TRANSFORMER_FOLDER)):
+        raise ValueError(
+            f"`folder` must hold a student, with a {WEIGHT_NAME} or a {TRANSFORMER_FOLDER}, got {folder}."
+        )
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    commit = api.upload_folder(
+        repo_id=repo_id, folder_path=folder, allow_patterns=list(STUDENT_FILES), commit_message="Upload a student"
+    )
+    return commit.commit_url
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Found:
+    """A student before it is loaded."""
+
+    files: StudentFiles
+    is_whole: bool
+    """A whole transformer instead of a LoRA."""
+    sampler: Any
+    """None: the pipeline's own."""
+    student: Student
+
+
+def _find(
+    pipe: Any,
+    source: str,
+    subfolder: str | None,
+    weight_name: str | None,
+    scheduler: Any,
+    steps: int | Sequence[int] | None,
+    noise_kept: float | None,
+) -> _Found:
+    """Find a student's files, and out of them or of what is known of it how it is run; see `load_student`."""
+    files = StudentFiles(source)
+    released = _released(files, find_transformers(pipe))
+    is_whole = weight_name is None and files.fetch(subfolder, f"{TRANSFORMER_FOLDER}/config.json") is not None
+    if not is_whole:
+        subfolder = files.find_subfolder(subfolder, weight_name or WEIGHT_NAME, released.family if released else None)
+    config = files.read_config(subfolder)
+    sampler = scheduler = parse_times(scheduler) if isinstance(scheduler, str) else scheduler
+    if isinstance(scheduler, Sequence):
+        sampler = FewStepScheduler.like(pipe.scheduler, [list(scheduler)])
+    elif scheduler is not None and not isinstance(scheduler, SchedulerMixin):
+        raise ValueError(f"`scheduler` must be a Diffusers scheduler or times, got {scheduler!r}.")
+    sampler = sampler or files.read_scheduler(subfolder)
+    if released is not None:
+        config = config or BladeConfig.from_preset(released.preset, "student")
+        sampler = sampler or released.make_scheduler(pipe.scheduler)
+        steps = steps or released.steps
+    if noise_kept is not None:
+        if not isinstance(sampler, FewStepScheduler):
+            sampled_by = type(pipe.scheduler if sampler is None else sampler).__name__
+            raise ValueError(
+                f"`noise_kept` must not be given: {source} is sampled by a {sampled_by}, which keeps all."
+            )
+        sampler = FewStepScheduler.from_config(sampler.config, noise_kept=noise_kept)
+    if isinstance(sampler, FewStepScheduler):
+        steps = sampler.step_counts
+    counts = (steps,) if isinstance(steps, int) else None if steps is None else tuple(steps)
+    student = Student(source=source, subfolder=subfolder, steps=counts, guidance_scale=1.0, config=config)
+    return _Found(files=files, is_whole=is_whole, sampler=sampler, student=student)
+
+
+def _released(files: StudentFiles, transformers: dict[str, nn.Module]) -> ReleasedStudent | None:
+    """What this project knows of a published student, for this model."""
+    known = released_students().get(files.source)
+    if known is None:
+        return None
+    transformer = next(iter(transformers.values()))
+    preset = find_family(transformer).preset_name(transformer)
+    fitting = [student for student in known if student.preset == preset]
+    if not fitting:
+        listed = " and ".join(student.preset for student in known)
+        raise ValueError(f"`source` {files.source} has students of {listed}; this model is of the kind {preset}.")
+    return fitting[0]
+
+
+def _load_weights(
+    pipe: Any, files: StudentFiles, subfolder: str | None, weight_name: str | None, weight_name_2: str | None
+) -> None:
+    from safetensors.torch import load_file
+
+    for name, options in ((weight_name or WEIGHT_NAME, {}), (weight_name_2, {"load_into_transformer_2": True})):
+        if name is None:
+            continue
+        path = files.fetch(subfolder, name)
+        if path is None:
+            raise ValueError(f"`weight_name` must be a file of {files.source}, got {name!r}.")
+        try:
+            pipe.load_lora_weights(load_file(path), adapter_name=ADAPTER, **options)
+        except Exception as error:  # whatever Diffusers, PEFT and safetensors raise for weights that do not fit
+            raise ValueError(
+                f"`source` {files.source}: {name} cannot be loaded onto this model: {first_line(error)}"
+            ) from error
+    if not any(ADAPTER in getattr(one, "peft_config", {}) for one in find_transformers(pipe).values()):
+        raise ValueError(f"`source` {files.source} holds no weights for this model's transformer.")
+
+
+def _replace_transformer(pipe: Any, files: StudentFiles, subfolder: str | None) -> None:
+    """Put a student of whole weights in the transformer's place."""
+    before = main_transformer(pipe)
+    prefix = f"{TRANSFORMER_FOLDER}/"
+    paths = [files.fetch(subfolder, name) for name in files.inside(subfolder) if name.startswith(prefix)]
+    folder = next(path.parent for path in paths if path is not None)
+    try:
+        transformer = type(before).from_pretrained(folder)
+    except Exception as error:  # whatever Diffusers and safetensors raise for a broken model
+        raise ValueError(f"`source` {files.source}: the transformer cannot be loaded: {first_line(error)}") from error
+    differing = [key for key, value in before.config.items() if key[0] != "_" and transformer.config.get(key) != value]
+    if differing:
+        raise ValueError(
+            f"`source` {files.source} is a student of another model: its `{differing[0]}` is "
+            f"{transformer.config.get(differing[0])} instead of {before.config[differing[0]]}."
+        )
+    like = next(before.parameters())
+    pipe.transformer = transformer.to(like.device, like.dtype).eval().requires_grad_(False)
+
+
+def _load_condition(pipe: Any, files: StudentFiles, subfolder: str | None, sampler: Any) -> StepCondition | None:
+    """Tell a student for several numbers of steps how many there are."""
+    path = files.fetch(subfolder, CONDITION_NAME)
+    if path is None:
+        return None
+    from safetensors.torch import load_file
+
+    weight = load_file(path)["weight"]
+    transformer, counts = main_transformer(pipe), [len(grid) for grid in sampler.config.grids]
+    embedding = find_family(transformer).time_embedding(transformer)
+    condition = StepCondition(embedding, {ADAPTER: len(weight)})
+    condition.vectors[ADAPTER].weight.data.copy_(weight)
+    condition.requires_grad_(False)
+
+    def choose() -> tuple[str, torch.Tensor] | None:
+        count = len(pipe.scheduler.timesteps)
+        return (ADAPTER, torch.tensor([counts.index(count)])) if count in counts else None
+
+    condition.choose = choose
+    return condition
+
+
+def _active_adapters(transformer: nn.Module) -> list[str]:
+    return transformer.active_adapters() if getattr(transformer, "peft_config", None) else []
+
+
+def _activate(transformer: nn.Module, names: list[str], weight: float | None = None) -> None:
+    """Make these adapters active together; Diffusers' own way would set the strength of all of them anew."""
+    from peft.tuners.lora import LoraLayer
+
+    for layer in transformer.modules():
+        if isinstance(layer, LoraLayer):
+            layer.set_adapter([name for name in names if name in layer.scaling])
+            if weight is not None and ADAPTER in layer.scaling:
+                layer.set_scale(ADAPTER, weight)

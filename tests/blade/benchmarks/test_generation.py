@@ -1,0 +1,145 @@
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from blade.attention.applied import applied_to
+from blade.benchmarks.generation import PARTS, GenerationBenchmark, run_generation_benchmark
+from blade.benchmarks.generation_report import tables, write_report
+from blade.cli.bench import main
+from blade.metrics import timing
+from blade.models.loading import load_empty_pipeline
+
+QUICK = GenerationBenchmark(
+    random_weights=True, height=128, width=128, frames=13, steps=2, student_steps=(1,), repeats=1, device="cpu"
+)
+"""4 x 8 x 8 = 256 tokens."""
+
+
+NAMES = ("WanPipeline", "CogVideoXPipeline", "HunyuanVideoPipeline", "HunyuanVideo15Pipeline")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_model_is_measured_from_its_configuration(name, configurations):
+    stages = []
+    settings = replace(QUICK, model=str(configurations(name)), sparsity=0.4)
+    report = run_generation_benchmark(settings, command="the command", on_stage=stages.append)
+    assert json.loads(json.dumps(report)) == report | {"settings": report["settings"] | {"student_steps": [1]}}
+    two = 1 if name == "HunyuanVideoPipeline" else 2  # its guidance is an input
+    found = [(run["run"], run["steps"], run["passes"], run["measured_passes"]) for run in report["runs"]]
+    assert found == [
+        ("dense, guidance", 2, 2 * two, 2 * two),
+        ("sparse, guidance", 2, 2 * two, 2 * two),
+        ("sparse", 1, 1, 1),
+    ]
+    for run in report["runs"]:
+        assert run["seconds"] == pytest.approx(run["transformer_seconds"] + report["decoding_seconds"])
+    dense, _, student = report["runs"]
+    assert dense["factor"] == 1.0 and student["factor"] == pytest.approx(dense["seconds"] / student["seconds"])
+    assert report["config"]["sparsity"] == 0.4 and report["config"]["dense_layers"] == []
+    assert report["config"]["asa"]["cumulative_mass"] is None
+    assert set(report["parts_ms"]) == set(PARTS)
+    assert all(
+        report["parts_ms"][part] > 0 for part in ("block selection", "norms and RoPE", "linear layers", "other")
+    )
+    assert report["backend"] in report["dense_attention_ms"] and "flash" in report["missing"]
+    if name.startswith("HunyuanVideo"):
+        assert report["backend"] == "native"  # its mask is more than flash attention takes
+    assert stages[0] == "building the model" and stages[-1] == "sparse, 1 steps"
+
+
+def test_nothing_stays_on_the_transformer(configurations, monkeypatch):
+    made = []
+
+    def load(*args, **options):
+        made.append(load_empty_pipeline(*args, **options))
+        return made[0]
+
+    monkeypatch.setattr("blade.benchmarks.generation.load_empty_pipeline", load)
+    run_generation_benchmark(replace(QUICK, model=str(configurations("WanPipeline"))))
+    (transformer,) = (pipe.transformer for pipe in made)
+    assert applied_to(transformer) is None
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in transformer.modules())
+
+
+def test_one_transformer_alone_gets_random_weights(configurations):
+    folder = configurations("WanPipeline", second_transformer=True)
+    pipe = load_empty_pipeline(folder, random_weights_on=torch.device("cpu"), dtype=torch.bfloat16)
+    assert {part.device.type for part in (pipe.transformer, pipe.vae)} == {"cpu"}
+    assert pipe.transformer_2.device.type == "meta" and pipe.transformer.dtype == torch.bfloat16
+    assert next(pipe.vae.parameters()).dtype == torch.float32 and torch.get_default_dtype() == torch.float32
+    assert pipe.transformer.patch_embedding.weight.std() > 0
+    assert torch.equal(pipe.transformer.rope.freqs_cos[0], torch.ones_like(pipe.transformer.rope.freqs_cos[0]))
+
+
+def test_a_models_own_weights_are_measured_too(saved_tiny_pipeline):
+    report = run_generation_benchmark(
+        replace(QUICK, model=str(saved_tiny_pipeline), random_weights=False, measured_passes=1, height=64, width=64)
+    )
+    dense = report["runs"][0]
+    assert (dense["passes"], dense["measured_passes"]) == (4, 1)
+    assert dense["transformer_seconds"] == pytest.approx(4 * report["pass_ms"]["dense"] / 1e3)
+    (runs, parts, *_) = tables(report)
+    assert runs.rows[0][:3] == ["dense, guidance", "2", "4 (1)"] and parts.rows[-1][0].startswith("the bound")
+
+
+def test_the_bound_follows_from_what_was_measured(configurations):
+    report = run_generation_benchmark(replace(QUICK, model=str(configurations("WanPipeline"))))
+    attention = report["layers"] * min(report["dense_attention_ms"].values())
+    rest = report["pass_ms"]["dense"] - attention
+    bound = rest + attention * report["density"] / 0.85 + report["parts_ms"]["block selection"]
+    assert report["bound_ms"] == pytest.approx(1.1 * bound)
+    limit = report["runs"][0]["seconds"] / (rest * 4 / 1e3 + report["decoding_seconds"])
+    assert report["runs"][1]["limit"] == pytest.approx(limit)
+
+
+def test_the_command_writes_its_report(configurations, tmp_path, capsys):
+    arguments = ["generate", "--model", str(configurations("WanPipeline")), "--random-weights", "--device", "cpu"]
+    arguments += ["--height", "128", "--width", "128", "--frames", "13", "--steps", "1", "--student-steps", "1"]
+    with pytest.raises(SystemExit, match="0"):
+        main([*arguments, "--repeats", "1", "--output", str(tmp_path / "out")])
+    assert "A sparse pass by part" in capsys.readouterr().out
+    report = json.loads((tmp_path / "out" / "generation.json").read_text())
+    page = (tmp_path / "out" / "generation.md").read_text()
+    assert report["tokens"] == 256 and "256 tokens, 3 layers of 2 heads" in page and "random weights" in page
+    assert write_report(report, tmp_path / "again")[1].read_text() == page
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--pooled-tokens", "some"], "`--pooled-tokens` must be none, all or dropped, got 'some'"),
+        (["--measured-passes", "0"], "`measured_passes` must be at least 1, got 0"),
+        (["--student-steps", "8,x"], "`--student-steps` must be numbers separated by commas, got '8,x'"),
+        (["--student-steps", "0"], "`student_steps` must be counts of at least 1"),
+        (["--height", "100"], "`height` must be a multiple of 16"),
+        (["--sparsity", "0"], "`sparsity` must leave out a block, got 0.0 of 1,296 tokens in blocks of 32"),
+        (["--sparsity", "1.5"], "`sparsity` must be in [0, 1), got 1.5"),
+    ],
+)
+def test_bad_options_are_named(arguments, message, capsys):
+    with pytest.raises(SystemExit, match="1"):
+        main(["generate", "--random-weights", "--device", "cpu", *arguments])
+    assert message in capsys.readouterr().err
+
+
+def test_a_region_inside_another_is_not_counted_twice(monkeypatch):
+    clock = iter([0.0, 1.0, 3.0, 7.0, 20.0, 21.0])
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(clock))
+    watch = timing.Stopwatch("cpu")
+    with watch.region("outer"), watch.region("inner"):
+        pass
+    with watch.region("outer"):
+        pass
+    assert watch.milliseconds() == {"outer": 1000.0 + 4000.0 + 1000.0, "inner": 2000.0}
+
+
+def test_diffusers_own_backend_is_as_before(configurations, monkeypatch):
+    from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+
+    monkeypatch.setattr("blade.benchmarks.generation.BACKENDS", ("_native_flash",))
+    before = _AttentionBackendRegistry.get_active_backend()[0]
+    report = run_generation_benchmark(replace(QUICK, model=str(configurations("WanPipeline")), sparsity=0.4))
+    assert report["backend"] == "_native_flash" and before != "_native_flash"
+    assert _AttentionBackendRegistry.get_active_backend()[0] == before

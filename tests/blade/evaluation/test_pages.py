@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import PurePosixPath
+from urllib.parse import unquote
+
+import pytest
+
+from blade.evaluation.pages import html, markdown, write_report
+from blade.evaluation.plan import plan_evaluation
+from blade.evaluation.report import make_report
+from blade.evaluation.videos import lay_out_videos
+from blade.evaluation.worker import evaluate_videos
+
+
+class Page(HTMLParser):
+    """What a page loads, its cells, and whether its tags are closed in order."""
+
+    VOID = ("meta", "link", "img", "br")
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.sources: list[str] = []
+        self.cells: list[str] = []
+        self.open: list[str] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        self.sources += [value for name, value in attributes if name in ("src", "href", "poster", "srcset", "data")]
+        if tag not in self.VOID:
+            self.open.append(tag)
+        if tag in ("td", "th"):
+            self.cells.append("")
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if {"td", "th"} & set(self.open):
+            self.cells[-1] += data
+
+
+@pytest.fixture
+def written(evaluation):
+    """The folder of a finished evaluation, and its report."""
+    plan = plan_evaluation(replace(evaluation, prompts=evaluation.prompts[:1]))
+    evaluate_videos(plan)
+    report = make_report(plan, "blade-evaluate --run '<b>'")
+    paths = write_report(report, evaluation.folder, lay_out_videos(plan))
+    return {path.name: path for path in paths}, report
+
+
+def test_files_say_the_same(written):
+    paths, report = written
+    assert json.loads(paths["report.json"].read_text()) == report
+    page = paths["report.md"].read_text()
+    assert page == markdown(report)
+    assert "## Single-object prompts" in page and "    blade-evaluate --run '<b>'" in page
+    if "report.png" in paths:
+        assert paths["report.png"].read_bytes().startswith(b"\x89PNG")
+
+
+def test_page_stands_by_itself(written):
+    paths, _ = written
+    text = paths["report.html"].read_text()
+    page = Page(text)
+    assert not page.open
+    assert not re.search(r"https?:|//[a-z]|@import|url\(", re.sub(r"base64,[^\"]*", "", text))
+    embedded = [source for source in page.sources if source.startswith("data:image/png;base64,")]
+    others = [source for source in page.sources if not source.startswith("data:")]
+    assert len(embedded) == len([name for name in paths if name.endswith(".png")]) + 1
+    assert len(others) == 1 and (paths["report.html"].parent / unquote(others[0])).is_file()
+    assert "prefers-color-scheme: dark" in text and "&lt;b&gt;" in text and "<b>" not in text
+    (prompt,) = {record["prompt"] for record in map(json.loads, open_records(paths))}
+    assert text.count(prompt) >= 2
+
+
+def open_records(paths):
+    (path,) = paths["report.json"].parent.glob("records-*.jsonl")
+    return path.read_text().splitlines()
+
+
+def test_page_shows_every_run_and_its_numbers(written):
+    paths, report = written
+    cells = Page(paths["report.html"].read_text()).cells
+    for run in report["runs"]:
+        assert run["name"] in cells
+    estimate = next(run for run in report["runs"] if run["name"] == "asa")["groups"]["single"]["psnr"]
+    low, high = estimate["low"], estimate["high"]
+    assert f"{estimate['mean']:.2f} ({low:.2f} to {high:.2f})" in cells
+
+
+def test_names_of_videos_are_quoted(written):
+    _, report = written
+    page = Page(html(report, pictures={}, videos={"a #1": PurePosixPath("compare/a #1 50%.mp4")}))
+    assert "compare/a%20%231%2050%25.mp4" in page.sources
+
+
+def test_without_anything_to_draw_there_is_no_picture(written, evaluation, monkeypatch):
+    paths, report = written
+    for path in paths.values():
+        path.unlink()
+    evaluation_plot = pytest.importorskip("blade.evaluation.plot", exc_type=ImportError)
+    monkeypatch.setattr(evaluation_plot, "plot_report", lambda report: None)
+    plan = plan_evaluation(replace(evaluation, prompts=evaluation.prompts[:1]))
+    names = [path.name for path in write_report(report, evaluation.folder, lay_out_videos(plan))]
+    assert names == ["report.json", "report.md", "report.html"]

@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from blade.attention.config import BladeConfig
+from blade.attention.pattern_table import uniform_table
+from blade.attention.patterns import HeadPattern
+from blade.evaluation import worker as evaluation_worker
+from blade.evaluation.plan import Evaluation, plan_evaluation
+from blade.evaluation.prompts import held_out_prompts, prompts_with_seeds
+from blade.evaluation.records import read_records
+from blade.evaluation.runs import RunSettings, parse_run
+from blade.evaluation.worker import evaluate_videos
+from blade.media.video import read_mp4
+
+
+def evaluate(evaluation: Evaluation) -> dict:
+    """Make all videos, and return their records."""
+    plan = plan_evaluation(evaluation)
+    evaluate_videos(plan)
+    return read_records(plan)
+
+
+def test_videos_are_measured_once(evaluation, monkeypatch):
+    seen, plan = [], plan_evaluation(evaluation)
+    evaluate_videos(plan, on_video=seen.append)
+    records = read_records(plan)
+    assert [progress.done for progress in seen] == [1, 2, 3, 4] and seen[-1].seconds_left == 0
+    keys = [prompt.key for prompt in evaluation.prompts]
+    assert set(records) == {(run, *key) for run in ("asa", "dense") for key in keys}
+    for (name, text, _), record in records.items():
+        assert len(record["attributes"]) == text.count("moving")
+        assert 0 <= record["realism_error"] <= 1 and record["motion"] > 0
+        if name == "dense":
+            assert record["run_density"] == 1 and record["blade_config"] is None
+            assert record["psnr"] is None and record["psnr_by_frame"] is None
+        else:
+            assert 0 < record["layer_density"] <= 0.5 < record["run_density"] < 1
+            assert 5 < record["psnr"] < 100 and 0 < record["ssim"] < 1 and record["motion_ratio"] > 0
+            assert len(record["psnr_by_frame"]) == len(record["ssim_by_frame"]) == 9
+            assert min(record["psnr_by_frame"]) < record["psnr"] < max(record["psnr_by_frame"])
+            assert sum(record["ssim_by_frame"]) / 9 == pytest.approx(record["ssim"])
+            assert record["blade_config"]["sparsity"] == 0.5
+    monkeypatch.setattr(evaluation_worker, "load_pipeline", None)
+    evaluate_videos(plan)
+    assert read_records(plan) == records
+
+
+def test_every_video_is_written_once_for_each_run(evaluation):
+    evaluate(evaluation)
+    for run in evaluation.runs:
+        paths = sorted((evaluation.folder / "videos" / run.name).iterdir())
+        assert [path.name for path in paths] == sorted(f"{prompt.stem}.mp4" for prompt in evaluation.prompts)
+        assert read_mp4(paths[0]).shape == (9, 3, 64, 64)
+
+
+def test_prompts_of_a_list_are_made_with_every_seed(evaluation):
+    prompts = prompts_with_seeds(["a red ball moving left", "something else"], (3, 5))
+    dense = replace(evaluation, prompts=prompts, runs=evaluation.runs[1:])
+    records = evaluate(dense)
+    assert {(text, seed) for _, text, seed in records} == {prompt.key for prompt in prompts}
+    for (_, text, _), record in records.items():
+        assert ("basics" in record) == (text == "a red ball moving left")
+    assert len({record["motion"] for record in records.values()}) == 4
+
+
+def test_models_of_other_worlds_are_not_scored(evaluation):
+    records = evaluate(replace(evaluation, of_shapes=False, prompts=evaluation.prompts[:1]))
+    assert not {"basics", "realism_error"} & set(records["asa", *evaluation.prompts[0].key])
+
+
+def test_head_patterns_are_evaluated(evaluation, patterns_folder):
+    found = parse_run(f"found={patterns_folder},steps=2,guidance=1")
+    records = evaluate(replace(evaluation, runs=(*evaluation.runs, found), prompts=evaluation.prompts[:1]))
+    record = records["found", *evaluation.prompts[0].key]
+    assert record["blade_config"]["patterns"]["patterns"][0]["kind"] == "diagonal"
+    assert record["run"]["config"] == str(patterns_folder)
+    assert record["layer_density"] < 1 and 5 < record["psnr"] < 100
+
+
+def test_another_configuration_in_the_same_folder_is_refused(evaluation, patterns_folder, tmp_path):
+    found = parse_run(f"found={patterns_folder},steps=2,guidance=1")
+    evaluation = replace(evaluation, runs=(found,), prompts=evaluation.prompts[:1])
+    records = evaluate(evaluation)
+    moved = replace(found, config=str(patterns_folder.rename(tmp_path / "elsewhere")))
+    assert evaluate(replace(evaluation, runs=(moved,))) == records
+    table = uniform_table(HeadPattern(kind="diagonal", frames=1.0), 2, 2, block_size=32)
+    BladeConfig(attention="patterns", patterns=table).save_pretrained(moved.config)
+    with pytest.raises(ValueError, match="run `found` with another `blade_config`; take another name"):
+        evaluate(replace(evaluation, runs=(moved,)))
+
+
+def test_a_configuration_recorded_before_a_field_came_is_the_same(evaluation):
+    plan = plan_evaluation(replace(evaluation, prompts=evaluation.prompts[:1]))
+    evaluate_videos(plan)
+    records, (path,) = read_records(plan), evaluation.folder.glob("records-*.jsonl")
+    older = records["asa", *evaluation.prompts[0].key]
+    del older["blade_config"]["adapt_patterns"]
+    path.write_text(json.dumps(older) + "\n")
+    assert list(read_records(plan).values()) == [older]
+    older["blade_config"]["sparsity"] = 0.25
+    path.write_text(json.dumps(older) + "\n")
+    with pytest.raises(ValueError, match="another `blade_config`"):
+        read_records(plan)
+
+
+def test_a_killed_process_loses_one_video(evaluation):
+    plan = plan_evaluation(replace(evaluation, prompts=evaluation.prompts[:1]))
+    evaluate_videos(plan)
+    (path,) = evaluation.folder.glob("records-*.jsonl")
+    whole = path.read_bytes()
+    first, second = whole.splitlines(keepends=True)
+    path.write_bytes(first + second[: len(second) // 2])
+    for reference in evaluation.folder.rglob("*.npz"):
+        reference.unlink()
+    made = []
+    evaluate_videos(plan, on_video=made.append)
+    assert [progress.record["run"]["name"] for progress in made] == ["asa"]
+    assert made[0].record["psnr"] == json.loads(second)["psnr"]
+    assert len(path.read_bytes().splitlines()) == 2
+
+
+def test_shards_share_the_work(evaluation):
+    dense = replace(evaluation, runs=evaluation.runs[1:], prompts=held_out_prompts(2, 1))
+    shards = [replace(dense, shard=(number, 2)) for number in (1, 2)]
+    assert {prompt for shard in shards for prompt in shard.own_prompts} == set(dense.prompts)
+    assert [len(evaluate(shard)) for shard in shards] == [2, 3]
+    assert len(list(evaluation.folder.glob("records-*.jsonl"))) == 2
+
+
+def test_other_settings_under_the_same_name_are_refused(evaluation):
+    evaluation = replace(evaluation, runs=evaluation.runs[1:], prompts=evaluation.prompts[:1])
+    evaluate(evaluation)
+    with pytest.raises(ValueError, match="with another `steps`, 2 instead of 3"):
+        evaluate(replace(evaluation, runs=(RunSettings(name="dense", steps=3, guidance=1.0),)))
+    with pytest.raises(ValueError, match="with another `height`, 64 instead of 80"):
+        evaluate(replace(evaluation, height=80))
+    plan = replace(plan_evaluation(evaluation), fingerprint="0123456789abcdef")
+    with pytest.raises(ValueError, match="with another `fingerprint`"):
+        read_records(plan)

@@ -1,0 +1,312 @@
+"""From a prompt to files: defaults, repeatability, the record, and what a run says of itself."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKLWan
+from torch.profiler import ProfilerActivity, profile
+
+from blade.attention.config import AdaptiveConfig, BladeConfig
+from blade.cli.generate import main
+from blade.generation.outputs import GenerationReport, default_output, describe_score, generate_files
+from blade.generation.record import read_request
+from blade.generation.request import MODEL_OPTIONS, STUDENT_OPTIONS, GenerationRequest, dense_request
+from blade.generation.resolve import resolve_request
+from blade.generation.run import generate
+from blade.media.video import read_mp4
+from blade.metrics.similarity import MAX_PSNR
+from blade.models.loading import load_pipeline
+from blade.models.source import bundled_model_path
+from blade.moving_shapes.bundled import prompt_warning
+
+PROMPT = "a red ball moving right"
+TINY = {"height": 64, "width": 64, "frames": 9, "steps": 2, "device": "cpu"}
+SPARSE = {"sparsity": 0.5, "dense_steps": 1, "dense_layers": ()}
+
+
+def tiny_request(model: Path, **changes) -> GenerationRequest:
+    return GenerationRequest(**{"prompt": PROMPT, "model": str(model), **TINY, **changes})
+
+
+@pytest.fixture(scope="module")
+def pipe(saved_tiny_pipeline: Path):
+    pipe = load_pipeline(saved_tiny_pipeline)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def report(saved_tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> GenerationReport:
+    """A sparse video, compared with dense."""
+    output = tmp_path_factory.mktemp("report") / "video.mp4"
+    return generate_files(tiny_request(saved_tiny_pipeline, seed=3, **SPARSE), output, compare=True)
+
+
+def test_a_dense_video_is_the_pipelines_own(pipe, saved_tiny_pipeline: Path) -> None:
+    request = resolve_request(tiny_request(saved_tiny_pipeline, attention="dense", seed=5), pipe)
+    expected = pipe(
+        prompt=PROMPT,
+        height=64,
+        width=64,
+        num_frames=9,
+        num_inference_steps=2,
+        generator=torch.Generator().manual_seed(5),
+        output_type="pt",
+    ).frames[0]
+    made = generate(pipe, request)
+    assert torch.equal(made.video, expected)
+    assert made.run_density == 1 and made.layer_density is None
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN")
+def test_decoding_by_onednn_gives_what_diffusers_does(pipe, saved_tiny_pipeline: Path) -> None:
+    plain = AutoencoderKLWan.from_pretrained(saved_tiny_pipeline / "vae")
+    latent = torch.randn(1, plain.config.z_dim, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), profile(activities=[ProfilerActivity.CPU]) as recorded:
+        decoded = pipe.vae.decode(latent).sample
+    assert "aten::slow_conv3d_forward" not in {event.name for event in recorded.events()}
+    with torch.no_grad():
+        torch.testing.assert_close(decoded, plain.decode(latent).sample)
+
+
+def test_what_a_run_cost_adds_up(pipe, saved_tiny_pipeline: Path) -> None:
+    request = resolve_request(tiny_request(saved_tiny_pipeline, **SPARSE), pipe)
+    start = time.perf_counter()
+    made = generate(pipe, request)
+    elapsed = time.perf_counter() - start
+    stages = (made.seconds_text, made.seconds_denoising, made.seconds_decoding)
+    assert all(seconds > 0 for seconds in stages)
+    assert 0.5 * elapsed < sum(stages) <= elapsed
+    # one of two steps is sparse, in both layers, and a row keeps 3 of 6 blocks
+    assert made.layer_density == pytest.approx(0.5)
+    assert made.run_density == pytest.approx(0.75)
+
+
+def test_attention_changes_the_video_and_is_taken_off_afterwards(pipe, saved_tiny_pipeline: Path) -> None:
+    request = resolve_request(tiny_request(saved_tiny_pipeline, **SPARSE), pipe)
+    dense_before = generate(pipe, dense_request(request)).video
+    sparse = generate(pipe, request).video
+    dense_after = generate(pipe, dense_request(request)).video
+    assert torch.equal(dense_before, dense_after)
+    assert not torch.equal(dense_before, sparse)
+
+
+def test_a_resolved_request_leaves_nothing_to_defaults(pipe, saved_tiny_pipeline: Path) -> None:
+    resolved = resolve_request(tiny_request(saved_tiny_pipeline), pipe)
+    may_be_none = {"negative_prompt", "config", "revision", "quantize", *STUDENT_OPTIONS, *MODEL_OPTIONS}
+    assert {name for name, value in vars(resolved).items() if value is None} <= may_be_none
+    assert resolved.blade_config == BladeConfig.from_preset("shapes")
+    assert (resolved.guidance_scale, resolved.fps, resolved.dtype) == (5.0, 16, "float32")  # 5.0 is WanPipeline's
+
+
+def test_a_pipelines_own_defaults_fill_what_is_not_given(pipe, saved_tiny_pipeline: Path) -> None:
+    resolved = resolve_request(GenerationRequest(prompt=PROMPT, model=str(saved_tiny_pipeline)), pipe)
+    assert (resolved.height, resolved.width, resolved.frames, resolved.steps) == (480, 832, 81, 50)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, ("asa", "dropped", 0.4)),
+        ({"attention": "asa"}, ("asa", "dropped", 0.4)),
+        ({"attention": "asa-gt"}, ("asa", "all", 0.4)),
+        ({"sparsity": 0.8}, ("asa", "dropped", 0.8)),
+    ],
+)
+def test_options_stand_over_the_configuration(given: dict, expected: tuple) -> None:
+    config = BladeConfig(sparsity=0.4, pooled_tokens="dropped", asa=AdaptiveConfig(block_size=32, pooled_window=16))
+    made = GenerationRequest(prompt=PROMPT, blade_config=config, **given).sparse_config(lambda: config)
+    assert made is not None
+    assert (made.attention, made.pooled_tokens, made.sparsity) == expected
+    assert made.asa == config.asa
+
+
+def test_dense_is_no_configuration() -> None:
+    dense = BladeConfig(attention="dense")
+    assert GenerationRequest(prompt=PROMPT, attention="dense").sparse_config(BladeConfig) is None
+    assert GenerationRequest(prompt=PROMPT).sparse_config(lambda: dense) is None
+
+
+def test_files_hold_the_video_and_its_record(report: GenerationReport) -> None:
+    folder = report.video_path.parent
+    assert sorted(item.name for item in folder.iterdir()) == ["video-compare.mp4", "video.json", "video.mp4"]
+    seen = read_mp4(report.video_path)
+    assert seen.shape == report.generation.video.shape == (9, 3, 64, 64)
+    assert (seen - report.generation.video).abs().mean() < 0.03
+    assert json.loads(report.record_path.read_text()) == report.record
+
+
+def test_the_record_is_flat_and_says_what_it_cost(report: GenerationReport, saved_tiny_pipeline: Path) -> None:
+    record = report.record
+    flat = {"prompt": PROMPT, "model": str(saved_tiny_pipeline), "steps": 2, "seed": 3, "attention": "asa", **SPARSE}
+    assert {name: record[name] for name in flat} == {**flat, "dense_layers": []}
+    assert record["versions"]["torch"] and record["versions"]["diffusers"] and record["machine"]["threads"] >= 1
+    assert record["layer_density"] == pytest.approx(0.5) and record["run_density"] == pytest.approx(0.75)
+    assert min(record[name] for name in record if name.startswith("seconds")) > 0
+    assert 0.01 < record["peak_memory_gib"] < 64
+
+
+def test_a_comparison_shows_and_measures_both(report: GenerationReport) -> None:
+    assert report.comparison_path is not None
+    both = read_mp4(report.comparison_path)
+    assert both.shape[-1] == 2 * 64 * (288 // 64)
+    # the random weights are nearly indifferent to attention, but the videos are not the same
+    assert 5 < report.record["psnr"] < MAX_PSNR
+    assert 0 < report.record["ssim"] < 1
+    for text in (str(report.comparison_path), "PSNR", "SSIM"):
+        assert text in str(report)
+
+
+def test_the_record_makes_the_same_video_again(
+    report: GenerationReport, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "again.mp4"
+    with pytest.raises(SystemExit) as exit:
+        main(["--from-json", str(report.record_path), "--output", str(output)])
+    assert exit.value.code == 0
+    assert torch.equal(read_mp4(output), read_mp4(report.video_path))
+    printed = capsys.readouterr().out
+    assert "layer density 0.500" in printed and "run density 0.750" in printed and str(output) in printed
+
+
+def test_options_change_a_recorded_request(report: GenerationReport, tmp_path: Path) -> None:
+    path = report.record_path
+    recorded = read_request(path)
+    assert recorded.blade_config is not None and recorded.blade_config.sparsity == 0.5
+    assert read_request(path, {"seed": 9}).seed == 9
+    assert read_request(path, {"sparsity": 0.8}).sparse_config(BladeConfig).sparsity == 0.8
+    assert read_request(path, {"attention": "dense"}).sparse_config(BladeConfig) is None
+    assert read_request(path, {"attention": "asa-gt"}).sparse_config(BladeConfig).pooled_tokens == "all"
+    assert read_request(path, {"model": "other/model"}).blade_config is None
+    # what is written flat counts, so that a record can be edited by hand
+    edited = tmp_path / "edited.json"
+    edited.write_text(json.dumps({**report.record, "sparsity": 0.7}))
+    assert read_request(edited).sparse_config(BladeConfig).sparsity == 0.7
+
+
+def test_a_saved_configuration_is_taken(saved_tiny_pipeline: Path, tmp_path: Path) -> None:
+    config = BladeConfig(sparsity=0.3, dense_layers=(1,), asa=AdaptiveConfig(block_size=16, pooled_window=16))
+    config.save_pretrained(tmp_path / "config")
+    request = tiny_request(saved_tiny_pipeline, config=str(tmp_path / "config"), dense_steps=1)
+    record = generate_files(request, tmp_path / "video.mp4").record
+    assert BladeConfig.from_dict(record["blade_config"]) == BladeConfig(
+        sparsity=0.3, dense_layers=(1,), dense_steps=1, asa=config.asa
+    )
+
+
+def test_everything_works_without_a_compiler(saved_tiny_pipeline: Path, tmp_path: Path) -> None:
+    program = "from blade.cli.generate import main; main()"
+    size = [text for name, value in TINY.items() for text in (f"--{name}", str(value))]
+    output = tmp_path / "video.mp4"
+    options = ["--prompt", PROMPT, "--model", str(saved_tiny_pipeline), "--dtype", "bfloat16", "--output", str(output)]
+    done = subprocess.run(
+        [sys.executable, "-c", program, *options, *size],
+        env={**os.environ, "CC": "/nowhere/cc", "CXX": "/nowhere/c++"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "layer density 0.5" in done.stdout
+    assert read_mp4(output).shape == (9, 3, 64, 64)
+    assert sum("/nowhere" in line for line in done.stderr.splitlines()) <= 1
+
+
+def test_a_video_from_the_hub_is_recorded_with_its_commit(
+    saved_tiny_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the local cache, as where the Hub cannot be reached."""
+    repository, commit = tmp_path / "cache" / "models--somebody--tiny", "0123456789" * 4
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    shutil.copytree(saved_tiny_pipeline, repository / "snapshots" / commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(repository.parent))
+
+    def unreachable(*_, **__):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", unreachable)
+    request = GenerationRequest(prompt=PROMPT, model="somebody/tiny", **TINY)
+    record = generate_files(request, tmp_path / "video.mp4").record
+    assert (record["model"], record["revision"]) == ("somebody/tiny", commit)
+    again = read_request(tmp_path / "video.json")
+    assert again.revision == commit
+    assert read_request(tmp_path / "video.json", {"model": "other/model"}).revision is None
+    generate_files(again, tmp_path / "again.mp4")
+    assert torch.equal(read_mp4(tmp_path / "again.mp4"), read_mp4(tmp_path / "video.mp4"))
+
+
+def test_the_default_output_names_prompt_and_seed() -> None:
+    request = GenerationRequest(prompt="A red ball, moving  right!", seed=4)
+    assert default_output(request) == Path("outputs/a-red-ball-moving-right-4.mp4")
+    assert default_output(GenerationRequest(prompt="?")) == Path("outputs/video-0.mp4")
+    assert len(default_output(GenerationRequest(prompt="word " * 100)).name) < 100
+
+
+def test_words_that_the_bundled_model_does_not_know_are_named() -> None:
+    assert prompt_warning(PROMPT) is None
+    warning = prompt_warning("a red cat dancing right", negative_prompt="blurry")
+    assert warning is not None
+    for text in ('"cat", "dancing", "blurry"', "purple", "triangle", "checkered", "--model Wan-AI/"):
+        assert text in warning
+    assert "not in this order" in (prompt_warning("ball red a moving right") or "")
+
+
+def test_scores_are_told_for_each_object() -> None:
+    one = {"objects": [{"colour": True, "shape": False}], "background": None}
+    assert describe_score(one) == "colour right, shape wrong"
+    two = {"objects": [{"colour": True}, {"colour": False}], "background": True}
+    assert describe_score(two) == "object 1: colour right; object 2: colour wrong; background right"
+
+
+def test_the_bundled_model_is_an_ordinary_pipeline_of_at_most_25_megabytes() -> None:
+    from diffusers import WanPipeline
+
+    assert type(WanPipeline.from_pretrained(bundled_model_path())) is WanPipeline
+    weights = [path.stat().st_size for path in bundled_model_path().rglob("*.safetensors")]
+    assert 0 < sum(weights) <= 25_000_000
+
+
+def test_the_bundled_model_shows_what_was_asked_for(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    request = GenerationRequest(prompt=PROMPT, steps=8, device="cpu")
+    with caplog.at_level(logging.WARNING, logger="blade"):
+        report = generate_files(request, tmp_path / "video.mp4")
+    assert report.record["model"] == "bundled"
+    assert report.record["score"]["objects"] == [{"colour": True, "shape": True, "direction": True}]
+    assert "scorer      colour right, shape right, direction right" in str(report)
+    assert "does not know" not in caplog.text
+
+
+def test_a_configuration_with_patterns_is_recorded_counted_and_made_again(tmp_path, saved_tiny_pipeline):
+    from blade.attention.pattern_table import mixed_table
+    from blade.attention.patterns import HeadPattern
+    from blade.generation.plan import plan_run
+
+    pipe = load_pipeline(saved_tiny_pipeline)
+    layers, heads = len(pipe.transformer.blocks), pipe.transformer.config.num_attention_heads
+    table = mixed_table(
+        [HeadPattern(kind="diagonal", frames=0.5), HeadPattern(kind="full")], layers, heads, block_size=8
+    )
+    BladeConfig(attention="patterns", patterns=table, dense_layers=(0,)).save_pretrained(tmp_path / "config")
+    options = {"prompt": "x", "model": str(saved_tiny_pipeline), "config": str(tmp_path / "config"), "steps": 2}
+    options |= {"height": 32, "width": 32, "frames": 5, "guidance_scale": 1.0, "device": "cpu"}
+    report = generate_files(GenerationRequest(**options), tmp_path / "video.mp4")
+    again = read_request(report.record_path)
+    assert again.attention == "patterns" and again.blade_config.patterns == table
+    planned = plan_run(GenerationRequest(**options)).cost
+    made = json.loads(report.record_path.read_text())
+    assert planned.density == pytest.approx(made["layer_density"], abs=1e-6) and 0 < planned.density < 1
+    assert "patterns; layer density" in str(report)
+    with pytest.raises(ValueError, match='`attention` must not be "patterns" without'):
+        plan_run(GenerationRequest(**{**options, "config": None, "attention": "patterns"}))

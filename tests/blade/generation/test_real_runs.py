@@ -1,0 +1,323 @@
+"""What a real run asks for beside a prompt: images, videos, LoRAs, offloading, fewer bits, caches, lists."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import cpu_offload
+from PIL import Image
+from safetensors.torch import save_file
+
+from blade.attention.apply import use_blade
+from blade.attention.config import AdaptiveConfig, BladeConfig
+from blade.cli.generate import main
+from blade.generation import outputs
+from blade.generation.outputs import generate_files, generate_list
+from blade.generation.prepare import prepare_pipeline
+from blade.generation.prompts import read_prompts
+from blade.generation.record import read_request
+from blade.generation.request import GenerationRequest
+from blade.generation.resolve import resolve_request
+from blade.generation.run import generate
+from blade.media.video import encode_mp4, read_mp4
+from blade.models.acceleration import (
+    advise,
+    choose_offload,
+    compile_blocks,
+    load_loras,
+    merge_loras,
+    parse_cache,
+    place,
+)
+from blade.models.conditions import cover, pipeline_for, size_like
+from blade.models.loading import load_pipeline
+from blade.models.source import bytes_to_download
+
+PROMPT = "a red ball moving right"
+TINY = {"height": 64, "width": 64, "frames": 9, "steps": 3, "device": "cpu"}
+SPARSE = BladeConfig(sparsity=0.4, dense_steps=0, dense_layers=(), asa=AdaptiveConfig(block_size=32))
+
+
+def tiny(model: Path, **changes) -> GenerationRequest:
+    return GenerationRequest(**{"prompt": PROMPT, "model": str(model), "blade_config": SPARSE, **TINY, **changes})
+
+
+def make(request: GenerationRequest) -> torch.Tensor:
+    pipe, resolved = prepare_pipeline(request)
+    pipe.set_progress_bar_config(disable=True)
+    return generate(pipe, resolved).video
+
+
+@pytest.fixture(scope="module")
+def plain(saved_tiny_pipeline: Path) -> torch.Tensor:
+    """The video of the plain request."""
+    return make(tiny(saved_tiny_pipeline))
+
+
+def picture(path: Path, colour: tuple[int, int, int], size: tuple[int, int] = (160, 80)) -> str:
+    Image.new("RGB", size, colour).save(path)
+    return str(path)
+
+
+def lora(pipe, path: Path, seed: int) -> str:
+    """Write a LoRA of rank 2 for the transformer's queries."""
+    generator, state = torch.Generator().manual_seed(seed), {}
+    for name, module in pipe.transformer.named_modules():
+        if name.endswith("attn1.to_q"):
+            rows, columns = module.weight.shape
+            state[f"transformer.{name}.lora_A.weight"] = torch.randn(2, columns, generator=generator)
+            state[f"transformer.{name}.lora_B.weight"] = torch.randn(rows, 2, generator=generator)
+    save_file(state, path)
+    return str(path)
+
+
+def test_a_video_starts_from_an_image_and_takes_its_shape(saved_tiny_ti2v: Path, tmp_path: Path) -> None:
+    red = picture(tmp_path / "red.png", (230, 40, 40))
+    request = tiny(saved_tiny_ti2v, image=red, height=None, width=None)
+    pipe = pipeline_for(load_pipeline(saved_tiny_ti2v), "image")
+    assert type(pipe).__name__ == "WanImageToVideoPipeline"
+    resolved = resolve_request(request, pipe)
+    assert resolved.width == pytest.approx(2 * resolved.height, rel=0.05)
+    assert resolved.height * resolved.width == pytest.approx(480 * 832, rel=0.05)
+    made = [make(tiny(saved_tiny_ti2v, image=image)) for image in (red, picture(tmp_path / "blue.png", (40, 40, 230)))]
+    assert made[0].shape == (9, 3, 64, 64)
+    assert not torch.equal(*made)
+    report = generate_files(tiny(saved_tiny_ti2v, image=red), tmp_path / "video.mp4")
+    generate_files(read_request(report.record_path), tmp_path / "again.mp4")
+    assert torch.equal(read_mp4(tmp_path / "again.mp4"), read_mp4(report.video_path))
+
+
+def test_a_video_is_changed_as_far_as_asked(saved_tiny_pipeline: Path, tmp_path: Path) -> None:
+    path = tmp_path / "before.mp4"
+    path.write_bytes(encode_mp4(torch.rand(14, 3, 48, 80, generator=torch.Generator().manual_seed(0)), 8))
+    request = tiny(saved_tiny_pipeline, video=str(path), frames=None, steps=8)
+    pipe, resolved = prepare_pipeline(request)
+    assert type(pipe).__name__ == "WanVideoToVideoPipeline" and resolved.frames == 13
+    little, much = (make(tiny(saved_tiny_pipeline, video=str(path), steps=8, strength=s)) for s in (0.25, 1.0))
+    assert little.shape == much.shape == (9, 3, 64, 64)
+    assert not torch.equal(little, much)
+    with pytest.raises(ValueError, match="`frames` must be at most the 14 that `video`"):
+        make(tiny(saved_tiny_pipeline, video=str(path), frames=17))
+
+
+def test_conditions_that_a_model_does_not_take_are_refused(
+    saved_tiny_pipeline: Path, saved_tiny_ti2v: Path, tmp_path: Path
+) -> None:
+    red = picture(tmp_path / "red.png", (230, 40, 40))
+    with pytest.raises(ValueError, match="`image` must not be given: this model is a WanPipeline"):
+        make(tiny(saved_tiny_pipeline, image=red))
+    with pytest.raises(ValueError, match="`image` must be an image file"):
+        make(tiny(saved_tiny_ti2v, image=str(tmp_path / "missing.png")))
+    with pytest.raises(ValueError, match="`video` must be a video file"):
+        make(tiny(saved_tiny_pipeline, video=red[:-4]))
+    for changes, message in (
+        ({"image": red, "video": red}, "`image` and `video` must not both be given"),
+        ({"strength": 0.5}, "`strength` must not be given without `video`"),
+        ({"last_image": red}, "`last_image` must not be given without `image`"),
+        ({"video": red, "strength": 1.5}, "`strength` must be above 0 and at most 1, got 1.5"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tiny(saved_tiny_pipeline, **changes)
+
+
+def test_an_image_is_cut_to_a_shape_without_being_stretched(saved_tiny_pipeline: Path) -> None:
+    image = Image.new("RGB", (400, 100), (0, 0, 0))
+    image.paste((255, 255, 255), (140, 0, 260, 100))  # a little more than the square in the middle
+    assert cover(image, 64, 64).getextrema() == ((255, 255),) * 3
+    assert size_like(load_pipeline(saved_tiny_pipeline), image, 128 * 128) == (64, 256)
+
+
+def test_loras_add_up_with_their_strengths(saved_tiny_pipeline: Path, plain: torch.Tensor, tmp_path: Path) -> None:
+    pipe = load_pipeline(saved_tiny_pipeline)
+    files = [lora(pipe, tmp_path / f"{seed}.safetensors", seed) for seed in (1, 2)]
+    load_loras(pipe, [files[0], f"{files[1]}=0.5"])
+    layer = pipe.transformer.blocks[0].attn1.to_q
+    assert {name: layer.scaling[name] for name in layer.active_adapters} == {"lora_0": 1.0, "lora_1": 0.5}
+    nothing = make(tiny(saved_tiny_pipeline, loras=(f"{files[0]}=0",)))
+    torch.testing.assert_close(nothing, plain)
+    both = make(tiny(saved_tiny_pipeline, loras=(files[0], f"{files[1]}=0.5")))
+    assert (both - plain).abs().max() > 1e-3
+    report = generate_files(tiny(saved_tiny_pipeline, loras=(files[0],)), tmp_path / "video.mp4")
+    assert read_request(report.record_path).loras == (files[0],)
+    with pytest.raises(ValueError, match="cannot be loaded onto this model"):
+        make(tiny(saved_tiny_pipeline, loras=(str(saved_tiny_pipeline / "vae"),)))
+    with pytest.raises(ValueError, match="`loras` must be sources, each with =STRENGTH or not"):
+        tiny(saved_tiny_pipeline, loras=("style=much",))
+
+
+@pytest.mark.parametrize("offload", ["model", "group", "sequential"])
+def test_offloading_changes_nothing(saved_tiny_pipeline: Path, plain: torch.Tensor, offload: str) -> None:
+    pipe, resolved = prepare_pipeline(tiny(saved_tiny_pipeline))
+    if offload == "sequential":  # what Diffusers does on a GPU, and refuses on the CPU
+        for part in (pipe.text_encoder, pipe.transformer, pipe.vae):
+            cpu_offload(part, torch.device("cpu"))
+        assert next(pipe.transformer.parameters()).is_meta
+    else:
+        place(pipe, torch.device("cpu"), offload)
+    pipe.set_progress_bar_config(disable=True)
+    for _ in range(2):
+        torch.testing.assert_close(generate(pipe, resolved).video, plain)
+
+
+def test_offloading_on_the_cpu_is_refused(saved_tiny_pipeline: Path) -> None:
+    with pytest.raises(ValueError, match="`offload` must be none on the CPU"):
+        prepare_pipeline(tiny(saved_tiny_pipeline, offload="auto"))
+    for other in ({"quantize": "int8"}, {"compile": True}):
+        with pytest.raises(ValueError, match="with `offload` sequential"):
+            tiny(saved_tiny_pipeline, offload="sequential", **other)
+
+
+def test_the_fastest_offloading_that_fits_is_chosen() -> None:
+    weights = {"text_encoder": 11.0, "transformer": 2.7, "vae": 0.5}
+    activations = {"transformer": 3.0, "decoding": 6.0}
+    chosen = [choose_offload(weights, activations, gib) for gib in (80, 24, 16, 8)]
+    assert chosen == ["none", "none", "model", "group"]
+    assert "--vae-tiling" in advise("none", quantized=False, tiled=False, decoding=True)
+    steps = [advise(offload, quantized=False, tiled=True, decoding=False) for offload in ("none", "model", "group")]
+    assert ["--offload model" in steps[0], "--offload group" in steps[1], "--quantize" in steps[2]] == [True] * 3
+
+
+def test_tiles_and_int8_weights_stay_close(saved_tiny_pipeline: Path, plain: torch.Tensor) -> None:
+    pytest.importorskip("torchao")
+    request = tiny(saved_tiny_pipeline, quantize="int8", vae_tiling=True)
+    pipe, resolved = prepare_pipeline(request)
+    assert "Int8" in type(pipe.transformer.blocks[0].attn1.to_q.weight).__name__ + repr(
+        pipe.transformer.blocks[0].attn1.to_q.weight
+    )
+    pipe.set_progress_bar_config(disable=True)
+    video = generate(pipe, resolved).video
+    assert not torch.equal(video, plain)
+    assert (video - plain).square().mean().sqrt() < 0.05
+
+
+def test_merged_loras_make_the_same_video(saved_tiny_pipeline: Path, tmp_path: Path) -> None:
+    pipe = load_pipeline(saved_tiny_pipeline)
+    path = lora(pipe, tmp_path / "style.safetensors", 1)
+    load_loras(pipe, [f"{path}=0.5"])
+    request = resolve_request(tiny(saved_tiny_pipeline), pipe)
+    before = generate(pipe, request).video
+    merge_loras(pipe)
+    assert not any("lora" in name or "base_layer" in name for name, _ in pipe.transformer.named_parameters())
+    assert (generate(pipe, request).video - before).abs().max() < 1e-4
+
+
+def test_quantizing_leaves_loras_in(saved_tiny_pipeline: Path, tmp_path: Path) -> None:
+    pytest.importorskip("torchao")
+    path = lora(load_pipeline(saved_tiny_pipeline), tmp_path / "style.safetensors", 1)
+    whole = make(tiny(saved_tiny_pipeline, loras=(path,)))
+    assert (make(tiny(saved_tiny_pipeline, loras=(path,), quantize="int8")) - whole).square().mean().sqrt() < 0.05
+
+
+def test_every_block_and_the_decoder_are_compiled(saved_tiny_pipeline: Path) -> None:
+    pipe = load_pipeline(saved_tiny_pipeline)
+    compile_blocks(pipe)
+    parts = [*pipe.transformer.blocks, pipe.vae.decoder]
+    assert all(part._compiled_call_impl is not None for part in parts)
+
+
+@pytest.mark.parametrize("cache", ["first-block=1.0", "pyramid=2"])
+def test_caches_save_attention(saved_tiny_pipeline: Path, cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted where attention is computed, under BLADE, against the run without the cache."""
+    from blade.attention.layer import SparseLayer
+
+    counts, attend = {}, SparseLayer.attend
+
+    def counted(self, *args, **kwargs):
+        counts[key] += 1
+        return attend(self, *args, **kwargs)
+
+    monkeypatch.setattr(SparseLayer, "attend", counted)
+    for key in ("plain", "cached"):
+        counts[key] = 0
+        video = make(tiny(saved_tiny_pipeline, steps=8, cache=cache if key == "cached" else None))
+        assert video.isfinite().all()
+    assert 0 < counts["cached"] < counts["plain"]
+
+
+def test_caches_that_are_none_are_refused(saved_tiny_pipeline: Path) -> None:
+    assert parse_cache("first-block") == ("first-block", 0.05)
+    for text in ("teacache", "first-block=0", "pyramid=1", "pyramid=2.5", "pyramid=many"):
+        with pytest.raises(ValueError, match="`cache`"):
+            tiny(saved_tiny_pipeline, cache=text)
+
+
+def test_a_list_of_prompts_is_resumed_and_survives_a_failure(
+    saved_tiny_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = ["a red ball moving right", "a blue ball moving up", "a white square moving left"]
+    original = outputs.generate
+
+    def sometimes(pipe, request):
+        if "blue" in request.prompt:
+            raise RuntimeError("out of luck")
+        return original(pipe, request)
+
+    monkeypatch.setattr(outputs, "generate", sometimes)
+    report = generate_list(tiny(saved_tiny_pipeline), prompts, tmp_path)
+    assert [path.video_path.name[:10] for path in report.made] == ["a-red-ball", "a-white-sq"]
+    assert report.failed == {"a blue ball moving up": "out of luck"}
+    assert "2 made, 0 there before, 1 failed" in str(report)
+    monkeypatch.setattr(outputs, "generate", original)
+    again = generate_list(tiny(saved_tiny_pipeline), prompts, tmp_path)
+    assert (len(again.made), len(again.skipped), len(again.failed)) == (1, 2, 0)
+    alone = generate_files(tiny(saved_tiny_pipeline, prompt=prompts[1]), tmp_path / "alone.mp4")
+    assert torch.equal(read_mp4(alone.video_path), read_mp4(again.made[0].video_path))
+
+
+def test_the_command_takes_a_list(saved_tiny_pipeline: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("# two\na red ball moving right\n\na red ball moving right\na blue ball moving up\n")
+    assert read_prompts(file) == ["a red ball moving right", "a blue ball moving up"]
+    options = [f"--{name}={value}" for name, value in {**TINY, "model": saved_tiny_pipeline}.items()]
+    with pytest.raises(SystemExit) as done:
+        main([*options, f"--prompts={file}", f"--output={tmp_path / 'videos'}"])
+    assert done.value.code == 0
+    assert "2 made, 0 there before, 0 failed" in capsys.readouterr().out
+    assert len(list((tmp_path / "videos").glob("*.mp4"))) == 2
+    with pytest.raises(SystemExit):
+        main([*options, f"--prompts={file}", "--prompt=x"])
+    assert "`--prompt` must not be given with `--prompts`" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="has none"):
+        file.write_text("# nothing\n")
+        read_prompts(file)
+
+
+def test_too_little_memory_ends_with_advice(saved_tiny_pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, resolved = prepare_pipeline(tiny(saved_tiny_pipeline))
+
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+
+    monkeypatch.setattr(pipe.transformer.blocks[0].ffn, "forward", full)
+    with pytest.raises(MemoryError, match=r"Tried to allocate 20 GiB.*--offload model"):
+        generate(pipe, resolved)
+    monkeypatch.undo()
+    monkeypatch.setattr(pipe.vae, "decode", full)
+    with pytest.raises(MemoryError, match="--vae-tiling"):
+        generate(pipe, resolved)
+
+
+def test_what_a_download_would_fetch_is_counted() -> None:
+    files = {
+        "model_index.json": 1,
+        "README.md": 10,
+        "assets/figure.png": 1000,
+        "vae/config.json": 2,
+        "vae/diffusion_pytorch_model.safetensors": 300,
+        "vae/diffusion_pytorch_model.fp16.safetensors": 150,
+        "vae/diffusion_pytorch_model.bin": 300,
+        "tokenizer/tokenizer_config.json": 4,
+        "tokenizer/spiece.model": 50,
+    }
+    assert bytes_to_download("owner/not-in-any-cache", files) == 2 + 300 + 4 + 50
+
+
+def test_a_pipeline_stays_usable_by_itself(saved_tiny_pipeline: Path) -> None:
+    """A pipeline that was rebuilt for a video has the same parts, so that BLADE on one is BLADE on the other."""
+    pipe = load_pipeline(saved_tiny_pipeline)
+    other = pipeline_for(pipe, "video")
+    assert other.transformer is pipe.transformer and other.vae is pipe.vae
+    with use_blade(other, SPARSE):
+        assert type(pipe.transformer.blocks[0].attn1.processor).__name__ == "WanSparseProcessor"

@@ -1,0 +1,173 @@
+"""Videos made with a few-step student: its steps, attention and sampler, recorded and made again."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from blade.attention.config import AdaptiveConfig, BladeConfig
+from blade.cli.generate import main
+from blade.evaluation.plan import Evaluation, plan_evaluation
+from blade.evaluation.prompts import prompts_with_seeds
+from blade.evaluation.records import read_records
+from blade.evaluation.runs import parse_run
+from blade.evaluation.worker import evaluate_videos
+from blade.generation.outputs import generate_files
+from blade.generation.plan import plan_run
+from blade.generation.record import read_request
+from blade.generation.request import GenerationRequest
+from blade.media.video import read_mp4
+from blade.models.loading import load_pipeline
+from blade.students.scheduler import FewStepScheduler
+
+TINY = {"prompt": "a red ball moving right", "height": 64, "width": 64, "frames": 9, "device": "cpu"}
+CONFIG = BladeConfig(sparsity=0.4, kind="student", asa=AdaptiveConfig(block_size=32))
+
+
+@pytest.fixture(scope="module")
+def student(saved_tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A student of the tiny pipeline, for two or three steps."""
+    folder = tmp_path_factory.mktemp("student")
+    pipe = load_pipeline(saved_tiny_pipeline)
+    generator, state = torch.Generator().manual_seed(0), {}
+    for name, module in pipe.transformer.named_modules():
+        if name.endswith((".to_q", ".to_v")):
+            rows, columns = module.weight.shape
+            state[f"transformer.{name}.lora_A.weight"] = torch.randn(4, columns, generator=generator)
+            state[f"transformer.{name}.lora_B.weight"] = torch.randn(rows, 4, generator=generator)
+    save_file(state, folder / "pytorch_lora_weights.safetensors")
+    CONFIG.save_pretrained(folder)
+    FewStepScheduler.like(pipe.scheduler, [[999.0, 500.0], [999.0, 666.0, 333.0]]).save_pretrained(
+        folder / "scheduler"
+    )
+    return folder
+
+
+def test_a_student_decides_steps_guidance_attention_and_sampler(saved_tiny_pipeline, student, tmp_path):
+    request = GenerationRequest(model=str(saved_tiny_pipeline), student=str(student), **TINY)
+    report = generate_files(request, tmp_path / "video.mp4", compare=True)
+    record = json.loads(report.record_path.read_text())
+    assert (record["steps"], record["guidance_scale"], record["student"]) == (3, 1.0, str(student))
+    assert record["blade_config"] == CONFIG.to_dict() and record["layer_density"] < 0.7
+    assert record["psnr"] < 60  # the comparison is dense, with the same student
+    assert f"student     {student}" in str(report)
+    generate_files(read_request(report.record_path), tmp_path / "again.mp4")
+    assert torch.equal(read_mp4(tmp_path / "again.mp4"), read_mp4(report.video_path))
+    for changes in ({"model": "bundled"}, {"student": None}):  # nothing of the student stays
+        plain = read_request(report.record_path, changes)
+        assert plain.student is plain.steps is plain.guidance_scale is plain.blade_config is None
+        assert (plain.frames, plain.seed) == (9, 0)
+    planned = plan_run(request)
+    assert (planned.request.steps, planned.request.guidance_scale, planned.cost.passes) == (3, 1.0, 3)
+    assert planned.request.blade_config == CONFIG and f"student     {student}" in str(planned)
+
+
+def test_an_evaluation_makes_the_videos_of_a_generation(saved_tiny_pipeline, student, tmp_path):
+    settings = {name: TINY[name] for name in ("height", "width", "frames", "device")}
+    evaluation = Evaluation(
+        runs=(
+            parse_run(f"few=student={student}"),
+            parse_run(f"renewed=student={student},noise_kept=0"),
+            parse_run("dense=dense,steps=2,guidance=1"),
+        ),
+        prompts=prompts_with_seeds([TINY["prompt"]], (0,)),
+        folder=tmp_path / "evaluation",
+        model=str(saved_tiny_pipeline),
+        **settings,
+    )
+    evaluate_videos(plan_evaluation(evaluation))
+    model = GenerationRequest(model=str(saved_tiny_pipeline), **TINY)
+    for name, request in {
+        "few": replace(model, student=str(student)),
+        "renewed": replace(model, student=str(student), noise_kept=0.0),
+        "dense": replace(model, attention="dense", steps=2, guidance_scale=1.0),
+    }.items():
+        (path,) = (evaluation.folder / "videos" / name).iterdir()
+        video = read_mp4(generate_files(request, tmp_path / f"{name}.mp4").video_path)
+        assert torch.equal(read_mp4(path), video), name
+
+
+def test_every_sparse_student_is_compared_with_itself_dense(saved_tiny_pipeline, student, tmp_path):
+    """Whatever the order in which the videos are made."""
+    settings = {name: TINY[name] for name in ("height", "width", "frames", "device")}
+    dense = [
+        parse_run(f"dense-{kept}=student={student},attention=dense,steps=2,noise_kept={kept}") for kept in (0.0, 1.0)
+    ]
+    sparse = [parse_run(f"sparse-{kept}=student={student},steps=2,noise_kept={kept}") for kept in (0.0, 1.0)]
+    evaluation = Evaluation(
+        runs=(*dense, *sparse),
+        prompts=prompts_with_seeds([TINY["prompt"]], (0,)),
+        folder=tmp_path / "at once",
+        model=str(saved_tiny_pipeline),
+        **settings,
+    )
+    apart = replace(evaluation, folder=tmp_path / "apart")
+    evaluate_videos(plan_evaluation(evaluation))
+    evaluate_videos(plan_evaluation(replace(apart, runs=tuple(dense))))
+    evaluate_videos(plan_evaluation(apart))
+    plan, plan_apart = plan_evaluation(evaluation), plan_evaluation(apart)
+    found, others = read_records(plan), read_records(plan_apart)
+    psnrs = {key[0]: record["psnr"] for key, record in found.items()}
+    assert psnrs == {key[0]: record["psnr"] for key, record in others.items()}
+    assert psnrs["dense-0.0"] is None and psnrs["sparse-0.0"] != psnrs["sparse-1.0"]
+
+
+def test_untrained_steps_are_refused(saved_tiny_pipeline, student, tmp_path):
+    request = GenerationRequest(model=str(saved_tiny_pipeline), student=str(student), steps=50, **TINY)
+    with pytest.raises(ValueError, match=r"`steps` must be 2 or 3, as the student .* is trained, got 50"):
+        generate_files(request, tmp_path / "video.mp4")
+    assert not list(tmp_path.iterdir())
+
+
+def test_times_make_a_sampler_for_a_lora_that_brings_none(saved_tiny_pipeline, student, tmp_path, capsys):
+    bare = tmp_path / "lora"
+    bare.mkdir()
+    (bare / "pytorch_lora_weights.safetensors").write_bytes(
+        (student / "pytorch_lora_weights.safetensors").read_bytes()
+    )
+    output = tmp_path / "video.mp4"
+    arguments = [
+        "--prompt",
+        "a red ball",
+        "--model",
+        str(saved_tiny_pipeline),
+        "--student",
+        str(bare),
+        "--height",
+        "64",
+    ]
+    arguments += ["--width", "64", "--frames", "9", "--device", "cpu", "--output", str(output)]
+    with pytest.raises(SystemExit) as ended:
+        main([*arguments, "--scheduler", "1000,800,400", "--student-weight", "0.5", "--attention", "dense"])
+    assert not ended.value.code
+    record = json.loads(output.with_suffix(".json").read_text())
+    assert (record["steps"], record["scheduler"], record["student_weight"]) == (3, "1000,800,400", 0.5)
+    kept = read_request(output.with_suffix(".json"), {"noise_kept": 0.0})
+    assert (kept.noise_kept, kept.scheduler) == (0.0, "1000,800,400")
+    assert read_request(output.with_suffix(".json"), {"student": "another"}).noise_kept is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"scheduler": "999,500"}, "`scheduler` must not be given without `student`"),
+        ({"noise_kept": 0.5}, "`noise_kept` must not be given without `student`"),
+        ({"student": "x", "noise_kept": 1.5}, r"`noise_kept` must be in \[0, 1\], got 1.5"),
+        ({"student": "x", "scheduler": "fast"}, "`scheduler` must be times separated by commas, .* got 'fast'"),
+    ],
+)
+def test_bad_options_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        GenerationRequest(prompt="a cat", **options)
+
+
+def test_a_model_with_a_published_student_says_so(saved_tiny_pipeline, tmp_path, monkeypatch):
+    monkeypatch.setattr("blade_pipelines.wan.WanFamily.preset_name", lambda *_: "wan2.1-t2v-1.3b")
+    request = GenerationRequest(model=str(saved_tiny_pipeline), attention="dense", steps=1, **TINY)
+    report = generate_files(request, tmp_path / "video.mp4")
+    assert "there is one for this model, for fewer steps: --student GYP666/VIDEO-BLADE" in str(report)
