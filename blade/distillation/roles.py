@@ -72,7 +72,7 @@ class Network:
             lambda block, *args: checkpoint(block, *args, use_reentrant=False, context_fn=self._contexts)
         )
 
-    def told(self) -> tuple[str, torch.Tensor] | None:
+    def current_condition(self) -> tuple[str, torch.Tensor] | None:
         """Which vectors of a `StepCondition` are in force."""
         return self.numbers
 
@@ -170,7 +170,7 @@ class Roles:
             own = {role: size for role, size in sizes.items() if self.networks[role] is network}
             if own:
                 condition = StepCondition(family.time_embedding(network.transformer), own)
-                condition.choose = network.told
+                condition.choose = network.current_condition
 
     def predict(self, role: str, inputs: Inputs, numbers: torch.Tensor) -> torch.Tensor:
         """Run the transformer of a role, which must be acting.
