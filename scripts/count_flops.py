@@ -17,7 +17,7 @@ from blade.attention.pattern_table import uniform_table
 from blade.attention.patterns import HeadPattern, diagonal_density, pattern_density
 from blade.common.machine import describe_versions
 from blade.common.tables import markdown_table, write_table
-from blade.families.lookup import find_family
+from blade.families.registry import find_family
 from blade.models.costs import PARTS, ForwardCost, forward_cost, run_cost
 from blade.profiling.candidates import pattern_of_density
 from blade.token_grid import TokenGrid

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from blade.attention.patterns import HeadPattern, Window, pattern_density
-from blade.benchmarks.attention import MODELS
+from blade.benchmarks.attention import model_shapes
 from blade.common.machine import describe_versions
 from blade.common.tables import markdown_table, write_table
 
@@ -37,7 +37,7 @@ def main(
     """Print a table, and write it."""
     rows, records = [], []
     for model, frames in HALF_WIDTHS.items():
-        shape = MODELS[model]
+        shape = model_shapes()[model]
         assert shape.grid is not None
         for pattern in patterns(frames):
             densities = {order: pattern_density(pattern, shape.grid, BLOCK_SIZE, order) for order in ORDERS}

@@ -7,11 +7,13 @@ import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = {"blade", "blade_kernels", "blade_pipelines"}
 
 
 def dry_run(folder: Path, *arguments: str) -> list[str]:
@@ -119,3 +121,28 @@ def test_a_wheel_will_hold_every_data_file() -> None:
         if path.is_file() and path.suffix not in (".py", ".pyc") and not path.name.endswith(".tmp")
     }
     assert data and data <= held, f"not in the wheel: {sorted(map(str, data - held))}"
+
+
+def test_a_wheel_holds_exactly_the_three_packages(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    ignored = shutil.ignore_patterns("__pycache__", "*.safetensors", "*.egg-info")
+    for folder in ("blade", "kernels", "pipelines"):
+        shutil.copytree(ROOT / folder, source / folder, ignore=ignored)
+    for file in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / file, source / file)
+    build = subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path, source],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert build.returncode == 0, build.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        (top_level,) = [name for name in names if name.endswith("top_level.txt")]
+        assert set(archive.read(top_level).decode().split()) == PACKAGES
+    assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == PACKAGES
+    for package in sorted(PACKAGES):
+        assert f"{package}/py.typed" in names

@@ -11,7 +11,7 @@ from torch import nn
 
 from blade.attention.applied import AppliedBlade, applied_to
 from blade.attention.config import BladeConfig
-from blade.families.lookup import find_family
+from blade.families.registry import find_family
 from blade.families.transformers import find_transformers
 
 Target = TypeVar("Target")

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from blade.attention.pattern_table import TABLE_NAME, PatternTable
 from blade.common.checks import check_choice, check_flag, check_integer, check_number, parse_ranges
+from blade.families.data import PRESET_KINDS, PresetKind
 from blade.token_grid import check_token_order
 
 CONFIG_NAME = "blade_config.json"
@@ -102,7 +103,7 @@ class BladeConfig:
     seed: int = 0
     """Seed of the probe offsets and of the `random` selector, together with layer and step."""
 
-    kind: Literal["training-free", "student"] = "training-free"
+    kind: PresetKind = "training-free"
     """What the values are for: ordinary weights, or only weights that were trained with them."""
 
     asa: AdaptiveConfig = field(default_factory=AdaptiveConfig)
@@ -120,7 +121,7 @@ class BladeConfig:
         check_choice("pooled_tokens", self.pooled_tokens, ("none", "all", "dropped"))
         check_flag("strict", self.strict)
         check_integer("seed", self.seed, least=0)
-        check_choice("kind", self.kind, ("training-free", "student"))
+        check_choice("kind", self.kind, PRESET_KINDS)
         if not isinstance(self.implementation, str) or not self.implementation:
             raise ValueError(f'`implementation` must be a name such as "auto", got {self.implementation!r}.')
         if not isinstance(self.asa, AdaptiveConfig):
@@ -162,7 +163,7 @@ class BladeConfig:
         return math.ceil(round(self.dense_steps * total_steps, 6))
 
     @classmethod
-    def from_preset(cls, name: str, kind: Literal["training-free", "student"] = "training-free") -> BladeConfig:
+    def from_preset(cls, name: str, kind: PresetKind = "training-free") -> BladeConfig:
         """Return a named preset.
 
         Args:
@@ -173,9 +174,9 @@ class BladeConfig:
         Raises:
             ValueError: if there is no such preset; the message lists those that exist.
         """
-        from blade.families.registry import load_preset
+        from blade.families.registry import preset_values
 
-        return load_preset(name, kind)
+        return cls.from_dict(preset_values(name, kind))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the configuration as plain JSON values."""

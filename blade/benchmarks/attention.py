@@ -21,6 +21,7 @@ from blade.attention.pattern_plan import PatternPlan
 from blade.benchmarks.candidates import Attend, Candidate, dense_candidates, installed_peers, own_candidates
 from blade.benchmarks.patterns import PATTERN_KINDS, benchmark_patterns
 from blade.common.machine import describe_machine, describe_versions
+from blade.families.registry import benchmark_layers
 from blade.metrics.timing import time_calls
 from blade.token_grid import TokenGrid
 
@@ -80,17 +81,18 @@ class AttentionShape:
         return f"{self.model}, {self.tokens:,} tokens" if self.model else f"{self.tokens:,} tokens"
 
 
-def _model(model: str, grid: TokenGrid, heads: int, head_dim: int = 128) -> AttentionShape:
-    return AttentionShape(model=model, tokens=grid.sequence_length, heads=heads, head_dim=head_dim, grid=grid)
-
-
-MODELS = {
-    "wan-1.3b": _model("Wan-1.3B 480p", TokenGrid(21, 30, 52), 12),
-    "wan-14b": _model("Wan-14B 720p", TokenGrid(21, 45, 80), 40),
-    "cogvideox-1.5": _model("CogVideoX1.5", TokenGrid(11, 48, 85, text_after=226), 48, 64),
-    "hunyuan-video": _model("HunyuanVideo 720p", TokenGrid(33, 45, 80, text_after=256), 24),
-}
-"""Sizes at which models are run."""
+def model_shapes() -> dict[str, AttentionShape]:
+    """Return the layers of published models at the sizes at which they are run, by name."""
+    return {
+        name: AttentionShape(
+            model=layer.title,
+            tokens=layer.grid.sequence_length,
+            heads=layer.heads,
+            head_dim=layer.head_dim,
+            grid=layer.grid,
+        )
+        for name, layer in benchmark_layers().items()
+    }
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,8 +19,8 @@ from blade.attention.budget import configured_budget
 from blade.attention.config import BladeConfig
 from blade.common.errors import first_line
 from blade.common.machine import GIB, describe_machine, describe_versions
-from blade.families.lookup import find_family
 from blade.families.protocol import Inputs, ModelFamily
+from blade.families.registry import find_family
 from blade.generation.request import GenerationRequest
 from blade.generation.resolve import resolve_request
 from blade.metrics.timing import Measurement, Stopwatch, measure, time_calls

@@ -27,7 +27,9 @@ def attention(
     *,
     model: Annotated[
         str | None,
-        _option("Layers of wan-1.3b, wan-14b, cogvideox-1.5, hunyuan-video; in place of the next three options."),
+        _option(
+            "Layers of published models, such as those that an unknown name lists; in place of the next three options."
+        ),
     ] = None,
     tokens: Annotated[str, _option("Lengths of the sequence, such as 2048,8192.")] = "8192",
     heads: Annotated[int, _option("Attention heads.")] = 2,
@@ -57,17 +59,24 @@ def attention(
     # imported here, so that --help and usage errors don't wait for PyTorch
     from rich.console import Console
 
-    from blade.benchmarks.attention import MODELS, PASSES, AttentionBenchmark, AttentionShape, run_attention_benchmark
+    from blade.benchmarks.attention import (
+        PASSES,
+        AttentionBenchmark,
+        AttentionShape,
+        model_shapes,
+        run_attention_benchmark,
+    )
     from blade.benchmarks.attention_report import tables, write_report
 
     if model is None:
         lengths = _numbers("--tokens", tokens, int)
         shapes = tuple(AttentionShape(tokens=length, heads=heads, head_dim=head_dim) for length in lengths)
     else:
-        unknown = [name for name in model.split(",") if name not in MODELS]
+        known = model_shapes()
+        unknown = [name for name in model.split(",") if name not in known]
         if unknown:
-            raise ValueError(f"`--model` must be of {', '.join(MODELS)}, got {unknown[0]!r}.")
-        shapes = tuple(MODELS[name] for name in model.split(","))
+            raise ValueError(f"`--model` must be of {', '.join(known)}, got {unknown[0]!r}.")
+        shapes = tuple(known[name] for name in model.split(","))
     if passes is None:
         passes = ",".join(name for name in PASSES if name != "drawn") if device.startswith("cuda") else "drawn"
     settings = AttentionBenchmark(

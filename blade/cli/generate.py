@@ -53,7 +53,7 @@ def generate(
     student: Annotated[
         str | None,
         _option(
-            "A few-step student: a folder or Hub id, such as GYP666/VIDEO-BLADE for Wan2.1-1.3B. Of the bundled model "
+            "A few-step student: a folder or Hub id, such as GYP666/VIDEO-BLADE. Of the bundled model "
             "shapes-4-steps (the default) or shapes-8-steps; none: the model itself."
         ),
     ] = None,

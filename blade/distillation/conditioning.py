@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 from blade.common.files import write_files
-from blade.families.lookup import find_family
 from blade.families.protocol import Inputs
+from blade.families.registry import find_family
 from blade.generation.request import GenerationRequest
 from blade.generation.run import call_arguments, prepare_sampler
 from blade.models.pipeline_facts import INPUTS, call_parameters, main_transformer

@@ -18,6 +18,8 @@ from torch import nn
 from blade.attention.config import BladeConfig
 from blade.distillation.config import DistillationConfig, WeightsConfig
 from blade.distillation.trajectory import SMALLEST
+from blade.families.protocol import ModelFamily
+from blade.families.registry import find_family
 from blade.students.scheduler import FewStepScheduler
 from blade.students.source import CONDITION_NAME, SCHEDULER_FOLDER, TRANSFORMER_FOLDER, WEIGHT_NAME
 from blade.students.step_condition import ATTRIBUTE
@@ -75,7 +77,9 @@ def write_student(
         (attention or BladeConfig(attention="dense", kind="student")).save_pretrained(temporary)
         text = yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True)
         (temporary / CONFIG_NAME).write_text(text, encoding="utf-8")
-        (temporary / CARD_NAME).write_text(_card(config, sampler, attention, facts), encoding="utf-8")
+        (temporary / CARD_NAME).write_text(
+            _card(config, sampler, attention, facts, find_family(transformer)), encoding="utf-8"
+        )
         for path in sorted(temporary.rglob("*")):
             if path.is_file():
                 place = folder / path.relative_to(temporary)
@@ -117,13 +121,17 @@ def _lora(weights: Mapping[str, torch.Tensor], scale: float) -> dict[str, torch.
 
 
 def _card(
-    config: DistillationConfig, sampler: FewStepScheduler, attention: BladeConfig | None, facts: Mapping[str, Any]
+    config: DistillationConfig,
+    sampler: FewStepScheduler,
+    attention: BladeConfig | None,
+    facts: Mapping[str, Any],
+    family: ModelFamily,
 ) -> str:
     environment = Environment(
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
     template = environment.from_string((files("blade.distillation") / "student_card.md.jinja").read_text("utf-8"))
-    stock, why_not = stock_sampler(config, sampler)
+    stock, why_not = stock_sampler(config, sampler, family.data.ddim_scheduler)
     return template.render(
         config=config,
         attention=attention,
@@ -136,8 +144,15 @@ def _card(
     )
 
 
-def stock_sampler(config: DistillationConfig, sampler: FewStepScheduler) -> tuple[str | None, str | None]:
-    """How a scheduler of Diffusers does the same as the student's in its training.
+def stock_sampler(
+    config: DistillationConfig, sampler: FewStepScheduler, ddim_scheduler: str | None = None
+) -> tuple[str | None, str | None]:
+    """Return how a scheduler of Diffusers does the same as the student's in its training.
+
+    Args:
+        config: the training.
+        sampler: the student's.
+        ddim_scheduler: class of Diffusers' deterministic sampler of the family's v-prediction models.
 
     Returns:
         The Python expression that makes one of the pipeline's own, and None; or None, and why there is none.
@@ -149,7 +164,9 @@ def stock_sampler(config: DistillationConfig, sampler: FewStepScheduler) -> tupl
     if len(sampler.step_counts) > 1:
         return None, "it is told how many steps there are, which stock Diffusers cannot"
     if sampler.config.prediction_type == "v_prediction":
-        return 'CogVideoXDDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")', None
+        if ddim_scheduler is None:
+            return None, "no scheduler of Diffusers is known to do the same for its family"
+        return f'{ddim_scheduler}.from_config(pipe.scheduler.config, timestep_spacing="trailing")', None
     highest = max(sampler.config.grids[0]) / sampler.config.num_train_timesteps
     # solved for the shift s: the first level of noise is s u / (1 + (s - 1) u) at u = `SMALLEST`
     shift = highest * (1 - SMALLEST) / (SMALLEST * (1 - highest))

@@ -30,7 +30,7 @@ from blade.distillation.roles import FAKE, STUDENT, TRAINED, Lora, Roles, adapte
 from blade.distillation.teacher_trajectories import ExampleTrajectories, TeacherTrajectories
 from blade.distillation.trajectory import Trajectory
 from blade.distillation.updates import Batch, Start, Updates
-from blade.families.lookup import find_family
+from blade.families.registry import find_family
 from blade.models.pipeline_facts import main_transformer
 from blade.students.scheduler import FewStepScheduler
 from blade.students.step_condition import ATTRIBUTE

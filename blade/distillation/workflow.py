@@ -35,8 +35,7 @@ from blade.distillation.teacher_trajectories import TeacherTrajectories
 from blade.distillation.trainer import Trainer
 from blade.distillation.trajectory import make_sampler
 from blade.distillation.validation import validate
-from blade.families.lookup import find_family
-from blade.families.registry import preset_names
+from blade.families.registry import find_family, preset_names
 from blade.families.transformers import find_transformers
 from blade.generation.prompts import read_prompts
 from blade.generation.request import GenerationRequest

@@ -12,7 +12,7 @@ from blade.attention.applied import AppliedBlade
 from blade.attention.config import BladeConfig
 from blade.evaluation.prompts import EvaluationPrompt
 from blade.evaluation.runs import RunSettings
-from blade.families.lookup import find_family
+from blade.families.registry import find_family
 from blade.generation.fingerprint import model_fingerprint
 from blade.generation.request import BUNDLED_DEFAULTS, GenerationRequest
 from blade.generation.resolve import resolve_request

@@ -1,24 +1,64 @@
-"""What BLADE needs to know of a model family: the protocol that an adapter of `blade_pipelines` fulfils."""
+"""The protocol of a model family: everything that BLADE asks an adapter."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from contextlib import AbstractContextManager
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import nn
 
+from blade.families.data import FamilyData
+from blade.families.sampling_defaults import SamplingDefaults
 from blade.token_grid import TokenGrid
-
-if TYPE_CHECKING:
-    from blade.attention.layer import SparseLayer
-    from blade.families.sampling_defaults import SamplingDefaults
 
 Inputs = dict[str, Any]
 """The arguments of a transformer's forward pass by name."""
 
 Permutation = Callable[[], torch.Tensor | None]
 """Answers with the token order in force, an int64 permutation of the video tokens, or None for raster order."""
+
+
+Condition = Literal["image", "video"]
+"""An input beside the prompt that a video is made from."""
+
+
+class SparseAttention(Protocol):
+    """One self-attention layer, as the processor of a family sees it."""
+
+    sparse: bool
+    """Whether this forward pass is sparse."""
+
+    def count_dense(self) -> None:
+        """Count a dense forward pass."""
+        ...
+
+    def places(self) -> torch.Tensor | None:
+        """Return the place that the method wants each token of each head at, (H, S) int64; None: as they are."""
+        ...
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        key_lengths: torch.Tensor | None = None,
+        places: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attend sparsely.
+
+        Args:
+            query: (B, S, H, D), in token order, rotated.
+            key: (B, S, H, D).
+            value: (B, S, H, D).
+            key_lengths: (B,) integers: the keys from there on, which are text, are absent. None: all are there.
+            places: the result of `places`, if queries and keys are there already.
+
+        Returns:
+            (B, S, H, D).
+        """
+        ...
 
 
 class ModelFamily(Protocol):
@@ -32,6 +72,13 @@ class ModelFamily(Protocol):
     """The family's name, for messages."""
     guidance_takes_two_passes: bool
     """Whether the pipelines' `guidance_scale` is classifier-free guidance, and no input of the transformer."""
+    size_multiple: int
+    """Pixels that the pipelines want heights and widths to be whole multiples of, whatever the VAE."""
+
+    @property
+    def data(self) -> FamilyData:
+        """Presets, released students and sizes for benchmarks."""
+        ...
 
     def recognises(self, transformer: nn.Module) -> bool:
         """Return whether the transformer is of this family."""
@@ -49,6 +96,31 @@ class ModelFamily(Protocol):
             height: pixels that were asked for, if any.
             width: pixels that were asked for, if any.
         """
+        ...
+
+    def condition_pipeline(self, pipe: Any, condition: Condition) -> str | None:
+        """Return the class of Diffusers that makes a video from a condition with a pipeline's weights.
+
+        Args:
+            pipe: a pipeline whose own call does not take the condition.
+            condition: the input.
+
+        Returns:
+            The name of the class, or None if these weights cannot take the condition.
+        """
+        ...
+
+    def cache_problem(self, transformer: nn.Module, cache: str) -> str | None:
+        """Return why one of Diffusers' caches must not be used with a transformer, or None if it may be.
+
+        Args:
+            transformer: the transformer.
+            cache: the name of the cache, such as "first-block".
+        """
+        ...
+
+    def without_values(self) -> AbstractContextManager[Any]:
+        """Return a context in which the transformer runs on the meta device, where its inputs have no values."""
         ...
 
     def attention_layers(self, transformer: nn.Module) -> Sequence[nn.Module]:
@@ -78,7 +150,7 @@ class ModelFamily(Protocol):
         """Return why the module cannot be made sparse, or None if it can."""
         ...
 
-    def make_processor(self, layer: SparseLayer, previous: Any) -> Any:
+    def make_processor(self, layer: SparseAttention, previous: Any) -> Any:
         """Return the attention processor for a layer; `previous` is the one it stands in for, its dense fallback."""
         ...
 

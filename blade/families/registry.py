@@ -1,39 +1,114 @@
-"""The way up from the methods to the model families and presets, which are imported where they are asked for."""
+"""The registry: every model family that there is an adapter for, and its data by name.
+
+The project's own families are the modules of `blade_pipelines`, found without installed metadata. A package of
+somebody else's adds families by entry points of the group `blade.families`, each of which names a sequence of them:
+
+    [project.entry-points."blade.families"]
+    my-model = "my_package.my_family:FAMILIES"
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+import pkgutil
+import warnings
+from collections.abc import Mapping
+from functools import cache
+from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
 
-if TYPE_CHECKING:
-    from blade_pipelines.presets.students import ReleasedStudent
+from torch import nn
 
-    from blade.attention.config import BladeConfig
-    from blade.families.protocol import ModelFamily
+from blade.families.data import PRESET_KINDS, BenchmarkLayer, FamilyData, PresetKind, ReleasedStudent
+from blade.families.protocol import ModelFamily
+
+OWN_FAMILIES = "blade_pipelines"
+"""The package of the project's own families: each of its modules has them as `FAMILIES`."""
+
+ENTRY_POINTS = "blade.families"
+"""Entry point group of third parties' families."""
 
 
+@cache
 def model_families() -> tuple[ModelFamily, ...]:
-    """Return every model family that there is an adapter for."""
-    from blade_pipelines.registry import model_families
-
-    return model_families()
-
-
-def load_preset(name: str, kind: Literal["training-free", "student"] = "training-free") -> BladeConfig:
-    """Return a preset by name. See `BladeConfig.from_preset`."""
-    from blade_pipelines.registry import load_preset
-
-    return load_preset(name, kind)
+    """Return every model family that there is an adapter for, the project's own ones first."""
+    package = import_module(OWN_FAMILIES)
+    modules = [info.name for info in pkgutil.iter_modules(package.__path__) if not info.ispkg]
+    own = [family for name in sorted(modules) for family in import_module(f"{OWN_FAMILIES}.{name}").FAMILIES]
+    added = [family for entry in entry_points(group=ENTRY_POINTS) for family in _load(entry)]
+    return (*own, *added)
 
 
-def preset_names(kind: Literal["training-free", "student"] = "training-free") -> tuple[str, ...]:
+def find_family(transformer: nn.Module) -> ModelFamily:
+    """Return the family that recognises a transformer.
+
+    Raises:
+        ValueError: if none does; the message lists the families that there are.
+    """
+    families = model_families()
+    for family in families:
+        if family.recognises(transformer):
+            return family
+    listed = ", ".join(family.name for family in families)
+    raise ValueError(
+        f"`{type(transformer).__name__}` is of no model family that BLADE knows; it must be one of: {listed}."
+    )
+
+
+def preset_names(kind: PresetKind = "training-free") -> tuple[str, ...]:
     """Return the names of the presets of a kind."""
-    from blade_pipelines.registry import preset_names
-
-    return preset_names(kind)
+    return tuple(_presets(kind))
 
 
-def released_students() -> dict[str, tuple[ReleasedStudent, ...]]:
-    """Return what there is to know of published students, by Hub id."""
-    from blade_pipelines.registry import released_students
+def preset_values(name: str, kind: PresetKind = "training-free") -> dict[str, Any]:
+    """Return a preset as plain values of a `BladeConfig`. See `BladeConfig.from_preset`.
 
-    return released_students()
+    Raises:
+        ValueError: if there is no such preset; the message lists those that exist.
+    """
+    presets = _presets(kind)
+    if name not in presets:
+        others = [other for other in PRESET_KINDS if other != kind and name in _presets(other)]
+        hint = f" It exists as {others[0]} preset." if others else ""
+        raise ValueError(f"`name` must be one of the {kind} presets {', '.join(presets)}, got {name!r}.{hint}")
+    return {**presets[name], "kind": kind}
+
+
+def released_students() -> tuple[ReleasedStudent, ...]:
+    """Return the published students of all families."""
+    return tuple(student for data in _data() for student in data.released_students)
+
+
+def benchmark_layers() -> dict[str, BenchmarkLayer]:
+    """Return the sizes of published models' self-attention layers by name."""
+    return {name: layer for data in _data() for name, layer in data.benchmark_layers.items()}
+
+
+def example_model() -> str:
+    """Return the Hub id of a published pipeline, for messages."""
+    return next(data.example_model for data in _data() if data.example_model is not None)
+
+
+def _data() -> list[FamilyData]:
+    """Return the data of all families, once where families share it."""
+    return list({id(family.data): family.data for family in model_families()}.values())
+
+
+def _presets(kind: str) -> dict[str, Mapping[str, Any]]:
+    """Return the presets of a kind by name."""
+    if kind not in PRESET_KINDS:
+        raise ValueError(f'`kind` must be "training-free" or "student", got {kind!r}.')
+    return {name: values for data in _data() for name, values in data.presets.get(kind, {}).items()}
+
+
+def _load(entry: EntryPoint) -> tuple[ModelFamily, ...]:
+    """Return the families of an entry point; one that is broken takes no other family along, but is heard of."""
+    try:
+        return tuple(entry.load())
+    except Exception as error:  # whatever the import of somebody else's package raises
+        warnings.warn(
+            f"The model family `{entry.name}` ({entry.value}) cannot be loaded: {type(error).__name__}: {error}.",
+            UserWarning,
+            stacklevel=3,
+        )
+        return ()

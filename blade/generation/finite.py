@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from blade.families.lookup import find_family
+from blade.families.registry import find_family
 from blade.families.transformers import find_transformers
 
 

@@ -16,11 +16,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from blade.common.machine import GIB
-from blade.families.lookup import find_family
+from blade.families.registry import find_family
 from blade.generation.request import GenerationRequest
 from blade.generation.resolve import resolve_request
 from blade.models.conditions import pipeline_for
-from blade.models.costs import AssumeUnmasked, RunCost, forward_cost, run_cost
+from blade.models.costs import RunCost, forward_cost, run_cost
 from blade.models.devices import resolve_device, resolve_dtype
 from blade.models.loading import load_empty_pipeline
 from blade.models.pipeline_facts import empty_latent, latent_size, main_transformer
@@ -119,6 +119,11 @@ def plan_run(request: GenerationRequest) -> RunPlan:
     models = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
     inputs = family.example_inputs(transformer, latent)
     vae, sample = pipe.vae, empty_latent(pipe, latent)
+
+    def forward_pass() -> None:
+        with family.without_values():
+            transformer(**inputs)
+
     text_tokens = inputs["encoder_hidden_states"].shape[1]
     encoders = [part for name, part in models.items() if name.startswith("text_encoder")]
     text_flops = sum(_flops(lambda: _encode(part, text_tokens)) for part in encoders)  # noqa: B023
@@ -129,7 +134,7 @@ def plan_run(request: GenerationRequest) -> RunPlan:
         decoding_flops=_flops(lambda: vae.decode(sample, return_dict=False)),
         weights_gib={name: _bytes(part) / GIB for name, part in models.items()},
         activations_gib={
-            "transformer": peak_bytes(lambda: transformer(**inputs)) / GIB,
+            "transformer": peak_bytes(forward_pass) / GIB,
             "decoding": peak_bytes(lambda: vae.decode(sample, return_dict=False)) / GIB,
         },
         device_gib=torch.cuda.get_device_properties(device).total_memory / GIB if device.type == "cuda" else None,
@@ -141,7 +146,7 @@ def peak_bytes(function: Callable[[], object]) -> int:
 
     Attention is taken to hold its output and no logits, as every fused implementation does.
     """
-    with torch.no_grad(), torch.device("meta"), AssumeUnmasked(), _FusedAttention(), _Memory() as memory:
+    with torch.no_grad(), torch.device("meta"), _FusedAttention(), _Memory() as memory:
         function()
     return memory.peak
 
@@ -195,9 +200,8 @@ def _flops(function: Callable[[], object]) -> int:
 
 
 def _encode(encoder: nn.Module, tokens: int) -> object:
-    """Run a text encoder on as many tokens as it is given; CLIP's takes no more than it has positions for."""
-    if "CLIP" in type(encoder).__name__:
-        tokens = min(tokens, encoder.config.max_position_embeddings)
+    """Run a text encoder on as many tokens as it is given, or has positions for."""
+    tokens = min(tokens, getattr(encoder.config, "max_position_embeddings", tokens))
     ids = torch.zeros(1, tokens, dtype=torch.int64, device="meta")
     return encoder(input_ids=ids)
 

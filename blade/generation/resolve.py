@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from blade.attention.config import BladeConfig
-from blade.families.lookup import find_family
+from blade.families.registry import find_family
 from blade.generation.request import BUNDLED_DEFAULTS, FPS, OPTIONAL_DEFAULTS, SPARSE_OPTIONS, GenerationRequest
 from blade.models.conditions import read_frames, read_image, size_like
 from blade.models.pipeline_facts import (

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from blade.common.errors import first_line
-from blade.families.lookup import find_family
+from blade.families.registry import find_family
 from blade.families.transformers import find_transformers
 
 OFFLOADS = ("none", "model", "sequential", "group", "auto")
@@ -122,8 +122,9 @@ def enable_cache(pipe: Any, text: str) -> None:
                 spatial_attention_block_skip_range=int(number), current_timestep_callback=lambda: pipe.current_timestep
             )
         kind = type(transformer).__name__
-        if name == "first-block" and "VACE" in kind:
-            raise ValueError(f"`cache` must not be first-block for a {kind}: Diffusers' own output is wrong with it.")
+        problem = find_family(transformer).cache_problem(transformer, name)
+        if problem is not None:
+            raise ValueError(f"`cache` must not be {name}: {problem}; use another cache.")
         try:
             transformer.enable_cache(config)
         except (ValueError, AttributeError, NotImplementedError) as error:

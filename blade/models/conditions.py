@@ -1,4 +1,4 @@
-"""What a video is made from beside a prompt, images or another video, and the pipeline that takes it."""
+"""Conditions beside the prompt, images or another video, and the pipeline that takes them."""
 
 from __future__ import annotations
 
@@ -6,23 +6,16 @@ import inspect
 import math
 from typing import TYPE_CHECKING, Any
 
+from blade.families.protocol import Condition
+from blade.families.registry import find_family
 from blade.media.video import read_mp4
-from blade.models.pipeline_facts import call_parameters, size_multiples
+from blade.models.pipeline_facts import call_parameters, main_transformer, size_multiples
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-VIDEO_PIPELINES = {
-    "WanPipeline": "WanVideoToVideoPipeline",
-    "CogVideoXPipeline": "CogVideoXVideoToVideoPipeline",
-}
-"""By text-to-video pipeline, the one of the same weights that changes a video."""
 
-IMAGE_PIPELINES = {"LTXPipeline": "LTXImageToVideoPipeline"}
-"""By text-to-video pipeline, the one of the same weights that starts from an image. So can Wan 2.2 TI2V."""
-
-
-def pipeline_for(pipe: Any, condition: str | None) -> Any:
+def pipeline_for(pipe: Any, condition: Condition | None) -> Any:
     """Return the pipeline of the same weights that takes a condition.
 
     Args:
@@ -42,9 +35,7 @@ def pipeline_for(pipe: Any, condition: str | None) -> Any:
         return pipe
     if condition in parameters:
         return pipe
-    other = {"image": IMAGE_PIPELINES, "video": VIDEO_PIPELINES}[condition].get(kind)
-    if condition == "image" and getattr(pipe.config, "expand_timesteps", False):
-        other = "WanImageToVideoPipeline"
+    other = find_family(main_transformer(pipe)).condition_pipeline(pipe, condition)
     if other is None:
         raise ValueError(f"`{condition}` must not be given: this model is a {kind}, whose weights take none.")
     if condition == "video" and getattr(pipe, "transformer_2", None) is not None:

@@ -10,14 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
-from torch.utils.weak import WeakIdKeyDictionary
 
 from blade.attention.budget import configured_budget
 from blade.attention.config import BladeConfig
 from blade.attention.pattern_plan import PatternPlan
-from blade.families.lookup import find_family
+from blade.families.registry import find_family
 from blade.token_grid import TokenGrid
 
 PARTS = ("self-attention", "other attention", "linear layers", "convolutions")
@@ -101,7 +99,7 @@ def forward_cost(
         raise ValueError('`transformer` must be on the meta device: make it under `with torch.device("meta"):`.')
     inputs = family.example_inputs(transformer, latent_size, batch=batch, text_tokens=text_tokens)
     attentions = family.attention_layers(transformer)
-    with torch.no_grad(), torch.device("meta"), FlopCounterMode(display=False) as counter, AssumeUnmasked():
+    with torch.no_grad(), torch.device("meta"), FlopCounterMode(display=False) as counter, family.without_values():
         try:
             transformer(**inputs)
         except (NotImplementedError, RuntimeError) as error:
@@ -194,32 +192,6 @@ def _pattern_density(config: BladeConfig, grid: TokenGrid, steps: int) -> float:
     layers = [layer for layer in range(table.layers) if layer not in config.dense_layers]
     groups = table.by_step(steps)[config.dense_step_count(steps) :]
     return float(densities[table.assignment[groups][:, layers]].mean()) if len(groups) and layers else 1.0
-
-
-class AssumeUnmasked(TorchFunctionMode):
-    """Answers what a forward pass asks about values, which the meta device has none of: nothing is masked or missing.
-
-    HunyuanVideo-1.5 asks whether its image is empty, and sorts the tokens of its texts by their masks.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._inverted = WeakIdKeyDictionary()
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function is torch.Tensor.__bool__ and args[0].is_meta:
-            return False
-        if function is torch.Tensor.__getitem__ and _is_mask(args[1]):
-            return args[0][:0] if args[1] in self._inverted else args[0]
-        result = function(*args, **(kwargs or {}))
-        if function is torch.Tensor.__invert__ and _is_mask(result):
-            self._inverted[result] = True
-        return result
-
-
-def _is_mask(value: Any) -> bool:
-    """Whether this is one row of a mask."""
-    return isinstance(value, torch.Tensor) and value.is_meta and value.dtype == torch.bool and value.ndim == 1
 
 
 def _attention(counts: dict[Any, int]) -> int:

@@ -13,9 +13,10 @@ import torch
 from torch import nn
 
 from blade.common.errors import first_line
+from blade.families.registry import example_model
 from blade.models.cpu_convolutions import use_onednn_conv3d
 from blade.models.pipeline_facts import INPUTS, call_parameters
-from blade.models.source import BUNDLED, EXAMPLE_MODEL, INDEX_NAME, ModelError, locate
+from blade.models.source import BUNDLED, INDEX_NAME, ModelError, locate
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -141,12 +142,12 @@ def _check_video_model(model: str | Path, pipe: Any) -> None:
         getattr(pipe, "transformer", None) or getattr(pipe, "transformer_2", None)
     ):
         raise ModelError(
-            f"`model` {model} is a {kind}, which makes no video with a transformer; take {EXAMPLE_MODEL}."
+            f"`model` {model} is a {kind}, which makes no video with a transformer; take {example_model()}."
         )
     needed = [name for name, value in parameters.items() if value.default is value.empty and name != "self"]
     needed = [name for name in needed if name not in INPUTS and parameters[name].kind != inspect.Parameter.VAR_KEYWORD]
     if needed:
-        raise ModelError(f"`model` {model} is a {kind}, which needs `{needed[0]}`; take {EXAMPLE_MODEL}.")
+        raise ModelError(f"`model` {model} is a {kind}, which needs `{needed[0]}`; take {example_model()}.")
 
 
 def _reason(source: str, error: Exception) -> str:

@@ -10,13 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from blade.families.registry import find_family
 from blade.families.transformers import find_transformers
 
 INPUTS = ("prompt", "image", "video")
 """Arguments of a pipeline's call that a generation can give."""
-
-WAN_SIZE_MULTIPLE = 16
-"""Diffusers' video pipelines take heights and widths of whole multiples of this, whatever the VAE."""
 
 
 def execution_device(pipe: Any) -> torch.device:
@@ -58,10 +56,11 @@ def empty_latent(pipe: Any, size: tuple[int, int, int]) -> torch.Tensor:
 
 def size_multiples(pipe: Any) -> tuple[int, int]:
     """Return what a pipeline's heights and widths are whole multiples of."""
-    patch = getattr(main_transformer(pipe).config, "patch_size", 1)
+    transformer = main_transformer(pipe)
+    patch, least = getattr(transformer.config, "patch_size", 1), find_family(transformer).size_multiple
     edges = (patch, patch) if isinstance(patch, int) else patch[-2:]
     _, scale = vae_compression(pipe)
-    height, width = (math.lcm(WAN_SIZE_MULTIPLE, scale * edge) for edge in edges)
+    height, width = (math.lcm(least, scale * edge) for edge in edges)
     return height, width
 
 

@@ -9,15 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from blade.common.errors import first_line
+from blade.families.registry import example_model
 
 BUNDLED = "bundled"
 """Name of the shapes model that ships with this package."""
 
 INDEX_NAME = "model_index.json"
 """The file that makes a folder a Diffusers pipeline."""
-
-EXAMPLE_MODEL = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
-"""A real model, named in messages."""
 
 LARGE_DOWNLOAD = 50_000_000
 """Bytes from which on a download is announced."""
@@ -40,7 +38,7 @@ def bundled_model_path() -> Path:
     """
     path = Path(str(files("blade") / "assets" / "shapes"))
     if not (path / INDEX_NAME).is_file():
-        raise ModelError(f"This installation lacks the bundled model; name another, such as `{EXAMPLE_MODEL}`.")
+        raise ModelError(f"This installation lacks the bundled model; name another, such as `{example_model()}`.")
     return path
 
 
@@ -176,6 +174,6 @@ def _resemblance(files: list[str]) -> str:
     if any(name.endswith((".safetensors", ".pth", ".pt", ".ckpt", ".bin", ".gguf")) for name in files):
         return (
             ". It looks like a model in its original format, or a single component; take the repository whose name "
-            f"ends in -Diffusers, such as {EXAMPLE_MODEL}"
+            f"ends in -Diffusers, such as {example_model()}"
         )
     return ""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from blade.models.source import EXAMPLE_MODEL
+from blade.families.registry import example_model
 
 
 def prompt_warning(prompt: str, negative_prompt: str | None = None) -> str | None:
@@ -31,5 +31,5 @@ def prompt_warning(prompt: str, negative_prompt: str | None = None) -> str | Non
     return (
         f'{problem} It knows sentences such as "a red ball moving right" or "a small striped red ball moving right '
         f'fast and a blue square moving up over a checkered background": {known}. '
-        f"For anything else take a real model, for example --model {EXAMPLE_MODEL}."
+        f"For anything else take a real model, for example --model {example_model()}."
     )

@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional
 
 from blade.attention.pattern_plan import PatternPlan
-from blade.families.lookup import find_family
+from blade.families.registry import find_family
 from blade.metrics.timing import measure
 from blade.models.costs import ForwardCost
 from blade.models.pipeline_facts import main_transformer

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from blade.attention.applied import AppliedBlade, applied_to
 from blade.attention.config import BladeConfig
-from blade.families.lookup import find_family
+from blade.families.registry import find_family
 from blade.profiling.measure import LayerMeasurement
 from blade.profiling.recording_plan import Recording, RecordingMethod, RecordingPlan
 

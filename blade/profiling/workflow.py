@@ -15,7 +15,7 @@ from blade.attention.pattern_plan import PatternPlan
 from blade.attention.pattern_table import uniform_table
 from blade.common.checks import check_integer
 from blade.common.files import check_writable
-from blade.families.lookup import find_family
+from blade.families.registry import find_family
 from blade.generation.prepare import prepare_pipeline
 from blade.generation.request import GenerationRequest, dense_request
 from blade.generation.run import generate

@@ -15,8 +15,7 @@ from blade.attention.applied import applied_to
 from blade.attention.apply import STUDENT_ATTRIBUTE, install_blade, remove_blade
 from blade.attention.config import BladeConfig
 from blade.common.errors import first_line
-from blade.families.lookup import find_family
-from blade.families.registry import released_students
+from blade.families.registry import find_family, released_students
 from blade.families.transformers import find_transformers
 from blade.models.pipeline_facts import main_transformer
 from blade.students.scheduler import FewStepScheduler
@@ -24,7 +23,7 @@ from blade.students.source import CONDITION_NAME, STUDENT_FILES, TRANSFORMER_FOL
 from blade.students.step_condition import StepCondition
 
 if TYPE_CHECKING:
-    from blade.families.registry import ReleasedStudent
+    from blade.families.data import ReleasedStudent
 
 ADAPTER = "blade_student"
 """Name of the student's adapter."""
@@ -89,8 +88,7 @@ def published_students(pipe: Any) -> tuple[str, ...]:
     """Return the Hub ids of the students that this project knows for a pipeline's model."""
     transformer = next(iter(find_transformers(pipe).values()))
     preset = find_family(transformer).preset_name(transformer)
-    known = released_students().items()
-    return tuple(source for source, students in known if any(student.preset == preset for student in students))
+    return tuple(dict.fromkeys(student.source for student in released_students() if student.preset == preset))
 
 
 def parse_times(text: str) -> tuple[float, ...]:
@@ -282,7 +280,9 @@ def _find(
     released = _released(files, find_transformers(pipe))
     is_whole = weight_name is None and files.fetch(subfolder, f"{TRANSFORMER_FOLDER}/config.json") is not None
     if not is_whole:
-        subfolder = files.find_subfolder(subfolder, weight_name or WEIGHT_NAME, released.family if released else None)
+        subfolder = files.find_subfolder(
+            subfolder, weight_name or WEIGHT_NAME, released.folder_word if released else None
+        )
     config = files.read_config(subfolder)
     sampler = scheduler = parse_times(scheduler) if isinstance(scheduler, str) else scheduler
     if isinstance(scheduler, Sequence):
@@ -310,8 +310,8 @@ def _find(
 
 def _released(files: StudentFiles, transformers: dict[str, nn.Module]) -> ReleasedStudent | None:
     """What this project knows of a published student, for this model."""
-    known = released_students().get(files.source)
-    if known is None:
+    known = [student for student in released_students() if student.source == files.source]
+    if not known:
         return None
     transformer = next(iter(transformers.values()))
     preset = find_family(transformer).preset_name(transformer)

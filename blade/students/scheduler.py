@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import CogVideoXDDIMScheduler, SchedulerMixin
+from diffusers import SchedulerMixin
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
+from blade.students.noise_schedule import cumulative_alphas
 from blade.students.prediction import PREDICTION_TYPES, mix, renew_noise, split_prediction
 
 _HASHED = 4096  # numbers of the first sample that the noise is drawn from
@@ -121,14 +122,14 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
         if len(set(lengths)) < len(lengths):
             raise ValueError(f"`grids` must hold one grid for each number of steps, got lengths {lengths}.")
         if prediction_type == "v_prediction":
-            self._alphas_cumprod = CogVideoXDDIMScheduler(
-                num_train_timesteps=num_train_timesteps,
+            self._alphas_cumprod = cumulative_alphas(
+                num_train_timesteps,
                 beta_start=beta_start,
                 beta_end=beta_end,
                 beta_schedule=beta_schedule,
                 rescale_betas_zero_snr=rescale_betas_zero_snr,
                 snr_shift_scale=snr_shift_scale,
-            ).alphas_cumprod
+            )
         self._take(max(grids, key=len), None)
         self.num_inference_steps: int | None = None
 

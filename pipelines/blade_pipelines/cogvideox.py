@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from diffusers.models.attention_processor import (
@@ -14,12 +14,12 @@ from diffusers.models.attention_processor import (
 from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXTransformer3DModel
 from torch import nn
 
-from blade.families.protocol import Inputs, Permutation
+from blade.families.protocol import Condition, Inputs, Permutation
 from blade.families.sampling_defaults import SamplingDefaults
 from blade.token_grid import TokenGrid
-from blade_pipelines.base import DiffusersFamily
-from blade_pipelines.patches import permute_patches
-from blade_pipelines.processor import SparseProcessor, norm_and_rope
+from blade_pipelines.shared.diffusers_family import DiffusersFamily
+from blade_pipelines.shared.patches import permute_patches
+from blade_pipelines.shared.processor import SparseProcessor, norm_and_rope
 
 
 class CogVideoXSparseProcessor(SparseProcessor):
@@ -73,6 +73,9 @@ class CogVideoXFamily(DiffusersFamily):
     sparse_processor = CogVideoXSparseProcessor
     attention_name = "attn1"
     time_embedding_name = "time_embedding"
+    condition_pipelines: ClassVar[Mapping[tuple[str, Condition], str]] = {
+        ("CogVideoXPipeline", "video"): "CogVideoXVideoToVideoPipeline"
+    }
 
     def preset_name(self, transformer: nn.Module) -> str:
         """Return the preset for this version and size of model."""
@@ -155,3 +158,7 @@ def _patch(transformer: nn.Module) -> tuple[int, int, int]:
     """Size of a patch along frames, height and width."""
     config = transformer.config
     return config.patch_size_t or 1, config.patch_size, config.patch_size
+
+
+FAMILIES = (CogVideoXFamily(),)
+"""The families of this module, for the registry."""

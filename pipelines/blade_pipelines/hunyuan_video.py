@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -16,13 +17,15 @@ from diffusers.models.transformers.transformer_hunyuan_video15 import (
     HunyuanVideo15Transformer3DModel,
 )
 from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakIdKeyDictionary
 
 from blade.families.protocol import Inputs, Permutation
 from blade.families.sampling_defaults import SamplingDefaults
 from blade.token_grid import TokenGrid
-from blade_pipelines.base import DiffusersFamily
-from blade_pipelines.patches import permute_patches
-from blade_pipelines.processor import SparseProcessor, norm_and_rope
+from blade_pipelines.shared.diffusers_family import DiffusersFamily
+from blade_pipelines.shared.patches import permute_patches
+from blade_pipelines.shared.processor import SparseProcessor, norm_and_rope
 
 Tables = tuple[torch.Tensor, torch.Tensor]
 """Cosines and sines of the positions of the video tokens, (tokens, D) each."""
@@ -202,6 +205,10 @@ class HunyuanVideo15Family(HunyuanVideoFamily):
             "image_embeds": like.new_zeros(batch, 729, config.image_embed_dim),
         }
 
+    def without_values(self) -> AbstractContextManager[Any]:
+        """Return a context in which no image is empty and no text is masked: the forward pass asks about both."""
+        return AssumeUnmasked()
+
     def text_tokens(self, inputs: Inputs) -> int:
         """Return the tokens of both texts and of the image, padding included."""
         return sum(
@@ -230,3 +237,33 @@ def _patch(transformer: nn.Module) -> tuple[int, int, int]:
     """Size of a patch along frames, height and width."""
     config = transformer.config
     return config.patch_size_t, config.patch_size, config.patch_size
+
+
+class AssumeUnmasked(TorchFunctionMode):
+    """Answers what a forward pass asks about values, which the meta device has none of: nothing is masked or missing.
+
+    HunyuanVideo-1.5 asks whether its image is empty, and sorts the tokens of its texts by their masks.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._inverted = WeakIdKeyDictionary()
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.Tensor.__bool__ and args[0].is_meta:
+            return False
+        if function is torch.Tensor.__getitem__ and _is_mask(args[1]):
+            return args[0][:0] if args[1] in self._inverted else args[0]
+        result = function(*args, **(kwargs or {}))
+        if function is torch.Tensor.__invert__ and _is_mask(result):
+            self._inverted[result] = True
+        return result
+
+
+def _is_mask(value: Any) -> bool:
+    """Whether this is one row of a mask."""
+    return isinstance(value, torch.Tensor) and value.is_meta and value.dtype == torch.bool and value.ndim == 1
+
+
+FAMILIES = (HunyuanVideoFamily(), HunyuanVideo15Family())
+"""The families of this module, for the registry."""

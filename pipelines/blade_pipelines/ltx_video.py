@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from diffusers.models.transformers.transformer_ltx import (
@@ -14,11 +14,11 @@ from diffusers.models.transformers.transformer_ltx import (
 )
 from torch import nn
 
-from blade.families.protocol import Inputs, Permutation
+from blade.families.protocol import Condition, Inputs, Permutation
 from blade.families.sampling_defaults import SamplingDefaults
 from blade.token_grid import TokenGrid
-from blade_pipelines.base import DiffusersFamily
-from blade_pipelines.processor import SparseProcessor
+from blade_pipelines.shared.diffusers_family import DiffusersFamily
+from blade_pipelines.shared.processor import SparseProcessor
 
 Tables = tuple[torch.Tensor, torch.Tensor]
 """Cosines and sines of the positions, (B, tokens, heads * D) each."""
@@ -64,6 +64,9 @@ class LTXVideoFamily(DiffusersFamily):
     sparse_processor = LTXVideoSparseProcessor
     attention_name = "attn1"
     time_embedding_name = "time_embed.emb.timestep_embedder"
+    condition_pipelines: ClassVar[Mapping[tuple[str, Condition], str]] = {
+        ("LTXPipeline", "image"): "LTXImageToVideoPipeline"
+    }
 
     def preset_name(self, transformer: nn.Module) -> str:
         """Return the one preset that there is."""
@@ -130,3 +133,7 @@ class LTXVideoFamily(DiffusersFamily):
             return tables if order is None else tuple(table.index_select(1, order) for table in tables)
 
         return [transformer.rope.register_forward_hook(follow)]
+
+
+FAMILIES = (LTXVideoFamily(),)
+"""The families of this module, for the registry."""

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor, WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan_vace import WanVACETransformer3DModel
 from torch import nn
 
-from blade.families.protocol import Inputs, Permutation
+from blade.families.protocol import Condition, Inputs, Permutation
 from blade.families.sampling_defaults import SamplingDefaults
 from blade.token_grid import TokenGrid
-from blade_pipelines.base import DiffusersFamily
-from blade_pipelines.patches import permute_patches
-from blade_pipelines.processor import SparseProcessor, norm_and_rope
+from blade_pipelines.shared.diffusers_family import DiffusersFamily
+from blade_pipelines.shared.patches import permute_patches
+from blade_pipelines.shared.processor import SparseProcessor, norm_and_rope
 
 NEGATIVE_PROMPT = (
     "色调艳丽 过曝 静态 细节模糊不清 字幕 风格 作品 画作 画面 静止 整体发灰 最差质量 低质量 JPEG压缩残留 "
@@ -80,6 +80,9 @@ class WanFamily(DiffusersFamily):
     sparse_processor = WanSparseProcessor
     attention_name = "attn1"
     time_embedding_name = "condition_embedder.time_embedder"
+    condition_pipelines: ClassVar[Mapping[tuple[str, Condition], str]] = {
+        ("WanPipeline", "video"): "WanVideoToVideoPipeline"
+    }
 
     def recognises(self, transformer: nn.Module) -> bool:
         """Return whether this is one of the two.
@@ -143,6 +146,18 @@ class WanFamily(DiffusersFamily):
             negative_prompt=f"{CAMERA_SHAKE}\uff0c{NEGATIVE_PROMPT}" if image else NEGATIVE_PROMPT,
             flow_shift=5.0 if height * width >= LARGE_VIDEO else 3.0,
         )
+
+    def condition_pipeline(self, pipe: Any, condition: Condition) -> str | None:
+        """Return the class that takes a condition with the same weights; Wan 2.2 TI2V's also start from an image."""
+        if condition == "image" and getattr(pipe.config, "expand_timesteps", False):
+            return "WanImageToVideoPipeline"
+        return super().condition_pipeline(pipe, condition)
+
+    def cache_problem(self, transformer: nn.Module, cache: str) -> str | None:
+        """Return that FirstBlockCache is broken for VACE, whose control blocks it does not know."""
+        if cache == "first-block" and isinstance(transformer, WanVACETransformer3DModel):
+            return f"FirstBlockCache is broken for a {type(transformer).__name__} in Diffusers itself"
+        return None
 
     def blocks(self, transformer: nn.Module) -> Sequence[nn.Module]:
         """Return the transformer's blocks, and VACE's after them."""
@@ -218,3 +233,7 @@ class WanFamily(DiffusersFamily):
 
 def _width(config: Any) -> int:
     return config.num_attention_heads * config.attention_head_dim
+
+
+FAMILIES = (WanFamily(),)
+"""The families of this module, for the registry."""

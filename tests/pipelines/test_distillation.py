@@ -8,7 +8,7 @@ from blade.attention.apply import install_blade
 from blade.attention.config import AdaptiveConfig
 from blade.distillation.conditioning import PromptEmbeddings, capture, check_text_alone, encode_prompts
 from blade.distillation.roles import FAKE, STUDENT, TEACHER, Lora, adapter_roles
-from blade.families.lookup import find_family
+from blade.families.registry import find_family
 from blade.generation.request import GenerationRequest
 from blade.generation.resolve import resolve_request
 from blade.models.pipeline_facts import main_transformer

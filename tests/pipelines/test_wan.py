@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from blade_pipelines.patches import permute_patches
+from blade_pipelines.shared.patches import permute_patches
 from diffusers import FirstBlockCacheConfig
 from hypothesis import given, settings
 from hypothesis import strategies as st

@@ -42,7 +42,7 @@ def velocity(x, time):
 def test_a_stock_scheduler_samples_nearly_the_same(model, bound, steps):
     """What differs in flow matching: Diffusers' sampler gives the network whole times, and ours the exact ones."""
     ours = make_sampler(model, [steps])
-    expression, why_not = stock_sampler(DistillationConfig(), ours)
+    expression, why_not = stock_sampler(DistillationConfig(), ours, "CogVideoXDDIMScheduler")
     assert why_not is None
     pipe = type("Pipe", (), {"scheduler": model})
     names = {

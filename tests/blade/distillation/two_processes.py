@@ -6,7 +6,7 @@ from accelerate import PartialState
 from test_roles import FAKE, STUDENT, gradients, make_roles
 
 from blade.distillation.parallel import Processes, whole
-from blade.families.lookup import find_family
+from blade.families.registry import find_family
 
 
 def main(make_wan, wan_inputs):

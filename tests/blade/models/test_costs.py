@@ -20,7 +20,7 @@ from blade import BladeConfig
 from blade.attention.config import AdaptiveConfig
 from blade.attention.pattern_table import uniform_table
 from blade.attention.patterns import HeadPattern, diagonal_density
-from blade.families.lookup import find_family
+from blade.families.registry import find_family
 from blade.models.costs import forward_cost, run_cost
 
 SCRIPT = runpy.run_path(str(Path(__file__).parents[3] / "scripts" / "count_flops.py"))

@@ -1,4 +1,4 @@
-"""Latents in another token order: what every family's adapter needs."""
+"""Latents in another token order."""
 
 from __future__ import annotations
 

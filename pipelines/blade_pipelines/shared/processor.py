@@ -1,4 +1,4 @@
-"""What the attention processors of all families have in common."""
+"""Attention processors: the base of every family's."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ import torch
 from blade_kernels.qk_norm_rope import qk_norm_rope
 from torch import nn
 
-from blade.attention.layer import SparseLayer
+from blade.families.protocol import SparseAttention
 
 
 class SparseProcessor:
     """Self-attention of one layer through BLADE; a dense layer or step goes to the processor it stands in for."""
 
-    def __init__(self, layer: SparseLayer, previous: Any) -> None:
+    def __init__(self, layer: SparseAttention, previous: Any) -> None:
         """Make a processor.
 
         Args:
-            layer: what the method has set up for this layer.
+            layer: the layer, as the method has set it up.
             previous: the processor before it, the dense fallback.
         """
         self.layer = layer

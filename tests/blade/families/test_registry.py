@@ -1,0 +1,128 @@
+"""Families are found without installed metadata, third parties' by entry point, and their data by name."""
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from blade import BladeConfig
+from blade.families.data import FamilyData
+from blade.families.registry import benchmark_layers, example_model, model_families, preset_names, released_students
+
+ROOT = Path(__file__).resolve().parents[3]
+
+FAMILY = '''
+from blade.families.data import FamilyData
+from blade_pipelines.ltx_video import LTXVideoFamily
+
+
+class MyTransformer:
+    """A transformer that no family of the project's own recognises."""
+
+
+class MyFamily(LTXVideoFamily):
+    name = "Mine (MyTransformer)"
+    transformers = (MyTransformer,)
+    data = FamilyData(
+        presets={"training-free": {"mine": {"sparsity": 0.25}}}, example_model="me/mine", benchmark_layers={}
+    )
+
+
+FAMILIES = (MyFamily(),)
+'''
+
+
+def run_from_path(folder: Path, code: str) -> subprocess.CompletedProcess[str]:
+    """Run code that finds the three packages by path alone: without site-packages' metadata of this project."""
+    links = folder / "links"
+    links.mkdir()
+    for source in ("blade", "kernels/blade_kernels", "pipelines/blade_pipelines"):
+        (links / Path(source).name).symlink_to(ROOT / source)
+    hide = """
+        import sys
+        sys.meta_path = [finder for finder in sys.meta_path if "editable" not in repr(finder).lower()]
+    """
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(links), str(folder)])}
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(hide) + textwrap.dedent(code)],
+        cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+
+
+def test_own_families_are_found_from_a_path(tmp_path: Path) -> None:
+    done = run_from_path(
+        tmp_path,
+        """
+        from importlib import metadata
+        import blade, blade.families.registry as registry
+        registry.entry_points = lambda group: metadata.EntryPoints()  # as if nothing were installed
+        assert "links" in blade.__file__, blade.__file__
+        print([type(family).__name__ for family in registry.model_families()])
+        print(blade.BladeConfig.from_preset("shapes").asa.block_size)
+        """,
+    )
+    assert done.returncode == 0, done.stderr
+    names, block_size = done.stdout.splitlines()
+    assert "WanFamily" in names and "HunyuanVideo15Family" in names
+    assert block_size == "32"
+
+
+def test_a_third_party_is_found_by_its_entry_point(tmp_path: Path) -> None:
+    (tmp_path / "my_family.py").write_text(FAMILY)
+    metadata = tmp_path / "my_family-1.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: my-family\nVersion: 1.0\n")
+    (metadata / "entry_points.txt").write_text(
+        "[blade.families]\nmine = my_family:FAMILIES\nbroken = my_family:NOTHING\n"
+    )
+    done = run_from_path(
+        tmp_path,
+        """
+        import warnings
+        from my_family import MyTransformer
+        from blade import BladeConfig
+        from blade.families.registry import find_family
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            print(find_family(MyTransformer()).name)
+        print([str(warning.message) for warning in caught if "model family" in str(warning.message)])
+        print(BladeConfig.from_preset("mine").sparsity)
+        """,
+    )
+    assert done.returncode == 0, done.stderr
+    name, warned, sparsity = done.stdout.splitlines()
+    assert name == "Mine (MyTransformer)" and sparsity == "0.25"
+    assert "`broken` (my_family:NOTHING) cannot be loaded: AttributeError" in warned
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+@pytest.mark.parametrize("kind", ["training-free", "student"])
+def test_every_preset_is_a_configuration_of_its_kind(kind) -> None:
+    for name in preset_names(kind):
+        config = BladeConfig.from_preset(name, kind)
+        assert config.kind == kind and config.attention == "asa" and 0 < config.sparsity < 1
+
+
+def test_data_is_found_by_name() -> None:
+    assert {student.preset for student in released_students()} <= set(preset_names("student"))
+    assert benchmark_layers()["wan-1.3b"].grid.sequence_length == 32760
+    assert example_model().startswith("Wan-AI/")
+    assert len({family.name for family in model_families()}) == 5
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("example: x\n", "must hold fields of FamilyData, got 'example'"),
+        ("presets: {trained: {}}\n", "`presets` of .* must be of the kinds training-free, student"),
+        ("benchmark_layers: {a: {title: A, grid: {frames: 1}, heads: 2}}\n", "wrong or missing field"),
+        ("released_students: {a/b: [{preset: x, steps: [8]}]}\n", "wrong or missing field"),
+    ],
+)
+def test_broken_data_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "family.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        FamilyData.from_yaml(tmp_path / "family.yaml")
