@@ -16,12 +16,12 @@ from diffusers import WanTransformer3DModel
 from blade.common.machine import GIB, describe_versions
 from blade.common.tables import markdown_table, write_table
 from blade.distillation.roles import TRAINED, Lora, adapter_roles, separate_roles
-from blade.models.loading import load_pipeline
+from blade.models.loading import load_model
 
 MADE = "moving shapes"
 
 MODELS: dict[str, tuple[Callable[[], torch.nn.Module], torch.dtype]] = {
-    MADE: (lambda: load_pipeline().transformer, torch.float32),
+    MADE: (lambda: load_model().pipe.transformer, torch.float32),
     "Wan2.1-T2V-1.3B": (
         lambda: WanTransformer3DModel(num_attention_heads=12, ffn_dim=8960, num_layers=30),
         torch.bfloat16,

@@ -20,13 +20,12 @@ from blade.attention.config import BladeConfig
 from blade.common.errors import first_line
 from blade.common.machine import GIB, describe_machine, describe_versions
 from blade.families.protocol import Inputs, ModelFamily
-from blade.families.registry import find_family
 from blade.generation.request import GenerationRequest
 from blade.generation.resolve import resolve_request
 from blade.metrics.timing import Measurement, Stopwatch, measure, time_calls
 from blade.models.devices import resolve_device, resolve_dtype
-from blade.models.loading import load_empty_pipeline, load_pipeline
-from blade.models.pipeline_facts import empty_latent, latent_size, main_transformer
+from blade.models.loaded import LatentSize, LoadedModel
+from blade.models.loading import load_empty_model, load_model
 from blade.models.source import BUNDLED
 
 PACKAGES = ("blade-video", "diffusers", "torch", "triton", "flash-attn", "flash-attn-3")
@@ -121,15 +120,14 @@ def run_generation_benchmark(
     dtype = resolve_dtype(settings.dtype, device)
     on_stage("building the model")
     if settings.random_weights:
-        pipe = load_empty_pipeline(settings.model, dtype=dtype, random_weights_on=device)
+        loaded = load_empty_model(settings.model, dtype=dtype, random_weights_on=device)
     else:
-        pipe = load_pipeline(settings.model, device=device, dtype=dtype)
-    config = _fixed_budget(main_transformer(pipe), settings)
+        loaded = load_model(settings.model, device=device, dtype=dtype)
+    config = _fixed_budget(loaded.preset, settings)
     asked = {name: getattr(settings, name) for name in ("model", "height", "width", "frames", "steps")}
-    request = resolve_request(GenerationRequest(prompt="a benchmark", blade_config=config, **asked), pipe)
-    assert request.height and request.width and request.frames and request.steps
-    latent = latent_size(pipe, request.height, request.width, request.frames)
-    model = _Model(main_transformer(pipe), latent, device)
+    request = resolve_request(GenerationRequest(prompt="a benchmark", blade_config=config, **asked), loaded)
+    latent = loaded.latent_size(*request.size)
+    model = _Model(loaded, latent, device)
     if configured_budget(config, model.grid).is_full:
         raise ValueError(
             f"`sparsity` must leave out a block, got {settings.sparsity} of {model.grid.sequence_length:,} tokens in "
@@ -153,7 +151,7 @@ def run_generation_benchmark(
         with use_blade(model.transformer, config):
             report["parts_ms"] = model.parts(settings.repeats)
         on_stage("decoding")
-        decoding = _decoding(pipe, latent, device)
+        decoding = _decoding(loaded, latent, device)
         report["runs"], report["pass_ms"], report["peak_gib"] = [], {}, {"decoding": _gib(decoding.peak_bytes)}
         report["decoding_seconds"] = decoding.median / 1e3
         two = 2 if model.family.guidance_takes_two_passes else 1
@@ -169,14 +167,11 @@ def run_generation_benchmark(
 class _Model:
     """A transformer with random inputs of one size."""
 
-    def __init__(self, transformer: nn.Module, latent: tuple[int, int, int], device: torch.device) -> None:
-        self.transformer, self.device = transformer, device
-        self.family: ModelFamily = find_family(transformer)
-        self.inputs: Inputs = {
-            name: _random(name, value) for name, value in self.family.example_inputs(transformer, latent).items()
-        }
-        self.grid = self.family.token_grid(transformer, self.inputs)
-        self.attentions = self.family.attention_layers(transformer)
+    def __init__(self, loaded: LoadedModel, latent: LatentSize, device: torch.device) -> None:
+        self.transformer, self.family, self.device = loaded.transformer, loaded.family, device
+        self.inputs: Inputs = {name: _random(name, value) for name, value in loaded.example_inputs(latent).items()}
+        self.grid = loaded.token_grid(latent)
+        self.attentions = self.family.attention_layers(self.transformer)
 
     def describe(self, config: BladeConfig) -> dict[str, Any]:
         """Sizes, and the planned density."""
@@ -272,9 +267,8 @@ class _Model:
         }
 
 
-def _fixed_budget(transformer: nn.Module, settings: GenerationBenchmark) -> BladeConfig:
+def _fixed_budget(preset: BladeConfig, settings: GenerationBenchmark) -> BladeConfig:
     """The model's preset, with every layer and step sparse and as many blocks in every row."""
-    preset = BladeConfig.from_preset(find_family(transformer).preset_name(transformer))
     return replace(
         preset,
         sparsity=settings.sparsity,
@@ -292,9 +286,9 @@ def _random(name: str, value: Any) -> Any:
     return torch.full_like(value, 500.0) if name == "timestep" else torch.randn_like(value)
 
 
-def _decoding(pipe: Any, latent: tuple[int, int, int], device: torch.device) -> Measurement:
+def _decoding(model: LoadedModel, latent: LatentSize, device: torch.device) -> Measurement:
     """Decode a random latent, twice."""
-    sample = torch.randn_like(empty_latent(pipe, latent))
+    pipe, sample = model.pipe, torch.randn_like(model.empty_latent(latent))
     return measure(lambda _: pipe.vae.decode(sample, return_dict=False)[0].float().cpu(), device, 1)
 
 

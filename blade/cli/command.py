@@ -47,7 +47,7 @@ def run_command(function: Callable[..., Any] | typer.Typer, arguments: Sequence[
     if isinstance(function, typer.Typer):
         app = function
     else:
-        app = typer.Typer(add_completion=False)
+        app = typer.Typer()
         app.command()(function)
     try:
         with _plain_messages():

@@ -22,9 +22,10 @@ from torch import nn
 from blade.common.files import write_files
 from blade.families.protocol import Inputs
 from blade.families.registry import find_family
-from blade.generation.request import GenerationRequest
+from blade.generation.request import ResolvedRequest
 from blade.generation.run import call_arguments, prepare_sampler
-from blade.models.pipeline_facts import INPUTS, call_parameters, main_transformer
+from blade.models.loaded import LoadedModel
+from blade.models.loading import INPUTS
 
 INDEX_NAME = "embeddings.json"
 """What all shards share."""
@@ -97,24 +98,25 @@ class Conditions:
         return {**given, "hidden_states": latents, "timestep": times.to(latents.device, self.time_dtype)}
 
 
-def check_text_alone(pipe: Any) -> None:
+def check_text_alone(model: LoadedModel) -> None:
     """Raise a `ValueError` for a pipeline that needs more than a prompt, such as an image."""
-    needed = [name for name, value in call_parameters(pipe).items() if name in INPUTS and value.default is value.empty]
+    needed = [name for name, value in model.parameters.items() if name in INPUTS and value.default is value.empty]
     if others := [name for name in needed if name != "prompt"]:
         raise ValueError(
-            f"`model` must be one that makes videos from text alone, but a {type(pipe).__name__} needs `{others[0]}`."
+            "`model` must be one that makes videos from text alone, but a "
+            f"{type(model.pipe).__name__} needs `{others[0]}`."
         )
 
 
-def capture(pipe: Any, request: GenerationRequest, prompt: str) -> Conditions:
+def capture(model: LoadedModel, request: ResolvedRequest, prompt: str) -> Conditions:
     """Find out what a pipeline gives its transformer for a prompt.
 
     Args:
-        pipe: the pipeline.
+        model: the model.
         request: a resolved request, for all but the prompt; guidance in two passes is left out.
         prompt: the prompt, which may be empty.
     """
-    transformer, seen = main_transformer(pipe), dict[str, Any]()
+    pipe, transformer, seen = model.pipe, model.transformer, dict[str, Any]()
     names = list(inspect.signature(type(transformer).forward).parameters)[1:]
 
     def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -124,10 +126,10 @@ def capture(pipe: Any, request: GenerationRequest, prompt: str) -> Conditions:
     if find_family(transformer).guidance_takes_two_passes:
         request = replace(request, guidance_scale=1.0, negative_prompt=None)
     handle = transformer.register_forward_pre_hook(stop, with_kwargs=True)
-    prepare_sampler(pipe, request)
+    prepare_sampler(model, request)
     try:
         with torch.no_grad():
-            pipe(**call_arguments(pipe, request) | {"prompt": prompt})
+            pipe(**call_arguments(model, request) | {"prompt": prompt})
     except _Captured:
         pass
     finally:
@@ -256,8 +258,8 @@ class PromptEmbeddings:
 
 
 def encode_prompts(
-    pipe: Any,
-    request: GenerationRequest,
+    model: LoadedModel,
+    request: ResolvedRequest,
     prompts: Sequence[str],
     folder: Path,
     *,
@@ -267,7 +269,7 @@ def encode_prompts(
     """Fill a folder with the conditions of prompts; what is there already is kept.
 
     Args:
-        pipe: the pipeline.
+        model: the model.
         request: a resolved request, for all but the prompt.
         prompts: the list.
         folder: made if missing.
@@ -282,15 +284,15 @@ def encode_prompts(
     shards = {f"{number:05d}": text for number, text in enumerate(texts)}
     shards[NEGATIVE] = [request.negative_prompt or ""]
     wanted = {
-        "encoders": encoder_fingerprint(pipe),
-        "pipeline": type(pipe).__name__,
+        "encoders": encoder_fingerprint(model.pipe),
+        "pipeline": type(model.pipe).__name__,
         "size": [request.height, request.width, request.frames],
     }
     others = {"encoders": "other text encoders", "size": "videos of another size", "pipeline": "another pipeline"}
     check_index(folder / INDEX_NAME, wanted, "embeddings", others)
     folder.mkdir(parents=True, exist_ok=True)
     if own == 0 and not (folder / INDEX_NAME).exists():
-        found = capture(pipe, request, prompts[0])
+        found = capture(model, request, prompts[0])
         tensors, plain = _split(found.shared)
         _save(tensors, folder / f"{SHARED}.safetensors", [])
         shapes = {name: list(row.shape[1:]) for name, row in found.prompts.items()}
@@ -308,7 +310,7 @@ def encode_prompts(
     for name, shard in jobs.items():
         tensors = {}
         for place, prompt in enumerate(shard):
-            rows = capture(pipe, request, prompt).prompts
+            rows = capture(model, request, prompt).prompts
             tensors |= {f"{place}.{key}": _trimmed(row[0]) for key, row in rows.items()}
             done += 1
             on_progress(f"text of {done}/{total} prompts")

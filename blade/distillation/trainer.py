@@ -31,7 +31,7 @@ from blade.distillation.teacher_trajectories import ExampleTrajectories, Teacher
 from blade.distillation.trajectory import Trajectory
 from blade.distillation.updates import Batch, Start, Updates
 from blade.families.registry import find_family
-from blade.models.pipeline_facts import main_transformer
+from blade.models.loaded import LoadedModel
 from blade.students.scheduler import FewStepScheduler
 from blade.students.step_condition import ATTRIBUTE
 
@@ -47,7 +47,7 @@ class Trainer:
 
     def __init__(
         self,
-        pipe: Any,
+        model: LoadedModel,
         config: DistillationConfig,
         embeddings: PromptEmbeddings | ExampleConditions,
         sampler: FewStepScheduler,
@@ -60,7 +60,7 @@ class Trainer:
         """Set everything up for the first update.
 
         Args:
-            pipe: the pipeline; its transformer, without BLADE, becomes the base, and stays so.
+            model: the model; its transformer, without BLADE, becomes the base, and stays so.
             config: how to train.
             embeddings: of the prompts.
             sampler: the student's.
@@ -69,11 +69,11 @@ class Trainer:
             guidance_scale: of the teacher.
             dtype: what to compute in.
         """
-        self.pipe, self.config, self.embeddings = pipe, config, embeddings
+        self.model, self.config, self.embeddings = model, config, embeddings
         self.sampler, self.attention, self.processes = sampler, attention, processes
         self.update = 0
         self.trajectories: TeacherTrajectories | ExampleTrajectories | None = None
-        transformer = main_transformer(pipe)
+        transformer = model.transformer
         self._family = find_family(transformer)
         self.roles = self._make_roles(transformer)
         self._sparsity = self._install_attention()
@@ -369,7 +369,7 @@ class Trainer:
         attention = replace(self.attention, sparsity=sparsity)
         student = self.roles.networks[STUDENT]
         if student.applied is None or student.applied.config != attention:
-            install_blade(self.pipe, attention)
+            install_blade(self.model.pipe, attention)
             fake = self.roles.networks[FAKE]
             if fake is not student and FAKE in self.roles.sparse:
                 install_blade(fake.transformer, attention)

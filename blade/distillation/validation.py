@@ -16,7 +16,7 @@ from blade.distillation.parallel import Processes
 from blade.distillation.roles import STUDENT
 from blade.distillation.trainer import Trainer
 from blade.generation.prompts import file_stem
-from blade.generation.request import GenerationRequest
+from blade.generation.request import ResolvedRequest
 from blade.generation.run import generate
 from blade.media.video import encode_mp4
 from blade.models.source import BUNDLED
@@ -28,7 +28,7 @@ SCORES_NAME = "scores.json"
 def validate(
     trainer: Trainer,
     sampler: FewStepScheduler,
-    request: GenerationRequest,
+    request: ResolvedRequest,
     prompts: Sequence[str],
     folder: Path,
     processes: Processes,
@@ -47,7 +47,7 @@ def validate(
         Means by name, of the bundled model: `score_N`, the share with all attributes right at N steps, and
         `realism_error_N`; otherwise nothing.
     """
-    pipe, roles = trainer.pipe, trainer.roles
+    pipe, roles = trainer.model.pipe, trainer.roles
     scheduler = pipe.scheduler
     pipe.scheduler = FewStepScheduler.from_config(sampler.config)
     folder.mkdir(parents=True, exist_ok=True)
@@ -61,7 +61,7 @@ def validate(
                 own = replace(own, flow_shift=None)
                 with torch.no_grad(), roles.acting(STUDENT):
                     roles.networks[STUDENT].numbers = (STUDENT, torch.tensor([trainer.number_of(steps)]))
-                    video = generate(pipe, own, attention=nullcontext()).video
+                    video = generate(trainer.model, own, attention=nullcontext()).video
                 stem = f"{file_stem(own.prompt)[:60]}-{place}-steps-{steps}"
                 record = {"prompt": own.prompt, "seed": place, "steps": steps, **_scores(own, video)}
                 assert own.fps is not None
@@ -78,7 +78,7 @@ def validate(
     return means(folder)
 
 
-def _scores(request: GenerationRequest, video: torch.Tensor) -> dict[str, Any]:
+def _scores(request: ResolvedRequest, video: torch.Tensor) -> dict[str, Any]:
     """What the moving-shapes world says of a video of the bundled model."""
     if request.model != BUNDLED:
         return {}

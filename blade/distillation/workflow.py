@@ -35,14 +35,12 @@ from blade.distillation.teacher_trajectories import TeacherTrajectories
 from blade.distillation.trainer import Trainer
 from blade.distillation.trajectory import make_sampler
 from blade.distillation.validation import validate
-from blade.families.registry import find_family, preset_names
-from blade.families.transformers import find_transformers
 from blade.generation.prompts import read_prompts
-from blade.generation.request import GenerationRequest
+from blade.generation.request import GenerationRequest, ResolvedRequest
 from blade.generation.resolve import resolve_request
 from blade.models.devices import DTYPES, resolve_device
-from blade.models.loading import load_empty_pipeline, load_pipeline
-from blade.models.pipeline_facts import latent_size, main_transformer
+from blade.models.loaded import LoadedModel
+from blade.models.loading import load_empty_model, load_model
 from blade.models.source import BUNDLED
 from blade.students.scheduler import FewStepScheduler
 
@@ -149,27 +147,23 @@ class _Job:
         self.hours_before, self.scores = 0.0, dict[str, float]()
         precision = config.run.precision or ("bf16" if processes.device.type == "cuda" else "fp32")
         self.kept_dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        self.pipe = self._load(random_weights)
-        transformer = main_transformer(self.pipe)
+        self.model = self._load(random_weights)
+        transformer = self.model.transformer
         self.request = self._resolve()
         self.sampler = self._make_sampler(config.trajectory.noise_kept)
         kept = config.trajectory.sampling_noise_kept
         self.student_sampler = self.sampler if kept is None else self._make_sampler(kept)
-        self.attention = student_attention(config.attention, _student_preset(transformer))
+        self.attention = student_attention(config.attention, _student_preset(self.model))
         found: PromptEmbeddings | ExampleConditions
         if random_weights:
-            assert self.request.height is not None and self.request.width is not None
-            assert self.request.frames is not None
-            size = latent_size(self.pipe, self.request.height, self.request.width, self.request.frames)
-            found = ExampleConditions(transformer, size)
+            found = ExampleConditions(transformer, self.model.latent_size(*self.request.size))
         else:
             found = self._embeddings(embeddings, on_progress, dry_run=dry_run)
         self._place_others(torch.device("cpu"))
-        assert self.request.guidance_scale is not None
         self.guidance_scale = self.request.guidance_scale
         self.teacher = fingerprint({"transformer": transformer})
         self.trainer = Trainer(
-            self.pipe,
+            self.model,
             config,
             found,
             self.sampler,
@@ -182,24 +176,23 @@ class _Job:
             source = Path(config.weights.start_from).expanduser()
             self.trainer.start_from(read_weights(source, config.weights))
 
-    def _load(self, random_weights: bool) -> Any:
-        """Load the base, in a pipeline on the device."""
+    def _load(self, random_weights: bool) -> LoadedModel:
+        """Load the base on the device."""
         config, device = self.config, self.processes.device
         options: dict[str, Any] = {"revision": config.revision, "dtype": self.kept_dtype}
-        pipe: Any
         if random_weights:
-            pipe = load_empty_pipeline(config.model, **options, random_weights_on=device)
+            model = load_empty_model(config.model, **options, random_weights_on=device)
         else:
-            pipe = load_pipeline(config.model, **options, device=device)
-        pipe.set_progress_bar_config(disable=True)
-        if len(find_transformers(pipe)) > 1:
+            model = load_model(config.model, **options, device=device)
+        model.pipe.set_progress_bar_config(disable=True)
+        if len(model.transformers) > 1:
             raise ValueError(f"`model` {config.model} has two transformers, of which students cannot be made.")
-        check_text_alone(pipe)
-        _warn_of_distilled(config.model, main_transformer(pipe))
-        return pipe
+        check_text_alone(model)
+        _warn_of_distilled(config.model, model.transformer)
+        return model
 
-    def _resolve(self) -> GenerationRequest:
-        """What the teacher would be asked for, with the model's defaults where the configuration leaves them."""
+    def _resolve(self) -> ResolvedRequest:
+        """Return the teacher's request, with the model's defaults where the configuration leaves them."""
         config, video = self.config, self.config.video
         request = GenerationRequest(
             prompt=self.prompts[0],
@@ -213,7 +206,7 @@ class _Job:
             guidance_scale=config.generator.guidance_scale,
             device=str(self.processes.device),
         )
-        return resolve_request(request, self.pipe)
+        return resolve_request(request, self.model)
 
     def _make_sampler(self, noise_kept: float) -> FewStepScheduler:
         """A sampler of the student's times, with the flow shift that is recommended for the size if none is given."""
@@ -221,7 +214,7 @@ class _Job:
         if flow_shift is None and trajectory.times is None:
             flow_shift = self.request.flow_shift
         return make_sampler(
-            self.pipe.scheduler,
+            self.model.pipe.scheduler,
             trajectory.steps,
             flow_shift=flow_shift,
             times=trajectory.times,
@@ -236,7 +229,7 @@ class _Job:
             batch = config.run.batch_size * config.run.accumulation * processes.count
             needed = [self.prompts[number % len(self.prompts)] for number in range(min(len(self.prompts), 2 * batch))]
         share = (processes.index, processes.count)
-        encode_prompts(self.pipe, self.request, needed, folder, share=share, on_progress=on_progress)
+        encode_prompts(self.model, self.request, needed, folder, share=share, on_progress=on_progress)
         processes.wait()
         return PromptEmbeddings(folder, needed)
 
@@ -308,7 +301,7 @@ class _Job:
 
     def _place_others(self, device: torch.device) -> None:
         """Bring text encoders and VAE to a device; they are needed before training and between updates only."""
-        for name, part in self.pipe.components.items():
+        for name, part in self.model.pipe.components.items():
             if not isinstance(part, nn.Module) or name.startswith("transformer"):
                 continue
             if not any(parameter.is_meta for parameter in part.parameters()):  # which random weights leave out
@@ -355,7 +348,7 @@ class _Job:
             }
             write_student(
                 output,
-                transformer=main_transformer(self.pipe),
+                transformer=self.model.transformer,
                 weights=weights,
                 config=config,
                 sampler=self.student_sampler,
@@ -375,13 +368,11 @@ class _Job:
         return accelerator
 
 
-def _student_preset(transformer: nn.Module) -> BladeConfig:
-    """The model's values for students; of one that has none, its others at the paper's sparsity."""
-    name = find_family(transformer).preset_name(transformer)
-    if name in preset_names("student"):
-        return BladeConfig.from_preset(name, "student")
-    preset = BladeConfig.from_preset(name)
-    return replace(preset, kind="student", sparsity=0.8, pooled_tokens="all", dense_steps=0, dense_layers=())
+def _student_preset(model: LoadedModel) -> BladeConfig:
+    """Return the model's values for students; of one that has none, its others at the paper's sparsity."""
+    if model.student_preset is not None:
+        return model.student_preset
+    return replace(model.preset, kind="student", sparsity=0.8, pooled_tokens="all", dense_steps=0, dense_layers=())
 
 
 def _warn_of_distilled(model: str, transformer: nn.Module) -> None:

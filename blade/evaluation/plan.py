@@ -9,17 +9,16 @@ from typing import Any
 import torch
 
 from blade.attention.applied import AppliedBlade
-from blade.attention.config import BladeConfig
 from blade.evaluation.prompts import EvaluationPrompt
 from blade.evaluation.runs import RunSettings
-from blade.families.registry import find_family
 from blade.generation.fingerprint import model_fingerprint
-from blade.generation.request import BUNDLED_DEFAULTS, GenerationRequest
+from blade.generation.request import GenerationRequest, ResolvedRequest
 from blade.generation.resolve import resolve_request
 from blade.models.devices import resolve_device, resolve_dtype
-from blade.models.loading import load_empty_pipeline
-from blade.models.pipeline_facts import latent_size, main_transformer
+from blade.models.loaded import LoadedModel
+from blade.models.loading import load_empty_model
 from blade.models.source import BUNDLED
+from blade.moving_shapes.bundled import BUNDLED_DEFAULTS
 from blade.students.source import student_settings
 
 
@@ -98,7 +97,7 @@ class EvaluationPlan:
 
     evaluation: Evaluation
     """What was asked for, with the steps, the guidance and the noise kept of every run."""
-    requests: dict[str, GenerationRequest]
+    requests: dict[str, ResolvedRequest]
     """What each run generates, by name; a video's prompt and seed take the place of those here."""
     fingerprint: str | None
     """What changes with the model's weights; see `blade.generation.fingerprint.model_fingerprint`."""
@@ -129,12 +128,12 @@ def plan_evaluation(evaluation: Evaluation) -> EvaluationPlan:
         ModelError: If there is no such model.
     """
     device = resolve_device(evaluation.device)
-    pipe: Any = load_empty_pipeline(evaluation.model, dtype=resolve_dtype(evaluation.dtype, device))
+    model = load_empty_model(evaluation.model, dtype=resolve_dtype(evaluation.dtype, device))
     requests = {}
     for run in evaluation.runs:
         try:
-            request = resolve_request(_request(evaluation, run, pipe), pipe)
-            _check(request, pipe)
+            request = resolve_request(_request(evaluation, run, model), model)
+            _check(request, model)
         except ValueError as error:
             raise ValueError(f"run `{run.name}`: {error}") from error
         if run.student is not None:
@@ -158,12 +157,8 @@ def plan_evaluation(evaluation: Evaluation) -> EvaluationPlan:
     )
 
 
-def _request(evaluation: Evaluation, run: RunSettings, pipe: Any) -> GenerationRequest:
-    def preset() -> BladeConfig:
-        transformer = main_transformer(pipe)
-        return BladeConfig.from_preset(find_family(transformer).preset_name(transformer))
-
-    config, steps, guidance = run.blade_config(preset), run.steps, run.guidance
+def _request(evaluation: Evaluation, run: RunSettings, model: LoadedModel) -> GenerationRequest:
+    config, steps, guidance = run.blade_config(lambda: model.preset), run.steps, run.guidance
     if run.student is not None:
         settings = student_settings(run.student)
         steps = steps or (settings.steps[-1] if settings.steps else None)
@@ -186,14 +181,10 @@ def _request(evaluation: Evaluation, run: RunSettings, pipe: Any) -> GenerationR
     )
 
 
-def _check(request: GenerationRequest, pipe: Any) -> None:
+def _check(request: ResolvedRequest, model: LoadedModel) -> None:
     """Raise a `ValueError` where BLADE would refuse the request once it runs."""
     if request.blade_config is None:
         return
-    assert request.height is not None and request.width is not None and request.frames is not None
-    transformer = main_transformer(pipe)
-    family = find_family(transformer)
-    applied = AppliedBlade(transformer, family, request.blade_config)
-    inputs = family.example_inputs(transformer, latent_size(pipe, request.height, request.width, request.frames))
+    applied = AppliedBlade(model.transformer, model.family, request.blade_config)
     applied.method.rows(request.steps)
-    applied.method.plan(family.token_grid(transformer, inputs), torch.device("cpu"))
+    applied.method.plan(model.token_grid(model.latent_size(*request.size)), torch.device("cpu"))

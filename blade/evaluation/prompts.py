@@ -10,7 +10,7 @@ import numpy as np
 
 from blade.common.checks import parse_ranges
 from blade.generation.prompts import file_stem
-from blade.generation.request import MAXIMUM_SEED
+from blade.generation.options import MAXIMUM_SEED
 from blade.moving_shapes.captions import sample_caption
 
 PROMPT_SEED = 20250

@@ -26,14 +26,14 @@ from blade.evaluation.records import Record, append_record, read_records
 from blade.evaluation.runs import RunSettings
 from blade.evaluation.videos import video_path
 from blade.generation.record import make_record
-from blade.generation.request import GenerationRequest
+from blade.generation.request import ResolvedRequest
 from blade.generation.run import Generation, generate
 from blade.media.video import encode_mp4
 from blade.metrics.distribution import feature_count, latent_statistics
 from blade.metrics.similarity import lpips, motion, psnr, psnr_by_frame, ssim_by_frame
 from blade.models.acceleration import merge_loras
 from blade.models.devices import resolve_dtype
-from blade.models.loading import load_pipeline
+from blade.models.loading import load_model
 from blade.moving_shapes.captions import parse_caption
 from blade.moving_shapes.realism import realism_error
 from blade.moving_shapes.scoring import score
@@ -107,33 +107,33 @@ class _Worker:
     def __init__(self, plan: EvaluationPlan, first: RunSettings) -> None:
         self.plan, self.evaluation = plan, plan.evaluation
         self.reference_motion = dict[Path, float]()
-        self.device = torch.device(str(self._first_request.device))
+        self.device = torch.device(self._first_request.device)
         self._load(first)
         # encoding takes time and memory, and distances of distributions take more videos than features
-        self.enough_for_distances = len(plan.evaluation.prompts) > feature_count(self.pipe)
+        self.enough_for_distances = len(plan.evaluation.prompts) > feature_count(self.model)
 
     @property
-    def _first_request(self) -> GenerationRequest:
+    def _first_request(self) -> ResolvedRequest:
         """The request of a run; model, device and dtype are the same in all."""
         return next(iter(self.plan.requests.values()))
 
     def _load(self, run: RunSettings) -> None:
         """Load a run's model, and its student into the weights, so that it takes the time of a generation."""
         began, first = time.perf_counter(), self._first_request
-        self.pipe: Any = None  # which leaves the memory before the next one comes
+        self.model: Any = None  # which leaves the memory before the next one comes
         gc.collect()
-        self.pipe = load_pipeline(
+        self.model = load_model(
             self.evaluation.model,
             revision=first.revision,
             device=self.device,
             dtype=resolve_dtype(first.dtype, self.device),
         )
         if run.student is not None:
-            load_student(self.pipe, run.student, noise_kept=run.noise_kept)
-            merge_loras(self.pipe)
+            load_student(self.model.pipe, run.student, noise_kept=run.noise_kept)
+            merge_loras(self.model)
         self.loaded = (run.student, run.noise_kept)
         self.seconds_loading = time.perf_counter() - began
-        self.pipe.set_progress_bar_config(disable=True)
+        self.model.pipe.set_progress_bar_config(disable=True)
 
     def make(self, prompt: EvaluationPrompt, run: RunSettings) -> Record:
         """Make a video, write it and measure it."""
@@ -147,7 +147,7 @@ class _Worker:
             "fingerprint": self.plan.fingerprint,
             "student_fingerprint": self.plan.student_fingerprints.get(run.name),
             **self.plan.size,
-            "features": latent_statistics(self.pipe, video) if self.enough_for_distances else None,
+            "features": latent_statistics(self.model, video) if self.enough_for_distances else None,
             "motion": moves,
             "layer_density": generation.layer_density,
             "run_density": generation.run_density,
@@ -187,11 +187,11 @@ class _Worker:
             "ssim_by_frame": similarities,
         }
 
-    def _generate(self, prompt: EvaluationPrompt, run: RunSettings) -> tuple[GenerationRequest, Generation]:
+    def _generate(self, prompt: EvaluationPrompt, run: RunSettings) -> tuple[ResolvedRequest, Generation]:
         request = replace(self.plan.requests[run.name], prompt=prompt.text, seed=prompt.seed)
         if (run.student, run.noise_kept) != self.loaded:
             self._load(run)
-        return request, generate(self.pipe, request)
+        return request, generate(self.model, request)
 
     def _reference_path(self, prompt: EvaluationPrompt, run: RunSettings) -> Path:
         return self.evaluation.folder / "references" / run.name / f"{prompt.stem}.npz"

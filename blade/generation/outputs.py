@@ -12,15 +12,16 @@ from typing import Any
 
 from blade.common.errors import first_line
 from blade.common.files import check_writable, write_files
-from blade.generation.prepare import prepare_pipeline
+from blade.generation.prepare import prepare_model
 from blade.generation.prompts import file_stem
 from blade.generation.record import make_record
-from blade.generation.request import BUNDLED_DEFAULTS, NO_STUDENT, GenerationRequest, dense_request
+from blade.generation.request import NO_STUDENT, GenerationRequest, ResolvedRequest
 from blade.generation.run import Generation, generate
 from blade.media.pictures import side_by_side
 from blade.media.video import encode_mp4
+from blade.models.loaded import LoadedModel
 from blade.models.source import BUNDLED
-from blade.moving_shapes.bundled import prompt_warning
+from blade.moving_shapes.bundled import BUNDLED_DEFAULTS, prompt_warning
 from blade.students.loading import published_students
 from blade.students.source import BUNDLED_STUDENTS
 
@@ -92,9 +93,9 @@ def generate_files(
     """
     path = _checked_output(default_output(request) if output is None else Path(output))
     start = time.perf_counter()
-    pipe, resolved = prepare_pipeline(request)
+    model, resolved = prepare_model(request)
     _check_comparable(resolved, compare)
-    return _make_files(pipe, resolved, path, compare=compare, seconds_loading=time.perf_counter() - start)
+    return _make_files(model, resolved, path, compare=compare, seconds_loading=time.perf_counter() - start)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +142,7 @@ def generate_list(
     for path in waiting.values():
         _checked_output(path)
     start = time.perf_counter()
-    pipe, resolved = prepare_pipeline(replace(request, prompt=next(iter(waiting))))
+    model, resolved = prepare_model(replace(request, prompt=next(iter(waiting))))
     _check_comparable(resolved, compare)
     seconds_loading = time.perf_counter() - start
     made, failed = [], {}
@@ -149,7 +150,7 @@ def generate_list(
         logger.info(f"{number}/{len(waiting)} {prompt}")
         try:
             own = replace(resolved, prompt=prompt)
-            made.append(_make_files(pipe, own, path, compare=compare, seconds_loading=seconds_loading))
+            made.append(_make_files(model, own, path, compare=compare, seconds_loading=seconds_loading))
         except Exception as error:  # whatever a prompt does to the model; the others have nothing to do with it
             failed[prompt] = first_line(error)
             logger.warning(f"failed: {failed[prompt]}")
@@ -167,25 +168,25 @@ def _checked_output(path: Path) -> Path:
     return path
 
 
-def _check_comparable(resolved: GenerationRequest, compare: bool) -> None:
+def _check_comparable(resolved: ResolvedRequest, compare: bool) -> None:
     if compare and resolved.attention == "dense":
         raise ValueError("`compare` sets sparse attention beside dense, but this request is dense already.")
 
 
 def _make_files(
-    pipe: Any, resolved: GenerationRequest, path: Path, *, compare: bool, seconds_loading: float
+    model: LoadedModel, resolved: ResolvedRequest, path: Path, *, compare: bool, seconds_loading: float
 ) -> GenerationReport:
     if resolved.model == BUNDLED and (warning := prompt_warning(resolved.prompt, resolved.negative_prompt)):
         logger.warning(warning)
-    pipe.set_progress_bar_config(desc=f"denoising, {resolved.attention}")
-    generation = generate(pipe, resolved)
+    model.pipe.set_progress_bar_config(desc=f"denoising, {resolved.attention}")
+    generation = generate(model, resolved)
     record = make_record(resolved, generation, seconds_loading=seconds_loading)
     record["score"] = _score(resolved, generation)
     files = {path: encode_mp4(generation.video, record["fps"])}
     comparison_path = None
     if compare:
-        pipe.set_progress_bar_config(desc="denoising, dense")
-        dense = generate(pipe, dense_request(resolved))
+        model.pipe.set_progress_bar_config(desc="denoising, dense")
+        dense = generate(model, resolved.dense())
         record |= _compared(generation, dense)
         videos = {
             "dense": dense.video,
@@ -202,15 +203,15 @@ def _make_files(
         record_path=record_path,
         comparison_path=comparison_path,
         record=record,
-        published_students=_other_students(pipe, resolved),
+        published_students=_other_students(model, resolved),
     )
 
 
-def _other_students(pipe: Any, resolved: GenerationRequest) -> tuple[str, ...]:
-    """The students that could have made a video which none made."""
+def _other_students(model: LoadedModel, resolved: ResolvedRequest) -> tuple[str, ...]:
+    """Return the students that could have made a video which none made."""
     if resolved.student is not None:
         return ()
-    return tuple(BUNDLED_STUDENTS.values()) if resolved.model == BUNDLED else published_students(pipe)
+    return tuple(BUNDLED_STUDENTS.values()) if resolved.model == BUNDLED else published_students(model)
 
 
 def default_output(request: GenerationRequest) -> Path:
@@ -239,7 +240,7 @@ def describe_score(score: Mapping[str, Any]) -> str:
     return "; ".join(parts)
 
 
-def _score(request: GenerationRequest, generation: Generation) -> dict[str, Any] | None:
+def _score(request: ResolvedRequest, generation: Generation) -> dict[str, Any] | None:
     """Return what the scorer saw, if this is a video of the bundled model that it can judge."""
     size_is_known = all(getattr(request, name) == BUNDLED_DEFAULTS[name] for name in ("height", "width", "frames"))
     if request.model != BUNDLED or not size_is_known or prompt_warning(request.prompt):

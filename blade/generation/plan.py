@@ -16,14 +16,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from blade.common.machine import GIB
-from blade.families.registry import find_family
-from blade.generation.request import GenerationRequest
+from blade.generation.request import GenerationRequest, ResolvedRequest
 from blade.generation.resolve import resolve_request
-from blade.models.conditions import pipeline_for
+from blade.models.conditions import model_for
 from blade.models.costs import RunCost, forward_cost, run_cost
 from blade.models.devices import resolve_device, resolve_dtype
-from blade.models.loading import load_empty_pipeline
-from blade.models.pipeline_facts import empty_latent, latent_size, main_transformer
+from blade.models.loading import load_empty_model
 from blade.students.loading import read_student
 
 
@@ -31,8 +29,8 @@ from blade.students.loading import read_student
 class RunPlan:
     """A run before it is made; `print` it."""
 
-    request: GenerationRequest
-    """What was asked for, with the model's defaults filled in."""
+    request: ResolvedRequest
+    """The request, with the model's defaults filled in."""
     cost: RunCost
     """Of the transformer."""
     text_flops: float
@@ -102,23 +100,20 @@ def plan_run(request: GenerationRequest) -> RunPlan:
     """
     device = resolve_device(request.device)
     dtype = resolve_dtype(request.dtype, device)
-    pipe = load_empty_pipeline(request.model, revision=request.revision, dtype=dtype)
-    pipe = pipeline_for(pipe, request.condition)
+    model = model_for(load_empty_model(request.model, revision=request.revision, dtype=dtype), request.condition)
+    pipe = model.pipe
     student = None
     if request.student is not None:
         student = read_student(pipe, request.student, scheduler=request.scheduler, noise_kept=request.noise_kept)
-    resolved = replace(resolve_request(request, pipe, student=student), device=str(device))
-    assert resolved.frames is not None and resolved.height is not None and resolved.width is not None
-    assert resolved.steps is not None and resolved.guidance_scale is not None
-    latent = latent_size(pipe, resolved.height, resolved.width, resolved.frames)
-    transformer = main_transformer(pipe)
-    family = find_family(transformer)
+    resolved = replace(resolve_request(request, model, student=student), device=str(device))
+    latent = model.latent_size(*resolved.size)
+    transformer, family = model.transformer, model.family
     guidance = resolved.guidance_scale > 1 and family.guidance_takes_two_passes
     forward = forward_cost(transformer, latent)
     cost = run_cost(forward, resolved.steps, guidance=guidance, config=resolved.blade_config)
     models = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
-    inputs = family.example_inputs(transformer, latent)
-    vae, sample = pipe.vae, empty_latent(pipe, latent)
+    inputs = model.example_inputs(latent)
+    vae, sample = pipe.vae, model.empty_latent(latent)
 
     def forward_pass() -> None:
         with family.without_values():

@@ -14,7 +14,9 @@ import torch
 
 from blade.attention.config import BladeConfig
 from blade.common.machine import GIB, describe_machine, describe_versions
-from blade.generation.request import MODEL_OPTIONS, SPARSE_OPTIONS, STUDENT_OPTIONS, GenerationRequest
+from blade.common.options import option_names
+from blade.generation.options import GROUPS
+from blade.generation.request import SPARSE_OPTIONS, GenerationRequest, ResolvedRequest
 from blade.generation.run import Generation
 
 PACKAGES = ("blade-video", "torch", "diffusers", "transformers", "av")
@@ -23,7 +25,7 @@ PACKAGES = ("blade-video", "torch", "diffusers", "transformers", "av")
 REQUEST_FIELDS = tuple(item.name for item in fields(GenerationRequest))
 
 
-def make_record(request: GenerationRequest, generation: Generation, *, seconds_loading: float) -> dict[str, Any]:
+def make_record(request: ResolvedRequest, generation: Generation, *, seconds_loading: float) -> dict[str, Any]:
     """Return the record of a generation, plain JSON values.
 
     Args:
@@ -36,7 +38,7 @@ def make_record(request: GenerationRequest, generation: Generation, *, seconds_l
         `machine` and `versions`.
     """
     record = {name: getattr(request, name) for name in REQUEST_FIELDS if name != "config"}
-    config, device = request.blade_config, torch.device(request.device or "cpu")
+    config, device = request.blade_config, torch.device(request.device)
     record["blade_config"] = None if config is None else config.to_dict()
     record["dense_layers"] = None if config is None else list(config.dense_layers)
     record["loras"] = list(request.loras)
@@ -74,15 +76,16 @@ def read_request(path: str | Path, changes: Mapping[str, Any] | None = None) -> 
         raise ValueError(f"`from_json` must be the JSON beside a video, with a `prompt`; {path} has none.")
     changes = dict(changes or {})
     values = {name: record[name] for name in REQUEST_FIELDS if record.get(name) is not None}
+    of_student = option_names(*GROUPS, of_student=True)
     forgotten: tuple[str, ...] = ()
     other_model = _differs("model", changes, values)
     other_student = values.get("student") is not None if other_model else _differs("student", changes, values)
     if "config" in changes or other_model or other_student:
         forgotten = ("blade_config", "attention", *SPARSE_OPTIONS)
     if other_student:
-        forgotten += ("steps", "guidance_scale", *STUDENT_OPTIONS)
+        forgotten += ("steps", "guidance_scale", *of_student)
     if other_model:
-        forgotten += ("revision", "negative_prompt", *STUDENT_OPTIONS, *MODEL_OPTIONS)
+        forgotten += ("revision", "negative_prompt", *of_student, *option_names(*GROUPS, of_model=True))
     if changes.get("attention") == "dense":
         forgotten += ("blade_config", *SPARSE_OPTIONS)
     values = {name: value for name, value in values.items() if name not in forgotten} | changes

@@ -15,12 +15,11 @@ from blade.attention.apply import use_blade
 from blade.attention.config import BladeConfig
 from blade.attention.summary import BladeSummary, blade_summary
 from blade.common.errors import first_line
-from blade.families.transformers import find_transformers
 from blade.generation.finite import NonFiniteError, watch_finite
-from blade.generation.request import GenerationRequest
+from blade.generation.request import ResolvedRequest
 from blade.models.acceleration import advise
 from blade.models.conditions import cover, read_frames, read_image
-from blade.models.pipeline_facts import call_parameters, execution_device
+from blade.models.loaded import LoadedModel
 from blade.students.scheduler import set_flow_shift
 
 
@@ -56,12 +55,12 @@ class Generation:
 
 
 def generate(
-    pipe: Any, request: GenerationRequest, *, attention: AbstractContextManager[Any] | None = None
+    model: LoadedModel, request: ResolvedRequest, *, attention: AbstractContextManager[Any] | None = None
 ) -> Generation:
     """Make a video.
 
     Args:
-        pipe: the pipeline that `request.model` names, loaded.
+        model: the loaded model.
         request: a request that `resolve_request` returned.
         attention: what decides about attention while the pipeline runs, instead of the request's configuration; the
             result has no summary then.
@@ -72,15 +71,15 @@ def generate(
         ValueError: if BLADE cannot be applied to this model, or it does not take what the request says.
         MemoryError: if the device has too little memory; says what would need less.
     """
-    wanted = call_arguments(pipe, request)
-    prepare_sampler(pipe, request)
+    pipe, arguments = model.pipe, call_arguments(model, request)
+    prepare_sampler(model, request)
     config = request.blade_config
-    if config is None and any(applied_to(transformer) for transformer in find_transformers(pipe).values()):
+    if config is None and any(applied_to(transformer) for transformer in model.transformers.values()):
         config = BladeConfig(attention="dense")  # a student brings its own
     sparse: AbstractContextManager[Any] = nullcontext() if config is None else use_blade(pipe, config)
     with ExitStack() as stack:
         stack.enter_context(sparse if attention is None else attention)
-        clock = stack.enter_context(_stage_clock(pipe))
+        clock = stack.enter_context(_stage_clock(model))
         watch = stack.enter_context(watch_finite(pipe))
 
         def on_step_end(pipe: Any, step: int, timestep: Any, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -88,12 +87,12 @@ def generate(
             clock.step_ended()
             return inputs
 
-        if "callback_on_step_end" in call_parameters(pipe):
-            wanted["callback_on_step_end"] = on_step_end
+        if "callback_on_step_end" in model.parameters:
+            arguments["callback_on_step_end"] = on_step_end
         else:
             stack.enter_context(_watch_scheduler(pipe, on_step_end))
         try:
-            video = pipe(**wanted).frames[0].float().cpu()
+            video = pipe(**arguments).frames[0].float().cpu()
         except torch.OutOfMemoryError as error:
             advice = advise(
                 request.offload,
@@ -115,11 +114,10 @@ def generate(
     )
 
 
-def call_arguments(pipe: Any, request: GenerationRequest) -> dict[str, Any]:
-    """The arguments of a pipeline's call; what a request leaves open stays the pipeline's own."""
-    assert request.height is not None and request.width is not None
+def call_arguments(model: LoadedModel, request: ResolvedRequest) -> dict[str, Any]:
+    """Return the arguments of a pipeline's call; those that a request leaves open stay the pipeline's own."""
     size = (request.height, request.width)
-    wanted: dict[str, Any] = {
+    arguments: dict[str, Any] = {
         "prompt": request.prompt,
         "negative_prompt": request.negative_prompt,
         "height": request.height,
@@ -135,22 +133,23 @@ def call_arguments(pipe: Any, request: GenerationRequest) -> dict[str, Any]:
     }
     for name in ("image", "last_image"):
         if (path := getattr(request, name)) is not None:
-            wanted[name] = cover(read_image(path, name), *size)
+            arguments[name] = cover(read_image(path, name), *size)
     if request.video is not None:
-        wanted["video"] = [cover(frame, *size) for frame in read_frames(request.video, request.frames)]
-    parameters = call_parameters(pipe)
+        arguments["video"] = [cover(frame, *size) for frame in read_frames(request.video, request.frames)]
+    parameters = model.parameters
     for name in ("last_image", "strength", "guidance_scale_2"):
-        if wanted.get(name) is not None and name not in parameters:
-            raise ValueError(f"`{name}` must not be given: a {type(pipe).__name__} does not take it.")
-    return {name: value for name, value in wanted.items() if value is not None and name in parameters}
+        if arguments.get(name) is not None and name not in parameters:
+            raise ValueError(f"`{name}` must not be given: a {type(model.pipe).__name__} does not take it.")
+    return {name: value for name, value in arguments.items() if value is not None and name in parameters}
 
 
-def prepare_sampler(pipe: Any, request: GenerationRequest) -> None:
+def prepare_sampler(model: LoadedModel, request: ResolvedRequest) -> None:
     """Set what is no argument of a pipeline's call: the scheduler's shift, and a guider's scale."""
+    pipe = model.pipe
     if request.flow_shift is not None:
         pipe.scheduler = set_flow_shift(pipe.scheduler, request.flow_shift)
     guider = getattr(pipe, "guider", None)
-    if guider is not None and "guidance_scale" not in call_parameters(pipe):
+    if guider is not None and "guidance_scale" not in model.parameters:
         pipe.guider = guider.new(guidance_scale=request.guidance_scale)
 
 
@@ -199,16 +198,16 @@ class _StageClock:
 
 
 @contextmanager
-def _stage_clock(pipe: Any) -> Iterator[_StageClock]:
+def _stage_clock(model: LoadedModel) -> Iterator[_StageClock]:
     """Time a pipeline's run: the first forward pass of a transformer ends text encoding, the last step denoising."""
-    clock = _StageClock(execution_device(pipe))
+    clock = _StageClock(model.device)
 
     def first_forward(module: Any, args: Any) -> None:
         clock.denoising_began()
         while handles:
             handles.pop().remove()
 
-    handles = [one.register_forward_pre_hook(first_forward) for one in find_transformers(pipe).values()]
+    handles = [one.register_forward_pre_hook(first_forward) for one in model.transformers.values()]
     try:
         yield clock
     finally:

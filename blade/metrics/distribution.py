@@ -6,14 +6,13 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
 
 import numpy as np
 import torch
 from torch.nn import functional
 
 from blade.metrics.estimates import Estimate
-from blade.models.pipeline_facts import empty_latent
+from blade.models.loaded import LoadedModel
 
 RESAMPLES = 200
 """Bootstrap resamples of a Frechet distance."""
@@ -22,25 +21,26 @@ THUMBNAIL = 24
 """Edge in pixels of the frames that diversity is measured on."""
 
 
-def feature_count(pipe: Any) -> int:
+def feature_count(model: LoadedModel) -> int:
     """Number of features of a video: see `latent_statistics`."""
-    return 2 * empty_latent(pipe, (1, 1, 1)).shape[1]
+    return 2 * model.empty_latent((1, 1, 1)).shape[1]
 
 
 @torch.no_grad()
-def latent_statistics(pipe: Any, video: torch.Tensor) -> list[float]:
+def latent_statistics(model: LoadedModel, video: torch.Tensor) -> list[float]:
     """The feature vector of a video: mean and standard deviation of every channel of its latent.
 
     The latent is that of the model's own VAE, so that nothing else has to be had: blur, flicker, ghosts and wrong
     colours all change what the encoder sees.
 
     Args:
-        pipe: the pipeline.
+        model: the model.
         video: (frames, 3, H, W) in [0, 1].
 
     Returns:
         Twice as many numbers as the latent has channels.
     """
+    pipe = model.pipe
     like = next(pipe.vae.parameters())
     pixels = (2 * video.clamp(0, 1) - 1).transpose(0, 1)[None].to(like)
     latent = pipe.vae.encode(pixels).latent_dist.mode()[0].float().flatten(1)

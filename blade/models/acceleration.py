@@ -1,4 +1,4 @@
-"""What a pipeline can be given beside BLADE: LoRAs, fewer bits a weight, caches, compilation, offloading."""
+"""Optional accelerations: LoRA merging, quantization, caching, compilation, offloading."""
 
 from __future__ import annotations
 
@@ -10,43 +10,18 @@ import torch
 from torch import nn
 
 from blade.common.errors import first_line
-from blade.families.registry import find_family
-from blade.families.transformers import find_transformers
-
-OFFLOADS = ("none", "model", "sequential", "group", "auto")
-"""Where weights are while they are not needed, fastest first; "auto" takes the fastest that fits."""
-
-QUANTIZATIONS = ("int8", "fp8")
-"""What the weights of the transformers' linear layers can be stored in."""
-
-CACHES = {"first-block": 0.05, "pyramid": 2}
-"""Diffusers' caches, and what each takes for its one number: the residual's threshold below which all blocks but the
-first are skipped, and every how many steps attention is computed."""
+from blade.models.choices import OFFLOADS, parse_cache, split_lora
+from blade.models.loaded import LoadedModel
 
 HEADROOM = 0.92
 """Share of a device's memory that weights and activations may fill."""
 
 
-def split_lora(text: str) -> tuple[str, float]:
-    """Read a LoRA and its strength, such as "style.safetensors=0.8"; without a strength: 1.
-
-    Raises:
-        ValueError: if the strength is no number.
-    """
-    source, separator, weight = text.rpartition("=")
-    if not separator:
-        return text, 1.0
-    try:
-        return source, float(weight)
-    except ValueError:
-        raise ValueError(f"`loras` must be sources, each with =STRENGTH or not, got {text!r}.") from None
-
-
-def load_loras(pipe: Any, loras: Sequence[str]) -> None:
+def load_loras(model: LoadedModel, loras: Sequence[str]) -> None:
     """Load LoRAs onto a pipeline, all active together.
 
     Args:
-        pipe: the pipeline.
+        model: the model.
         loras: folders, files or Hub ids, each with "=STRENGTH" or without.
 
     Raises:
@@ -58,34 +33,34 @@ def load_loras(pipe: Any, loras: Sequence[str]) -> None:
         path, name = Path(source).expanduser(), f"lora_{number}"
         place: dict[str, Any] = {"weight_name": path.name} if path.is_file() else {}
         try:
-            pipe.load_lora_weights(str(path.parent) if path.is_file() else source, adapter_name=name, **place)
+            model.pipe.load_lora_weights(str(path.parent) if path.is_file() else source, adapter_name=name, **place)
         except Exception as error:  # whatever Diffusers, PEFT, safetensors and the Hub's client raise
             raise ValueError(f"`loras` {source} cannot be loaded onto this model: {first_line(error)}") from error
-        if not any(name in getattr(one, "peft_config", {}) for one in find_transformers(pipe).values()):
+        if not any(name in getattr(one, "peft_config", {}) for one in model.transformers.values()):
             raise ValueError(f"`loras` {source} holds no weights for this model's transformer.")
         names.append(name)
         weights.append(weight)
     if names:
-        pipe.set_adapters(names, weights)
+        model.pipe.set_adapters(names, weights)
 
 
-def merge_loras(pipe: Any) -> None:
+def merge_loras(model: LoadedModel) -> None:
     """Add all LoRAs, a student's too, to the transformers' weights, where they cost no time; none can be taken off.
 
     Args:
-        pipe: the pipeline, its LoRAs loaded.
+        model: the model, its LoRAs loaded.
     """
-    for transformer in find_transformers(pipe).values():
+    for transformer in model.transformers.values():
         if getattr(transformer, "peft_config", None):
             transformer.fuse_lora()
             transformer.unload_lora()
 
 
-def quantize(pipe: Any, kind: str) -> None:
+def quantize(model: LoadedModel, kind: str) -> None:
     """Store the weights of the transformers' blocks in fewer bits, with torchao.
 
     Args:
-        pipe: the pipeline, its LoRAs merged.
+        model: the model, its LoRAs merged.
         kind: one of `QUANTIZATIONS`. Matrices are multiplied in the model's own type.
 
     Raises:
@@ -95,17 +70,17 @@ def quantize(pipe: Any, kind: str) -> None:
         from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
     except ImportError:
         raise ValueError('`quantize` needs torchao: pip install "blade-video[quantize]".') from None
-    for transformer in find_transformers(pipe).values():
+    for transformer in model.transformers.values():
         config = Int8WeightOnlyConfig() if kind == "int8" else Float8WeightOnlyConfig()
-        for block in find_family(transformer).blocks(transformer):
+        for block in model.family.blocks(transformer):
             quantize_(block, config)
 
 
-def enable_cache(pipe: Any, text: str) -> None:
+def enable_cache(model: LoadedModel, text: str) -> None:
     """Let Diffusers reuse what changes little from step to step.
 
     Args:
-        pipe: the pipeline.
+        model: the model.
         text: one of `CACHES`, with "=NUMBER" or without.
 
     Raises:
@@ -114,15 +89,16 @@ def enable_cache(pipe: Any, text: str) -> None:
     import diffusers
 
     name, number = parse_cache(text)
-    for transformer in find_transformers(pipe).values():
+    for transformer in model.transformers.values():
         if name == "first-block":
             config: Any = diffusers.FirstBlockCacheConfig(threshold=number)
         else:
             config = diffusers.PyramidAttentionBroadcastConfig(
-                spatial_attention_block_skip_range=int(number), current_timestep_callback=lambda: pipe.current_timestep
+                spatial_attention_block_skip_range=int(number),
+                current_timestep_callback=lambda: model.pipe.current_timestep,
             )
         kind = type(transformer).__name__
-        problem = find_family(transformer).cache_problem(transformer, name)
+        problem = model.family.cache_problem(transformer, name)
         if problem is not None:
             raise ValueError(f"`cache` must not be {name}: {problem}; use another cache.")
         try:
@@ -131,63 +107,43 @@ def enable_cache(pipe: Any, text: str) -> None:
             raise ValueError(f"`cache` {name} is not known to Diffusers for a {kind}: {first_line(error)}") from error
 
 
-def parse_cache(text: str) -> tuple[str, float]:
-    """Read a cache and its number, such as "first-block=0.1".
-
-    Raises:
-        ValueError: if there is no such cache, or its number makes no sense.
-    """
-    name, separator, value = text.partition("=")
-    if name not in CACHES:
-        raise ValueError(f"`cache` must be one of {', '.join(CACHES)}, with =NUMBER or without, got {text!r}.")
-    try:
-        number = float(value) if separator else float(CACHES[name])
-    except ValueError:
-        number = -1
-    if name == "first-block" and number <= 0:
-        raise ValueError(f"`cache` first-block takes a threshold above 0, such as 0.05, got {value!r}.")
-    if name == "pyramid" and (number != int(number) or number < 2):
-        raise ValueError(f"`cache` pyramid takes a whole number of steps from 2, got {value!r}.")
-    return name, number
-
-
-def compile_blocks(pipe: Any) -> None:
+def compile_blocks(model: LoadedModel) -> None:
     """Compile the transformers' blocks one by one, and the decoder of the VAE, when they first run."""
-    for transformer in find_transformers(pipe).values():
-        for block in find_family(transformer).blocks(transformer):
+    for transformer in model.transformers.values():
+        for block in model.family.blocks(transformer):
             block.compile()
-    if isinstance(decoder := getattr(pipe.vae, "decoder", None), nn.Module):
+    if isinstance(decoder := getattr(model.pipe.vae, "decoder", None), nn.Module):
         decoder.compile()
 
 
-def enable_tiling(pipe: Any) -> None:
+def enable_tiling(model: LoadedModel) -> None:
     """Have the VAE decode in tiles.
 
     Raises:
         ValueError: if this VAE cannot.
     """
-    if not hasattr(pipe.vae, "enable_tiling"):
-        raise ValueError(f"`vae_tiling` must not be given: a {type(pipe.vae).__name__} cannot decode in tiles.")
-    pipe.vae.enable_tiling()
+    if not hasattr(model.pipe.vae, "enable_tiling"):
+        raise ValueError(f"`vae_tiling` must not be given: a {type(model.pipe.vae).__name__} cannot decode in tiles.")
+    model.pipe.vae.enable_tiling()
 
 
-def place(pipe: Any, device: torch.device, offload: str) -> None:
+def place(model: LoadedModel, device: torch.device, offload: str) -> None:
     """Put a pipeline on a device, or have its parts brought there when they are needed.
 
     Args:
-        pipe: the pipeline, on the CPU.
+        model: the model, on the CPU.
         device: where it runs.
         offload: one of `OFFLOADS` but "auto".
     """
     if offload == "none":
-        pipe.to(device)
+        model.pipe.to(device)
     elif offload == "model":
-        pipe.enable_model_cpu_offload(device=device)
+        model.pipe.enable_model_cpu_offload(device=device)
     elif offload == "sequential":
-        pipe.enable_sequential_cpu_offload(device=device)
+        model.pipe.enable_sequential_cpu_offload(device=device)
     else:
         stream = device.type == "cuda"
-        pipe.enable_group_offload(device, offload_type="leaf_level", use_stream=stream, non_blocking=stream)
+        model.pipe.enable_group_offload(device, offload_type="leaf_level", use_stream=stream, non_blocking=stream)
 
 
 def choose_offload(weights: dict[str, float], activations: dict[str, float], device_gib: float) -> str:

@@ -7,19 +7,18 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from blade.families.protocol import Condition
-from blade.families.registry import find_family
 from blade.media.video import read_mp4
-from blade.models.pipeline_facts import call_parameters, main_transformer, size_multiples
+from blade.models.loaded import LoadedModel
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 
-def pipeline_for(pipe: Any, condition: Condition | None) -> Any:
-    """Return the pipeline of the same weights that takes a condition.
+def model_for(model: LoadedModel, condition: Condition | None) -> LoadedModel:
+    """Return the model with the pipeline of the same weights that takes a condition.
 
     Args:
-        pipe: the loaded pipeline.
+        model: the loaded model.
         condition: "image", "video", or None for a prompt alone.
 
     Raises:
@@ -27,28 +26,28 @@ def pipeline_for(pipe: Any, condition: Condition | None) -> Any:
     """
     import diffusers
 
-    kind, parameters = type(pipe).__name__, call_parameters(pipe)
+    pipe, kind, parameters = model.pipe, type(model.pipe).__name__, model.parameters
     if condition is None:
         for name in ("image", "video"):
             if name in parameters and parameters[name].default is parameters[name].empty:
                 raise ValueError(f"`{name}` must be given: this model is a {kind}, which starts from one.")
-        return pipe
+        return model
     if condition in parameters:
-        return pipe
-    other = find_family(main_transformer(pipe)).condition_pipeline(pipe, condition)
+        return model
+    other = model.family.condition_pipeline(pipe, condition)
     if other is None:
         raise ValueError(f"`{condition}` must not be given: this model is a {kind}, whose weights take none.")
-    if condition == "video" and getattr(pipe, "transformer_2", None) is not None:
+    if condition == "video" and len(model.transformers) > 1:
         raise ValueError(f"`video` must not be given for a model of two transformers: {other} has one.")
-    return _rebuild(pipe, getattr(diffusers, other))
+    return LoadedModel(_rebuild(pipe, getattr(diffusers, other)))
 
 
-def size_like(pipe: Any, image: Image, area: int) -> tuple[int, int]:
-    """Return the height and width nearest to an image's shape, of about so many pixels, that a pipeline can make."""
+def size_like(model: LoadedModel, image: Image, area: int) -> tuple[int, int]:
+    """Return the height and width nearest to an image's shape, of about so many pixels, that a model can make."""
     ratio = image.height / image.width
     edges = (math.sqrt(area * ratio), math.sqrt(area / ratio))
     height, width = (
-        max(round(edge / multiple), 1) * multiple for edge, multiple in zip(edges, size_multiples(pipe), strict=True)
+        max(round(edge / multiple), 1) * multiple for edge, multiple in zip(edges, model.size_multiples, strict=True)
     )
     return height, width
 

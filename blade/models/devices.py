@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import torch
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-"""What the transformer and the text encoder can run in. The VAE always runs in float32."""
+from blade.models.choices import DTYPE_NAMES
+
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_NAMES}
+"""Dtypes by name that the transformer and the text encoder can run in. The VAE always runs in float32."""
 
 
 def resolve_device(device: str | None = None) -> torch.device:

@@ -1,4 +1,4 @@
-"""Loading a text-to-video pipeline, and what it can make: inputs, devices, sizes of videos."""
+"""Loading a video pipeline, with its weights or without."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,12 +15,11 @@ from torch import nn
 from blade.common.errors import first_line
 from blade.families.registry import example_model
 from blade.models.cpu_convolutions import use_onednn_conv3d
-from blade.models.pipeline_facts import INPUTS, call_parameters
+from blade.models.loaded import LoadedModel
 from blade.models.source import BUNDLED, INDEX_NAME, ModelError, locate
 
-if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
-
+INPUTS = ("prompt", "image", "video")
+"""Arguments of a pipeline's call that a generation can give."""
 
 SMALL_PARTS = ("scheduler_config.json", "guider_config.json")
 """Configuration files of a pipeline's parts that have no weights."""
@@ -29,13 +28,13 @@ RANDOM_PARTS = ("transformer", "transformer_2")
 """Of a pipeline without weights, the parts of which one can be given random ones, beside the VAE."""
 
 
-def load_pipeline(
+def load_model(
     model: str | Path = BUNDLED,
     *,
     revision: str | None = None,
     device: torch.device | str | None = "cpu",
     dtype: torch.dtype = torch.float32,
-) -> DiffusionPipeline:
+) -> LoadedModel:
     """Load a Diffusers video pipeline.
 
     Args:
@@ -58,26 +57,28 @@ def load_pipeline(
         pipe = diffusers.DiffusionPipeline.from_pretrained(source, **options)
     except Exception as error:  # whatever Diffusers, Transformers and safetensors raise for a broken model
         raise ModelError(f"`model` {model} cannot be loaded: {_reason(source, error)}") from error
-    _check_video_model(model, pipe)
+    loaded = _checked(model, pipe)
     use_onednn_conv3d(pipe.vae)
-    return pipe if device is None else pipe.to(device)
+    if device is not None:
+        pipe.to(device)
+    return loaded
 
 
-def load_empty_pipeline(
+def load_empty_model(
     model: str | Path = BUNDLED,
     *,
     revision: str | None = None,
     dtype: torch.dtype = torch.float32,
     random_weights_on: torch.device | None = None,
-) -> DiffusionPipeline:
+) -> LoadedModel:
     """Load a pipeline without its weights: its models are on PyTorch's meta device, and it has no tokenizers.
 
     Of a Hub id, only the small configuration files are downloaded.
 
     Args:
-        model: see `load_pipeline`.
-        revision: see `load_pipeline`.
-        dtype: see `load_pipeline`.
+        model: see `load_model`.
+        revision: see `load_model`.
+        dtype: see `load_model`.
         random_weights_on: where one transformer and the VAE are made, with the random weights of their classes. None
             leaves them on the meta device too.
 
@@ -120,8 +121,7 @@ def load_empty_pipeline(
         pipe = getattr(diffusers, index["_class_name"])(**parts)
     except Exception as error:  # whatever Diffusers, Transformers and the Hub's client raise for a broken model
         raise ModelError(f"`model` {model} cannot be read: {first_line(error)}") from error
-    _check_video_model(model, pipe)
-    return pipe
+    return _checked(model, pipe)
 
 
 @contextmanager
@@ -136,8 +136,10 @@ def _making(device: torch.device | None, dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def _check_video_model(model: str | Path, pipe: Any) -> None:
-    kind, parameters = type(pipe).__name__, call_parameters(pipe)
+def _checked(model: str | Path, pipe: Any) -> LoadedModel:
+    """Return a pipeline with its facts, if it makes videos with a transformer from inputs that can be given."""
+    kind, loaded = type(pipe).__name__, LoadedModel(pipe)
+    parameters = loaded.parameters
     if "num_frames" not in parameters or not (
         getattr(pipe, "transformer", None) or getattr(pipe, "transformer_2", None)
     ):
@@ -148,6 +150,7 @@ def _check_video_model(model: str | Path, pipe: Any) -> None:
     needed = [name for name in needed if name not in INPUTS and parameters[name].kind != inspect.Parameter.VAR_KEYWORD]
     if needed:
         raise ModelError(f"`model` {model} is a {kind}, which needs `{needed[0]}`; take {example_model()}.")
+    return loaded
 
 
 def _reason(source: str, error: Exception) -> str:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from blade.common.errors import first_line
-from blade.families.registry import example_model
 
 BUNDLED = "bundled"
 """Name of the shapes model that ships with this package."""
@@ -38,6 +37,8 @@ def bundled_model_path() -> Path:
     """
     path = Path(str(files("blade") / "assets" / "shapes"))
     if not (path / INDEX_NAME).is_file():
+        from blade.families.registry import example_model
+
         raise ModelError(f"This installation lacks the bundled model; name another, such as `{example_model()}`.")
     return path
 
@@ -46,8 +47,8 @@ def hub_commit(model: str | Path, revision: str | None = None) -> str | None:
     """Return the commit of a Hub id that the local cache holds, once it is loaded.
 
     Args:
-        model: what `load_pipeline` was given.
-        revision: what `load_pipeline` was given.
+        model: the `model` of `load_model`.
+        revision: the `revision` of `load_model`.
 
     Returns:
         40 hexadecimal digits; None for the bundled model and for folders.
@@ -172,6 +173,8 @@ def locate(model: str | Path, revision: str | None, *, announce: bool = True) ->
 def _resemblance(files: list[str]) -> str:
     """Say what a folder without a pipeline looks like."""
     if any(name.endswith((".safetensors", ".pth", ".pt", ".ckpt", ".bin", ".gguf")) for name in files):
+        from blade.families.registry import example_model
+
         return (
             ". It looks like a model in its original format, or a single component; take the repository whose name "
             f"ends in -Diffusers, such as {example_model()}"

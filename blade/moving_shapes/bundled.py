@@ -1,8 +1,12 @@
-"""The bundled model: prompts that it was trained on."""
+"""The bundled model: its defaults, and the prompts that it was trained on."""
 
 from __future__ import annotations
 
 from blade.families.registry import example_model
+
+BUNDLED_DEFAULTS = {"height": 96, "width": 96, "frames": 33, "steps": 30, "guidance_scale": 2.0}
+"""Values that the shapes model was trained for, with little guidance, since much deforms its shapes; Diffusers' own
+defaults are those of the large models."""
 
 
 def prompt_warning(prompt: str, negative_prompt: str | None = None) -> str | None:

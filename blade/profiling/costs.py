@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch.nn import functional
 
 from blade.attention.pattern_plan import PatternPlan
-from blade.families.registry import find_family
 from blade.metrics.timing import measure
 from blade.models.costs import ForwardCost
-from blade.models.pipeline_facts import main_transformer
+from blade.models.loaded import LatentSize, LoadedModel
 
 REPEATS = 5
 """Calls that are timed of each pattern."""
@@ -43,23 +41,22 @@ class AttentionCosts:
         return cls(candidates=np.array(densities, dtype=np.float64), step_share=share, measured=False)
 
     @classmethod
-    def timed(cls, pipe: Any, plan: PatternPlan, latent: tuple[int, int, int]) -> AttentionCosts:
-        """Time every candidate on the pipeline's device, in its type, beside dense attention and a dense forward pass.
+    def timed(cls, model: LoadedModel, plan: PatternPlan, latent: LatentSize) -> AttentionCosts:
+        """Time every candidate on the model's device, in its type, beside dense attention and a dense forward pass.
 
         Args:
-            pipe: the pipeline, on its device; its transformer without BLADE.
+            model: the model, on its device; its transformer without BLADE.
             plan: of a table whose patterns are the candidates.
             latent: frames, height and width of the latent.
         """
-        transformer = main_transformer(pipe)
-        family = find_family(transformer)
+        transformer, family = model.transformer, model.family
         attentions = family.attention_layers(transformer)
         heads, size = family.heads(attentions[0]), transformer.config.attention_head_dim
         device = next(transformer.parameters()).device
         shape = (1, plan.grid.sequence_length, heads, size)
         query, key, value = (torch.randn(shape, device=device, dtype=transformer.dtype) for _ in range(3))
         heads_first = [x.transpose(1, 2) for x in (query, key, value)]
-        inputs = family.example_inputs(transformer, latent)
+        inputs = model.example_inputs(latent)
 
         def time_pattern(number: int) -> float:
             ids = torch.full((heads,), number, device=device)

@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,9 +16,9 @@ import torch
 from blade.attention.apply import use_blade
 from blade.attention.config import BladeConfig
 from blade.common.files import write_files
-from blade.families.transformers import find_transformers
-from blade.generation.request import GenerationRequest
+from blade.generation.request import ResolvedRequest
 from blade.generation.run import Generation, generate
+from blade.models.loaded import LoadedModel
 from blade.profiling.record_prompts import dense_video
 from blade.profiling.recording import kept_passes
 from blade.profiling.search import Choice, PatternSearch
@@ -38,8 +37,8 @@ LEAST = 1e-8
 
 
 def measure_influences(
-    pipe: Any,
-    requests: Sequence[GenerationRequest],
+    model: LoadedModel,
+    requests: Sequence[ResolvedRequest],
     search: PatternSearch,
     choice: Choice,
     folder: Path,
@@ -50,7 +49,7 @@ def measure_influences(
     What is stopped goes on where it was.
 
     Args:
-        pipe: the pipeline.
+        model: the model.
         requests: for the first of the profile's prompts, resolved.
         search: what the choice was made by, a group for every step.
         choice: patterns of about the density in mind, since a small error need not matter as a share of a large one.
@@ -65,7 +64,7 @@ def measure_influences(
     expected = search.head_errors(choice).sum(-1)  # (steps, layers)
     steps, layers = expected.shape
     apart = STEPS_APART if steps >= 4 * STEPS_APART else 1
-    runs = _Runs(pipe, requests, search, choice, folder, on_run)
+    runs = _Runs(model, requests, search, choice, folder, on_run)
     bands, stretches = _parts(layers, BANDS), _stretches(steps)
     places = np.zeros((len(bands), *expected.shape), dtype=bool)
     for place, (first, last) in zip(places, bands):
@@ -90,14 +89,14 @@ class _Runs:
 
     def __init__(
         self,
-        pipe: Any,
-        requests: Sequence[GenerationRequest],
+        model: LoadedModel,
+        requests: Sequence[ResolvedRequest],
         search: PatternSearch,
         choice: Choice,
         folder: Path,
         on_run: Callable[[str], None] | None,
     ) -> None:
-        self.pipe, self.requests, self.search, self.choice, self.on_run = pipe, requests, search, choice, on_run
+        self.model, self.requests, self.search, self.choice, self.on_run = model, requests, search, choice, on_run
         self.recordings = folder
         chosen = hashlib.sha256(choice.candidates.astype(np.int32).tobytes()).hexdigest()[:12]
         self.folder = folder / f"influences-{chosen}"
@@ -117,7 +116,7 @@ class _Runs:
         ]
         return np.exp(np.mean(logs, axis=0))
 
-    def _error(self, number: int, request: GenerationRequest, name: str, sparse: np.ndarray) -> float:
+    def _error(self, number: int, request: ResolvedRequest, name: str, sparse: np.ndarray) -> float:
         """Squared error of a prompt's video as a share of its variance."""
         key = f"prompt {number}, {name}"
         if key not in self.known:
@@ -125,20 +124,19 @@ class _Runs:
                 self.on_run(f"influence of {name} (prompt {number + 1}/{len(self.requests)})")
             partly = replace(self.choice, candidates=np.where(sparse[:, :, None], self.choice.candidates, 0))
             config = BladeConfig(attention="patterns", patterns=self.search.table(partly))
-            video = generate_kept(self.pipe, request, config, self.folder).video
+            video = generate_kept(self.model, request, config, self.folder).video
             dense = torch.from_numpy(dense_video(self.recordings, number)).float() / 255
             self.known[key] = float((video - dense).square().mean() / dense.var().clamp(min=LEAST))
             write_files({self.path: json.dumps(self.known, indent=1).encode()})
         return max(self.known[key], LEAST)
 
 
-def generate_kept(pipe: Any, request: GenerationRequest, config: BladeConfig, folder: Path) -> Generation:
+def generate_kept(model: LoadedModel, request: ResolvedRequest, config: BladeConfig, folder: Path) -> Generation:
     """Generate with a configuration; if that was stopped before, from where it was. Nothing stays in the folder."""
-    transformer = next(iter(find_transformers(pipe).values()))
     whole = json.dumps([request.prompt, request.seed, config.to_dict()]).encode()
     passes = folder / hashlib.sha256(whole).hexdigest()[:12]
-    with use_blade(pipe, config):
-        generation = generate(pipe, request, attention=kept_passes(transformer, passes))
+    with use_blade(model.pipe, config):
+        generation = generate(model, request, attention=kept_passes(model.transformer, passes))
     shutil.rmtree(passes)
     return generation
 

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from blade.attention.patterns import HeadPattern
-from blade.generation.request import GenerationRequest
+from blade.generation.request import ResolvedRequest
+from blade.models.loaded import LoadedModel
 from blade.profiling.assignment import GreedyRule
 from blade.profiling.candidates import natural_order, pattern_of_density, share_of_blocks
 from blade.profiling.profile import AttentionProfile, ProfileSource
@@ -77,8 +78,8 @@ def published_candidates(
 
 
 def published_search(
-    pipe: Any,
-    requests: Sequence[GenerationRequest],
+    model: LoadedModel,
+    requests: Sequence[ResolvedRequest],
     recording: Recording,
     source: ProfileSource,
     folder: Path,
@@ -91,7 +92,7 @@ def published_search(
     """Search as published.
 
     Args:
-        pipe: the pipeline.
+        model: the model.
         requests: one for each prompt, resolved.
         recording: what is measured, of `published_candidates`.
         source: what the profile is of.
@@ -107,13 +108,13 @@ def published_search(
     losses = None
     if target_density is not None:
         # where to begin: the losses along dense generations
-        start = record_profile(pipe, requests, recording, source, folder / START_NAME, _named("dense", on_step))
+        start = record_profile(model, requests, recording, source, folder / START_NAME, _named("dense", on_step))
         search = PatternSearch(start, groups=groups)
         rule = _threshold_for(search, rule, target_density, search.losses(rule))
     for number in range(1, ROUNDS + 1):
         name = f"round {number}, threshold {rule.threshold:.4g}"
         place = folder / f"threshold-{rule.threshold:.9f}"
-        profile = record_profile(pipe, requests, replace(recording, rule=rule), source, place, _named(name, on_step))
+        profile = record_profile(model, requests, replace(recording, rule=rule), source, place, _named(name, on_step))
         search = PatternSearch(profile, groups=groups)
         losses = search.losses(rule)
         choice = search.by_rule(rule, losses)

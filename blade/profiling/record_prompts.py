@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from blade.common.files import write_files
-from blade.families.transformers import find_transformers
-from blade.generation.request import GenerationRequest, dense_request
+from blade.generation.request import ResolvedRequest
 from blade.generation.run import generate
+from blade.models.loaded import LoadedModel
 from blade.profiling.profile import AttentionProfile, ProfileSource, aggregate_passes, make_profile
 from blade.profiling.recording import recorded
 from blade.profiling.recording_plan import Recording
@@ -52,21 +52,21 @@ class Progress:
 
 
 def record_profile(
-    pipe: Any,
-    requests: Sequence[GenerationRequest],
+    model: LoadedModel,
+    requests: Sequence[ResolvedRequest],
     recording: Recording,
     source: ProfileSource,
     folder: Path,
     on_step: Callable[[Progress], None] | None = None,
 ) -> AttentionProfile:
     """Record all prompts and put together what was measured. See `record_prompts`."""
-    record_prompts(pipe, requests, recording, source, folder, on_step)
+    record_prompts(model, requests, recording, source, folder, on_step)
     return make_profile(source, [_path(folder, number) for number in range(len(requests))])
 
 
 def record_prompts(
-    pipe: Any,
-    requests: Sequence[GenerationRequest],
+    model: LoadedModel,
+    requests: Sequence[ResolvedRequest],
     recording: Recording,
     source: ProfileSource,
     folder: Path,
@@ -78,7 +78,7 @@ def record_prompts(
     What is stopped goes on where it was: a pass of the transformer that is kept in the folder is not computed again.
 
     Args:
-        pipe: the pipeline, with one transformer.
+        model: the model, with one transformer.
         requests: one for each prompt, resolved.
         recording: what is measured.
         source: what the profile is of.
@@ -87,14 +87,15 @@ def record_prompts(
         share: (i, n): record every n-th prompt from the i-th, as one of n processes.
 
     Raises:
-        ValueError: if the pipeline has two transformers, or the folder holds recordings of something else.
+        ValueError: if the model has two transformers, or the folder holds recordings of something else.
         NonFiniteError: see `blade.generation.run.generate`.
         OSError: if a file cannot be written.
     """
-    transformers = find_transformers(pipe)
+    transformers = model.transformers
     if len(transformers) > 1:
         raise ValueError(
-            f"`model` must have one transformer to be profiled, but a {type(pipe).__name__} has {len(transformers)}."
+            f"`model` must have one transformer to be profiled, but a {type(model.pipe).__name__} has "
+            f"{len(transformers)}."
         )
     (transformer,) = transformers.values()
     _check_folder(folder, source, recording, requests[0])
@@ -104,8 +105,8 @@ def record_prompts(
         passes, path = folder / f"prompt-{number:03d}", _path(folder, number)
         pace.prompt_began(place)
         if not path.is_file():
-            look = recorded(transformer, recording, passes, pipe, pace.passed)
-            generation = generate(pipe, dense_request(requests[number]), attention=look)
+            look = recorded(transformer, recording, passes, model.pipe, pace.passed)
+            generation = generate(model, requests[number].dense(), attention=look)
             pixels = (generation.video.clamp(0, 1) * 255).round().byte().numpy()
             buffer = io.BytesIO()
             np.savez_compressed(buffer, frames=pixels)
@@ -124,7 +125,7 @@ def dense_video(folder: Path, number: int) -> np.ndarray:
         return archive["frames"]
 
 
-def _check_folder(folder: Path, source: ProfileSource, recording: Recording, request: GenerationRequest) -> None:
+def _check_folder(folder: Path, source: ProfileSource, recording: Recording, request: ResolvedRequest) -> None:
     """Refuse to mix recordings of different things; note what these are of."""
     more = {"recording": _plain(recording), **{name: getattr(request, name) for name in SAME_FIELDS}}
     wanted = source.to_dict() | json.loads(json.dumps(more))

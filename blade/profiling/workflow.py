@@ -15,14 +15,13 @@ from blade.attention.pattern_plan import PatternPlan
 from blade.attention.pattern_table import uniform_table
 from blade.common.checks import check_integer
 from blade.common.files import check_writable
-from blade.families.registry import find_family
-from blade.generation.prepare import prepare_pipeline
-from blade.generation.request import GenerationRequest, dense_request
+from blade.generation.prepare import prepare_model
+from blade.generation.request import GenerationRequest, ResolvedRequest
 from blade.generation.run import generate
 from blade.metrics.similarity import psnr, ssim
 from blade.models.costs import forward_cost
-from blade.models.loading import load_empty_pipeline
-from blade.models.pipeline_facts import execution_device, latent_size, main_transformer
+from blade.models.loaded import LatentSize, LoadedModel
+from blade.models.loading import load_empty_model
 from blade.profiling.adaptive_sparsity import AdaptiveChoice, adaptive_at_error
 from blade.profiling.assignment import GreedyRule
 from blade.profiling.candidates import default_candidates
@@ -196,20 +195,20 @@ def profile_attention(
     """
     say = on_progress or (lambda line: None)
     check_writable(request.output / PROFILE_NAME)
-    pipe, resolved = prepare_pipeline(replace(request.generation, prompt=request.prompts[0], attention="dense"))
-    pipe.set_progress_bar_config(disable=True)
+    model, resolved = prepare_model(replace(request.generation, prompt=request.prompts[0], attention="dense"))
+    model.pipe.set_progress_bar_config(disable=True)
     requests = [
         replace(resolved, prompt=prompt, seed=resolved.seed + number) for number, prompt in enumerate(request.prompts)
     ]
-    setup = _Setup.of(request, resolved, pipe)
+    setup = _Setup.of(request, resolved, model)
     folder = request.output / RECORDINGS_NAME
     if request.method == "published":
-        return _published(request, pipe, requests, setup, folder, say)
-    recorder = (pipe, requests, setup.recording, setup.source, folder, lambda step: say(str(step)))
+        return _published(request, model, requests, setup, folder, say)
+    recorder = (model, requests, setup.recording, setup.source, folder, lambda step: say(str(step)))
     if request.share[1] > 1:
         record_prompts(*recorder, share=request.share)
         return None
-    costs = setup.costs(pipe)
+    costs = setup.costs(model)
     assert request.budget is not None
     if request.budget.target_speedup is not None:  # said before anything is measured
         costs.share_for_speedup(request.budget.target_speedup, float(costs.candidates.min()))
@@ -220,24 +219,24 @@ def profile_attention(
         by_step = PatternSearch(profile, costs=costs)
         first = by_step.within(Budget(target_density=max(choice.density, by_step.least_density)))
         own = requests[: request.influence_prompts]
-        influences = measure_influences(pipe, own, by_step, first, folder, say)
+        influences = measure_influences(model, own, by_step, first, folder, say)
         search = PatternSearch(profile, groups=request.groups, costs=costs, influences=influences)
         choice = search.within(request.budget)
     adaptive = adaptive_at_error(profile, choice.error, search.influences)
     adaptive.config.save_pretrained(request.output / ADAPTIVE_NAME)
-    return _finished(request, pipe, requests, search, choice, adaptive, None, folder, say)
+    return _finished(request, model, requests, search, choice, adaptive, None, folder, say)
 
 
 def _published(
     request: ProfileRequest,
-    pipe: Any,
-    requests: Sequence[GenerationRequest],
+    model: LoadedModel,
+    requests: Sequence[ResolvedRequest],
     setup: _Setup,
     folder: Path,
     say: Callable[[str], None],
 ) -> ProfileReport:
     found = published_search(
-        pipe,
+        model,
         requests,
         setup.recording,
         setup.source,
@@ -247,15 +246,15 @@ def _published(
         groups=request.groups,
         on_step=lambda name, step: say(f"{name}: {step}"),
     )
-    search = PatternSearch(found.profile, groups=request.groups, costs=setup.costs(pipe))
+    search = PatternSearch(found.profile, groups=request.groups, costs=setup.costs(model))
     choice = replace(found.choice, cost=search.by_rule(found.rule).cost)
-    return _finished(request, pipe, requests, search, choice, None, found.rule, folder, say)
+    return _finished(request, model, requests, search, choice, None, found.rule, folder, say)
 
 
 def _finished(
     request: ProfileRequest,
-    pipe: Any,
-    requests: Sequence[GenerationRequest],
+    model: LoadedModel,
+    requests: Sequence[ResolvedRequest],
     search: PatternSearch,
     choice: Choice,
     adaptive: AdaptiveChoice | None,
@@ -271,8 +270,8 @@ def _finished(
     recordings = folder if rule is None else folder / "published" / START_NAME
     for number, own in enumerate(requests[: request.verify_prompts]):
         say(f"trying the table: {own.prompt}")
-        generation = generate_kept(pipe, own, config, folder / "verified")
-        dense = _dense(pipe, own, recordings, number)
+        generation = generate_kept(model, own, config, folder / "verified")
+        dense = _dense(model, own, recordings, number)
         verified.append(
             Verification(
                 prompt=own.prompt,
@@ -290,16 +289,16 @@ def _finished(
         rule=rule,
         adaptive=adaptive,
         verified=tuple(verified),
-        device=execution_device(pipe),
+        device=model.device,
     )
 
 
-def _dense(pipe: Any, request: GenerationRequest, recordings: Path, number: int) -> torch.Tensor:
+def _dense(model: LoadedModel, request: ResolvedRequest, recordings: Path, number: int) -> torch.Tensor:
     """The dense video of a prompt: the recorded one, if there is one."""
     try:
         return torch.from_numpy(dense_video(recordings, number)).float() / 255
     except FileNotFoundError:
-        return generate(pipe, dense_request(request)).video
+        return generate(model, request.dense()).video
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -310,21 +309,16 @@ class _Setup:
     source: ProfileSource
     plan: PatternPlan
     """Of the candidates."""
-    latent: tuple[int, int, int]
+    latent: LatentSize
     """Frames, height and width of the latent."""
     request: ProfileRequest
 
     @classmethod
-    def of(cls, request: ProfileRequest, resolved: GenerationRequest, pipe: Any) -> _Setup:
-        assert resolved.frames is not None and resolved.height is not None and resolved.width is not None
-        assert resolved.steps is not None and resolved.guidance_scale is not None
-        latent = latent_size(pipe, resolved.height, resolved.width, resolved.frames)
-        transformer = main_transformer(pipe)
-        family = find_family(transformer)
-        preset = BladeConfig.from_preset(family.preset_name(transformer))
+    def of(cls, request: ProfileRequest, resolved: ResolvedRequest, model: LoadedModel) -> _Setup:
+        latent, preset = model.latent_size(*resolved.size), model.preset
         size, order = preset.asa.block_size, "raster"
-        grid = family.token_grid(transformer, family.example_inputs(transformer, latent))
-        device = torch.device(resolved.device or "cpu")
+        grid = model.token_grid(latent)
+        device = torch.device(resolved.device)
         published = request.method == "published"
         if published:
             candidates = published_candidates(grid, size, order, device=device)
@@ -359,12 +353,12 @@ class _Setup:
         )
         return cls(recording=recording, source=source, plan=plan, latent=latent, request=request)
 
-    def costs(self, pipe: Any) -> AttentionCosts:
+    def costs(self, model: LoadedModel) -> AttentionCosts:
         """Costs of the candidates, timed where that is asked for."""
         on_cuda = self.plan.masks.device.type == "cuda"
         if self.request.costs == "time" or (self.request.costs == "auto" and on_cuda):
-            return AttentionCosts.timed(pipe, self.plan, self.latent)
+            return AttentionCosts.timed(model, self.plan, self.latent)
         generation = self.request.generation
-        empty = load_empty_pipeline(generation.model, revision=generation.revision)
-        forward = forward_cost(main_transformer(empty), self.latent)
+        empty = load_empty_model(generation.model, revision=generation.revision)
+        forward = forward_cost(empty.transformer, self.latent)
         return AttentionCosts.of_operations(self.source.densities, forward)

@@ -15,9 +15,9 @@ from blade.attention.applied import applied_to
 from blade.attention.apply import STUDENT_ATTRIBUTE, install_blade, remove_blade
 from blade.attention.config import BladeConfig
 from blade.common.errors import first_line
-from blade.families.registry import find_family, released_students
+from blade.families.registry import released_students
 from blade.families.transformers import find_transformers
-from blade.models.pipeline_facts import main_transformer
+from blade.models.loaded import LoadedModel
 from blade.students.scheduler import FewStepScheduler
 from blade.students.source import CONDITION_NAME, STUDENT_FILES, TRANSFORMER_FOLDER, WEIGHT_NAME, StudentFiles
 from blade.students.step_condition import StepCondition
@@ -84,11 +84,10 @@ def loaded_student(pipe: Any) -> Student | None:
     return None if loaded is None else loaded.student
 
 
-def published_students(pipe: Any) -> tuple[str, ...]:
-    """Return the Hub ids of the students that this project knows for a pipeline's model."""
-    transformer = next(iter(find_transformers(pipe).values()))
-    preset = find_family(transformer).preset_name(transformer)
-    return tuple(dict.fromkeys(student.source for student in released_students() if student.preset == preset))
+def published_students(model: LoadedModel) -> tuple[str, ...]:
+    """Return the Hub ids of the students that this project knows for a model."""
+    fitting = [student.source for student in released_students() if student.preset == model.preset_name]
+    return tuple(dict.fromkeys(fitting))
 
 
 def parse_times(text: str) -> tuple[float, ...]:
@@ -277,7 +276,7 @@ def _find(
 ) -> _Found:
     """Find a student's files, and out of them or of what is known of it how it is run; see `load_student`."""
     files = StudentFiles(source)
-    released = _released(files, find_transformers(pipe))
+    released = _released(files, LoadedModel(pipe))
     is_whole = weight_name is None and files.fetch(subfolder, f"{TRANSFORMER_FOLDER}/config.json") is not None
     if not is_whole:
         subfolder = files.find_subfolder(
@@ -308,17 +307,17 @@ def _find(
     return _Found(files=files, is_whole=is_whole, sampler=sampler, student=student)
 
 
-def _released(files: StudentFiles, transformers: dict[str, nn.Module]) -> ReleasedStudent | None:
+def _released(files: StudentFiles, model: LoadedModel) -> ReleasedStudent | None:
     """What this project knows of a published student, for this model."""
     known = [student for student in released_students() if student.source == files.source]
     if not known:
         return None
-    transformer = next(iter(transformers.values()))
-    preset = find_family(transformer).preset_name(transformer)
-    fitting = [student for student in known if student.preset == preset]
+    fitting = [student for student in known if student.preset == model.preset_name]
     if not fitting:
         listed = " and ".join(student.preset for student in known)
-        raise ValueError(f"`source` {files.source} has students of {listed}; this model is of the kind {preset}.")
+        raise ValueError(
+            f"`source` {files.source} has students of {listed}; this model is of the kind {model.preset_name}."
+        )
     return fitting[0]
 
 
@@ -345,7 +344,7 @@ def _load_weights(
 
 def _replace_transformer(pipe: Any, files: StudentFiles, subfolder: str | None) -> None:
     """Put a student of whole weights in the transformer's place."""
-    before = main_transformer(pipe)
+    before = LoadedModel(pipe).transformer
     prefix = f"{TRANSFORMER_FOLDER}/"
     paths = [files.fetch(subfolder, name) for name in files.inside(subfolder) if name.startswith(prefix)]
     folder = next(path.parent for path in paths if path is not None)
@@ -371,8 +370,8 @@ def _load_condition(pipe: Any, files: StudentFiles, subfolder: str | None, sampl
     from safetensors.torch import load_file
 
     weight = load_file(path)["weight"]
-    transformer, counts = main_transformer(pipe), [len(grid) for grid in sampler.config.grids]
-    embedding = find_family(transformer).time_embedding(transformer)
+    model, counts = LoadedModel(pipe), [len(grid) for grid in sampler.config.grids]
+    embedding = model.family.time_embedding(model.transformer)
     condition = StepCondition(embedding, {ADAPTER: len(weight)})
     condition.vectors[ADAPTER].weight.data.copy_(weight)
     condition.requires_grad_(False)

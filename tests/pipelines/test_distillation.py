@@ -11,7 +11,7 @@ from blade.distillation.roles import FAKE, STUDENT, TEACHER, Lora, adapter_roles
 from blade.families.registry import find_family
 from blade.generation.request import GenerationRequest
 from blade.generation.resolve import resolve_request
-from blade.models.pipeline_facts import main_transformer
+from blade.models.loaded import LoadedModel
 
 CONFIG = BladeConfig(
     sparsity=0.6,
@@ -46,12 +46,12 @@ def test_gradients_reach_the_student_and_no_other(family):
 @pytest.mark.parametrize("name", PIPELINES)
 def test_what_a_pipeline_gives_its_transformer_is_found_and_kept(small_pipelines, name, tmp_path):
     pipe = small_pipelines[name]()
-    transformer = main_transformer(pipe)
+    transformer = LoadedModel(pipe).transformer
     request = GenerationRequest(prompt="x", height=128, width=128, frames=13, steps=3, attention="dense")
-    request = resolve_request(request, pipe)
-    found = capture(pipe, request, "a prompt")
+    request = resolve_request(request, LoadedModel(pipe))
+    found = capture(LoadedModel(pipe), request, "a prompt")
     assert len(found.latent_shape) == 4
-    encode_prompts(pipe, request, ["one", "two", "three"], tmp_path)
+    encode_prompts(LoadedModel(pipe), request, ["one", "two", "three"], tmp_path)
     rows = PromptEmbeddings(tmp_path, ["one", "two", "three"]).rows([2, 0])
     assert {key: value.shape[1:] for key, value in rows.prompts.items()} == {
         key: value.shape[1:] for key, value in found.prompts.items()
@@ -65,7 +65,7 @@ def test_what_a_pipeline_gives_its_transformer_is_found_and_kept(small_pipelines
 
 def test_a_pipeline_that_needs_an_image_is_refused(small_pipelines):
     for name in PIPELINES:
-        check_text_alone(small_pipelines[name]())
+        check_text_alone(LoadedModel(small_pipelines[name]()))
     for name, needed in (("WanImageToVideoPipeline", "image"), ("CogVideoXImageToVideoPipeline", "image")):
         with pytest.raises(ValueError, match=f"from text alone, but a Small needs `{needed}`"):
-            check_text_alone(small_pipelines[name]())
+            check_text_alone(LoadedModel(small_pipelines[name]()))

@@ -9,7 +9,7 @@ from blade.benchmarks.generation import PARTS, GenerationBenchmark, run_generati
 from blade.benchmarks.generation_report import tables, write_report
 from blade.cli.bench import main
 from blade.metrics import timing
-from blade.models.loading import load_empty_pipeline
+from blade.models.loading import load_empty_model
 
 QUICK = GenerationBenchmark(
     random_weights=True, height=128, width=128, frames=13, steps=2, student_steps=(1,), repeats=1, device="cpu"
@@ -53,19 +53,19 @@ def test_nothing_stays_on_the_transformer(configurations, monkeypatch):
     made = []
 
     def load(*args, **options):
-        made.append(load_empty_pipeline(*args, **options))
+        made.append(load_empty_model(*args, **options))
         return made[0]
 
-    monkeypatch.setattr("blade.benchmarks.generation.load_empty_pipeline", load)
+    monkeypatch.setattr("blade.benchmarks.generation.load_empty_model", load)
     run_generation_benchmark(replace(QUICK, model=str(configurations("WanPipeline"))))
-    (transformer,) = (pipe.transformer for pipe in made)
+    (transformer,) = (model.transformer for model in made)
     assert applied_to(transformer) is None
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in transformer.modules())
 
 
 def test_one_transformer_alone_gets_random_weights(configurations):
     folder = configurations("WanPipeline", second_transformer=True)
-    pipe = load_empty_pipeline(folder, random_weights_on=torch.device("cpu"), dtype=torch.bfloat16)
+    pipe = load_empty_model(folder, random_weights_on=torch.device("cpu"), dtype=torch.bfloat16).pipe
     assert {part.device.type for part in (pipe.transformer, pipe.vae)} == {"cpu"}
     assert pipe.transformer_2.device.type == "meta" and pipe.transformer.dtype == torch.bfloat16
     assert next(pipe.vae.parameters()).dtype == torch.float32 and torch.get_default_dtype() == torch.float32

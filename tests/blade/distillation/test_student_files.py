@@ -15,7 +15,7 @@ from blade.cli.generate import main as generate
 from blade.distillation.config import load_config
 from blade.distillation.workflow import distill
 from blade.media.video import read_mp4
-from blade.models.loading import load_pipeline
+from blade.models.loading import load_model
 from blade.students.scheduler import FewStepScheduler
 from blade.students.source import student_settings
 
@@ -32,7 +32,7 @@ def quiet():
 
 @pytest.fixture
 def pipe(saved_tiny_pipeline):
-    pipe = load_pipeline(saved_tiny_pipeline)
+    pipe = load_model(saved_tiny_pipeline).pipe
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

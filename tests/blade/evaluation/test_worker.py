@@ -44,7 +44,7 @@ def test_videos_are_measured_once(evaluation, monkeypatch):
             assert min(record["psnr_by_frame"]) < record["psnr"] < max(record["psnr_by_frame"])
             assert sum(record["ssim_by_frame"]) / 9 == pytest.approx(record["ssim"])
             assert record["blade_config"]["sparsity"] == 0.5
-    monkeypatch.setattr(evaluation_worker, "load_pipeline", None)
+    monkeypatch.setattr(evaluation_worker, "load_model", None)
     evaluate_videos(plan)
     assert read_records(plan) == records
 

@@ -197,7 +197,7 @@ def test_an_unknown_hub_id_without_a_network_fails_at_once(
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     if option == "config":
         monkeypatch.setattr(
-            "blade.generation.prepare.load_pipeline", lambda *args, **options: pytest.fail("loaded first")
+            "blade.generation.prepare.load_model", lambda *args, **options: pytest.fail("loaded first")
         )
     start = time.perf_counter()
     line = command.fails(*OK, f"--{option}", "nobody-here/nothing")
@@ -210,7 +210,7 @@ def test_an_unknown_hub_id_without_a_network_fails_at_once(
 def test_an_output_that_cannot_be_written(
     command: CommandLine, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("blade.generation.prepare.load_pipeline", refuse_to_load)
+    monkeypatch.setattr("blade.generation.prepare.load_model", refuse_to_load)
     (tmp_path / "file").touch()
     (tmp_path / "folder.mp4").mkdir()
     line = command.fails(*OK, "--output", str(tmp_path / name))

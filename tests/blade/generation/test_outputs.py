@@ -18,14 +18,17 @@ from torch.profiler import ProfilerActivity, profile
 
 from blade.attention.config import AdaptiveConfig, BladeConfig
 from blade.cli.generate import main
+from blade.common.options import option_names
+from blade.generation.options import GROUPS
 from blade.generation.outputs import GenerationReport, default_output, describe_score, generate_files
 from blade.generation.record import read_request
-from blade.generation.request import MODEL_OPTIONS, STUDENT_OPTIONS, GenerationRequest, dense_request
+from blade.generation.request import GenerationRequest
 from blade.generation.resolve import resolve_request
 from blade.generation.run import generate
 from blade.media.video import read_mp4
 from blade.metrics.similarity import MAX_PSNR
-from blade.models.loading import load_pipeline
+from blade.models.loaded import LoadedModel
+from blade.models.loading import load_model
 from blade.models.source import bundled_model_path
 from blade.moving_shapes.bundled import prompt_warning
 
@@ -40,7 +43,7 @@ def tiny_request(model: Path, **changes) -> GenerationRequest:
 
 @pytest.fixture(scope="module")
 def pipe(saved_tiny_pipeline: Path):
-    pipe = load_pipeline(saved_tiny_pipeline)
+    pipe = load_model(saved_tiny_pipeline).pipe
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -53,7 +56,7 @@ def report(saved_tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 
 def test_a_dense_video_is_the_pipelines_own(pipe, saved_tiny_pipeline: Path) -> None:
-    request = resolve_request(tiny_request(saved_tiny_pipeline, attention="dense", seed=5), pipe)
+    request = resolve_request(tiny_request(saved_tiny_pipeline, attention="dense", seed=5), LoadedModel(pipe))
     expected = pipe(
         prompt=PROMPT,
         height=64,
@@ -63,7 +66,7 @@ def test_a_dense_video_is_the_pipelines_own(pipe, saved_tiny_pipeline: Path) -> 
         generator=torch.Generator().manual_seed(5),
         output_type="pt",
     ).frames[0]
-    made = generate(pipe, request)
+    made = generate(LoadedModel(pipe), request)
     assert torch.equal(made.video, expected)
     assert made.run_density == 1 and made.layer_density is None
 
@@ -80,9 +83,9 @@ def test_decoding_by_onednn_gives_what_diffusers_does(pipe, saved_tiny_pipeline:
 
 
 def test_what_a_run_cost_adds_up(pipe, saved_tiny_pipeline: Path) -> None:
-    request = resolve_request(tiny_request(saved_tiny_pipeline, **SPARSE), pipe)
+    request = resolve_request(tiny_request(saved_tiny_pipeline, **SPARSE), LoadedModel(pipe))
     start = time.perf_counter()
-    made = generate(pipe, request)
+    made = generate(LoadedModel(pipe), request)
     elapsed = time.perf_counter() - start
     stages = (made.seconds_text, made.seconds_denoising, made.seconds_decoding)
     assert all(seconds > 0 for seconds in stages)
@@ -93,24 +96,25 @@ def test_what_a_run_cost_adds_up(pipe, saved_tiny_pipeline: Path) -> None:
 
 
 def test_attention_changes_the_video_and_is_taken_off_afterwards(pipe, saved_tiny_pipeline: Path) -> None:
-    request = resolve_request(tiny_request(saved_tiny_pipeline, **SPARSE), pipe)
-    dense_before = generate(pipe, dense_request(request)).video
-    sparse = generate(pipe, request).video
-    dense_after = generate(pipe, dense_request(request)).video
+    request = resolve_request(tiny_request(saved_tiny_pipeline, **SPARSE), LoadedModel(pipe))
+    dense_before = generate(LoadedModel(pipe), request.dense()).video
+    sparse = generate(LoadedModel(pipe), request).video
+    dense_after = generate(LoadedModel(pipe), request.dense()).video
     assert torch.equal(dense_before, dense_after)
     assert not torch.equal(dense_before, sparse)
 
 
 def test_a_resolved_request_leaves_nothing_to_defaults(pipe, saved_tiny_pipeline: Path) -> None:
-    resolved = resolve_request(tiny_request(saved_tiny_pipeline), pipe)
-    may_be_none = {"negative_prompt", "config", "revision", "quantize", *STUDENT_OPTIONS, *MODEL_OPTIONS}
+    resolved = resolve_request(tiny_request(saved_tiny_pipeline), LoadedModel(pipe))
+    may_be_none = {"negative_prompt", "config", "revision", "quantize"}
+    may_be_none |= {*option_names(*GROUPS, of_student=True), *option_names(*GROUPS, of_model=True)}
     assert {name for name, value in vars(resolved).items() if value is None} <= may_be_none
     assert resolved.blade_config == BladeConfig.from_preset("shapes")
     assert (resolved.guidance_scale, resolved.fps, resolved.dtype) == (5.0, 16, "float32")  # 5.0 is WanPipeline's
 
 
 def test_a_pipelines_own_defaults_fill_what_is_not_given(pipe, saved_tiny_pipeline: Path) -> None:
-    resolved = resolve_request(GenerationRequest(prompt=PROMPT, model=str(saved_tiny_pipeline)), pipe)
+    resolved = resolve_request(GenerationRequest(prompt=PROMPT, model=str(saved_tiny_pipeline)), LoadedModel(pipe))
     assert (resolved.height, resolved.width, resolved.frames, resolved.steps) == (480, 832, 81, 50)
 
 
@@ -293,7 +297,7 @@ def test_a_configuration_with_patterns_is_recorded_counted_and_made_again(tmp_pa
     from blade.attention.patterns import HeadPattern
     from blade.generation.plan import plan_run
 
-    pipe = load_pipeline(saved_tiny_pipeline)
+    pipe = load_model(saved_tiny_pipeline).pipe
     layers, heads = len(pipe.transformer.blocks), pipe.transformer.config.num_attention_heads
     table = mixed_table(
         [HeadPattern(kind="diagonal", frames=0.5), HeadPattern(kind="full")], layers, heads, block_size=8

@@ -15,7 +15,7 @@ from blade.attention.config import AdaptiveConfig, BladeConfig
 from blade.cli.generate import main
 from blade.generation import outputs
 from blade.generation.outputs import generate_files, generate_list
-from blade.generation.prepare import prepare_pipeline
+from blade.generation.prepare import prepare_model
 from blade.generation.prompts import read_prompts
 from blade.generation.record import read_request
 from blade.generation.request import GenerationRequest
@@ -31,8 +31,9 @@ from blade.models.acceleration import (
     parse_cache,
     place,
 )
-from blade.models.conditions import cover, pipeline_for, size_like
-from blade.models.loading import load_pipeline
+from blade.models.conditions import cover, model_for, size_like
+from blade.models.loaded import LoadedModel
+from blade.models.loading import load_model
 from blade.models.source import bytes_to_download
 
 PROMPT = "a red ball moving right"
@@ -45,9 +46,9 @@ def tiny(model: Path, **changes) -> GenerationRequest:
 
 
 def make(request: GenerationRequest) -> torch.Tensor:
-    pipe, resolved = prepare_pipeline(request)
-    pipe.set_progress_bar_config(disable=True)
-    return generate(pipe, resolved).video
+    model, resolved = prepare_model(request)
+    model.pipe.set_progress_bar_config(disable=True)
+    return generate(model, resolved).video
 
 
 @pytest.fixture(scope="module")
@@ -76,9 +77,9 @@ def lora(pipe, path: Path, seed: int) -> str:
 def test_a_video_starts_from_an_image_and_takes_its_shape(saved_tiny_ti2v: Path, tmp_path: Path) -> None:
     red = picture(tmp_path / "red.png", (230, 40, 40))
     request = tiny(saved_tiny_ti2v, image=red, height=None, width=None)
-    pipe = pipeline_for(load_pipeline(saved_tiny_ti2v), "image")
-    assert type(pipe).__name__ == "WanImageToVideoPipeline"
-    resolved = resolve_request(request, pipe)
+    model = model_for(load_model(saved_tiny_ti2v), "image")
+    assert type(model.pipe).__name__ == "WanImageToVideoPipeline"
+    resolved = resolve_request(request, model)
     assert resolved.width == pytest.approx(2 * resolved.height, rel=0.05)
     assert resolved.height * resolved.width == pytest.approx(480 * 832, rel=0.05)
     made = [make(tiny(saved_tiny_ti2v, image=image)) for image in (red, picture(tmp_path / "blue.png", (40, 40, 230)))]
@@ -93,8 +94,8 @@ def test_a_video_is_changed_as_far_as_asked(saved_tiny_pipeline: Path, tmp_path:
     path = tmp_path / "before.mp4"
     path.write_bytes(encode_mp4(torch.rand(14, 3, 48, 80, generator=torch.Generator().manual_seed(0)), 8))
     request = tiny(saved_tiny_pipeline, video=str(path), frames=None, steps=8)
-    pipe, resolved = prepare_pipeline(request)
-    assert type(pipe).__name__ == "WanVideoToVideoPipeline" and resolved.frames == 13
+    model, resolved = prepare_model(request)
+    assert type(model.pipe).__name__ == "WanVideoToVideoPipeline" and resolved.frames == 13
     little, much = (make(tiny(saved_tiny_pipeline, video=str(path), steps=8, strength=s)) for s in (0.25, 1.0))
     assert little.shape == much.shape == (9, 3, 64, 64)
     assert not torch.equal(little, much)
@@ -126,13 +127,13 @@ def test_an_image_is_cut_to_a_shape_without_being_stretched(saved_tiny_pipeline:
     image = Image.new("RGB", (400, 100), (0, 0, 0))
     image.paste((255, 255, 255), (140, 0, 260, 100))  # a little more than the square in the middle
     assert cover(image, 64, 64).getextrema() == ((255, 255),) * 3
-    assert size_like(load_pipeline(saved_tiny_pipeline), image, 128 * 128) == (64, 256)
+    assert size_like(load_model(saved_tiny_pipeline), image, 128 * 128) == (64, 256)
 
 
 def test_loras_add_up_with_their_strengths(saved_tiny_pipeline: Path, plain: torch.Tensor, tmp_path: Path) -> None:
-    pipe = load_pipeline(saved_tiny_pipeline)
+    pipe = load_model(saved_tiny_pipeline).pipe
     files = [lora(pipe, tmp_path / f"{seed}.safetensors", seed) for seed in (1, 2)]
-    load_loras(pipe, [files[0], f"{files[1]}=0.5"])
+    load_loras(LoadedModel(pipe), [files[0], f"{files[1]}=0.5"])
     layer = pipe.transformer.blocks[0].attn1.to_q
     assert {name: layer.scaling[name] for name in layer.active_adapters} == {"lora_0": 1.0, "lora_1": 0.5}
     nothing = make(tiny(saved_tiny_pipeline, loras=(f"{files[0]}=0",)))
@@ -149,21 +150,21 @@ def test_loras_add_up_with_their_strengths(saved_tiny_pipeline: Path, plain: tor
 
 @pytest.mark.parametrize("offload", ["model", "group", "sequential"])
 def test_offloading_changes_nothing(saved_tiny_pipeline: Path, plain: torch.Tensor, offload: str) -> None:
-    pipe, resolved = prepare_pipeline(tiny(saved_tiny_pipeline))
+    model, resolved = prepare_model(tiny(saved_tiny_pipeline))
     if offload == "sequential":  # what Diffusers does on a GPU, and refuses on the CPU
-        for part in (pipe.text_encoder, pipe.transformer, pipe.vae):
+        for part in (model.pipe.text_encoder, model.pipe.transformer, model.pipe.vae):
             cpu_offload(part, torch.device("cpu"))
-        assert next(pipe.transformer.parameters()).is_meta
+        assert next(model.pipe.transformer.parameters()).is_meta
     else:
-        place(pipe, torch.device("cpu"), offload)
-    pipe.set_progress_bar_config(disable=True)
+        place(model, torch.device("cpu"), offload)
+    model.pipe.set_progress_bar_config(disable=True)
     for _ in range(2):
-        torch.testing.assert_close(generate(pipe, resolved).video, plain)
+        torch.testing.assert_close(generate(model, resolved).video, plain)
 
 
 def test_offloading_on_the_cpu_is_refused(saved_tiny_pipeline: Path) -> None:
     with pytest.raises(ValueError, match="`offload` must be none on the CPU"):
-        prepare_pipeline(tiny(saved_tiny_pipeline, offload="auto"))
+        prepare_model(tiny(saved_tiny_pipeline, offload="auto"))
     for other in ({"quantize": "int8"}, {"compile": True}):
         with pytest.raises(ValueError, match="with `offload` sequential"):
             tiny(saved_tiny_pipeline, offload="sequential", **other)
@@ -182,37 +183,37 @@ def test_the_fastest_offloading_that_fits_is_chosen() -> None:
 def test_tiles_and_int8_weights_stay_close(saved_tiny_pipeline: Path, plain: torch.Tensor) -> None:
     pytest.importorskip("torchao")
     request = tiny(saved_tiny_pipeline, quantize="int8", vae_tiling=True)
-    pipe, resolved = prepare_pipeline(request)
-    assert "Int8" in type(pipe.transformer.blocks[0].attn1.to_q.weight).__name__ + repr(
-        pipe.transformer.blocks[0].attn1.to_q.weight
+    model, resolved = prepare_model(request)
+    assert "Int8" in type(model.pipe.transformer.blocks[0].attn1.to_q.weight).__name__ + repr(
+        model.pipe.transformer.blocks[0].attn1.to_q.weight
     )
-    pipe.set_progress_bar_config(disable=True)
-    video = generate(pipe, resolved).video
+    model.pipe.set_progress_bar_config(disable=True)
+    video = generate(model, resolved).video
     assert not torch.equal(video, plain)
     assert (video - plain).square().mean().sqrt() < 0.05
 
 
 def test_merged_loras_make_the_same_video(saved_tiny_pipeline: Path, tmp_path: Path) -> None:
-    pipe = load_pipeline(saved_tiny_pipeline)
+    pipe = load_model(saved_tiny_pipeline).pipe
     path = lora(pipe, tmp_path / "style.safetensors", 1)
-    load_loras(pipe, [f"{path}=0.5"])
-    request = resolve_request(tiny(saved_tiny_pipeline), pipe)
-    before = generate(pipe, request).video
-    merge_loras(pipe)
+    load_loras(LoadedModel(pipe), [f"{path}=0.5"])
+    request = resolve_request(tiny(saved_tiny_pipeline), LoadedModel(pipe))
+    before = generate(LoadedModel(pipe), request).video
+    merge_loras(LoadedModel(pipe))
     assert not any("lora" in name or "base_layer" in name for name, _ in pipe.transformer.named_parameters())
-    assert (generate(pipe, request).video - before).abs().max() < 1e-4
+    assert (generate(LoadedModel(pipe), request).video - before).abs().max() < 1e-4
 
 
 def test_quantizing_leaves_loras_in(saved_tiny_pipeline: Path, tmp_path: Path) -> None:
     pytest.importorskip("torchao")
-    path = lora(load_pipeline(saved_tiny_pipeline), tmp_path / "style.safetensors", 1)
+    path = lora(load_model(saved_tiny_pipeline).pipe, tmp_path / "style.safetensors", 1)
     whole = make(tiny(saved_tiny_pipeline, loras=(path,)))
     assert (make(tiny(saved_tiny_pipeline, loras=(path,), quantize="int8")) - whole).square().mean().sqrt() < 0.05
 
 
 def test_every_block_and_the_decoder_are_compiled(saved_tiny_pipeline: Path) -> None:
-    pipe = load_pipeline(saved_tiny_pipeline)
-    compile_blocks(pipe)
+    pipe = load_model(saved_tiny_pipeline).pipe
+    compile_blocks(LoadedModel(pipe))
     parts = [*pipe.transformer.blocks, pipe.vae.decoder]
     assert all(part._compiled_call_impl is not None for part in parts)
 
@@ -249,10 +250,10 @@ def test_a_list_of_prompts_is_resumed_and_survives_a_failure(
     prompts = ["a red ball moving right", "a blue ball moving up", "a white square moving left"]
     original = outputs.generate
 
-    def sometimes(pipe, request):
+    def sometimes(model, request):
         if "blue" in request.prompt:
             raise RuntimeError("out of luck")
-        return original(pipe, request)
+        return original(model, request)
 
     monkeypatch.setattr(outputs, "generate", sometimes)
     report = generate_list(tiny(saved_tiny_pipeline), prompts, tmp_path)
@@ -285,18 +286,18 @@ def test_the_command_takes_a_list(saved_tiny_pipeline: Path, tmp_path: Path, cap
 
 
 def test_too_little_memory_ends_with_advice(saved_tiny_pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pipe, resolved = prepare_pipeline(tiny(saved_tiny_pipeline))
+    model, resolved = prepare_model(tiny(saved_tiny_pipeline))
 
     def full(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
 
-    monkeypatch.setattr(pipe.transformer.blocks[0].ffn, "forward", full)
+    monkeypatch.setattr(model.pipe.transformer.blocks[0].ffn, "forward", full)
     with pytest.raises(MemoryError, match=r"Tried to allocate 20 GiB.*--offload model"):
-        generate(pipe, resolved)
+        generate(model, resolved)
     monkeypatch.undo()
-    monkeypatch.setattr(pipe.vae, "decode", full)
+    monkeypatch.setattr(model.pipe.vae, "decode", full)
     with pytest.raises(MemoryError, match="--vae-tiling"):
-        generate(pipe, resolved)
+        generate(model, resolved)
 
 
 def test_what_a_download_would_fetch_is_counted() -> None:
@@ -316,8 +317,8 @@ def test_what_a_download_would_fetch_is_counted() -> None:
 
 def test_a_pipeline_stays_usable_by_itself(saved_tiny_pipeline: Path) -> None:
     """A pipeline that was rebuilt for a video has the same parts, so that BLADE on one is BLADE on the other."""
-    pipe = load_pipeline(saved_tiny_pipeline)
-    other = pipeline_for(pipe, "video")
+    model = load_model(saved_tiny_pipeline)
+    pipe, other = model.pipe, model_for(model, "video").pipe
     assert other.transformer is pipe.transformer and other.vae is pipe.vae
     with use_blade(other, SPARSE):
         assert type(pipe.transformer.blocks[0].attn1.processor).__name__ == "WanSparseProcessor"

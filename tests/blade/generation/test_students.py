@@ -22,7 +22,7 @@ from blade.generation.plan import plan_run
 from blade.generation.record import read_request
 from blade.generation.request import GenerationRequest
 from blade.media.video import read_mp4
-from blade.models.loading import load_pipeline
+from blade.models.loading import load_model
 from blade.students.scheduler import FewStepScheduler
 
 TINY = {"prompt": "a red ball moving right", "height": 64, "width": 64, "frames": 9, "device": "cpu"}
@@ -33,7 +33,7 @@ CONFIG = BladeConfig(sparsity=0.4, kind="student", asa=AdaptiveConfig(block_size
 def student(saved_tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A student of the tiny pipeline, for two or three steps."""
     folder = tmp_path_factory.mktemp("student")
-    pipe = load_pipeline(saved_tiny_pipeline)
+    pipe = load_model(saved_tiny_pipeline).pipe
     generator, state = torch.Generator().manual_seed(0), {}
     for name, module in pipe.transformer.named_modules():
         if name.endswith((".to_q", ".to_v")):

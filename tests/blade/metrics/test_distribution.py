@@ -13,7 +13,7 @@ from blade.metrics.distribution import (
     resampled_distances,
     thumbnail,
 )
-from blade.models.loading import load_pipeline
+from blade.models.loading import load_model
 
 
 def exact(mean, covariance, count=400, seed=0):
@@ -66,9 +66,9 @@ def test_diversity():
 
 
 def test_latent_statistics_see_blur(saved_tiny_pipeline):
-    pipe = load_pipeline(saved_tiny_pipeline)
+    model = load_model(saved_tiny_pipeline)
     video = torch.rand(9, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    sharp = latent_statistics(pipe, video)
-    blurred = latent_statistics(pipe, torch.nn.functional.avg_pool2d(video, 5, 1, 2))
-    assert len(sharp) == feature_count(pipe) == 2 * 4
-    assert sharp == pytest.approx(latent_statistics(pipe, video)) and sharp != pytest.approx(blurred, rel=0.01)
+    sharp = latent_statistics(model, video)
+    blurred = latent_statistics(model, torch.nn.functional.avg_pool2d(video, 5, 1, 2))
+    assert len(sharp) == feature_count(model) == 2 * 4
+    assert sharp == pytest.approx(latent_statistics(model, video)) and sharp != pytest.approx(blurred, rel=0.01)

@@ -9,10 +9,10 @@ import torch
 
 from blade.attention.config import BladeConfig
 from blade.attention.patterns import HeadPattern
-from blade.generation.prepare import prepare_pipeline
-from blade.generation.request import dense_request
+from blade.generation.prepare import prepare_model
 from blade.generation.run import generate
-from blade.models.loading import load_pipeline
+from blade.models.loaded import LoadedModel
+from blade.models.loading import load_model
 from blade.profiling import recording
 from blade.profiling.assignment import GreedyRule
 from blade.profiling.influence import _ratios
@@ -82,12 +82,12 @@ def test_what_is_stopped_goes_on_where_it_was(request_for, monkeypatch):
 def test_the_table_is_used_and_dense_videos_are_diffusers_own(request_for):
     request = request_for(verify_prompts=2)
     report = profile_attention(request)
-    pipe, resolved = prepare_pipeline(replace(request.generation, prompt=PROMPTS[0]))
-    dense = generate(pipe, replace(dense_request(resolved), seed=1, prompt=PROMPTS[1])).video
+    model, resolved = prepare_model(replace(request.generation, prompt=PROMPTS[0]))
+    dense = generate(model, replace(resolved.dense(), seed=1, prompt=PROMPTS[1])).video
     assert np.array_equal((dense * 255).round().byte().numpy(), dense_video(request.output / "recordings", 1))
     config = BladeConfig.from_pretrained(request.output)
     assert config == report.config and config.attention == "patterns"
-    sparse = generate(pipe, replace(resolved, attention=None, blade_config=config, prompt=PROMPTS[0]))
+    sparse = generate(model, replace(resolved, attention=None, blade_config=config, prompt=PROMPTS[0]))
     assert sparse.run_density == pytest.approx(report.choice.density, abs=0.002) and sparse.run_density <= 0.602
     assert AttentionProfile.load(request.output / PROFILE_NAME).source.prompts == PROMPTS
     adaptive = BladeConfig.from_pretrained(request.output / "asa")
@@ -146,7 +146,7 @@ def test_students_are_profiled_without_their_sparsity(request_for, saved_tiny_pi
     from blade.attention.applied import applied_to
     from blade.profiling.recording import recorded
 
-    pipe = load_pipeline(saved_tiny_pipeline)
+    pipe = load_model(saved_tiny_pipeline).pipe
     apply_blade(
         pipe, BladeConfig(sparsity=0.6, dense_steps=0, dense_layers=(), asa=replace(BladeConfig().asa, block_size=32))
     )
@@ -171,11 +171,21 @@ def test_bad_requests_are_refused(request_for):
             request_for(**options)
 
 
+class TwoTransformers(LoadedModel):
+    """A model that has its transformer twice."""
+
+    @property
+    def transformers(self):
+        return {"one": self.pipe.transformer, "two": self.pipe.transformer}
+
+
 def test_two_transformers_are_refused(request_for, monkeypatch):
-    from blade.profiling import record_prompts as profiler
+    def prepared(request):
+        model, resolved = prepare_model(request)
+        return TwoTransformers(model.pipe), resolved
 
     request = request_for(influence_prompts=0)
-    monkeypatch.setattr(profiler, "find_transformers", lambda pipe: {"one": pipe, "two": pipe})
+    monkeypatch.setattr("blade.profiling.workflow.prepare_model", prepared)
     with pytest.raises(ValueError, match="`model` must have one transformer to be profiled, but a WanPipeline has 2"):
         profile_attention(request)
     shutil.rmtree(request.output)

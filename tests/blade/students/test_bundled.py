@@ -20,7 +20,8 @@ from blade.generation.fingerprint import model_fingerprint
 from blade.generation.request import GenerationRequest, default_student
 from blade.generation.resolve import resolve_request
 from blade.generation.run import generate
-from blade.models.loading import load_pipeline
+from blade.models.loaded import LoadedModel
+from blade.models.loading import load_model
 from blade.moving_shapes.scoring import score
 from blade.students.source import BUNDLED_STUDENTS, WEIGHT_NAME, bundled_student_path
 
@@ -30,7 +31,7 @@ SHIP = runpy.run_path(str(Path(__file__).parents[3] / "scripts" / "distill_shape
 
 @pytest.fixture(scope="module")
 def pipe():
-    pipe = load_pipeline()
+    pipe = load_model().pipe
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -59,9 +60,9 @@ def test_each_brings_its_steps_and_its_attention(pipe, steps, name):
     student = load_student(pipe, name)
     assert (student.source, student.steps, student.guidance_scale) == (name, (steps,), 1.0)
     assert student.config.sparsity == 0.8 and student.config.pooled_tokens == "all"
-    resolved = resolve_request(GenerationRequest(prompt=PROMPT, student=name), pipe)
+    resolved = resolve_request(GenerationRequest(prompt=PROMPT, student=name), LoadedModel(pipe))
     assert (resolved.student, resolved.steps, resolved.attention) == (name, steps, "asa-gt")
-    made = generate(pipe, resolved)
+    made = generate(LoadedModel(pipe), resolved)
     assert score(made.video, PROMPT).basics
     assert made.layer_density < 0.25
 
@@ -70,8 +71,8 @@ def test_stock_diffusers_samples_them_alike(pipe):
     """By the three lines of the card, but for attention, which is dense there."""
     load_student(pipe, "shapes-4-steps")
     request = GenerationRequest(prompt=PROMPT, student="shapes-4-steps", attention="dense")
-    own = generate(pipe, resolve_request(request, pipe)).video
-    stock = load_pipeline()
+    own = generate(LoadedModel(pipe), resolve_request(request, LoadedModel(pipe))).video
+    stock = load_model().pipe
     stock.set_progress_bar_config(disable=True)
     stock.load_lora_weights(str(bundled_student_path("shapes-4-steps")))
     card = (bundled_student_path("shapes-4-steps") / "README.md").read_text(encoding="utf-8")

@@ -1,0 +1,51 @@
+"""Names that options choose from: dtypes, offloading, quantization, caches, LoRAs. Imports nothing heavy."""
+
+from __future__ import annotations
+
+DTYPE_NAMES = ("float32", "bfloat16", "float16")
+"""Dtypes that the transformer and the text encoder can run in."""
+
+OFFLOADS = ("none", "model", "sequential", "group", "auto")
+"""Ways of keeping weights on the CPU while they are not needed, fastest first; "auto" takes the fastest that fits."""
+
+QUANTIZATIONS = ("int8", "fp8")
+"""Types that the weights of the transformers' linear layers can be stored in."""
+
+CACHES = {"first-block": 0.05, "pyramid": 2}
+"""Diffusers' caches, each with the default of its number: the residual's threshold below which all blocks but the
+first are skipped, and the steps from one computation of attention to the next."""
+
+
+def split_lora(text: str) -> tuple[str, float]:
+    """Read a LoRA and its strength, such as "style.safetensors=0.8"; without a strength: 1.
+
+    Raises:
+        ValueError: if the strength is no number.
+    """
+    source, separator, weight = text.rpartition("=")
+    if not separator:
+        return text, 1.0
+    try:
+        return source, float(weight)
+    except ValueError:
+        raise ValueError(f"`loras` must be sources, each with =STRENGTH or not, got {text!r}.") from None
+
+
+def parse_cache(text: str) -> tuple[str, float]:
+    """Read a cache and its number, such as "first-block=0.1".
+
+    Raises:
+        ValueError: if there is no such cache, or its number makes no sense.
+    """
+    name, separator, value = text.partition("=")
+    if name not in CACHES:
+        raise ValueError(f"`cache` must be one of {', '.join(CACHES)}, with =NUMBER or without, got {text!r}.")
+    try:
+        number = float(value) if separator else float(CACHES[name])
+    except ValueError:
+        number = -1
+    if name == "first-block" and number <= 0:
+        raise ValueError(f"`cache` first-block takes a threshold above 0, such as 0.05, got {value!r}.")
+    if name == "pyramid" and (number != int(number) or number < 2):
+        raise ValueError(f"`cache` pyramid takes a whole number of steps from 2, got {value!r}.")
+    return name, number
