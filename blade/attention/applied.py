@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from blade_kernels.block_sparse.api import IMPLEMENTATIONS
+from blade_kernels.block_sparse import IMPLEMENTATIONS
+from blade_kernels.implementations import check_implementation
 from diffusers.hooks import HookRegistry, ModelHook
 from torch import nn
 
@@ -94,10 +95,7 @@ class AppliedBlade(ModelHook):
 
         _refuse_parallelism(transformer)
         _refuse_caches_around(transformer)
-        if config.implementation not in IMPLEMENTATIONS:
-            raise ValueError(
-                f"`implementation` must be one of {', '.join(IMPLEMENTATIONS)}, got {config.implementation!r}."
-            )
+        check_implementation(config.implementation, IMPLEMENTATIONS)
         self.attentions = tuple(family.attention_layers(transformer))
         beyond = [layer for layer in config.dense_layers if layer >= len(self.attentions)]
         if beyond:

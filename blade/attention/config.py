@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from blade_kernels.implementations import current_name
+
 from blade.attention.pattern_table import TABLE_NAME, PatternTable
 from blade.common.checks import check_choice, check_flag, check_integer, check_number, parse_ranges
 from blade.families.data import PRESET_KINDS, PresetKind
@@ -95,7 +97,8 @@ class BladeConfig:
     """Layers that stay dense. Also accepts a string such as "0-1,39"."""
 
     implementation: str = "auto"
-    """Implementation of the block-sparse attention: see `blade.block_sparse_attention`."""
+    """Implementation of the block-sparse attention: see `blade.block_sparse_attention`. `reference`, the name of `cpu`
+    in earlier versions, is stored as `cpu`."""
 
     strict: bool = False
     """Raise where a layer that should be sparse has to stay dense, instead of logging why."""
@@ -124,6 +127,7 @@ class BladeConfig:
         check_choice("kind", self.kind, PRESET_KINDS)
         if not isinstance(self.implementation, str) or not self.implementation:
             raise ValueError(f'`implementation` must be a name such as "auto", got {self.implementation!r}.')
+        object.__setattr__(self, "implementation", current_name(self.implementation))
         if not isinstance(self.asa, AdaptiveConfig):
             raise ValueError(f"`asa` must be an AdaptiveConfig, got {self.asa!r}.")
         object.__setattr__(self, "dense_steps", parse_dense_steps(self.dense_steps))

@@ -32,7 +32,7 @@ class LayerSummary:
     density: float | None
     """Mean density over its sparse forward passes; None if there was none."""
     implementation: str | None
-    """What computed the latest sparse one: "triton", "flex" or "reference"; None before it."""
+    """What computed the latest sparse one: "triton", "flex", "cpu" or "naive"; None before it."""
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 Attend = Callable[[Tensor, Tensor, Tensor, BlockMask], Tensor]
 """Takes q, k, v of (B, S, H, D) and a mask; returns (B, S, H, D)."""
 
-IMPLEMENTATIONS = ("triton", "flex", "reference")
-"""BLADE's implementations of block-sparse attention."""
+IMPLEMENTATIONS = ("triton", "flex", "cpu")
+"""BLADE's implementations of block-sparse attention that are made to be fast."""
 
 MATH_BYTES = 2**30
 """The dense backend that holds all logits is tried where they take no more than this."""
@@ -63,11 +63,11 @@ def dense_candidates(q: Tensor) -> list[Candidate]:
 def own_candidates(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> tuple[list[Candidate], dict[str, str]]:
     """BLADE's implementations that can compute a case, and why the others cannot.
 
-    On CUDA the reference is none of them: there it is made to be read.
+    On CUDA `cpu` is not among them: there it only stands in where nothing else can compute a call.
     """
     found, missing = [], dict[str, str]()
     for name in IMPLEMENTATIONS:
-        if name == "reference" and q.is_cuda:
+        if name == "cpu" and q.is_cuda:
             continue
         try:
             resolve_implementation(q, k, v, mask, implementation=name)

@@ -1,37 +1,20 @@
-"""What the kernels are held to: dense attention with one softmax, and errors bounded by the plain computation's."""
+"""What the kernels are held to: the naive implementation, and errors bounded by the plain computation's."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from blade_kernels.block_mask import BlockMask
-from blade_kernels.block_sparse import PooledTokens, pool_tokens
+from blade_kernels.block_sparse import PooledTokens, naive, pool_tokens
 
 
 def dense_attention(q, k, v, mask, *, pooled=None, key_lengths=None, scale=None, dtype=torch.float64):
-    """Attention with a mask over all pairs, in one precision throughout: output and log-sum-exp."""
+    """The naive attention in one precision throughout: output and log-sum-exp."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    q, k, v = (x.to(dtype).transpose(1, 2) for x in (q, k, v))
-    queries, keys = q.shape[2], k.shape[2]
-    seen = mask.keep.repeat_interleave(mask.block_size[0], 2).repeat_interleave(mask.block_size[1], 3)
-    seen = seen[:, :, :queries, :keys].expand(*q.shape[:3], keys)
-    if key_lengths is not None:
-        present = torch.arange(keys) < key_lengths.unsqueeze(-1)
-        seen = seen & present[:, None, None]
-        k, v = (x.masked_fill(~present[:, None, :, None], 0.0) for x in (k, v))
-    logits = (q @ k.mT * scale).masked_fill(~seen, -torch.inf)
+    q, k, v = (x.to(dtype) for x in (q, k, v))
     if pooled is not None:
-        pooled_k, pooled_v = (x.to(dtype).transpose(1, 2) for x in (pooled.k, pooled.v))
-        seen = torch.ones(*mask.keep.shape[:3], len(pooled), dtype=torch.bool)
-        if pooled.key_block is not None:
-            seen = ~mask.keep[..., pooled.key_block.long()]
-        seen = seen.repeat_interleave(mask.block_size[0], 2)[:, :, :queries].expand(*q.shape[:3], -1)
-        more = q @ pooled_k.mT * scale + pooled.log_weight.to(dtype)
-        logits = torch.cat((logits, more.masked_fill(~seen, -torch.inf)), -1)
-        v = torch.cat((v, pooled_v), 2)
-    lse = logits.logsumexp(-1)
-    weights = (logits - lse.masked_fill(lse == -torch.inf, 0.0).unsqueeze(-1)).exp()
-    return (weights @ v).transpose(1, 2), lse.transpose(1, 2)
+        pooled = replace(pooled, k=pooled.k.to(dtype), v=pooled.v.to(dtype))
+    return naive.dense_attention(q, k, v, mask, pooled, key_lengths, scale)
 
 
 def assert_as_good_as(actual, exact, plain, factor=2.0):

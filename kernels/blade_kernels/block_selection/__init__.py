@@ -1,7 +1,8 @@
 """From queries and keys to a `BlockMask`: score pairs of blocks, then select.
 
 The scoring functions return an importance, (B, H, query blocks, key blocks) in float32: the larger, the more a query
-block needs a key block. `select_blocks` makes a mask of any such tensor. Nothing here waits for the device.
+block needs a key block. `select_blocks` makes a mask of any such tensor. Nothing here waits for the device,
+but for the implementation `naive`.
 """
 
 from blade_kernels.block_selection.importance import mean_pooled_importance, sampled_importance

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from blade_kernels.block_selection import triton_launch
-from blade_kernels.block_selection.choice import takes_triton
+from blade_kernels.block_selection.naive import naive_sampled_importance
+from blade_kernels.implementations import choose_implementation
 from blade_kernels.scratch import Scratch
 
 _CHUNK_ELEMENTS = 2**19  # logits held at a time
@@ -41,7 +42,8 @@ def sampled_importance(
         key_lengths: (B,) integers, keys from there on are absent. Blocks without keys score 0.
         softmax_denominator: divide by the sum of the softmax, as the paper does. Without, as in the release, each
             sampled query scores 1 for its best key, however flat its distribution.
-        implementation: "triton"; "reference", plain PyTorch; "auto" takes Triton on CUDA, where it can.
+        implementation: "triton"; "cpu", plain PyTorch, also on CUDA; "naive", the specification; "auto" takes Triton
+            on CUDA, where it can, and otherwise "cpu". "reference" still means "cpu".
 
     Returns:
         (B, H, query blocks, key blocks) in float32 (float64 of float64), from 0 to 1. No gradients.
@@ -60,11 +62,16 @@ def sampled_importance(
                 f"got {offsets.dtype} of shape {tuple(offsets.shape)}."
             )
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    samples = (query_offsets.shape[-1], key_offsets.shape[-1])
+    problem = triton_launch.scoring_unsupported(q, k, query_offsets.shape[-1], key_offsets.shape[-1])
+    chosen = choose_implementation(implementation, q.device, problem)
     with torch.no_grad():
-        if takes_triton(implementation, q.device, triton_launch.scoring_unsupported(q, k, *samples)):
+        if chosen == "triton":
             return triton_launch.sampled_importance(
                 q, k, query_offsets, key_offsets, list(block_size), scale, key_lengths, softmax_denominator
+            )
+        if chosen == "naive":
+            return naive_sampled_importance(
+                q, k, query_offsets, key_offsets, block_size, scale, key_lengths, softmax_denominator
             )
         qs, _ = _sample(q, query_offsets, block_size[0], None, blocks_first=True)
         # First samples of all key blocks, then the second ones, and so on: maxima over samples vectorise over blocks.

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from blade_kernels.block_mask import BlockMask
 from blade_kernels.block_selection import triton_launch
-from blade_kernels.block_selection.choice import takes_triton
+from blade_kernels.block_selection.naive import naive_selection
+from blade_kernels.implementations import choose_implementation
 
 
 def select_blocks(
@@ -39,8 +40,9 @@ def select_blocks(
         forced_query_blocks: (query blocks,) bool, rows that keep every block, whatever `max_blocks` says.
         local_radius: force the key blocks that share tokens' positions with the query block (radius 0), and this many
             more on either side. None: none.
-        implementation: "triton", without a sort; "reference", in plain PyTorch; "auto" takes Triton on CUDA, where it
-            can.
+        implementation: "triton", without a sort; "cpu", plain PyTorch, also on CUDA; "naive", the specification,
+            which waits for the device; "auto" takes Triton on CUDA, where it can, and otherwise "cpu". "reference"
+            still means "cpu".
 
     Returns:
         The mask. The capacity of its lists is `max_blocks`, or what the local blocks need; with forced key or query
@@ -80,11 +82,19 @@ def select_blocks(
         capacity = max(capacity, (block_size[0] - 2) // block_size[1] + 2 + 2 * local_radius)
     if forced_key_blocks is not None or forced_query_blocks is not None or capacity > key_blocks:
         capacity = key_blocks
-    if takes_triton(implementation, importance.device, triton_launch.selection_unsupported(importance)):
+    problem = triton_launch.selection_unsupported(importance)
+    chosen = choose_implementation(implementation, importance.device, problem)
+    if chosen == "triton":
         return triton_launch.select_blocks(
             importance, block_size, limit, min_blocks, cumulative_mass, forced_key_blocks, forced_query_blocks,
             local_radius, capacity,
         )  # fmt: skip
+    if chosen == "naive":
+        keep = naive_selection(
+            importance, block_size, limit, min_blocks, cumulative_mass, forced_key_blocks, forced_query_blocks,
+            local_radius,
+        )  # fmt: skip
+        return BlockMask.from_dense(keep, block_size, capacity)
 
     importance = importance.to(torch.float32)
     forced = None

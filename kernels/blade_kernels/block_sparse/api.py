@@ -11,10 +11,13 @@ from torch import Tensor
 
 from blade_kernels.block_mask import BlockMask
 from blade_kernels.block_sparse import flex, triton_attention
+from blade_kernels.block_sparse.cpu import cpu_attention
+from blade_kernels.block_sparse.naive import naive_attention
 from blade_kernels.block_sparse.pooled import PooledTokens
-from blade_kernels.block_sparse.reference import reference_attention
+from blade_kernels.implementations import check_implementation
 
-IMPLEMENTATIONS = ("auto", "triton", "flex", "reference")
+IMPLEMENTATIONS = ("auto", "triton", "flex", "cpu", "naive")
+"""As `blade_kernels.implementations` has them, and `flex`: FlexAttention, compiled."""
 
 _logger = logging.getLogger(__name__)
 
@@ -78,7 +81,9 @@ def block_sparse_attention(
             hold. Pooled tokens are not affected.
         scale: factor of the logits. None: 1 / sqrt(D).
         return_lse: return the log-sum-exp too.
-        implementation: "auto", "triton", "flex" or "reference". See `resolve_implementation` for what "auto" takes.
+        implementation: "auto"; "triton", kernels for NVIDIA GPUs; "flex", FlexAttention, compiled; "cpu", plain
+            PyTorch, arranged for a CPU, on any device; "naive", the specification, which holds all logits and serves
+            tests. "reference" still means "cpu". See `resolve_implementation` for what "auto" takes.
 
     Returns:
         The output, (B, S, H, D) in the type of `q`: zeros for a query that sees nothing. With `return_lse` also the
@@ -103,8 +108,10 @@ def block_sparse_attention(
         out, lse = triton_attention.triton_block_attention(q, k, v, mask, pooled, key_lengths, scale)
     elif chosen == "flex":
         out, lse = flex.flex_block_attention(q, k, v, mask, pooled, key_lengths, scale, return_lse)
+    elif chosen == "naive":
+        out, lse = naive_attention(q, k, v, mask, pooled, key_lengths, scale)
     else:
-        out, lse = reference_attention(q, k, v, mask, pooled, key_lengths, scale)
+        out, lse = cpu_attention(q, k, v, mask, pooled, key_lengths, scale)
     return (out, lse) if return_lse else out
 
 
@@ -118,19 +125,19 @@ def resolve_implementation(
     return_lse: bool = False,
     implementation: str = "auto",
 ) -> str:
-    """The implementation that `block_sparse_attention` uses for these arguments: "triton", "flex" or "reference".
+    """The implementation that `block_sparse_attention` uses for these arguments: one of `IMPLEMENTATIONS`, not "auto".
 
-    "auto" takes, on CUDA, the first of these that can compute what is asked, and elsewhere the reference: on the CPU
-    it measured faster than FlexAttention but for short and very sparse sequences (`blade-bench attention`), and needs
-    no compiler. Where another one than Triton has to be taken on CUDA, the log says so once.
+    "auto" takes, on CUDA, the first of "triton", "flex" and "cpu" that can compute what is asked, and elsewhere "cpu":
+    on the CPU it measured faster than FlexAttention but for short and very sparse sequences (`blade-bench attention`),
+    and needs no compiler. Where another one than Triton has to be taken on CUDA, the log says so once. "auto" never
+    takes "naive".
 
     Raises:
         ValueError: the implementation does not exist.
         NotImplementedError: the implementation that was asked for can not compute this.
     """
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"`implementation` must be one of {', '.join(IMPLEMENTATIONS)}, got {implementation!r}.")
-    if implementation == "reference":
+    implementation = check_implementation(implementation, IMPLEMENTATIONS)
+    if implementation in ("cpu", "naive"):
         return implementation
     inputs = (q, k, v) if pooled is None else (q, k, v, pooled.k, pooled.v)
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
@@ -150,7 +157,7 @@ def _resolve(
     return_lse: bool,
 ) -> str:
     if implementation == "auto" and device_type != "cuda":
-        return "reference"
+        return "cpu"
     problems: dict[str, str | None] = {}
     if implementation in ("auto", "triton"):
         problems["triton"] = triton_attention.unsupported(device_type, dtype, head_size, block_size)
@@ -161,16 +168,14 @@ def _resolve(
             return implementation
         raise NotImplementedError(
             f"`implementation={implementation!r}` can not compute this: {problems[implementation]}. "
-            "Use 'auto' or 'reference'."
+            "Use 'auto' or 'cpu'."
         )
     reasons = "; ".join(problem for problem in problems.values() if problem)
-    chosen = next((name for name, problem in problems.items() if problem is None), "reference")
+    chosen = next((name for name, problem in problems.items() if problem is None), "cpu")
     if chosen == "flex":
         _say_once(f"Block-sparse attention uses FlexAttention: {reasons}.")
-    elif chosen == "reference":
-        _say_once(
-            f"Block-sparse attention uses the plain PyTorch reference, which is slow on {device_type}: {reasons}."
-        )
+    elif chosen == "cpu":
+        _say_once(f"Block-sparse attention uses plain PyTorch (`cpu`), which is slow on {device_type}: {reasons}.")
     return chosen
 
 

@@ -1,6 +1,6 @@
 """The backward kernels of block-sparse attention.
 
-With a = e^(s - lse) as in `reference`, delta = dout . out - dlse and ds = a (dout . v - delta):
+With a = e^(s - lse) as in `cpu`, delta = dout . out - dlse and ds = a (dout . v - delta):
 
 - `delta_kernel` computes delta, and the log-sum-exp in base 2, once for every query;
 - `query_gradient_kernel` walks, as the forward does, over the keys of a row: dq = scale sum ds k;

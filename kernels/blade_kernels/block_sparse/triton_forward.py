@@ -1,7 +1,7 @@
 """The forward kernel of block-sparse attention: kept blocks, then pooled tokens, in one online softmax.
 
 One program computes one tile of queries of one head, and walks over the list of key blocks that its row keeps. The
-mathematics is that of `reference`, with logits in base 2 and sums in float32.
+mathematics is that of `naive`, with logits in base 2 and sums in float32.
 """
 
 from __future__ import annotations

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from blade_kernels.implementations import choose_implementation
 from blade_kernels.qk_norm_rope import operator
-from blade_kernels.qk_norm_rope.reference import NORMS, reference_norm_rope
-
-IMPLEMENTATIONS = ("auto", "triton", "reference")
+from blade_kernels.qk_norm_rope.cpu import cpu_norm_rope
+from blade_kernels.qk_norm_rope.naive import NORMS, naive_norm_rope
 
 
 def qk_norm_rope(
@@ -40,7 +40,8 @@ def qk_norm_rope(
         rope_start: the first token that is rotated; as many follow as there are positions. Text is not rotated.
         places: (H or 1, S) integers: for every head the place in the output of each token; a permutation. None: as
             it is.
-        implementation: "triton"; "reference", plain PyTorch; "auto" takes Triton on CUDA, where it can.
+        implementation: "triton"; "cpu", plain PyTorch, also on CUDA; "naive", the specification; "auto" takes Triton
+            on CUDA, where it can, and otherwise "cpu". "reference" still means "cpu".
 
     Returns:
         (B, S, H, D), contiguous, in the type of `x`.
@@ -50,15 +51,13 @@ def qk_norm_rope(
         NotImplementedError: the implementation that was asked for can not compute this.
     """
     _check(x, norm, weight, bias, cos, sin, rope_start, places)
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"`implementation` must be one of {', '.join(IMPLEMENTATIONS)}, got {implementation!r}.")
+    chosen = choose_implementation(implementation, x.device, operator.unsupported(x))
     cos, sin = (None if table is None else table.reshape(-1, x.shape[-1]) for table in (cos, sin))
-    problem = operator.unsupported(x)
-    if implementation == "triton" and problem is not None:
-        raise NotImplementedError(f"`implementation='triton'` can not compute this: {problem}. Use 'auto'.")
-    if implementation == "triton" or (implementation == "auto" and x.is_cuda and problem is None):
+    if chosen == "triton":
         return operator.triton_norm_rope(x, weight, bias, cos, sin, places, norm, eps, rope_start)
-    return reference_norm_rope(x, weight, bias, cos, sin, places, norm, eps, rope_start)
+    if chosen == "naive":
+        return naive_norm_rope(x, weight, bias, cos, sin, places, norm, eps, rope_start)
+    return cpu_norm_rope(x, weight, bias, cos, sin, places, norm, eps, rope_start)
 
 
 def _check(

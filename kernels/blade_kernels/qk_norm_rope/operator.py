@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from blade_kernels.qk_norm_rope.reference import NORMS
+from blade_kernels.qk_norm_rope.naive import NORMS
 from blade_kernels.triton_support import missing_triton, on_device
 
 WIDEST = 16384

@@ -2,6 +2,7 @@
 
 import logging
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -166,8 +167,17 @@ def test_the_summary_names_what_computed_the_attention(make_wan, wan_inputs):
     assert "block-sparse attention by" not in str(blade_summary(transformer))
     run(transformer, wan_inputs())
     summary = blade_summary(transformer)
-    assert [layer.implementation for layer in summary.transformers[0].layers] == [None, "reference"]
-    assert "block-sparse attention by reference" in str(summary)
+    assert [layer.implementation for layer in summary.transformers[0].layers] == [None, "cpu"]
+    assert "block-sparse attention by cpu" in str(summary)
+
+
+@pytest.mark.parametrize(("implementation", "used"), [("cpu", "cpu"), ("reference", "cpu"), ("naive", "naive")])
+def test_the_implementation_that_was_asked_for_computes_the_attention(make_wan, wan_inputs, implementation, used):
+    config = BladeConfig(sparsity=0.5, pooled_tokens="dropped", asa=DETAILS)
+    expected = run(apply_blade(make_wan(), config), wan_inputs())
+    transformer = apply_blade(make_wan(), replace(config, implementation=implementation))
+    torch.testing.assert_close(run(transformer, wan_inputs()), expected)
+    assert {layer.implementation for layer in blade_summary(transformer).transformers[0].layers} == {used}
 
 
 def test_a_budget_that_is_too_small_is_told(make_wan, wan_inputs):

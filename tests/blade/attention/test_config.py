@@ -109,6 +109,17 @@ def test_missing_keys_of_an_earlier_version_take_their_defaults():
     assert BladeConfig.from_dict({"sparsity": 0.25, "asa": {}}) == BladeConfig(sparsity=0.25)
 
 
+def test_the_implementation_reference_of_an_earlier_version_is_cpu(tmp_path):
+    config = BladeConfig(implementation="cpu")
+    assert BladeConfig(implementation="reference") == config
+    assert dataclasses.replace(BladeConfig(), implementation="reference").implementation == "cpu"
+    assert BladeConfig.from_dict({"implementation": "reference"}) == config
+    path = BladeConfig().save_pretrained(tmp_path)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"implementation": "reference"}))
+    assert BladeConfig.from_pretrained(tmp_path) == config
+    assert config.to_dict()["implementation"] == "cpu"
+
+
 def test_asa_gt_is_short_for_all_pooled_tokens():
     config = BladeConfig(attention="asa-gt")
     assert (config.attention, config.pooled_tokens) == ("asa", "all")

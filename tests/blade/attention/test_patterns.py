@@ -97,14 +97,14 @@ def test_multi_diagonal_is_permute_band_and_unpermute():
     numbers = torch.arange(-(-grid.video_tokens // size))
     band = BlockMask.from_dense(((numbers[:, None] - numbers).abs() <= reach)[None, None], (size, size))
     moved = (x.index_select(1, order) for x in (query, key, value))
-    expected = block_sparse_attention(*moved, band, implementation="reference").index_select(1, inverse)
+    expected = block_sparse_attention(*moved, band, implementation="naive").index_select(1, inverse)
     torch.testing.assert_close(output, expected)
 
 
 MIXED = (*PATTERNS, HeadPattern(kind="diagonal", frames=1, order="gilbert"))
 
 
-@pytest.mark.parametrize("implementation", ["reference", "flex", "triton"])
+@pytest.mark.parametrize("implementation", ["cpu", "flex", "triton"])
 @pytest.mark.parametrize("grid", [TokenGrid(3, 5, 7), TokenGrid(3, 5, 7, text_after=9)])
 def test_one_launch_for_a_mix_equals_head_by_head(implementation, grid):
     if implementation == "triton":
@@ -129,7 +129,7 @@ def test_one_launch_for_a_mix_equals_head_by_head(implementation, grid):
         mask = BlockMask.from_dense(pattern_blocks(pattern, grid, size, order)[None, None], (size, size))
         shares.append(mask.density(grid.sequence_length, grid.sequence_length))
         one = (x[:, places, head : head + 1] for x in inputs)
-        expected = block_sparse_attention(*one, mask, implementation="reference")
+        expected = block_sparse_attention(*one, mask, implementation="naive")
         torch.testing.assert_close(output[:, places, head : head + 1], expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(density, torch.stack(shares).mean())
 

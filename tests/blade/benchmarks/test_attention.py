@@ -41,16 +41,16 @@ def test_reports_every_size_and_density():
     assert found[:1] == [(44, 1.0, 1.0)] and found[2:] == [(80, 1.0, 1.0), (80, 0.3, 0.3)]
     assert 2 * 4 / 44 < found[1][2] <= 2 * 8 / 44
     for case in report["cases"]:
-        assert case["sparse"] == ["reference"] and case["auto"] == "reference"
-        assert case["ms"]["flash"]["forward"] > 0 and set(case["ms"]["reference"]) == {"drawn"}
+        assert case["sparse"] == ["cpu"] and case["auto"] == "cpu"
+        assert case["ms"]["flash"]["forward"] > 0 and set(case["ms"]["cpu"]) == {"drawn"}
         assert "this is a test" in case["missing"]["flex"] and "cudnn" in case["missing"]
 
 
 def test_every_pass_is_timed_where_there_is_one():
     case = run_attention_benchmark(ALL_PASSES)["cases"][1]
-    assert set(case["ms"]["reference"]) == {"forward", "training", "whole"}
+    assert set(case["ms"]["cpu"]) == {"forward", "training", "whole"}
     assert set(case["ms"]["math"]) == {"forward", "training"} and set(case["ms"]["selection"]) == {"selection"}
-    assert case["error"]["reference"] < 1e-5
+    assert case["error"]["cpu"] < 1e-5
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is off")
@@ -65,7 +65,7 @@ def test_the_triton_kernels_are_a_contestant_where_they_can_run():
 
 def test_a_wrong_output_is_no_result(monkeypatch):
     monkeypatch.setattr(candidates, "block_sparse_attention", lambda q, *_, **__: torch.zeros_like(q))
-    with pytest.raises(RuntimeError, match="the output of `reference` is wrong: relative error 1"):
+    with pytest.raises(RuntimeError, match="the output of `cpu` is wrong: relative error 1"):
         run_attention_benchmark(TINY)
 
 
@@ -138,7 +138,7 @@ def test_the_command_prints_a_table(capsys):
         main([*ARGUMENTS, "--density", "1,0.5"])
     assert not ended.value.code
     shown = capsys.readouterr().out
-    assert shown.count("44 tokens") >= 2 and "reference" in shown
+    assert shown.count("44 tokens") >= 2 and "cpu" in shown
 
 
 def test_the_command_writes_its_files(tmp_path, capsys):
@@ -189,8 +189,8 @@ def test_head_patterns_are_timed_with_what_surrounds_them():
         passes=("forward", "selection", "whole"),
     )
     (case,) = run_attention_benchmark(settings)["cases"]
-    assert set(case["ms"]["reference"]) == {"forward", "whole"} and case["ms"]["selection"]["selection"] > 0
-    assert case["error"]["reference"] < 1e-5
+    assert set(case["ms"]["cpu"]) == {"forward", "whole"} and case["ms"]["selection"]["selection"] > 0
+    assert case["error"]["cpu"] < 1e-5
     assert 0.3 < case["realised_density"] <= 0.52  # a stripe more or less, of 12
 
 

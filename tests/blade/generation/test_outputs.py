@@ -183,6 +183,14 @@ def test_the_record_makes_the_same_video_again(
     assert "layer density 0.500" in printed and "run density 0.750" in printed and str(output) in printed
 
 
+def test_a_record_of_an_earlier_version_names_cpu_as_reference(report: GenerationReport, tmp_path: Path) -> None:
+    path = tmp_path / "earlier.json"
+    config = {**report.record["blade_config"], "implementation": "reference"}
+    path.write_text(json.dumps({**report.record, "blade_config": config}))
+    recorded = read_request(path).blade_config
+    assert recorded is not None and recorded.implementation == "cpu"
+
+
 def test_options_change_a_recorded_request(report: GenerationReport, tmp_path: Path) -> None:
     path = report.record_path
     recorded = read_request(path)

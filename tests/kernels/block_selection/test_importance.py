@@ -14,43 +14,16 @@ def offsets(samples, size, shape=(2, 3), seed=1):
     return torch.rand(*shape, size, generator=torch.Generator().manual_seed(seed)).argsort(-1)[..., :samples]
 
 
-def sampled_tokens(drawn, tokens, size):
-    """Which tokens of a sequence are sampled, block by block: offsets scaled to short blocks, each token once."""
-    found = []
-    for start in range(0, tokens, size):
-        held = min(size, tokens - start)
-        found.append(sorted({start + int(offset) * held // size for offset in drawn}))
-    return found
-
-
-def by_definition(q, k, query_offsets, key_offsets, block_size, denominator, lengths=None):
-    """Block maxima of one softmax over the sampled keys, a pair of blocks at a time."""
-    batch, queries, heads, size = q.shape
-    result = []
-    for b in range(batch):
-        keys = k.shape[1] if lengths is None else int(lengths[b])
-        for h in range(heads):
-            rows = sampled_tokens(query_offsets[b, h], queries, block_size[0])
-            columns = sampled_tokens(key_offsets[b, h], keys, block_size[1])
-            logits = q[b, :, h] @ k[b, :, h].T * size**-0.5
-            chosen = [token for block in columns for token in block]
-            scores = torch.zeros(len(rows), -(-k.shape[1] // block_size[1]), dtype=q.dtype)
-            if chosen:
-                base = logits[:, chosen].logsumexp(-1) if denominator else logits[:, chosen].amax(-1)
-                for i, row in enumerate(rows):
-                    for j, column in enumerate(columns):
-                        scores[i, j] = (logits[row][:, column] - base[row].unsqueeze(-1)).exp().max()
-            result.append(scores)
-    return torch.stack(result).view(batch, heads, *result[0].shape)
-
-
 @pytest.mark.parametrize("denominator", [True, False])
 @pytest.mark.parametrize(("queries", "keys"), [(1, 1), (15, 63), (64, 64), (65, 33), (97, 127)])
-def test_matches_its_definition(queries, keys, denominator):
+def test_matches_the_specification(queries, keys, denominator):
     q, k = inputs(queries, keys)
     drawn = offsets(4, 16), offsets(3, 8, seed=2)
-    found = sampled_importance(q, k, *drawn, (16, 8), softmax_denominator=denominator)
-    torch.testing.assert_close(found, by_definition(q, k, *drawn, (16, 8), denominator))
+    found, exact = (
+        sampled_importance(q, k, *drawn, (16, 8), softmax_denominator=denominator, implementation=name)
+        for name in ("cpu", "naive")
+    )
+    torch.testing.assert_close(found, exact)
 
 
 @pytest.mark.parametrize("denominator", [True, False])
@@ -60,23 +33,31 @@ def test_absent_keys_take_no_part(denominator):
     drawn = offsets(4, 16), offsets(3, 8, seed=2)
     k[0, 37:] = float("nan")
     k[1] = float("nan")
-    found = sampled_importance(q, k, *drawn, (16, 8), softmax_denominator=denominator, key_lengths=lengths)
-    torch.testing.assert_close(found, by_definition(q, k, *drawn, (16, 8), denominator, lengths))
+    options = {"softmax_denominator": denominator, "key_lengths": lengths}
+    found, exact = (
+        sampled_importance(q, k, *drawn, (16, 8), **options, implementation=name) for name in ("cpu", "naive")
+    )
+    torch.testing.assert_close(found, exact)
     assert not found[1].any() and not found[0, :, :, 5:].any()
 
 
-def test_without_the_denominator_every_row_of_blocks_reaches_one():
+@pytest.mark.parametrize("implementation", ["naive", "cpu"])
+def test_without_the_denominator_every_row_of_blocks_reaches_one(implementation):
     q, k = inputs(64)
     drawn = offsets(4, 16), offsets(4, 16, seed=2)
-    best = sampled_importance(q, k, *drawn, (16, 16), softmax_denominator=False).amax(-1)
-    torch.testing.assert_close(best, torch.ones_like(best))
-    assert float(sampled_importance(q, k, *drawn, (16, 16)).amax()) < 1
+    with_denominator, without = (
+        sampled_importance(q, k, *drawn, (16, 16), softmax_denominator=denominator, implementation=implementation)
+        for denominator in (True, False)
+    )
+    torch.testing.assert_close(without.amax(-1), torch.ones(2, 3, 4, dtype=torch.float64))
+    assert float(with_denominator.amax()) < 1
 
 
-def test_all_tokens_sampled_give_the_largest_weight_of_each_pair_of_blocks():
+@pytest.mark.parametrize("implementation", ["naive", "cpu"])
+def test_all_tokens_sampled_give_the_largest_weight_of_each_pair_of_blocks(implementation):
     q, k = inputs(64)
     everything = torch.arange(16)
-    found = sampled_importance(q, k, everything, everything, (16, 16))
+    found = sampled_importance(q, k, everything, everything, (16, 16), implementation=implementation)
     weights = (q.transpose(1, 2) @ k.transpose(1, 2).mT * 8**-0.5).softmax(-1)
     torch.testing.assert_close(found, weights.unfold(2, 16, 16).unfold(3, 16, 16).amax((-1, -2)))
 

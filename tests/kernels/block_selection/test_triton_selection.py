@@ -1,4 +1,4 @@
-"""The selection kernels against plain PyTorch, which has tests of its own."""
+"""The selection kernels against the specification, which has tests of its own."""
 
 import importlib.util
 
@@ -17,10 +17,10 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def both(importance, *arguments, **options):
-    """The mask of the kernel, on the CPU, and that of plain PyTorch."""
+    """The mask of the kernel, on the CPU, and that of the specification."""
     moved = {name: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for name, x in options.items()}
     found = select_blocks(importance.to(DEVICE), *arguments, **moved, implementation="triton").to("cpu")
-    return found, select_blocks(importance, *arguments, **options, implementation="reference")
+    return found, select_blocks(importance, *arguments, **options, implementation="naive")
 
 
 def assert_same(found, expected):
@@ -42,7 +42,7 @@ def assert_same(found, expected):
     st.sampled_from([2, 4096]),
     st.integers(0, 99),
 )
-def test_selects_what_plain_pytorch_selects(shape, first, second, mass, keys, queries, radius, values, seed):
+def test_selects_what_the_specification_selects(shape, first, second, mass, keys, queries, radius, values, seed):
     """Many ties and none; importance in multiples of 1/4096, so that sums do not depend on their order."""
     generator = torch.Generator().manual_seed(seed)
     importance = torch.randint(0, values, shape, generator=generator) / 4096
@@ -79,7 +79,7 @@ def test_expanded_importance_is_read_by_its_strides():
     ("dtype", "samples"), [(torch.float32, (16, 4)), (torch.bfloat16, (4, 16)), (torch.float16, (1, 2))]
 )
 @pytest.mark.parametrize(("queries", "keys"), [(1, 1), (97, 200)])
-def test_scores_what_plain_pytorch_scores(denominator, lengths, dtype, samples, queries, keys):
+def test_scores_what_the_specification_scores(denominator, lengths, dtype, samples, queries, keys):
     generator = torch.Generator().manual_seed(0)
     q, k = (torch.randn(2, n, 3, 16, generator=generator).to(dtype) for n in (queries, keys))
     drawn = [torch.rand(3, 32, generator=generator).argsort(-1)[:, :count].to(torch.int16) for count in samples]
@@ -88,7 +88,7 @@ def test_scores_what_plain_pytorch_scores(denominator, lengths, dtype, samples, 
         for item, length in enumerate(lengths):
             k[item, length:] = float("nan")
     options = {"softmax_denominator": denominator, "key_lengths": lengths}
-    expected = sampled_importance(q, k, *drawn, (32, 32), **options, implementation="reference")
+    expected = sampled_importance(q, k, *drawn, (32, 32), **options, implementation="naive")
     on_device = [x.to(DEVICE) for x in (q, k, *drawn)]
     options["key_lengths"] = None if lengths is None else lengths.to(DEVICE)
     found = sampled_importance(*on_device, (32, 32), **options, implementation="triton").cpu()
@@ -115,7 +115,7 @@ def test_says_what_it_can_not_score(monkeypatch, arguments, message):
 
 def test_the_implementation_is_checked():
     importance = torch.rand(1, 1, 1, 4)
-    with pytest.raises(ValueError, match="`implementation` must be one of auto, triton, reference, got 'flex'"):
+    with pytest.raises(ValueError, match="`implementation` must be one of auto, triton, cpu, naive, got 'flex'"):
         select_blocks(importance, implementation="flex")
     with pytest.raises(NotImplementedError, match="at most 16384 blocks of keys, got 16385"):
         select_blocks(torch.rand(1, 1, 1, 16385), implementation="triton")

@@ -29,9 +29,16 @@ def test_autocast_casts_as_pytorchs_attention_does(case):
     assert torch.equal(found, block_sparse_attention(*low, inputs.mask, pooled=pooled))
 
 
-def test_auto_takes_the_reference_on_the_cpu(case):
+def test_auto_takes_cpu_on_the_cpu(case):
     inputs = case(20)
-    assert resolve_implementation(inputs.q, inputs.k, inputs.v, inputs.mask) == "reference"
+    assert resolve_implementation(inputs.q, inputs.k, inputs.v, inputs.mask) == "cpu"
+
+
+@pytest.mark.parametrize(("implementation", "resolved"), [("cpu", "cpu"), ("reference", "cpu"), ("naive", "naive")])
+def test_plain_implementations_take_everything(case, implementation, resolved):
+    inputs = case(20, grad=True)
+    tensors = (inputs.q, inputs.k, inputs.v, inputs.mask)
+    assert resolve_implementation(*tensors, return_lse=True, implementation=implementation) == resolved
 
 
 def test_flex_that_can_not_is_refused(case):
@@ -62,7 +69,7 @@ BAD = {
     ),
     "lengths": (lambda c: {"key_lengths": torch.tensor([3])}, r"`key_lengths` must be integers of shape \(2,\)"),
     "lengths type": (lambda c: {"key_lengths": torch.tensor([3.0, 4.0])}, "got torch.float32"),
-    "name": (lambda c: {"implementation": "cuda"}, "must be one of auto, triton, flex, reference, got 'cuda'"),
+    "name": (lambda c: {"implementation": "cuda"}, "must be one of auto, triton, flex, cpu, naive, got 'cuda'"),
 }
 
 

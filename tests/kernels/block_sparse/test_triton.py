@@ -244,8 +244,8 @@ def test_says_what_it_can_not_do(monkeypatch, arguments, message):
         (("no heads", None), "flex", "uses FlexAttention: no heads."),
         (
             ("no heads", "no blocks"),
-            "reference",
-            "plain PyTorch reference, which is slow on cuda: no heads; no blocks.",
+            "cpu",
+            "uses plain PyTorch (`cpu`), which is slow on cuda: no heads; no blocks.",
         ),
     ],
 )
@@ -257,7 +257,7 @@ def test_auto_takes_triton_on_cuda_or_says_once_why_not(monkeypatch, caplog, pro
         found = {api._resolve("auto", "cuda", torch.bfloat16, 64, (128, 128), False, False) for _ in range(2)}
     assert found == {chosen}
     assert [record.message for record in caplog.records] == (
-        [] if words is None else [f"Block-sparse attention {'uses the ' if chosen == 'reference' else ''}{words}"]
+        [] if words is None else [f"Block-sparse attention {words}"]
     )
 
 

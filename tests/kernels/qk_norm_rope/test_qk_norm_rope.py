@@ -1,4 +1,4 @@
-"""Fused normalisation and rotary embedding: the definition, Diffusers' own operations, and the kernel."""
+"""Fused normalisation and rotary embedding: Diffusers' own operations, the specification, and what is fast."""
 
 import importlib.util
 
@@ -10,7 +10,7 @@ from diffusers.models.embeddings import apply_rotary_emb
 pytestmark = [pytest.mark.gpu] if torch.cuda.is_available() else []
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-IMPLEMENTATIONS = ["reference", pytest.param("triton", marks=needs_triton)]
+IMPLEMENTATIONS = ["naive", "cpu", pytest.param("triton", marks=needs_triton)]
 
 
 def make(norm, tokens=7, heads=3, size=16, *, batch=2, rope=True, start=2, places=None, dtype=torch.float32, seed=0):
@@ -66,16 +66,17 @@ def test_cogvideox_and_hunyuan_video_as_diffusers_computes_them(implementation, 
     torch.testing.assert_close(run(x, options, implementation)[0].cpu(), expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("implementation", ["naive", "cpu"])
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("places", [None, "shared", "by head"])
-def test_gradients_and_places_of_the_reference(norm, places):
+def test_gradients_and_places_in_plain_pytorch(implementation, norm, places):
     x, options = make(norm, tokens=4, heads=2, size=4, batch=1, places=places)
     leaves = [x, *(options[name] for name in ("weight", "bias") if name in options)]
     leaves = [leaf.detach().double().requires_grad_() for leaf in leaves]
     names = [name for name in ("weight", "bias") if name in options]
 
     def function(first, *rest):
-        return qk_norm_rope(first, **{**options, **dict(zip(names, rest))}, implementation="reference")
+        return qk_norm_rope(first, **{**options, **dict(zip(names, rest))}, implementation=implementation)
 
     assert torch.autograd.gradcheck(function, leaves)
     if places is not None:
@@ -88,6 +89,28 @@ def test_gradients_and_places_of_the_reference(norm, places):
                 assert torch.equal(moved[0, order[head, token], head], still[0, token, head])
 
 
+def run_in_float64(x, options, implementation):
+    """Output and gradients, with every number in float64, on the CPU."""
+    double = {
+        name: v.detach().double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v
+        for name, v in options.items()
+    }
+    leaves = [double[name].requires_grad_() for name in ("weight", "bias") if name in double]
+    wide = x.detach().double().requires_grad_()
+    out = qk_norm_rope(wide, **double, implementation=implementation)
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(9))
+    return [out, *torch.autograd.grad((out * weight).sum(), [wide, *leaves])]
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("places", [None, "shared", "by head"])
+@pytest.mark.parametrize(("tokens", "heads", "rope"), [(1, 1, False), (7, 3, True), (65, 12, True)])
+def test_cpu_computes_what_is_specified(norm, places, tokens, heads, rope):
+    x, options = make(norm, tokens, heads, 64, places=places, rope=rope)
+    for found, exact in zip(run_in_float64(x, options, "cpu"), run_in_float64(x, options, "naive")):
+        torch.testing.assert_close(found, exact)
+
+
 @needs_triton
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("places", [None, "shared", "by head"])
@@ -97,15 +120,8 @@ def test_the_kernel_errs_no_more_than_the_plain_computation(
 ):
     monkeypatch.setattr("blade_kernels.qk_norm_rope.operator._BACKWARD_PROGRAMS", 5)
     x, options = make(norm, tokens, heads, 64, places=places, rope=rope)
-    found, plain = run(x, options, "triton"), run(x, options, "reference")
-    double = {
-        name: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for name, v in options.items()
-    }
-    leaves = {name: double[name].detach().requires_grad_() for name in ("weight", "bias") if name in double}
-    wide = x.detach().double().requires_grad_()
-    out = qk_norm_rope(wide, **(double | leaves), implementation="reference")
-    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(9))
-    exact = [out, *torch.autograd.grad((out * weight).sum(), [wide, *leaves.values()])]
+    found, plain = run(x, options, "triton"), run(x, options, "cpu")
+    exact = run_in_float64(x, options, "naive")
     for one, precise, coarse in zip(found, exact, plain):
         as_good_as(one.cpu(), precise, coarse.cpu(), factor=3.0)
 
@@ -114,8 +130,8 @@ def test_the_kernel_errs_no_more_than_the_plain_computation(
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_rounded_once(as_good_as, dtype):
     x, options = make("rms-all-heads", 9, 5, 64, dtype=dtype)
-    found, plain = run(x, options, "triton"), run(x, options, "reference")
-    exact = run(x.detach().float().requires_grad_(), options, "reference")
+    found, plain = run(x, options, "triton"), run(x, options, "cpu")
+    exact = run(x.detach().float().requires_grad_(), options, "naive")
     assert found[0].dtype == dtype and found[1].dtype == dtype
     if dtype == torch.float16 or DEVICE == "cuda":  # the interpreter cuts bfloat16 off, and does not round
         assert (found[0].cpu() != exact[0].to(dtype)).float().mean() < 0.01  # the nearest number, but for ties
@@ -146,7 +162,7 @@ BAD = {
     "table": ({"cos": torch.zeros(16)}, r"`cos` must be of shape \(tokens, 16\) .* got \(16,\)"),
     "start": ({"rope_start": 3}, "`rope_start` must leave room for 5 positions among 7 tokens, got 3"),
     "places": ({"places": torch.zeros(2, 7).long()}, r"`places` must be integers of shape \(3 or 1, 7\)"),
-    "name": ({"implementation": "cuda"}, "`implementation` must be one of auto, triton, reference, got 'cuda'"),
+    "name": ({"implementation": "cuda"}, "`implementation` must be one of auto, triton, cpu, naive, got 'cuda'"),
 }
 
 

@@ -1,4 +1,4 @@
-"""The walk of the reference over heads, a few together where that is possible, and over a few rows at a time."""
+"""The walk of `cpu` over heads, a few together where that is possible, and over a few rows at a time."""
 
 from __future__ import annotations
 

@@ -1,14 +1,12 @@
-"""Normalisation and rotary embedding in plain PyTorch: the specification of the fused kernel."""
+"""Normalisation and rotary embedding in PyTorch's own operations, arranged for a CPU; runs on every device."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-NORMS = ("none", "rms-all-heads", "rms", "layer")
 
-
-def reference_norm_rope(
+def cpu_norm_rope(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -19,7 +17,7 @@ def reference_norm_rope(
     eps: float,
     rope_start: int,
 ) -> Tensor:
-    """What `qk_norm_rope` computes, on any device; `cos` and `sin` are (tokens, D)."""
+    """Compute `qk_norm_rope`; `cos` and `sin` are (tokens, D)."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     y = x.to(dtype)
     weight, bias = (None if vector is None else vector.to(dtype) for vector in (weight, bias))

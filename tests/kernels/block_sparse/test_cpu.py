@@ -1,4 +1,4 @@
-import blade_kernels.block_sparse.reference_walk as walk
+import blade_kernels.block_sparse.cpu_walk as walk
 import blade_kernels.scratch as scratch
 import pytest
 import torch
@@ -20,7 +20,7 @@ def attend(case, **arguments):
         case.mask,
         pooled=case.pooled(),
         key_lengths=case.key_lengths,
-        implementation="reference",
+        implementation="cpu",
         **arguments,
     )
 
@@ -244,7 +244,7 @@ def test_the_operators_are_registered_soundly(case):
         inputs.q, inputs.k, inputs.v, mask.keep, mask.counts, mask.indices, None, [16, 8], pooled.k.detach(),
         pooled.v.detach(), pooled.log_weight, pooled.key_block, inputs.key_lengths, 0.3,
     )  # fmt: skip
-    torch.library.opcheck(torch.ops.blade.block_sparse_reference.default, arguments)
+    torch.library.opcheck(torch.ops.blade.block_sparse_cpu.default, arguments)
 
 
 def test_gradient_checkpointing_recomputes_the_same(case):

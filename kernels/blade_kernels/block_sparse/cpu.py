@@ -1,13 +1,6 @@
-"""Block-sparse attention in plain PyTorch: the specification that every other implementation is held to.
+"""Block-sparse attention in PyTorch's own operations, arranged for a CPU; runs on every device.
 
-For one query q of a row (a query block) of the mask, with the keys k_j and values v_j of the blocks that the row
-keeps, and the pooled keys p_w and values u_w that it sees, each standing for n_w tokens:
-
-    s_j = scale q.k_j          t_w = scale q.p_w + ln n_w                  logits
-    lse = ln(sum_j e^s_j + sum_w e^t_w)                                    one softmax over both
-    out = sum_j e^(s_j - lse) v_j + sum_w e^(t_w - lse) u_w
-
-A row without keys gives out = 0 and lse = -inf. Backward, from the gradients dout and dlse, with a_j = e^(s_j - lse):
+The forward computes what `naive` specifies. Backward, from the gradients dout and dlse, with a_j = e^(s_j - lse):
 
     delta = dout.out - dlse              ds_j = a_j (dout.v_j - delta)
     dq = scale sum_j ds_j k_j            dk_j = scale sum_q ds_j q            dv_j = sum_q a_j dout
@@ -26,14 +19,14 @@ import torch
 from torch import Tensor
 
 from blade_kernels.block_mask import BlockMask
+from blade_kernels.block_sparse.cpu_walk import Head, Heads
 from blade_kernels.block_sparse.operators import Arguments, register
 from blade_kernels.block_sparse.pooled import PooledTokens
-from blade_kernels.block_sparse.reference_walk import Head, Heads
 
 _LN2 = math.log(2.0)
 
 
-def reference_attention(
+def cpu_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -181,4 +174,4 @@ def _attend_backward(head: Head, d_out: Tensor, lse: Tensor, delta: Tensor) -> _
     return grads
 
 
-_attention = register("block_sparse_reference", _forward, _backward)
+_attention = register("block_sparse_cpu", _forward, _backward)

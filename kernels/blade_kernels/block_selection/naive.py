@@ -1,0 +1,86 @@
+"""The specification of block selection: all attention weights for the scores, one row after another for the choice."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch import Tensor
+
+
+def naive_sampled_importance(
+    q: Tensor,
+    k: Tensor,
+    query_offsets: Tensor,
+    key_offsets: Tensor,
+    block_size: tuple[int, int],
+    scale: float,
+    key_lengths: Tensor | None,
+    softmax_denominator: bool,
+) -> Tensor:
+    """Score every pair of blocks by the largest attention weight between its sampled tokens. Holds all S * T weights.
+
+    Returns:
+        (B, H, query blocks, key blocks) in float32 (float64 for float64).
+    """
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    queries = _sampled(q, query_offsets, block_size[0], None)  # (B, H, S)
+    keys = _sampled(k, key_offsets, block_size[1], key_lengths)  # (B, H, T)
+    q, k = (x.to(dtype).transpose(1, 2) for x in (q, k))
+    with torch.autocast(q.device.type, enabled=False):
+        logits = (q @ k.mT * scale).masked_fill(~keys.unsqueeze(2), -torch.inf)
+    base = logits.logsumexp(-1, keepdim=True) if softmax_denominator else logits.amax(-1, keepdim=True)
+    weights = (logits - base.masked_fill(base == -torch.inf, 0.0)).exp()  # -inf less -inf would be NaN
+    weights = weights.masked_fill(~queries.unsqueeze(-1), 0.0)
+    missing = (-weights.shape[2] % block_size[0], -weights.shape[3] % block_size[1])
+    whole = torch.nn.functional.pad(weights, (0, missing[1], 0, missing[0]))
+    return whole.unflatten(3, (-1, block_size[1])).unflatten(2, (-1, block_size[0])).amax((3, 5))
+
+
+def _sampled(x: Tensor, offsets: Tensor, size: int, lengths: Tensor | None) -> Tensor:
+    """Mark the sampled tokens of (B, tokens, H, D): (B, H, tokens) bool."""
+    batch, tokens, heads, _ = x.shape
+    sampled = torch.zeros(batch, heads, tokens, dtype=torch.bool, device=x.device)
+    offsets = offsets.long().expand(batch, heads, -1)
+    for item in range(batch):
+        length = tokens if lengths is None else min(int(lengths[item]), tokens)
+        for start in range(0, length, size):
+            held = min(size, length - start)  # a short block has its offsets scaled to the tokens that it holds
+            sampled[item].scatter_(-1, start + offsets[item] * held // size, True)
+    return sampled
+
+
+def naive_selection(
+    importance: Tensor,
+    block_size: tuple[int, int],
+    max_blocks: int,
+    min_blocks: int,
+    cumulative_mass: float | None,
+    forced_key_blocks: Tensor | None,
+    forced_query_blocks: Tensor | None,
+    local_radius: int | None,
+) -> Tensor:
+    """Rank the key blocks of every row and keep the leading ones, as `select_blocks` describes.
+
+    Returns:
+        (B or 1, H or 1, query blocks, key blocks) bool.
+    """
+    *rows, key_blocks = importance.shape
+    keep = torch.zeros(importance.shape, dtype=torch.bool)
+    for place in itertools.product(*map(range, rows)):
+        score, first = importance[place].float().tolist(), place[-1] * block_size[0]
+        forced = [False] * key_blocks if forced_key_blocks is None else forced_key_blocks.tolist()
+        if local_radius is not None:
+            last = first + block_size[0] - 1
+            nearest = first // block_size[1] - local_radius, last // block_size[1] + local_radius
+            forced = [flag or nearest[0] <= block <= nearest[1] for block, flag in enumerate(forced)]
+        ranking = sorted(range(key_blocks), key=lambda block: (not forced[block], -score[block], block))
+        count = max_blocks
+        if cumulative_mass is not None:
+            mass = list(itertools.accumulate(score[block] for block in ranking))
+            count = 1 + sum(sofar < cumulative_mass * mass[-1] for sofar in mass)  # and the block that reaches it
+        count = max(min(max(count, min_blocks), max_blocks), sum(forced))
+        if forced_query_blocks is not None and forced_query_blocks[place[-1]]:
+            count = key_blocks
+        keep[place][ranking[:count]] = True
+    return keep.to(importance.device)
