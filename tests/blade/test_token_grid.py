@@ -22,7 +22,7 @@ GILBERT_VECTORS = {
 }
 
 sizes = st.integers(1, 7)
-orders = st.sampled_from(["raster", "token_major", "gilbert", "bricks(1,1,1)", "bricks(2,3,2)", "bricks(9,1,4)"])
+orders = st.sampled_from(["raster", "token-major", "gilbert", "bricks(1,1,1)", "bricks(2,3,2)", "bricks(9,1,4)"])
 
 
 @pytest.mark.parametrize("shape", GILBERT_VECTORS)
@@ -56,7 +56,7 @@ def test_an_order_then_its_inverse_is_the_identity(frames, height, width, name, 
 
 
 def test_token_major_keeps_all_frames_of_a_pixel_together():
-    positions = TokenGrid(3, 2, 2).positions("token_major")
+    positions = TokenGrid(3, 2, 2).positions("token-major")
     assert positions[:3].tolist() == [[0, 0, 0], [1, 0, 0], [2, 0, 0]]
     assert positions[3:6].tolist() == [[0, 0, 1], [1, 0, 1], [2, 0, 1]]
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from blade.attention.config import BladeConfig
-from blade.evaluation.runs import ATTENTION, RunSettings, parse_run
+from blade.evaluation.runs import RunSettings, attention_kinds, parse_run
 
 
 def shapes_preset() -> BladeConfig:
@@ -78,7 +78,7 @@ def test_bad_runs_are_refused(text, message):
 
 
 def test_every_kind_of_attention_has_its_configuration():
-    configs = {name: RunSettings(name=name, attention=name).blade_config(shapes_preset) for name in ATTENTION}
+    configs = {name: RunSettings(name=name, attention=name).blade_config(shapes_preset) for name in attention_kinds()}
     assert configs.pop("dense") is None
     assert configs["preset"] == configs["asa"] == shapes_preset()
     assert configs["asa-gt"].pooled_tokens == "all"

@@ -93,11 +93,11 @@ def test_prompt_files_are_read_and_refused(tmp_path):
 def test_masks_are_drawn_in_the_models_order(make_profile):
     source = make_profile().source
     grid, tokens = source.grid, source.grid.sequence_length
-    own = HeadPattern(kind="multi_diagonal", frames=0.6, order="token_major")
+    own = HeadPattern(kind="multi-diagonal", frames=0.6, order="token-major")
     cells = mask_cells(own, source, 7)
     keep = pattern_blocks(own, grid, 16, "raster")
     places = torch.arange(tokens)
-    video = grid.inverse_order("token_major") + grid.video_start
+    video = grid.inverse_order("token-major") + grid.video_start
     places[grid.video_start : grid.video_stop] = video
     seen = keep[places // 16][:, places // 16].double()
     cell = torch.arange(tokens) // 16 * 7 // len(keep)
@@ -109,7 +109,7 @@ def test_masks_are_drawn_in_the_models_order(make_profile):
 def test_explained_mass_is_the_best_patterns(make_profile):
     profile = make_profile()
     kinds, explained = explained_mass(profile)
-    assert kinds == ("multi_diagonal", "vertical") or set(kinds) <= {"diagonal", "multi_diagonal", "vertical"}
+    assert kinds == ("multi-diagonal", "vertical") or set(kinds) <= {"diagonal", "multi-diagonal", "vertical"}
     place = kinds.index("vertical")
     assert explained[place, 2, 3] == pytest.approx(profile.mass[3, 2, 4].mean())
     assert explained.shape == (len(kinds), 3, 6) and np.isfinite(explained).all()

@@ -9,8 +9,9 @@ import pytest
 from blade.profiling.adaptive_sparsity import adaptive_at_error
 from blade.profiling.assignment import GreedyRule
 from blade.profiling.costs import AttentionCosts
+from blade.profiling.objectives import Budget
 from blade.profiling.profile import AttentionProfile
-from blade.profiling.search import Budget, PatternSearch, prompt_dependence
+from blade.profiling.search import PatternSearch, prompt_dependence
 
 
 def test_profiles_are_saved_and_read(make_profile, tmp_path):
