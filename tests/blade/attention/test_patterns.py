@@ -1,7 +1,9 @@
 """Head patterns against their definition by pairs of tokens, their closed formulas, and head by head."""
 
 import itertools
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -252,3 +254,28 @@ def test_bad_tables_are_refused(changes, message):
 def test_patterns_are_equal_if_they_say_the_same():
     for one, other in itertools.product(PATTERNS, repeat=2):
         assert (HeadPattern.from_dict(one.to_dict()) == other) == (one is other)
+
+
+def test_old_spellings_are_read_and_new_ones_written(tmp_path):
+    old = HeadPattern.from_dict({"kind": "multi_diagonal", "frames": 0.6, "order": "token_major"})
+    assert old == HeadPattern(kind="multi-diagonal", frames=0.6, order="token-major")
+    assert old.to_dict() == {"kind": "multi-diagonal", "frames": 0.6, "order": "token-major"}
+    table = mixed_table([old, HeadPattern(kind="full")], 2, 2, block_size=8, token_order="token-major")
+    values = json.loads(json.dumps(table.to_dict()).replace("-", "_"))
+    assert values["token_order"] == "token_major" and values["patterns"][0]["kind"] == "multi_diagonal"
+    (tmp_path / "pattern_table.json").write_text(json.dumps(values))
+    assert PatternTable.load(tmp_path / "pattern_table.json") == table
+    assert AdaptiveConfig(token_order="token_major") == AdaptiveConfig(token_order="token-major")
+
+
+RESULTS = Path(__file__).parents[3] / "docs" / "results" / "shapes-patterns" / "tables"
+
+
+@pytest.mark.parametrize("folder", sorted(path.name for path in RESULTS.iterdir()))
+def test_tables_of_an_earlier_version_are_read(folder, tmp_path):
+    config = BladeConfig.from_pretrained(RESULTS / folder)
+    text = (RESULTS / folder / "pattern_table.json").read_text()
+    assert "multi-diagonal" in config.patterns.shares()
+    config.save_pretrained(tmp_path)
+    respelled = text.replace("multi_diagonal", "multi-diagonal").replace("token_major", "token-major")
+    assert json.loads((tmp_path / "pattern_table.json").read_text()) == json.loads(respelled)
