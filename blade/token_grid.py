@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 import torch
 
-TOKEN_ORDERS = ("raster", "token_major", "gilbert", "bricks(t,h,w)")
-"""The token orders by name; in the last, `t`, `h` and `w` stand for a brick's size in tokens."""
-
-_BRICKS = re.compile(r"bricks\(\s*(\d+)\s*,\s*(\d+)\s*,\s*(\d+)\s*\)")
+from blade.common.checks import kebab_case
+from blade.common.declared import declare
 
 # An axis-aligned integer vector: its signed length and the (positive) raster stride of its axis.
 _Vector = tuple[int, int]
@@ -84,9 +83,7 @@ class TokenGrid:
         Text tokens are no part of it: they stay where they are.
 
         Args:
-            name: one of `raster`, `token_major` (all frames of a pixel together), `gilbert` (a generalised Hilbert
-                curve through the box) and `bricks(t,h,w)` (bricks of t x h x w tokens, in raster order inside and
-                among themselves; those at the far faces are cut off).
+            name: one of `TOKEN_ORDERS`, with numbers for its parameters if it has any.
             device: where the permutation shall live.
 
         Returns:
@@ -96,13 +93,11 @@ class TokenGrid:
         Raises:
             ValueError: if no order has this name.
         """
-        check_token_order(name)
-        return _permutation(self, name, torch.device(device), False)
+        return _permutation(self, *_find_order(name), torch.device(device), False)
 
     def inverse_order(self, name: str, device: torch.device | str = "cpu") -> torch.Tensor:
         """Return the permutation that puts tokens of order `name` back into raster order. See `order`."""
-        check_token_order(name)
-        return _permutation(self, name, torch.device(device), True)
+        return _permutation(self, *_find_order(name), torch.device(device), True)
 
     def positions(self, name: str) -> torch.Tensor:
         """Return the (frame, row, column) of every video token in the order `name`: int64 (video_tokens, 3)."""
@@ -110,49 +105,109 @@ class TokenGrid:
         return torch.stack(torch.unravel_index(self.order(name), shape), dim=-1)
 
 
-def check_token_order(name: str) -> None:
-    """Raise a `ValueError` if no token order has this name."""
-    if not isinstance(name, str) or (name not in TOKEN_ORDERS[:3] and not _brick_shape(name)):
-        raise ValueError(f"`token_order` must be one of {', '.join(TOKEN_ORDERS)}, got {name!r}.")
+@dataclass(frozen=True)
+class TokenOrder:
+    """An order in which a grid's video tokens can be cut into blocks."""
+
+    name: str
+    """Its spelling in options and files, such as `gilbert`, or with parameters, which are whole numbers of at least 1,
+    `bricks(t,h,w)`."""
+    permutation: Callable[..., np.ndarray]
+    """Of `(frames, height, width, *parameters)`: the int64 raster index of each token in this order."""
+
+    def __post_init__(self) -> None:
+        if self.name != kebab_case(self.name) or not re.fullmatch(r"[\w-]+(\(\w+(,\w+)*\))?", self.name):
+            raise ValueError(f"`name` must be in kebab-case, such as bricks(t,h,w), got {self.name!r}.")
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """Names of the parameters."""
+        _, _, listed = self.name.rstrip(")").partition("(")
+        return tuple(listed.split(",")) if listed else ()
+
+    def parse(self, text: str) -> tuple[int, ...] | None:
+        """Return the parameters that a spelling of this order gives; None if it is no spelling of it."""
+        spelling = re.escape(self.name.partition("(")[0])
+        if self.parameters:
+            spelling += r"\(\s*" + r"\s*,\s*".join(r"(\d+)" for _ in self.parameters) + r"\s*\)"
+        match = re.fullmatch(spelling, text)
+        values = () if match is None else tuple(int(value) for value in match.groups())
+        return None if match is None or 0 in values else values
+
+    def spell(self, parameters: tuple[int, ...]) -> str:
+        """Return the spelling of this order with parameters."""
+        base = self.name.partition("(")[0]
+        return f"{base}({','.join(map(str, parameters))})" if parameters else base
 
 
-def _brick_shape(name: str) -> tuple[int, int, int] | None:
-    match = _BRICKS.fullmatch(name)
-    if match is None:
-        return None
-    frames, height, width = (int(size) for size in match.groups())
-    return (frames, height, width) if min(frames, height, width) >= 1 else None
+def canonical_order(name: str) -> str:
+    """Return a token order's name as it is written: in kebab-case, though snake_case is read, and without blanks.
+
+    Raises:
+        ValueError: if no order has this name.
+    """
+    order, parameters = _find_order(name)
+    return order.spell(parameters)
+
+
+def plain_orders() -> tuple[str, ...]:
+    """Return the names of the token orders that have no parameters."""
+    return tuple(name for name, order in TOKEN_ORDERS.items() if not order.parameters)
+
+
+def _find_order(name: str) -> tuple[TokenOrder, tuple[int, ...]]:
+    if isinstance(name, str):
+        for order in TOKEN_ORDERS.values():
+            parameters = order.parse(kebab_case(name))
+            if parameters is not None:
+                return order, parameters
+    raise ValueError(f"`token_order` must be one of {', '.join(TOKEN_ORDERS)}, got {name!r}.")
 
 
 @lru_cache(maxsize=128)
-def _permutation(grid: TokenGrid, name: str, device: torch.device, inverse: bool) -> torch.Tensor:
+def _permutation(
+    grid: TokenGrid, order: TokenOrder, parameters: tuple[int, ...], device: torch.device, inverse: bool
+) -> torch.Tensor:
     if grid.first_frame_apart and grid.frames > 1:
-        first = _raster_indices(1, grid.height, grid.width, name)
-        rest = _raster_indices(grid.frames - 1, grid.height, grid.width, name)
-        order = np.concatenate((first, len(first) + rest))
+        first = _raster_indices(1, grid.height, grid.width, order, parameters)
+        rest = _raster_indices(grid.frames - 1, grid.height, grid.width, order, parameters)
+        indices = np.concatenate((first, len(first) + rest))
     else:
-        order = _raster_indices(grid.frames, grid.height, grid.width, name)
+        indices = _raster_indices(grid.frames, grid.height, grid.width, order, parameters)
     if inverse:
         # argsort of a permutation is its inverse
-        order = np.argsort(order, kind="stable")
+        indices = np.argsort(indices, kind="stable")
     # Not an inference tensor even if asked for in inference mode: it may be saved for a backward pass later.
     with torch.inference_mode(False):
-        return torch.from_numpy(order).to(device)
+        return torch.from_numpy(indices).to(device)
 
 
 @lru_cache(maxsize=32)
-def _raster_indices(frames: int, height: int, width: int, name: str) -> np.ndarray:
-    raster = np.arange(frames * height * width, dtype=np.int64)
-    if name == "raster":
-        return raster
-    if name == "token_major":
-        return np.ascontiguousarray(raster.reshape(frames, height * width).T).reshape(-1)
-    if name == "gilbert":
-        return gilbert_order(width, height, frames)
-    brick = _brick_shape(name)
-    assert brick is not None, name
+def _raster_indices(
+    frames: int, height: int, width: int, order: TokenOrder, parameters: tuple[int, ...]
+) -> np.ndarray:
+    return order.permutation(frames, height, width, *parameters)
+
+
+def raster_order(frames: int, height: int, width: int) -> np.ndarray:
+    """Return the order of a flattened box: width runs fastest, frames slowest."""
+    return np.arange(frames * height * width, dtype=np.int64)
+
+
+def token_major_order(frames: int, height: int, width: int) -> np.ndarray:
+    """Return the order with all frames of a pixel together."""
+    raster = raster_order(frames, height, width)
+    return np.ascontiguousarray(raster.reshape(frames, height * width).T).reshape(-1)
+
+
+def brick_order(frames: int, height: int, width: int, t: int, h: int, w: int) -> np.ndarray:
+    """Return the order by bricks of t x h x w tokens, in raster order inside and among themselves.
+
+    Bricks at the far faces are cut off.
+    """
+    raster = raster_order(frames, height, width)
     position = np.unravel_index(raster, (frames, height, width))
-    numbers = [axis // size for axis, size in zip(position, brick)]
+    numbers = [axis // size for axis, size in zip(position, (t, h, w))]
     # lexsort takes its last key first, and raster order breaks ties inside a brick
     return np.lexsort((raster, *reversed(numbers))).astype(np.int64)
 
@@ -242,3 +297,24 @@ def _curve(a: _Vector, b: _Vector, c: _Vector) -> np.ndarray:
             (last_a + turn_b, (_negated(b1), c1, _negated(a2))),
         ]
     return np.concatenate([start + _curve(*box) for start, box in parts])
+
+
+TOKEN_ORDERS = {
+    order.name: order
+    for order in (
+        TokenOrder("raster", raster_order),
+        TokenOrder("token-major", token_major_order),
+        TokenOrder("gilbert", lambda frames, height, width: gilbert_order(width, height, frames)),
+        TokenOrder("bricks(t,h,w)", brick_order),
+    )
+}
+"""The token orders by name, as options, files and reports have them."""
+
+
+def register_token_order(order: TokenOrder) -> TokenOrder:
+    """Declare a token order, and return it.
+
+    Raises:
+        ValueError: if there is an order of this name.
+    """
+    return declare(TOKEN_ORDERS, order)

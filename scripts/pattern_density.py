@@ -11,9 +11,10 @@ from blade.attention.patterns import HeadPattern, Window, pattern_density
 from blade.benchmarks.attention import model_shapes
 from blade.common.machine import describe_versions
 from blade.common.tables import markdown_table, write_table
+from blade.token_grid import plain_orders
 
 BLOCK_SIZE = 128
-ORDERS = ("raster", "token_major", "gilbert", "bricks(2,8,8)")
+ORDERS = (*plain_orders(), "bricks(2,8,8)")
 HALF_WIDTHS = {"wan-14b": 3.0, "hunyuan-video": 2.0, "cogvideox-1.5": 1.42}
 """Frames at which the published totals come out (Sparse-vDiT, arXiv 2506.03065, table 2)."""
 
@@ -23,7 +24,7 @@ def patterns(frames: float) -> list[HeadPattern]:
     near = {"frame": Window(width=2), "row": Window(width=8), "column": Window(width=8)}
     return [
         HeadPattern(kind="diagonal", frames=frames),
-        HeadPattern(kind="multi_diagonal", frames=frames),
+        HeadPattern(kind="multi-diagonal", frames=frames),
         HeadPattern(kind="vertical", share=0.25),
         HeadPattern(kind="window", windows={"frame": Window(width=2)}),
         HeadPattern(kind="window", windows={"place": Window(width=64)}),

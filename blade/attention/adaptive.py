@@ -9,15 +9,15 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from blade_kernels.block_mask import BlockMask
-from blade_kernels.block_selection import mean_pooled_importance, sampled_importance, select_blocks
+from blade_kernels.block_selection import select_blocks
 from blade_kernels.block_sparse.api import block_sparse_attention, resolve_implementation
 from blade_kernels.block_sparse.pooled import PooledTokens, pool_tokens
 
 from blade.attention.budget import BlockBudget, configured_budget
 from blade.attention.config import AdaptiveConfig, BladeConfig
+from blade.attention.selectors import Selector, SelectorContext, find_selector
 from blade.token_grid import TokenGrid
 
 DRAWN_STEPS = 64
@@ -38,24 +38,26 @@ class AdaptivePlan:
     """Implementation of the block-sparse attention."""
     text_blocks: torch.Tensor | None
     """(blocks,) bool, which blocks hold text; None where none does."""
-    nearness: torch.Tensor | None
-    """(1, 1, blocks, blocks) float32, how near blocks are in the video; only for the `local` selector."""
+    selector: Selector
+    """Scores the key blocks."""
+    context: SelectorContext
+    """What it has to go by on this grid."""
 
     @classmethod
     def of(cls, config: BladeConfig, grid: TokenGrid, device: torch.device) -> AdaptivePlan:
         """Make the plan for a grid."""
         details = config.asa
-        budget = configured_budget(config, grid)
+        budget, selector = configured_budget(config, grid), find_selector(details.selector)
         with torch.inference_mode(False):
             text = torch.tensor(grid.text_blocks(details.block_size)) if budget.text_blocks else None
-            nearness = block_nearness(grid, details) if details.selector == "local" else None
             return cls(
                 grid=grid,
                 config=details,
                 budget=budget,
                 implementation=config.implementation,
                 text_blocks=None if text is None else text.to(device),
-                nearness=None if nearness is None else nearness.to(device),
+                selector=selector,
+                context=selector.context(grid, details, device),
             )
 
     @property
@@ -151,25 +153,7 @@ def block_importance(
     key_lengths: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Score the key blocks for every query block, (B or 1, H or 1, blocks, blocks). See `adaptive_attention`."""
-    config, budget = plan.config, plan.budget
-    block_size = (config.block_size, config.block_size)
-    if config.selector == "sampled":
-        query_offsets, key_offsets = draw.unbind(0)
-        return sampled_importance(
-            query,
-            key,
-            query_offsets,
-            key_offsets,
-            block_size,
-            key_lengths=key_lengths,
-            softmax_denominator=config.softmax_denominator,
-        )
-    if config.selector == "mean-pooled":
-        return mean_pooled_importance(query, key, block_size, key_lengths=key_lengths)
-    if config.selector == "random":
-        return random_scores(draw, (1, query.shape[2], budget.blocks, budget.blocks))
-    assert plan.nearness is not None
-    return plan.nearness
+    return plan.selector.score(query, key, plan.context, draw, key_lengths)
 
 
 def keep_most_important(importance: torch.Tensor, plan: AdaptivePlan) -> BlockMask:
@@ -209,46 +193,7 @@ def draw_table(config: BladeConfig, layer: int, heads: int, steps: int = DRAWN_S
         steps: number of steps.
 
     Returns:
-        For the `sampled` selector, int16 (steps, 2, heads, probe tokens): distinct offsets in a query block and, drawn
-        independently, in a key block. For `random`, int64 (steps, 1): a key for `random_scores`. Otherwise empty.
+        A row for every step, as `Selector.draw` makes them; empty rows where nothing is drawn.
     """
     details = config.asa
-    if details.selector not in ("sampled", "random"):
-        return torch.empty(steps, 0)
-    generators = [np.random.default_rng([config.seed, layer, step]) for step in range(steps)]
-    if details.selector == "random":
-        return torch.tensor([[int(generator.integers(2**62))] for generator in generators])
-    shuffled = np.stack([generator.random((2, heads, details.block_size)).argsort(-1) for generator in generators])
-    return torch.from_numpy(shuffled[..., : details.probe_tokens].astype(np.int16))
-
-
-def random_scores(key: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    """Return float32 scores in [0, 1) that depend on a key on the device, by hashing their place.
-
-    Args:
-        key: (1,) int64.
-        shape: shape of the scores.
-
-    Source: the 64-bit finaliser of MurmurHash3.
-    """
-    bits = torch.arange(math.prod(shape), device=key.device) + key
-    for multiplier in (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53):
-        bits = bits ^ ((bits >> 33) & 0x7FFFFFFF)  # a logical shift: the sign doesn't follow
-        bits = bits * (multiplier - 2**64)
-    return (((bits >> 40) & 0xFFFFFF).to(torch.float32) / 2**24).view(shape)
-
-
-def block_nearness(grid: TokenGrid, details: AdaptiveConfig) -> torch.Tensor:
-    """Score blocks by how near their centres are in the video.
-
-    Returns:
-        (1, 1, blocks, blocks) float32 in (0, 1], 1 for the block itself; `1 / (1 + distance)` with the distance of
-        centres in tokens along frames, rows and columns. Blocks of text alone stand at the origin: they are kept
-        anyway.
-    """
-    blocks = -(-grid.sequence_length // details.block_size)
-    block = torch.arange(grid.video_start, grid.video_stop) // details.block_size
-    positions = grid.positions(details.token_order).to(torch.float32)
-    counts = torch.zeros(blocks).index_add_(0, block, torch.ones(len(block)))
-    centres = torch.zeros(blocks, 3).index_add_(0, block, positions) / counts.clamp(min=1).unsqueeze(-1)
-    return (1 + torch.cdist(centres, centres)).reciprocal()[None, None]
+    return find_selector(details.selector).table(details, seed=config.seed, layer=layer, heads=heads, steps=steps)

@@ -14,15 +14,13 @@ from typing import Any, Literal
 from blade_kernels.implementations import current_name
 
 from blade.attention.pattern_table import TABLE_NAME, PatternTable
+from blade.attention.selectors import DEFAULT_SELECTOR, find_selector
 from blade.common.checks import check_choice, check_flag, check_integer, check_number, parse_ranges
 from blade.families.data import PRESET_KINDS, PresetKind
-from blade.token_grid import check_token_order
+from blade.token_grid import canonical_order
 
 CONFIG_NAME = "blade_config.json"
 """File name of a saved configuration."""
-
-SELECTORS = ("sampled", "mean-pooled", "random", "local")
-"""Ways to score key blocks; `random` and `local` look at nothing and serve as controls at equal density."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,12 +31,13 @@ class AdaptiveConfig:
     """Tokens in a query block and in a key block (paper: 128)."""
 
     token_order: str = "gilbert"
-    """Order in which video tokens are cut into blocks: `raster`, `token_major`, `gilbert` or `bricks(t,h,w)`."""
+    """Order in which video tokens are cut into blocks: `raster`, `token-major`, `gilbert`, `bricks(t,h,w)` or another
+    of `blade.token_grid.TOKEN_ORDERS`."""
 
-    selector: Literal["sampled", "mean-pooled", "random", "local"] = "sampled"
+    selector: str = DEFAULT_SELECTOR
     """Score of a key block for a query block: the largest attention weight among sampled token pairs (`sampled`, the
-    paper's), the attention weight of block means (`mean-pooled`), nothing but chance (`random`) or nearness in the
-    video (`local`)."""
+    paper's), the attention weight of block means (`mean-pooled`), nothing but chance (`random`), nearness in the video
+    (`local`), or another of `blade.attention.selectors.SELECTORS`."""
 
     probe_tokens: int = 16
     """Tokens sampled in each block by the `sampled` selector (paper: 16; both released variants: 32)."""
@@ -65,8 +64,8 @@ class AdaptiveConfig:
             raise ValueError(
                 f"`probe_tokens` must be at most `block_size`, which is {self.block_size}, got {self.probe_tokens}."
             )
-        check_token_order(self.token_order)
-        check_choice("selector", self.selector, SELECTORS)
+        object.__setattr__(self, "token_order", canonical_order(self.token_order))
+        find_selector(self.selector)
         check_flag("softmax_denominator", self.softmax_denominator)
         if self.cumulative_mass is not None:
             check_number("cumulative_mass", self.cumulative_mass, "None or in (0, 1]", lambda x: 0 < x <= 1)

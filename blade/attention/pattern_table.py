@@ -12,7 +12,7 @@ import numpy as np
 
 from blade.attention.patterns import HeadPattern
 from blade.common.checks import check_integer
-from blade.token_grid import TokenGrid, check_token_order
+from blade.token_grid import TokenGrid, canonical_order
 
 TABLE_NAME = "pattern_table.json"
 """File name of a saved table, beside the configuration."""
@@ -61,7 +61,7 @@ class PatternTable:
         object.__setattr__(self, "patterns", tuple(self.patterns))
         object.__setattr__(self, "group_starts", tuple(self.group_starts))
         check_integer("block_size", self.block_size, least=1)
-        check_token_order(self.token_order)
+        object.__setattr__(self, "token_order", canonical_order(self.token_order))
         starts, groups = self.group_starts, len(assignment)
         if len(starts) != groups or starts[0] != 0 or list(starts) != sorted(set(starts)):
             raise ValueError(f"`group_starts` must be {groups} rising steps from 0, got {starts}.")

@@ -16,10 +16,10 @@ from blade_kernels.block_mask import BlockMask
 from torch import Tensor
 from torch.nn import functional
 
-from blade.common.checks import check_choice, check_flag, check_integer, check_number
-from blade.token_grid import TokenGrid, check_token_order
+from blade.common.checks import check_flag, check_integer, check_number, parse_choice
+from blade.token_grid import TokenGrid, canonical_order
 
-PatternKind = Literal["full", "skip", "diagonal", "multi_diagonal", "vertical", "window", "asa"]
+PatternKind = Literal["full", "skip", "diagonal", "multi-diagonal", "vertical", "window", "asa"]
 KINDS: tuple[str, ...] = get_args(PatternKind)
 """The kinds of patterns."""
 
@@ -67,10 +67,10 @@ class HeadPattern:
 
     kind: PatternKind
     """`full`: every pair. `skip`: none, the head gives zeros. `diagonal`: tokens near each other in raster order.
-    `multi_diagonal`: near each other when all frames of a place are put together. `vertical`: some blocks of keys, the
+    `multi-diagonal`: near each other when all frames of a place are put together. `vertical`: some blocks of keys, the
     same for all queries. `window`: `windows`. `asa`: chosen anew at every step, as the configuration says."""
     frames: float | None = None
-    """Of a `diagonal` and a `multi_diagonal`: half its width in tokens, as a number of frames' tokens, in whole
+    """Of a `diagonal` and a `multi-diagonal`: half its width in tokens, as a number of frames' tokens, in whole
     blocks, rounded down."""
     share: float | None = None
     """Of a `vertical`: share of the key blocks of video that it keeps, evenly spaced, in (0, 1]."""
@@ -85,9 +85,9 @@ class HeadPattern:
     """A token order of the head's own. None: the model's."""
 
     def __post_init__(self) -> None:
-        check_choice("kind", self.kind, KINDS)
-        if (self.frames is not None) != (self.kind in ("diagonal", "multi_diagonal")):
-            raise ValueError(f"`frames` belongs to diagonal and multi_diagonal, got {self.frames} with {self.kind}.")
+        object.__setattr__(self, "kind", parse_choice("kind", self.kind, KINDS))
+        if (self.frames is not None) != (self.kind in ("diagonal", "multi-diagonal")):
+            raise ValueError(f"`frames` belongs to diagonal and multi-diagonal, got {self.frames} with {self.kind}.")
         if self.frames is not None:
             check_number("frames", self.frames, "at least 0", lambda x: 0 <= x < math.inf)
         given = (self.share is not None) + (self.key_blocks is not None)
@@ -112,7 +112,7 @@ class HeadPattern:
         if self.first_frame and self.kind in ("full", "skip", "asa"):
             raise ValueError(f"`first_frame` must be False with {self.kind}, got True.")
         if self.order is not None:
-            check_token_order(self.order)
+            object.__setattr__(self, "order", canonical_order(self.order))
             if self.kind in ("full", "skip", "asa"):
                 raise ValueError(f"`order` must be None with {self.kind}, got {self.order!r}.")
 
@@ -122,7 +122,7 @@ class HeadPattern:
     @property
     def name(self) -> str:
         """The pattern in a few words."""
-        words = [self.kind.replace("_", "-")]
+        words: list[str] = [self.kind]
         if self.frames is not None:
             words.append(f"{self.frames:g} frames")
         if self.share is not None:
@@ -251,10 +251,10 @@ def _reach(pattern: HeadPattern, grid: TokenGrid, block_size: int, marked: Tenso
     """The tokens that have a pair with a marked one; both (rows, video tokens) bool, in raster order."""
     if pattern.kind == "diagonal":
         return _spread(marked, half_width(pattern, grid, block_size))
-    if pattern.kind == "multi_diagonal":
-        together = marked.index_select(1, grid.order("token_major", marked.device))
+    if pattern.kind == "multi-diagonal":
+        together = marked.index_select(1, grid.order("token-major", marked.device))
         spread = _spread(together, half_width(pattern, grid, block_size))
-        return spread.index_select(1, grid.inverse_order("token_major", marked.device))
+        return spread.index_select(1, grid.inverse_order("token-major", marked.device))
     # a product of conditions on single axes: what a marked token reaches, one axis after the other
     rows, size = len(marked), (grid.frames, grid.height, grid.width)
     axes = ("frame", "place") if "place" in pattern.windows else ("frame", "row", "column")

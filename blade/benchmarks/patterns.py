@@ -11,7 +11,7 @@ from blade.attention.patterns import HeadPattern, pattern_density
 from blade.profiling.candidates import natural_order, pattern_of_density
 from blade.token_grid import TokenGrid
 
-PATTERN_KINDS = ("diagonal", "multi_diagonal", "vertical", "window")
+PATTERN_KINDS = ("diagonal", "multi-diagonal", "vertical", "window")
 """Patterns that the heads have in turn, in the token orders that suit them, the model's being raster."""
 
 

@@ -78,5 +78,3 @@ def _command_type(hint: Any) -> Any:
         if kind in arguments:
             return kind
     return str
-
-

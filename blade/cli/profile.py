@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -12,6 +14,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from blade.cli.command import progress_line, run_command
+from blade.profiling.objectives import OBJECTIVES, Budget
 
 
 def _option(help: str, *names: str) -> Any:
@@ -36,15 +39,6 @@ def profile(
     width: Annotated[int | None, _option("Pixels.")] = None,
     frames: Annotated[int | None, _option("Number of frames.")] = None,
     seed: Annotated[int | None, _option("Seed of the first prompt's noise; by default 0. The others' follow.")] = None,
-    target_density: Annotated[
-        float | None, _option("A budget: share of all query-key pairs that a run computes, in (0, 1].")
-    ] = None,
-    target_speedup: Annotated[
-        float | None, _option("A budget: how many times faster one denoising step gets, above 1.")
-    ] = None,
-    max_error: Annotated[
-        float | None, _option("A budget: squared error of attention's outputs, as a share of their energy.")
-    ] = None,
     method: Annotated[
         str, _option("budgeted (the default: least error for all heads together) or published (each by itself).")
     ] = "budgeted",
@@ -74,6 +68,7 @@ def profile(
     offload: Annotated[str | None, _option("Where weights wait: none, model, sequential, group, or auto.")] = None,
     vae_tiling: Annotated[bool, _option("Decode in tiles, which takes less memory.", "--vae-tiling")] = False,
     debug: Annotated[bool, _option("Show the traceback of an error.", "--debug")] = False,
+    **budgets: float | None,
 ) -> None:
     """Find a pattern for every attention head, within exactly one budget, and report what attention looks like."""
     generation = {
@@ -99,10 +94,8 @@ def profile(
     from blade.profiling.assignment import GreedyRule
     from blade.profiling.prompts import profile_prompts
     from blade.profiling.report_data import write_attention_report
-    from blade.profiling.search import Budget
     from blade.profiling.workflow import ProfileRequest, profile_attention
 
-    budgets = {"target_density": target_density, "target_speedup": target_speedup, "max_error": max_error}
     given = {name: value for name, value in generation.items() if value is not None}
     by_threshold = method == "published" and not any(value is not None for value in budgets.values())
     request = ProfileRequest.of(
@@ -137,10 +130,34 @@ def profile(
     print(f"report      {path}")
 
 
+def _with_budgets(command: Callable[..., None]) -> Callable[..., None]:
+    """Return the command with an option for every objective in place of its `budgets`."""
+    signature = inspect.signature(command, eval_str=True)
+    options = [
+        inspect.Parameter(
+            objective.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=None,
+            annotation=Annotated[float | None, _option(objective.help, objective.option)],
+        )
+        for objective in OBJECTIVES.values()
+    ]
+    parameters = list(signature.parameters.values())[:-1]
+    place = list(signature.parameters).index("method")
+
+    @functools.wraps(command)
+    def with_budgets(**values: Any) -> None:
+        command(**values)
+
+    parameters[place:place] = options
+    with_budgets.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return with_budgets
+
+
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run `blade-profile` and exit.
 
     Args:
         arguments: the command line without the program's name; None takes the process's own.
     """
-    run_command(profile, arguments)
+    run_command(_with_budgets(profile), arguments)

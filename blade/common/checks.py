@@ -32,6 +32,23 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
         raise ValueError(f"`{name}` must be one of {listed}, got {value!r}.")
 
 
+def kebab_case(value: str) -> str:
+    """Return a value as it is spelled now, `multi-diagonal`, where earlier versions wrote `multi_diagonal`."""
+    return value.replace("_", "-")
+
+
+def parse_choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
+    """Return the choice that a value names, in whichever spelling. See `kebab_case`.
+
+    Raises:
+        ValueError: if it is none of `choices`.
+    """
+    spelled = kebab_case(value) if isinstance(value, str) else value
+    if spelled not in choices:
+        check_choice(name, value, choices)
+    return spelled
+
+
 def parse_ranges(text: str, problem: str) -> list[range]:
     """Read whole numbers and ranges of them, both ends included, such as "0-1,39".
 

@@ -9,6 +9,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from blade.attention.selectors import SELECTORS
 from blade.evaluation.prompts import GROUPS
 
 PANELS = {
@@ -24,13 +25,11 @@ COLOURS = {
     "asa": "#0072B2",
     "asa-gt": "#D55E00",
     "asa-dropped": "#009E73",
-    "mean-pooled": "#CC79A7",
-    "random": "#7F7F7F",
-    "local": "#E69F00",
     "dense": "#000000",
     "preset": "#56B4E9",
 }
-"""A colour for each kind of attention, most of them Okabe and Ito's, which the colour-blind can tell apart."""
+"""A colour for each kind of attention, most of them Okabe and Ito's, which the colour-blind can tell apart; selectors
+have their own."""
 
 STANDING_ALONE = ("patterns", "config")
 """Attention of runs that have nothing in common but that it comes from a file."""
@@ -83,6 +82,10 @@ def plot_report(report: dict[str, Any]) -> bytes | None:
     return buffer.getvalue()
 
 
+def _colour(attention: str) -> str | None:
+    return COLOURS.get(attention) or (SELECTORS[attention].colour if attention in SELECTORS else None)
+
+
 def _draw(axes: Axes, runs: list[dict[str, Any]], group: str, measure: str, by_density: bool) -> None:
     series = defaultdict(list)
     for run in runs:
@@ -94,7 +97,7 @@ def _draw(axes: Axes, runs: list[dict[str, Any]], group: str, measure: str, by_d
         guided = f"guidance {guidance:g}" if guidance > 1 else "no guidance"
         label = f"{attention}, {f'{steps[0]} steps, ' if steps else ''}{guided}"
         estimates = [run["groups"][group] for run in members]
-        colour = COLOURS.get(attention, f"C{index}") if by_density else f"C{index}"
+        colour = (_colour(attention) if by_density else None) or f"C{index}"
         if by_density and attention == "dense":
             estimate = estimates[0][measure]
             style = (":", "--", "-.")[index % 3]

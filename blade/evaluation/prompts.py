@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from blade.common.checks import parse_ranges
-from blade.generation.prompts import file_stem
 from blade.generation.options import MAXIMUM_SEED
+from blade.generation.prompts import file_stem
 from blade.moving_shapes.captions import sample_caption
 
 PROMPT_SEED = 20250

@@ -17,7 +17,7 @@ from blade.common.tables import Table
 from blade.evaluation.plan import EvaluationPlan
 from blade.evaluation.prompts import GROUPS, groups_of, is_in
 from blade.evaluation.records import Record, Records, read_records
-from blade.evaluation.runs import RunSettings
+from blade.evaluation.runs import RunSettings, selector_notes
 from blade.evaluation.videos import video_path
 from blade.media.video import mp4_frames
 from blade.metrics.distribution import THUMBNAIL, Distance, diversity, frechet_distance, resampled_distances, thumbnail
@@ -179,6 +179,7 @@ def notes(report: dict[str, Any]) -> list[str]:
         "In brackets 95 % bootstrap intervals over videos. PSNR (dB), SSIM, LPIPS and motion to dense are against the "
         "dense run of the same steps and guidance. Motion: pixels a frame. Seconds: denoising."
     ]
+    lines += selector_notes(run["blade_config"] for run in report["runs"])
     if any(run["differences"] for run in report["runs"]):
         lines.append(
             f"Differences: the mean over videos of a run's value less that of {report['baseline']} for the same "
@@ -309,6 +310,8 @@ def _described(plan: EvaluationPlan, run: RunSettings) -> dict[str, Any]:
     values = run.to_dict() | {"blade_config": None if config is None else config.to_dict()}
     if run.attention is None:
         values["attention"] = "patterns" if config is not None and config.patterns is not None else "config"
+    elif run.selector is not None:
+        values["attention"] = f"{run.attention}, {run.selector}"
     if config is not None:
         values["sparsity"] = None if config.patterns is not None else config.sparsity
         if config.patterns is not None:

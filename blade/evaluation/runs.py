@@ -3,26 +3,35 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from blade.attention.config import BladeConfig, parse_dense_layers, parse_dense_steps
+from blade.attention.selectors import DEFAULT_SELECTOR, find_selector, has_selector, selector_names
 from blade.generation.request import read_config
 from blade.students.source import student_settings
 
-ATTENTION: dict[str, dict[str, Any]] = {
-    "dense": {},
-    "preset": {},
-    "asa": {"selector": "sampled", "pooled_tokens": "none"},
-    "asa-gt": {"selector": "sampled", "pooled_tokens": "all"},
-    "asa-dropped": {"selector": "sampled", "pooled_tokens": "dropped"},
-    "mean-pooled": {"selector": "mean-pooled", "pooled_tokens": "none"},
-    "random": {"selector": "random", "pooled_tokens": "none"},
-    "local": {"selector": "local", "pooled_tokens": "none"},
+POOLED_TOKENS: dict[str, Literal["none", "all", "dropped"]] = {
+    "asa": "none",
+    "asa-gt": "all",
+    "asa-dropped": "dropped",
 }
-"""Kinds of attention by name: none, the model's training-free preset, and changes to it, namely how key blocks are
-selected and which pooled tokens stand beside them."""
+"""Pooled tokens beside the blocks that are kept, by the kind of attention with the paper's selector."""
+
+ATTENTION = ("dense", "preset", *POOLED_TOKENS)
+"""Kinds of attention, beside those that are named as their selector: none, the model's training-free preset, and
+changes to it, namely how key blocks are selected and which pooled tokens stand beside them."""
+
+
+def attention_kinds() -> tuple[str, ...]:
+    """Return all kinds of attention; a selector's name stands for ASA with it, without pooled tokens."""
+    return tuple(dict.fromkeys((*ATTENTION, *(name for name in selector_names() if name != DEFAULT_SELECTOR))))
+
+
+def is_attention_kind(name: str) -> bool:
+    """Whether a name is one of `attention_kinds`."""
+    return name in ATTENTION or (name != DEFAULT_SELECTOR and has_selector(name))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,13 +45,16 @@ class RunSettings:
     guidance: float | None = None
     """Guidance scale, at most 1: no guidance; None takes the model's default."""
     attention: str | None = None
-    """A name of `ATTENTION`; None is what `config` says, and "dense" without it."""
+    """One of `attention_kinds`; None is what `config` says, and without it "dense", or what `selector` says."""
     config: str | None = None
     """A folder, file or Hub id that holds a BLADE configuration."""
     student: str | None = None
     """A folder or Hub id of a few-step student; steps, guidance and attention are its own where none are given."""
     noise_kept: float | None = None
     """Share of the noise that the student's steps keep; None takes its own."""
+    selector: str | None = None
+    """A name of `blade.attention.selectors.SELECTORS`, which scores key blocks; None takes the configuration's. Alone,
+    or with "asa", it becomes the kind of attention that is named so."""
     sparsity: float | None = None
     """Requested sparsity in [0, 1); None takes the configuration's."""
     dense_steps: int | float | None = None
@@ -54,11 +66,12 @@ class RunSettings:
         if not re.fullmatch(r"\w[\w.-]*", self.name):
             raise ValueError(f"`name` must be of letters, digits, dots, underscores and hyphens, got {self.name!r}.")
         if self.attention is None and self.config is None and self.student is None:
-            object.__setattr__(self, "attention", "dense")
+            object.__setattr__(self, "attention", "dense" if self.selector is None else "asa")
         if self.attention is not None and self.config is not None:
             raise ValueError(f"`attention` must not be given with `config`, got {self.attention!r}.")
-        if self.attention is not None and self.attention not in ATTENTION:
-            raise ValueError(f"`attention` must be one of {', '.join(ATTENTION)}, got {self.attention!r}.")
+        if self.attention is not None and not is_attention_kind(self.attention):
+            raise ValueError(f"`attention` must be one of {', '.join(attention_kinds())}, got {self.attention!r}.")
+        self._name_selector()
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"`steps` must be at least 1, got {self.steps}.")
         if self.guidance is not None and not self.guidance >= 0:
@@ -68,7 +81,18 @@ class RunSettings:
         given = self._given()
         if self.is_dense and given:
             raise ValueError(f'`{next(iter(given))}` must not be given where `attention` is "dense".')
-        BladeConfig(**given)
+        BladeConfig(**{name: value for name, value in given.items() if name != "selector"})
+
+    def _name_selector(self) -> None:
+        """Check the selector, and give a run with a selector alone the kind of attention that is named so."""
+        if self.selector is None:
+            return
+        find_selector(self.selector)
+        if self.attention is not None and self.attention not in ATTENTION:
+            raise ValueError(f"`selector` must not be given where `attention` is one, got {self.attention!r}.")
+        if self.attention == "asa" and self.selector not in ATTENTION:
+            object.__setattr__(self, "attention", "asa" if self.selector == DEFAULT_SELECTOR else self.selector)
+            object.__setattr__(self, "selector", None)
 
     @property
     def is_dense(self) -> bool:
@@ -97,12 +121,16 @@ class RunSettings:
             assert self.student is not None
             config = student_settings(self.student).config or BladeConfig(attention="dense")
         else:
-            assert self.attention is not None
-            config, kind = preset(), ATTENTION[self.attention]
-            if kind:
-                details = replace(config.asa, selector=kind["selector"])
-                config = replace(config, attention="asa", pooled_tokens=kind["pooled_tokens"], asa=details)
-        config = replace(config, **self._given())
+            config = preset()
+            if self.attention != "preset":
+                selector = DEFAULT_SELECTOR if self.attention in POOLED_TOKENS else self.attention
+                pooled_tokens = POOLED_TOKENS.get(self.attention, "none")
+                details = replace(config.asa, selector=selector)
+                config = replace(config, attention="asa", pooled_tokens=pooled_tokens, asa=details)
+        changes = self._given()
+        if "selector" in changes:
+            changes["asa"] = replace(config.asa, selector=changes.pop("selector"))
+        config = replace(config, **changes)
         return None if config.attention == "dense" else config
 
     def to_dict(self) -> dict[str, Any]:
@@ -112,7 +140,7 @@ class RunSettings:
         return values
 
     def _given(self) -> dict[str, Any]:
-        names = ("sparsity", "dense_steps", "dense_layers")
+        names = ("selector", "sparsity", "dense_steps", "dense_layers")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
 
@@ -123,6 +151,7 @@ READERS: dict[str, Callable[[str], Any]] = {
     "config": str,
     "student": str,
     "noise_kept": float,
+    "selector": str,
     "sparsity": float,
     "dense_steps": lambda value: parse_dense_steps(float(value)),
     "dense_layers": lambda value: () if value == "none" else parse_dense_layers(value.replace("+", ",")),
@@ -133,10 +162,10 @@ READERS: dict[str, Callable[[str], Any]] = {
 def parse_run(text: str, *, steps: int | None = None, guidance: float | None = None) -> RunSettings:
     """Read a run's description: `NAME=WHAT`, `NAME=WHAT,KEY=VALUE,...` or `NAME=KEY=VALUE,...`.
 
-    WHAT is a name of `ATTENTION`, or a folder or Hub id with a BLADE configuration. Where a run is called as its
+    WHAT is one of `attention_kinds`, or a folder or Hub id with a BLADE configuration. Where a run is called as its
     attention, the name is enough. The keys are the fields of `RunSettings`; several dense layers are joined by `+`,
     and `none` are none. Examples: `dense`, `found=profiles/wan`,
-    `asa-70=asa,steps=30,sparsity=0.7,dense_layers=0-1+5`.
+    `asa-70=asa,steps=30,sparsity=0.7,dense_layers=0-1+5`, `near=selector=local`.
 
     Args:
         text: The description.
@@ -147,11 +176,11 @@ def parse_run(text: str, *, steps: int | None = None, guidance: float | None = N
         ValueError: If the text does not read like that, or a value is out of range.
     """
     name, equals, rest = text.partition("=")
-    if not equals and name in ATTENTION:
+    if not equals and is_attention_kind(name):
         rest = name
     first, *others = rest.split(",")
     if first and "=" not in first:
-        first = f"attention={first}" if first in ATTENTION else f"config={first}"
+        first = f"attention={first}" if is_attention_kind(first) else f"config={first}"
     values: dict[str, Any] = {"steps": steps, "guidance": guidance}
     seen = set[str]()
     for part in (first, *others):
@@ -169,3 +198,20 @@ def parse_run(text: str, *, steps: int | None = None, guidance: float | None = N
         except ValueError as error:
             raise ValueError(f"`run` {text!r}: `{key}` cannot be {value!r}: {error}") from error
     return RunSettings(name=name, **values)
+
+
+def selector_notes(configs: Iterable[dict[str, Any] | None]) -> list[str]:
+    """What the selectors of configurations look at, as a report says it: a paragraph, none for the paper's alone.
+
+    Args:
+        configs: of the report's runs, as plain JSON values; None for dense ones.
+    """
+    names = {config["asa"]["selector"]: None for config in configs if config is not None}
+    words = [_selector_words(name) for name in names if name != DEFAULT_SELECTOR]
+    return [f"Key blocks are scored: {'; '.join(words)}."] if words else []
+
+
+def _selector_words(name: str) -> str:
+    selector = find_selector(name)
+    control = " (a control, which looks at neither queries nor keys)" if selector.is_control else ""
+    return f"{name} by {selector.description}{control}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from blade.attention.budget import configured_budget
 from blade.attention.config import BladeConfig
 from blade.attention.pattern_plan import PatternPlan
+from blade.attention.selectors import find_selector
 from blade.families.registry import find_family
 from blade.token_grid import TokenGrid
 
@@ -145,7 +145,7 @@ def run_cost(forward: ForwardCost, steps: int, *, guidance: bool = True, config:
             may fall short of.
 
     Returns:
-        Operations by part. The choice of blocks is counted for the `sampled` selector.
+        Operations by part. The choice of blocks is counted as its selector says.
     """
     calls = 2 if guidance else 1
     passes = sparse_passes = calls * steps
@@ -165,8 +165,8 @@ def run_cost(forward: ForwardCost, steps: int, *, guidance: bool = True, config:
             sparse_passes = layers = 0
         else:
             density = budget.density
-            probes = math.ceil(forward.grid.sequence_length / details.block_size) * details.probe_tokens
-            selection = 2.0 * forward.heads * forward.head_dim * probes**2 if details.selector == "sampled" else 0.0
+            tokens, selector = forward.grid.sequence_length, find_selector(details.selector)
+            selection = selector.count_operations(tokens, forward.heads, forward.head_dim, details)
     flops = {part: float(passes * count) for part, count in forward.flops.items()}
     share = sparse_passes * layers / (passes * forward.layers)
     flops["self-attention"] *= 1 - share * (1 - density)

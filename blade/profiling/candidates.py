@@ -49,7 +49,7 @@ def default_candidates(
     """
     blocks = share_of_blocks(grid, block_size, order, device)
     found = [HeadPattern(kind="full"), HeadPattern(kind="skip")]
-    for kind in ("diagonal", "multi_diagonal", "window"):
+    for kind in ("diagonal", "multi-diagonal", "window"):
         own = None
         if own_orders and natural_order(kind, block_size) != order:
             usual = pattern_of_density(kind, USUAL_DENSITY, blocks, grid, natural_order(kind, block_size))
@@ -77,7 +77,7 @@ def pattern_of_density(
     """The widest pattern of a kind that keeps no more than a share of the blocks, or the narrowest there is.
 
     Args:
-        kind: `diagonal`, `multi_diagonal`, `window` or `vertical`.
+        kind: `diagonal`, `multi-diagonal`, `window` or `vertical`.
         density: the share.
         blocks: tells the share of blocks that a pattern keeps.
         grid: the tokens.
@@ -107,7 +107,7 @@ def natural_order(kind: str, block_size: int) -> str:
             edges[axis] *= 2
             axis = (axis - 1) % 3
         return "bricks({},{},{})".format(*edges)
-    return {"diagonal": "raster", "multi_diagonal": "token_major"}[kind]
+    return {"diagonal": "raster", "multi-diagonal": "token-major"}[kind]
 
 
 def local_window(grid: TokenGrid, width: float) -> HeadPattern:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from blade.attention.config import BladeConfig
 from blade.attention.patterns import HeadPattern
 from blade.profiling.recording import read_pass
-from blade.token_grid import TokenGrid
+from blade.token_grid import TokenGrid, canonical_order
 
 PROFILE_NAME = "attention_profile.safetensors"
 """File name of a saved profile."""
@@ -71,6 +71,7 @@ class ProfileSource:
             name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
         }
         known["grid"] = TokenGrid(**known["grid"])
+        known["token_order"] = canonical_order(known["token_order"])
         known["candidates"] = tuple(HeadPattern.from_dict(pattern) for pattern in known["candidates"])
         known["adaptive"] = tuple(BladeConfig.from_dict(config) for config in known["adaptive"])
         return cls(**known)

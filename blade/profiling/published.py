@@ -70,7 +70,7 @@ def published_candidates(
         device: where masks are worked out.
     """
     found = [HeadPattern(kind="full"), HeadPattern(kind="skip")]
-    for kind in ("diagonal", "multi_diagonal"):
+    for kind in ("diagonal", "multi-diagonal"):
         own = natural_order(kind, block_size)
         blocks = share_of_blocks(grid, block_size, order, device)
         found.append(pattern_of_density(kind, KEPT_DENSITY, blocks, grid, None if own == order else own))

@@ -7,7 +7,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +136,7 @@ def _check_folder(folder: Path, source: ProfileSource, recording: Recording, req
         return
     try:
         known = json.loads(path.read_text(encoding="utf-8"))
+        known |= _current(known)
     except (OSError, ValueError) as problem:
         raise ValueError(f"`{path}` cannot be read as JSON: {problem}; take another folder.") from None
     for name, value in wanted.items():
@@ -144,6 +145,14 @@ def _check_folder(folder: Path, source: ProfileSource, recording: Recording, req
                 f"`output` holds recordings with another `{name}`, {_short(known.get(name))} instead of "
                 f"{_short(value)}; take another folder."
             )
+
+
+def _current(known: dict[str, Any]) -> dict[str, Any]:
+    """What is known of a source, as it is written now."""
+    names = {item.name for item in fields(ProfileSource)}
+    if not names <= known.keys():
+        return {}
+    return ProfileSource.from_dict({name: known[name] for name in names}).to_dict()
 
 
 def _plain(recording: Recording) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from blade.attention.patterns import HeadPattern, pattern_blocks
 from blade.families.protocol import ModelFamily
 from blade.profiling.assignment import GreedyRule
 from blade.profiling.measure import Candidates, LayerMeasurement, column_mass, measure_layer
-from blade.token_grid import TokenGrid
+from blade.token_grid import TokenGrid, canonical_order
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +42,7 @@ class Recording:
     """The published search: each head goes on with the pattern that this rule gives it. None: with full attention."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "token_order", canonical_order(self.token_order))
         if not self.candidates or self.candidates[0].kind != "full":
             raise ValueError("`candidates` must begin with the full pattern.")
         if any(pattern.kind == "asa" for pattern in self.candidates):

@@ -18,7 +18,6 @@ function decoded({ type, shape, data }) {
   return { values, shape, from, at: (...indices) => values[from(...indices)] };
 }
 
-const kindName = (kind) => kind.replace("_", "-");
 const kindLetter = (kind) => kind[0].toUpperCase();
 const groupOf = (step) => report.group_starts.findLastIndex((start) => start <= step);
 const groupEnd = (group) => (report.group_starts[group + 1] ?? report.steps) - 1;
@@ -79,15 +78,15 @@ function showExplained() {
   const [low, high] = tenths(arrays.explained.values);
   showScale(byId("explained-scale"), percent(low), percent(high));
   report.explained_kinds.forEach((kind, number) => {
-    const title = element("h3", {}, kindName(kind));
+    const title = element("h3", {}, kind);
     const chart = element("div");
     byId("explained").append(element("div", {}, title, chart));
     heatmap(chart, {
       ...layerStepSizes,
-      label: `Attention weight that ${kindName(kind)} patterns hold, by layer and step`,
+      label: `Attention weight that ${kind} patterns hold, by layer and step`,
       colour: (layer, step) => rampColour((arrays.explained.at(number, layer, step) - low) / (high - low)),
       describe: (layer, step) => [
-        `${kindName(kind)}: ${known(arrays.explained.at(number, layer, step))}`, `layer ${layer}, step ${step}`,
+        `${kind}: ${known(arrays.explained.at(number, layer, step))}`, `layer ${layer}, step ${step}`,
       ],
     });
   });
@@ -200,10 +199,10 @@ function showLegend() {
 function makeLegend() {
   const present = report.kinds.filter((kind) => report.candidates.some((one) => one.kind === kind));
   for (const kind of present) {
-    const colour = `background: var(--${kindName(kind)})`;
+    const colour = `background: var(--${kind})`;
     const button = element(
       "button", { type: "button", "data-kind": kind }, element("span", { class: "swatch", style: colour }),
-      `${kindName(kind)} (${kindLetter(kind)})`,
+      `${kind} (${kindLetter(kind)})`,
       element("span", { class: "track", "aria-hidden": "true" }, element("span", { style: colour })), element("b"),
     );
     button.addEventListener("click", () => show({ kind: shown.kind === kind ? null : kind }));
@@ -325,7 +324,7 @@ function showPrompts(name, array, what) {
 }
 
 document.body.append(tooltip);
-readColours();
+readColours(report.kinds);
 makeLegend();
 makeControls();
 const charts = {
@@ -341,6 +340,6 @@ if (arrays.recall) showRecall();
 showPrompts("disagreement", arrays.prompt_disagreement, "prompts that prefer another pattern");
 showPrompts("regret", arrays.prompt_regret, "error that a choice for every prompt would save");
 matchMedia("screen and (prefers-color-scheme: dark)").addEventListener("change", () => {
-  readColours();
+  readColours(report.kinds);
   redraws.forEach((draw) => draw());
 });

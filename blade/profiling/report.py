@@ -240,7 +240,7 @@ def render_report(data: ReportData) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": _percent, "kind": lambda kind: kind.replace("_", "-")}
+    environment.filters["percent"] = _percent
     return environment.get_template(TEMPLATE).render(
         data=data,
         shares=data.kind_shares(),

@@ -57,15 +57,14 @@ const styleValue = (name) => getComputedStyle(document.documentElement).getPrope
 let rampColours = [];
 let kindColours = {};
 
-function readColours() {
+function readColours(kinds) {
   const stops = styleValue("ramp").split(",").map((stop) => rgb(stop.trim()));
   rampColours = Array.from({ length: 256 }, (_, value) => {
     const place = (value / 255) * (stops.length - 1);
     const first = Math.min(Math.floor(place), stops.length - 2);
     return stops[first].map((low, channel) => Math.round(low + (place - first) * (stops[first + 1][channel] - low)));
   });
-  const kinds = ["full", "skip", "diagonal", "multi_diagonal", "vertical", "window", "asa"];
-  kindColours = Object.fromEntries(kinds.map((kind) => [kind, rgb(styleValue(kind.replace("_", "-")))]));
+  kindColours = Object.fromEntries(kinds.map((kind) => [kind, rgb(styleValue(kind))]));
 }
 
 /** A colour of the ramp, for a share of it; none for what is not known. */

@@ -19,6 +19,7 @@ from blade.profiling.profile import AttentionProfile, ProfileSource
 from blade.profiling.report import Candidate, ReportData, write_report
 from blade.profiling.search import PatternSearch, prompt_dependence
 from blade.profiling.workflow import ProfileReport
+from blade.token_grid import plain_orders
 
 REPORT_NAME = "report.html"
 """File name of the report."""
@@ -51,7 +52,7 @@ def report_data(report: ProfileReport, command: str) -> ReportData:
     source, grid = profile.source, profile.source.grid
     cells = profile.maps.shape[-1]
     disagreement, regret = prompt_dependence(profile, choice, search.costs.candidates)
-    orders = tuple(dict.fromkeys(("raster", "token_major", "gilbert", natural_order("window", source.block_size))))
+    orders = tuple(dict.fromkeys((*plain_orders(), natural_order("window", source.block_size))))
     frames, height, width = source.video
     text = f" and {grid.text_tokens} of text" if grid.text_tokens else ""
     kinds, explained = explained_mass(profile)

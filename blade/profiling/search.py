@@ -8,47 +8,15 @@ import numpy as np
 
 from blade.attention.pattern_table import PatternTable
 from blade.attention.patterns import HeadPattern
-from blade.common.checks import check_integer, check_number
-from blade.profiling.assignment import Assignment, GreedyRule, least_cost, least_error
+from blade.common.checks import check_integer
+from blade.profiling.assignment import GreedyRule
 from blade.profiling.costs import AttentionCosts
+from blade.profiling.objectives import Budget, SearchProblem
 from blade.profiling.profile import AttentionProfile
 from blade.profiling.recording_plan import most_attended_blocks
 
 CURVE_POINTS = 16
 """Budgets at which the least error is worked out for a curve."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Budget:
-    """What a table has to keep within; exactly one of them."""
-
-    target_density: float | None = None
-    """Share of all query-key pairs that the run computes at the most, in (0, 1]."""
-    target_speedup: float | None = None
-    """How many times faster one denoising step gets at the least, above 1."""
-    max_error: float | None = None
-    """Squared error of the attention layers' outputs, as a share of their energy, at the most; above 0."""
-
-    def __post_init__(self) -> None:
-        given = self._given()
-        if len(given) != 1:
-            named = " and ".join(f"`{name}`" for name in given) or "none"
-            raise ValueError(f"one of `target_density`, `target_speedup` and `max_error` must be given, got {named}.")
-        (name,) = given
-        if name == "target_density":
-            check_number(name, given[name], "in (0, 1]", lambda x: 0 < x <= 1)
-        elif name == "target_speedup":
-            check_number(name, given[name], "above 1", lambda x: x > 1)
-        else:
-            check_number(name, given[name], "above 0", lambda x: x > 0)
-
-    def _given(self) -> dict[str, float]:
-        names = ("target_density", "target_speedup", "max_error")
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-
-    def __str__(self) -> str:
-        ((name, value),) = self._given().items()
-        return f"{name.replace('_', ' ')} {value:g}"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -109,39 +77,37 @@ class PatternSearch:
         errors = relative_errors(profile) * self.influences[:, :, None, None]
         summed = np.add.reduceat(errors, self.group_starts, axis=0)  # (groups, layers, candidates, heads)
         self._shape = (groups, profile.layers, profile.heads)
-        self._errors = np.moveaxis(summed, 2, 3).reshape(-1, len(self.densities)) / (steps * profile.layers)
         self._shares = np.repeat(
             self.lengths / (steps * profile.layers * profile.heads), profile.layers * profile.heads
+        )
+        self.problem = SearchProblem(
+            errors=np.moveaxis(summed, 2, 3).reshape(-1, len(self.densities)) / (steps * profile.layers),
+            densities=self._shares[:, None] * self.densities,
+            costs=self._shares[:, None] * self.costs.candidates,
+            step=self.costs,
         )
 
     @property
     def least_density(self) -> float:
         """Density of the choice that computes the least."""
-        return float(self._of_densities().min(1).sum())
+        return self.problem.least_density
 
     def within(self, budget: Budget) -> Choice:
-        """The choice of the least error within a budget, or, with `max_error`, of the least cost.
+        """The best choice within a budget; of what is best, see `blade.profiling.objectives`.
 
         Raises:
             ValueError: if no choice is within it; says the nearest one that can be met.
         """
-        if budget.max_error is not None:
-            most = float(self._errors.min(1).sum())
-            if budget.max_error < most:
-                raise ValueError(
-                    f"`max_error` must be at least {most:.3g} with these patterns, got {budget.max_error}."
-                )
-            found = least_cost(self._errors, self._costs(), budget.max_error)
-            return self._choice(found)
-        if budget.target_density is not None:
-            costs, limit = self._of_densities(), budget.target_density
-            least = self.least_density
-            if limit < least:
-                raise ValueError(f"`target_density` must be at least {least:.3g} with these patterns, got {limit}.")
-            return self._choice(least_error(self._errors, costs, limit))
-        assert budget.target_speedup is not None
-        limit = self.costs.share_for_speedup(budget.target_speedup, float(self._costs().min(1).sum()))
-        return self._choice(least_error(self._errors, self._costs(), limit))
+        assignment = budget.meet(self.problem)
+        chosen = assignment.choice
+        return Choice(
+            candidates=chosen.reshape(self._shape),
+            group_starts=self.group_starts,
+            density=float((self.densities[chosen] * self._shares).sum()),
+            error=float(self.problem.errors[np.arange(len(chosen)), chosen].sum()),
+            cost=float((self.costs.candidates[chosen] * self._shares).sum()),
+            gap=assignment.gap,
+        )
 
     def by_rule(self, rule: GreedyRule, losses: np.ndarray | None = None) -> Choice:
         """What the published rule chooses, every head by itself; steps of a group by the mean of their losses.
@@ -160,7 +126,7 @@ class PatternSearch:
             candidates=candidates,
             group_starts=self.group_starts,
             density=float((self.densities[chosen] * self._shares).sum()),
-            error=float(self._errors[rows, chosen].sum()),
+            error=float(self.problem.errors[rows, chosen].sum()),
             cost=float((self.costs.candidates[chosen] * self._shares).sum()),
             gap=0.0,
         )
@@ -211,23 +177,6 @@ class PatternSearch:
             steps=None if single and not has_stripes else source.steps,
             grid=source.grid,
             model=source.model,
-        )
-
-    def _of_densities(self) -> np.ndarray:
-        return self._shares[:, None] * self.densities
-
-    def _costs(self) -> np.ndarray:
-        return self._shares[:, None] * self.costs.candidates
-
-    def _choice(self, found: Assignment) -> Choice:
-        chosen = found.choice
-        return Choice(
-            candidates=chosen.reshape(self._shape),
-            group_starts=self.group_starts,
-            density=float((self.densities[chosen] * self._shares).sum()),
-            error=float(self._errors[np.arange(len(chosen)), chosen].sum()),
-            cost=float((self.costs.candidates[chosen] * self._shares).sum()),
-            gap=found.gap,
         )
 
 

@@ -27,11 +27,12 @@ from blade.profiling.assignment import GreedyRule
 from blade.profiling.candidates import default_candidates
 from blade.profiling.costs import AttentionCosts
 from blade.profiling.influence import generate_kept, measure_influences
+from blade.profiling.objectives import Budget, density_objectives
 from blade.profiling.profile import PROFILE_NAME, AttentionProfile, ProfileSource
 from blade.profiling.published import START_NAME, published_candidates, published_search
 from blade.profiling.record_prompts import dense_video, record_profile, record_prompts
 from blade.profiling.recording_plan import Recording
-from blade.profiling.search import Budget, Choice, PatternSearch
+from blade.profiling.search import Choice, PatternSearch
 
 RECORDINGS_NAME = "recordings"
 """Folder beside the results in which recordings are kept, so that what is stopped goes on."""
@@ -91,8 +92,8 @@ class ProfileRequest:
             raise ValueError(f"`costs` must be auto, operations or time, got {self.costs!r}.")
         if self.budget is None and self.method == "budgeted":
             Budget()  # which says what must be given
-        if self.method == "published" and self.budget is not None and self.budget.target_density is None:
-            raise ValueError(f"`target_density` is the only budget of the published method, got {self.budget}.")
+        if self.method == "published" and self.budget is not None and not self.budget.objective.bounds_density:
+            raise ValueError(f"{density_objectives()} is the only budget of the published method, got {self.budget}.")
         if self.sampled_blocks is not None:
             check_integer("sampled_blocks", self.sampled_blocks, 1)
         if self.method == "published" and self.share[1] > 1:
@@ -145,7 +146,7 @@ class ProfileReport:
     def __str__(self) -> str:
         choice, table, folder = self.choice, self.config.patterns, self.request.output
         assert table is not None
-        shares = ", ".join(f"{kind.replace('_', '-')} {share:.1%}" for kind, share in table.shares().items())
+        shares = ", ".join(f"{kind} {share:.1%}" for kind, share in table.shares().items())
         costs = self.search.costs
         lines = [
             f"patterns    {shares}",
@@ -210,8 +211,7 @@ def profile_attention(
         return None
     costs = setup.costs(model)
     assert request.budget is not None
-    if request.budget.target_speedup is not None:  # said before anything is measured
-        costs.share_for_speedup(request.budget.target_speedup, float(costs.candidates.min()))
+    request.budget.foresee(costs)
     profile = record_profile(*recorder)
     search = PatternSearch(profile, groups=request.groups, costs=costs)
     choice = search.within(request.budget)
@@ -242,7 +242,7 @@ def _published(
         setup.source,
         folder / "published",
         rule=request.rule,
-        target_density=None if request.budget is None else request.budget.target_density,
+        target_density=None if request.budget is None else request.budget.value,
         groups=request.groups,
         on_step=lambda name, step: say(f"{name}: {step}"),
     )

@@ -1,9 +1,14 @@
-"""A complete `WanPipeline` of a few thousand random weights, saved in Diffusers format."""
+"""A complete `WanPipeline` of a few thousand random weights, saved in Diffusers format, and temporary modules."""
 
 from __future__ import annotations
 
+import importlib
 import shutil
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -66,3 +71,69 @@ def saved_tiny_ti2v(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_pipeline_copy(saved_tiny_pipeline: Path, tmp_path: Path) -> Path:
     """A copy of the folder, to be damaged."""
     return Path(shutil.copytree(saved_tiny_pipeline, tmp_path / "tiny-wan"))
+
+
+@pytest.fixture
+def import_temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, str], ModuleType]]:
+    """Return a function that writes a module and imports it; what it declares in tables is gone after the test."""
+    from blade.attention.selectors import SELECTORS
+    from blade.profiling.objectives import OBJECTIVES
+    from blade.token_grid import TOKEN_ORDERS
+
+    folder, tables = tmp_path / "modules", (SELECTORS, OBJECTIVES, TOKEN_ORDERS)
+    before, loaded = [dict(table) for table in tables], []
+    folder.mkdir()
+    monkeypatch.syspath_prepend(folder)
+
+    def load(name: str, source: str) -> ModuleType:
+        (folder / f"{name}.py").write_text(source)
+        loaded.append(name)
+        return importlib.import_module(name)
+
+    yield load
+    for name in loaded:
+        sys.modules.pop(name, None)
+    for table, items in zip(tables, before):
+        table.clear()
+        table.update(items)
+
+
+LATER = """
+import numpy as np
+import torch
+
+from blade.attention.selectors import Selector, register_selector
+
+
+def draw(generator, heads, options):
+    return generator.random(heads, dtype=np.float32)
+
+
+def prepare(grid, options):
+    blocks = -(-grid.sequence_length // options.block_size)
+    return torch.arange(blocks) / blocks
+
+
+def score(query, key, context, drawn, key_lengths):
+    places = (context.prepared + drawn.unsqueeze(-1)) % 1  # (H, blocks)
+    return places[None, :, None].expand(1, -1, context.blocks, -1)
+
+
+LATER = Selector(
+    name="later",
+    description="how late a block stands, from a place that each head draws",
+    score=score,
+    draw=draw,
+    prepare=prepare,
+    operations=lambda tokens, heads, head_dim, options: 7.0 * tokens * heads,
+    is_control=True,
+    colour="#123456",
+)
+"""
+"""A module with a selector."""
+
+
+@pytest.fixture
+def later_selector(import_temporary: Callable[[str, str], ModuleType]) -> Any:
+    """The selector of a temporary module, registered."""
+    return import_temporary("later_selector", f"{LATER}\nregister_selector(LATER)\n").LATER

@@ -8,7 +8,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from blade.token_grid import TokenGrid, gilbert_order
+from blade import BladeConfig
+from blade.attention.adaptive import AdaptivePlan
+from blade.attention.config import AdaptiveConfig
+from blade.token_grid import (
+    TokenGrid,
+    TokenOrder,
+    canonical_order,
+    gilbert_order,
+    plain_orders,
+    register_token_order,
+)
 
 # Source: first 16 hexadecimal digits of the sha256 of the comma-joined permutation; (width, height, depth).
 GILBERT_VECTORS = {
@@ -22,7 +32,7 @@ GILBERT_VECTORS = {
 }
 
 sizes = st.integers(1, 7)
-orders = st.sampled_from(["raster", "token_major", "gilbert", "bricks(1,1,1)", "bricks(2,3,2)", "bricks(9,1,4)"])
+orders = st.sampled_from(["raster", "token-major", "gilbert", "bricks(1,1,1)", "bricks(2,3,2)", "bricks(9,1,4)"])
 
 
 @pytest.mark.parametrize("shape", GILBERT_VECTORS)
@@ -56,7 +66,7 @@ def test_an_order_then_its_inverse_is_the_identity(frames, height, width, name, 
 
 
 def test_token_major_keeps_all_frames_of_a_pixel_together():
-    positions = TokenGrid(3, 2, 2).positions("token_major")
+    positions = TokenGrid(3, 2, 2).positions("token-major")
     assert positions[:3].tolist() == [[0, 0, 0], [1, 0, 0], [2, 0, 0]]
     assert positions[3:6].tolist() == [[0, 0, 1], [1, 0, 1], [2, 0, 1]]
 
@@ -96,6 +106,57 @@ def test_text_counts_in_the_sequence_but_not_in_the_order():
     assert (grid.video_tokens, grid.text_tokens, grid.sequence_length) == (8, 4, 12)
     assert (grid.video_start, grid.video_stop) == (3, 11)
     assert len(grid.order("gilbert")) == 8
+
+
+COLUMNS = """
+import numpy as np
+
+from blade.token_grid import TokenOrder, raster_order, register_token_order
+
+
+def columns(frames, height, width, stride):
+    raster = raster_order(frames, height, width)
+    return np.lexsort((raster, raster % width // stride))
+
+
+ORDER = register_token_order(TokenOrder("by-columns(stride)", columns))
+"""
+
+
+def test_an_order_of_a_temporary_module(import_temporary):
+    import_temporary("columns_order", COLUMNS)
+    grid = TokenGrid(2, 2, 4)
+    assert grid.positions("by-columns(2)")[:8, 2].tolist() == [0, 1] * 4
+    assert torch.equal(grid.order("by-columns(9)"), grid.order("raster"))
+    config = AdaptiveConfig(token_order="by_columns( 2 )", block_size=8, probe_tokens=4)
+    assert config.token_order == "by-columns(2)"
+    plan = AdaptivePlan.of(BladeConfig(sparsity=0.5, asa=config), TokenGrid(4, 4, 8), torch.device("cpu"))
+    assert plan.token_order == "by-columns(2)" and plan.budget.kept_blocks == 8
+    with pytest.raises(ValueError, match=r"must be one of raster, .*by-columns\(stride\), got 'by-columns\(0\)'"):
+        grid.order("by-columns(0)")
+    with pytest.raises(ValueError, match="`name` must be new in the table"):
+        register_token_order(TokenOrder("gilbert", lambda frames, height, width: None))
+    with pytest.raises(ValueError, match="`name` must be in kebab-case"):
+        TokenOrder("by_rows", lambda frames, height, width: None)
+
+
+@pytest.mark.parametrize(
+    ("name", "canonical"),
+    [
+        ("gilbert", "gilbert"),
+        ("token-major", "token-major"),
+        ("token_major", "token-major"),
+        ("bricks( 2, 3,4)", "bricks(2,3,4)"),
+    ],
+)
+def test_old_spellings_are_read(name, canonical):
+    assert canonical_order(name) == canonical
+    grid = TokenGrid(3, 5, 7)
+    assert grid.order(name) is grid.order(canonical)
+
+
+def test_orders_without_parameters_are_listed():
+    assert plain_orders() == ("raster", "token-major", "gilbert")
 
 
 @pytest.mark.parametrize("name", ["hilbert", "bricks(0,1,1)", "bricks(2,2)", 3])

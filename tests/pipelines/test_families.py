@@ -58,7 +58,7 @@ def test_where_every_layer_is_dense_the_output_is_bitwise_the_same(family, confi
 
 
 @pytest.mark.parametrize("grid", GRIDS)
-@pytest.mark.parametrize("order", ["gilbert", "token_major"])
+@pytest.mark.parametrize("order", ["gilbert", "token-major"])
 def test_with_every_block_kept_the_output_is_dense_but_for_rounding(family, keep_all, grid, order):
     transformer, inputs = family.make(), family.inputs(grid, batch=2)
     details = AdaptiveConfig(block_size=8, probe_tokens=4, token_order=order)

@@ -44,7 +44,7 @@ def rounding_errors(transformer, inputs, output):
 @given(
     st.tuples(st.integers(1, 4), st.integers(1, 5), st.integers(1, 5)),
     st.sampled_from([(1, 2, 2), (2, 1, 3)]),
-    st.sampled_from(["gilbert", "token_major", "bricks(2,2,2)"]),
+    st.sampled_from(["gilbert", "token-major", "bricks(2,2,2)"]),
     st.integers(0, 1),
 )
 def test_permuted_patches_are_embedded_as_permuted_tokens(shape, patch, order, rest):

@@ -108,7 +108,7 @@ def pixels(page, selector):
 
 def colours(page, data):
     """(candidates, 3) int, the colour of each candidate's kind."""
-    names = [one.kind.replace("_", "-") for one in data.candidates]
+    names = [one.kind for one in data.candidates]
     read = page.evaluate(
         "(names) => names.map((name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`))",
         names,
@@ -276,7 +276,7 @@ def test_every_chart_tells_its_values(open_report, data):
         share = float(data.explained[number, 1, 2])
         chart = f"#explained > div:nth-child({number + 1})"
         assert read(chart, "ArrowDown", "ArrowRight", "ArrowRight") == [
-            f"{kind.replace('_', '-')}: {percent(share)}",
+            f"{kind}: {percent(share)}",
             "layer 1, step 2",
         ]
     held, best = (float(value) for value in data.recall[1, 0])

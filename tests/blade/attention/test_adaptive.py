@@ -12,13 +12,12 @@ from blade.attention.adaptive import (
     DRAWN_STEPS,
     AdaptivePlan,
     adaptive_attention,
-    block_nearness,
     draw_table,
-    random_scores,
     select,
 )
 from blade.attention.config import AdaptiveConfig
 from blade.attention.methods import AdaptiveMethod
+from blade.attention.selectors import block_nearness, random_scores
 
 CPU = torch.device("cpu")
 HEADS, SIZE = 2, 8

@@ -15,7 +15,7 @@ fractions = st.floats(0, 0.99, allow_nan=False)
 adaptive = st.builds(
     AdaptiveConfig,
     block_size=st.sampled_from([32, 64, 128]),
-    token_order=st.sampled_from(["raster", "token_major", "gilbert", "bricks(2,4,4)"]),
+    token_order=st.sampled_from(["raster", "token-major", "gilbert", "bricks(2,4,4)"]),
     selector=st.sampled_from(["sampled", "mean-pooled", "random", "local"]),
     probe_tokens=st.integers(1, 32),
     softmax_denominator=st.booleans(),
@@ -177,7 +177,7 @@ def test_a_bad_value_is_named_with_what_would_be_right(field, value, wanted):
     [
         ("block_size", 0, "an integer of at least 1"),
         ("selector", "best", 'one of "sampled", "mean-pooled", "random", "local"'),
-        ("token_order", "hilbert", "one of raster, token_major, gilbert, bricks(t,h,w)"),
+        ("token_order", "hilbert", "one of raster, token-major, gilbert, bricks(t,h,w)"),
         ("cumulative_mass", 0, "None or in (0, 1]"),
         ("min_fraction", 1.1, "in [0, 1]"),
         ("probe_tokens", 65, "at most `block_size`, which is 64"),

@@ -1,7 +1,9 @@
 """Head patterns against their definition by pairs of tokens, their closed formulas, and head by head."""
 
 import itertools
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,12 +16,12 @@ from blade.attention.pattern_plan import PatternPlan, pattern_tables
 from blade.attention.pattern_table import PatternTable, mixed_table, uniform_table
 from blade.attention.patterns import HeadPattern, Window, half_width, pattern_blocks
 
-ORDERS = ("raster", "token_major", "gilbert", "bricks(2,2,2)")
+ORDERS = ("raster", "token-major", "gilbert", "bricks(2,2,2)")
 PATTERNS = (
     HeadPattern(kind="full"),
     HeadPattern(kind="skip"),
     HeadPattern(kind="diagonal", frames=0.5),
-    HeadPattern(kind="multi_diagonal", frames=0.6, first_frame=True),
+    HeadPattern(kind="multi-diagonal", frames=0.6, first_frame=True),
     HeadPattern(kind="vertical", share=0.3),
     HeadPattern(kind="window", windows={"frame": Window(width=2), "column": Window(width=2, offset=1, stride=3)}),
     HeadPattern(kind="window", windows={"place": Window(width=3)}),
@@ -31,7 +33,7 @@ def pairs(pattern, grid, block_size):
     """Whether each pair of video tokens, in raster order, is one of the pattern's: by hand."""
     frame, row, column = grid.positions("raster").unbind(-1)
     place = row * grid.width + column
-    if pattern.kind in ("diagonal", "multi_diagonal"):
+    if pattern.kind in ("diagonal", "multi-diagonal"):
         number = (
             frame * grid.height * grid.width + place if pattern.kind == "diagonal" else place * grid.frames + frame
         )
@@ -77,7 +79,7 @@ def test_counts_are_those_of_the_closed_formulas(grid, frames):
     text = sum(grid.text_blocks(size))
     n, w = -(-grid.sequence_length // size) - text, math.floor(frames * grid.height * grid.width / size)
     of_text = 2 * n * text + text**2
-    for kind, order in (("diagonal", "raster"), ("multi_diagonal", "token_major")):
+    for kind, order in (("diagonal", "raster"), ("multi-diagonal", "token-major")):
         keep = pattern_blocks(HeadPattern(kind=kind, frames=frames), grid, size, order)
         assert int(keep.sum()) == n * (2 * w + 1) - w * (w + 1) + of_text
     keep = pattern_blocks(HeadPattern(kind="vertical", key_blocks=(0, 5, 9)), grid, size, "raster")
@@ -88,11 +90,11 @@ def test_multi_diagonal_is_permute_band_and_unpermute():
     grid, size = TokenGrid(3, 5, 7), 8
     torch.manual_seed(0)
     query, key, value = torch.randn(3, 1, grid.video_tokens, 1, 8).unbind(0)
-    pattern = HeadPattern(kind="multi_diagonal", frames=0.6, order="token_major")
+    pattern = HeadPattern(kind="multi-diagonal", frames=0.6, order="token-major")
     config = BladeConfig(attention="patterns", patterns=uniform_table(pattern, 1, 1, block_size=size))
     plan = PatternPlan.of(config, grid, torch.device("cpu"))
     output, _, _ = plan.attend(query, key, value, (torch.zeros(1),))
-    order, inverse = grid.order("token_major"), grid.inverse_order("token_major")
+    order, inverse = grid.order("token-major"), grid.inverse_order("token-major")
     reach = half_width(pattern, grid, size) // size
     numbers = torch.arange(-(-grid.video_tokens // size))
     band = BlockMask.from_dense(((numbers[:, None] - numbers).abs() <= reach)[None, None], (size, size))
@@ -147,7 +149,7 @@ def test_all_full_is_bitwise_the_dense_output_and_windows_over_everything_nearly
     assert torch.equal(run(transformer, inputs), plain)
     assert blade_summary(transformer).run_density == 1.0
     everything = (HeadPattern(kind="diagonal", frames=9), HeadPattern(kind="vertical", share=1.0, order="gilbert"))
-    table = mixed_table(everything, 3, 2, block_size=8, token_order="token_major")
+    table = mixed_table(everything, 3, 2, block_size=8, token_order="token-major")
     apply_blade(transformer, BladeConfig(attention="patterns", patterns=table))
     torch.testing.assert_close(run(transformer, inputs), plain, rtol=1e-4, atol=1e-5)
     assert torch.equal(run(remove_blade(transformer), inputs), plain)
@@ -252,3 +254,28 @@ def test_bad_tables_are_refused(changes, message):
 def test_patterns_are_equal_if_they_say_the_same():
     for one, other in itertools.product(PATTERNS, repeat=2):
         assert (HeadPattern.from_dict(one.to_dict()) == other) == (one is other)
+
+
+def test_old_spellings_are_read_and_new_ones_written(tmp_path):
+    old = HeadPattern.from_dict({"kind": "multi_diagonal", "frames": 0.6, "order": "token_major"})
+    assert old == HeadPattern(kind="multi-diagonal", frames=0.6, order="token-major")
+    assert old.to_dict() == {"kind": "multi-diagonal", "frames": 0.6, "order": "token-major"}
+    table = mixed_table([old, HeadPattern(kind="full")], 2, 2, block_size=8, token_order="token-major")
+    values = json.loads(json.dumps(table.to_dict()).replace("-", "_"))
+    assert values["token_order"] == "token_major" and values["patterns"][0]["kind"] == "multi_diagonal"
+    (tmp_path / "pattern_table.json").write_text(json.dumps(values))
+    assert PatternTable.load(tmp_path / "pattern_table.json") == table
+    assert AdaptiveConfig(token_order="token_major") == AdaptiveConfig(token_order="token-major")
+
+
+RESULTS = Path(__file__).parents[3] / "docs" / "results" / "shapes-patterns" / "tables"
+
+
+@pytest.mark.parametrize("folder", sorted(path.name for path in RESULTS.iterdir()))
+def test_tables_of_an_earlier_version_are_read(folder, tmp_path):
+    config = BladeConfig.from_pretrained(RESULTS / folder)
+    text = (RESULTS / folder / "pattern_table.json").read_text()
+    assert "multi-diagonal" in config.patterns.shares()
+    config.save_pretrained(tmp_path)
+    respelled = text.replace("multi_diagonal", "multi-diagonal").replace("token_major", "token-major")
+    assert json.loads((tmp_path / "pattern_table.json").read_text()) == json.loads(respelled)

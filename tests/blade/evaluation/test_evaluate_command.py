@@ -53,6 +53,24 @@ def test_a_file_of_prompts(saved_tiny_pipeline, patterns_folder, tmp_path, capsy
     assert (dense["steps"], dense["guidance"]) == (2, 1)
 
 
+def test_a_selector_of_a_temporary_module(later_selector, saved_tiny_pipeline, tmp_path, capsys):
+    file, folder = tmp_path / "prompts.txt", tmp_path / "out"
+    file.write_text("a cat\n")
+    runs = ["--run", "dense", "--run", "x=selector=later,dense_steps=1", "--run", "y=asa-gt,selector=later"]
+    assert run(["--prompts", file, *runs, *small(saved_tiny_pipeline, folder)]) == 0
+    assert "x, seed 0, a cat: PSNR" in capsys.readouterr().out
+    _, alone, pooled = json.loads((folder / "report.json").read_text())["runs"]
+    assert (alone["attention"], pooled["attention"]) == ("later", "asa-gt, later")
+    assert alone["blade_config"]["asa"]["selector"] == pooled["blade_config"]["asa"]["selector"] == "later"
+    layer, whole = (alone["groups"]["all"][name]["mean"] for name in ("layer_density", "run_density"))
+    assert layer == 0.5 and whole == pytest.approx(1 - layer / 4)  # in one of two layers, at one of two steps
+    words = "Key blocks are scored: later by how late a block stands, from a place that each head draws (a control"
+    for name in ("report.md", "report.html"):
+        text = (folder / name).read_text()
+        assert words in text and "asa-gt, later" in text
+    assert "| x | 2 | 1.0 | later |" in (folder / "report.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -190,6 +190,35 @@ def test_plot_is_a_picture(plan):
     assert plot_report(report) is None
 
 
+def test_selectors_have_their_colours(plan, later_selector, monkeypatch):
+    axes = pytest.importorskip("matplotlib.axes")
+    from blade.evaluation.plot import plot_report
+
+    drawn = {}
+    monkeypatch.setattr(
+        axes.Axes, "errorbar", lambda self, x, y, label, color, **style: drawn.update({label.split(",")[0]: color})
+    )
+    report = make_report(plan, "x")
+    sparse = next(run for run in report["runs"] if run["attention"] == "asa")
+    names = ("later", "random", "local", "mean-pooled", "asa", "unknown")
+    report["runs"] = [{**sparse, "name": name, "attention": name} for name in names]
+    plot_report(report)
+    assert drawn == {
+        "later": "#123456", "random": "#7F7F7F", "local": "#E69F00", "mean-pooled": "#CC79A7", "asa": "#0072B2",
+        "unknown": "C5",
+    }  # fmt: skip
+
+
+def test_selectors_are_explained(plan):
+    report = make_report(plan, "x")
+    words = [note for note in notes(report) if note.startswith("Key blocks are scored")]
+    assert words == [
+        "Key blocks are scored: random by chance alone (a control, which looks at neither queries nor keys); local by "
+        "nearness in the video (a control, which looks at neither queries nor keys)."
+    ]
+    assert not any("scored:" in note for note in notes(report | {"runs": report["runs"][:7]}))  # dense, asa and asa-gt
+
+
 def test_students_are_points_of_their_own(plan, monkeypatch):
     axes = pytest.importorskip("matplotlib.axes")
     from blade.evaluation.plot import plot_report

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
-from blade.attention.config import BladeConfig
-from blade.evaluation.runs import ATTENTION, RunSettings, parse_run
+from blade.attention.config import AdaptiveConfig, BladeConfig
+from blade.evaluation.runs import RunSettings, attention_kinds, parse_run
 
 
 def shapes_preset() -> BladeConfig:
@@ -38,6 +40,11 @@ def test_keys_and_values_are_read():
         ("mine=owner/name,dense_steps=2", RunSettings(name="mine", config="owner/name", dense_steps=2)),
         ("mine=steps=4,config=a=b", RunSettings(name="mine", steps=4, config="a=b")),
         ("few=steps=4", RunSettings(name="few", steps=4, attention="dense")),
+        ("near=selector=local", RunSettings(name="near", attention="local")),
+        ("near=asa,selector=local", RunSettings(name="near", attention="local")),
+        ("paper=selector=sampled", RunSettings(name="paper", attention="asa")),
+        ("x=asa-gt,selector=random", RunSettings(name="x", attention="asa-gt", selector="random")),
+        ("x=folder,selector=local", RunSettings(name="x", config="folder", selector="local")),
     ],
 )
 def test_short_forms_are_read(text, run):
@@ -69,6 +76,9 @@ def test_defaults_fill_in_what_a_run_leaves_open():
         ("x=attention=asa,sparsity=1", "`sparsity`"),
         ("x=sparsity=0.5", '`attention` is "dense"'),
         ("x=guidance=-1", "`guidance`"),
+        ("x=selector=best", '`selector` must be one of "sampled", "mean-pooled"'),
+        ("x=dense,selector=local", '`selector` must not be given where `attention` is "dense"'),
+        ("x=random,selector=local", "`selector` must not be given where `attention` is one, got 'random'"),
         ("x=noise_kept=0.5", "`noise_kept` must not be given without `student`"),
     ],
 )
@@ -78,7 +88,7 @@ def test_bad_runs_are_refused(text, message):
 
 
 def test_every_kind_of_attention_has_its_configuration():
-    configs = {name: RunSettings(name=name, attention=name).blade_config(shapes_preset) for name in ATTENTION}
+    configs = {name: RunSettings(name=name, attention=name).blade_config(shapes_preset) for name in attention_kinds()}
     assert configs.pop("dense") is None
     assert configs["preset"] == configs["asa"] == shapes_preset()
     assert configs["asa-gt"].pooled_tokens == "all"
@@ -94,6 +104,21 @@ def test_every_kind_of_attention_has_its_configuration():
     changed = RunSettings(name="x", attention="asa", sparsity=0.25, dense_steps=1, dense_layers=())
     config = changed.blade_config(shapes_preset)
     assert (config.sparsity, config.dense_steps, config.dense_layers) == (0.25, 1, ())
+
+
+def test_a_selector_takes_the_place_of_the_configurations(tmp_path):
+    def asa(text):
+        return parse_run(text).blade_config(shapes_preset)
+
+    assert asa("x=selector=local") == asa("x=local") and asa("x=local").pooled_tokens == "none"
+    changed = asa("x=asa-gt,selector=random,sparsity=0.7")
+    assert (changed.asa.selector, changed.pooled_tokens, changed.sparsity) == ("random", "all", 0.7)
+    assert asa("x=preset,selector=local") == replace(
+        shapes_preset(), asa=replace(shapes_preset().asa, selector="local")
+    )
+    saved = BladeConfig(sparsity=0.3, pooled_tokens="dropped", asa=AdaptiveConfig(probe_tokens=3))
+    saved.save_pretrained(tmp_path)
+    assert asa(f"x={tmp_path},selector=local") == replace(saved, asa=replace(saved.asa, selector="local"))
 
 
 def test_a_saved_configuration_is_applied_as_it_is_but_for_what_the_run_says(patterns_folder):

@@ -22,7 +22,7 @@ def make_profile():
             HeadPattern(kind="full"),
             HeadPattern(kind="skip"),
             HeadPattern(kind="diagonal", frames=0.6),
-            HeadPattern(kind="multi_diagonal", frames=0.6, order="token_major"),
+            HeadPattern(kind="multi-diagonal", frames=0.6, order="token-major"),
             HeadPattern(kind="vertical", share=0.2),
         )
         densities = [float(pattern_blocks(pattern, grid, 16, "raster").float().mean()) for pattern in candidates]

@@ -6,7 +6,7 @@ import numpy as np
 
 from blade.profiling.report import Candidate, ReportData
 
-KINDS = ("diagonal", "multi_diagonal", "window", "vertical")
+KINDS = ("diagonal", "multi-diagonal", "window", "vertical")
 DENSITIES = (0.1, 0.2, 0.35, 0.55)
 PROMPTS = (
     "a small striped red ball moving right fast",
@@ -111,7 +111,7 @@ def report_example(
         recall=recall.astype(np.float32),
         prompt_disagreement=disagreement.astype(np.float32),
         prompt_regret=(disagreement * rng.beta(1, 8, (layers, heads))).astype(np.float32),
-        orders=("raster", "token_major", "hilbert", "bricks(2,4,4)"),
+        orders=("raster", "token-major", "hilbert", "bricks(2,4,4)"),
         order_densities=tuple(
             (one.name, tuple(np.clip(one.density * rng.uniform(0.9, 2.2, 4), 0, 1)))
             for one in candidates
@@ -127,7 +127,7 @@ def _name(kind: str, density: float) -> str:
     if kind == "window":
         frames, places = round(9 * density**0.4), round(12 * density**0.4)
         return f"window, frame {frames}, row {places}, column {places}, in bricks(2,4,4) order"
-    return f"{kind.replace('_', '-')}, {round(4.5 * density, 3)} frames"
+    return f"{kind}, {round(4.5 * density, 3)} frames"
 
 
 def _shape(kind: str, frames: int, places: int) -> np.ndarray:
@@ -136,7 +136,7 @@ def _shape(kind: str, frames: int, places: int) -> np.ndarray:
     apart = np.abs(frame[:, None] - frame), np.abs(place[:, None] - place)
     if kind == "diagonal":
         return np.abs(np.subtract.outer(np.arange(frames * places), np.arange(frames * places))).astype(float)
-    if kind == "multi_diagonal":
+    if kind == "multi-diagonal":
         return apart[1] * frames + 0.3 * apart[0]
     return apart[0] + apart[1] * 1.5 if kind == "window" else np.zeros((frames * places,) * 2)
 

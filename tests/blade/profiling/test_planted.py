@@ -16,7 +16,7 @@ CANDIDATES = default_candidates(GRID, BLOCK, densities=(0.2, 0.45))
 MASKS = [pattern_blocks(pattern, GRID, BLOCK, "raster") for pattern in CANDIDATES]
 DENSITIES = np.array([float(mask.float().mean()) for mask in MASKS])
 COPIES = 4
-WANTED_DENSITIES = {"full": 1.0, "skip": 0.0, "diagonal": DENSITIES[3], "multi_diagonal": DENSITIES[5]}
+WANTED_DENSITIES = {"full": 1.0, "skip": 0.0, "diagonal": DENSITIES[3], "multi-diagonal": DENSITIES[5]}
 """Of heads between two widths: the wider."""
 
 
@@ -40,7 +40,7 @@ def planted_heads(noise, seed):
                 mask = pattern_blocks(pattern, GRID, 1, "raster")
             heads.append((mask, 1.0, number))
     for _ in range(COPIES):  # between two candidates' widths
-        wrong = HeadPattern(kind="diagonal", frames=0.6), HeadPattern(kind="multi_diagonal", frames=0.6)
+        wrong = HeadPattern(kind="diagonal", frames=0.6), HeadPattern(kind="multi-diagonal", frames=0.6)
         heads += [(pattern_blocks(pattern, GRID, 1, "raster"), 1.0, pattern.kind) for pattern in wrong]
         heads += [(None, 1.0, "full"), (None, 0.02, "skip")]
     queries, keys, values = [], [], []

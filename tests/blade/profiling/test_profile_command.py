@@ -50,6 +50,59 @@ def test_it_writes_a_table_that_generates_and_a_report(arguments, tmp_path, caps
     assert BladeConfig.from_pretrained(folder).patterns.steps == 3
 
 
+DECLARED = """
+import numpy as np
+
+from blade.profiling.assignment import least_error
+from blade.profiling.objectives import Objective, register_objective
+from blade.token_grid import TokenOrder, raster_order, register_token_order
+
+
+def foresee(costs, cost):
+    if cost > costs.candidates.max():
+        raise ValueError(f"`max_cost` must be at most {costs.candidates.max():.3g}, got {cost}.")
+
+
+register_objective(
+    Objective(
+        name="max_cost",
+        bounds="cost of attention, as a share of dense attention's",
+        wanted="above 0",
+        is_valid=lambda cost: cost > 0,
+        meet=lambda problem, cost: least_error(problem.errors, problem.costs, cost),
+        report="attention's cost at most {:g}",
+        foresee=foresee,
+    )
+)
+register_token_order(TokenOrder("reversed", lambda *size: raster_order(*size)[::-1].copy()))
+"""
+
+
+def run(arguments):
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    return ended.value.code
+
+
+def test_an_objective_and_an_order_of_a_temporary_module(import_temporary, arguments, tmp_path, capsys):
+    import_temporary("declared", DECLARED)
+    assert run(["--help"]) == 0
+    assert "--max-cost" in capsys.readouterr().out
+    assert run([*arguments, "--max-cost", "7"]) == 1
+    assert "`max_cost` must be at most 1, got 7" in capsys.readouterr().err
+    assert not list(tmp_path.rglob("prompt-*"))  # said before anything is measured
+    assert run([*arguments, "--max-cost", "0.6", "--verify-prompts", "0"]) == 0
+    (cost,) = re.findall(r"attention costs (\S+) of dense", capsys.readouterr().out)
+    assert 0.5 < float(cost) <= 0.6
+    report = (tmp_path / "profile" / "report.html").read_text()
+    assert "are computed (attention&#39;s cost at most 0.6)" in report
+    orders = re.findall(r'<th scope="col" class="number">(\S+)</th>', report.split('id="order-densities"')[1])
+    assert orders == ["raster", "token-major", "gilbert", "reversed", "bricks(2,4,4)"]
+    assert run([*arguments, "--max-cost", "0"]) == run([*arguments, "--max-cost", "1", "--max-error", "1"]) == 1
+    messages = capsys.readouterr().err
+    assert "`max_cost` must be above 0, got 0.0" in messages and "got `max_error` and `max_cost`" in messages
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
@@ -93,11 +146,11 @@ def test_prompt_files_are_read_and_refused(tmp_path):
 def test_masks_are_drawn_in_the_models_order(make_profile):
     source = make_profile().source
     grid, tokens = source.grid, source.grid.sequence_length
-    own = HeadPattern(kind="multi_diagonal", frames=0.6, order="token_major")
+    own = HeadPattern(kind="multi-diagonal", frames=0.6, order="token-major")
     cells = mask_cells(own, source, 7)
     keep = pattern_blocks(own, grid, 16, "raster")
     places = torch.arange(tokens)
-    video = grid.inverse_order("token_major") + grid.video_start
+    video = grid.inverse_order("token-major") + grid.video_start
     places[grid.video_start : grid.video_stop] = video
     seen = keep[places // 16][:, places // 16].double()
     cell = torch.arange(tokens) // 16 * 7 // len(keep)
@@ -109,7 +162,7 @@ def test_masks_are_drawn_in_the_models_order(make_profile):
 def test_explained_mass_is_the_best_patterns(make_profile):
     profile = make_profile()
     kinds, explained = explained_mass(profile)
-    assert kinds == ("multi_diagonal", "vertical") or set(kinds) <= {"diagonal", "multi_diagonal", "vertical"}
+    assert kinds == ("multi-diagonal", "vertical") or set(kinds) <= {"diagonal", "multi-diagonal", "vertical"}
     place = kinds.index("vertical")
     assert explained[place, 2, 3] == pytest.approx(profile.mass[3, 2, 4].mean())
     assert explained.shape == (len(kinds), 3, 6) and np.isfinite(explained).all()

@@ -67,7 +67,7 @@ def test_candidates_come_to_the_densities_asked_for():
     grid = TokenGrid(9, 12, 12)
     found = default_candidates(grid, 32, densities=(0.2, 0.5))
     assert [pattern.kind for pattern in found[:2]] == ["full", "skip"]
-    assert next(one for one in found if one.kind == "multi_diagonal").order == "token_major"
+    assert next(one for one in found if one.kind == "multi-diagonal").order == "token-major"
     for number, pattern in enumerate(found[2:]):
         density = float(pattern_blocks(pattern, grid, 32, "raster").float().mean())
         assert density <= (0.2, 0.5)[number % 2] + 0.013, pattern  # a stripe more or less, of 41

@@ -1,16 +1,19 @@
 """From measured errors to a table: budgets, groups of steps, stripes, the published rule."""
 
 import itertools
-from dataclasses import replace
+import json
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from blade.profiling.adaptive_sparsity import adaptive_at_error
 from blade.profiling.assignment import GreedyRule
 from blade.profiling.costs import AttentionCosts
+from blade.profiling.objectives import Budget
 from blade.profiling.profile import AttentionProfile
-from blade.profiling.search import Budget, PatternSearch, prompt_dependence
+from blade.profiling.search import PatternSearch, prompt_dependence
 
 
 def test_profiles_are_saved_and_read(make_profile, tmp_path):
@@ -19,6 +22,13 @@ def test_profiles_are_saved_and_read(make_profile, tmp_path):
     again = AttentionProfile.load(tmp_path / "profile.safetensors")
     assert again.source == profile.source
     assert np.array_equal(again.error, profile.error) and np.array_equal(again.maps, profile.maps)
+    names = [item.name for item in fields(profile) if item.name != "source"]
+    source = json.dumps(profile.source.to_dict())
+    old = source.replace("multi-diagonal", "multi_diagonal").replace("token-major", "token_major")
+    assert old != source
+    tensors = {name: getattr(profile, name) for name in names}
+    save_file(tensors, tmp_path / "old.safetensors", metadata={"source": old})
+    assert AttentionProfile.load(tmp_path / "old.safetensors").source == profile.source
     (tmp_path / "broken.safetensors").write_bytes(b"no profile")
     for name in ("broken", "missing"):
         with pytest.raises(ValueError, match=f"{name}.safetensors` cannot be read as an attention profile"):

@@ -1,0 +1,201 @@
+"""The objectives of a search for head patterns, declared in one table: what a budget can bound.
+
+Nothing here needs PyTorch, so that a command line can be made of the table at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from blade.common.checks import check_number, kebab_case
+from blade.common.declared import declare
+from blade.profiling.assignment import Assignment, least_cost, least_error
+
+
+class StepCosts(Protocol):
+    """What candidates cost a denoising step; `AttentionCosts` has it, and says what it means."""
+
+    @property
+    def candidates(self) -> np.ndarray:
+        """(candidates,), as shares of dense attention's cost."""
+        ...
+
+    def share_for_speedup(self, speedup: float, least: float) -> float:
+        """Share of dense attention's cost that may be left for a step to get so many times faster."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SearchProblem:
+    """What patterns are chosen by: an item is a head of a layer in a group of steps, and sums are over all items."""
+
+    errors: np.ndarray
+    """(items, candidates), squared errors of the layers' outputs as shares of their energy."""
+    densities: np.ndarray
+    """(items, candidates), as shares of all query-key pairs of the run."""
+    costs: np.ndarray
+    """(items, candidates), as shares of the cost of dense attention in the run."""
+    step: StepCosts
+    """What candidates cost a step."""
+
+    @property
+    def least_density(self) -> float:
+        """Density of the choice that computes the least."""
+        return float(self.densities.min(1).sum())
+
+    @property
+    def least_cost(self) -> float:
+        """Cost of the cheapest choice."""
+        return float(self.costs.min(1).sum())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """Something that a search can be held to."""
+
+    name: str
+    """As a field has it, such as `target_density`; the option is the same in kebab-case."""
+    bounds: str
+    """What its value bounds, for the option's help."""
+    wanted: str
+    """Which values it can have, such as "above 0"."""
+    is_valid: Callable[[float], bool]
+    """Whether a value is one of those."""
+    meet: Callable[[SearchProblem, float], Assignment]
+    """The best choice that meets a value, or a `ValueError` that says the nearest value which can be met."""
+    report: str
+    """How a report says it, with `{:g}` for the value."""
+    foresee: Callable[[StepCosts, float], None] | None = None
+    """Raises a `ValueError` where costs alone, before anything is measured, say that a value cannot be met. None: they
+    never do."""
+    bounds_density: bool = False
+    """Whether its value is the density at the most, which the published method can meet too, by its threshold."""
+
+    @property
+    def option(self) -> str:
+        """The command line's option."""
+        return f"--{kebab_case(self.name)}"
+
+    @property
+    def help(self) -> str:
+        """The option's help."""
+        return f"A budget: {self.bounds}, {self.wanted}."
+
+
+@dataclass(frozen=True, init=False)
+class Budget:
+    """What a search has to keep within: exactly one objective, and its value."""
+
+    objective: Objective
+    value: float
+
+    def __init__(self, **values: float | None) -> None:
+        """Take the value of one objective by its name, such as `Budget(target_density=0.35)`; None is not given.
+
+        Raises:
+            ValueError: if there is no such objective, not exactly one is given, or its value is out of range.
+        """
+        unknown = [name for name in values if name not in OBJECTIVES]
+        if unknown:
+            raise ValueError(f"a budget must be one of {_listed(OBJECTIVES)}, got `{unknown[0]}`.")
+        given = {name: value for name, value in values.items() if value is not None}
+        if len(given) != 1:
+            named = " and ".join(f"`{name}`" for name in given) or "none"
+            raise ValueError(f"one of {_listed(OBJECTIVES)} must be given, got {named}.")
+        ((name, value),) = given.items()
+        objective = OBJECTIVES[name]
+        check_number(name, value, objective.wanted, objective.is_valid)
+        object.__setattr__(self, "objective", objective)
+        object.__setattr__(self, "value", value)
+
+    def meet(self, problem: SearchProblem) -> Assignment:
+        """The best choice within the budget. See `Objective.meet`."""
+        return self.objective.meet(problem, self.value)
+
+    def foresee(self, costs: StepCosts) -> None:
+        """Raise a `ValueError` where costs alone say that it cannot be met. See `Objective.foresee`."""
+        if self.objective.foresee is not None:
+            self.objective.foresee(costs, self.value)
+
+    def __str__(self) -> str:
+        return self.objective.report.format(self.value)
+
+
+def density_objectives() -> str:
+    """The objectives that the published method can meet, as a message names them."""
+    return _listed({name: objective for name, objective in OBJECTIVES.items() if objective.bounds_density})
+
+
+def _listed(objectives: dict[str, Objective]) -> str:
+    *first, last = (f"`{name}`" for name in objectives)
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def _meet_density(problem: SearchProblem, density: float) -> Assignment:
+    least = problem.least_density
+    if density < least:
+        raise ValueError(f"`target_density` must be at least {least:.3g} with these patterns, got {density}.")
+    return least_error(problem.errors, problem.densities, density)
+
+
+def _meet_speedup(problem: SearchProblem, speedup: float) -> Assignment:
+    limit = problem.step.share_for_speedup(speedup, problem.least_cost)
+    return least_error(problem.errors, problem.costs, limit)
+
+
+def _foresee_speedup(costs: StepCosts, speedup: float) -> None:
+    costs.share_for_speedup(speedup, float(costs.candidates.min()))
+
+
+def _meet_error(problem: SearchProblem, most_error: float) -> Assignment:
+    least = float(problem.errors.min(1).sum())
+    if most_error < least:
+        raise ValueError(f"`max_error` must be at least {least:.3g} with these patterns, got {most_error}.")
+    return least_cost(problem.errors, problem.costs, most_error)
+
+
+OBJECTIVES = {
+    objective.name: objective
+    for objective in (
+        Objective(
+            name="target_density",
+            bounds="share of all query-key pairs that a run computes",
+            wanted="in (0, 1]",
+            is_valid=lambda density: 0 < density <= 1,
+            meet=_meet_density,
+            report="target density {:g}",
+            bounds_density=True,
+        ),
+        Objective(
+            name="target_speedup",
+            bounds="how many times faster one denoising step gets",
+            wanted="above 1",
+            is_valid=lambda speedup: speedup > 1,
+            meet=_meet_speedup,
+            report="target speedup {:g}",
+            foresee=_foresee_speedup,
+        ),
+        Objective(
+            name="max_error",
+            bounds="squared error of attention's outputs, as a share of their energy",
+            wanted="above 0",
+            is_valid=lambda error: error > 0,
+            meet=_meet_error,
+            report="max error {:g}",
+        ),
+    )
+}
+"""The objectives by name, as budgets and the command line have them."""
+
+
+def register_objective(objective: Objective) -> Objective:
+    """Declare an objective, and return it.
+
+    Raises:
+        ValueError: if there is an objective of this name.
+    """
+    return declare(OBJECTIVES, objective)
