@@ -46,8 +46,9 @@ def make_command(
             parameters[item.name] = _parameter(item, hints[item.name], helps[item.name], title)
 
     def command(**values: Any) -> None:
-        run({name: value for name, value in values.items() if not (value is None or value is False or value == [])})
+        run({name: value for name, value in values.items() if value is not defaults[name] and value != []})
 
+    defaults = {name: parameter.default for name, parameter in parameters.items()}
     ordered = [*(parameters.pop(name) for name in first), *parameters.values()]
     command.__doc__ = run.__doc__
     command.__name__ = run.__name__
@@ -59,13 +60,14 @@ def make_command(
 def _parameter(item: Any, hint: Any, text: str, title: str) -> inspect.Parameter:
     """Return the keyword argument of an option."""
     kind = _command_type(hint)
-    flag = "--" + (item.metadata.get("flag") or item.name).replace("_", "-")
+    flag = "--" + (item.metadata.get("flag") or item.name.replace("_", "-"))
     choices = item.metadata.get("choices") or ()
     settings: dict[str, Any] = {"help": text, "show_default": False, "rich_help_panel": title}
     if choices:
         settings["autocompletion"] = lambda incomplete: [name for name in choices if name.startswith(incomplete)]
-    default = False if kind is bool else None
-    annotation: Any = Annotated[kind if kind is bool else kind | None, typer.Option(flag, **settings)]
+    is_flag = kind is bool and item.default is False
+    default = False if is_flag else None
+    annotation: Any = Annotated[kind if is_flag else kind | None, typer.Option(flag, **settings)]
     return inspect.Parameter(item.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 

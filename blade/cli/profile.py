@@ -2,91 +2,92 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 import shlex
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, make_dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
-
-import typer
+from typing import Any, ClassVar, NoReturn
 
 from blade.cli.command import progress_line, run_command
+from blade.cli.options import make_command
+from blade.common.options import OptionGroup, option, option_names
+from blade.generation.options import (
+    AccelerationOptions,
+    ModelOptions,
+    SamplingOptions,
+    StudentOptions,
+    VideoOptions,
+)
 from blade.profiling.objectives import OBJECTIVES, Budget
 
+GENERATION_GROUPS = (ModelOptions, VideoOptions, SamplingOptions, StudentOptions, AccelerationOptions)
+"""Groups of a generation's options, of which the command has those that a profile can be made with."""
 
-def _option(help: str, *names: str) -> Any:
-    return typer.Option(*names, help=help, show_default=False)
+GENERATION_OPTIONS = (
+    "model", "revision", "loras", "height", "width", "frames", "steps", "seed", "guidance_scale", "student", "device",
+    "dtype", "offload", "vae_tiling",
+)  # fmt: skip
+"""Options of a generation that the command has. Each prompt's seed is the first one's plus its number."""
 
 
-def profile(
-    *,
-    prompts: Annotated[
-        Path | None,
-        _option("A text file of a few prompts, one a line; by default 8 of the bundled model's own world."),
-    ] = None,
-    model: Annotated[
-        str | None, _option("A folder in Diffusers format or a Hub id; by default the bundled model of moving shapes.")
-    ] = None,
-    revision: Annotated[str | None, _option("Branch, tag or commit of a Hub id.")] = None,
-    student: Annotated[str | None, _option("A few-step student: a folder or Hub id.")] = None,
-    lora: Annotated[list[str] | None, _option("A LoRA, with =STRENGTH or without; repeatable.")] = None,
-    steps: Annotated[int | None, _option("Denoising steps; the table is for runs of so many.")] = None,
-    guidance_scale: Annotated[float | None, _option("Weight of classifier-free guidance; at most 1: none.")] = None,
-    height: Annotated[int | None, _option("Pixels.")] = None,
-    width: Annotated[int | None, _option("Pixels.")] = None,
-    frames: Annotated[int | None, _option("Number of frames.")] = None,
-    seed: Annotated[int | None, _option("Seed of the first prompt's noise; by default 0. The others' follow.")] = None,
-    method: Annotated[
-        str, _option("budgeted (the default: least error for all heads together) or published (each by itself).")
-    ] = "budgeted",
-    epsilon: Annotated[float, _option("Of the published method without --target-density: its threshold; 1.")] = 1.0,
-    lambda_: Annotated[float, _option("Of the published method: its weight of the cost; 0.5.", "--lambda")] = 0.5,
-    groups: Annotated[
-        int | None, _option("Groups of steps with a pattern each; 1: one for all. By default every step has its own.")
-    ] = None,
-    own_orders: Annotated[
-        bool, _option("Whether heads may have token orders of their own.", "--own-orders/--no-own-orders")
-    ] = True,
-    sampled_blocks: Annotated[
-        int, _option("Query blocks that are looked at in a layer, others every step; 0: all. By default 8.")
-    ] = 8,
-    costs: Annotated[str, _option("operations, time (on this device), or auto: time on CUDA.")] = "auto",
-    influence_prompts: Annotated[
-        int, _option("Prompts with which it is measured how much each step and layer matters; by default 1, 0: none.")
-    ] = 1,
-    verify_prompts: Annotated[
-        int, _option("Prompts that are generated with the result and compared with dense attention; by default 1.")
-    ] = 1,
-    output: Annotated[Path, _option("Folder of the results; what is stopped goes on there.")] = Path(
-        "outputs/profile"
-    ),
-    device: Annotated[str | None, _option("cpu, cuda, cuda:1, ...; by default CUDA if there is one.")] = None,
-    dtype: Annotated[str | None, _option("float32, bfloat16 or float16.")] = None,
-    offload: Annotated[str | None, _option("Where weights wait: none, model, sequential, group, or auto.")] = None,
-    vae_tiling: Annotated[bool, _option("Decode in tiles, which takes less memory.", "--vae-tiling")] = False,
-    debug: Annotated[bool, _option("Show the traceback of an error.", "--debug")] = False,
-    **budgets: float | None,
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class ProfileOptions(OptionGroup):
+    """What is looked into, and where the results go."""
+
+    title: ClassVar[str] = "Profile"
+
+    prompts: Path | None = option()
+    """A text file of a few prompts, one a line; by default 8 of the bundled model's own world."""
+    output: Path = option(Path("outputs/profile"))
+    """Folder of the results, by default outputs/profile; a stopped run resumes there."""
+    sampled_blocks: int = option(8)
+    """Query blocks that are looked at in a layer, others every step; 0: all. By default 8."""
+    own_orders: bool = option(True, flag="own-orders/--no-own-orders")
+    """Whether heads may have token orders of their own; by default they may."""
+    costs: str = option("auto", choices=("auto", "operations", "time"))
+    """operations, time (on this device), or auto, the default: time on CUDA."""
+    influence_prompts: int = option(1)
+    """Prompts with which it is measured how much each step and layer matters; by default 1, 0: none."""
+    verify_prompts: int = option(1)
+    """Prompts that are generated with the result and compared with dense attention; by default 1."""
+    debug: bool = option(False)
+    """Show the traceback of an error."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchOptions(OptionGroup):
+    """How patterns are chosen."""
+
+    title: ClassVar[str] = "Search"
+
+    method: str = option("budgeted", choices=("budgeted", "published"))
+    """budgeted (the default: least error for all heads together) or published (each by itself)."""
+    epsilon: float = option(1.0)
+    """Of the published method without a target density: its threshold; by default 1."""
+    lambda_: float = option(0.5, flag="lambda")
+    """Of the published method: its weight of the cost; by default 0.5."""
+    groups: int | None = option()
+    """Groups of steps with a pattern each; 1: one for all. By default every step has its own."""
+
+
+BudgetOptions: type[OptionGroup] = make_dataclass(
+    "BudgetOptions",
+    [(objective.name, float | None, option(help=objective.help)) for objective in OBJECTIVES.values()],
+    bases=(OptionGroup,),
+    namespace={"title": "Budget (exactly one)"},
+    frozen=True,
+    kw_only=True,
+)
+"""One option for every objective."""
+
+
+def profile(given: dict[str, Any]) -> None:
     """Find a pattern for every attention head, within exactly one budget, and report what attention looks like."""
-    generation = {
-        "model": model,
-        "revision": revision,
-        "student": student,
-        "loras": tuple(lora) if lora else None,
-        "steps": steps,
-        "guidance_scale": guidance_scale,
-        "height": height,
-        "width": width,
-        "frames": frames,
-        "seed": seed,
-        "device": device,
-        "dtype": dtype,
-        "offload": offload,
-        "vae_tiling": vae_tiling or None,
-    }
+    generation = {name: given[name] for name in GENERATION_OPTIONS if name in given}
+    budgets = {name: given[name] for name in option_names(BudgetOptions) if name in given}
+    own = ProfileOptions(**{name: given[name] for name in option_names(ProfileOptions) if name in given})
+    search = SearchOptions(**{name: given[name] for name in option_names(SearchOptions) if name in given})
     # imported here, so that --help and usage errors don't wait for PyTorch
     from accelerate import PartialState
 
@@ -96,30 +97,28 @@ def profile(
     from blade.profiling.report_data import write_attention_report
     from blade.profiling.workflow import ProfileRequest, profile_attention
 
-    given = {name: value for name, value in generation.items() if value is not None}
-    by_threshold = method == "published" and not any(value is not None for value in budgets.values())
     request = ProfileRequest.of(
-        given,
-        prompts=profile_prompts(prompts, model),
-        output=output,
-        budget=None if by_threshold else Budget(**budgets),
-        method=method,
-        rule=GreedyRule(weight=lambda_, threshold=epsilon),
-        groups=groups,
-        own_orders=own_orders,
-        sampled_blocks=sampled_blocks or None,
-        costs=costs,
-        influence_prompts=influence_prompts,
-        verify_prompts=verify_prompts,
+        generation,
+        prompts=profile_prompts(own.prompts, generation.get("model")),
+        output=own.output,
+        budget=None if search.method == "published" and not budgets else Budget(**budgets),
+        method=search.method,
+        rule=GreedyRule(weight=search.lambda_, threshold=search.epsilon),
+        groups=search.groups,
+        own_orders=own.own_orders,
+        sampled_blocks=own.sampled_blocks or None,
+        costs=own.costs,
+        influence_prompts=own.influence_prompts,
+        verify_prompts=own.verify_prompts,
     )
-    state = PartialState(cpu=resolve_device(device).type == "cpu")
+    state = PartialState(cpu=resolve_device(request.generation.device).type == "cpu")
     with progress_line() as say:
         if state.num_processes > 1:  # started by `accelerate launch`
             share = (state.process_index + 1, state.num_processes)
-            own = request.generation
-            if own.device is None and state.device.type == "cuda":
-                own = replace(own, device=str(state.device))
-            profile_attention(replace(request, generation=own, share=share), on_progress=say)
+            one = request.generation
+            if one.device is None and state.device.type == "cuda":
+                one = replace(one, device=str(state.device))
+            profile_attention(replace(request, generation=one, share=share), on_progress=say)
             state.wait_for_everyone()
             if not state.is_main_process:
                 return
@@ -130,34 +129,12 @@ def profile(
     print(f"report      {path}")
 
 
-def _with_budgets(command: Callable[..., None]) -> Callable[..., None]:
-    """Return the command with an option for every objective in place of its `budgets`."""
-    signature = inspect.signature(command, eval_str=True)
-    options = [
-        inspect.Parameter(
-            objective.name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=None,
-            annotation=Annotated[float | None, _option(objective.help, objective.option)],
-        )
-        for objective in OBJECTIVES.values()
-    ]
-    parameters = list(signature.parameters.values())[:-1]
-    place = list(signature.parameters).index("method")
-
-    @functools.wraps(command)
-    def with_budgets(**values: Any) -> None:
-        command(**values)
-
-    parameters[place:place] = options
-    with_budgets.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-    return with_budgets
-
-
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run `blade-profile` and exit.
 
     Args:
         arguments: the command line without the program's name; None takes the process's own.
     """
-    run_command(_with_budgets(profile), arguments)
+    names = (*GENERATION_OPTIONS, *option_names(BudgetOptions, SearchOptions, ProfileOptions))
+    groups = (BudgetOptions, *GENERATION_GROUPS, SearchOptions, ProfileOptions)
+    run_command(make_command(profile, groups, names=names), arguments)

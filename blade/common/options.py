@@ -18,6 +18,7 @@ from typing import Any, ClassVar, get_type_hints
 def option(
     default: Any = None,
     *,
+    help: str | None = None,
     flag: str | None = None,
     choices: Sequence[str] = (),
     settled_by_student: bool = False,
@@ -29,6 +30,7 @@ def option(
 
     Args:
         default: the value where it is not given.
+        help: its help, where there is no docstring: in a group that is made of a table.
         flag: its name on the command line; None takes the field's.
         choices: the values that there are, for checks and completion.
         settled_by_student: whether it says how a model itself is sampled, which a student has settled.
@@ -38,6 +40,7 @@ def option(
             model is loaded; in the order of the fields.
     """
     metadata = {
+        "help": help,
         "flag": flag,
         "choices": tuple(choices),
         "settled_by_student": settled_by_student,
@@ -78,7 +81,10 @@ def option_names(*groups: type[OptionGroup], **metadata: bool) -> tuple[str, ...
 
 
 def option_help(group: type[OptionGroup]) -> dict[str, str]:
-    """Return the docstring of every option of a group, in one line."""
+    """Return the help of every option of a group, its docstring, in one line."""
+    given = {item.name: item.metadata.get("help") for item in fields(group)}
+    if all(given.values()):
+        return {name: str(text) for name, text in given.items()}
     (tree,) = ast.parse(textwrap.dedent(inspect.getsource(group))).body
     assert isinstance(tree, ast.ClassDef)
     texts = {}
