@@ -274,12 +274,17 @@ def test_importing_blade_imports_nothing_heavy() -> None:
 
 def test_every_public_name_is_there() -> None:
     assert set(blade.__all__) == {
+        "AdaptiveConfig",
         "BladeConfig",
         "BlockMask",
+        "FewStepScheduler",
+        "PatternTable",
         "TokenGrid",
+        "__version__",
         "apply_blade",
         "blade_summary",
         "block_sparse_attention",
+        "generate",
         "load_student",
         "push_student",
         "remove_blade",
@@ -287,7 +292,17 @@ def test_every_public_name_is_there() -> None:
         "use_blade",
     }
     assert set(blade.__all__) <= set(dir(blade))
-    for name in blade.__all__:
+    for name in set(blade.__all__) - {"__version__"}:
         assert getattr(blade, name).__name__ == name
+    assert re.fullmatch(r"\d+\.\d+\.\d+", blade.__version__)
+
+
+def test_every_public_name_is_documented() -> None:
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    documented = set(re.findall(r"^::: blade\.(\w+)$", page, re.MULTILINE))
+    assert documented == set(blade.__all__) - {"__version__"}
+
+
+def test_there_is_nothing_else() -> None:
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         _ = blade.nothing

@@ -5,12 +5,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from dataclasses import fields, replace
+from typing import Any, Literal, TypedDict, TypeVar, Unpack
 
 from torch import nn
 
 from blade.attention.applied import AppliedBlade, applied_to
-from blade.attention.config import BladeConfig
+from blade.attention.config import AdaptiveConfig, BladeConfig
+from blade.attention.pattern_table import PatternTable
 from blade.families.registry import find_family
 from blade.families.transformers import find_transformers
 
@@ -25,8 +27,29 @@ Configs = BladeConfig | Mapping[str, BladeConfig]
 """One configuration for every transformer, or one for each by its name in the pipeline."""
 
 
-def apply_blade(pipe_or_transformer: Target, config: Configs | None = None) -> Target:
+class ConfigChanges(TypedDict, total=False):
+    """Fields of a `BladeConfig` that a call changes."""
+
+    attention: Literal["dense", "asa", "asa-gt", "patterns"]
+    sparsity: float
+    pooled_tokens: Literal["none", "all", "dropped"]
+    dense_steps: int | float
+    dense_layers: str | tuple[int, ...]
+    implementation: str
+    strict: bool
+    seed: int
+    asa: AdaptiveConfig
+    patterns: PatternTable | None
+    adapt_patterns: bool
+
+
+def apply_blade(
+    pipe_or_transformer: Target, config: Configs | None = None, **changes: Unpack[ConfigChanges]
+) -> Target:
     """Make the self-attention of a pipeline's transformers block-sparse.
+
+    `apply_blade(pipe, sparsity=0.6)` takes the model's preset with another sparsity. `BladeConfig(sparsity=0.6)` is no
+    such preset: it has no dense steps or layers, and a warning says so where the preset has some.
 
     Order with the rest of Diffusers: quantise, load LoRA weights, `apply_blade`, `enable_cache`, compile.
 
@@ -35,14 +58,15 @@ def apply_blade(pipe_or_transformer: Target, config: Configs | None = None) -> T
             With a pipeline, steps are counted by its scheduler.
         config: the configuration, or one for each transformer of a pipeline by name, such as `{"transformer_2": ...}`;
             those not named stay without BLADE. None recognises the model and takes its training-free preset.
+        changes: fields of `BladeConfig` to change in the configuration, or in the preset.
 
     Returns:
         The same object. A second call replaces the first.
 
     Raises:
         ValueError: if the model is of no family that BLADE knows, `dense_layers` names a layer that it doesn't have,
-            it is split by a parallelism, a cache that wraps the whole transformer is enabled, or, with `strict`, a
-            layer cannot be made sparse. Nothing is changed then.
+            a change is no field of `BladeConfig`, it is split by a parallelism, a cache that wraps the whole
+            transformer is enabled, or, with `strict`, a layer cannot be made sparse. Nothing is changed then.
     """
     given = list(config.values()) if isinstance(config, Mapping) else [] if config is None else [config]
     for one in given:
@@ -55,7 +79,9 @@ def apply_blade(pipe_or_transformer: Target, config: Configs | None = None) -> T
             UserWarning,
             stacklevel=2,
         )
-    install_blade(pipe_or_transformer, config)
+    configs = changed_configs(pipe_or_transformer, config, changes)
+    _warn_of_lost_presets(find_transformers(pipe_or_transformer), configs, changes)
+    install_blade(pipe_or_transformer, configs)
     return pipe_or_transformer
 
 
@@ -79,21 +105,67 @@ def remove_blade(pipe_or_transformer: Target) -> Target:
 
 
 @contextmanager
-def use_blade(pipe_or_transformer: Target, config: Configs | None = None) -> Iterator[Target]:
+def use_blade(
+    pipe_or_transformer: Target, config: Configs | None = None, **changes: Unpack[ConfigChanges]
+) -> Iterator[Target]:
     """Apply BLADE inside a `with` block; what was applied before is put back at its end.
 
     Args:
         pipe_or_transformer: see `apply_blade`.
         config: see `apply_blade`.
+        changes: see `apply_blade`.
     """
     transformers = find_transformers(pipe_or_transformer)
     before = {name: applied_to(transformer) for name, transformer in transformers.items()}
-    apply_blade(pipe_or_transformer, config)
+    apply_blade(pipe_or_transformer, config, **changes)
     try:
         yield pipe_or_transformer
     finally:
         remove_blade(pipe_or_transformer)
         _install(transformers, before)
+
+
+def changed_configs(pipe_or_transformer: Any, config: Configs | None, changes: Mapping[str, Any]) -> Configs:
+    """Return configurations with changes, those of the presets where none is given.
+
+    Raises:
+        ValueError: if a change is no field of `BladeConfig`.
+    """
+    names = [item.name for item in fields(BladeConfig)]
+    unknown = [name for name in changes if name not in names]
+    if unknown:
+        raise ValueError(f"`{unknown[0]}` must be a field of BladeConfig: {', '.join(names)}.")
+    if isinstance(config, BladeConfig):
+        return replace(config, **changes)
+    configs = config or {name: _preset(part) for name, part in find_transformers(pipe_or_transformer).items()}
+    return {name: replace(one, **changes) for name, one in configs.items()}
+
+
+def _preset(transformer: nn.Module) -> BladeConfig:
+    """Return the training-free preset of a transformer."""
+    return BladeConfig.from_preset(find_family(transformer).preset_name(transformer))
+
+
+def _warn_of_lost_presets(transformers: Mapping[str, nn.Module], configs: Configs, changes: Mapping[str, Any]) -> None:
+    """Warn of a configuration that keeps nothing dense where the model's preset does."""
+    if "dense_steps" in changes or "dense_layers" in changes:
+        return
+    for name, transformer in transformers.items():
+        config = configs if isinstance(configs, BladeConfig) else configs.get(name)
+        if config is None or config.kind != "training-free" or config.attention != "asa" or config.sparsity == 0:
+            continue
+        if config.dense_steps or config.dense_layers:
+            continue
+        preset = _preset(transformer)
+        warnings.warn(
+            "This BladeConfig keeps no steps or layers dense, while the model's preset has dense_steps="
+            f"{preset.dense_steps}, dense_layers={preset.dense_layers} and blocks of {preset.asa.block_size} tokens. "
+            f"`apply_blade(pipe, sparsity={config.sparsity:g})` starts from the preset; "
+            "`apply_blade(pipe, config, dense_steps=0)` says that this is meant.",
+            UserWarning,
+            stacklevel=3,
+        )
+        return
 
 
 def install_blade(pipe_or_transformer: Any, config: Configs | None) -> None:
@@ -111,7 +183,7 @@ def install_blade(pipe_or_transformer: Any, config: Configs | None) -> None:
                 continue
             family = find_family(transformer)
             own_config = config[name] if isinstance(config, Mapping) else config
-            own_config = own_config or BladeConfig.from_preset(family.preset_name(transformer))
+            own_config = own_config or _preset(transformer)
             new[name] = AppliedBlade(transformer, family, own_config, pipe)
     except Exception:
         _install(transformers, before)

@@ -16,6 +16,7 @@ from blade_kernels.implementations import current_name
 from blade.attention.pattern_table import TABLE_NAME, PatternTable
 from blade.attention.selectors import DEFAULT_SELECTOR, find_selector
 from blade.common.checks import check_choice, check_flag, check_integer, check_number, parse_ranges
+from blade.common.representation import repr_changes
 from blade.families.data import PRESET_KINDS, PresetKind
 from blade.token_grid import canonical_order
 
@@ -23,7 +24,7 @@ CONFIG_NAME = "blade_config.json"
 """File name of a saved configuration."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class AdaptiveConfig:
     """Details of adaptive block-sparse attention (ASA). Source: BLADE, arXiv 2508.10774, section on ASA."""
 
@@ -71,8 +72,12 @@ class AdaptiveConfig:
             check_number("cumulative_mass", self.cumulative_mass, "None or in (0, 1]", lambda x: 0 < x <= 1)
         check_number("min_fraction", self.min_fraction, "in [0, 1]", lambda x: 0 <= x <= 1)
 
+    def __repr__(self) -> str:
+        """Return what differs from the default."""
+        return repr_changes(self)
 
-@dataclass(frozen=True, kw_only=True)
+
+@dataclass(frozen=True, kw_only=True, repr=False)
 class BladeConfig:
     """How the self-attention of a video transformer is made sparse."""
 
@@ -157,6 +162,10 @@ class BladeConfig:
                 '`pooled_window` must divide `block_size` where `pooled_tokens="dropped"`, got '
                 f"{self.asa.pooled_window} and {self.asa.block_size}."
             )
+
+    def __repr__(self) -> str:
+        """Return what differs from the default."""
+        return repr_changes(self)
 
     def dense_step_count(self, total_steps: int) -> int:
         """Return how many steps stay dense in a run of `total_steps` steps."""

@@ -21,7 +21,7 @@ FORMAT = 1
 """Version of the file's layout."""
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class PatternTable:
     """A pattern for every head, found for one model, number of steps and size of video.
 
@@ -44,6 +44,12 @@ class PatternTable:
     """The tokens that it was found for. None: any."""
     model: str | None = None
     """What it was found for, in words."""
+
+    def __repr__(self) -> str:
+        """Return the table's size and the share of every kind of pattern."""
+        groups, layers, heads = self.assignment.shape
+        shares = ", ".join(f"{kind} {share:.0%}" for kind, share in self.shares().items())
+        return f"<PatternTable of {layers} layers, {heads} heads, {groups} groups of steps: {shares}>"
 
     def __post_init__(self) -> None:
         assignment = np.asarray(self.assignment)

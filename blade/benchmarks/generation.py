@@ -148,7 +148,7 @@ def run_generation_benchmark(
         on_stage("dense attention")
         report |= model.dense_attention(settings.repeats)
         on_stage("parts of a sparse pass")
-        with use_blade(model.transformer, config):
+        with use_blade(model.transformer, config, dense_steps=0):
             report["parts_ms"] = model.parts(settings.repeats)
         on_stage("decoding")
         decoding = _decoding(loaded, latent, device)
@@ -250,7 +250,7 @@ class _Model:
         measured = min(passes, measured or passes)
         with ExitStack() as stack:
             if config is not None:
-                stack.enter_context(use_blade(self.transformer, config))
+                stack.enter_context(use_blade(self.transformer, config, dense_steps=0))
             self.forward()
             found = time_calls(self.forward, self.device, measured)
         kind = "dense" if config is None else "sparse"

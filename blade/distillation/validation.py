@@ -17,7 +17,7 @@ from blade.distillation.roles import STUDENT
 from blade.distillation.trainer import Trainer
 from blade.generation.prompts import file_stem
 from blade.generation.request import ResolvedRequest
-from blade.generation.run import generate
+from blade.generation.run import run_request
 from blade.media.video import encode_mp4
 from blade.models.source import BUNDLED
 from blade.students.scheduler import FewStepScheduler
@@ -61,7 +61,7 @@ def validate(
                 own = replace(own, flow_shift=None)
                 with torch.no_grad(), roles.acting(STUDENT):
                     roles.networks[STUDENT].numbers = (STUDENT, torch.tensor([trainer.number_of(steps)]))
-                    video = generate(trainer.model, own, attention=nullcontext()).video
+                    video = run_request(trainer.model, own, attention=nullcontext()).video
                 stem = f"{file_stem(own.prompt)[:60]}-{place}-steps-{steps}"
                 record = {"prompt": own.prompt, "seed": place, "steps": steps, **_scores(own, video)}
                 assert own.fps is not None

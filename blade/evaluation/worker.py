@@ -27,7 +27,7 @@ from blade.evaluation.runs import RunSettings
 from blade.evaluation.videos import video_path
 from blade.generation.record import make_record
 from blade.generation.request import ResolvedRequest
-from blade.generation.run import Generation, generate
+from blade.generation.run import Generation, run_request
 from blade.media.video import encode_mp4
 from blade.metrics.distribution import feature_count, latent_statistics
 from blade.metrics.similarity import lpips, motion, psnr, psnr_by_frame, ssim_by_frame
@@ -191,7 +191,7 @@ class _Worker:
         request = replace(self.plan.requests[run.name], prompt=prompt.text, seed=prompt.seed)
         if (run.student, run.noise_kept) != self.loaded:
             self._load(run)
-        return request, generate(self.model, request)
+        return request, run_request(self.model, request)
 
     def _reference_path(self, prompt: EvaluationPrompt, run: RunSettings) -> Path:
         return self.evaluation.folder / "references" / run.name / f"{prompt.stem}.npz"

@@ -16,7 +16,7 @@ from blade.generation.prepare import prepare_model
 from blade.generation.prompts import file_stem
 from blade.generation.record import make_record
 from blade.generation.request import NO_STUDENT, GenerationRequest, ResolvedRequest
-from blade.generation.run import Generation, generate
+from blade.generation.run import Generation, run_request
 from blade.media.pictures import side_by_side
 from blade.media.video import encode_mp4
 from blade.models.loaded import LoadedModel
@@ -179,14 +179,14 @@ def _make_files(
     if resolved.model == BUNDLED and (warning := prompt_warning(resolved.prompt, resolved.negative_prompt)):
         logger.warning(warning)
     model.pipe.set_progress_bar_config(desc=f"denoising, {resolved.attention}")
-    generation = generate(model, resolved)
+    generation = run_request(model, resolved)
     record = make_record(resolved, generation, seconds_loading=seconds_loading)
     record["score"] = _score(resolved, generation)
     files = {path: encode_mp4(generation.video, record["fps"])}
     comparison_path = None
     if compare:
         model.pipe.set_progress_bar_config(desc="denoising, dense")
-        dense = generate(model, resolved.dense())
+        dense = run_request(model, resolved.dense())
         record |= _compared(generation, dense)
         videos = {
             "dense": dense.video,

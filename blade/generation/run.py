@@ -54,7 +54,7 @@ class Generation:
         return self.seconds_text + self.seconds_denoising + self.seconds_decoding
 
 
-def generate(
+def run_request(
     model: LoadedModel, request: ResolvedRequest, *, attention: AbstractContextManager[Any] | None = None
 ) -> Generation:
     """Make a video.
@@ -76,7 +76,9 @@ def generate(
     config = request.blade_config
     if config is None and any(applied_to(transformer) for transformer in model.transformers.values()):
         config = BladeConfig(attention="dense")  # a student brings its own
-    sparse: AbstractContextManager[Any] = nullcontext() if config is None else use_blade(pipe, config)
+    sparse: AbstractContextManager[Any] = (
+        nullcontext() if config is None else use_blade(pipe, config, dense_steps=config.dense_steps)
+    )
     with ExitStack() as stack:
         stack.enter_context(sparse if attention is None else attention)
         clock = stack.enter_context(_stage_clock(model))

@@ -17,7 +17,7 @@ from blade.attention.apply import use_blade
 from blade.attention.config import BladeConfig
 from blade.common.files import write_files
 from blade.generation.request import ResolvedRequest
-from blade.generation.run import Generation, generate
+from blade.generation.run import Generation, run_request
 from blade.models.loaded import LoadedModel
 from blade.profiling.record_prompts import dense_video
 from blade.profiling.recording import kept_passes
@@ -136,7 +136,7 @@ def generate_kept(model: LoadedModel, request: ResolvedRequest, config: BladeCon
     whole = json.dumps([request.prompt, request.seed, config.to_dict()]).encode()
     passes = folder / hashlib.sha256(whole).hexdigest()[:12]
     with use_blade(model.pipe, config):
-        generation = generate(model, request, attention=kept_passes(model.transformer, passes))
+        generation = run_request(model, request, attention=kept_passes(model.transformer, passes))
     shutil.rmtree(passes)
     return generation
 

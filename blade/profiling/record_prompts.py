@@ -15,7 +15,7 @@ import numpy as np
 
 from blade.common.files import write_files
 from blade.generation.request import ResolvedRequest
-from blade.generation.run import generate
+from blade.generation.run import run_request
 from blade.models.loaded import LoadedModel
 from blade.profiling.profile import AttentionProfile, ProfileSource, aggregate_passes, make_profile
 from blade.profiling.recording import recorded
@@ -106,7 +106,7 @@ def record_prompts(
         pace.prompt_began(place)
         if not path.is_file():
             look = recorded(transformer, recording, passes, model.pipe, pace.passed)
-            generation = generate(model, requests[number].dense(), attention=look)
+            generation = run_request(model, requests[number].dense(), attention=look)
             pixels = (generation.video.clamp(0, 1) * 255).round().byte().numpy()
             buffer = io.BytesIO()
             np.savez_compressed(buffer, frames=pixels)

@@ -17,7 +17,7 @@ from blade.common.checks import check_integer
 from blade.common.files import check_writable
 from blade.generation.prepare import prepare_model
 from blade.generation.request import GenerationRequest, ResolvedRequest
-from blade.generation.run import generate
+from blade.generation.run import run_request
 from blade.metrics.similarity import psnr, ssim
 from blade.models.costs import forward_cost
 from blade.models.loaded import LatentSize, LoadedModel
@@ -298,7 +298,7 @@ def _dense(model: LoadedModel, request: ResolvedRequest, recordings: Path, numbe
     try:
         return torch.from_numpy(dense_video(recordings, number)).float() / 255
     except FileNotFoundError:
-        return generate(model, request.dense()).video
+        return run_request(model, request.dense()).video
 
 
 @dataclass(frozen=True, kw_only=True)

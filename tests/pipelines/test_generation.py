@@ -10,7 +10,7 @@ from blade import BladeConfig
 from blade.attention.config import AdaptiveConfig
 from blade.generation.finite import NonFiniteError
 from blade.generation.request import GenerationRequest
-from blade.generation.run import generate
+from blade.generation.run import run_request
 from blade.media.video import encode_mp4
 from blade.models.loaded import LoadedModel
 
@@ -56,7 +56,7 @@ def test_a_video_is_made_and_summed_up(small_pipelines, conditions, name):
         blade_config=CONFIG,
         **given,
     )
-    made = generate(LoadedModel(pipe), request)
+    made = run_request(LoadedModel(pipe), request)
     assert made.video.shape[1:] == (3, size, size) and made.video.isfinite().all()
     assert min(made.seconds_text, made.seconds_denoising, made.seconds_decoding) >= 0
     layers, passes = made.summary.transformers[0].layers, PASSES[name]
@@ -76,7 +76,7 @@ def test_a_last_frame_is_taken_beside_the_first(small_pipelines, conditions):
 
     def video(request):
         torch.manual_seed(0)
-        return generate(LoadedModel(small_pipelines["WanImageToVideoPipeline"]()), request).video
+        return run_request(LoadedModel(small_pipelines["WanImageToVideoPipeline"]()), request).video
 
     first, both = video(request), video(replace(request, last_image=image))
     assert both.isfinite().all() and not torch.equal(first, both)
@@ -89,5 +89,5 @@ def test_a_pipeline_without_a_callback_is_watched_at_its_scheduler(small_pipelin
     pipe.transformer.proj_out.bias.data.fill_(float("nan"))
     request = GenerationRequest(prompt="a cat", steps=3, height=128, width=128, frames=13, guidance_scale=3.0)
     with pytest.raises(NonFiniteError, match="step 0"):
-        generate(LoadedModel(pipe), request)
+        run_request(LoadedModel(pipe), request)
     assert "step" not in vars(pipe.scheduler)

@@ -363,3 +363,46 @@ def test_an_unknown_model_is_refused():
 def test_a_wrong_configuration_is_refused(make_wan):
     with pytest.raises(ValueError, match="`config` must be a BladeConfig, or several by name, or None, got float"):
         apply_blade(make_wan(), {"sparsity": 0.5})
+
+
+def applied_config(part):
+    return applied_to(getattr(part, "transformer", part)).config
+
+
+def test_changes_start_from_the_preset(pipe):
+    preset = BladeConfig.from_preset("shapes")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        apply_blade(pipe, sparsity=0.6)
+        assert applied_config(pipe) == replace(preset, sparsity=0.6)
+        apply_blade(pipe.transformer, dense_layers="0-1", attention="asa-gt")
+        assert applied_config(pipe) == replace(preset, dense_layers=(0, 1), pooled_tokens="all")
+        with use_blade(pipe, sparsity=0.7):
+            assert applied_config(pipe) == replace(preset, sparsity=0.7)
+        assert applied_config(pipe) == replace(preset, dense_layers=(0, 1), pooled_tokens="all")
+
+
+def test_changes_are_made_to_a_given_configuration(pipe):
+    config = replace(CONFIG, dense_steps=1)
+    apply_blade(pipe, config, sparsity=0.75)
+    assert applied_config(pipe) == replace(config, sparsity=0.75)
+    apply_blade(pipe, {"transformer": config}, seed=3)
+    assert applied_config(pipe) == replace(config, seed=3)
+
+
+def test_a_change_that_is_no_field_is_refused(pipe):
+    with pytest.raises(ValueError, match="`sparcity` must be a field of BladeConfig: attention, sparsity, "):
+        apply_blade(pipe, sparcity=0.6)
+    assert applied_to(pipe.transformer) is None
+
+
+def test_a_configuration_that_loses_the_presets_dense_parts_is_warned_of(pipe):
+    with pytest.warns(UserWarning, match=r"dense_steps=0\.2, dense_layers=\(0,\) and blocks of 32 tokens\. .*=0\.6\)"):
+        apply_blade(pipe, BladeConfig(sparsity=0.6, asa=DETAILS))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        apply_blade(pipe, BladeConfig(sparsity=0.6, asa=DETAILS), dense_steps=0)
+        apply_blade(pipe, BladeConfig(sparsity=0.6, dense_layers=(0,), asa=DETAILS))
+        apply_blade(pipe, BladeConfig(attention="dense"))
+        apply_blade(pipe, BladeConfig(sparsity=0, asa=DETAILS))
+    assert applied_config(pipe).dense_steps == 0

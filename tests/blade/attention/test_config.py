@@ -9,6 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blade.attention.config import CONFIG_NAME, AdaptiveConfig, BladeConfig, parse_dense_layers
+from blade.attention.pattern_table import uniform_table
+from blade.attention.patterns import HeadPattern
 
 fractions = st.floats(0, 0.99, allow_nan=False)
 
@@ -214,7 +216,7 @@ def test_presets_of_the_two_kinds_are_kept_apart():
     assert (student.pooled_tokens, student.asa.pooled_window, student.asa.block_size) == ("all", 30, 128)
     with pytest.raises(ValueError, match=r"one of the student presets .*wan, .*, got 'ltx-video'. It exists as"):
         BladeConfig.from_preset("ltx-video", kind="student")
-    with pytest.raises(ValueError, match=r"one of the training-free presets wan, .*got 'wan3'"):
+    with pytest.raises(ValueError, match=r"one of the training-free presets .*wan, .*got 'wan3'"):
         BladeConfig.from_preset("wan3")
     with pytest.raises(ValueError, match='`kind` must be "training-free" or "student"'):
         BladeConfig.from_preset("wan", kind="best")
@@ -223,3 +225,15 @@ def test_presets_of_the_two_kinds_are_kept_apart():
 def test_a_field_can_be_replaced():
     config = dataclasses.replace(BladeConfig.from_preset("shapes"), sparsity=0.9, dense_layers="0-1")
     assert (config.sparsity, config.dense_layers, config.asa.block_size) == (0.9, (0, 1), 32)
+
+
+def test_a_configuration_shows_what_differs_from_the_default():
+    assert repr(BladeConfig()) == "BladeConfig()"
+    assert repr(BladeConfig(sparsity=0.6, asa=AdaptiveConfig(block_size=128))) == (
+        "BladeConfig(sparsity=0.6, asa=AdaptiveConfig(block_size=128))"
+    )
+    preset = BladeConfig.from_preset("shapes", "student")
+    assert eval(repr(preset)) == preset
+    table = uniform_table(HeadPattern(kind="diagonal", frames=0.5), 2, 3, block_size=32)
+    shown = repr(BladeConfig(attention="patterns", patterns=table))
+    assert "patterns=<PatternTable of 2 layers, 3 heads, 1 groups of steps: diagonal 100%>" in shown

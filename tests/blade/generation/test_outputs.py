@@ -24,7 +24,7 @@ from blade.generation.outputs import GenerationReport, default_output, describe_
 from blade.generation.record import read_request
 from blade.generation.request import GenerationRequest
 from blade.generation.resolve import resolve_request
-from blade.generation.run import generate
+from blade.generation.run import run_request
 from blade.media.video import read_mp4
 from blade.metrics.similarity import MAX_PSNR
 from blade.models.loaded import LoadedModel
@@ -66,7 +66,7 @@ def test_a_dense_video_is_the_pipelines_own(pipe, saved_tiny_pipeline: Path) -> 
         generator=torch.Generator().manual_seed(5),
         output_type="pt",
     ).frames[0]
-    made = generate(LoadedModel(pipe), request)
+    made = run_request(LoadedModel(pipe), request)
     assert torch.equal(made.video, expected)
     assert made.run_density == 1 and made.layer_density is None
 
@@ -85,7 +85,7 @@ def test_decoding_by_onednn_gives_what_diffusers_does(pipe, saved_tiny_pipeline:
 def test_what_a_run_cost_adds_up(pipe, saved_tiny_pipeline: Path) -> None:
     request = resolve_request(tiny_request(saved_tiny_pipeline, **SPARSE), LoadedModel(pipe))
     start = time.perf_counter()
-    made = generate(LoadedModel(pipe), request)
+    made = run_request(LoadedModel(pipe), request)
     elapsed = time.perf_counter() - start
     stages = (made.seconds_text, made.seconds_denoising, made.seconds_decoding)
     assert all(seconds > 0 for seconds in stages)
@@ -97,9 +97,9 @@ def test_what_a_run_cost_adds_up(pipe, saved_tiny_pipeline: Path) -> None:
 
 def test_attention_changes_the_video_and_is_taken_off_afterwards(pipe, saved_tiny_pipeline: Path) -> None:
     request = resolve_request(tiny_request(saved_tiny_pipeline, **SPARSE), LoadedModel(pipe))
-    dense_before = generate(LoadedModel(pipe), request.dense()).video
-    sparse = generate(LoadedModel(pipe), request).video
-    dense_after = generate(LoadedModel(pipe), request.dense()).video
+    dense_before = run_request(LoadedModel(pipe), request.dense()).video
+    sparse = run_request(LoadedModel(pipe), request).video
+    dense_after = run_request(LoadedModel(pipe), request.dense()).video
     assert torch.equal(dense_before, dense_after)
     assert not torch.equal(dense_before, sparse)
 

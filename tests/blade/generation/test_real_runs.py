@@ -20,7 +20,7 @@ from blade.generation.prompts import read_prompts
 from blade.generation.record import read_request
 from blade.generation.request import GenerationRequest
 from blade.generation.resolve import resolve_request
-from blade.generation.run import generate
+from blade.generation.run import run_request
 from blade.media.video import encode_mp4, read_mp4
 from blade.models.acceleration import (
     advise,
@@ -48,7 +48,7 @@ def tiny(model: Path, **changes) -> GenerationRequest:
 def make(request: GenerationRequest) -> torch.Tensor:
     model, resolved = prepare_model(request)
     model.pipe.set_progress_bar_config(disable=True)
-    return generate(model, resolved).video
+    return run_request(model, resolved).video
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +159,7 @@ def test_offloading_changes_nothing(saved_tiny_pipeline: Path, plain: torch.Tens
         place(model, torch.device("cpu"), offload)
     model.pipe.set_progress_bar_config(disable=True)
     for _ in range(2):
-        torch.testing.assert_close(generate(model, resolved).video, plain)
+        torch.testing.assert_close(run_request(model, resolved).video, plain)
 
 
 def test_offloading_on_the_cpu_is_refused(saved_tiny_pipeline: Path) -> None:
@@ -188,7 +188,7 @@ def test_tiles_and_int8_weights_stay_close(saved_tiny_pipeline: Path, plain: tor
         model.pipe.transformer.blocks[0].attn1.to_q.weight
     )
     model.pipe.set_progress_bar_config(disable=True)
-    video = generate(model, resolved).video
+    video = run_request(model, resolved).video
     assert not torch.equal(video, plain)
     assert (video - plain).square().mean().sqrt() < 0.05
 
@@ -198,10 +198,10 @@ def test_merged_loras_make_the_same_video(saved_tiny_pipeline: Path, tmp_path: P
     path = lora(pipe, tmp_path / "style.safetensors", 1)
     load_loras(LoadedModel(pipe), [f"{path}=0.5"])
     request = resolve_request(tiny(saved_tiny_pipeline), LoadedModel(pipe))
-    before = generate(LoadedModel(pipe), request).video
+    before = run_request(LoadedModel(pipe), request).video
     merge_loras(LoadedModel(pipe))
     assert not any("lora" in name or "base_layer" in name for name, _ in pipe.transformer.named_parameters())
-    assert (generate(LoadedModel(pipe), request).video - before).abs().max() < 1e-4
+    assert (run_request(LoadedModel(pipe), request).video - before).abs().max() < 1e-4
 
 
 def test_quantizing_leaves_loras_in(saved_tiny_pipeline: Path, tmp_path: Path) -> None:
@@ -248,19 +248,19 @@ def test_a_list_of_prompts_is_resumed_and_survives_a_failure(
     saved_tiny_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prompts = ["a red ball moving right", "a blue ball moving up", "a white square moving left"]
-    original = outputs.generate
+    original = outputs.run_request
 
     def sometimes(model, request):
         if "blue" in request.prompt:
             raise RuntimeError("out of luck")
         return original(model, request)
 
-    monkeypatch.setattr(outputs, "generate", sometimes)
+    monkeypatch.setattr(outputs, "run_request", sometimes)
     report = generate_list(tiny(saved_tiny_pipeline), prompts, tmp_path)
     assert [path.video_path.name[:10] for path in report.made] == ["a-red-ball", "a-white-sq"]
     assert report.failed == {"a blue ball moving up": "out of luck"}
     assert "2 made, 0 there before, 1 failed" in str(report)
-    monkeypatch.setattr(outputs, "generate", original)
+    monkeypatch.setattr(outputs, "run_request", original)
     again = generate_list(tiny(saved_tiny_pipeline), prompts, tmp_path)
     assert (len(again.made), len(again.skipped), len(again.failed)) == (1, 2, 0)
     alone = generate_files(tiny(saved_tiny_pipeline, prompt=prompts[1]), tmp_path / "alone.mp4")
@@ -293,11 +293,11 @@ def test_too_little_memory_ends_with_advice(saved_tiny_pipeline: Path, monkeypat
 
     monkeypatch.setattr(model.pipe.transformer.blocks[0].ffn, "forward", full)
     with pytest.raises(MemoryError, match=r"Tried to allocate 20 GiB.*--offload model"):
-        generate(model, resolved)
+        run_request(model, resolved)
     monkeypatch.undo()
     monkeypatch.setattr(model.pipe.vae, "decode", full)
     with pytest.raises(MemoryError, match="--vae-tiling"):
-        generate(model, resolved)
+        run_request(model, resolved)
 
 
 def test_what_a_download_would_fetch_is_counted() -> None:

@@ -10,7 +10,7 @@ import torch
 from blade.attention.config import BladeConfig
 from blade.attention.patterns import HeadPattern
 from blade.generation.prepare import prepare_model
-from blade.generation.run import generate
+from blade.generation.run import run_request
 from blade.models.loaded import LoadedModel
 from blade.models.loading import load_model
 from blade.profiling import recording
@@ -83,11 +83,11 @@ def test_the_table_is_used_and_dense_videos_are_diffusers_own(request_for):
     request = request_for(verify_prompts=2)
     report = profile_attention(request)
     model, resolved = prepare_model(replace(request.generation, prompt=PROMPTS[0]))
-    dense = generate(model, replace(resolved.dense(), seed=1, prompt=PROMPTS[1])).video
+    dense = run_request(model, replace(resolved.dense(), seed=1, prompt=PROMPTS[1])).video
     assert np.array_equal((dense * 255).round().byte().numpy(), dense_video(request.output / "recordings", 1))
     config = BladeConfig.from_pretrained(request.output)
     assert config == report.config and config.attention == "patterns"
-    sparse = generate(model, replace(resolved, attention=None, blade_config=config, prompt=PROMPTS[0]))
+    sparse = run_request(model, replace(resolved, attention=None, blade_config=config, prompt=PROMPTS[0]))
     assert sparse.run_density == pytest.approx(report.choice.density, abs=0.002) and sparse.run_density <= 0.602
     assert AttentionProfile.load(request.output / PROFILE_NAME).source.prompts == PROMPTS
     adaptive = BladeConfig.from_pretrained(request.output / "asa")

@@ -19,7 +19,7 @@ from blade.distillation.config import load_config
 from blade.generation.fingerprint import model_fingerprint
 from blade.generation.request import GenerationRequest, default_student
 from blade.generation.resolve import resolve_request
-from blade.generation.run import generate
+from blade.generation.run import run_request
 from blade.models.loaded import LoadedModel
 from blade.models.loading import load_model
 from blade.moving_shapes.scoring import score
@@ -62,7 +62,7 @@ def test_each_brings_its_steps_and_its_attention(pipe, steps, name):
     assert student.config.sparsity == 0.8 and student.config.pooled_tokens == "all"
     resolved = resolve_request(GenerationRequest(prompt=PROMPT, student=name), LoadedModel(pipe))
     assert (resolved.student, resolved.steps, resolved.attention) == (name, steps, "asa-gt")
-    made = generate(LoadedModel(pipe), resolved)
+    made = run_request(LoadedModel(pipe), resolved)
     assert score(made.video, PROMPT).basics
     assert made.layer_density < 0.25
 
@@ -71,7 +71,7 @@ def test_stock_diffusers_samples_them_alike(pipe):
     """By the three lines of the card, but for attention, which is dense there."""
     load_student(pipe, "shapes-4-steps")
     request = GenerationRequest(prompt=PROMPT, student="shapes-4-steps", attention="dense")
-    own = generate(LoadedModel(pipe), resolve_request(request, LoadedModel(pipe))).video
+    own = run_request(LoadedModel(pipe), resolve_request(request, LoadedModel(pipe))).video
     stock = load_model().pipe
     stock.set_progress_bar_config(disable=True)
     stock.load_lora_weights(str(bundled_student_path("shapes-4-steps")))
