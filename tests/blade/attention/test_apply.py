@@ -341,7 +341,7 @@ def test_a_students_values_warn(make_wan):
         apply_blade(make_wan(), BladeConfig(kind="student"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        apply_blade(make_wan(), CONFIG)
+        apply_blade(make_wan(), CONFIG, dense_steps=0)
 
 
 @pytest.mark.parametrize("target", [None, 3, object()])
@@ -356,7 +356,7 @@ def test_an_unknown_implementation_is_refused(make_wan):
 
 
 def test_an_unknown_model_is_refused():
-    with pytest.raises(ValueError, match=r"`Linear` is of no model family that BLADE knows; it must be one of: Wan"):
+    with pytest.raises(ValueError, match=r"`Linear` is of no model family that BLADE knows; it must be one of: .*Wan"):
         apply_blade(nn.Linear(2, 2), CONFIG)
 
 
