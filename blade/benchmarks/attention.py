@@ -18,18 +18,15 @@ from blade_kernels.triton_support import missing_triton
 from torch import Tensor
 
 from blade.attention.pattern_plan import PatternPlan
-from blade.benchmarks.candidates import Attend, Candidate, dense_candidates, installed_peers, own_candidates
+from blade.benchmarks.candidates import Attend, Candidate, candidates_for, recorded_packages
 from blade.benchmarks.patterns import PATTERN_KINDS, benchmark_patterns
 from blade.common.machine import describe_machine, describe_versions
 from blade.families.registry import benchmark_layers
 from blade.metrics.timing import time_calls
 from blade.token_grid import TokenGrid
 
-PACKAGES = (
-    "blade-video", "torch", "triton", "flash-attn", "flash-attn-3", "sageattention", "spas-sage-attn",
-    "fastvideo-kernel",
-)  # fmt: skip
-"""Packages whose versions are recorded."""
+PACKAGES = ("blade-video", "torch", "triton")
+"""Packages whose versions are recorded, beside those of the candidates."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -177,7 +174,7 @@ def run_attention_benchmark(
             "date": datetime.date.today().isoformat(),
             "command": command,
             "machine": machine,
-            "versions": describe_versions(PACKAGES),
+            "versions": describe_versions((*PACKAGES, *recorded_packages())),
             "settings": asdict(settings),
             "cases": cases,
         }
@@ -211,7 +208,7 @@ class _Layer:
         self._plans: dict[float, PatternPlan] = {}
         self.dense = _Results()
         q = self.inputs[0][0]
-        for candidate in [*dense_candidates(q), *installed_peers(q, settings.block_size)]:
+        for candidate in candidates_for(q, settings.block_size):
             if not candidate.sparse:
                 self._measure(candidate, self.passes, self.draw(1.0), self.dense)
 
@@ -219,10 +216,11 @@ class _Layer:
         """Measure everything at one density."""
         settings, (q, k, v, _) = self.settings, self.inputs[0]
         mask, results = self.draw(density), _Results(self.dense)
-        own, missing = own_candidates(q, k, v, mask)
-        results.missing |= missing
-        sparse = [*own, *(peer for peer in installed_peers(q, settings.block_size) if peer.sparse)]
+        sparse = [candidate for candidate in candidates_for(q, settings.block_size) if candidate.sparse]
         for candidate in sparse:
+            if candidate.refuses is not None and (reason := candidate.refuses(q, k, v, mask)) is not None:
+                results.missing[candidate.name] = reason
+                continue
             passes = [name for name in settings.passes if name != "selection"]
             if not candidate.own:
                 passes = [name for name in passes if name in ("forward", "training")]
@@ -299,7 +297,7 @@ class _Layer:
         for name in passes:
             if name != "training":
                 results.add(one.name, name, *self._timed(forwards[name], one))
-            elif one.differentiable:
+            elif one.has_backward(q):
                 with _deterministic(one.deterministic):
                     results.add(one.name, name, *self._timed_training(one.attend, mask, one))
 

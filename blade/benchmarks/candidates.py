@@ -1,10 +1,16 @@
-"""Who computes attention in the benchmark: PyTorch's dense backends, BLADE's implementations, installed peers."""
+"""Who computes attention in the benchmark: PyTorch's dense backends, BLADE's implementations, installed peers.
+
+They are declared in a table. A candidate of one's own is one file: it makes a `Candidate`, and either calls
+`register_candidate`, or belongs to an installed package whose entry point of the group `blade.attention_candidates`
+names a sequence of candidates.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from blade_kernels.block_mask import BlockMask
@@ -12,92 +18,57 @@ from blade_kernels.block_sparse import block_sparse_attention, resolve_implement
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from blade.common.registry import Registry
+
 Attend = Callable[[Tensor, Tensor, Tensor, BlockMask], Tensor]
 """Takes q, k, v of (B, S, H, D) and a mask; returns (B, S, H, D)."""
 
-IMPLEMENTATIONS = ("triton", "flex", "cpu")
-"""BLADE's implementations of block-sparse attention that are made to be fast."""
+Refuse = Callable[[Tensor, Tensor, Tensor, BlockMask], str | None]
+"""Takes what `Attend` takes; returns why it cannot be computed, None if it can."""
+
+Takes = Callable[[Tensor, int], bool]
+"""Takes queries, (B, S, H, D), and the tokens in a block; tells if such are measured."""
 
 MATH_BYTES = 2**30
 """The dense backend that holds all logits is tried where they take no more than this."""
 
 
+def _any(q: Tensor, block_size: int) -> bool:
+    return True
+
+
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """Somebody who computes attention."""
+    """Somebody who computes attention, and when that is measured."""
 
     name: str
+    """Its name in tables, plots and records; an implementation of BLADE has the implementation's."""
     attend: Attend
+    """Computes it."""
     sparse: bool = False
-    """Whether it computes the kept blocks alone."""
+    """Computes the kept blocks alone."""
     own: bool = False
-    """Whether it is one of `IMPLEMENTATIONS`, whose output must be right."""
-    differentiable: bool = True
-    """Whether it has a backward pass."""
+    """Is one of BLADE's implementations, whose output must be right."""
+    takes: Takes = _any
+    """Tells with which queries and blocks it is measured."""
+    module: str | None = None
+    """Module that it imports; it is measured if that is installed."""
+    package: str | None = None
+    """The package that brings the module, whose version is recorded."""
+    refuses: Refuse | None = None
+    """Asked for every case; a refusal is recorded."""
+    has_backward: Callable[[Tensor], bool] = lambda q: True
+    """Takes queries; tells if it has a backward pass for such."""
     heads_first: bool = False
-    """Whether it is given tensors in which heads come before tokens in memory."""
+    """Is given tensors in which heads come before tokens in memory."""
     deterministic: bool = False
-    """Whether PyTorch is told to be deterministic in the backward pass."""
+    """Is measured with PyTorch told to be deterministic in the backward pass."""
 
-
-def dense_candidates(q: Tensor) -> list[Candidate]:
-    """PyTorch's backends that might compute dense attention.
-
-    Args:
-        q: (B, S, H, D), of the size and type and on the device that will be measured.
-    """
-    backends = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
-    if q.shape[0] * q.shape[2] * q.shape[1] ** 2 * 4 <= MATH_BYTES:
-        backends.append(SDPBackend.MATH)
-    found = []
-    for backend in backends:
-        plain = Candidate(name=backend.name.lower().removesuffix("_attention"), attend=_sdpa(backend))
-        found.append(plain)
-        if not q.is_cuda:
-            found.append(replace(plain, name=f"{plain.name}, heads first", heads_first=True))
-        elif backend is SDPBackend.FLASH_ATTENTION:
-            found.append(replace(plain, name=f"{plain.name}, deterministic", deterministic=True))
-    return found
-
-
-def own_candidates(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> tuple[list[Candidate], dict[str, str]]:
-    """BLADE's implementations that can compute a case, and why the others cannot.
-
-    On CUDA `cpu` is not among them: there it only stands in where nothing else can compute a call.
-    """
-    found, missing = [], dict[str, str]()
-    for name in IMPLEMENTATIONS:
-        if name == "cpu" and q.is_cuda:
-            continue
-        try:
-            resolve_implementation(q, k, v, mask, implementation=name)
-        except NotImplementedError as reason:
-            missing[name] = str(reason)
-            continue
-        differentiable = name != "flex" or q.is_cuda
-        found.append(Candidate(name=name, attend=_own(name), sparse=True, own=True, differentiable=differentiable))
-    return found, missing
-
-
-def installed_peers(q: Tensor, block_size: int) -> list[Candidate]:
-    """Other packages' attention that is installed and takes such blocks, on CUDA in half precision."""
-    if not q.is_cuda or q.dtype == torch.float32:
-        return []
-    peers = {
-        "flash_attn": Candidate(name="flash-attn", attend=_flash_attn),
-        "flash_attn_interface": Candidate(name="flash-attn 3", attend=_flash_attn_3),
-        "sageattention": Candidate(name="sageattention", attend=_sageattention, differentiable=False),
-    }
-    if block_size == 128:
-        sparge = Candidate(name="SpargeAttn", attend=_sparge_attn, sparse=True, differentiable=False)
-        peers["spas_sage_attn"] = sparge
-    if block_size == 64 and q.shape[0] == 1:
-        peers["fastvideo_kernel"] = Candidate(name="fastvideo-kernel", attend=_fastvideo_kernel, sparse=True)
-    return [peer for module, peer in peers.items() if importlib.util.find_spec(module) is not None]
-
-
-def _own(name: str) -> Attend:
-    return lambda q, k, v, mask: block_sparse_attention(q, k, v, mask, implementation=name)
+    def is_for(self, q: Tensor, block_size: int) -> bool:
+        """Tell if it is measured on such queries."""
+        if not self.takes(q, block_size):
+            return False
+        return self.module is None or importlib.util.find_spec(self.module) is not None
 
 
 def _sdpa(backend: SDPBackend) -> Attend:
@@ -151,3 +122,128 @@ def _fastvideo_kernel(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tenso
     out = block_sparse_attn(*padded, mask.keep.expand(-1, q.shape[2], -1, -1).contiguous(), held)
     out = out[0] if isinstance(out, tuple) else out
     return out[:, :, :tokens].transpose(1, 2)
+
+
+def _dense(backend: SDPBackend, takes: Takes) -> tuple[Candidate, Candidate]:
+    """One of PyTorch's backends, and, on the CPU, the same with heads before tokens in memory."""
+    name = backend.name.lower().removesuffix("_attention")
+    return (
+        Candidate(name=name, attend=_sdpa(backend), takes=takes),
+        Candidate(
+            name=f"{name}, heads first",
+            attend=_sdpa(backend),
+            takes=lambda q, block_size: not q.is_cuda and takes(q, block_size),
+            heads_first=True,
+        ),
+    )
+
+
+def _implementation(name: str, **conditions: Any) -> Candidate:
+    """One of BLADE's implementations of block-sparse attention."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
+        return block_sparse_attention(q, k, v, mask, implementation=name)
+
+    def refuses(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> str | None:
+        try:
+            resolve_implementation(q, k, v, mask, implementation=name)
+        except NotImplementedError as reason:
+            return str(reason)
+        return None
+
+    return Candidate(name=name, attend=attend, refuses=refuses, sparse=True, own=True, **conditions)
+
+
+def _logits_fit(q: Tensor, block_size: int) -> bool:
+    return bool(q.shape[0] * q.shape[2] * q.shape[1] ** 2 * 4 <= MATH_BYTES)
+
+
+def _half_on_cuda(q: Tensor, block_size: int) -> bool:
+    return bool(q.is_cuda and q.dtype != torch.float32)
+
+
+_CANDIDATES = Registry(
+    Candidate,
+    (
+        *_dense(SDPBackend.FLASH_ATTENTION, _any),
+        Candidate(
+            name="flash, deterministic",
+            attend=_sdpa(SDPBackend.FLASH_ATTENTION),
+            takes=lambda q, block_size: q.is_cuda,
+            deterministic=True,
+        ),
+        *_dense(SDPBackend.EFFICIENT_ATTENTION, _any),
+        *_dense(SDPBackend.CUDNN_ATTENTION, _any),
+        *_dense(SDPBackend.MATH, _logits_fit),
+        _implementation("triton"),
+        _implementation("flex", has_backward=lambda q: q.is_cuda),
+        # on CUDA it only stands in where nothing else can compute a call
+        _implementation("cpu", takes=lambda q, block_size: not q.is_cuda),
+        Candidate(
+            name="flash-attn",
+            attend=_flash_attn,
+            takes=_half_on_cuda,
+            module="flash_attn",
+            package="flash-attn",
+        ),
+        Candidate(
+            name="flash-attn 3",
+            attend=_flash_attn_3,
+            takes=_half_on_cuda,
+            module="flash_attn_interface",
+            package="flash-attn-3",
+        ),
+        Candidate(
+            name="sageattention",
+            attend=_sageattention,
+            takes=_half_on_cuda,
+            module="sageattention",
+            package="sageattention",
+            has_backward=lambda q: False,
+        ),
+        Candidate(
+            name="SpargeAttn",
+            attend=_sparge_attn,
+            sparse=True,
+            takes=lambda q, block_size: _half_on_cuda(q, block_size) and block_size == 128,
+            module="spas_sage_attn",
+            package="spas-sage-attn",
+            has_backward=lambda q: False,
+        ),
+        Candidate(
+            name="fastvideo-kernel",
+            attend=_fastvideo_kernel,
+            sparse=True,
+            takes=lambda q, block_size: _half_on_cuda(q, block_size) and block_size == 64 and q.shape[0] == 1,
+            module="fastvideo_kernel",
+            package="fastvideo-kernel",
+        ),
+    ),
+    group="blade.attention_candidates",
+)
+
+
+def register_candidate(candidate: Candidate) -> Candidate:
+    """Add a candidate to the attention benchmark, and return it.
+
+    Raises:
+        TypeError: If it is no `Candidate`.
+        ValueError: If another candidate has its name.
+    """
+    return _CANDIDATES.register(candidate)
+
+
+def candidates_for(q: Tensor, block_size: int) -> tuple[Candidate, ...]:
+    """Return the candidates that are measured on such queries.
+
+    Args:
+        q: (B, S, H, D), of the size and type and on the device that will be measured.
+        block_size: Tokens in a block.
+    """
+    return _CANDIDATES.select(lambda candidate: candidate.is_for(q, block_size))
+
+
+def recorded_packages() -> tuple[str, ...]:
+    """Return the packages of all candidates, whose versions are recorded."""
+    packages = (candidate.package for candidate in _CANDIDATES.declared.values())
+    return tuple(dict.fromkeys(package for package in packages if package is not None))

@@ -59,6 +59,14 @@ def evaluate(
         str | None,
         _option("Name of the run that the others are compared with; by default the first that is not dense."),
     ] = None,
+    measure: Annotated[
+        list[str] | None,
+        _option(
+            "NAME of a measure to take and to report, such as psnr or all_attributes, beside densities and times; "
+            "repeatable. By default all, those of installed packages among them; an unknown name lists them. Videos "
+            "that are there already are not measured again."
+        ),
+    ] = None,
     output: Annotated[Path, _option("Folder of records, videos and report; what is there is not made again.")] = Path(
         "outputs/evaluate"
     ),
@@ -103,6 +111,7 @@ def evaluate(
         model=model or BUNDLED,
         of_shapes=shapes,
         baseline=baseline,
+        measures=tuple(measure) if measure else None,
         shard=_parse_shard(shard),
         height=height,
         width=width,

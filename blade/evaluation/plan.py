@@ -14,6 +14,8 @@ from blade.evaluation.runs import RunSettings
 from blade.generation.fingerprint import model_fingerprint
 from blade.generation.request import GenerationRequest, ResolvedRequest
 from blade.generation.resolve import resolve_request
+from blade.metrics.measures import Measure
+from blade.metrics.registry import choose_measures
 from blade.models.devices import resolve_device, resolve_dtype
 from blade.models.loaded import LoadedModel
 from blade.models.loading import load_empty_model
@@ -40,6 +42,8 @@ class Evaluation:
     baseline: str | None = None
     """Name of the run that the others are compared with, video by video; None takes the first that is not dense, and
     the first of all where every one is."""
+    measures: tuple[str, ...] | None = None
+    """Names of the measures to take and to report, beside densities and times; None takes all that there are."""
     shard: tuple[int, int] = (1, 1)
     """(i, n): take every n-th prompt, from the i-th, so that n processes share the work."""
     height: int | None = None
@@ -66,10 +70,16 @@ class Evaluation:
             raise ValueError("`prompts` must be different in text or seed, got the same twice.")
         if self.baseline is not None and self.baseline not in names:
             raise ValueError(f"`baseline` must be one of the runs {', '.join(names)}, got {self.baseline!r}.")
+        choose_measures(self.measures)
         number, of = self.shard
         if not 1 <= number <= of:
             raise ValueError(f"`shard` must be i/n with 1 <= i <= n, got {number}/{of}.")
         object.__setattr__(self, "of_shapes", self.of_shapes or self.model == BUNDLED)
+
+    @property
+    def chosen_measures(self) -> tuple[Measure, ...]:
+        """The measures to take and to report, in the order of the report's columns."""
+        return choose_measures(self.measures)
 
     @property
     def own_prompts(self) -> tuple[EvaluationPrompt, ...]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 from collections import defaultdict
+from collections.abc import Container
+from dataclasses import replace
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -11,15 +13,8 @@ from matplotlib.figure import Figure
 
 from blade.attention.selectors import SELECTORS
 from blade.evaluation.prompts import GROUPS
-
-PANELS = {
-    "realism_error": "realism error (lower is better)",
-    "all_attributes": "share of videos with everything right",
-}
-"""What is drawn of moving shapes, from top to bottom."""
-
-LIKENESS_PANELS = {"psnr": "PSNR to dense in dB", "ssim": "SSIM to dense"}
-"""What is drawn of other videos."""
+from blade.metrics.measures import Panel
+from blade.metrics.registry import measures
 
 COLOURS = {
     "asa": "#0072B2",
@@ -49,18 +44,18 @@ def plot_report(report: dict[str, Any]) -> bytes | None:
     """
     groups = [name for name in report["prompts"] if any(name in run["groups"] for run in report["runs"])]
     estimated = {name for run in report["runs"] for group in run["groups"].values() for name in group}
-    panels = PANELS if set(PANELS) <= estimated else LIKENESS_PANELS
-    if not set(panels) <= estimated:
+    panels = _panels(estimated)
+    if not panels:
         return None
     by_density = any(run["attention"] != "dense" for run in report["runs"])
-    figure = Figure(figsize=(5.2 * len(groups) + 0.6, 8.2), dpi=110, layout="constrained")
+    figure = Figure(figsize=(5.2 * len(groups) + 0.6, 3.8 * len(panels) + 0.6), dpi=110, layout="constrained")
     grid = figure.subplots(len(panels), len(groups), squeeze=False)
     for column, group in enumerate(groups):
-        for row, (measure, label) in enumerate(panels.items()):
+        for row, (measure, panel) in enumerate(panels.items()):
             axes = grid[row][column]
             _draw(axes, report["runs"], group, measure, by_density)
             axes.set_title(GROUPS[group].capitalize() if row == 0 else "")
-            axes.set_ylabel(label if column == 0 else "")
+            axes.set_ylabel(panel.label if column == 0 else "")
             axes.set_xlabel("run density" if by_density else "steps")
             if by_density:
                 axes.set_xlim(-0.05, 1.05)
@@ -70,10 +65,8 @@ def plot_report(report: dict[str, Any]) -> bytes | None:
                 axes.set_xticks(steps, labels=[str(count) for count in steps])
                 axes.minorticks_off()
             axes.grid(alpha=0.3)
-            if measure == "all_attributes":
-                axes.set_ylim(-0.03, 1.03)
-            elif measure == "realism_error":
-                axes.set_ylim(bottom=0)
+            if panel.low is not None or panel.high is not None:
+                axes.set_ylim(panel.low, panel.high)
     handles, labels = grid[0][0].get_legend_handles_labels()
     columns = max(1, min(len(groups), len(labels)))
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
@@ -84,6 +77,25 @@ def plot_report(report: dict[str, Any]) -> bytes | None:
 
 def _colour(attention: str) -> str | None:
     return COLOURS.get(attention) or (SELECTORS[attention].colour if attention in SELECTORS else None)
+
+
+def _panels(estimated: Container[str]) -> dict[str, Panel]:
+    """The panels of the measures that have values, by name, from top to bottom.
+
+    Where there are scores of captions, closeness to dense says less, and is not drawn.
+    """
+    declared = [(measure, measure.panel) for measure in measures().values() if measure.panel is not None]
+    incomplete = {panel.group for measure, panel in declared if panel.group and measure.name not in estimated}
+    drawn = [
+        (measure, panel) for measure, panel in declared if measure.name in estimated and panel.group not in incomplete
+    ]
+    if any("caption" in measure.needs for measure, _ in drawn):
+        drawn = [(measure, panel) for measure, panel in drawn if "reference" not in measure.needs]
+    panels = {
+        measure.name: replace(panel, label=f"{panel.label} (lower is better)") if measure.better == "down" else panel
+        for measure, panel in drawn
+    }
+    return dict(sorted(panels.items(), key=lambda item: item[1].place))
 
 
 def _draw(axes: Axes, runs: list[dict[str, Any]], group: str, measure: str, by_density: bool) -> None:

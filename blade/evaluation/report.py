@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from statistics import fmean
-from typing import Any
-
-import numpy as np
-import torch
+from typing import Any, get_args
 
 from blade.common.tables import Table
 from blade.evaluation.plan import EvaluationPlan
@@ -19,75 +15,9 @@ from blade.evaluation.prompts import GROUPS, groups_of, is_in
 from blade.evaluation.records import Record, Records, read_records
 from blade.evaluation.runs import RunSettings, selector_notes
 from blade.evaluation.videos import video_path
-from blade.media.video import mp4_frames
-from blade.metrics.distribution import THUMBNAIL, Distance, diversity, frechet_distance, resampled_distances, thumbnail
-from blade.metrics.estimates import bootstrap, paired_difference
-
-Measured = dict[tuple[str, int], float]
-"""A measure by prompt and seed."""
-
-
-def _of_objects(name: str) -> Callable[[Record], float | None]:
-    def share(record: Record) -> float | None:
-        marks = [attributes[name] for attributes in record.get("attributes", ()) if name in attributes]
-        return sum(marks) / len(marks) if marks else None
-
-    return share
-
-
-def _field(name: str) -> Callable[[Record], float | None]:
-    return lambda record: None if record.get(name) is None else float(record[name])
-
-
-ATTRIBUTES = ("colour", "shape", "direction", "size", "fill", "speed")
-"""What the moving-shapes scorer judges of every object."""
-
-COLUMNS = {
-    "layer_density": ("layer density", "{:.3f}"),
-    "run_density": ("run density", "{:.3f}"),
-    "psnr": ("PSNR", "{:.2f}"),
-    "ssim": ("SSIM", "{:.4f}"),
-    "lpips": ("LPIPS", "{:.4f}"),
-    "motion": ("motion", "{:.2f}"),
-    "motion_ratio": ("motion to dense", "{:.3f}"),
-    **{name: (name, "{:.1%}") for name in ATTRIBUTES},
-    "background": ("background", "{:.1%}"),
-    "basics": ("basics", "{:.1%}"),
-    "all_attributes": ("all", "{:.1%}"),
-    "realism_error": ("realism error", "{:.3f}"),
-    "diversity": ("diversity", "{:.4f}"),
-    "frechet": ("Frechet", "{:.2f}"),
-    "seconds_denoising": ("seconds", "{:.2f}"),
-}
-"""Measures in the order of a table's columns, with heading and format."""
-
-LEAST_REPEATED = 2
-"""Prompts with several videos from which on their diversity is told: a caption may come twice by chance."""
-
-OF_MANY = ("diversity", "frechet")
-"""Measures of several videos together."""
-
-MEASURES: dict[str, Callable[[Record], float | None]] = {
-    name: _of_objects(name) if name in ATTRIBUTES else _field(name) for name in COLUMNS if name not in OF_MANY
-}
-"""What is averaged over videos. An attribute counts by object, `basics` and `all_attributes` by video."""
-
-BRIEF = (
-    "run_density", "psnr", "ssim", "lpips", "motion_ratio", "basics", "all_attributes", "realism_error", "frechet",
-    "seconds_denoising",
-)  # fmt: skip
-"""Columns of a table for a terminal."""
-
-WITH_INTERVAL = (
-    "psnr", "ssim", "lpips", "motion_ratio", "basics", "all_attributes", "realism_error", "diversity", "frechet",
-)  # fmt: skip
-"""Columns that show their confidence interval, but for brief tables."""
-
-COMPARED = (
-    "psnr", "ssim", "lpips", "motion", "motion_ratio", "basics", "all_attributes", "realism_error", "diversity",
-    "seconds_denoising",
-)  # fmt: skip
-"""Measures of which the difference to the baseline is told."""
+from blade.metrics.estimates import Result
+from blade.metrics.measures import Measure, Scope, VideoSet
+from blade.metrics.registry import measures
 
 
 def make_report(plan: EvaluationPlan, command: str) -> dict[str, Any]:
@@ -99,34 +29,26 @@ def make_report(plan: EvaluationPlan, command: str) -> dict[str, Any]:
 
     Returns:
         `missing` (videos without a record), the settings, machines and versions, and for every run and group of
-        prompts, in `groups`, an `Estimate` of each of `MEASURES` that has a value; in `by_frame`, the means over
-        videos of each frame's PSNR and SSIM; and, in `differences`, an `Estimate` of how far each of `COMPARED` is
-        from the `baseline`, over the videos that both have. The Frechet distance is to the videos of `reference`.
+        prompts, in `groups`, an `Estimate` of each measure that has a value; in `by_frame`, the means over videos of
+        each frame's values, such as PSNR; and, in `differences`, an `Estimate` of how far the run is from the
+        `baseline` by each measure that is compared, over the videos that both have. Distances of distributions are to
+        the videos of `reference`.
     """
     evaluation, records = plan.evaluation, read_records(plan)
-    baseline, present = evaluation.baseline_run, groups_of(evaluation.prompts)
-    measured = {
-        (run.name, group): _measured(plan, run, group, records) for run in evaluation.runs for group in present
-    }
-    distances = {group: _distances(plan, group, records) for group in present}
+    chosen, baseline, present = evaluation.chosen_measures, evaluation.baseline_run, groups_of(evaluation.prompts)
+    videos = {(run.name, group): _videos(plan, run, group, records) for run in evaluation.runs for group in present}
+    results = {key: _results(chosen, of_run) for key, of_run in videos.items()}
     runs = []
     for run in evaluation.runs:
-        groups, differences, by_frame = {}, {}, dict[str, Any]()
+        groups, differences, by_frame = {}, {}, {}
         for group in present:
-            by_frame |= _by_frame(plan, run, group, records)
-            own, others = measured[run.name, group], measured[baseline.name, group]
-            of_many = distances[group]
+            own = results[run.name, group]
             if own:
-                groups[group] = {name: asdict(bootstrap([*values.values()])) for name, values in own.items()}
-                if run.name in of_many:
-                    groups[group]["frechet"] = asdict(of_many[run.name].estimate())
-            if run is not baseline:
-                compared = {name: paired_difference(own.get(name, {}), others.get(name, {})) for name in COMPARED}
-                if run.name in of_many and baseline.name in of_many:
-                    compared["frechet"] = of_many[run.name].less(of_many[baseline.name])
-                found = {name: asdict(estimate) for name, estimate in compared.items() if estimate is not None}
-                if found:
-                    differences[group] = found
+                groups[group] = {name: asdict(result.estimate()) for name, result in own.items()}
+            if run is not baseline and (apart := _differences(chosen, own, results[baseline.name, group])):
+                differences[group] = apart
+            if frames := _by_frame(chosen, videos[run.name, group]):
+                by_frame[group] = frames
         runs.append(_described(plan, run) | {"groups": groups, "by_frame": by_frame, "differences": differences})
     made = list(records.values())
     return {
@@ -137,8 +59,8 @@ def make_report(plan: EvaluationPlan, command: str) -> dict[str, Any]:
         "size": plan.size,
         "prompts": {group: sum(is_in(prompt, group) for prompt in evaluation.prompts) for group in present},
         "missing": len(evaluation.runs) * len(evaluation.prompts) - len(records),
-        "unscored": sum(evaluation.of_shapes and "basics" not in record for record in made),
-        "without_lpips": any(record["psnr"] is not None and record["lpips"] is None for record in made),
+        "unscored": _unscored(chosen, made) if evaluation.of_shapes else 0,
+        **{f"without_{measure.extra}": _lacks_extra(measure, chosen, made) for measure in chosen if measure.extra},
         "machines": _distinct(record["machine"] | {"dtype": record["dtype"]} for record in made),
         "versions": _distinct(record["versions"] for record in made),
         "baseline": baseline.name,
@@ -161,57 +83,38 @@ def tables(report: dict[str, Any], *, brief: bool = False) -> list[Table]:
             found.append(_measures_table(present, group, brief))
         apart = [run for run in report["runs"] if group in run["differences"]]
         if apart and not brief:
-            columns = [
-                name for name in (*COMPARED, "frechet") if any(name in run["differences"][group] for run in apart)
-            ]
-            rows = [
-                [run["name"], *(_cell(name, run["differences"][group].get(name), signed=True) for name in columns)]
-                for run in apart
-            ]
-            title = f"{GROUPS[group].capitalize()}: differences to {report['baseline']}"
-            found.append(Table(title, ["run", *(COLUMNS[name][0] for name in columns)], rows))
+            found.append(_differences_table(apart, group, report["baseline"]))
     return found
 
 
 def notes(report: dict[str, Any]) -> list[str]:
-    """What the tables' columns mean, a paragraph each."""
-    lines = [
-        "In brackets 95 % bootstrap intervals over videos. PSNR (dB), SSIM, LPIPS and motion to dense are against the "
-        "dense run of the same steps and guidance. Motion: pixels a frame. Seconds: denoising."
-    ]
-    lines += selector_notes(run["blade_config"] for run in report["runs"])
+    """The meaning of the tables' columns, a paragraph each."""
+    declared = measures().values()
+    lines = [_general_note(), *selector_notes(run["blade_config"] for run in report["runs"])]
     if any(run["differences"] for run in report["runs"]):
         lines.append(
             f"Differences: the mean over videos of a run's value less that of {report['baseline']} for the same "
             "prompt and seed; shares in percentage points."
         )
-    if any("basics" in estimates for run in report["runs"] for estimates in run["groups"].values()):
-        lines.append(
-            "Colour to background: share of the objects or videos whose caption names it that show it. Basics: share "
-            "of videos in which every object has its colour, shape and direction; all: everything that the caption "
-            "says."
-        )
     estimated = {name for run in report["runs"] for estimates in run["groups"].values() for name in estimates}
-    if "diversity" in estimated:
-        lines.append(
-            "Diversity: root mean square of the pixels' differences between videos of the same prompt, frames shrunk "
-            f"to {THUMBNAIL}x{THUMBNAIL}; over prompts."
-        )
-    if "frechet" in estimated:
-        lines.append(
-            f"Frechet: distance to the videos of {report['reference']}, of normal distributions fitted to features of "
-            "videos: mean and standard deviation of each channel of their latents, made by the model's own VAE, in "
-            "units of the reference's standard deviation over videos."
-        )
+    lines += [
+        measure.note.replace("{reference}", report.get("reference", ""))
+        for measure in declared
+        if measure.note and measure.name in estimated
+    ]
     if report["unscored"]:
         lines.append(f"Not scored, as their prompts are no captions of moving shapes: {report['unscored']} videos.")
-    if report["without_lpips"]:
-        lines.append("LPIPS is missing where the package lpips was not installed; the extra lpips brings it.")
+    lines += [
+        f"{measure.heading} is missing where the package {measure.extra} was not installed; the extra "
+        f"{measure.extra} brings it."
+        for measure in declared
+        if measure.extra is not None and report.get(f"without_{measure.extra}")
+    ]
     return lines
 
 
 def facts(report: dict[str, Any]) -> list[str]:
-    """What was evaluated and on what, a line each."""
+    """The model, the videos, the machines and the versions, a line each."""
     size = report["size"]
     counts = ", ".join(f"{count} of {GROUPS[group]}" for group, count in report["prompts"].items())
     lines = [
@@ -226,82 +129,75 @@ def facts(report: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _of_group(plan: EvaluationPlan, run: RunSettings, group: str, records: Records) -> dict[tuple[str, int], Record]:
-    """The records of a run's videos of a group, by prompt and seed."""
-    return {
-        prompt.key: records[run.name, *prompt.key]
-        for prompt in plan.evaluation.prompts
-        if is_in(prompt, group) and (run.name, *prompt.key) in records
-    }
+def _general_note() -> str:
+    """Intervals, the dense reference, and what the headings leave out."""
+    near, others = [], []
+    for measure in measures().values():
+        if "reference" in measure.needs:
+            near.append(f"{measure.heading} ({measure.detail})" if measure.detail else measure.heading)
+        elif measure.detail:
+            others.append(f"{measure.heading[:1].upper()}{measure.heading[1:]}: {measure.detail}.")
+    return (
+        f"In brackets 95 % bootstrap intervals over videos. {', '.join(near[:-1])} and {near[-1]} are against the "
+        f"dense run of the same steps and guidance. {' '.join(others)}"
+    )
 
 
-def _measured(plan: EvaluationPlan, run: RunSettings, group: str, records: Records) -> dict[str, Measured]:
-    """What a run's videos of a group have of each measure; those that none has are left out."""
-    of_group = _of_group(plan, run, group, records)
-    found = {}
-    for name, measure in MEASURES.items():
-        values = {key: value for key, record in of_group.items() if (value := measure(record)) is not None}
-        if values:
-            found[name] = values
-    if different := _diversities(plan, run, of_group):
-        found["diversity"] = different
-    return found
+def _videos(plan: EvaluationPlan, run: RunSettings, group: str, records: Records) -> VideoSet:
+    """The measured videos of a run in a group, in the order of the prompts."""
+    prompts = [prompt for prompt in plan.evaluation.prompts if is_in(prompt, group)]
+
+    def of(name: str, reference: VideoSet | None) -> VideoSet:
+        return VideoSet(
+            records={prompt.key: records[name, *prompt.key] for prompt in prompts if (name, *prompt.key) in records},
+            paths={prompt.key: video_path(plan.evaluation.folder, name, prompt) for prompt in prompts},
+            reference=reference,
+        )
+
+    reference = plan.reference_run.name
+    return of(run.name, None if run.name == reference else of(reference, None))
 
 
-def _diversities(plan: EvaluationPlan, run: RunSettings, made: Iterable[tuple[str, int]]) -> Measured:
-    """How much the videos of each prompt differ that has several; known by the prompt and its first seed."""
-    seeds = defaultdict(list)
-    for prompt in plan.evaluation.prompts:
-        if prompt.key in made:
-            seeds[prompt.text].append(prompt)
-    found: Measured = {}
-    if sum(len(prompts) > 1 for prompts in seeds.values()) < LEAST_REPEATED:
-        return found
-    for text, prompts in seeds.items():
-        paths = [video_path(plan.evaluation.folder, run.name, prompt) for prompt in prompts]
-        if len(prompts) > 1 and all(path.is_file() for path in paths):
-            videos = [torch.stack([thumbnail(frame[None] / 255)[0] for frame in mp4_frames(path)]) for path in paths]
-            found[text, prompts[0].seed] = diversity(videos)
-    return found
+def _results(chosen: Sequence[Measure], videos: VideoSet) -> dict[str, Result]:
+    """What each measure comes to, by name; first those of single videos, then those of several together."""
+    ordered = sorted(chosen, key=lambda measure: get_args(Scope).index(measure.per))
+    results = {measure.name: measure.result(videos) for measure in ordered}
+    return {name: result for name, result in results.items() if result is not None}
 
 
-def _distances(plan: EvaluationPlan, group: str, records: Records) -> dict[str, Distance]:
-    """The Frechet distance of every run with enough videos to those of the reference."""
-    reference = plan.reference_run
-    features = {
-        run.name: {
-            key: record["features"]
-            for key, record in _of_group(plan, run, group, records).items()
-            if record.get("features") is not None
-        }
-        for run in plan.evaluation.runs
-    }
-    found = {}
-    for name, own in features.items():
-        both = [key for key in own if key in features[reference.name]]
-        # with fewer videos than features, the fitted distributions would be flat
-        if name != reference.name and both and len(both) > len(own[both[0]]):
-            first, second = (np.array([features[run][key] for key in both]) for run in (name, reference.name))
-            found[name] = Distance(frechet_distance(first, second), resampled_distances(first, second), len(both))
-    return found
+def _differences(
+    chosen: Sequence[Measure], own: Mapping[str, Result], baseline: Mapping[str, Result]
+) -> dict[str, dict[str, float]]:
+    """How far a run is from the baseline by each compared measure that both have; distances of sets come last."""
+    ordered = sorted(chosen, key=lambda measure: measure.per == "set")
+    names = [measure.name for measure in ordered if measure.compared]
+    differences = {name: own[name].less(baseline[name]) for name in names if name in own and name in baseline}
+    return {name: asdict(estimate) for name, estimate in differences.items() if estimate is not None}
 
 
-def _by_frame(
-    plan: EvaluationPlan, run: RunSettings, group: str, records: Records
-) -> dict[str, dict[str, list[float]]]:
-    """Means over a group's videos of each frame's likeness to dense; nothing for a run without a dense reference."""
-    compared = [
-        record for record in _of_group(plan, run, group, records).values() if record["psnr_by_frame"] is not None
-    ]
-    if not compared:
-        return {}
-    names = ("psnr", "ssim")
-    return {
-        group: {
-            name: [fmean(of_frame) for of_frame in zip(*(one[f"{name}_by_frame"] for one in compared))]
-            for name in names
-        }
-    }
+def _by_frame(chosen: Sequence[Measure], videos: VideoSet) -> dict[str, list[float]]:
+    """Means over videos of each frame's values, by name of those measures that have them."""
+    means = {}
+    for measure in chosen:
+        recorded = videos.recorded(f"{measure.name}_by_frame")
+        if recorded:
+            means[measure.name] = [fmean(of_frame) for of_frame in zip(*recorded.values())]
+    return means
+
+
+def _unscored(chosen: Sequence[Measure], made: Sequence[Record]) -> int:
+    """Number of videos of which nothing is recorded that needs a caption, if such measures are chosen."""
+    keys = {measure.record_key for measure in chosen if "caption" in measure.needs}
+    return sum(not keys & record.keys() for record in made) if keys else 0
+
+
+def _lacks_extra(measure: Measure, chosen: Sequence[Measure], made: Sequence[Record]) -> bool:
+    """Tell whether videos lack a measure that have others with the same needs."""
+    others = [other for other in chosen if other.needs == measure.needs and other is not measure]
+    return any(
+        record.get(measure.record_key) is None and any(record.get(other.record_key) is not None for other in others)
+        for record in made
+    )
 
 
 def _described(plan: EvaluationPlan, run: RunSettings) -> dict[str, Any]:
@@ -320,10 +216,11 @@ def _described(plan: EvaluationPlan, run: RunSettings) -> dict[str, Any]:
 
 
 def _measures_table(present: list[dict[str, Any]], group: str, brief: bool) -> Table:
-    names = [
-        name
-        for name in COLUMNS
-        if any(name in run["groups"][group] for run in present) and (not brief or name in BRIEF)
+    """The measures of runs that have videos of a group."""
+    shown = [
+        measure
+        for measure in measures().values()
+        if any(measure.name in run["groups"][group] for run in present) and (measure.brief or not brief)
     ]
     settings = [] if brief else ["steps", "guidance", "attention", "sparsity"]
     rows = [
@@ -331,22 +228,35 @@ def _measures_table(present: list[dict[str, Any]], group: str, brief: bool) -> T
             run["name"],
             *("" if run[name] is None else f"{run[name]}" for name in settings),
             *(
-                _cell(name, run["groups"][group].get(name), interval=name in WITH_INTERVAL and not brief)
-                for name in names
+                _cell(measure, run["groups"][group].get(measure.name), interval=measure.interval and not brief)
+                for measure in shown
             ),
         ]
         for run in present
     ]
-    return Table(GROUPS[group].capitalize(), ["run", *settings, *(COLUMNS[name][0] for name in names)], rows)
+    return Table(GROUPS[group].capitalize(), ["run", *settings, *(measure.heading for measure in shown)], rows)
 
 
-def _cell(name: str, estimate: dict[str, float] | None, *, interval: bool = True, signed: bool = False) -> str:
+def _differences_table(apart: list[dict[str, Any]], group: str, baseline: str) -> Table:
+    """The differences of runs to the baseline."""
+    ordered = sorted(measures().values(), key=lambda measure: measure.per == "set")
+    shown = [measure for measure in ordered if any(measure.name in run["differences"][group] for run in apart)]
+    rows = [
+        [
+            run["name"],
+            *(_cell(measure, run["differences"][group].get(measure.name), signed=True) for measure in shown),
+        ]
+        for run in apart
+    ]
+    title = f"{GROUPS[group].capitalize()}: differences to {baseline}"
+    return Table(title, ["run", *(measure.heading for measure in shown)], rows)
+
+
+def _cell(measure: Measure, estimate: dict[str, float] | None, *, interval: bool = True, signed: bool = False) -> str:
     if estimate is None:
         return ""
-    shown = COLUMNS[name][1]
-    shown = shown.replace(":", ":+") if signed else shown
-    text = shown.format(estimate["mean"])
-    return f"{text} ({shown.format(estimate['low'])} to {shown.format(estimate['high'])})" if interval else text
+    mean, low, high = (measure.shown(estimate[name], signed=signed) for name in ("mean", "low", "high"))
+    return f"{mean} ({low} to {high})" if interval else mean
 
 
 def _distinct(values: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -9,11 +9,11 @@ from __future__ import annotations
 import gc
 import io
 import time
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -29,18 +29,19 @@ from blade.generation.record import make_record
 from blade.generation.request import ResolvedRequest
 from blade.generation.run import Generation, run_request
 from blade.media.video import encode_mp4
-from blade.metrics.distribution import feature_count, latent_statistics
-from blade.metrics.similarity import lpips, motion, psnr, psnr_by_frame, ssim_by_frame
+from blade.metrics.measures import VideoSample, record_video
+from blade.metrics.registry import measures
 from blade.models.acceleration import merge_loras
 from blade.models.devices import resolve_dtype
 from blade.models.loading import load_model
-from blade.moving_shapes.captions import parse_caption
-from blade.moving_shapes.realism import realism_error
-from blade.moving_shapes.scoring import score
+from blade.moving_shapes.captions import Caption, parse_caption
 from blade.students.loading import load_student
 
 KEPT_FIELDS = ("model", "device", "dtype", "blade_config", "fps", "machine", "versions")
 """Fields of a generation's record that an evaluation's record has too."""
+
+COSTS = ("layer_density", "run_density", "seconds", "seconds_denoising")
+"""Facts of a generation that an evaluation's record has."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,15 +58,16 @@ class Progress:
 
     def __str__(self) -> str:
         record = self.record
-        found = []
-        if "all_attributes" in record:
-            found.append("all right" if record["all_attributes"] else "not all right")
-            found.append(f"realism error {record['realism_error']:.3f}")
-        if record["psnr"] is not None:
-            found.append(f"PSNR {record['psnr']:.2f}")
-        found.append(f"{record['seconds']:.1f} s ({self.seconds_left / 60:.0f} min left)")
-        where = f"{self.done}/{self.total} {record['run']['name']}, seed {record['seed']}, {record['prompt']}"
-        return f"{where}: {', '.join(found)}"
+        # likeness to dense comes after what a video shows by itself
+        ordered = sorted(measures().values(), key=lambda measure: "reference" in measure.needs)
+        said = [
+            measure.progress(record[measure.record_key])
+            for measure in ordered
+            if measure.progress is not None and record.get(measure.record_key) is not None
+        ]
+        said.append(f"{record['seconds']:.1f} s ({self.seconds_left / 60:.0f} min left)")
+        video = f"{self.done}/{self.total} {record['run']['name']}, seed {record['seed']}, {record['prompt']}"
+        return f"{video}: {', '.join(said)}"
 
 
 def evaluate_videos(plan: EvaluationPlan, on_video: Callable[[Progress], None] | None = None) -> None:
@@ -106,11 +108,11 @@ class _Worker:
 
     def __init__(self, plan: EvaluationPlan, first: RunSettings) -> None:
         self.plan, self.evaluation = plan, plan.evaluation
-        self.reference_motion = dict[Path, float]()
+        self.measures = plan.evaluation.chosen_measures
+        self.compares = any("reference" in measure.needs for measure in self.measures)
+        self.reference_caches = defaultdict[Path, dict[Hashable, Any]](dict)
         self.device = torch.device(self._first_request.device)
         self._load(first)
-        # encoding takes time and memory, and distances of distributions take more videos than features
-        self.enough_for_distances = len(plan.evaluation.prompts) > feature_count(self.model)
 
     @property
     def _first_request(self) -> ResolvedRequest:
@@ -138,8 +140,18 @@ class _Worker:
     def make(self, prompt: EvaluationPrompt, run: RunSettings) -> Record:
         """Make a video, write it and measure it."""
         request, generation = self._generate(prompt, run)
-        video, on_device = generation.video, generation.video.to(self.device)
-        moves = motion(on_device)
+        video = generation.video
+        if run.is_dense and self.compares:
+            self._save_reference(prompt, run, video)
+        sample = VideoSample(
+            video=video.to(self.device),
+            prompt=prompt.text,
+            model=self.model,
+            evaluated=len(self.evaluation.prompts),
+            reference=self._reference(prompt, run),
+            caption=_caption(prompt.text) if self.evaluation.of_shapes else None,
+        )
+        made = make_record(request, generation, seconds_loading=self.seconds_loading)
         record: Record = {
             "run": run.to_dict(),
             "prompt": prompt.text,
@@ -147,45 +159,17 @@ class _Worker:
             "fingerprint": self.plan.fingerprint,
             "student_fingerprint": self.plan.student_fingerprints.get(run.name),
             **self.plan.size,
-            "features": latent_statistics(self.model, video) if self.enough_for_distances else None,
-            "motion": moves,
-            "layer_density": generation.layer_density,
-            "run_density": generation.run_density,
-            "seconds": generation.seconds,
-            "seconds_denoising": generation.seconds_denoising,
+            **{name: getattr(generation, name) for name in COSTS},
+            **{name: made[name] for name in KEPT_FIELDS},
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
         }
-        if run.is_dense:
-            self._save_reference(prompt, run, video)
-        record |= self._likeness(prompt, run, on_device, moves)
-        if self.evaluation.of_shapes:
-            record |= _scores(video, prompt.text)
-        made = make_record(request, generation, seconds_loading=self.seconds_loading)
-        record |= {name: made[name] for name in KEPT_FIELDS}
+        measured = record_video(self.measures, sample)
+        if clashing := record.keys() & measured.keys():
+            raise ValueError(f"`measures` must not write `{clashing.pop()}`, which every record has.")
         path = video_path(self.evaluation.folder, run.name, prompt)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_files({path: encode_mp4(video, made["fps"])})
-        return record | {"date": datetime.now(UTC).isoformat(timespec="seconds")}
-
-    def _likeness(
-        self, prompt: EvaluationPrompt, run: RunSettings, video: torch.Tensor, moves: float
-    ) -> dict[str, Any]:
-        """How close a video is to its dense reference; all None without one."""
-        names = ("psnr", "ssim", "lpips", "motion_ratio", "psnr_by_frame", "ssim_by_frame")
-        reference_run = self.evaluation.reference_of(run)
-        if reference_run is None:
-            return dict.fromkeys(names)
-        reference, path = self._reference(prompt, reference_run), self._reference_path(prompt, reference_run)
-        if path not in self.reference_motion:
-            self.reference_motion[path] = motion(reference)
-        similarities, reference_moves = ssim_by_frame(video, reference), self.reference_motion[path]
-        return {
-            "psnr": psnr(video, reference),
-            "ssim": fmean(similarities),
-            "lpips": lpips(video, reference),
-            "motion_ratio": moves / reference_moves if reference_moves > 0 else None,
-            "psnr_by_frame": psnr_by_frame(video, reference),
-            "ssim_by_frame": similarities,
-        }
+        return record | measured
 
     def _generate(self, prompt: EvaluationPrompt, run: RunSettings) -> tuple[ResolvedRequest, Generation]:
         request = replace(self.plan.requests[run.name], prompt=prompt.text, seed=prompt.seed)
@@ -196,12 +180,17 @@ class _Worker:
     def _reference_path(self, prompt: EvaluationPrompt, run: RunSettings) -> Path:
         return self.evaluation.folder / "references" / run.name / f"{prompt.stem}.npz"
 
-    def _reference(self, prompt: EvaluationPrompt, run: RunSettings) -> torch.Tensor:
-        path = self._reference_path(prompt, run)
+    def _reference(self, prompt: EvaluationPrompt, run: RunSettings) -> VideoSample | None:
+        """The dense video that a sparse one is measured against, None without one."""
+        reference_run = self.evaluation.reference_of(run) if self.compares else None
+        if reference_run is None:
+            return None
+        path = self._reference_path(prompt, reference_run)
         if not path.exists():
-            self._save_reference(prompt, run, self._generate(prompt, run)[1].video)
+            self._save_reference(prompt, reference_run, self._generate(prompt, reference_run)[1].video)
         with np.load(path) as archive:
-            return torch.from_numpy(archive["frames"]).to(self.device).float() / 255
+            video = torch.from_numpy(archive["frames"]).to(self.device).float() / 255
+        return VideoSample(video=video, prompt=prompt.text, cache=self.reference_caches[path])
 
     def _save_reference(self, prompt: EvaluationPrompt, run: RunSettings, video: torch.Tensor) -> None:
         path = self._reference_path(prompt, run)
@@ -211,17 +200,9 @@ class _Worker:
         write_files({path: buffer.getvalue()})
 
 
-def _scores(video: torch.Tensor, text: str) -> dict[str, Any]:
-    """What the moving-shapes scorer sees, if the prompt is one of its captions; else nothing."""
+def _caption(text: str) -> Caption | None:
+    """Read a prompt as a caption of moving shapes, None if it is none."""
     try:
-        parse_caption(text)
+        return parse_caption(text)
     except ValueError:
-        return {}
-    shown = score(video, text)
-    return {
-        "attributes": [scored.attributes for scored in shown.objects],
-        "background": shown.background,
-        "basics": shown.basics,
-        "all_attributes": shown.all_attributes,
-        "realism_error": realism_error(video, text),
-    }
+        return None

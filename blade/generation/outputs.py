@@ -19,6 +19,7 @@ from blade.generation.request import NO_STUDENT, GenerationRequest, ResolvedRequ
 from blade.generation.run import Generation, run_request
 from blade.media.pictures import side_by_side
 from blade.media.video import encode_mp4
+from blade.metrics.registry import compare_videos, describe_comparison
 from blade.models.loaded import LoadedModel
 from blade.models.source import BUNDLED
 from blade.moving_shapes.bundled import BUNDLED_DEFAULTS, prompt_warning
@@ -70,7 +71,7 @@ class GenerationReport:
         if self.comparison_path is not None:
             lines += [
                 f"comparison  {self.comparison_path}",
-                f"to dense    PSNR {record['psnr']:.2f} dB, SSIM {record['ssim']:.4f}; "
+                f"to dense    {describe_comparison(record)}; "
                 f"dense denoising {record['seconds_denoising_dense']:.2f} s",
             ]
         return "\n".join(lines)
@@ -187,7 +188,8 @@ def _make_files(
     if compare:
         model.pipe.set_progress_bar_config(desc="denoising, dense")
         dense = run_request(model, resolved.dense())
-        record |= _compared(generation, dense)
+        record |= compare_videos(generation.video, dense.video)
+        record["seconds_denoising_dense"] = round(dense.seconds_denoising, 4)
         videos = {
             "dense": dense.video,
             f"{resolved.attention}, density {generation.run_density:.2f}": generation.video,
@@ -249,13 +251,3 @@ def _score(request: ResolvedRequest, generation: Generation) -> dict[str, Any] |
 
     seen = score(generation.video, request.prompt)
     return {"objects": [scored.attributes for scored in seen.objects], "background": seen.background}
-
-
-def _compared(generation: Generation, dense: Generation) -> dict[str, Any]:
-    from blade.metrics.similarity import psnr, ssim
-
-    return {
-        "psnr": float(psnr(generation.video, dense.video)),
-        "ssim": float(ssim(generation.video, dense.video)),
-        "seconds_denoising_dense": round(dense.seconds_denoising, 4),
-    }

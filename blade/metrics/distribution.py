@@ -5,13 +5,16 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import fmean
 
 import numpy as np
 import torch
 from torch.nn import functional
 
+from blade.media.video import mp4_frames
 from blade.metrics.estimates import Estimate
+from blade.metrics.measures import Measure, VideoSample, VideoSet
 from blade.models.loaded import LoadedModel
 
 RESAMPLES = 200
@@ -121,3 +124,55 @@ def diversity(videos: Sequence[torch.Tensor]) -> float:
         videos: at least two, of one shape, in [0, 1]; small ones will do.
     """
     return fmean(float((one - two).square().mean().sqrt()) for one, two in itertools.combinations(videos, 2))
+
+
+def _features(sample: VideoSample) -> list[float] | None:
+    """Features of a video, if there will be videos enough for a distance, as encoding takes time and memory."""
+    assert sample.model is not None
+    return latent_statistics(sample.model, sample.video) if sample.evaluated > feature_count(sample.model) else None
+
+
+def _distance(videos: VideoSet) -> Distance | None:
+    """The Frechet distance to the reference run's videos; None with too few of them."""
+    if videos.reference is None:
+        return None
+    own, others = videos.recorded("features"), videos.reference.recorded("features")
+    both = [key for key in own if key in others]
+    # with fewer videos than features, the fitted distributions would be flat
+    if not both or len(both) <= len(own[both[0]]):
+        return None
+    first, second = (np.array([features[key] for key in both]) for features in (own, others))
+    return Distance(frechet_distance(first, second), resampled_distances(first, second), len(both))
+
+
+def _diversity(files: Sequence[Path]) -> float:
+    return diversity([torch.stack([thumbnail(frame[None] / 255)[0] for frame in mp4_frames(file)]) for file in files])
+
+
+MEASURES = (
+    Measure(
+        name="diversity",
+        heading="diversity",
+        format="{:.4f}",
+        better="up",
+        per="prompt",
+        compute=_diversity,
+        note="Diversity: root mean square of the pixels' differences between videos of the same prompt, frames shrunk "
+        f"to {THUMBNAIL}x{THUMBNAIL}; over prompts.",
+        brief=False,
+    ),
+    Measure(
+        name="frechet",
+        heading="Frechet",
+        format="{:.2f}",
+        better="down",
+        per="set",
+        key="features",
+        observe=_features,
+        compute=_distance,
+        note="Frechet: distance to the videos of {reference}, of normal distributions fitted to features of videos: "
+        "mean and standard deviation of each channel of their latents, made by the model's own VAE, in units of the "
+        "reference's standard deviation over videos.",
+    ),
+)
+"""Measures of many videos together."""

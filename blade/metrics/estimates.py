@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
 import numpy as np
 
@@ -52,3 +52,29 @@ def paired_difference(values: Mapping[Video, float], baseline: Mapping[Video, fl
     """
     differences = [value - baseline[video] for video, value in values.items() if video in baseline]
     return bootstrap(differences) if differences else None
+
+
+class Result(Protocol):
+    """What a measure comes to over the videos of a run."""
+
+    def estimate(self) -> Estimate:
+        """Return the value with its interval."""
+
+    def less(self, other: Self) -> Estimate | None:
+        """Return the difference to another run's result, None if they have no videos in common."""
+
+
+@dataclass(frozen=True)
+class Values:
+    """A result that is the mean of single values."""
+
+    of: Mapping[Any, float]
+    """At least one value, by video."""
+
+    def estimate(self) -> Estimate:
+        """Return the mean with its interval; see `bootstrap`."""
+        return bootstrap([*self.of.values()])
+
+    def less(self, other: Values) -> Estimate | None:
+        """Return the mean difference over the videos of both; see `paired_difference`."""
+        return paired_difference(self.of, other.of)

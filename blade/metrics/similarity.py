@@ -1,4 +1,4 @@
-"""Measures of one video against another, and of the motion in one."""
+"""Similarity of one video to another."""
 
 from __future__ import annotations
 
@@ -7,19 +7,11 @@ from statistics import fmean
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+
+from blade.metrics.measures import Measure, Panel, VideoSample
 
 MAX_PSNR = 100.0
 """PSNR in dB of identical videos, so that averages and JSON stay finite."""
-
-LEVELS = 3
-"""Most levels of the image pyramid on which motion is followed, each half as large as the one before."""
-SMALLEST_LEVEL = 16
-"""Pixels on the shorter edge below which there are no further levels."""
-WINDOW = 9
-"""Edge in pixels of the window that moves as one."""
-LEAST_CHANGE = 4 / 255
-"""Change of brightness from frame to frame below which a pixel does not move."""
 
 
 def psnr(video: torch.Tensor, reference: torch.Tensor) -> float:
@@ -106,74 +98,6 @@ def _lpips_network() -> Any:
     return LPIPS(net="alex", verbose=False).eval()
 
 
-def motion(video: torch.Tensor) -> float:
-    """Mean displacement of what moves, in pixels a frame; 0 where nothing does.
-
-    Optical flow between consecutive frames, averaged over pixels with the square of their change of brightness as
-    weight, so that a still background does not count. Source of the flow: Lucas and Kanade, IJCAI 1981, iterated from
-    coarse to fine. It follows up to about four pixels a frame; along straight edges it sees only what is across them.
-
-    Args:
-        video: (frames, channels, height, width) in [0, 1].
-
-    Raises:
-        ValueError: If this is no video.
-    """
-    if video.ndim != 4:
-        raise ValueError(f"`video` must be (frames, channels, height, width), got {tuple(video.shape)}.")
-    brightness = video.detach().float().clamp(0, 1).mean(1, keepdim=True)
-    before, after = brightness[:-1], brightness[1:]
-    change = (after - before).square()
-    weight = torch.where(change >= LEAST_CHANGE**2, change, 0)
-    if not bool(weight.any()):
-        return 0.0
-    speed = optical_flow(before, after).norm(dim=1, keepdim=True)
-    return float((weight * speed).sum() / weight.sum())
-
-
-def optical_flow(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
-    """Displacement (x, y) in pixels, (pairs, 2, height, width), that takes `before` to `after`, both one-channel."""
-    pyramid = [(before, after)]
-    while len(pyramid) < LEVELS and min(pyramid[-1][0].shape[-2:]) >= 2 * SMALLEST_LEVEL:
-        pyramid.append(tuple(F.avg_pool2d(image, 2) for image in pyramid[-1]))
-    flow = torch.zeros(before.shape[0], 2, *pyramid[-1][0].shape[-2:], device=before.device)
-    for earlier, later in reversed(pyramid):
-        if flow.shape[-2:] != earlier.shape[-2:]:
-            flow = 2 * F.interpolate(flow, size=earlier.shape[-2:], mode="bilinear", align_corners=False)
-        for _ in range(3):
-            flow = flow + _flow_step(earlier, _shifted(later, flow))
-    return flow
-
-
-def _flow_step(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
-    """One least-squares step: in each window, slope * displacement = -change."""
-    padded = F.pad((before + after) / 2, (1, 1, 1, 1), mode="replicate")
-    slope_x = (padded[..., 1:-1, 2:] - padded[..., 1:-1, :-2]) / 2
-    slope_y = (padded[..., 2:, 1:-1] - padded[..., :-2, 1:-1]) / 2
-    change = after - before
-    products = torch.cat(
-        (slope_x * slope_x, slope_x * slope_y, slope_y * slope_y, slope_x * change, slope_y * change), dim=1
-    )
-    for size, padding in (((WINDOW, 1), (WINDOW // 2, 0)), ((1, WINDOW), (0, WINDOW // 2))):
-        products = F.avg_pool2d(products, size, 1, padding, count_include_pad=False)
-    xx, xy, yy, xt, yt = products.split(1, dim=1)
-    # what the window does not determine stays as it is
-    steady = 1e-5 + 0.01 * (xx + yy)
-    xx, yy = xx + steady, yy + steady
-    determinant = xx * yy - xy * xy
-    step = torch.cat(((xy * yt - yy * xt) / determinant, (xy * xt - xx * yt) / determinant), dim=1)
-    return step.clamp(-1, 1)
-
-
-def _shifted(image: torch.Tensor, flow: torch.Tensor) -> torch.Tensor:
-    """The image as seen by points that moved along the flow."""
-    height, width = image.shape[-2:]
-    x = torch.arange(width, device=image.device) + flow[:, 0] + 0.5
-    y = torch.arange(height, device=image.device)[:, None] + flow[:, 1] + 0.5
-    grid = torch.stack((2 * x / width - 1, 2 * y / height - 1), dim=-1)
-    return F.grid_sample(image, grid, mode="bilinear", padding_mode="border", align_corners=False)
-
-
 def _eight_bit(video: torch.Tensor, reference: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     if video.ndim != 4 or video.shape != reference.shape:
         raise ValueError(
@@ -182,3 +106,45 @@ def _eight_bit(video: torch.Tensor, reference: torch.Tensor) -> tuple[torch.Tens
         )
     first, second = ((255 * one.detach().float().clamp(0, 1)).round() for one in (video, reference))
     return first, second.to(first.device)
+
+
+def _frame_similarities(sample: VideoSample) -> list[float]:
+    return ssim_by_frame(sample.video, sample.reference_video)
+
+
+MEASURES = (
+    Measure(
+        name="psnr",
+        heading="PSNR",
+        detail="dB",
+        format="{:.2f}",
+        better="up",
+        needs=("reference",),
+        compute=lambda sample: psnr(sample.video, sample.reference_video),
+        by_frame=lambda sample: psnr_by_frame(sample.video, sample.reference_video),
+        comparison=True,
+        progress="PSNR {:.2f}".format,
+        panel=Panel(label="PSNR to dense in dB", group="likeness"),
+    ),
+    Measure(
+        name="ssim",
+        heading="SSIM",
+        format="{:.4f}",
+        better="up",
+        needs=("reference",),
+        compute=lambda sample: fmean(sample.once(_frame_similarities)),
+        by_frame=lambda sample: sample.once(_frame_similarities),
+        comparison=True,
+        panel=Panel(label="SSIM to dense", group="likeness"),
+    ),
+    Measure(
+        name="lpips",
+        heading="LPIPS",
+        format="{:.4f}",
+        better="down",
+        needs=("reference",),
+        compute=lambda sample: lpips(sample.video, sample.reference_video),
+        extra="lpips",
+    ),
+)
+"""Measures of how close a video is to its dense reference."""

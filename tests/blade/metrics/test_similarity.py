@@ -4,19 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from blade.metrics import similarity as metrics
-from blade.metrics.similarity import MAX_PSNR, lpips, motion, psnr, psnr_by_frame, ssim, ssim_by_frame
-from blade.moving_shapes import world
-from blade.moving_shapes.world import MovingObject, Scene
-
-
-def pattern(frames=5, edge=48):
-    noise = torch.rand(1, 3, edge + 40, edge + 40, generator=torch.Generator().manual_seed(0))
-    smooth = F.avg_pool2d(F.avg_pool2d(noise, 7, 1, 3), 7, 1, 3)
-    smooth = (smooth - smooth.min()) / (smooth.max() - smooth.min())
-    return smooth.expand(frames, -1, -1, -1)
+from blade.metrics.similarity import MAX_PSNR, lpips, psnr, psnr_by_frame, ssim, ssim_by_frame
 
 
 def test_psnr_is_that_of_eight_bit_frames():
@@ -32,10 +22,9 @@ def test_psnr_takes_the_error_of_the_whole_video():
     assert psnr(video, reference) == pytest.approx(10 * math.log10(255**2 / (20**2 / 4)), abs=1e-3)
 
 
-def test_identical_videos():
-    video = pattern()
-    assert psnr(video, video) == MAX_PSNR
-    assert ssim(video, video) == pytest.approx(1, abs=1e-6)
+def test_identical_videos(pattern):
+    assert psnr(pattern, pattern) == MAX_PSNR
+    assert ssim(pattern, pattern) == pytest.approx(1, abs=1e-6)
 
 
 def test_ssim_against_its_definition():
@@ -47,16 +36,14 @@ def test_ssim_against_its_definition():
 
 
 @pytest.mark.parametrize("measure", [psnr, ssim])
-def test_quality_falls_with_noise(measure):
-    video = pattern()
-    noise = torch.randn(video.shape, generator=torch.Generator().manual_seed(1))
-    values = [measure(video + sigma * noise, video) for sigma in (0.01, 0.05, 0.2)]
+def test_quality_falls_with_noise(measure, pattern):
+    noise = torch.randn(pattern.shape, generator=torch.Generator().manual_seed(1))
+    values = [measure(pattern + sigma * noise, pattern) for sigma in (0.01, 0.05, 0.2)]
     assert values[0] > values[1] > values[2]
 
 
-def test_each_frame_counts_for_itself():
-    reference = pattern()
-    video = reference.clone()
+def test_each_frame_counts_for_itself(pattern):
+    reference, video = pattern, pattern.clone()
     video[1] = (reference[1] + 10 / 255).clamp(0, 1)
     values = psnr_by_frame(video, reference)
     assert [value == MAX_PSNR for value in values] == [True, False, True, True, True]
@@ -73,9 +60,9 @@ def fresh_lpips():
     metrics._lpips_network.cache_clear()
 
 
-def test_lpips_is_none_where_it_is_not_installed(fresh_lpips, monkeypatch):
+def test_lpips_is_none_where_it_is_not_installed(fresh_lpips, monkeypatch, pattern):
     monkeypatch.setitem(sys.modules, "lpips", None)
-    assert lpips(pattern(), pattern()) is None
+    assert lpips(pattern, pattern) is None
 
 
 def test_lpips_gives_its_network_pairs_of_frames_from_minus_one_to_one(fresh_lpips, monkeypatch):
@@ -101,29 +88,3 @@ def test_lpips_gives_its_network_pairs_of_frames_from_minus_one_to_one(fresh_lpi
 def test_shapes_must_agree(measure):
     with pytest.raises(ValueError, match="must both be"):
         measure(torch.zeros(4, 3, 16, 16), torch.zeros(5, 3, 16, 16))
-
-
-@pytest.mark.parametrize("speed", [0.4, 1.0, 1.7])
-@pytest.mark.parametrize("shape", ["ball", "square"])
-def test_motion_is_the_speed_of_an_object(shape, speed):
-    drawn = MovingObject(
-        shape=shape, colour=(0.9, 0.2, 0.2), striped=False, radius=9.0, start=(16.0, 30.0), velocity=(speed, 0.0)
-    )
-    scene = Scene(objects=(drawn,), background="checkered")
-    assert motion(world.render(scene, frames=9, height=48, width=64)) == pytest.approx(speed, rel=0.2)
-
-
-@pytest.mark.parametrize("shift", [(1, 0), (0, -2), (3, 3)])
-def test_motion_of_a_whole_picture(shift):
-    frames = [image.roll((n * shift[1], n * shift[0]), (-2, -1)) for n, image in enumerate(pattern())]
-    video = torch.stack(frames)[..., 20:-20, 20:-20]
-    assert motion(video) == pytest.approx(math.hypot(*shift), rel=0.1)
-
-
-def test_still_pictures_do_not_move():
-    assert motion(pattern()) == 0
-
-
-def test_motion_wants_a_video():
-    with pytest.raises(ValueError, match="frames, channels"):
-        motion(torch.zeros(3, 16, 16))

@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from blade.benchmarks import candidates
+from blade.benchmarks.attention import AttentionBenchmark, AttentionShape, run_attention_benchmark
+from blade.benchmarks.attention_report import tables, write_report
+from blade.benchmarks.candidates import Candidate, candidates_for, recorded_packages, register_candidate
+from blade.cli.bench import main
+
+MODULE = """
+import torch
+from blade.benchmarks.candidates import Candidate, register_candidate
+
+def attend(q, k, v, mask):
+    keep = mask.keep.repeat_interleave(mask.block_size[0], 2)[:, :, : q.shape[1]]
+    keep = keep.repeat_interleave(mask.block_size[1], 3)[..., : k.shape[1]]
+    heads = (x.transpose(1, 2) for x in (q, k, v))
+    return torch.nn.functional.scaled_dot_product_attention(*heads, attn_mask=keep).transpose(1, 2)
+
+register_candidate(Candidate(name="masked", attend=attend, sparse=True, package="numpy"))
+register_candidate(Candidate(name="einsum", attend=attend, has_backward=lambda q: False))
+register_candidate(Candidate(name="picky", attend=attend, sparse=True, refuses=lambda q, k, v, mask: "not today"))
+register_candidate(Candidate(name="absent", attend=attend, module="no_such_module"))
+"""
+
+
+@pytest.fixture(autouse=True)
+def no_compiling(monkeypatch):
+    """FlexAttention takes seconds to compile, and is tested elsewhere."""
+    monkeypatch.setattr("blade_kernels.block_sparse.flex.missing_cpp_toolchain", lambda: "this is a test")
+
+
+@pytest.fixture
+def added(tmp_path, monkeypatch):
+    """The module above, imported; afterwards its candidates are gone."""
+    monkeypatch.setattr(candidates._CANDIDATES, "_declared", dict(candidates._CANDIDATES.declared))
+    (tmp_path / "masked_attention.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield importlib.import_module("masked_attention")
+    sys.modules.pop("masked_attention", None)
+
+
+def names_for(q, block_size) -> list[str]:
+    return [candidate.name for candidate in candidates_for(q, block_size)]
+
+
+def test_the_table_on_the_cpu(monkeypatch):
+    dense = [
+        name for backend in ("flash", "efficient", "cudnn", "math") for name in (backend, f"{backend}, heads first")
+    ]
+    q = torch.zeros(1, 64, 2, 8)
+    assert names_for(q, 64) == [*dense, "triton", "flex", "cpu"]
+    monkeypatch.setattr(candidates, "MATH_BYTES", 4 * 2 * 64**2 - 1)
+    assert names_for(q, 64) == [*dense[:-2], "triton", "flex", "cpu"]
+    flex = next(candidate for candidate in candidates_for(q, 64) if candidate.name == "flex")
+    assert flex.own and flex.sparse and not flex.has_backward(q)
+
+
+def test_the_table_on_cuda(monkeypatch):
+    """Where every peer is installed."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    half = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, shape=(1, 64, 2, 64))
+    dense = ["flash", "flash, deterministic", "efficient", "cudnn", "math"]
+    peers = ["flash-attn", "flash-attn 3", "sageattention"]
+    assert names_for(half, 128) == [*dense, "triton", "flex", *peers, "SpargeAttn"]
+    assert names_for(half, 64) == [*dense, "triton", "flex", *peers, "fastvideo-kernel"]
+    batch = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, shape=(2, 64, 2, 64))
+    assert names_for(batch, 64) == [*dense, "triton", "flex", *peers]
+    single = SimpleNamespace(is_cuda=True, dtype=torch.float32, shape=(1, 64, 2, 64))
+    assert names_for(single, 128) == [*dense, "triton", "flex"]
+    without = {candidate.name for candidate in candidates_for(half, 128) if not candidate.has_backward(half)}
+    assert without == {"sageattention", "SpargeAttn"}
+
+
+def test_versions_of_peers_are_recorded():
+    assert recorded_packages() == (
+        "flash-attn", "flash-attn-3", "sageattention", "spas-sage-attn", "fastvideo-kernel",
+    )  # fmt: skip
+
+
+def test_a_name_is_given_once(added):
+    with pytest.raises(ValueError, match="`name` must be new among declarations of Candidate, got 'flash' again"):
+        register_candidate(Candidate(name="flash", attend=added.attend))
+
+
+def test_added_candidates_are_measured_and_reported(added, tmp_path):
+    pytest.importorskip("matplotlib")
+    settings = AttentionBenchmark(
+        shapes=(AttentionShape(tokens=44, head_dim=8),),
+        densities=(0.3,),
+        passes=("forward", "training"),
+        block_size=8,
+        repeats=1,
+        threads=1,
+    )
+    report = run_attention_benchmark(settings, command="x")
+    (case,) = report["cases"]
+    assert case["sparse"] == ["cpu", "masked"] and case["error"]["masked"] < 1e-5
+    assert set(case["ms"]["masked"]) == {"forward", "training"} and set(case["ms"]["einsum"]) == {"forward"}
+    assert case["missing"]["picky"] == "not today" and "absent" not in {*case["ms"], *case["missing"]}
+    assert report["versions"]["numpy"] is not None
+    dense, forward, *_ = tables(report)
+    assert "einsum" in [row[1] for row in dense.rows]
+    assert forward.headings == ["size", "density", "dense ms", "cpu ms", "masked ms"]
+    _, page, plot = write_report(report, tmp_path / "report")
+    assert "masked ms" in page.read_text() and plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_command_shows_added_candidates(added, capsys):
+    arguments = ["--tokens", "44", "--heads", "1", "--head-dim", "8", "--block-size", "8", "--repeats", "1"]
+    with pytest.raises(SystemExit) as ended:
+        main(["attention", *arguments, "--passes", "forward"])
+    assert not ended.value.code
+    shown = capsys.readouterr().out
+    assert "masked" in shown and "einsum" in shown
