@@ -14,7 +14,7 @@ from blade.media.video import read_mp4
 
 def main(
     videos: Annotated[list[Path], typer.Argument(help="Videos of one size.")],
-    output: Annotated[Path, typer.Option(help="A .png of their frames, or a .webp, .gif or .apng in which they move.")],
+    output: Annotated[Path, typer.Option(help="A .png of frames, or a .webp, .gif or .apng that moves.")],
     columns: Annotated[int, typer.Option(help="Frames of each video in a .png.")] = 6,
     fps: Annotated[float, typer.Option(help="Frames a second where they move.")] = 8,
 ) -> None:

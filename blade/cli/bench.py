@@ -188,8 +188,9 @@ def tune(
     from rich.console import Console
     from rich.table import Table
 
-    types = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-    if dtype not in types:
+    from blade.models.devices import DTYPES
+
+    if dtype not in DTYPES or dtype == "float32":
         raise ValueError(f"`--dtype` must be bfloat16 or float16, got {dtype!r}.")
     if not device.startswith("cuda") or not torch.cuda.is_available():
         raise ValueError(f"`--device` must be a CUDA device that is there, got {device!r}.")
@@ -202,7 +203,7 @@ def tune(
         head_dim=head_dim,
         block_size=block_size,
         density=density,
-        dtype=types[dtype],
+        dtype=DTYPES[dtype],
         device=device,
     )
     path = output or launch_table.override_path()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from blade.common.files import replaced_whole
+
 
 def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
     """Write a checkpoint under a temporary name, then rename it, so that a kill leaves the old or the new one.
@@ -19,13 +20,11 @@ def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
     Raises:
         OSError: if it cannot be written, for example on a full disk; the old one stays as it is.
     """
-    temporary = path.with_suffix(".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(dict(state), temporary)
-        os.replace(temporary, path)
+        with replaced_whole(path) as temporary:
+            torch.save(dict(state), temporary)
     except (OSError, RuntimeError) as error:  # PyTorch's writer has a RuntimeError for a full disk
-        temporary.unlink(missing_ok=True)
         raise OSError(f"The checkpoint {path} cannot be written, so that the one before it stays: {error}") from error
 
 
@@ -55,9 +54,8 @@ class TrainingLog:
         self.path, self.stage, self.total = path, stage, total
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = [line for line in _lines(path) if not (line["stage"] == stage and line["step"] > start)]
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        os.replace(temporary, path)
+        with replaced_whole(path) as temporary:
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
         self._start, self._began = start, time.monotonic()
 
     def write(self, step: int, **values: Any) -> None:

@@ -1,13 +1,11 @@
-"""Videos as files: what is read is what was written, and nothing half-written is ever left."""
+"""Videos as files and pictures: what is read is what was written."""
 
 from __future__ import annotations
 
-import errno
 import gc
 import io
 import itertools
 import os
-import resource
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +13,6 @@ import pytest
 import torch
 from PIL import Image
 
-from blade.common.files import OutputError, check_writable, write_files
 from blade.media.pictures import LABEL_HEIGHT, contact_sheet, encode_animation, encode_png, side_by_side
 from blade.media.video import encode_mp4, mp4_frames, read_mp4
 
@@ -216,63 +213,3 @@ def test_an_animation_has_all_frames_at_their_rate_for_ever(extension: str, lose
 def test_an_animation_in_another_format_is_refused() -> None:
     with pytest.raises(ValueError, match=r"`extension` must be one of \.webp, \.gif, \.apng, got '\.mp4'"):
         encode_animation(gradient_video(), fps=8, extension=".mp4")
-
-
-def test_files_are_written_whole_with_ordinary_permissions(tmp_path: Path) -> None:
-    reference = tmp_path / "reference"
-    reference.touch()
-    write_files({tmp_path / "a.mp4": b"video", tmp_path / "a.json": b"{}"})
-    assert (tmp_path / "a.mp4").read_bytes() == b"video"
-    assert (tmp_path / "a.mp4").stat().st_mode == reference.stat().st_mode
-    assert sorted(item.name for item in tmp_path.iterdir()) == ["a.json", "a.mp4", "reference"]
-
-
-def test_a_full_disk_leaves_nothing_of_any_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "a.mp4").write_bytes(b"of an earlier run")
-    real, calls = os.fsync, []
-
-    def full_at_the_second(handle: int) -> None:
-        calls.append(handle)
-        if len(calls) == 2:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        real(handle)
-
-    monkeypatch.setattr(os, "fsync", full_at_the_second)
-    with pytest.raises(OutputError, match=r"a\.json cannot be written: No space left on device"):
-        write_files({tmp_path / "a.mp4": b"video", tmp_path / "a.json": b"{}"})
-    assert [item.name for item in tmp_path.iterdir()] == ["a.mp4"]
-    assert (tmp_path / "a.mp4").read_bytes() == b"of an earlier run"
-
-
-def test_a_write_that_the_system_cuts_short_leaves_nothing(tmp_path: Path) -> None:
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, before[1]))
-    try:
-        with pytest.raises(OutputError, match=r"a\.mp4 cannot be written: File too large"):
-            write_files({tmp_path / "a.mp4": bytes(100_000)})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_an_interruption_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(handle: int) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(os, "fsync", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        write_files({tmp_path / "a.mp4": b"video"})
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_an_output_folder_is_made(tmp_path: Path) -> None:
-    check_writable(tmp_path / "new" / "folder" / "a.mp4")
-    assert list((tmp_path / "new" / "folder").iterdir()) == []
-
-
-@pytest.mark.parametrize("name", ["file/a.mp4", "folder", "/proc/a.mp4", "/dev/null/a.mp4"])
-def test_an_unwritable_output_is_refused(tmp_path: Path, name: str) -> None:
-    (tmp_path / "file").touch()
-    (tmp_path / "folder").mkdir()
-    with pytest.raises(OutputError, match=r"`output` .*(cannot be written|is a folder)"):
-        check_writable(tmp_path / name)
