@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,13 +45,21 @@ def torch_rng(seed: int, *stream: int, device: str = "cpu") -> torch.Generator:
 
 
 class TrainingLog:
-    """Appends a JSON line a record and prints it with the time left.
+    """Appends a JSON line a record and shows it with the time left.
 
     A resumed run drops the records that its checkpoint had not reached, so that steps appear once and in order.
     """
 
-    def __init__(self, path: Path, *, stage: str, start: int, total: int) -> None:
-        self.path, self.stage, self.total = path, stage, total
+    def __init__(
+        self,
+        path: Path,
+        *,
+        stage: str,
+        start: int,
+        total: int,
+        show: Callable[[str], None] = lambda text: print(text, flush=True),
+    ) -> None:
+        self.path, self.stage, self.total, self.show = path, stage, total, show
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = [line for line in _lines(path) if not (line["stage"] == stage and line["step"] > start)]
         with replaced_whole(path) as temporary:
@@ -66,7 +74,7 @@ class TrainingLog:
             file.write(json.dumps(record) + "\n")
         left = seconds / max(step - self._start, 1) * (self.total - step)
         shown = " ".join(f"{name}={value:.4g}" for name, value in values.items() if isinstance(value, float))
-        print(f"{self.stage} {step}/{self.total} {shown} ({left / 60:.0f} min left)", flush=True)
+        self.show(f"{self.stage} {step}/{self.total} {shown} ({left / 60:.0f} min left)")
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

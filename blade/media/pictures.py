@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -99,7 +100,7 @@ def encode_animation(video: torch.Tensor, fps: float, extension: str = ".webp") 
     if extension not in ANIMATION_EXTENSIONS:
         raise ValueError(f"`extension` must be one of {', '.join(ANIMATION_EXTENSIONS)}, got {extension!r}.")
     frames = np.stack([to_pixels(frame) for frame in video])
-    options = {"duration": 1000 / fps, "loop": 0, "quality": ANIMATION_QUALITY}
+    options: dict[str, Any] = {"duration": 1000 / fps, "loop": 0, "quality": ANIMATION_QUALITY}
     return iio.imwrite("<bytes>", frames, plugin="pillow", extension=extension, **options)
 
 
