@@ -1,4 +1,4 @@
-"""Show frames of videos as a picture: python scripts/contact_sheet.py outputs/*.mp4 --output sheet.png."""
+"""Show videos as a picture: python scripts/contact_sheet.py outputs/*.mp4 --output sheet.png."""
 
 import json
 from pathlib import Path
@@ -8,23 +8,31 @@ import torch
 import typer
 
 from blade.common.files import write_files
-from blade.media.pictures import contact_sheet, encode_png
+from blade.media.pictures import ANIMATION_EXTENSIONS, contact_sheet, encode_animation, encode_png, side_by_side
 from blade.media.video import read_mp4
 
 
 def main(
-    videos: Annotated[list[Path], typer.Argument(help="Videos of one size; a row each.")],
-    output: Annotated[Path, typer.Option(help="The PNG.")],
-    columns: Annotated[int, typer.Option(help="Frames of each video.")] = 6,
+    videos: Annotated[list[Path], typer.Argument(help="Videos of one size.")],
+    output: Annotated[Path, typer.Option(help="A .png of frames, or a .webp, .gif or .apng that moves.")],
+    columns: Annotated[int, typer.Option(help="Frames of each video in a .png.")] = 6,
+    fps: Annotated[float, typer.Option(help="Frames a second where they move.")] = 8,
 ) -> None:
-    """Write a picture of evenly spaced frames, each row labelled with the prompt in the JSON beside its video."""
+    """Write a picture of videos, each labelled with the prompt in the JSON beside it.
+
+    Evenly spaced frames in a row for each video, or the videos side by side, moving.
+    """
     rows: dict[str, torch.Tensor] = {}
     for path in videos:
         record = path.with_suffix(".json")
         label = json.loads(record.read_text(encoding="utf-8"))["prompt"] if record.exists() else path.stem
         rows[f"{label} ({path.stem})" if label in rows else label] = read_mp4(path)
     output.parent.mkdir(parents=True, exist_ok=True)
-    write_files({output: encode_png(contact_sheet(rows, columns=columns))})
+    if output.suffix in ANIMATION_EXTENSIONS:
+        picture = encode_animation(side_by_side(rows), fps, output.suffix)
+    else:
+        picture = encode_png(contact_sheet(rows, columns=columns))
+    write_files({output: picture})
 
 
 if __name__ == "__main__":

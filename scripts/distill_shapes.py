@@ -21,8 +21,9 @@ import typer
 import yaml
 from safetensors.torch import load_file, save
 
-from blade.cli.command import keep_freed_memory, progress_line
+from blade.cli.command import keep_freed_memory
 from blade.cli.evaluate import main as evaluate
+from blade.cli.progress import progress_line
 from blade.common.files import write_files
 from blade.distillation.config import DistillationConfig, load_config
 from blade.distillation.student_files import CARD_NAME, CONFIG_NAME
@@ -114,7 +115,7 @@ def search(folder: Folder, rows: Annotated[list[str], typer.Argument(help="Names
             )
             config = _config(folder, row, rate, 0, *settings)
             with progress_line() as say:
-                distill(config, on_progress=say)
+                distill(config, on_progress=say, on_update=say.log)
             found = means(output / VALIDATION / f"{SEARCH_UPDATES:06d}")
             errors[rate] = found[f"realism_error_{config.trajectory.steps[0]}"]
             print(f"{row}, learning rate {rate:g}: {found}", flush=True)
@@ -136,7 +137,8 @@ def train(
         own_rate = rate or json.loads((folder / "search" / row / FOUND).read_text(encoding="utf-8"))["rate"]
         config = _config(folder, row, own_rate, seed, f"output={folder / f'{row}-seed-{seed}'}")
         with progress_line() as say:
-            print(distill(config, on_progress=say), flush=True)
+            report = distill(config, on_progress=say, on_update=say.log)
+        print(report, flush=True)
 
 
 def comparison(folder: Path, seeds: int) -> list[str]:

@@ -12,6 +12,7 @@ import numpy as np
 
 from blade.attention.patterns import HeadPattern
 from blade.common.checks import check_integer
+from blade.common.files import replaced_whole
 from blade.token_grid import TokenGrid, canonical_order
 
 TABLE_NAME = "pattern_table.json"
@@ -180,9 +181,8 @@ class PatternTable:
 
     def save(self, path: Path) -> None:
         """Write the table to a file; a file that was there is replaced as a whole."""
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(json.dumps(self.to_dict()) + "\n", encoding="utf-8")
-        temporary.replace(path)
+        with replaced_whole(path) as temporary:
+            temporary.write_text(json.dumps(self.to_dict()) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: Path) -> PatternTable:

@@ -23,12 +23,11 @@ from blade.benchmarks.patterns import PATTERN_KINDS, benchmark_patterns
 from blade.common.machine import describe_machine, describe_versions
 from blade.families.registry import benchmark_layers
 from blade.metrics.timing import time_calls
+from blade.models.devices import DTYPES
 from blade.token_grid import TokenGrid
 
 PACKAGES = ("blade-video", "torch", "triton")
 """Packages whose versions are recorded, beside those of the candidates."""
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 ERROR_BOUNDS = {"float32": 1e-4, "bfloat16": 3e-2, "float16": 3e-3}
 """Largest error, relative to the exact output's root mean square, with which times are reported."""

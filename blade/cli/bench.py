@@ -12,6 +12,7 @@ from typing import Annotated, Any, NoReturn, TypeVar
 import typer
 
 from blade.cli.command import run_command
+from blade.cli.progress import progress_line
 
 Number = TypeVar("Number", int, float)
 
@@ -90,12 +91,13 @@ def attention(
         threads=threads,
         repeats=repeats,
     )
-    console, progress, written = Console(), Console(stderr=True), list[Path]()
-    with progress.status("dense ...") as status:
+    console, written = Console(), list[Path]()
+    with progress_line() as say:
+        say("dense ...")
 
         def on_case(report: dict[str, Any]) -> None:
             case = report["cases"][-1]
-            status.update(f"{case['tokens']:,} tokens, density {case['density']} done ...")
+            say(f"{case['tokens']:,} tokens, density {case['density']} done ...")
             if output is not None:
                 written[:] = write_report(report, output)
 
@@ -154,12 +156,12 @@ def generate(
         dtype=dtype,
         device=device,
     )
-    console, progress = Console(), Console(stderr=True)
-    with progress.status("...") as status:
+    console = Console()
+    with progress_line() as say:
         report = run_generation_benchmark(
             settings,
             command=shlex.join(["blade-bench", *sys.argv[1:]]),
-            on_stage=lambda stage: status.update(f"{stage} ..."),
+            on_stage=lambda stage: say(f"{stage} ..."),
         )
     _show(console, tables(report))
     if output is not None:
@@ -188,8 +190,9 @@ def tune(
     from rich.console import Console
     from rich.table import Table
 
-    types = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-    if dtype not in types:
+    from blade.models.devices import DTYPES
+
+    if dtype not in DTYPES or dtype == "float32":
         raise ValueError(f"`--dtype` must be bfloat16 or float16, got {dtype!r}.")
     if not device.startswith("cuda") or not torch.cuda.is_available():
         raise ValueError(f"`--device` must be a CUDA device that is there, got {device!r}.")
@@ -202,15 +205,15 @@ def tune(
         head_dim=head_dim,
         block_size=block_size,
         density=density,
-        dtype=types[dtype],
+        dtype=DTYPES[dtype],
         device=device,
     )
     path = output or launch_table.override_path()
-    console, progress = Console(), Console(stderr=True)
-    with progress.status("...") as status:
+    console = Console()
+    with progress_line() as say:
         trials = tuning.tune(
             case,
-            on_trial=lambda trial: status.update(f"{trial.kernel}, {_launch(trial.config)}: {trial.ms or 'failed'}"),
+            on_trial=lambda trial: say(f"{trial.kernel}, {_launch(trial.config)}: {trial.ms or 'failed'}"),
         )
     chosen = tuning.best(trials)
     shown = Table("kernel", "shipped", "ms", "fastest", "ms")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import logging
 import sys
-import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,9 +17,6 @@ INTERRUPTED_EXIT_CODE = 130
 """128 + SIGINT, as shells have it."""
 
 DEBUG = "--debug"
-
-SECONDS_BETWEEN_LINES = 30.0
-"""Between lines of progress in a file."""
 
 GLIBC_SIZES = {-3: 2**30, -1: 2**31 - 1, -2: 2**26}
 """Of glibc's allocator, in bytes: M_MMAP_THRESHOLD, from which on memory comes from the kernel by itself,
@@ -92,30 +88,17 @@ def _fail(message: str, code: int) -> NoReturn:
     sys.exit(code)
 
 
-@contextmanager
-def progress_line() -> Iterator[Callable[[str], None]]:
-    """Yield what shows how far a command is, on stderr: one line that changes, or, in a file, one now and then."""
-    changes, shown = sys.stderr.isatty(), float("-inf")
+class _StderrHandler(logging.Handler):
+    """Prints to what is stderr at the time, which is another stream while a line of progress is shown."""
 
-    def say(text: str) -> None:
-        nonlocal shown
-        if changes:
-            print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
-        elif time.monotonic() - shown >= SECONDS_BETWEEN_LINES:
-            print(text, file=sys.stderr, flush=True)
-            shown = time.monotonic()
-
-    try:
-        yield say
-    finally:
-        if changes:
-            print("\r\033[K", end="", file=sys.stderr, flush=True)
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr, flush=True)
 
 
 @contextmanager
 def _plain_messages() -> Iterator[None]:
     """Show warnings, and what BLADE logs, as plain lines on stderr."""
-    handler = logging.StreamHandler()
+    handler = _StderrHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
     loggers = [logging.getLogger(name) for name in ("blade", "blade_kernels", "blade_pipelines")]
     format_before = warnings.formatwarning

@@ -12,7 +12,8 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from blade.cli.command import progress_line, run_command
+from blade.cli.command import run_command
+from blade.cli.progress import progress_line
 
 
 def distill(
@@ -45,7 +46,7 @@ def distill(
         raise ValueError("`report` must not be given without `dry_run`; a training writes a log.")
     read = load_config(config, settings or ())
     with progress_line() as say:
-        found = distill(read, dry_run=dry_run, random_weights=random_weights, on_progress=say)
+        found = distill(read, dry_run=dry_run, random_weights=random_weights, on_progress=say, on_update=say.log)
     if not PartialState().is_main_process:
         return
     print(found)

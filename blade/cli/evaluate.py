@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from blade.cli.command import run_command
+from blade.cli.progress import progress_line
 
 if TYPE_CHECKING:
     from blade.evaluation.prompts import EvaluationPrompt
@@ -120,7 +121,8 @@ def evaluate(
         dtype=dtype,
     )
     plan = plan_evaluation(evaluation)
-    evaluate_videos(plan, on_video=lambda progress: print(progress, flush=True))
+    with progress_line() as say:
+        evaluate_videos(plan, on_video=lambda progress: say.log(str(progress)))
     report = make_report(plan, command=shlex.join(["blade-evaluate", *sys.argv[1:]]))
     if report["missing"]:
         print(f"{report['missing']} videos of other shards are still missing; the one that ends last reports.")

@@ -9,8 +9,9 @@ from dataclasses import dataclass, make_dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
-from blade.cli.command import progress_line, run_command
+from blade.cli.command import run_command
 from blade.cli.options import make_command
+from blade.cli.progress import progress_line
 from blade.common.options import OptionGroup, option, option_names
 from blade.generation.options import (
     AccelerationOptions,

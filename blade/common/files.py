@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -51,3 +53,52 @@ def write_files(contents: Mapping[Path, bytes]) -> None:
     finally:
         for source in temporary.values():
             source.unlink(missing_ok=True)
+
+
+@contextmanager
+def replaced_whole(path: Path) -> Iterator[Path]:
+    """Yield a temporary path for a file or folder, which then takes its place; after an error all is as it was before.
+
+    Its name is always the same, so that what a kill leaves behind is overwritten the next time. For files that several
+    processes may write at once there is `write_files`.
+    """
+    with _temporary(path.with_name(f".{path.name}.tmp")) as temporary:
+        yield temporary
+        if temporary.is_dir() and path.is_dir():
+            shutil.rmtree(path)
+        os.replace(temporary, path)
+
+
+@contextmanager
+def folder_updated(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder, whose files then go into `folder` one by one; after an error none of them does.
+
+    Args:
+        folder: made if missing; other files in it stay.
+    """
+    with _temporary(folder / ".tmp") as temporary:
+        temporary.mkdir(parents=True)
+        yield temporary
+        for source in sorted(temporary.rglob("*")):
+            if source.is_file():
+                path = folder / source.relative_to(temporary)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(source, path)
+
+
+@contextmanager
+def _temporary(path: Path) -> Iterator[Path]:
+    """Yield a path at which nothing is, neither before nor after."""
+    try:
+        _remove(path)
+        yield path
+    finally:
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """Delete a file or a folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

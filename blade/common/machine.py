@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import resource
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -23,6 +24,14 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
 def describe_versions(packages: Iterable[str]) -> dict[str, str | None]:
     """Return the versions of Python and of distributions; None for one that is not installed."""
     return {"python": platform.python_version()} | {name: _version(name) for name in packages}
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Return the most memory that was allocated on a CUDA device so far; of the CPU, that the whole process took."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / GIB
+    unit = 1 if platform.system() == "Darwin" else 2**10  # macOS counts bytes, Linux KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
 
 
 def _processor() -> str:

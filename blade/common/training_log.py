@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+
+from blade.common.files import replaced_whole
 
 
 def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
@@ -19,13 +20,11 @@ def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
     Raises:
         OSError: if it cannot be written, for example on a full disk; the old one stays as it is.
     """
-    temporary = path.with_suffix(".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(dict(state), temporary)
-        os.replace(temporary, path)
+        with replaced_whole(path) as temporary:
+            torch.save(dict(state), temporary)
     except (OSError, RuntimeError) as error:  # PyTorch's writer has a RuntimeError for a full disk
-        temporary.unlink(missing_ok=True)
         raise OSError(f"The checkpoint {path} cannot be written, so that the one before it stays: {error}") from error
 
 
@@ -46,18 +45,25 @@ def torch_rng(seed: int, *stream: int, device: str = "cpu") -> torch.Generator:
 
 
 class TrainingLog:
-    """Appends a JSON line a record and prints it with the time left.
+    """Appends a JSON line a record and shows it with the time left.
 
     A resumed run drops the records that its checkpoint had not reached, so that steps appear once and in order.
     """
 
-    def __init__(self, path: Path, *, stage: str, start: int, total: int) -> None:
-        self.path, self.stage, self.total = path, stage, total
+    def __init__(
+        self,
+        path: Path,
+        *,
+        stage: str,
+        start: int,
+        total: int,
+        show: Callable[[str], None] = lambda text: print(text, flush=True),
+    ) -> None:
+        self.path, self.stage, self.total, self.show = path, stage, total, show
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = [line for line in _lines(path) if not (line["stage"] == stage and line["step"] > start)]
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        os.replace(temporary, path)
+        with replaced_whole(path) as temporary:
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
         self._start, self._began = start, time.monotonic()
 
     def write(self, step: int, **values: Any) -> None:
@@ -68,7 +74,7 @@ class TrainingLog:
             file.write(json.dumps(record) + "\n")
         left = seconds / max(step - self._start, 1) * (self.total - step)
         shown = " ".join(f"{name}={value:.4g}" for name, value in values.items() if isinstance(value, float))
-        print(f"{self.stage} {step}/{self.total} {shown} ({left / 60:.0f} min left)", flush=True)
+        self.show(f"{self.stage} {step}/{self.total} {shown} ({left / 60:.0f} min left)")
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-import resource
 import time
 
 import torch
 
-from blade.common.machine import GIB, describe_machine, describe_versions
+from blade.common.machine import GIB, describe_machine, describe_versions, peak_memory_gib
 from blade.distillation.reports import PACKAGES, Estimate
 from blade.distillation.roles import TRAINED
 from blade.distillation.teacher_trajectories import KEPT_DTYPE, ExampleTrajectories
@@ -29,10 +28,6 @@ def estimate(trainer: Trainer, prompts: int) -> Estimate:
     if generator.ode_updates:
         seconds_ode_update = _second_update(trainer, 0)
     seconds_update = _second_update(trainer, generator.ode_updates)
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(device) / GIB
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
     count = sum(parameter.numel() for role in TRAINED for parameter in trainer.roles.named_parameters(role).values())
     return Estimate(
         seconds_trajectories=seconds_trajectories,
@@ -41,7 +36,7 @@ def estimate(trainer: Trainer, prompts: int) -> Estimate:
         seconds_update=seconds_update,
         ode_updates=generator.ode_updates,
         updates=config.run.updates,
-        peak_gib=peak,
+        peak_gib=peak_memory_gib(device),
         device=str(describe_machine(device)["device"]),
         versions=describe_versions(PACKAGES),
         trained_parameters=count,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
@@ -16,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from blade.attention.config import BladeConfig
+from blade.common.files import folder_updated
 from blade.distillation.config import DistillationConfig, WeightsConfig
 from blade.distillation.trajectory import SMALLEST
 from blade.families.protocol import ModelFamily
@@ -59,9 +58,7 @@ def write_student(
     Raises:
         OSError: if a file cannot be written.
     """
-    temporary = folder / f".student.{os.getpid()}.tmp"
-    try:
-        temporary.mkdir(parents=True, exist_ok=True)
+    with folder_updated(folder) as temporary:
         marker = f".{ATTRIBUTE}."
         condition = {name: one for name, one in weights.items() if marker in name}
         rest = {name: one.to(dtype).contiguous() for name, one in weights.items() if name not in condition}
@@ -80,13 +77,6 @@ def write_student(
         (temporary / CARD_NAME).write_text(
             _card(config, sampler, attention, facts, find_family(transformer)), encoding="utf-8"
         )
-        for path in sorted(temporary.rglob("*")):
-            if path.is_file():
-                place = folder / path.relative_to(temporary)
-                place.parent.mkdir(parents=True, exist_ok=True)
-                os.replace(path, place)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def read_weights(folder: Path, config: WeightsConfig) -> dict[str, torch.Tensor]:

@@ -65,6 +65,7 @@ def distill(
     dry_run: bool = False,
     random_weights: bool = False,
     on_progress: Callable[[str], None] = lambda text: None,
+    on_update: Callable[[str], None] = lambda text: print(text, flush=True),
 ) -> DistillationReport | Estimate:
     """Train a student, or go on with one that was stopped.
 
@@ -75,6 +76,7 @@ def distill(
         dry_run: only measure what it takes, by two updates; nothing is written.
         random_weights: do that with random weights of the model's size, from its configuration files alone.
         on_progress: told how far the preparations are.
+        on_update: told the losses of every update, in the first process; by default they are printed.
 
     Returns:
         What became of it, or what it would take.
@@ -110,7 +112,7 @@ def distill(
             job.trainer.load_state_dict(saved["trainer"])
             job.hours_before, job.scores = saved["hours"], saved.get("scores", {})
         job.make_trajectories(output, on_progress)
-        return job.run(output)
+        return job.run(output, on_update)
 
 
 def training_prompts(config: DistillationConfig) -> list[str]:
@@ -248,14 +250,16 @@ class _Job:
         trajectories = TeacherTrajectories(folder, self.prompts, generator.trajectories)
         self.trainer.make_trajectories(trajectories, facts, on_progress)
 
-    def run(self, output: Path) -> DistillationReport:
+    def run(self, output: Path, on_update: Callable[[str], None]) -> DistillationReport:
         """Train to the end."""
         config, trainer, processes = self.config, self.trainer, self.processes
         run, began = config.run, time.perf_counter()
         trackers = self._trackers(output)
         log = None
         if processes.is_first:
-            log = TrainingLog(output / LOG_NAME, stage="distillation", start=trainer.update, total=run.updates)
+            log = TrainingLog(
+                output / LOG_NAME, stage="distillation", start=trainer.update, total=run.updates, show=on_update
+            )
         ratios: list[float] = []
         if trainer.update >= run.updates:
             self._write_student(output, self.hours_before)  # which may be sampled otherwise from now on

@@ -1,11 +1,11 @@
-"""Pictures of videos: labelled comparisons side by side, contact sheets, PNG encoding."""
+"""Pictures of videos: labelled comparisons side by side, contact sheets, PNG and animation encoding."""
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Mapping
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +21,11 @@ COMPARISON_HEIGHT = 288
 
 WIDEST = 4096
 """Pixels of a comparison's row at the most, where more than one video is wanted; players show no wider H.264."""
+
+ANIMATION_EXTENSIONS = (".webp", ".gif", ".apng")
+
+ANIMATION_QUALITY = 90
+"""Of WebP, from 0 to 100."""
 
 
 def side_by_side(videos: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -71,11 +76,32 @@ def contact_sheet(videos: Mapping[str, torch.Tensor], *, columns: int = 6, facto
 
 def encode_png(picture: torch.Tensor) -> bytes:
     """Encode a picture, (3, H, W) in [0, 1], as a PNG, in memory."""
-    from PIL import Image
+    import imageio.v3 as iio
 
-    buffer = io.BytesIO()
-    Image.fromarray(to_pixels(picture)).save(buffer, format="PNG")
-    return buffer.getvalue()
+    return iio.imwrite("<bytes>", to_pixels(picture), plugin="pillow", extension=".png")
+
+
+def encode_animation(video: torch.Tensor, fps: float, extension: str = ".webp") -> bytes:
+    """Encode a video as a picture that moves wherever pictures are shown, over and over.
+
+    Args:
+        video: (frames, 3, H, W) in [0, 1].
+        fps: frames a second.
+        extension: ".webp", ".gif" (256 colours a frame) or ".apng" (lossless).
+
+    Returns:
+        The file's bytes.
+
+    Raises:
+        ValueError: for another extension.
+    """
+    import imageio.v3 as iio
+
+    if extension not in ANIMATION_EXTENSIONS:
+        raise ValueError(f"`extension` must be one of {', '.join(ANIMATION_EXTENSIONS)}, got {extension!r}.")
+    frames = np.stack([to_pixels(frame) for frame in video])
+    options: dict[str, Any] = {"duration": 1000 / fps, "loop": 0, "quality": ANIMATION_QUALITY}
+    return iio.imwrite("<bytes>", frames, plugin="pillow", extension=extension, **options)
 
 
 @lru_cache(maxsize=256)

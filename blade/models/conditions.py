@@ -62,6 +62,7 @@ def read_image(path: str, field: str = "image") -> Image:
     Raises:
         ValueError: if there is none.
     """
+    # Diffusers' loader and not imageio, which mishandles the mirrored EXIF orientations of gray images (2.38.1)
     from diffusers.utils import load_image
 
     try:
@@ -86,7 +87,7 @@ def read_frames(path: str, frames: int | None) -> list[Image]:
     try:
         video = read_mp4(path)
     except (OSError, ValueError, av.FFmpegError) as error:
-        raise ValueError(f"`video` must be a video file, got {path}: {error}.") from error
+        raise ValueError(f"`video` must be a video file, got {path}: {str(error).rstrip('.')}.") from error
     if frames is not None and len(video) < frames:
         raise ValueError(f"`frames` must be at most the {len(video)} that `video` {path} has, got {frames}.")
     pixels = (video[:frames] * 255).round().byte().permute(0, 2, 3, 1).numpy()

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from blade.attention.config import BladeConfig
 from blade.attention.patterns import HeadPattern
+from blade.common.files import replaced_whole
 from blade.profiling.recording import read_pass
 from blade.token_grid import TokenGrid, canonical_order
 
@@ -114,9 +115,8 @@ class AttentionProfile:
         """Write the profile to a file; one that was there is replaced as a whole."""
         names = [item.name for item in fields(self) if item.name != "source"]
         tensors = {name: torch.from_numpy(np.ascontiguousarray(getattr(self, name))) for name in names}
-        temporary = path.with_name(f"{path.name}.tmp")
-        save_file(tensors, temporary, metadata={"source": json.dumps(self.source.to_dict())})
-        temporary.replace(path)
+        with replaced_whole(path) as temporary:
+            save_file(tensors, temporary, metadata={"source": json.dumps(self.source.to_dict())})
 
     @classmethod
     def load(cls, path: Path) -> AttentionProfile:
@@ -175,9 +175,8 @@ def aggregate_passes(folder: Path, path: Path, steps: int) -> None:
         by_branch = [[found[branch, step][name] for step in range(steps)] for branch in range(branches)]
         tensors[name] = torch.stack([torch.stack(by_step) for by_step in by_branch])
     tensors |= {"maps": maps, "map_rows": rows}
-    temporary = path.with_suffix(".tmp")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
-    temporary.replace(path)
+    with replaced_whole(path) as temporary:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
 
 
 def make_profile(source: ProfileSource, paths: Sequence[Path]) -> AttentionProfile:

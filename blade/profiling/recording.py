@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from blade.attention.applied import AppliedBlade, applied_to
 from blade.attention.config import BladeConfig
+from blade.common.files import replaced_whole
 from blade.families.registry import find_family
 from blade.profiling.measure import LayerMeasurement
 from blade.profiling.recording_plan import Recording, RecordingMethod, RecordingPlan
@@ -73,9 +74,8 @@ def kept_passes(
             result = inner(**inputs)
             output = result[0] if isinstance(result, tuple) else result.sample
             kept = {} if look is None else look()
-            temporary = path.with_suffix(".tmp")
-            save_file({"output": output.detach().cpu().contiguous(), **kept}, temporary)
-            temporary.replace(path)
+            with replaced_whole(path) as temporary:
+                save_file({"output": output.detach().cpu().contiguous(), **kept}, temporary)
         if on_pass is not None:
             on_pass(number, known, int(kept["step"]) if "step" in kept else None)
         if kwargs.get("return_dict", True):

@@ -238,6 +238,8 @@ def push_student(
     Raises:
         ValueError: if the folder holds no student.
     """
+    # not by a mixin: those push an object that they save first, with a model card of their own; a student is a folder,
+    # has its own card, and only some of its files are uploaded
     from huggingface_hub import HfApi
 
     folder = Path(folder)

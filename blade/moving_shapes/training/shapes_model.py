@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from diffusers import WanPipeline
 
+from blade.common.files import replaced_whole
+
 from .decoder import DecoderTraining, needs_wider_decoder, train_decoder
 from .transformer import TransformerTraining, train_transformer
 from .vae import VAETraining, train_vae
@@ -58,15 +60,12 @@ def train_shapes_model(
             trained_vae = train_decoder(run, trained_vae, decoder, device)
         model = train_transformer(run, trained_vae, transformer, device, (pipe, _steps_trained(start_from / LOG)))
     pipe = model.to("cpu").pipeline(trained_vae.to("cpu"))
-    temporary = output.with_name(output.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
     pipe.to(torch.float32)
     pipe.vae.to(torch.float16)  # to save space: `from_pretrained` makes it float32 again
-    pipe.save_pretrained(temporary)
-    shutil.copy(run / "log.jsonl", temporary / LOG)
-    shutil.copy(MODEL_CARD, temporary / "README.md")
-    shutil.rmtree(output, ignore_errors=True)
-    temporary.rename(output)
+    with replaced_whole(output) as temporary:
+        pipe.save_pretrained(temporary)
+        shutil.copy(run / "log.jsonl", temporary / LOG)
+        shutil.copy(MODEL_CARD, temporary / "README.md")
 
 
 def _steps_trained(log: Path) -> int:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -87,12 +88,14 @@ def test_push_to_the_hub(monkeypatch):
 
         def upload_folder(self, folder_path, **options):
             uploaded.update(options, config=BladeConfig.from_pretrained(folder_path))
+            uploaded["files"] = [path.name for path in Path(folder_path).rglob("*")]
             return type("Commit", (), {"commit_url": "https://huggingface.co/me/x/commit/1"})
 
     monkeypatch.setattr("huggingface_hub.HfApi", Api)
     assert config.push_to_hub("x", token="t") == "https://huggingface.co/me/x/commit/1"
     assert uploaded["repo_id"] == "me/x"
     assert uploaded["config"] == config
+    assert uploaded["files"] == [CONFIG_NAME], "a model card, say, would replace that of the repository"
 
 
 def test_unknown_keys_of_a_later_version_draw_a_warning():

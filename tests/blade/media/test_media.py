@@ -1,11 +1,11 @@
-"""Videos as files: what is read is what was written, and nothing half-written is ever left."""
+"""Videos as files and pictures: what is read is what was written."""
 
 from __future__ import annotations
 
-import errno
+import gc
 import io
+import itertools
 import os
-import resource
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
-from blade.common.files import OutputError, check_writable, write_files
-from blade.media.pictures import LABEL_HEIGHT, contact_sheet, encode_png, side_by_side
-from blade.media.video import encode_mp4, read_mp4
+from blade.media.pictures import LABEL_HEIGHT, contact_sheet, encode_animation, encode_png, side_by_side
+from blade.media.video import encode_mp4, mp4_frames, read_mp4
 
 
 def gradient_video(frames: int = 5, height: int = 32, width: int = 48) -> torch.Tensor:
@@ -34,6 +33,75 @@ def test_what_is_read_is_what_was_written(tmp_path: Path) -> None:
     assert seen.shape == video.shape
     # quantisation to 8 bits in YUV and QUALITY's losses; a frame or channel mixed up would be 0.2 off
     assert (seen - video).abs().mean() < 0.02
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 48), (98, 130), (2, 2)])
+def test_frames_are_those_that_pyav_decodes(tmp_path: Path, height: int, width: int) -> None:
+    """Also where FFmpeg pads the lines of a frame."""
+    import av
+
+    path = tmp_path / "video.mp4"
+    noise = torch.rand(5, 3, height, width, generator=torch.Generator().manual_seed(0))
+    path.write_bytes(encode_mp4(noise, fps=16))
+    with av.open(str(path)) as container:
+        decoded = [torch.from_numpy(frame.to_ndarray(format="rgb24")) for frame in container.decode(video=0)]
+    frames = list(mp4_frames(path))
+    assert len(frames) == len(decoded) == 5
+    assert all(frame.dtype == torch.uint8 for frame in frames)
+    assert all(torch.equal(frame, other.permute(2, 0, 1)) for frame, other in zip(frames, decoded))
+
+
+def test_frames_are_read_one_after_the_other(tmp_path: Path) -> None:
+    """The file is open while its frames are taken, and closed where no more are wanted."""
+    whole = encode_mp4(torch.rand(60, 3, 64, 64, generator=torch.Generator().manual_seed(0)), fps=16)
+    path = tmp_path / "video.mp4"
+    path.write_bytes(whole)
+    opened = len(os.listdir("/dev/fd"))
+    frames = mp4_frames(path)
+    first = list(itertools.islice(frames, 3))
+    assert len(first) == 3 and len(os.listdir("/dev/fd")) == opened + 1
+    frames.close()
+    assert len(os.listdir("/dev/fd")) == opened
+    assert torch.equal(first[2], list(mp4_frames(path))[2])
+
+
+def test_reading_does_not_collect_the_garbage_of_the_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which would take longer than the reading itself beside a loaded pipeline."""
+    path = tmp_path / "video.mp4"
+    path.write_bytes(encode_mp4(gradient_video(), fps=16))
+    walked, collect = [], gc.collect
+
+    def collecting(*generation: int) -> int:
+        walked.append(len(gc.get_objects()))
+        return collect(*generation)
+
+    everything = len(gc.get_objects())
+    monkeypatch.setattr(gc, "collect", collecting)
+    assert len(list(mp4_frames(path))) == 5
+    next(mp4_frames(path))
+    assert all(number < everything / 10 for number in walked)
+    assert gc.get_freeze_count() == 0, "the program's objects are set aside for good"
+
+
+def test_what_a_program_has_frozen_stays_frozen(tmp_path: Path) -> None:
+    path = tmp_path / "video.mp4"
+    path.write_bytes(encode_mp4(gradient_video(), fps=16))
+    gc.freeze()
+    try:
+        frozen = gc.get_freeze_count()
+        assert len(list(mp4_frames(path))) == 5
+        assert gc.get_freeze_count() >= frozen / 2
+    finally:
+        gc.unfreeze()
+
+
+@pytest.mark.parametrize("content", [b"", b"no video", None])
+def test_a_file_that_is_no_video_is_an_error_of_the_system(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "video.mp4"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(OSError):
+        read_mp4(path)
 
 
 def test_the_frame_rate_is_in_the_file(tmp_path: Path) -> None:
@@ -122,61 +190,26 @@ def test_a_contact_sheet_shows_evenly_spaced_frames_in_rows() -> None:
         contact_sheet(videos, columns=10)
 
 
-def test_files_are_written_whole_with_ordinary_permissions(tmp_path: Path) -> None:
-    reference = tmp_path / "reference"
-    reference.touch()
-    write_files({tmp_path / "a.mp4": b"video", tmp_path / "a.json": b"{}"})
-    assert (tmp_path / "a.mp4").read_bytes() == b"video"
-    assert (tmp_path / "a.mp4").stat().st_mode == reference.stat().st_mode
-    assert sorted(item.name for item in tmp_path.iterdir()) == ["a.json", "a.mp4", "reference"]
+def test_a_png_holds_every_value() -> None:
+    values = torch.arange(256).repeat(3).view(3, 16, 16) / 255
+    png = encode_png(values)
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(png))), (values * 255).round().byte().permute(1, 2, 0))
+    assert png.startswith(b"\x89PNG")
 
 
-def test_a_full_disk_leaves_nothing_of_any_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "a.mp4").write_bytes(b"of an earlier run")
-    real, calls = os.fsync, []
-
-    def full_at_the_second(handle: int) -> None:
-        calls.append(handle)
-        if len(calls) == 2:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        real(handle)
-
-    monkeypatch.setattr(os, "fsync", full_at_the_second)
-    with pytest.raises(OutputError, match=r"a\.json cannot be written: No space left on device"):
-        write_files({tmp_path / "a.mp4": b"video", tmp_path / "a.json": b"{}"})
-    assert [item.name for item in tmp_path.iterdir()] == ["a.mp4"]
-    assert (tmp_path / "a.mp4").read_bytes() == b"of an earlier run"
+@pytest.mark.parametrize(("extension", "loses"), [(".webp", 0.03), (".gif", 0.1), (".apng", 1 / 510)])
+def test_an_animation_has_all_frames_at_their_rate_for_ever(extension: str, loses: float) -> None:
+    video = gradient_video(frames=4)
+    picture = Image.open(io.BytesIO(encode_animation(video, fps=8, extension=extension)))
+    assert picture.n_frames == 4 and picture.size == (48, 32)
+    assert picture.info["loop"] == 0
+    for number, frame in enumerate(video):
+        picture.seek(number)
+        shown = torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1) / 255
+        assert (shown - frame).abs().mean() <= loses, number
+        assert picture.info["duration"] == pytest.approx(125, abs=6)  # GIF counts in hundredths of a second
 
 
-def test_a_write_that_the_system_cuts_short_leaves_nothing(tmp_path: Path) -> None:
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, before[1]))
-    try:
-        with pytest.raises(OutputError, match=r"a\.mp4 cannot be written: File too large"):
-            write_files({tmp_path / "a.mp4": bytes(100_000)})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_an_interruption_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(handle: int) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(os, "fsync", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        write_files({tmp_path / "a.mp4": b"video"})
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_an_output_folder_is_made(tmp_path: Path) -> None:
-    check_writable(tmp_path / "new" / "folder" / "a.mp4")
-    assert list((tmp_path / "new" / "folder").iterdir()) == []
-
-
-@pytest.mark.parametrize("name", ["file/a.mp4", "folder", "/proc/a.mp4", "/dev/null/a.mp4"])
-def test_an_unwritable_output_is_refused(tmp_path: Path, name: str) -> None:
-    (tmp_path / "file").touch()
-    (tmp_path / "folder").mkdir()
-    with pytest.raises(OutputError, match=r"`output` .*(cannot be written|is a folder)"):
-        check_writable(tmp_path / name)
+def test_an_animation_in_another_format_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"`extension` must be one of \.webp, \.gif, \.apng, got '\.mp4'"):
+        encode_animation(gradient_video(), fps=8, extension=".mp4")

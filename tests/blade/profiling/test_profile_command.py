@@ -9,7 +9,6 @@ import torch
 from blade import BladeConfig
 from blade.attention.patterns import HeadPattern, pattern_blocks
 from blade.cli import generate as generate_command
-from blade.cli.command import progress_line
 from blade.cli.profile import main
 from blade.moving_shapes.captions import HELD_OUT, parse_caption
 from blade.profiling.prompts import profile_prompts
@@ -166,15 +165,3 @@ def test_explained_mass_is_the_best_patterns(make_profile):
     place = kinds.index("vertical")
     assert explained[place, 2, 3] == pytest.approx(profile.mass[3, 2, 4].mean())
     assert explained.shape == (len(kinds), 3, 6) and np.isfinite(explained).all()
-
-
-def test_progress_in_a_file_comes_now_and_then(capsys, monkeypatch):
-    with progress_line() as say:
-        say("first")
-        say("second")
-    assert capsys.readouterr().err == "first\n"
-    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
-    with progress_line() as say:
-        say("first")
-        say("second")
-    assert capsys.readouterr().err == "\r\x1b[Kfirst\r\x1b[Ksecond\r\x1b[K"
