@@ -281,8 +281,8 @@ class BladeConfig:
         commit_message: str = "Upload BLADE configuration",
     ) -> str:
         """Upload the configuration to a Hugging Face Hub repository, made if missing, and return the commit's URL."""
-        # not by a mixin: huggingface_hub's sets an attribute of the instance, which is frozen, and Diffusers' uploads a
-        # model card of its own along with it
+        # not by a mixin: huggingface_hub's sets an attribute of the instance, which is frozen, and Diffusers' uploads
+        # a model card of its own along with it
         from huggingface_hub import HfApi
 
         api = HfApi(token=token)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
-import resource
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -13,7 +11,7 @@ from typing import Any
 import torch
 
 from blade.attention.config import BladeConfig
-from blade.common.machine import GIB, describe_machine, describe_versions
+from blade.common.machine import describe_machine, describe_versions, peak_memory_gib
 from blade.common.options import option_names
 from blade.generation.options import GROUPS
 from blade.generation.request import SPARSE_OPTIONS, GenerationRequest, ResolvedRequest
@@ -49,7 +47,7 @@ def make_record(request: ResolvedRequest, generation: Generation, *, seconds_loa
         "seconds_text": round(generation.seconds_text, 4),
         "seconds_denoising": round(generation.seconds_denoising, 4),
         "seconds_decoding": round(generation.seconds_decoding, 4),
-        "peak_memory_gib": round(_peak_memory_gib(device), 4),
+        "peak_memory_gib": round(peak_memory_gib(device), 4),
         "machine": describe_machine(device),
         "versions": describe_versions(PACKAGES),
     }
@@ -99,12 +97,3 @@ def read_request(path: str | Path, changes: Mapping[str, Any] | None = None) -> 
 
 def _differs(name: str, changes: Mapping[str, Any], values: Mapping[str, Any]) -> bool:
     return name in changes and changes[name] != values.get(name)
-
-
-def _peak_memory_gib(device: torch.device) -> float:
-    """Peak memory of the device in GiB; on the CPU, of the whole process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / GIB
-    # Linux counts in KiB, macOS in bytes
-    unit = 1 if platform.system() == "Darwin" else 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
