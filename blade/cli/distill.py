@@ -33,7 +33,7 @@ def distill(
     ] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
-    """Distil a video model to few steps, together with sparse attention. A stopped run goes on where it was."""
+    """Distil a video model to few steps, together with sparse attention. A stopped run resumes bit-exactly."""
     # imported here, so that --help and usage errors don't wait for PyTorch
     from accelerate import PartialState
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from blade.evaluation.prompts import EvaluationPrompt
 
 DEFAULT_RUNS = ("dense", "preset")
-"""What is compared where no run is given."""
+"""Runs that are compared where none is given."""
 
 
 def _option(help: str, *names: str) -> Any:

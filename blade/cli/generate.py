@@ -23,7 +23,7 @@ FAILED_EXIT_CODE = 1
 
 @dataclass(frozen=True, kw_only=True)
 class OutputOptions(OptionGroup):
-    """What is written, and what is run."""
+    """Files that are written, and ways of running."""
 
     title: ClassVar[str] = "Output"
 

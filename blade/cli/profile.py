@@ -34,7 +34,7 @@ GENERATION_OPTIONS = (
 
 @dataclass(frozen=True, kw_only=True)
 class ProfileOptions(OptionGroup):
-    """What is looked into, and where the results go."""
+    """Prompts, measurements and results."""
 
     title: ClassVar[str] = "Profile"
 
@@ -45,7 +45,7 @@ class ProfileOptions(OptionGroup):
     sampled_blocks: int = option(8)
     """Query blocks that are looked at in a layer, others every step; 0: all. By default 8."""
     own_orders: bool = option(True, flag="own-orders/--no-own-orders")
-    """Whether heads may have token orders of their own; by default they may."""
+    """Let heads have token orders of their own, as by default."""
     costs: str = option("auto", choices=("auto", "operations", "time"))
     """operations, time (on this device), or auto, the default: time on CUDA."""
     influence_prompts: int = option(1)
@@ -58,7 +58,7 @@ class ProfileOptions(OptionGroup):
 
 @dataclass(frozen=True, kw_only=True)
 class SearchOptions(OptionGroup):
-    """How patterns are chosen."""
+    """Choice of patterns."""
 
     title: ClassVar[str] = "Search"
 

@@ -32,7 +32,7 @@ class PromptOptions(OptionGroup):
     title: ClassVar[str] = "Prompt"
 
     prompt: str = option(MISSING)
-    """What the video shows."""
+    """Content of the video, in words."""
 
     def check(self) -> None:
         """Check the prompt."""
@@ -83,7 +83,7 @@ class VideoOptions(OptionGroup):
     video: str | None = option(of_model=True)
     """A video to change."""
     strength: float | None = option(of_model=True)
-    """How far the video is changed, above 0 and at most 1; by default the pipeline's own."""
+    """Share of the video that is changed, above 0 and at most 1; by default the pipeline's own."""
 
     def check(self) -> None:
         """Check sizes, and which inputs go together."""
@@ -117,7 +117,7 @@ class SamplingOptions(OptionGroup):
     guidance_scale_2: float | None = option(settled_by_student=True, of_model=True)
     """Guidance scale of a second transformer."""
     negative_prompt: str | None = option(settled_by_student=True)
-    """What the video should not show; without effect where there is no guidance."""
+    """Content that the video should not have; without effect where there is no guidance."""
     flow_shift: float | None = option(settled_by_student=True, of_model=True)
     """Shift of a flow-matching scheduler toward high noise."""
 
@@ -191,7 +191,8 @@ class AccelerationOptions(OptionGroup):
     dtype: str | None = option(choices=DTYPE_NAMES)
     """float32, bfloat16 or float16; by default bfloat16 on CUDA and float32 elsewhere."""
     offload: str = option("none", choices=OFFLOADS)
-    """Where weights wait: none, model, sequential, group, or auto for the fastest that fits."""
+    """Place of weights on the CPU while they are not needed: none, model, sequential, group, or auto for the fastest way
+    that fits."""
     quantize: str | None = option(choices=QUANTIZATIONS, prepare="blade.models.acceleration:quantize")
     """Store the transformer's weights as int8 or fp8 (torchao)."""
     cache: str | None = option(

@@ -29,12 +29,12 @@ from blade.students.source import BUNDLED_STUDENTS
 logger = logging.getLogger("blade")
 
 OUTPUT_FOLDER = Path("outputs")
-"""Where videos go that are given no path."""
+"""Folder of videos that are given no path."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationReport:
-    """What was made, and what it cost; `print` it."""
+    """A video that was made, its files and its cost; `print` it."""
 
     generation: Generation
     """The video itself."""
@@ -83,7 +83,7 @@ def generate_files(
     """Make a video, and write it with its record: all files or none.
 
     Args:
-        request: what to make.
+        request: the request.
         output: path of the MP4; the record has the same name with ".json". None: see `default_output`.
         compare: also make it with dense attention and the same seed, and write both side by side.
 
@@ -101,7 +101,7 @@ def generate_files(
 
 @dataclass(frozen=True, kw_only=True)
 class ListReport:
-    """What became of a list of prompts; `print` it."""
+    """The outcome of a list of prompts; `print` it."""
 
     made: tuple[GenerationReport, ...]
     """The new videos."""
@@ -120,16 +120,16 @@ class ListReport:
 def generate_list(
     request: GenerationRequest, prompts: Sequence[str], folder: str | Path = OUTPUT_FOLDER, *, compare: bool = False
 ) -> ListReport:
-    """Make a video of every prompt, each as soon as it is there; what a run before this one made is left as it is.
+    """Make a video of every prompt, each as soon as it is there; videos that exist are left as they are.
 
     Args:
-        request: what else to make them by; its own prompt is not used.
+        request: everything but the prompts; its own prompt is not used.
         prompts: the prompts.
         folder: where the videos go, each under the name of its prompt and the seed.
         compare: see `generate_files`.
 
     Returns:
-        What was made. A prompt that fails takes none of the others along.
+        The outcome. One failing prompt does not stop the rest.
 
     Raises:
         ValueError: for a request that cannot be met with any prompt.

@@ -1,4 +1,4 @@
-"""What a run would compute and hold in memory, from configuration files alone: nothing is downloaded, nothing runs."""
+"""The operations and memory of a run, from configuration files alone: nothing is downloaded, nothing runs."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class RunPlan:
 
     @property
     def fits(self) -> bool | None:
-        """Whether the device holds it without offloading; None where there is no CUDA device."""
+        """True if the device holds it without offloading; None where there is no CUDA device."""
         return None if self.device_gib is None else self.needed_gib <= self.device_gib
 
     def __str__(self) -> str:
@@ -89,10 +89,10 @@ class RunPlan:
 
 
 def plan_run(request: GenerationRequest) -> RunPlan:
-    """Work out what a request would compute and hold.
+    """Work out the operations and the memory of a request.
 
     Args:
-        request: what would be made.
+        request: the request.
 
     Raises:
         ValueError: for a request that cannot be met, or a model whose operations cannot be counted.

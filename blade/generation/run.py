@@ -1,4 +1,4 @@
-"""One generation: the video of a resolved request, and what it cost."""
+"""One generation: the video of a resolved request and its cost."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from blade.students.scheduler import set_flow_shift
 
 @dataclass(frozen=True, kw_only=True)
 class Generation:
-    """A finished video, and what it cost."""
+    """A finished video and its cost."""
 
     video: torch.Tensor
     """(frames, 3, H, W), float32 on the CPU, in [0, 1]."""
@@ -36,7 +36,7 @@ class Generation:
     seconds_decoding: float
     """From there to the finished frames."""
     summary: BladeSummary | None
-    """What BLADE did; None if the run was dense."""
+    """Densities as realised; None if the run was dense."""
     layer_density: float | None = field(init=False)
     """Mean density over sparse layers and steps; None if there was none."""
     run_density: float = field(init=False)
@@ -62,8 +62,8 @@ def run_request(
     Args:
         model: the loaded model.
         request: a request that `resolve_request` returned.
-        attention: what decides about attention while the pipeline runs, instead of the request's configuration; the
-            result has no summary then.
+        attention: a context that decides about attention while the pipeline runs, instead of the request's
+            configuration; the result has no summary then.
 
     Raises:
         NonFiniteError: if the latents turned infinite or not-a-number; names the step and the first layer. Nothing is
