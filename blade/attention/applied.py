@@ -21,6 +21,7 @@ from blade.attention.layer import Plan, SparseLayer
 from blade.attention.methods import Method, method_of
 from blade.attention.steps import ASSUMED_STEPS, StepResolver
 from blade.families.protocol import Inputs, ModelFamily
+from blade.families.transformers import Transformer
 from blade.token_grid import TokenGrid
 
 logger = logging.getLogger("blade")
@@ -41,7 +42,7 @@ class PassState:
     """Which of them are sparse."""
 
 
-class AppliedBlade(ModelHook):
+class AppliedBlade(ModelHook):  # type: ignore[misc]  # Diffusers has no types
     """The hook around a transformer's forward pass, and everything that belongs to it.
 
     Before the transformer runs, it works out the token grid and the step, tells every layer whether it is sparse, and
@@ -96,7 +97,7 @@ class AppliedBlade(ModelHook):
         _refuse_parallelism(transformer)
         _refuse_caches_around(transformer)
         check_implementation(config.implementation, IMPLEMENTATIONS)
-        self.attentions = tuple(family.attention_layers(transformer))
+        self.attentions: tuple[Any, ...] = tuple(family.attention_layers(transformer))
         beyond = [layer for layer in config.dense_layers if layer >= len(self.attentions)]
         if beyond:
             raise ValueError(
@@ -109,7 +110,7 @@ class AppliedBlade(ModelHook):
         )
         self.method.check(len(self.attentions), family.heads(self.attentions[0]))
 
-    def install(self, transformer: nn.Module) -> None:
+    def install(self, transformer: Transformer) -> None:
         """Put the processors and hooks in place."""
         for layer, attention in zip(self.layers, self.attentions):
             attention.set_processor(self.family.make_processor(layer, attention.processor))
@@ -117,7 +118,7 @@ class AppliedBlade(ModelHook):
         with _beneath_offloading(transformer):
             HookRegistry.check_if_exists_or_initialize(transformer).register_hook(self, HOOK_NAME)
 
-    def uninstall(self, transformer: nn.Module) -> None:
+    def uninstall(self, transformer: Transformer) -> None:
         """Put the previous processors back and take the hooks away.
 
         Raises:
@@ -318,7 +319,7 @@ def _refuse_skipped_scores(attentions: Sequence[nn.Module]) -> None:
 
 
 @contextmanager
-def _beneath_offloading(transformer: nn.Module) -> Iterator[None]:
+def _beneath_offloading(transformer: Transformer) -> Iterator[None]:
     """Lift Accelerate's offloading hook off for a moment, so that ours goes beneath it.
 
     Accelerate puts back the forward that it found whenever it takes its hook off, which `enable_model_cpu_offload`

@@ -290,7 +290,7 @@ class BladeConfig:
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
             commit = api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message)
-        return commit.commit_url
+        return str(commit.commit_url)
 
 
 def parse_dense_steps(value: int | float) -> int | float:

@@ -87,12 +87,12 @@ class PatternTable:
     @property
     def layers(self) -> int:
         """Number of layers."""
-        return self.assignment.shape[1]
+        return int(self.assignment.shape[1])
 
     @property
     def heads(self) -> int:
         """Heads of a layer."""
-        return self.assignment.shape[2]
+        return int(self.assignment.shape[2])
 
     def shares(self) -> dict[str, float]:
         """Share of all heads, layers and steps that each kind of pattern has, the largest first."""
@@ -108,7 +108,8 @@ class PatternTable:
     def sparse_layers(self) -> np.ndarray:
         """Where a layer has a head that leaves something out: bool (groups of steps, layers)."""
         full = np.array([pattern.kind == "full" for pattern in self.patterns])
-        return ~full[self.assignment].all(-1)
+        sparse: np.ndarray = ~full[self.assignment].all(-1)
+        return sparse
 
     def by_step(self, steps: int) -> np.ndarray:
         """The group of every step of a run; steps of a run of another length are those at the same share of it."""

@@ -12,7 +12,7 @@ ASSUMED_STEPS = 50
 """Length of a run whose length is nowhere to be read (Diffusers' default for Wan)."""
 
 
-class ContextRecorder(StateManager):
+class ContextRecorder(StateManager):  # type: ignore[misc]  # Diffusers has no types
     """Listens to `transformer.cache_context(...)`, in which newer pipelines name the step of every forward pass.
 
     Diffusers hands the context to each `StateManager` that an attribute of a stateful hook holds; before version 0.37

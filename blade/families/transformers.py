@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import nn
 
+Transformer: TypeAlias = Any
+"""A transformer of Diffusers: an `nn.Module` whose attributes, `config` among them, are typed nowhere."""
 
-def find_transformers(pipe_or_transformer: Any) -> dict[str, nn.Module]:
+
+def find_transformers(pipe_or_transformer: Any) -> dict[str, Transformer]:
     """Return the transformers of a pipeline by their component's name, or the one given as "transformer".
 
     Raises:

@@ -191,8 +191,8 @@ class AccelerationOptions(OptionGroup):
     dtype: str | None = option(choices=DTYPE_NAMES)
     """float32, bfloat16 or float16; by default bfloat16 on CUDA and float32 elsewhere."""
     offload: str = option("none", choices=OFFLOADS)
-    """Place of weights on the CPU while they are not needed: none, model, sequential, group, or auto for the fastest way
-    that fits."""
+    """Offloading of weights to the CPU while they are not needed: none, model, sequential, group, or auto for the
+    fastest way that fits."""
     quantize: str | None = option(choices=QUANTIZATIONS, prepare="blade.models.acceleration:quantize")
     """Store the transformer's weights as int8 or fp8 (torchao)."""
     cache: str | None = option(

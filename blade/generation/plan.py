@@ -143,7 +143,7 @@ def peak_bytes(function: Callable[[], object]) -> int:
     """
     with torch.no_grad(), torch.device("meta"), _FusedAttention(), _Memory() as memory:
         function()
-    return memory.peak
+    return int(memory.peak)
 
 
 class _FusedAttention(TorchFunctionMode):
@@ -163,7 +163,7 @@ class _Memory(TorchDispatchMode):
     """Follows the storages that are made, until they are freed."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # PyTorch's
         self.live = self.peak = 0
         self._known = WeakIdKeyDictionary()
 
@@ -191,7 +191,7 @@ def _storages(tree: Any) -> list[torch.UntypedStorage]:
 def _flops(function: Callable[[], object]) -> int:
     with torch.no_grad(), torch.device("meta"), FlopCounterMode(display=False) as counter:
         function()
-    return counter.get_total_flops()
+    return int(counter.get_total_flops())
 
 
 def _encode(encoder: nn.Module, tokens: int) -> object:

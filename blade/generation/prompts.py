@@ -39,7 +39,7 @@ def _prompt_of(line: str, path: str | Path) -> str:
         prompt = ""
     if not prompt:
         raise ValueError(f"`prompts` must have an object with a `prompt` in each line, but {path} has {line!r}.")
-    return prompt
+    return str(prompt)
 
 
 def file_stem(prompt: str) -> str:

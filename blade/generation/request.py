@@ -51,7 +51,7 @@ class GenerationRequest(
 
     def __post_init__(self) -> None:
         for group in GROUPS:
-            group.check(self)  # type: ignore[arg-type]
+            group.check(self)
         if self.scheduler is not None:
             parse_times(self.scheduler)
         if self.config is not None and self.blade_config is not None:

@@ -101,7 +101,8 @@ def encode_animation(video: torch.Tensor, fps: float, extension: str = ".webp") 
         raise ValueError(f"`extension` must be one of {', '.join(ANIMATION_EXTENSIONS)}, got {extension!r}.")
     frames = np.stack([to_pixels(frame) for frame in video])
     options: dict[str, Any] = {"duration": 1000 / fps, "loop": 0, "quality": ANIMATION_QUALITY}
-    return iio.imwrite("<bytes>", frames, plugin="pillow", extension=extension, **options)
+    encoded: bytes = iio.imwrite("<bytes>", frames, plugin="pillow", extension=extension, **options)
+    return encoded
 
 
 @lru_cache(maxsize=256)

@@ -46,7 +46,8 @@ def optical_flow(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
     """Displacement (x, y) in pixels, (pairs, 2, height, width), that takes `before` to `after`, both one-channel."""
     pyramid = [(before, after)]
     while len(pyramid) < LEVELS and min(pyramid[-1][0].shape[-2:]) >= 2 * SMALLEST_LEVEL:
-        pyramid.append(tuple(F.avg_pool2d(image, 2) for image in pyramid[-1]))
+        earlier, later = pyramid[-1]
+        pyramid.append((F.avg_pool2d(earlier, 2), F.avg_pool2d(later, 2)))
     flow = torch.zeros(before.shape[0], 2, *pyramid[-1][0].shape[-2:], device=before.device)
     for earlier, later in reversed(pyramid):
         if flow.shape[-2:] != earlier.shape[-2:]:

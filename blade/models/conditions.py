@@ -66,7 +66,8 @@ def read_image(path: str, field: str = "image") -> Image:
     from diffusers.utils import load_image
 
     try:
-        return load_image(path)
+        image: Image = load_image(path)
+        return image
     except (OSError, ValueError) as error:
         raise ValueError(f"`{field}` must be an image file, or the address of one, got {path}: {error}.") from error
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from blade.attention.budget import configured_budget
@@ -16,6 +15,7 @@ from blade.attention.config import BladeConfig
 from blade.attention.pattern_plan import PatternPlan
 from blade.attention.selectors import find_selector
 from blade.families.registry import find_family
+from blade.families.transformers import Transformer
 from blade.token_grid import TokenGrid
 
 PARTS = ("self-attention", "other attention", "linear layers", "convolutions")
@@ -75,7 +75,7 @@ class RunCost:
 
 
 def forward_cost(
-    transformer: nn.Module,
+    transformer: Transformer,
     latent_size: tuple[int, int, int],
     *,
     batch: int = 1,

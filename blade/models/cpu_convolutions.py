@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import MethodType
 
 import torch
@@ -23,5 +24,7 @@ def _convolve(layer: nn.Conv3d, x: torch.Tensor, weight: torch.Tensor, bias: tor
         x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and torch.backends.mkldnn.is_available()
     )
     if not suited or torch.is_grad_enabled() or torch.compiler.is_compiling() or isinstance(layer.padding, str):
-        return nn.Conv3d._conv_forward(layer, x, weight, bias)
-    return torch.mkldnn_convolution(x, weight, bias, layer.padding, layer.stride, layer.dilation, layer.groups)
+        plain: torch.Tensor = nn.Conv3d._conv_forward(layer, x, weight, bias)
+        return plain
+    convolve: Callable[..., torch.Tensor] = torch.mkldnn_convolution
+    return convolve(x, weight, bias, layer.padding, layer.stride, layer.dilation, layer.groups)

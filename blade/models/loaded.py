@@ -10,13 +10,12 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import nn
 
 from blade.attention.config import BladeConfig
 from blade.families.protocol import Inputs, ModelFamily
 from blade.families.registry import find_family, preset_names
 from blade.families.sampling_defaults import SamplingDefaults
-from blade.families.transformers import find_transformers
+from blade.families.transformers import Transformer, find_transformers
 from blade.token_grid import TokenGrid
 
 LatentSize = tuple[int, int, int]
@@ -31,19 +30,20 @@ class LoadedModel:
     """A Diffusers pipeline with a video transformer, with its weights or on the meta device."""
 
     @property
-    def transformers(self) -> dict[str, nn.Module]:
+    def transformers(self) -> dict[str, Transformer]:
         """The transformers by their component's name; a student of whole weights replaces one."""
         return find_transformers(self.pipe)
 
     @property
-    def transformer(self) -> nn.Module:
+    def transformer(self) -> Transformer:
         """The transformer, the first one where there are two."""
         return next(iter(self.transformers.values()))
 
     @property
     def device(self) -> torch.device:
         """The device that the pipeline runs on, wherever its weights wait."""
-        return getattr(self.pipe, "_execution_device", self.pipe.device)
+        device: torch.device = getattr(self.pipe, "_execution_device", self.pipe.device)
+        return device
 
     @cached_property
     def family(self) -> ModelFamily:
@@ -98,7 +98,8 @@ class LoadedModel:
     def empty_latent(self, size: LatentSize) -> torch.Tensor:
         """Return zeros of the shape, type and device that the VAE decodes: (1, channels, *size)."""
         vae = self.pipe.vae
-        return next(vae.parameters()).new_zeros(1, vae.config.get("z_dim") or vae.config.latent_channels, *size)
+        like: torch.Tensor = next(vae.parameters())
+        return like.new_zeros(1, vae.config.get("z_dim") or vae.config.latent_channels, *size)
 
     def example_inputs(self, size: LatentSize) -> Inputs:
         """Return inputs of the transformer for a latent of a size, all zeros."""

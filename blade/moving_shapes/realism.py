@@ -65,4 +65,4 @@ def realism_error(video: torch.Tensor, prompt: str) -> float:
         far &= ~near
     contrast = sum(contrasts) / len(contrasts)
     far_error = float(residual[far].mean()) / max(contrast, 1e-6) if bool(far.any()) else 0.0
-    return min((sum(near_errors) / len(near_errors) + far_error) ** 0.5, MAX_ERROR)
+    return min(float((sum(near_errors) / len(near_errors) + far_error) ** 0.5), MAX_ERROR)

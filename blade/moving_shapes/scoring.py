@@ -218,7 +218,7 @@ def _fit_shape(track: Track, shape: str, striped: bool) -> ShapeFit:
     few, many = torch.arange(-1.0, 2.0), torch.arange(-2.0, 3.0)
     for scale in (1.0, 0.5, 0.25):
         axes = (radius * (1 + 0.08 * scale * many), x + scale * few, y + scale * many)
-        grid = [axis.flatten() for axis in torch.meshgrid(axes, indexing="ij")]
+        grid = [axis.flatten() for axis in torch.meshgrid(*axes, indexing="ij")]
         best = int(overlaps(grid, blurs=2).argmax())
         radius, x, y = (float(axis[best]) for axis in grid)
     found = [torch.tensor([value]) for value in (radius, x, y)]

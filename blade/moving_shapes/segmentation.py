@@ -311,6 +311,8 @@ def _appearance(amplitude: torch.Tensor, known: torch.Tensor, centre: torch.Tens
     x = (2 * (centre[:, :1] + offsets) / width - 1)[:, None, :].expand(-1, len(offsets), -1)
     y = (2 * (centre[:, 1:] + offsets) / height - 1)[:, :, None].expand(-1, -1, len(offsets))
     layers = torch.stack((amplitude * known, known.float()), dim=1)
+    total: torch.Tensor
+    weight: torch.Tensor
     total, weight = F.grid_sample(layers, torch.stack((x, y), dim=-1), align_corners=False).sum(0)
     return total / weight.clamp(min=1e-3)
 

@@ -16,7 +16,7 @@ from blade.attention.apply import STUDENT_ATTRIBUTE, install_blade, remove_blade
 from blade.attention.config import BladeConfig
 from blade.common.errors import first_line
 from blade.families.registry import released_students
-from blade.families.transformers import find_transformers
+from blade.families.transformers import Transformer, find_transformers
 from blade.models.loaded import LoadedModel
 from blade.students.scheduler import FewStepScheduler
 from blade.students.source import CONDITION_NAME, STUDENT_FILES, TRANSFORMER_FOLDER, WEIGHT_NAME, StudentFiles
@@ -252,7 +252,7 @@ def push_student(
     commit = api.upload_folder(
         repo_id=repo_id, folder_path=folder, allow_patterns=list(STUDENT_FILES), commit_message="Upload a student"
     )
-    return commit.commit_url
+    return str(commit.commit_url)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -375,7 +375,7 @@ def _load_condition(pipe: Any, files: StudentFiles, subfolder: str | None, sampl
     model, counts = LoadedModel(pipe), [len(grid) for grid in sampler.config.grids]
     embedding = model.family.time_embedding(model.transformer)
     condition = StepCondition(embedding, {ADAPTER: len(weight)})
-    condition.vectors[ADAPTER].weight.data.copy_(weight)
+    condition.vectors[ADAPTER].get_parameter("weight").data.copy_(weight)
     condition.requires_grad_(False)
 
     def choose() -> tuple[str, torch.Tensor] | None:
@@ -386,11 +386,11 @@ def _load_condition(pipe: Any, files: StudentFiles, subfolder: str | None, sampl
     return condition
 
 
-def _active_adapters(transformer: nn.Module) -> list[str]:
-    return transformer.active_adapters() if getattr(transformer, "peft_config", None) else []
+def _active_adapters(transformer: Transformer) -> list[str]:
+    return list(transformer.active_adapters()) if getattr(transformer, "peft_config", None) else []
 
 
-def _activate(transformer: nn.Module, names: list[str], weight: float | None = None) -> None:
+def _activate(transformer: Transformer, names: list[str], weight: float | None = None) -> None:
     """Make these adapters active together; Diffusers' own way would set the strength of all of them anew."""
     from peft.tuners.lora import LoraLayer
 

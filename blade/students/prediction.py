@@ -49,4 +49,4 @@ def renew_noise(noise: torch.Tensor, fresh: torch.Tensor, kept: float) -> torch.
 
     Source: the release of BLADE, arXiv 2508.10774, where r is 0.9; 1 is DDIM.
     """
-    return kept * noise + (1 - kept**2) ** 0.5 * fresh
+    return kept * noise + float((1 - kept**2) ** 0.5) * fresh

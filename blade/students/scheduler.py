@@ -40,7 +40,7 @@ def set_flow_shift(scheduler: Any, shift: float) -> Any:
 
 
 @dataclass
-class FewStepOutput(BaseOutput):
+class FewStepOutput(BaseOutput):  # type: ignore[misc]  # Diffusers has no types
     """What a step returns."""
 
     prev_sample: torch.Tensor
@@ -49,7 +49,7 @@ class FewStepOutput(BaseOutput):
     """What the model takes the clean sample to be, in float32."""
 
 
-class FewStepScheduler(SchedulerMixin, ConfigMixin):
+class FewStepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # Diffusers has no types
     """Samples at the times that a student was trained at, and at no others.
 
     At a time with signal alpha and noise sigma the prediction is taken apart into the clean sample x0 and the noise
@@ -72,7 +72,7 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
     _begin_index: int | None
     _generator: torch.Generator | None
 
-    @register_to_config
+    @register_to_config  # type: ignore[untyped-decorator]  # Diffusers has no types
     def __init__(
         self,
         grids: Sequence[Sequence[float]] = ((999.0, 749.0, 499.0, 249.0),),
@@ -151,14 +151,15 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
         if kind == "v_prediction":
             names = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")
             options = {name: config[name] for name in (*names, "rescale_betas_zero_snr", "snr_shift_scale")}
-            return cls(grids=grids, prediction_type=kind, noise_kept=noise_kept, **options)
-        if kind == "flow_prediction":
+        elif kind == "flow_prediction":
             options = {"num_train_timesteps": config["num_train_timesteps"]}
-            return cls(grids=grids, prediction_type=kind, noise_kept=noise_kept, **options)
-        raise ValueError(
-            f"`scheduler` must be of a model that predicts a flow or v, got a {type(scheduler).__name__} with "
-            f"`prediction_type` {kind!r}."
-        )
+        else:
+            raise ValueError(
+                f"`scheduler` must be of a model that predicts a flow or v, got a {type(scheduler).__name__} with "
+                f"`prediction_type` {kind!r}."
+            )
+        made: FewStepScheduler = cls(grids=grids, prediction_type=kind, noise_kept=noise_kept, **options)
+        return made
 
     @property
     def step_counts(self) -> tuple[int, ...]:
@@ -312,7 +313,7 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
         self._generator = None
 
     def __len__(self) -> int:
-        return self.config.num_train_timesteps
+        return int(self.config.num_train_timesteps)
 
 
 def _generator_from(sample: torch.Tensor) -> torch.Generator:

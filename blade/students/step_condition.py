@@ -26,10 +26,10 @@ class StepCondition(nn.Module):
         """
         super().__init__()
         like = next(weight for weight in reversed(list(time_embedding.parameters())))
-        channels = time_embedding.linear_2.out_features
+        channels: int = time_embedding.get_submodule("linear_2").out_features  # type: ignore[assignment]  # nn.Linear
         self.vectors = nn.ModuleDict({role: nn.Embedding(size, channels) for role, size in sizes.items()})
-        for vectors in self.vectors.values():
-            nn.init.zeros_(vectors.weight)
+        for weight in self.vectors.parameters():
+            nn.init.zeros_(weight)
         self.to(like.device)
         self.choose: Callable[[], tuple[str, torch.Tensor] | None] = lambda: None
         """Says which role's vectors are added, and which of them, (B,) or (1,) int64; None: none."""
@@ -48,6 +48,6 @@ class StepCondition(nn.Module):
         if chosen is None or chosen[0] not in self.vectors:
             return None
         role, index = chosen
-        added = self.vectors[role](index.to(output.device))
+        added: torch.Tensor = self.vectors[role](index.to(output.device))
         # with a time for each token, the rows of the embedding are tokens
         return output + added.repeat_interleave(len(output) // len(added), dim=0).to(output.dtype)

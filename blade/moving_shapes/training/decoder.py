@@ -29,7 +29,7 @@ class DecoderTraining(VAETraining):
 
 def needs_wider_decoder(vae: AutoencoderKLWan) -> bool:
     """Whether a VAE still has the decoder that it was trained with."""
-    return vae.config.decoder_base_dim != DECODER_WIDTHS[1]
+    return bool(vae.config.decoder_base_dim != DECODER_WIDTHS[1])
 
 
 def train_decoder(run: Path, vae: AutoencoderKLWan, config: DecoderTraining, device: str = "cpu") -> AutoencoderKLWan:

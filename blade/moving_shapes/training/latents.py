@@ -98,4 +98,5 @@ class LatentStore:
     def _encode(self, scenes: Sequence[Scene]) -> np.ndarray:
         videos = [render(scene, frames=self.frames, height=self.size, width=self.size) for scene in scenes]
         mean = self.vae.encode(torch.stack(videos).transpose(1, 2).to(self.device) * 2 - 1).latent_dist.mean
-        return ((mean - self._mean) / self._std).half().cpu().numpy()
+        latents: np.ndarray = ((mean - self._mean) / self._std).half().cpu().numpy()
+        return latents

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 
@@ -29,7 +30,7 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(
         self,
-        params: Iterable[torch.Tensor] | Iterable[dict],
+        params: Iterable[torch.Tensor] | Iterable[dict[str, Any]],
         lr: float = 1e-3,
         momentum: float = 0.95,
         weight_decay: float = 0.0,
@@ -37,7 +38,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure: Any = None) -> Any:
         """Update every parameter that has a gradient; those of one shape together."""
         loss = closure() if closure is not None else None
         for group in self.param_groups:
@@ -49,14 +50,16 @@ class Muon(torch.optim.Optimizer):
                 self._update(parameters, group)
         return loss
 
-    def _update(self, parameters: list[torch.Tensor], group: dict) -> None:
+    def _update(self, parameters: list[torch.Tensor], group: dict[str, Any]) -> None:
         updates = []
         for parameter in parameters:
             state = self.state[parameter]
             if "momentum" not in state:
                 state["momentum"] = torch.zeros_like(parameter)
-            state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
-            updates.append(parameter.grad.lerp(state["momentum"], group["momentum"]).flatten(1))
+            gradient = parameter.grad
+            assert gradient is not None  # as `step` has seen to
+            state["momentum"].lerp_(gradient, 1 - group["momentum"])
+            updates.append(gradient.lerp(state["momentum"], group["momentum"]).flatten(1))
         orthogonal = orthogonalise(torch.stack(updates))
         scale = 0.2 * math.sqrt(max(orthogonal.shape[1:]))
         for parameter, update in zip(parameters, orthogonal, strict=True):
@@ -87,7 +90,7 @@ def orthogonalise(matrices: torch.Tensor) -> torch.Tensor:
     """Bring the singular values of (N, rows, columns) matrices close to 1."""
     a, b, c = COEFFICIENTS
     wide = matrices.shape[1] <= matrices.shape[2]
-    x = matrices if wide else matrices.mT
+    x: torch.Tensor = matrices if wide else matrices.mT
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(ITERATIONS):
         gram = x @ x.mT

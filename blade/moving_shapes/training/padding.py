@@ -7,6 +7,7 @@ be replaced by fewer with the bias ln(how many each stands for) on their logits,
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 
@@ -38,10 +39,18 @@ class PaddedCrossAttention:
     def __init__(self) -> None:
         self.bias: torch.Tensor | None = None
 
-    def __call__(self, attn, hidden_states, encoder_hidden_states, attention_mask=None, rotary_emb=None):
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        rotary_emb: Any = None,
+    ) -> torch.Tensor:
         query = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1)).transpose(1, 2)
         key = attn.norm_k(attn.to_k(encoder_hidden_states)).unflatten(2, (attn.heads, -1)).transpose(1, 2)
         value = attn.to_v(encoder_hidden_states).unflatten(2, (attn.heads, -1)).transpose(1, 2)
         weights = torch.softmax(query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1]) + self.bias, dim=-1)
         output = (weights @ value).transpose(1, 2).flatten(2)
-        return attn.to_out[1](attn.to_out[0](output))
+        projected: torch.Tensor = attn.to_out[1](attn.to_out[0](output))
+        return projected

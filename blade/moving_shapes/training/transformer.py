@@ -194,7 +194,8 @@ class TextConditionedTransformer(nn.Module):
         ids, mask = tokens.input_ids.to(latents.device), tokens.attention_mask.to(latents.device)
         text = self.text_encoder(ids, mask).last_hidden_state * mask[..., None]
         self._cross_attention.bias = padding_bias(mask.sum(dim=1), CAPTION_TOKENS)
-        return self.transformer(latents, timestep, text, return_dict=False)[0]
+        velocity: torch.Tensor = self.transformer(latents, timestep, text, return_dict=False)[0]
+        return velocity
 
     def pipeline(self, vae: AutoencoderKLWan) -> WanPipeline:
         """An ordinary pipeline of copies of the present weights."""
@@ -230,7 +231,7 @@ def flow_matching_loss(
     sigma = shifted_sigmas(u, shift).to(latents.device)[:, None, None, None, None]
     noise = torch.randn(latents.shape, generator=generator).to(latents.device)
     kept = ["" if rng.random() < caption_dropout else caption for caption in captions]
-    velocity = model(latents + sigma * (noise - latents), 1000 * sigma.flatten(), kept)
+    velocity: torch.Tensor = model(latents + sigma * (noise - latents), 1000 * sigma.flatten(), kept)
     return (velocity.float() - (noise - latents)).square().mean()
 
 

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Collection
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKLWan
 from diffusers.training_utils import EMAModel
@@ -52,7 +53,7 @@ INITIAL_LOG_VARIANCE = -5.0
 """Of the posterior, so that the first steps see the latents through little noise."""
 
 
-def video_batch(rng, *, batch_size: int, frames: int, size: int) -> torch.Tensor:
+def video_batch(rng: np.random.Generator, *, batch_size: int, frames: int, size: int) -> torch.Tensor:
     """Random training videos, half with one object and half with two.
 
     Returns:
