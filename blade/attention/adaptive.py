@@ -26,7 +26,7 @@ DRAWN_STEPS = 64
 
 @dataclass(frozen=True, eq=False)
 class AdaptivePlan:
-    """What all layers share for one shape of latent, worked out once."""
+    """Plan that all layers share for one shape of latent, worked out once."""
 
     grid: TokenGrid
     """The tokens."""
@@ -41,7 +41,7 @@ class AdaptivePlan:
     selector: Selector
     """Scores the key blocks."""
     context: SelectorContext
-    """What it has to go by on this grid."""
+    """The selector's view of this grid."""
 
     @classmethod
     def of(cls, config: BladeConfig, grid: TokenGrid, device: torch.device) -> AdaptivePlan:
@@ -67,7 +67,7 @@ class AdaptivePlan:
 
     @property
     def is_full(self) -> bool:
-        """Whether every block is kept."""
+        """True if every block is kept."""
         return self.budget.is_full
 
     @property

@@ -32,14 +32,14 @@ HOOK_NAME = "blade"
 
 @dataclass(frozen=True)
 class PassState:
-    """What the layers of a transformer were told for one forward pass."""
+    """State of a transformer's layers in one forward pass."""
 
     plan: Plan | None
-    """What they share; None in a dense pass."""
+    """Plan that they share; None in a dense pass."""
     row: int
     """The row of their tables that they read."""
     sparse: tuple[bool, ...]
-    """Which of them are sparse."""
+    """True for each sparse one."""
 
 
 class AppliedBlade(ModelHook):  # type: ignore[misc]  # Diffusers has no types
@@ -85,10 +85,10 @@ class AppliedBlade(ModelHook):  # type: ignore[misc]  # Diffusers has no types
         self._inverse: torch.Tensor | None = None
         self.plan: Plan | None = None
         self.state = PassState(None, 0, ())
-        """What the layers were told last."""
+        """State of the layers in the latest pass."""
         self.method = method_of(config) if method is None else method
         self.paused = False
-        """Whether everything is dense for now."""
+        """True while everything is dense."""
         self._plans: dict[tuple[TokenGrid, torch.device], Plan] = {}
         self._rows = 0
         self._parameters = tuple(inspect.signature(type(transformer).forward).parameters)[1:]

@@ -12,7 +12,7 @@ from blade.token_grid import TokenGrid
 
 @dataclass(frozen=True)
 class BlockBudget:
-    """How the pairs of tokens that a sparsity leaves are spent in one layer.
+    """Budget of a layer: the pairs of tokens that a sparsity leaves, and their use.
 
     Density is (pairs of real tokens in kept blocks + pairs with pooled tokens) / all pairs. Blocks that hold text are
     kept as columns and as rows; they and the pooled tokens are paid first, the rest goes to blocks of video alone.
@@ -33,12 +33,12 @@ class BlockBudget:
 
     @property
     def is_full(self) -> bool:
-        """Whether every block is kept, so that nothing is left out."""
+        """True if every block is kept, so that nothing is left out."""
         return self.kept_blocks == self.blocks - self.text_blocks
 
     @property
     def is_exceeded(self) -> bool:
-        """Whether text, pooled tokens and the one block that each row keeps alone take more than was requested."""
+        """True if text, pooled tokens and the one block that each row keeps alone exceed the request."""
         return self.density > self.requested_density + 1e-6
 
 

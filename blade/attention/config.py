@@ -1,4 +1,4 @@
-"""BladeConfig: everything that BLADE's attention needs to know, validated, to JSON and back."""
+"""BladeConfig, the configuration of BLADE's attention: validated, to JSON and back."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class AdaptiveConfig:
     """Tokens sampled in each block by the `sampled` selector (paper: 16; both released variants: 32)."""
 
     softmax_denominator: bool = True
-    """Whether the `sampled` score is a softmax with its denominator (the paper's), or each weight relative to the
+    """Score `sampled` by a softmax with its denominator (the paper's); if false, by each weight relative to the
     largest of its row (as released)."""
 
     cumulative_mass: float | None = None
@@ -79,7 +79,7 @@ class AdaptiveConfig:
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class BladeConfig:
-    """How the self-attention of a video transformer is made sparse."""
+    """Configuration of a video transformer's sparse self-attention."""
 
     attention: Literal["dense", "asa", "asa-gt", "patterns"] = "asa"
     """The method: `dense`, `asa` (adaptive block-sparse attention), `asa-gt`, which is short for `asa` with
@@ -111,7 +111,7 @@ class BladeConfig:
     """Seed of the probe offsets and of the `random` selector, together with layer and step."""
 
     kind: PresetKind = "training-free"
-    """What the values are for: ordinary weights, or only weights that were trained with them."""
+    """Weights that the values are for: ordinary ones, or only those that were trained with them."""
 
     asa: AdaptiveConfig = field(default_factory=AdaptiveConfig)
     """Details of the adaptive method. With `patterns`, its block size and token order are the table's."""

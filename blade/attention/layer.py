@@ -1,4 +1,4 @@
-"""What BLADE keeps for one self-attention layer."""
+"""One sparse self-attention layer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from blade.token_grid import TokenGrid
 
 
 class Plan(Protocol):
-    """What all layers share for one shape of latent, worked out once."""
+    """Plan that all layers share for one shape of latent, worked out once."""
 
     @property
     def grid(self) -> TokenGrid:
@@ -24,16 +24,16 @@ class Plan(Protocol):
 
     @property
     def is_full(self) -> bool:
-        """Whether nothing is ever left out."""
+        """True if nothing is ever left out."""
         ...
 
     @property
     def moves_heads(self) -> bool:
-        """Whether a head may have a token order of its own."""
+        """True if a head may have a token order of its own."""
         ...
 
     def head_places(self, rows: tuple[torch.Tensor, ...]) -> torch.Tensor | None:
-        """Where each token of each head stands at this step, (H, S) int64; None: in the model's order."""
+        """Return the place of each token of each head at this step, (H, S) int64; None: in the model's order."""
         ...
 
     def attend(
@@ -101,7 +101,7 @@ class SparseLayer:
         self.tally[2:].add_(1)
 
     def places(self) -> torch.Tensor | None:
-        """Where the method wants each token of each head, (H, S) int64; None: as they are."""
+        """Return the place that the method wants each token of each head at, (H, S) int64; None: as they are."""
         if self.plan is None or not self.plan.moves_heads:  # asked in every layer
             return None
         return self.plan.head_places(self._rows())

@@ -31,11 +31,11 @@ class Method(Protocol):
         ...
 
     def tables(self, layer: int, heads: int, rows: int) -> tuple[torch.Tensor, ...]:
-        """What a layer reads at every step: row i at step i, and past the end from the start again."""
+        """Return the tables that a layer reads: row i at step i, and past the end from the start again."""
         ...
 
     def plan(self, grid: TokenGrid, device: torch.device) -> Plan:
-        """What all layers share for one shape of latent.
+        """Return the plan that all layers share for one shape of latent.
 
         Raises:
             ValueError: if it is not for videos of this size.
@@ -43,7 +43,7 @@ class Method(Protocol):
         ...
 
     def is_sparse(self, layer: int, row: int, rows: int) -> bool:
-        """Whether a layer leaves anything out in the step of a row, of `rows`."""
+        """Return whether a layer leaves anything out in the step of a row, of `rows`."""
         ...
 
 
@@ -109,7 +109,7 @@ class PatternMethod:
         return PatternPlan.of(self._config, grid, device)
 
     def is_sparse(self, layer: int, row: int, rows: int) -> bool:
-        """Whether a head of the layer has another pattern than `full`."""
+        """Return whether a head of the layer has another pattern than `full`."""
         return bool(self._sparse[self._table.by_step(rows)[row], layer])
 
     def _refuse(self, differences: list[str]) -> None:

@@ -18,7 +18,7 @@ from blade.token_grid import TokenGrid
 
 @dataclass(frozen=True, eq=False)
 class PatternPlan:
-    """What all layers share for one shape of latent, worked out once. Nothing in it depends on queries or keys."""
+    """Plan that all layers share for one shape of latent, worked out once, independent of queries and keys."""
 
     grid: TokenGrid
     """The tokens."""
@@ -111,7 +111,7 @@ class PatternPlan:
 
     @property
     def is_full(self) -> bool:
-        """Whether no head ever leaves anything out."""
+        """True if no head ever leaves anything out."""
         return not self.table.sparse_layers().any()
 
     def mask(self, ids: Tensor, chosen: BlockMask | None = None) -> BlockMask:
@@ -133,11 +133,11 @@ class PatternPlan:
 
     @property
     def moves_heads(self) -> bool:
-        """Whether a pattern has a token order of its own."""
+        """True if a pattern has a token order of its own."""
         return self.places is not None
 
     def head_places(self, rows: tuple[Tensor, ...]) -> Tensor | None:
-        """Where each token of each head stands, (H, S) int64; None where all have the model's order."""
+        """Return the place of each token of each head, (H, S) int64; None where all have the model's order."""
         if self.places is None or self.order_of is None:
             return None
         return self.places.index_select(0, self.order_of.index_select(0, rows[0].long()))
@@ -188,7 +188,7 @@ class PatternPlan:
 
 
 def pattern_tables(config: BladeConfig, layer: int, heads: int, steps: int) -> tuple[Tensor, ...]:
-    """What a layer reads at every step of a run.
+    """Return the tables that a layer reads at every step of a run.
 
     Args:
         config: the configuration.

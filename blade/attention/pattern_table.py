@@ -26,7 +26,7 @@ FORMAT = 1
 class PatternTable:
     """A pattern for every head, found for one model, number of steps and size of video.
 
-    Two tables are equal if they say the same.
+    Two tables are equal if they assign the same patterns.
     """
 
     patterns: tuple[HeadPattern, ...]
@@ -44,7 +44,7 @@ class PatternTable:
     grid: TokenGrid | None = None
     """The tokens that it was found for. None: any."""
     model: str | None = None
-    """What it was found for, in words."""
+    """The model that it was found for, in words."""
 
     def __repr__(self) -> str:
         """Return the table's size and the share of every kind of pattern."""
@@ -106,7 +106,7 @@ class PatternTable:
         return dict(sorted(((kind, share) for kind, share in found.items() if share), key=lambda item: -item[1]))
 
     def sparse_layers(self) -> np.ndarray:
-        """Where a layer has a head that leaves something out: bool (groups of steps, layers)."""
+        """Return True for every layer with a head that leaves something out, bool (groups of steps, layers)."""
         full = np.array([pattern.kind == "full" for pattern in self.patterns])
         sparse: np.ndarray = ~full[self.assignment].all(-1)
         return sparse
@@ -117,7 +117,7 @@ class PatternTable:
         return np.searchsorted(self.group_starts, own, side="right") - 1
 
     def differences(self, *, layers: int, heads: int, steps: int | None, grid: TokenGrid | None) -> list[str]:
-        """What a run has otherwise than the runs that this table was found for, in words."""
+        """Return the differences between a run and those that this table was found for, in words."""
         found = []
         if (layers, heads) != (self.layers, self.heads):
             found.append(f"{layers} layers of {heads} heads, not {self.layers} of {self.heads}")

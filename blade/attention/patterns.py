@@ -24,7 +24,7 @@ KINDS: tuple[str, ...] = get_args(PatternKind)
 """The kinds of patterns."""
 
 AXES = ("frame", "row", "column", "place")
-"""What a window can be about; `place` is the number of a token in its frame, rows one after the other."""
+"""Quantities that a window can bound; `place` is the number of a token in its frame, rows one after the other."""
 
 ROWS_TOGETHER = 64
 """Query blocks whose reach is worked out at a time."""
@@ -51,7 +51,7 @@ class Window:
             check_integer("stride", self.stride, 1)
 
     def pairs(self, size: int, device: torch.device | str = "cpu") -> Tensor:
-        """Which pairs of coordinates it keeps along an axis of `size` tokens: (size, size) bool."""
+        """Return the pairs of coordinates that it keeps along an axis of `size` tokens, (size, size) bool."""
         coordinates = torch.arange(size, device=device)
         distance = ((coordinates[:, None] - coordinates).abs() - self.offset).abs()
         return (distance if self.stride is None else distance % self.stride) < self.width
@@ -59,7 +59,7 @@ class Window:
 
 @dataclass(frozen=True, kw_only=True)
 class HeadPattern:
-    """Which pairs of video tokens one head computes.
+    """Pattern of one head: the pairs of video tokens that it computes.
 
     Pairs are named by where tokens are in the video, so that a pattern is the same in every token order. Attention is
     computed in blocks: a block is kept if it holds a pair of the pattern. Text is always kept, by queries and by keys.
@@ -80,7 +80,7 @@ class HeadPattern:
     """Of a `window`: one for each axis of `AXES` that it restricts, `place` instead of `row` and `column`. A pair must
     be in all of them."""
     first_frame: bool = False
-    """Whether the first frame's keys are kept by all queries besides."""
+    """Let all queries keep the first frame's keys besides."""
     order: str | None = None
     """A token order of the head's own. None: the model's."""
 
@@ -173,7 +173,7 @@ class HeadPattern:
 def pattern_blocks(
     pattern: HeadPattern, grid: TokenGrid, block_size: int, order: str, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """Which blocks hold a pair of a pattern.
+    """Return the blocks that hold a pair of a pattern.
 
     Args:
         pattern: any but `asa`.
@@ -265,7 +265,7 @@ def _reach(pattern: HeadPattern, grid: TokenGrid, block_size: int, marked: Tenso
 
 
 def _reach_along(window: Window | None, marked: Tensor) -> Tensor:
-    """What marked coordinates reach along the last dimension."""
+    """Return the coordinates that marked ones reach along the last dimension."""
     if window is None:
         return marked.any(-1, keepdim=True).expand_as(marked)
     if window.offset == 0 and window.stride is None:

@@ -50,20 +50,20 @@ class SelectorOptions(Protocol):
 
     @property
     def softmax_denominator(self) -> bool:
-        """Whether scores are a softmax with its denominator."""
+        """Score by a softmax with its denominator."""
         ...
 
 
 @dataclass(frozen=True, eq=False)
 class SelectorContext:
-    """What a selector has to go by on one grid, worked out once for all layers and steps."""
+    """A selector's view of one grid, worked out once for all layers and steps."""
 
     options: SelectorOptions
     """The options in force."""
     blocks: int
     """Blocks that the sequence is cut into."""
     prepared: Tensor | None
-    """What `Selector.prepare` returned, on the device; None without one."""
+    """Result of `Selector.prepare`, on the device; None without one."""
 
 
 class Score(Protocol):
@@ -101,15 +101,15 @@ class Selector:
     score: Score
     """The scores, in a layer."""
     draw: Callable[[np.random.Generator, int, SelectorOptions], np.ndarray] | None = None
-    """What is drawn by chance for one layer and step, of a generator keyed by both, the number of heads, and the
+    """Drawing of the random values of one layer and step, of a generator keyed by both, the number of heads, and the
     options; a row of the layer's table. None: nothing."""
     prepare: Callable[[TokenGrid, SelectorOptions], Tensor] | None = None
-    """What can be worked out beforehand, of the grid and the options alone. None: nothing."""
+    """Preparation from the grid and the options alone. None: there is none."""
     operations: Callable[[int, int, int, SelectorOptions], float] | None = None
     """Floating-point operations of the matrix products that score one layer in one pass, of its tokens, its heads,
     numbers in a head, and the options. None: there are none."""
     is_control: bool = False
-    """Whether it looks at neither queries nor keys: what others have to beat at the same density."""
+    """True for a control that looks at neither queries nor keys, which others have to beat at the same density."""
     colour: str | None = None
     """Colour of its points in plots, such as "#7F7F7F". None: one that is free."""
 
@@ -275,7 +275,7 @@ def selector_names() -> tuple[str, ...]:
 
 
 def has_selector(name: str) -> bool:
-    """Whether there is a selector of this name, in the table or among other packages' entry points."""
+    """Return whether there is a selector of this name, in the table or among other packages' entry points."""
     return name in SELECTORS or bool(entry_points(group=ENTRY_POINTS, name=name))
 
 

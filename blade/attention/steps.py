@@ -1,4 +1,4 @@
-"""Which denoising step a forward pass belongs to, without waiting for the device where that can be helped."""
+"""The denoising step of a forward pass, found without waiting for the device where that is possible."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class StepResolver:
         """
         self.context = ContextRecorder()
         self.fixed: tuple[int, int | None] | None = None
-        """What `resolve` answers whatever else there is: a caller that runs the transformer by itself knows best."""
+        """Answer of `resolve` whatever else there is, set by a caller that runs the transformer by itself."""
         self._pipe = weakref.ref(pipe) if pipe is not None else None
         self._step = 0
         self._timestep: float | None = None

@@ -1,4 +1,4 @@
-"""What BLADE did: densities as realised, and why layers stayed dense."""
+"""Summary of a run: densities as realised, and why layers stayed dense."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class LayerSummary:
     density: float | None
     """Mean density over its sparse forward passes; None if there was none."""
     implementation: str | None
-    """What computed the latest sparse one: "triton", "flex", "cpu" or "naive"; None before it."""
+    """Implementation of the latest sparse call: "triton", "flex", "cpu" or "naive"; None before it."""
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,11 @@ class TransformerSummary:
     grid: TokenGrid | None
     """Token grid of the latest forward pass; None before the first."""
     budget: BlockBudget | None
-    """How the sparsity was spent on that grid; None with a table of patterns."""
+    """Budget on that grid; None with a table of patterns."""
     layers: tuple[LayerSummary, ...]
     """Its self-attention layers."""
     notes: tuple[str, ...]
-    """What went into the log: layers that had to stay dense, budgets that were too small."""
+    """Messages of the log: layers that had to stay dense, budgets that were too small."""
 
     def __str__(self) -> str:
         config, budget = self.config, self.budget

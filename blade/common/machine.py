@@ -1,4 +1,4 @@
-"""What a result was measured on: the machine and the versions of packages, as plain JSON values."""
+"""The machine and the versions of packages that a result was measured with, as plain JSON values."""
 
 from __future__ import annotations
 

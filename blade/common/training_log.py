@@ -1,4 +1,4 @@
-"""What every training shares: checkpoints that survive a kill at any point, a log, and progress."""
+"""Parts that every training shares: checkpoints that survive a kill at any point, a log, and progress."""
 
 from __future__ import annotations
 

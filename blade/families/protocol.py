@@ -28,7 +28,7 @@ class SparseAttention(Protocol):
     """One self-attention layer, as the processor of a family sees it."""
 
     sparse: bool
-    """Whether this forward pass is sparse."""
+    """True in a sparse forward pass."""
 
     def count_dense(self) -> None:
         """Count a dense forward pass."""
@@ -71,7 +71,7 @@ class ModelFamily(Protocol):
     name: str
     """The family's name, for messages."""
     guidance_takes_two_passes: bool
-    """Whether the pipelines' `guidance_scale` is classifier-free guidance, and no input of the transformer."""
+    """True if the pipelines' `guidance_scale` is classifier-free guidance, and no input of the transformer."""
     size_multiple: int
     """Pixels that the pipelines want heights and widths to be whole multiples of, whatever the VAE."""
 

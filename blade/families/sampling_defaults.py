@@ -1,4 +1,4 @@
-"""How a model is meant to be sampled: the size, steps and guidance that its family recommends."""
+"""Sampling defaults of a model: the size, steps and guidance that its family recommends."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingDefaults:
-    """What a family recommends for a model; None leaves the default of the pipeline's call or of its scheduler."""
+    """Values that a family recommends; None leaves the default of the pipeline's call or of its scheduler."""
 
     height: int | None = None
     """Pixels."""
@@ -24,6 +24,6 @@ class SamplingDefaults:
     guidance_scale_2: float | None = None
     """The same, of a second transformer."""
     negative_prompt: str | None = None
-    """What the video should not show."""
+    """Content that the video should not have."""
     flow_shift: float | None = None
     """Shift of a flow-matching scheduler toward high noise, for the size that is made."""

@@ -118,7 +118,7 @@ def thumbnail(video: torch.Tensor) -> torch.Tensor:
 
 
 def diversity(videos: Sequence[torch.Tensor]) -> float:
-    """How different videos of one prompt are: the root mean square of their pixels' differences, over all pairs.
+    """Diversity of the videos of one prompt: the root mean square of their pixels' differences, over all pairs.
 
     Args:
         videos: at least two, of one shape, in [0, 1]; small ones will do.

@@ -9,7 +9,7 @@ from typing import Any, Protocol, Self, TypeVar
 import numpy as np
 
 Video = TypeVar("Video", bound=Hashable)
-"""What a video is known by."""
+"""Key of a video."""
 
 RESAMPLES = 2000
 """Bootstrap resamples of a confidence interval."""
@@ -23,7 +23,7 @@ class Estimate:
     low: float
     high: float
     videos: int
-    """How many videos have a value."""
+    """Number of videos that have a value."""
 
 
 def bootstrap(values: Sequence[float], seed: int = 0) -> Estimate:
@@ -55,7 +55,7 @@ def paired_difference(values: Mapping[Video, float], baseline: Mapping[Video, fl
 
 
 class Result(Protocol):
-    """What a measure comes to over the videos of a run."""
+    """Estimate of a measure over the videos of a run."""
 
     def estimate(self) -> Estimate:
         """Return the value with its interval."""

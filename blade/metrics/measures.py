@@ -31,7 +31,7 @@ Scope = Literal["video", "prompt", "set"]
 """Videos of which a measure has one value: one, those of one prompt, or those of a run in a group of prompts."""
 
 NEEDS = ("reference", "caption")
-"""What a measure may need: the same video with dense attention, or a moving-shapes caption."""
+"""Inputs that a measure may need: the same video with dense attention, or a moving-shapes caption."""
 
 LEAST_REPEATED = 2
 """Prompts with several videos from which on measures per prompt have values: a caption may come twice by chance."""
@@ -102,7 +102,7 @@ class Panel:
     """The panel of a plot that shows a measure."""
 
     label: str
-    """What stands beside the axis; that lower is better is added."""
+    """Label of the axis; that lower is better is added."""
     low: float | None = None
     """Lower end of the axis; None leaves it to the values."""
     high: float | None = None
@@ -144,9 +144,9 @@ class Measure:
     extra: str | None = None
     """Optional package without which there is no value; the extra of the same name brings it."""
     detail: str = ""
-    """What the heading leaves out, such as the unit, in a few words."""
+    """Note on the heading, such as the unit, in a few words."""
     note: str = ""
-    """What it is, as a paragraph below the tables that show it; `{reference}` stands for the reference run's name."""
+    """Explanation, as a paragraph below the tables that show it; `{reference}` stands for the reference run's name."""
     brief: bool = True
     """Show it in a terminal too."""
     interval: bool = True

@@ -9,7 +9,7 @@ from blade.moving_shapes.realism import realism_error
 from blade.moving_shapes.scoring import Score, score
 
 ATTRIBUTES = ("colour", "shape", "direction", "size", "fill", "speed")
-"""What the scorer judges of every object."""
+"""Attributes that the scorer judges of every object."""
 
 OfObjects = list[dict[str, bool]]
 """Of each object of a video, the attributes that its caption names, and if they are right."""

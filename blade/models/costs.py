@@ -1,4 +1,4 @@
-"""What a run computes, in floating-point operations, from a transformer's configuration alone, without its weights."""
+"""Floating-point operations of a run, from a transformer's configuration alone, without its weights."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class RunCost:
     sparse_passes: int
     """Those in which layers are sparse."""
     sparse_layers: int
-    """How many layers are, in those."""
+    """Sparse layers in those."""
     density: float
     """Of such a layer, as planned; 1 without a configuration."""
     flops: dict[str, float]

@@ -1,4 +1,4 @@
-"""Where a model is: the bundled one, a folder in Diffusers format, or a repository of the Hub."""
+"""Location of a model: the bundled one, a folder in Diffusers format, or a repository of the Hub."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ _BACKGROUND = re.compile(rf" over a (?P<background>{'|'.join(BACKGROUNDS)}) back
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ObjectCaption:
-    """What a caption says of one object."""
+    """One object of a caption."""
 
     colour: str
     shape: str

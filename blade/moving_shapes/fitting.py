@@ -13,7 +13,7 @@ from .segmentation import Track, check_video, segment
 from .world import MovingObject, Scene
 
 COLOUR_FREEDOM = 0.1
-"""How far, in each channel, a fitted colour may lie from the named one: a tint is free, a wrong colour is not."""
+"""Largest distance, in each channel, of a fitted colour from the named one: a tint is free, a wrong colour is not."""
 RADIUS_RANGE = (world.RADIUS[None][0] / 2, world.RADIUS[None][1] * 1.5)
 """Least and greatest fitted radius in pixels."""
 EDGE_WIDTHS = (3.0, 3.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0)
@@ -139,7 +139,7 @@ class _Fit:
         )
 
     def _cover(self, parameters: torch.Tensor, edge_width: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the object hides of each pixel, and its shade there; both (frames, 1, window, window)."""
+        """Return the share of each pixel that the object hides, and its shade, both (frames, 1, window, window)."""
         x, y, velocity_x, velocity_y, radius = parameters
         dx = self.x - (x + self.time * velocity_x)[:, None, None]
         dy = self.y - (y + self.time * velocity_y)[:, None, None]
@@ -149,7 +149,7 @@ class _Fit:
         return cover, shade
 
     def _shown(self, parameters: torch.Tensor, colour: torch.Tensor, edge_width: float) -> torch.Tensor:
-        """What the object adds to the scene without it: (frames, 3, window, window)."""
+        """Return the object's addition to the scene without it: (frames, 3, window, window)."""
         cover, shade = self._cover(parameters, edge_width)
         return cover * (shade * colour[:, None, None] - self.under)
 

@@ -1,4 +1,4 @@
-"""How far a video is from the nearest one that the world could have drawn.
+"""Distance of a video from the nearest one that the world could have drawn.
 
 `fitting.fit_scene` finds the scene whose rendering comes closest to the whole video: one radius, one colour and one
 constant velocity an object. What remains is the error, relative to how much the objects stand out. Blur, flicker,

@@ -1,4 +1,4 @@
-"""Whether a video shows what its caption says, from pixels alone and attribute by attribute.
+"""Scores of a video against its caption, from pixels alone and attribute by attribute.
 
 This is a measure, not a training signal: nothing may be trained on it, and no checkpoint chosen by it.
 """
@@ -24,7 +24,7 @@ COLOUR_TOLERANCE = 0.25
 LEAST_OVERLAP = 0.75
 """Of an object with the shape it is nearest to. Halves of shapes stay below 0.70, blurred whole ones above 0.79."""
 BLURS = (1, 2, 4, 8)
-"""How often a silhouette may be blurred, by sqrt(1/2) pixels each time, to look like the object."""
+"""Most times that a silhouette may be blurred, by sqrt(1/2) pixels each time, to look like the object."""
 LEAST_SPEED = world.SPEED[None][0] / 2
 """Pixels a frame below which an object counts as static: half the world's slowest."""
 LEAST_PRESENCE = 0.9
@@ -32,12 +32,12 @@ LEAST_PRESENCE = 0.9
 SIZE_THRESHOLD = (world.RADIUS["small"][1] + world.RADIUS["large"][0]) / 2
 SPEED_THRESHOLD = (world.SPEED["slowly"][1] + world.SPEED["fast"][0]) / 2
 MOST_TRACKS = 4
-"""How many of the largest objects in a video are considered."""
+"""Number of the largest objects in a video that are considered."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ObjectScore:
-    """Which of an object's named attributes the video shows."""
+    """An object's named attributes, each right or wrong in the video."""
 
     attributes: dict[str, bool]
     """`colour`, `shape` and `direction`, and those of `size`, `fill` and `speed` that the caption names. All are False
@@ -45,32 +45,32 @@ class ObjectScore:
 
     @property
     def basics(self) -> bool:
-        """Whether colour, shape and direction are all right."""
+        """True if colour, shape and direction are all right."""
         return all(self.attributes[name] for name in BASICS)
 
     @property
     def all_attributes(self) -> bool:
-        """Whether everything that the caption says of the object is right."""
+        """True if everything that the caption says of the object is right."""
         return all(self.attributes.values())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Score:
-    """Which of a caption's attributes a video shows."""
+    """A caption's attributes, each right or wrong in a video."""
 
     objects: tuple[ObjectScore, ...]
     """In the caption's order."""
     background: bool | None = None
-    """Whether the named background is there; None where the caption names none."""
+    """True if the named background is there; None where the caption names none."""
 
     @property
     def basics(self) -> bool:
-        """Whether every object has its colour, shape and direction."""
+        """True if every object has its colour, shape and direction."""
         return all(scored.basics for scored in self.objects)
 
     @property
     def all_attributes(self) -> bool:
-        """Whether the video shows everything that the caption says."""
+        """True if the video shows everything that the caption says."""
         return self.background is not False and all(scored.all_attributes for scored in self.objects)
 
     @property
@@ -118,7 +118,7 @@ def match_objects(seen: Segmentation, caption: Caption) -> tuple[Track | None, .
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ShapeFit:
-    """How well a shape describes an object's appearance."""
+    """Fit of a shape to an object's appearance."""
 
     shape: str
     striped: bool
@@ -130,7 +130,7 @@ class ShapeFit:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _View:
-    """What one object of a video looks like."""
+    """Appearance of one object of a video."""
 
     present: bool
     colour: str | None
@@ -234,7 +234,7 @@ def radius_of_area(shape: str, area: float) -> float:
 
 
 def _present_throughout(track: Track) -> bool:
-    """Whether at least half of what nothing hides of the object is there, in nearly all frames."""
+    """Return whether at least half of what nothing hides of the object is there, in nearly all frames."""
     dx, dy = _offsets(track.line, track.mask)
     expected = (math.pi * (dx.square() + dy.square()) < track.full_area) & ~track.near_other
     present = track.area >= 0.5 * expected.sum((1, 2))
@@ -242,14 +242,14 @@ def _present_throughout(track: Track) -> bool:
 
 
 def _steady(track: Track, tolerance: float) -> bool:
-    """Whether at least four fifths of the frames lie near the straight track."""
+    """Return whether at least four fifths of the frames lie near the straight track."""
     frames = track.free if bool(track.free.any()) else track.area > 0
     deviation = (track.centre - track.line)[frames].norm(dim=1)
     return float((deviation <= tolerance).float().mean()) >= 0.8
 
 
 def _moves(velocity: tuple[float, float], direction: str) -> bool:
-    """Whether a velocity is fast enough to be seen and within 27 degrees of a direction."""
+    """Return whether a velocity is fast enough to be seen and within 27 degrees of a direction."""
     unit = world.VELOCITY[direction]
     along = velocity[0] * unit[0] + velocity[1] * unit[1]
     across = velocity[0] * unit[1] - velocity[1] * unit[0]

@@ -75,12 +75,12 @@ class Track:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Segmentation:
-    """What a video shows."""
+    """Objects and background of a video."""
 
     background: str | None
     """The nearest of the world's backgrounds; None is plain dark."""
     background_matches: bool
-    """Whether nine tenths of the pixels away from objects look like `background`."""
+    """True if nine tenths of the pixels away from objects look like `background`."""
     tracks: tuple[Track, ...]
     """Largest first."""
 
@@ -207,7 +207,7 @@ def _connected_cells(core: torch.Tensor) -> list[torch.Tensor]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Outline:
-    """What is known of an object before it is followed; see `Track`."""
+    """First guess of an object, before it is followed; see `Track`."""
 
     label: str
     colour: tuple[float, float, float]

@@ -64,7 +64,7 @@ class MovingObject:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Scene:
-    """What `render` draws."""
+    """Scene that `render` draws."""
 
     objects: tuple[MovingObject, ...]
     """Front first."""
@@ -73,7 +73,7 @@ class Scene:
 
 
 def extents(shape: str, radius: float) -> tuple[float, float, float, float]:
-    """How far a shape reaches from its centre to the left, right, top and bottom."""
+    """Reach of a shape from its centre to the left, right, top and bottom."""
     if shape == "ball":
         return (radius, radius, radius, radius)
     if shape == "square":
@@ -145,7 +145,7 @@ def render(
 
 
 def coverage(distance: torch.Tensor, *, edge_width: float = 1.0) -> torch.Tensor:
-    """How much of each pixel a shape covers, in [0, 1].
+    """Return the share of each pixel that a shape covers, in [0, 1].
 
     Args:
         distance: From pixel centres to the outline, in pixels, negative inside.
@@ -163,7 +163,7 @@ def object_distance(drawn: MovingObject, *, frames: int, height: int, width: int
 
 
 def stripe_shade(dy: torch.Tensor) -> torch.Tensor:
-    """What a striped object's colour is multiplied by, for offsets from its centre: 1 or `STRIPE_SHADE`."""
+    """Return the factor of a striped object's colour, for offsets from its centre: 1 or `STRIPE_SHADE`."""
     return 1 - (1 - STRIPE_SHADE) * _bands(dy, STRIPE_PERIOD)
 
 
@@ -240,7 +240,7 @@ def _sample_object(
 
 
 def both_visible(front: MovingObject, rear: MovingObject, frames: int) -> bool:
-    """Whether two objects start and end apart, and the front one never hides most of the rear one."""
+    """Return whether two objects start and end apart, and the front one never hides most of the rear one."""
     reach = front.radius + rear.radius
     distances = [math.dist(front.centre(frame), rear.centre(frame)) for frame in range(frames)]
     return min(distances[0], distances[-1]) >= 1.1 * reach and min(distances) >= 0.4 * reach

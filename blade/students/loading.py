@@ -36,9 +36,9 @@ class Student:
     source: str
     """Folder or Hub id."""
     subfolder: str | None
-    """Where in it."""
+    """Subfolder of the source."""
     steps: tuple[int, ...] | None
-    """Numbers of steps that it is trained for; None if nobody says."""
+    """Numbers of steps that it is trained for; None if unknown."""
     guidance_scale: float
     """Weight of guidance that it is trained for: 1 is none."""
     config: BladeConfig | None
@@ -61,7 +61,7 @@ class Student:
 
 @dataclass(frozen=True)
 class _Before:
-    """What `unload_student` puts back."""
+    """State that `unload_student` puts back."""
 
     scheduler: Any
     configs: dict[str, BladeConfig | None]
@@ -71,7 +71,7 @@ class _Before:
 
 @dataclass
 class _Loaded:
-    """What a pipeline remembers of its student."""
+    """State that a pipeline keeps of its student."""
 
     before: _Before
     student: Student | None = None
@@ -136,7 +136,7 @@ def load_student(
             `FewStepScheduler`.
 
     Returns:
-        What was loaded; run the pipeline with its `steps` and `guidance_scale`.
+        The student; run the pipeline with its `steps` and `guidance_scale`.
 
     Raises:
         ValueError: if the source has no such LoRA, or more than one that fits, or it is of another model.
@@ -177,7 +177,7 @@ def load_student(
 
 
 def read_student(pipe: Any, source: str | Path, *, scheduler: Any = None, noise_kept: float | None = None) -> Student:
-    """What `load_student` would load, without its weights.
+    """Return the student that `load_student` would load, without its weights.
 
     Args:
         pipe: see `load_student`; its models may be empty.
@@ -276,7 +276,7 @@ def _find(
     steps: int | Sequence[int] | None,
     noise_kept: float | None,
 ) -> _Found:
-    """Find a student's files, and out of them or of what is known of it how it is run; see `load_student`."""
+    """Find a student's files, and the sampler, attention and steps that belong to them; see `load_student`."""
     files = StudentFiles(source)
     released = _released(files, LoadedModel(pipe))
     is_whole = weight_name is None and files.fetch(subfolder, f"{TRANSFORMER_FOLDER}/config.json") is not None
@@ -310,7 +310,7 @@ def _find(
 
 
 def _released(files: StudentFiles, model: LoadedModel) -> ReleasedStudent | None:
-    """What this project knows of a published student, for this model."""
+    """Return the published student of a source that fits a model, if the source is one that this project knows."""
     known = [student for student in released_students() if student.source == files.source]
     if not known:
         return None
@@ -365,7 +365,7 @@ def _replace_transformer(pipe: Any, files: StudentFiles, subfolder: str | None) 
 
 
 def _load_condition(pipe: Any, files: StudentFiles, subfolder: str | None, sampler: Any) -> StepCondition | None:
-    """Tell a student for several numbers of steps how many there are."""
+    """Load the vectors that tell a student for several numbers of steps how many there are."""
     path = files.fetch(subfolder, CONDITION_NAME)
     if path is None:
         return None

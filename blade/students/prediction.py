@@ -1,4 +1,4 @@
-"""What a diffusion model's prediction means: clean sample and noise, in float32.
+"""Predictions of diffusion models as clean sample and noise, in float32.
 
 A noisy sample is x = alpha x0 + sigma eps. A model predicts
 
@@ -21,12 +21,12 @@ Level: TypeAlias = torch.Tensor | float
 def split_prediction(
     kind: str, prediction: torch.Tensor, noisy: torch.Tensor, alpha: Level, sigma: Level
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Take a prediction apart into the clean sample and the noise.
+    """Split a prediction into the clean sample and the noise.
 
     Args:
         kind: one of `PREDICTION_TYPES`.
-        prediction: what the model said, any shape.
-        noisy: what it was shown, of the same shape.
+        prediction: the model's output, of any shape.
+        noisy: its input, of the same shape.
         alpha: signal of `noisy`.
         sigma: noise of `noisy`.
 

@@ -41,12 +41,12 @@ def set_flow_shift(scheduler: Any, shift: float) -> Any:
 
 @dataclass
 class FewStepOutput(BaseOutput):  # type: ignore[misc]  # Diffusers has no types
-    """What a step returns."""
+    """Output of a step."""
 
     prev_sample: torch.Tensor
     """The sample at the next time, in its own type."""
     pred_original_sample: torch.Tensor
-    """What the model takes the clean sample to be, in float32."""
+    """The clean sample as the model predicts it, in float32."""
 
 
 class FewStepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # Diffusers has no types
@@ -101,7 +101,7 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # Di
             snr_shift_scale: likewise.
 
         Raises:
-            ValueError: if a value is not what it must be.
+            ValueError: if a value is out of range.
         """
         if prediction_type not in PREDICTION_TYPES:
             raise ValueError(
@@ -168,12 +168,12 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # Di
 
     @property
     def step_index(self) -> int | None:
-        """The step that comes next; None before the first."""
+        """The next step; None before the first."""
         return self._step_index
 
     @property
     def begin_index(self) -> int | None:
-        """The step that the run begins with, if somebody has set it."""
+        """The first step of the run, if it was set."""
         return self._begin_index
 
     def set_begin_index(self, begin_index: int = 0) -> None:

@@ -1,4 +1,4 @@
-"""Where a student is: the files of a folder or of a repository of the Hub, and what they say of it."""
+"""Files of a student, in a folder or a repository of the Hub, and the settings in them."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ WEIGHT_NAME = "pytorch_lora_weights.safetensors"
 """Name of the LoRA's file where none is given, as Diffusers saves it."""
 
 CONDITION_NAME = "step_condition.safetensors"
-"""Where a student keeps what it is told of the number of steps by, if it is for several."""
+"""File of the vectors that tell a student for several numbers of steps how many there are."""
 
 TRANSFORMER_FOLDER = "transformer"
-"""Where a student of whole weights keeps them."""
+"""Folder of the weights of a student that is a whole transformer."""
 
 SCHEDULER_FOLDER = "scheduler"
-"""Where a student of this project keeps its `scheduler_config.json`, beside its LoRA."""
+"""Folder of a student's `scheduler_config.json`, beside its LoRA."""
 
 STUDENT_FILES = (
     WEIGHT_NAME,
@@ -36,12 +36,12 @@ STUDENT_FILES = (
     f"{SCHEDULER_FOLDER}/*",
     f"{TRANSFORMER_FOLDER}/*",
 )
-"""What of a student's folder belongs to the student, and not to its training."""
+"""Files of a student's folder that belong to the student, and not to its training."""
 
 
 @dataclass(frozen=True)
 class StudentSettings:
-    """What a student's folder says of it."""
+    """Settings in a student's folder."""
 
     config: BladeConfig | None
     """Its attention."""
@@ -61,7 +61,7 @@ def bundled_student_path(name: str) -> Path:
 
 
 def student_settings(source: str | Path) -> StudentSettings:
-    """Read what a student of this project says of itself, without its weights.
+    """Read the settings of a student of this project, without its weights.
 
     Args:
         source: one of `BUNDLED_STUDENTS`, a folder, or a Hub id.

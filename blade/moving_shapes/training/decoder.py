@@ -16,7 +16,7 @@ from .vae import VAETraining, fit, is_full_size, measured, training_videos
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecoderTraining(VAETraining):
-    """How the wider decoder is trained."""
+    """Settings of the training of the wider decoder."""
 
     steps: int = 3200
     full_size_steps: int = 150
@@ -28,7 +28,7 @@ class DecoderTraining(VAETraining):
 
 
 def needs_wider_decoder(vae: AutoencoderKLWan) -> bool:
-    """Whether a VAE still has the decoder that it was trained with."""
+    """Return whether a VAE still has the decoder that it was trained with."""
     return bool(vae.config.decoder_base_dim != DECODER_WIDTHS[1])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -52,13 +53,13 @@ class Phase:
 
     @property
     def store(self) -> tuple[int, int, float, float]:
-        """What phases that draw from the same videos share: frames, size, fractions of two objects and of stripes."""
+        """Key of the phases that draw from the same videos: frames, size, fractions of two objects and of stripes."""
         return self.frames, self.size, self.two_objects, self.striped
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TransformerTraining:
-    """How the text encoder and transformer are trained: small, short videos first, whole ones last."""
+    """Settings of the training of text encoder and transformer: small, short videos first, whole ones last."""
 
     phases: tuple[Phase, ...] = (
         Phase(steps=900, batch_size=24, frames=17, size=64, videos=6000, first_videos=600, shift=3.0),
@@ -235,6 +236,39 @@ def flow_matching_loss(
     return (velocity.float() - (noise - latents)).square().mean()
 
 
+def _start_from(model: TextConditionedTransformer, pipe: WanPipeline, start: int, steps: int) -> int:
+    """Load the weights of a pipeline, and return the number of steps that they have been trained for."""
+    if start >= steps:
+        raise ValueError(f"`steps` must be more than the {start} that the model has been trained for, got {steps}.")
+    model.text_encoder.load_state_dict(pipe.text_encoder.state_dict())
+    model.transformer.load_state_dict(pipe.transformer.state_dict())
+    return start
+
+
+def _open_store(run: Path, vae: AutoencoderKLWan, phase: Phase, capacity: int, seed: int, device: str) -> LatentStore:
+    """Open the encoded videos that a phase draws from."""
+    return LatentStore(
+        run / "latents_{}x{}_{:g}_{:g}.npy".format(*phase.store),
+        vae,
+        capacity=capacity,
+        frames=phase.frames,
+        size=phase.size,
+        two_objects=phase.two_objects,
+        striped=phase.striped,
+        seed=seed,
+        device=device,
+    )
+
+
+def _descend(model: nn.Module, loss: torch.Tensor, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    """Take one step down the gradient of a loss."""
+    model.zero_grad(set_to_none=True)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for optimizer in optimizers:
+        optimizer.step()
+
+
 def train_transformer(
     run: Path,
     vae: AutoencoderKLWan,
@@ -260,14 +294,7 @@ def train_transformer(
     state = load_checkpoint(run / "transformer.pt")
     start = restarted = 0
     if state is None and start_from is not None:
-        pipe, start = start_from
-        restarted = start
-        if start >= config.steps:
-            raise ValueError(
-                f"`steps` must be more than the {start} that the model has been trained for, got {config.steps}."
-            )
-        model.text_encoder.load_state_dict(pipe.text_encoder.state_dict())
-        model.transformer.load_state_dict(pipe.transformer.state_dict())
+        start = restarted = _start_from(model, *start_from, config.steps)
     matrices = [weight for weight in model.transformer.blocks.parameters() if weight.ndim == 2]
     optimizers = muon_and_adamw(model, matrices, config.learning_rate, 0.5 * config.learning_rate)
     ema = EMAModel(model.parameters(), decay=config.ema_decay, use_ema_warmup=True, power=0.75)
@@ -289,17 +316,7 @@ def train_transformer(
     for number, phase in enumerate(config.phases):
         steps = range(max(start, first), first + phase.steps)
         if steps:
-            store = LatentStore(
-                run / "latents_{}x{}_{:g}_{:g}.npy".format(*phase.store),
-                vae,
-                capacity=capacity[phase.store],
-                frames=phase.frames,
-                size=phase.size,
-                two_objects=phase.two_objects,
-                striped=phase.striped,
-                seed=config.seed,
-                device=device,
-            )
+            store = _open_store(run, vae, phase, capacity[phase.store], config.seed, device)
         for step in steps:
             store.fill(phase.first_videos + (phase.videos - phase.first_videos) * (step - first) // phase.steps)
             warmup = min((step - restarted + 1) / config.warmup_steps, 1.0)
@@ -309,11 +326,7 @@ def train_transformer(
             noise = torch_rng(config.seed, NOISE_STREAM, step)
             with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=config.autocast):
                 loss = flow_matching_loss(model, latents, captions, rng, noise, config.caption_dropout, phase.shift)
-            model.zero_grad(set_to_none=True)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            for optimizer in optimizers:
-                optimizer.step()
+            _descend(model, loss, optimizers)
             ema.step(model.parameters())
             recent.append(loss.item())
             done = step + 1

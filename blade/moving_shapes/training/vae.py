@@ -23,7 +23,7 @@ from .muon import muon_and_adamw, set_learning_rate
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VAETraining:
-    """How the VAE is trained."""
+    """Settings of the training of the VAE."""
 
     steps: int = 2500
     full_size_steps: int = 100
@@ -162,7 +162,7 @@ def training_videos(step: int, stream: int, config: VAETraining) -> torch.Tensor
 
 
 def is_full_size(step: int, config: VAETraining) -> bool:
-    """Whether a step sees whole canvases."""
+    """Return whether a step sees whole canvases."""
     return step >= config.steps - config.full_size_steps
 
 
