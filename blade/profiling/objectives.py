@@ -11,7 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
-from blade.common.checks import check_number, kebab_case
+from blade.common.checks import check_number
 from blade.common.declared import declare
 from blade.profiling.assignment import Assignment, least_cost, least_error
 
@@ -79,11 +79,6 @@ class Objective:
     never do."""
     bounds_density: bool = False
     """Whether its value is the density at the most, which the published method can meet too, by its threshold."""
-
-    @property
-    def option(self) -> str:
-        """The command line's option."""
-        return f"--{kebab_case(self.name)}"
 
     @property
     def help(self) -> str:
