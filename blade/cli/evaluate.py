@@ -31,9 +31,9 @@ def evaluate(
         _option(
             "NAME=dense, NAME=preset (the model's training-free preset) or NAME=DIR (a folder or Hub id with a BLADE "
             "configuration), each with ,KEY=VALUE,... or without, or NAME=KEY=VALUE,...; repeatable. Keys: steps, "
-            "guidance, attention (dense, preset, asa, asa-gt, asa-dropped, or a selector), selector (sampled, "
-            "mean-pooled, random, local, or one of another package), config (a DIR), student (a DIR), sparsity, "
-            "dense_steps, dense_layers (such as 0-1+5, or none). By default " + " and ".join(DEFAULT_RUNS) + "."
+            "guidance, attention (dense, preset, asa, asa-gt, asa-dropped, or a selector), selector (a name such as "
+            "random; a wrong one lists them all), config (a DIR), student (a DIR), noise_kept, sparsity, dense_steps, "
+            "dense_layers (such as 0-1+5, or none). By default " + " and ".join(DEFAULT_RUNS) + "."
         ),
     ] = None,
     prompts: Annotated[

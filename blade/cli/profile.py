@@ -72,21 +72,23 @@ class SearchOptions(OptionGroup):
     """Groups of steps with a pattern each; 1: one for all. By default every step has its own."""
 
 
-BudgetOptions: type[OptionGroup] = make_dataclass(
-    "BudgetOptions",
-    [(objective.name, float | None, option(help=objective.help)) for objective in OBJECTIVES.values()],
-    bases=(OptionGroup,),
-    namespace={"title": "Budget (exactly one)"},
-    frozen=True,
-    kw_only=True,
-)
-"""One option for every objective."""
+def budget_options() -> type[OptionGroup]:
+    """Make a group with an option for every objective that is declared by now."""
+    group: type[OptionGroup] = make_dataclass(
+        "BudgetOptions",
+        [(objective.name, float | None, option(help=objective.help)) for objective in OBJECTIVES.values()],
+        bases=(OptionGroup,),
+        namespace={"title": "Budget (exactly one)"},
+        frozen=True,
+        kw_only=True,
+    )
+    return group
 
 
 def profile(given: dict[str, Any]) -> None:
     """Find a pattern for every attention head, within exactly one budget, and report what attention looks like."""
     generation = {name: given[name] for name in GENERATION_OPTIONS if name in given}
-    budgets = {name: given[name] for name in option_names(BudgetOptions) if name in given}
+    budgets = {name: given[name] for name in OBJECTIVES if name in given}
     own = ProfileOptions(**{name: given[name] for name in option_names(ProfileOptions) if name in given})
     search = SearchOptions(**{name: given[name] for name in option_names(SearchOptions) if name in given})
     # imported here, so that --help and usage errors don't wait for PyTorch
@@ -136,6 +138,6 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     Args:
         arguments: the command line without the program's name; None takes the process's own.
     """
-    names = (*GENERATION_OPTIONS, *option_names(BudgetOptions, SearchOptions, ProfileOptions))
-    groups = (BudgetOptions, *GENERATION_GROUPS, SearchOptions, ProfileOptions)
+    names = (*GENERATION_OPTIONS, *OBJECTIVES, *option_names(SearchOptions, ProfileOptions))
+    groups = (budget_options(), *GENERATION_GROUPS, SearchOptions, ProfileOptions)
     run_command(make_command(profile, groups, names=names), arguments)

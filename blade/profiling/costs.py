@@ -70,28 +70,11 @@ class AttentionCosts:
         return cls(candidates=np.array(times) / dense, step_share=share, measured=True)
 
     def speedup(self, share: float) -> float:
-        """How many times faster a step gets where attention costs this share of dense attention."""
-        return 1 / (1 - self._known_share() * (1 - share))
-
-    def share_for_speedup(self, speedup: float, least: float) -> float:
-        """What share of dense attention's cost may be left for a step to get so many times faster.
-
-        Args:
-            speedup: the factor.
-            least: the smallest share that can be had.
+        """How many times faster a step gets where attention costs this share of dense attention.
 
         Raises:
-            ValueError: if that is not small enough; says which factor it comes to.
+            ValueError: if attention's share of a step is not known.
         """
-        share = 1 - (1 - 1 / speedup) / self._known_share()
-        if share < least:
-            raise ValueError(
-                f"`target_speedup` must be at most {self.speedup(least):.3g} here, where attention is "
-                f"{self.step_share:.0%} of a step, got {speedup}."
-            )
-        return share
-
-    def _known_share(self) -> float:
         if self.step_share is None:
-            raise ValueError("`target_speedup` needs the share of attention in a step, which is not known here.")
-        return self.step_share
+            raise ValueError("`step_share` must be a number to tell how much faster a step gets, got None.")
+        return 1 / (1 - self.step_share * (1 - share))

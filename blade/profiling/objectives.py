@@ -11,7 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
-from blade.common.checks import check_number, kebab_case
+from blade.common.checks import check_number
 from blade.common.declared import declare
 from blade.profiling.assignment import Assignment, least_cost, least_error
 
@@ -24,8 +24,13 @@ class StepCosts(Protocol):
         """(candidates,), as shares of dense attention's cost."""
         ...
 
-    def share_for_speedup(self, speedup: float, least: float) -> float:
-        """Share of dense attention's cost that may be left for a step to get so many times faster."""
+    @property
+    def step_share(self) -> float | None:
+        """Dense attention's share of a step; None: not known."""
+        ...
+
+    def speedup(self, share: float) -> float:
+        """How many times faster a step gets where attention costs this share of dense attention."""
         ...
 
 
@@ -74,11 +79,6 @@ class Objective:
     never do."""
     bounds_density: bool = False
     """Whether its value is the density at the most, which the published method can meet too, by its threshold."""
-
-    @property
-    def option(self) -> str:
-        """The command line's option."""
-        return f"--{kebab_case(self.name)}"
 
     @property
     def help(self) -> str:
@@ -143,12 +143,25 @@ def _meet_density(problem: SearchProblem, density: float) -> Assignment:
 
 
 def _meet_speedup(problem: SearchProblem, speedup: float) -> Assignment:
-    limit = problem.step.share_for_speedup(speedup, problem.least_cost)
+    limit = _share_for_speedup(problem.step, speedup, problem.least_cost)
     return least_error(problem.errors, problem.costs, limit)
 
 
 def _foresee_speedup(costs: StepCosts, speedup: float) -> None:
-    costs.share_for_speedup(speedup, float(costs.candidates.min()))
+    _share_for_speedup(costs, speedup, float(costs.candidates.min()))
+
+
+def _share_for_speedup(costs: StepCosts, speedup: float, least: float) -> float:
+    """Share of dense attention's cost that may be left, `least` being the smallest share that can be had."""
+    if costs.step_share is None:
+        raise ValueError("`target_speedup` needs the share of attention in a step, which is not known here.")
+    share = 1 - (1 - 1 / speedup) / costs.step_share
+    if share < least:
+        raise ValueError(
+            f"`target_speedup` must be at most {costs.speedup(least):.3g} here, where attention is "
+            f"{costs.step_share:.0%} of a step, got {speedup}."
+        )
+    return share
 
 
 def _meet_error(problem: SearchProblem, most_error: float) -> Assignment:
