@@ -2,7 +2,7 @@
 
 They are declared in a table. A candidate of one's own is one file: it makes a `Candidate`, and either calls
 `register_candidate`, or belongs to an installed package whose entry point of the group `blade.attention_candidates`
-names a sequence of candidates.
+names its candidates.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from blade_kernels.block_sparse import block_sparse_attention, resolve_implement
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from blade.common.registry import Registry
+from blade.common.declared import declare, declare_installed
 
 Attend = Callable[[Tensor, Tensor, Tensor, BlockMask], Tensor]
 """Takes q, k, v of (B, S, H, D) and a mask; returns (B, S, H, D)."""
@@ -162,9 +163,12 @@ def _half_on_cuda(q: Tensor, block_size: int) -> bool:
     return bool(q.is_cuda and q.dtype != torch.float32)
 
 
-_CANDIDATES = Registry(
-    Candidate,
-    (
+ENTRY_POINTS = "blade.attention_candidates"
+"""Entry point group of other packages' candidates."""
+
+CANDIDATES = {
+    candidate.name: candidate
+    for candidate in (
         *_dense(SDPBackend.FLASH_ATTENTION, _any),
         Candidate(
             name="flash, deterministic",
@@ -218,32 +222,38 @@ _CANDIDATES = Registry(
             module="fastvideo_kernel",
             package="fastvideo-kernel",
         ),
-    ),
-    group="blade.attention_candidates",
-)
+    )
+}
+"""The candidates by name; of other packages, those that were registered."""
 
 
 def register_candidate(candidate: Candidate) -> Candidate:
-    """Add a candidate to the attention benchmark, and return it.
+    """Declare a candidate, and return it.
 
     Raises:
-        TypeError: If it is no `Candidate`.
-        ValueError: If another candidate has its name.
+        ValueError: If there is a candidate of this name.
     """
-    return _CANDIDATES.register(candidate)
+    return declare(CANDIDATES, candidate)
 
 
 def candidates_for(q: Tensor, block_size: int) -> tuple[Candidate, ...]:
-    """Return the candidates that are measured on such queries.
+    """Return the candidates that are measured on such queries, those that installed packages bring included.
 
     Args:
         q: (B, S, H, D), of the size and type and on the device that will be measured.
         block_size: Tokens in a block.
     """
-    return _CANDIDATES.select(lambda candidate: candidate.is_for(q, block_size))
+    _declare_installed()
+    return tuple(candidate for candidate in CANDIDATES.values() if candidate.is_for(q, block_size))
 
 
 def recorded_packages() -> tuple[str, ...]:
     """Return the packages of all candidates, whose versions are recorded."""
-    packages = (candidate.package for candidate in _CANDIDATES.declared.values())
+    _declare_installed()
+    packages = (candidate.package for candidate in CANDIDATES.values())
     return tuple(dict.fromkeys(package for package in packages if package is not None))
+
+
+@cache
+def _declare_installed() -> None:
+    declare_installed(CANDIDATES, Candidate, ENTRY_POINTS)

@@ -1,7 +1,7 @@
 """The measures that there are, in the order of a report's columns.
 
 A measure of one's own is one file: it makes a `Measure`, and either calls `register_measure`, or belongs to an
-installed package whose entry point of the group `blade.measures` names a sequence of measures:
+installed package whose entry point of the group `blade.measures` names its measures:
 
     [project.entry-points."blade.measures"]
     my-package = "my_package.my_module:MEASURES"
@@ -10,12 +10,13 @@ installed package whose entry point of the group `blade.measures` names a sequen
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 
-from blade.common.registry import Registry
+from blade.common.declared import declare, declare_installed
 from blade.metrics import distribution, motion, moving_shapes, similarity
 from blade.metrics.measures import Measure, VideoSample
 
@@ -32,33 +33,41 @@ SECONDS = Measure(
 )
 """The time that sampling takes, which every record has."""
 
-_MEASURES = Registry(
-    Measure,
-    (
+ENTRY_POINTS = "blade.measures"
+"""Entry point group of other packages' measures."""
+
+MEASURES = {
+    measure.name: measure
+    for measure in (
         *DENSITIES,
         *similarity.MEASURES,
         *motion.MEASURES,
         *moving_shapes.MEASURES,
         *distribution.MEASURES,
         SECONDS,
-    ),
-    group="blade.measures",
-)
+    )
+}
+"""The measures by name; of other packages, those that were registered. Take `measures` to have all."""
 
 
 def register_measure(measure: Measure) -> Measure:
-    """Add a measure to all that evaluations, their reports and commands know, and return it.
+    """Declare a measure, and return it.
 
     Raises:
-        TypeError: If it is no `Measure`.
-        ValueError: If another measure has its name.
+        ValueError: If there is a measure of this name.
     """
-    return _MEASURES.register(measure)
+    return declare(MEASURES, measure)
 
 
 def measures() -> Mapping[str, Measure]:
-    """Return all measures by name."""
-    return _MEASURES.declared
+    """Return all measures by name, those that installed packages bring included."""
+    _declare_installed()
+    return MEASURES
+
+
+@cache
+def _declare_installed() -> None:
+    declare_installed(MEASURES, Measure, ENTRY_POINTS)
 
 
 def choose_measures(names: Sequence[str] | None = None) -> tuple[Measure, ...]:
@@ -81,7 +90,7 @@ def choose_measures(names: Sequence[str] | None = None) -> tuple[Measure, ...]:
                 f"`measures` must be of those that can be computed here, got {name!r}, whose package {extra} is not "
                 f"installed: pip install 'blade-video[{extra}]'."
             )
-    return _MEASURES.select(lambda measure: measure.name in names or measure.compute is None)
+    return tuple(measure for measure in measures().values() if measure.name in names or measure.compute is None)
 
 
 def compare_videos(video: torch.Tensor, reference: torch.Tensor) -> dict[str, Any]:
@@ -95,12 +104,17 @@ def compare_videos(video: torch.Tensor, reference: torch.Tensor) -> dict[str, An
         By name, the values of the measures with `comparison`.
     """
     sample = VideoSample(video=video, prompt="", reference=VideoSample(video=reference, prompt=""))
-    shown = _MEASURES.select(lambda measure: measure.comparison)
-    return {measure.name: measure.compute(sample) for measure in shown if measure.compute is not None}
+    return {
+        measure.name: measure.compute(sample)
+        for measure in measures().values()
+        if measure.comparison and measure.compute is not None
+    }
 
 
 def describe_comparison(record: Mapping[str, Any]) -> str:
     """Say in a line what `compare_videos` found, such as "PSNR 22.31 dB, SSIM 0.9123"."""
-    shown = _MEASURES.select(lambda measure: measure.comparison and record.get(measure.name) is not None)
-    values = {measure: measure.shown(record[measure.name]) for measure in shown}
-    return ", ".join(f"{measure.heading} {value} {measure.detail}".rstrip() for measure, value in values.items())
+    return ", ".join(
+        f"{measure.heading} {measure.shown(record[measure.name])} {measure.detail}".rstrip()
+        for measure in measures().values()
+        if measure.comparison and record.get(measure.name) is not None
+    )

@@ -40,7 +40,8 @@ def no_compiling(monkeypatch):
 @pytest.fixture
 def added(tmp_path, monkeypatch):
     """The module above, imported; afterwards its candidates are gone."""
-    monkeypatch.setattr(candidates._CANDIDATES, "_declared", dict(candidates._CANDIDATES.declared))
+    candidates.recorded_packages()  # loads what is installed
+    monkeypatch.setattr(candidates, "CANDIDATES", dict(candidates.CANDIDATES))
     (tmp_path / "masked_attention.py").write_text(MODULE)
     monkeypatch.syspath_prepend(tmp_path)
     yield importlib.import_module("masked_attention")
@@ -86,7 +87,7 @@ def test_versions_of_peers_are_recorded():
 
 
 def test_a_name_is_given_once(added):
-    with pytest.raises(ValueError, match="`name` must be new among declarations of Candidate, got 'flash' again"):
+    with pytest.raises(ValueError, match=r"`name` must be new in the table, which has flash, .*, got 'flash'"):
         register_candidate(Candidate(name="flash", attend=added.attend))
 
 

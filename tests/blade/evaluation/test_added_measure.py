@@ -60,8 +60,7 @@ register_measure(Measure(name="spread", heading="spread", per="set", compute=spr
 @pytest.fixture
 def added(tmp_path, monkeypatch):
     """The module above, imported; afterwards its measures are gone."""
-    registry.measures()  # loads what is installed
-    monkeypatch.setattr(registry._MEASURES, "_declared", dict(registry.measures()))
+    monkeypatch.setattr(registry, "MEASURES", dict(registry.measures()))
     (tmp_path / "bright_videos.py").write_text(MODULE)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "bright_videos", raising=False)
