@@ -38,7 +38,7 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Answer)
         self.files, self.commit = dict(FILES), COMMIT
         self.asked: list[str] = []
-        self.delay = 0.0
+        self.delay, self.answers = 0.0, 1000
 
     def handle_error(self, *_: object) -> None:
         """Whoever asked has gone: an answer came too late."""
@@ -56,7 +56,10 @@ class Answer(BaseHTTPRequestHandler):
         self.server.asked.append(f"GET {path}")
         time.sleep(self.server.delay)
         files = self.server.files
-        if path in ("/api/models/owner/model", "/api/models/owner/model/revision/main"):
+        revisions = [f"/api/models/owner/model/revision/{revision}" for revision in ("main", self.server.commit)]
+        if len(self.server.asked) > self.server.answers:
+            self._send({"error": "Repository not found"}, 404, {"X-Error-Code": "RepoNotFound"})
+        elif path in ("/api/models/owner/model", *revisions):
             names = [{"rfilename": name} for name in files]
             self._send({"id": "owner/model", "sha": self.server.commit, "siblings": names})
         elif path == f"/api/models/owner/model/tree/{self.server.commit}":
@@ -192,18 +195,10 @@ def test_a_hub_that_does_not_answer_in_time_leaves_the_cache(
     assert time.monotonic() - began < 2.5
 
 
-def test_a_hub_that_is_lost_on_the_way_announces_nothing(
-    hub: Hub, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_repository_that_goes_meanwhile_announces_nothing(hub: Hub, caplog: pytest.LogCaptureFixture) -> None:
     """The download that follows says what is wrong."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import OfflineModeIsEnabled
-
-    def lost(*_: object, **__: object) -> None:
-        raise OfflineModeIsEnabled("no network any more")
-
     hub.files["vae/diffusion_pytorch_model.safetensors"] = 28_300_000_000
-    monkeypatch.setattr(HfApi, "list_repo_tree", lost)
+    hub.answers = 1
     with caplog.at_level(logging.INFO, "blade"):
         assert locate("owner/model", None)[1]["local_files_only"] is False
-    assert not [record for record in caplog.records if record.name == "blade"]
+    assert len(hub.asked) > 1 and not [record for record in caplog.records if record.name == "blade"]
