@@ -22,7 +22,7 @@ from blade.benchmarks.candidates import Attend, Candidate, candidates_for, recor
 from blade.benchmarks.patterns import PATTERN_KINDS, benchmark_patterns
 from blade.common.machine import describe_machine, describe_versions
 from blade.families.registry import benchmark_layers
-from blade.metrics.timing import time_calls
+from blade.metrics.timing import time_short_calls
 from blade.models.devices import DTYPES
 from blade.token_grid import TokenGrid
 
@@ -303,9 +303,12 @@ class _Layer:
     def _timed(
         self, function: Callable[[Tensor, Tensor, Tensor], object], one: Candidate | None = None
     ) -> tuple[float, float | None]:
-        inputs = self._laid_out(one)
+        inputs, state = self._laid_out(one), self.generator.get_state()
         with torch.no_grad():
-            return _measured(lambda turn: function(*inputs[turn % len(inputs)][:3]), self.settings, inputs[0][:3])
+            found = _measured(lambda turn: function(*inputs[turn % len(inputs)][:3]), self.settings, inputs[0][:3])
+        if self.device.type == "cuda":  # where the number of calls varies, and what is drawn next must not
+            self.generator.set_state(state)
+        return found
 
     def _timed_training(self, attend: Attend, mask: BlockMask, one: Candidate) -> tuple[float, float | None]:
         inputs = [[x.detach().requires_grad_() for x in tensors] for tensors in self._laid_out(one)]
@@ -375,7 +378,7 @@ def _measured(
     others = 0
     if torch.device(settings.device).type == "cuda":
         others = torch.cuda.memory_allocated(settings.device) - sum(x.numel() * x.element_size() for x in inputs)
-    found = time_calls(function, settings.device, settings.repeats)
+    found = time_short_calls(function, settings.device, settings.repeats)
     peak = None if found.peak_bytes is None else round((found.peak_bytes - others) / 2**20, 1)
     return round(found.median, 4), peak
 

@@ -289,7 +289,12 @@ def _random(name: str, value: Any) -> Any:
 def _decoding(model: LoadedModel, latent: LatentSize, device: torch.device) -> Measurement:
     """Decode a random latent, twice."""
     pipe, sample = model.pipe, torch.randn_like(model.empty_latent(latent))
-    return measure(lambda _: pipe.vae.decode(sample, return_dict=False)[0].float().cpu(), device, 1)
+
+    def decode(_: int) -> torch.Tensor:
+        return pipe.vae.decode(sample, return_dict=False)[0].float().cpu()
+
+    decode(0)
+    return time_calls(decode, device, 1)
 
 
 def _gib(size: int | None) -> float | None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from blade.common.errors import first_line
+
+if TYPE_CHECKING:
+    from huggingface_hub.hf_api import ModelInfo
 
 BUNDLED = "bundled"
 """Name of the shapes model that ships with this package."""
@@ -61,7 +64,16 @@ def hub_commit(model: str | Path, revision: str | None = None) -> str | None:
     return Path(cached).parent.name if isinstance(cached, str) else None
 
 
-def look_up(name: str, option: str, file: str, revision: str | None = None) -> dict[str, int] | None:
+def look_up(name: str, option: str, file: str, revision: str | None = None) -> list[str] | None:
+    """Return the names of a repository's files, or None if the Hub cannot be reached but the cache has `file`.
+
+    The arguments and errors are those of `repository_info`.
+    """
+    info = repository_info(name, option, file, revision)
+    return None if info is None else _file_names(info)
+
+
+def repository_info(name: str, option: str, file: str, revision: str | None = None) -> ModelInfo | None:
     """Ask the Hub for a repository, once and with a time limit, where Diffusers would retry for minutes.
 
     Args:
@@ -71,7 +83,7 @@ def look_up(name: str, option: str, file: str, revision: str | None = None) -> d
         revision: branch, tag or commit; None takes the main branch.
 
     Returns:
-        The repository's files with their sizes in bytes; None if the Hub cannot be reached but the cache has `file`.
+        Its commit and files, among others; None if the Hub cannot be reached but the cache has `file`.
 
     Raises:
         ModelError: if there is no such repository.
@@ -90,7 +102,7 @@ def look_up(name: str, option: str, file: str, revision: str | None = None) -> d
     if len(parts) != 2 or not all(parts) or name[0] in ".~":
         raise ModelError(f"{problem}, and no Hub id, which reads owner/name.")
     try:
-        info = HfApi().model_info(name, revision=revision, timeout=HUB_TIMEOUT, files_metadata=True)
+        return HfApi().model_info(name, revision=revision, timeout=HUB_TIMEOUT)
     except HFValidationError as error:
         raise ModelError(f"{problem}, and no Hub id: {first_line(error)}") from error
     except GatedRepoError as error:
@@ -107,19 +119,34 @@ def look_up(name: str, option: str, file: str, revision: str | None = None) -> d
         raise ModelError(
             f"{problem} and not in the Hub's local cache, and the Hub cannot be reached ({first_line(error)})."
         ) from error
-    return {item.rfilename: item.size or 0 for item in info.siblings or []}
 
 
-def bytes_to_download(name: str, files: Mapping[str, int], revision: str | None = None) -> int:
+def _file_names(info: ModelInfo) -> list[str]:
+    return [item.rfilename for item in info.siblings or []]
+
+
+def bytes_to_download(name: str, files: Iterable[str], commit: str | None = None) -> int:
     """Return how much of a pipeline's repository the local cache lacks: its parts' configurations and safetensors.
 
     Args:
         name: the Hub id.
-        files: its files with their sizes.
-        revision: branch, tag or commit; None takes the main branch.
-    """
-    from huggingface_hub import try_to_load_from_cache
+        files: names of its files.
+        commit: which of its commits; a branch, or None for the main one, would be looked up once more, and the cache
+            would note its commit as if it were downloaded.
 
+    Returns:
+        Bytes, without those that the cache has from another commit; 0 if the Hub cannot be asked any more.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import tqdm
+
+    class Silent(tqdm):
+        """No bar: all this takes is a moment."""
+
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **{**options, "disable": True})
+
+    files = list(files)
     parts = {path.partition("/")[0] for path in files if path.endswith(("/config.json", "_config.json"))}
     needed = [
         path
@@ -128,9 +155,20 @@ def bytes_to_download(name: str, files: Mapping[str, int], revision: str | None 
         and path.endswith((".safetensors", ".json", ".txt", ".model"))
         and not path.endswith((".fp16.safetensors", ".bf16.safetensors"))
     ]
-    return sum(
-        files[path] for path in needed if not isinstance(try_to_load_from_cache(name, path, revision=revision), str)
-    )
+    if not needed:
+        return 0
+    try:
+        listed = snapshot_download(
+            name,
+            revision=commit,
+            allow_patterns=needed,
+            etag_timeout=HUB_TIMEOUT,
+            tqdm_class=Silent,
+            dry_run=True,
+        )
+    except OSError:  # the download itself, which follows, is to say what is wrong
+        return 0
+    return sum(file.file_size or 0 for file in listed if file.will_download)
 
 
 def locate(model: str | Path, revision: str | None, *, announce: bool = True) -> tuple[str, dict[str, Any]]:
@@ -159,12 +197,12 @@ def locate(model: str | Path, revision: str | None, *, announce: bool = True) ->
         files = [item.name for item in path.iterdir()]
         options: dict[str, Any] = {}
     else:
-        found = look_up(name, "model", INDEX_NAME, revision)
-        files = [INDEX_NAME] if found is None else list(found)
-        size = 0 if found is None else bytes_to_download(name, found, revision)
-        if size >= LARGE_DOWNLOAD and announce:
+        info = repository_info(name, "model", INDEX_NAME, revision)
+        files = [INDEX_NAME] if info is None else _file_names(info)
+        size = bytes_to_download(name, files, info.sha) if info is not None and announce else 0
+        if size >= LARGE_DOWNLOAD:
             logger.info(f"downloading {size / 1e9:.1f} GB of {name} to the Hub's local cache")
-        options = {"local_files_only": found is None, "revision": revision}
+        options = {"local_files_only": info is None, "revision": revision}
     if INDEX_NAME not in files:
         raise ModelError(f"`model` {name} is no Diffusers pipeline: it has no {INDEX_NAME}{_resemblance(files)}.")
     return (str(path) if path.is_dir() else name), options

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional
 
 from blade.attention.pattern_plan import PatternPlan
-from blade.metrics.timing import measure
+from blade.metrics.timing import measure, time_calls
 from blade.models.costs import ForwardCost
 from blade.models.loaded import LatentSize, LoadedModel
 
@@ -64,7 +64,8 @@ class AttentionCosts:
 
         with torch.inference_mode():
             dense = measure(lambda turn: functional.scaled_dot_product_attention(*heads_first), device, REPEATS).median
-            forward = measure(lambda turn: transformer(**inputs), device, 2).median
+            transformer(**inputs)
+            forward = time_calls(lambda turn: transformer(**inputs), device, 2).median
             times = [0.0 if one.kind == "skip" else time_pattern(n) for n, one in enumerate(plan.table.patterns)]
         share = min(1.0, dense * len(attentions) / forward)
         return cls(candidates=np.array(times) / dense, step_share=share, measured=True)

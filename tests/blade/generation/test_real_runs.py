@@ -34,7 +34,6 @@ from blade.models.acceleration import (
 from blade.models.conditions import cover, model_for, size_like
 from blade.models.loaded import LoadedModel
 from blade.models.loading import load_model
-from blade.models.source import bytes_to_download
 
 PROMPT = "a red ball moving right"
 TINY = {"height": 64, "width": 64, "frames": 9, "steps": 3, "device": "cpu"}
@@ -298,21 +297,6 @@ def test_too_little_memory_ends_with_advice(saved_tiny_pipeline: Path, monkeypat
     monkeypatch.setattr(model.pipe.vae, "decode", full)
     with pytest.raises(MemoryError, match="--vae-tiling"):
         run_request(model, resolved)
-
-
-def test_what_a_download_would_fetch_is_counted() -> None:
-    files = {
-        "model_index.json": 1,
-        "README.md": 10,
-        "assets/figure.png": 1000,
-        "vae/config.json": 2,
-        "vae/diffusion_pytorch_model.safetensors": 300,
-        "vae/diffusion_pytorch_model.fp16.safetensors": 150,
-        "vae/diffusion_pytorch_model.bin": 300,
-        "tokenizer/tokenizer_config.json": 4,
-        "tokenizer/spiece.model": 50,
-    }
-    assert bytes_to_download("owner/not-in-any-cache", files) == 2 + 300 + 4 + 50
 
 
 def test_a_pipeline_stays_usable_by_itself(saved_tiny_pipeline: Path) -> None:
