@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from blade_kernels.compiler import constant_when_compiled
 from blade_kernels.toolchain import missing_c_toolchain
 
 OLDEST = (8, 0)
@@ -27,7 +28,7 @@ def _installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-@torch.compiler.assume_constant_result  # it looks for a compiler
+@constant_when_compiled  # it looks for a compiler
 def missing_triton(device: torch.device | str) -> str | None:
     """Why no Triton kernel can run on a device; None if they can."""
     device = torch.device(device)

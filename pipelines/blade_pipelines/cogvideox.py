@@ -18,6 +18,7 @@ from blade.families.protocol import Condition, Inputs, Permutation
 from blade.families.sampling_defaults import SamplingDefaults
 from blade.token_grid import TokenGrid
 from blade_pipelines.shared.diffusers_family import DiffusersFamily
+from blade_pipelines.shared.diffusers_module import DiffusersModule
 from blade_pipelines.shared.patches import permute_patches
 from blade_pipelines.shared.processor import SparseProcessor, norm_and_rope
 
@@ -36,7 +37,10 @@ class CogVideoXSparseProcessor(SparseProcessor):
         """Attend, with Diffusers' own signature."""
         if not self.layer.sparse:
             self.layer.count_dense()
-            return self.previous(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
+            dense: tuple[torch.Tensor, torch.Tensor] = self.previous(
+                attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb
+            )
+            return dense
         if attention_mask is not None:
             raise ValueError("A sparse CogVideoX layer takes no `attention_mask`.")
 
@@ -77,7 +81,7 @@ class CogVideoXFamily(DiffusersFamily):
         ("CogVideoXPipeline", "video"): "CogVideoXVideoToVideoPipeline"
     }
 
-    def preset_name(self, transformer: nn.Module) -> str:
+    def preset_name(self, transformer: DiffusersModule) -> str:
         """Return the preset for this version and size of model."""
         if transformer.config.patch_size_t is not None:
             return "cogvideox-1.5"
@@ -93,7 +97,7 @@ class CogVideoXFamily(DiffusersFamily):
             return SamplingDefaults(height=768, width=1360, frames=81, fps=16, steps=50, guidance_scale=6.0)
         return SamplingDefaults(height=480, width=720, frames=49, fps=8, steps=50, guidance_scale=6.0)
 
-    def token_grid(self, transformer: nn.Module, inputs: Inputs) -> TokenGrid:
+    def token_grid(self, transformer: DiffusersModule, inputs: Inputs) -> TokenGrid:
         """Return the grid of a latent (B, F, C, H, W), with the text after it."""
         latent = inputs["hidden_states"]
         if latent.ndim != 5:
@@ -104,7 +108,7 @@ class CogVideoXFamily(DiffusersFamily):
 
     def example_inputs(
         self,
-        transformer: nn.Module,
+        transformer: DiffusersModule,
         latent_size: tuple[int, int, int],
         *,
         batch: int = 1,
@@ -128,20 +132,20 @@ class CogVideoXFamily(DiffusersFamily):
             inputs["ofs"] = like.new_zeros(1)
         return inputs
 
-    def permute_inputs(self, transformer: nn.Module, inputs: Inputs, permutation: torch.Tensor) -> Inputs:
+    def permute_inputs(self, transformer: DiffusersModule, inputs: Inputs, permutation: torch.Tensor) -> Inputs:
         """Permute the rotary tables, (tokens, D) each; the tokens themselves follow once they are embedded."""
         tables = inputs.get("image_rotary_emb")
         if tables is None:
             return inputs
         return {**inputs, "image_rotary_emb": tuple(table.index_select(0, permutation) for table in tables)}
 
-    def restore_output(self, transformer: nn.Module, output: Any, inverse: torch.Tensor) -> Any:
+    def restore_output(self, transformer: DiffusersModule, output: Any, inverse: torch.Tensor) -> Any:
         """Put the patches of the predicted latent (B, F, C, H, W) back into raster order."""
         latent = output[0] if isinstance(output, tuple) else output.sample
         latent = permute_patches(latent.transpose(1, 2), _patch(transformer), inverse).transpose(1, 2)
         return (latent, *output[1:]) if isinstance(output, tuple) else type(output)(sample=latent)
 
-    def hook_positions(self, transformer: nn.Module, permutation: Permutation) -> Sequence[Any]:
+    def hook_positions(self, transformer: DiffusersModule, permutation: Permutation) -> Sequence[Any]:
         """Permute the tokens as they leave the patch embedding, which adds the positions that do not rotate."""
 
         def follow(module: nn.Module, args: Any, tokens: torch.Tensor) -> torch.Tensor:
@@ -154,7 +158,7 @@ class CogVideoXFamily(DiffusersFamily):
         return [transformer.patch_embed.register_forward_hook(follow)]
 
 
-def _patch(transformer: nn.Module) -> tuple[int, int, int]:
+def _patch(transformer: DiffusersModule) -> tuple[int, int, int]:
     """Size of a patch along frames, height and width."""
     config = transformer.config
     return config.patch_size_t or 1, config.patch_size, config.patch_size

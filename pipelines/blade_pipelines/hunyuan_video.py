@@ -24,6 +24,7 @@ from blade.families.protocol import Inputs, Permutation
 from blade.families.sampling_defaults import SamplingDefaults
 from blade.token_grid import TokenGrid
 from blade_pipelines.shared.diffusers_family import DiffusersFamily
+from blade_pipelines.shared.diffusers_module import DiffusersModule
 from blade_pipelines.shared.patches import permute_patches
 from blade_pipelines.shared.processor import SparseProcessor, norm_and_rope
 
@@ -48,7 +49,10 @@ class HunyuanVideoSparseProcessor(SparseProcessor):
         """
         if not self.layer.sparse:
             self.layer.count_dense()
-            return self.previous(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
+            dense: tuple[torch.Tensor, torch.Tensor] = self.previous(
+                attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb
+            )
+            return dense
 
         video, places = hidden_states.shape[1], self.layer.places()
         if attn.add_q_proj is None:
@@ -91,7 +95,7 @@ class HunyuanVideoFamily(DiffusersFamily):
     attention_name = "attn"
     time_embedding_name = "time_text_embed.timestep_embedder"
 
-    def preset_name(self, transformer: nn.Module) -> str:
+    def preset_name(self, transformer: DiffusersModule) -> str:
         """Return the one preset that there is."""
         return "hunyuan-video"
 
@@ -99,11 +103,11 @@ class HunyuanVideoFamily(DiffusersFamily):
         """Return HunyuanVideo's frame rate; Diffusers' pipelines have the rest. Source: its model card."""
         return SamplingDefaults(fps=24)
 
-    def blocks(self, transformer: nn.Module) -> Sequence[nn.Module]:
+    def blocks(self, transformer: DiffusersModule) -> Sequence[nn.Module]:
         """Return the transformer's blocks of two streams and of one."""
         return [*transformer.transformer_blocks, *getattr(transformer, "single_transformer_blocks", ())]
 
-    def token_grid(self, transformer: nn.Module, inputs: Inputs) -> TokenGrid:
+    def token_grid(self, transformer: DiffusersModule, inputs: Inputs) -> TokenGrid:
         """Return the grid of a latent (B, C, F, H, W), with the text, padding included, after it."""
         latent = inputs["hidden_states"]
         if latent.ndim != 5:
@@ -119,11 +123,12 @@ class HunyuanVideoFamily(DiffusersFamily):
 
     def text_tokens(self, inputs: Inputs) -> int:
         """Return the tokens of the text, padding included."""
-        return inputs["encoder_hidden_states"].shape[1]
+        length: int = inputs["encoder_hidden_states"].shape[1]
+        return length
 
     def example_inputs(
         self,
-        transformer: nn.Module,
+        transformer: DiffusersModule,
         latent_size: tuple[int, int, int],
         *,
         batch: int = 1,
@@ -143,19 +148,19 @@ class HunyuanVideoFamily(DiffusersFamily):
             inputs["guidance"] = like.new_zeros(batch)
         return inputs
 
-    def permute_inputs(self, transformer: nn.Module, inputs: Inputs, permutation: torch.Tensor) -> Inputs:
+    def permute_inputs(self, transformer: DiffusersModule, inputs: Inputs, permutation: torch.Tensor) -> Inputs:
         """Permute the latent's patches."""
         latent = permute_patches(inputs["hidden_states"], _patch(transformer), permutation)
         return {**inputs, "hidden_states": latent}
 
-    def restore_output(self, transformer: nn.Module, output: Any, inverse: torch.Tensor) -> Any:
+    def restore_output(self, transformer: DiffusersModule, output: Any, inverse: torch.Tensor) -> Any:
         """Put the patches of the predicted latent back into raster order."""
         patch = _patch(transformer)
         if isinstance(output, tuple):
             return (permute_patches(output[0], patch, inverse), *output[1:])
         return type(output)(sample=permute_patches(output.sample, patch, inverse))
 
-    def hook_positions(self, transformer: nn.Module, permutation: Permutation) -> Sequence[Any]:
+    def hook_positions(self, transformer: DiffusersModule, permutation: Permutation) -> Sequence[Any]:
         """Permute the tables (tokens, D) that the rope module makes."""
 
         def follow(module: nn.Module, args: Any, tables: Tables) -> tuple[torch.Tensor, ...]:
@@ -184,7 +189,7 @@ class HunyuanVideo15Family(HunyuanVideoFamily):
 
     def example_inputs(
         self,
-        transformer: nn.Module,
+        transformer: DiffusersModule,
         latent_size: tuple[int, int, int],
         *,
         batch: int = 1,
@@ -233,7 +238,7 @@ def _project(
     return query, key, value
 
 
-def _patch(transformer: nn.Module) -> tuple[int, int, int]:
+def _patch(transformer: DiffusersModule) -> tuple[int, int, int]:
     """Size of a patch along frames, height and width."""
     config = transformer.config
     return config.patch_size_t, config.patch_size, config.patch_size

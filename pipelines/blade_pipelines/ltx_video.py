@@ -18,6 +18,7 @@ from blade.families.protocol import Condition, Inputs, Permutation
 from blade.families.sampling_defaults import SamplingDefaults
 from blade.token_grid import TokenGrid
 from blade_pipelines.shared.diffusers_family import DiffusersFamily
+from blade_pipelines.shared.diffusers_module import DiffusersModule
 from blade_pipelines.shared.processor import SparseProcessor
 
 Tables = tuple[torch.Tensor, torch.Tensor]
@@ -41,7 +42,10 @@ class LTXVideoSparseProcessor(SparseProcessor):
         """Attend, with Diffusers' own signature."""
         if not self.layer.sparse:
             self.layer.count_dense()
-            return self.previous(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
+            dense: torch.Tensor = self.previous(
+                attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb
+            )
+            return dense
         if encoder_hidden_states is not None or attention_mask is not None:
             raise ValueError("A sparse LTX-Video layer takes neither `encoder_hidden_states` nor an `attention_mask`.")
 
@@ -51,7 +55,8 @@ class LTXVideoSparseProcessor(SparseProcessor):
             query, key = apply_rotary_emb(query, image_rotary_emb), apply_rotary_emb(key, image_rotary_emb)
         query, key, value = (tensor.unflatten(2, (attn.heads, -1)) for tensor in (query, key, value))
         output = self.layer.attend(query, key, value).flatten(2, 3).type_as(query)
-        return attn.to_out[1](attn.to_out[0](output))
+        projected: torch.Tensor = attn.to_out[1](attn.to_out[0](output))
+        return projected
 
 
 class LTXVideoFamily(DiffusersFamily):
@@ -68,7 +73,7 @@ class LTXVideoFamily(DiffusersFamily):
         ("LTXPipeline", "image"): "LTXImageToVideoPipeline"
     }
 
-    def preset_name(self, transformer: nn.Module) -> str:
+    def preset_name(self, transformer: DiffusersModule) -> str:
         """Return the one preset that there is."""
         return "ltx-video"
 
@@ -79,7 +84,7 @@ class LTXVideoFamily(DiffusersFamily):
         """
         return SamplingDefaults(fps=25, negative_prompt=NEGATIVE_PROMPT)
 
-    def token_grid(self, transformer: nn.Module, inputs: Inputs) -> TokenGrid:
+    def token_grid(self, transformer: DiffusersModule, inputs: Inputs) -> TokenGrid:
         """Return the grid that `num_frames`, `height` and `width` say; the text is seen by cross-attention only."""
         frames, height, width = (inputs.get(name) or 0 for name in ("num_frames", "height", "width"))
         tokens = inputs["hidden_states"].shape[1]
@@ -92,7 +97,7 @@ class LTXVideoFamily(DiffusersFamily):
 
     def example_inputs(
         self,
-        transformer: nn.Module,
+        transformer: DiffusersModule,
         latent_size: tuple[int, int, int],
         *,
         batch: int = 1,
@@ -112,20 +117,20 @@ class LTXVideoFamily(DiffusersFamily):
             "width": width,
         }
 
-    def permute_inputs(self, transformer: nn.Module, inputs: Inputs, permutation: torch.Tensor) -> Inputs:
+    def permute_inputs(self, transformer: DiffusersModule, inputs: Inputs, permutation: torch.Tensor) -> Inputs:
         """Permute the tokens and, where there is one for each, the timesteps."""
         permuted = {**inputs, "hidden_states": inputs["hidden_states"].index_select(1, permutation)}
         if inputs["timestep"].ndim == 2 and inputs["timestep"].shape[1] == len(permutation):
             permuted["timestep"] = inputs["timestep"].index_select(1, permutation)
         return permuted
 
-    def restore_output(self, transformer: nn.Module, output: Any, inverse: torch.Tensor) -> Any:
+    def restore_output(self, transformer: DiffusersModule, output: Any, inverse: torch.Tensor) -> Any:
         """Put the predicted tokens back into raster order."""
         if isinstance(output, tuple):
             return (output[0].index_select(1, inverse), *output[1:])
         return type(output)(sample=output.sample.index_select(1, inverse))
 
-    def hook_positions(self, transformer: nn.Module, permutation: Permutation) -> Sequence[Any]:
+    def hook_positions(self, transformer: DiffusersModule, permutation: Permutation) -> Sequence[Any]:
         """Permute the tables that the rope module makes."""
 
         def follow(module: nn.Module, args: Any, tables: Tables) -> tuple[torch.Tensor, ...]:

@@ -14,6 +14,7 @@ from blade.families.protocol import Condition, Inputs, Permutation
 from blade.families.sampling_defaults import SamplingDefaults
 from blade.token_grid import TokenGrid
 from blade_pipelines.shared.diffusers_family import DiffusersFamily
+from blade_pipelines.shared.diffusers_module import DiffusersModule
 from blade_pipelines.shared.patches import permute_patches
 from blade_pipelines.shared.processor import SparseProcessor, norm_and_rope
 
@@ -46,7 +47,10 @@ class WanSparseProcessor(SparseProcessor):
         """Attend, with Diffusers' own signature."""
         if not self.layer.sparse:
             self.layer.count_dense()
-            return self.previous(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb, **kwargs)
+            dense: torch.Tensor = self.previous(
+                attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb, **kwargs
+            )
+            return dense
         if encoder_hidden_states is not None or attention_mask is not None:
             raise ValueError("A sparse Wan layer takes neither `encoder_hidden_states` nor an `attention_mask`.")
 
@@ -63,7 +67,8 @@ class WanSparseProcessor(SparseProcessor):
         )
 
         output = self.layer.attend(query, key, value, places=places).flatten(2, 3).type_as(query)
-        return attn.to_out[1](attn.to_out[0](output))
+        projected: torch.Tensor = attn.to_out[1](attn.to_out[0](output))
+        return projected
 
 
 class WanFamily(DiffusersFamily):
@@ -97,7 +102,7 @@ class WanFamily(DiffusersFamily):
             )
         return super().recognises(transformer)
 
-    def preset_name(self, transformer: nn.Module) -> str:
+    def preset_name(self, transformer: DiffusersModule) -> str:
         """Return the preset for this size of model."""
         width = _width(transformer.config)
         if width < SMALLEST_WIDTH:
@@ -159,11 +164,11 @@ class WanFamily(DiffusersFamily):
             return f"FirstBlockCache is broken for a {type(transformer).__name__} in Diffusers itself"
         return None
 
-    def blocks(self, transformer: nn.Module) -> Sequence[nn.Module]:
+    def blocks(self, transformer: DiffusersModule) -> Sequence[nn.Module]:
         """Return the transformer's blocks, and VACE's after them."""
         return [*transformer.blocks, *getattr(transformer, "vace_blocks", ())]
 
-    def token_grid(self, transformer: nn.Module, inputs: Inputs) -> TokenGrid:
+    def token_grid(self, transformer: DiffusersModule, inputs: Inputs) -> TokenGrid:
         """Return the grid of a latent (B, C, F, H, W); the text is seen by cross-attention only."""
         latent = inputs["hidden_states"]
         if latent.ndim != 5:
@@ -172,7 +177,7 @@ class WanFamily(DiffusersFamily):
 
     def example_inputs(
         self,
-        transformer: nn.Module,
+        transformer: DiffusersModule,
         latent_size: tuple[int, int, int],
         *,
         batch: int = 1,
@@ -191,7 +196,7 @@ class WanFamily(DiffusersFamily):
             inputs["control_hidden_states"] = like.new_zeros(batch, config.vace_in_channels, *latent_size)
         return inputs
 
-    def permute_inputs(self, transformer: nn.Module, inputs: Inputs, permutation: torch.Tensor) -> Inputs:
+    def permute_inputs(self, transformer: DiffusersModule, inputs: Inputs, permutation: torch.Tensor) -> Inputs:
         """Permute the patches of the latents and, where there is one for each token, the timesteps."""
         patch = transformer.config.patch_size
         permuted = {**inputs, "hidden_states": permute_patches(inputs["hidden_states"], patch, permutation)}
@@ -214,14 +219,14 @@ class WanFamily(DiffusersFamily):
             permuted["timestep"] = timestep.index_select(1, permutation)
         return permuted
 
-    def restore_output(self, transformer: nn.Module, output: Any, inverse: torch.Tensor) -> Any:
+    def restore_output(self, transformer: DiffusersModule, output: Any, inverse: torch.Tensor) -> Any:
         """Put the patches of the predicted latent back into raster order."""
         patch = transformer.config.patch_size
         if isinstance(output, tuple):
             return (permute_patches(output[0], patch, inverse), *output[1:])
         return type(output)(sample=permute_patches(output.sample, patch, inverse))
 
-    def hook_positions(self, transformer: nn.Module, permutation: Permutation) -> Sequence[Any]:
+    def hook_positions(self, transformer: DiffusersModule, permutation: Permutation) -> Sequence[Any]:
         """Permute the tables (1, S, 1, D) that the rope module makes."""
 
         def follow(module: nn.Module, args: Any, tables: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
@@ -232,7 +237,8 @@ class WanFamily(DiffusersFamily):
 
 
 def _width(config: Any) -> int:
-    return config.num_attention_heads * config.attention_head_dim
+    width: int = config.num_attention_heads * config.attention_head_dim
+    return width
 
 
 FAMILIES = (WanFamily(),)

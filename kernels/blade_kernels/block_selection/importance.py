@@ -66,9 +66,10 @@ def sampled_importance(
     chosen = choose_implementation(implementation, q.device, problem)
     with torch.no_grad():
         if chosen == "triton":
-            return triton_launch.sampled_importance(
+            scores: Tensor = triton_launch.sampled_importance(
                 q, k, query_offsets, key_offsets, list(block_size), scale, key_lengths, softmax_denominator
             )
+            return scores
         if chosen == "naive":
             return naive_sampled_importance(
                 q, k, query_offsets, key_offsets, block_size, scale, key_lengths, softmax_denominator
@@ -138,10 +139,10 @@ def _block_maxima(logits: Tensor, query_samples: int, softmax_denominator: bool)
     if softmax_denominator:
         flat = logits.flatten(-2)
         torch.softmax(flat, -1, out=flat)  # one pass over what a cache holds; nan where every key is absent
-        return logits.unflatten(1, query_blocks).amax(2).amax(2).nan_to_num_(0.0)
+        return torch.unflatten(logits, 1, query_blocks).amax(2).amax(2).nan_to_num_(0.0)
     best = logits.amax(-2)
     peak = best.amax(-1, keepdim=True).clamp(min=torch.finfo(best.dtype).min)  # finite where every key is absent
-    return (best - peak).exp_().unflatten(1, query_blocks).amax(2)
+    return torch.unflatten((best - peak).exp_(), 1, query_blocks).amax(2)
 
 
 def _sample(

@@ -34,7 +34,8 @@ def naive_sampled_importance(
     weights = weights.masked_fill(~queries.unsqueeze(-1), 0.0)
     missing = (-weights.shape[2] % block_size[0], -weights.shape[3] % block_size[1])
     whole = torch.nn.functional.pad(weights, (0, missing[1], 0, missing[0]))
-    return whole.unflatten(3, (-1, block_size[1])).unflatten(2, (-1, block_size[0])).amax((3, 5))
+    by_block = torch.unflatten(torch.unflatten(whole, 3, (-1, block_size[1])), 2, (-1, block_size[0]))
+    return by_block.amax((3, 5))
 
 
 def _sampled(x: Tensor, offsets: Tensor, size: int, lengths: Tensor | None) -> Tensor:

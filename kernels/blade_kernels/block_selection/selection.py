@@ -54,6 +54,43 @@ def select_blocks(
 
     Source: BLADE, arXiv 2508.10774: the smallest m whose cumulative mass reaches the threshold, then the clamps.
     """
+    _check(importance, max_blocks, min_blocks, cumulative_mass, forced_key_blocks, forced_query_blocks, local_radius)
+    key_blocks = importance.shape[3]
+    limit = key_blocks if max_blocks is None else min(max_blocks, key_blocks)
+    capacity = limit
+    if local_radius is not None:
+        capacity = max(capacity, (block_size[0] - 2) // block_size[1] + 2 + 2 * local_radius)
+    if forced_key_blocks is not None or forced_query_blocks is not None or capacity > key_blocks:
+        capacity = key_blocks
+    problem = triton_launch.selection_unsupported(importance)
+    chosen = choose_implementation(implementation, importance.device, problem)
+    if chosen == "triton":
+        return triton_launch.select_blocks(
+            importance, block_size, limit, min_blocks, cumulative_mass, forced_key_blocks, forced_query_blocks,
+            local_radius, capacity,
+        )  # fmt: skip
+    if chosen == "naive":
+        keep = naive_selection(
+            importance, block_size, limit, min_blocks, cumulative_mass, forced_key_blocks, forced_query_blocks,
+            local_radius,
+        )  # fmt: skip
+        return BlockMask.from_dense(keep, block_size, capacity)
+    return _select_on_cpu(
+        importance, block_size, limit, min_blocks, cumulative_mass, forced_key_blocks, forced_query_blocks,
+        local_radius, capacity,
+    )  # fmt: skip
+
+
+def _check(
+    importance: Tensor,
+    max_blocks: int | None,
+    min_blocks: int,
+    cumulative_mass: float | None,
+    forced_key_blocks: Tensor | None,
+    forced_query_blocks: Tensor | None,
+    local_radius: int | None,
+) -> None:
+    """Raise ValueError where an argument of `select_blocks` is out of range or does not fit the others."""
     if importance.ndim != 4 or not importance.is_floating_point() or 0 in importance.shape:
         raise ValueError(
             "`importance` must be floating point of shape (batch or 1, heads or 1, query blocks, key blocks), none of "
@@ -77,25 +114,20 @@ def select_blocks(
         if flags is not None and (flags.shape != (blocks,) or flags.dtype != torch.bool):
             raise ValueError(f"`{name}` must be bool of shape ({blocks},), got {flags.dtype} of {tuple(flags.shape)}.")
 
-    capacity = limit
-    if local_radius is not None:
-        capacity = max(capacity, (block_size[0] - 2) // block_size[1] + 2 + 2 * local_radius)
-    if forced_key_blocks is not None or forced_query_blocks is not None or capacity > key_blocks:
-        capacity = key_blocks
-    problem = triton_launch.selection_unsupported(importance)
-    chosen = choose_implementation(implementation, importance.device, problem)
-    if chosen == "triton":
-        return triton_launch.select_blocks(
-            importance, block_size, limit, min_blocks, cumulative_mass, forced_key_blocks, forced_query_blocks,
-            local_radius, capacity,
-        )  # fmt: skip
-    if chosen == "naive":
-        keep = naive_selection(
-            importance, block_size, limit, min_blocks, cumulative_mass, forced_key_blocks, forced_query_blocks,
-            local_radius,
-        )  # fmt: skip
-        return BlockMask.from_dense(keep, block_size, capacity)
 
+def _select_on_cpu(
+    importance: Tensor,
+    block_size: tuple[int, int],
+    limit: int,
+    least: int,
+    cumulative_mass: float | None,
+    forced_key_blocks: Tensor | None,
+    forced_query_blocks: Tensor | None,
+    local_radius: int | None,
+    capacity: int,
+) -> BlockMask:
+    """Select in PyTorch's own operations, on any device; the arguments are those of `triton_launch.select_blocks`."""
+    query_blocks, key_blocks = importance.shape[2:]
     importance = importance.to(torch.float32)
     forced = None
     if local_radius is not None:
@@ -112,7 +144,7 @@ def select_blocks(
         order = ranked.argsort(dim=-1, descending=True, stable=True)
         mass = importance.gather(-1, order).cumsum(-1)
         kept = (mass < cumulative_mass * mass[..., -1:]).sum(-1, keepdim=True) + 1  # and the block that reaches it
-        kept = kept.clamp(min_blocks, limit)
+        kept = kept.clamp(least, limit)
         if forced is not None:
             kept = torch.maximum(kept, forced.sum(-1, keepdim=True))
         places = torch.arange(key_blocks, device=order.device).expand_as(order)

@@ -14,6 +14,7 @@ from blade_kernels.block_sparse import flex, triton_attention
 from blade_kernels.block_sparse.cpu import cpu_attention
 from blade_kernels.block_sparse.naive import naive_attention
 from blade_kernels.block_sparse.pooled import PooledTokens
+from blade_kernels.compiler import constant_when_compiled
 from blade_kernels.implementations import check_implementation
 
 IMPLEMENTATIONS = ("auto", "triton", "flex", "cpu", "naive")
@@ -104,6 +105,7 @@ def block_sparse_attention(
         pooled = None
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     chosen = resolve_implementation(q, k, v, mask, pooled=pooled, return_lse=return_lse, implementation=implementation)
+    lse: Tensor | None
     if chosen == "triton":
         out, lse = triton_attention.triton_block_attention(q, k, v, mask, pooled, key_lengths, scale)
     elif chosen == "flex":
@@ -112,7 +114,10 @@ def block_sparse_attention(
         out, lse = naive_attention(q, k, v, mask, pooled, key_lengths, scale)
     else:
         out, lse = cpu_attention(q, k, v, mask, pooled, key_lengths, scale)
-    return (out, lse) if return_lse else out
+    if not return_lse:
+        return out
+    assert lse is not None  # every implementation returns it on request
+    return out, lse
 
 
 def resolve_implementation(
@@ -146,7 +151,7 @@ def resolve_implementation(
     return _resolve(implementation, kind, dtype, q.shape[-1], mask.block_size, needs_grad, return_lse)
 
 
-@torch.compiler.assume_constant_result  # it looks for a compiler and may write to the log
+@constant_when_compiled  # it looks for a compiler and may write to the log
 def _resolve(
     implementation: str,
     device_type: str,

@@ -19,6 +19,8 @@ from blade_kernels.block_mask import BlockMask
 from blade_kernels.block_sparse.pooled import PooledTokens
 from blade_kernels.toolchain import missing_c_toolchain, missing_cpp_toolchain
 
+_Attend = Callable[..., tuple[Tensor, Tensor | None]]
+
 _MOST_SIZES = 64  # different shapes, types and options in one process
 _TILE = 128  # FlexAttention's own configurations take blocks that this divides
 
@@ -44,16 +46,24 @@ def unsupported(
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"FlexAttention computes float32, bfloat16 and float16, not {dtype}"
     if device_type == "cpu":
-        if needs_grad:
-            return "FlexAttention has no backward on the CPU"
-        if return_lse:
-            return "FlexAttention gives no log-sum-exp on the CPU"
-        if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
-            return "FlexAttention on the CPU needs AVX2"
-        missing = missing_cpp_toolchain()
-        return missing and f"FlexAttention has to be compiled, and {missing}"
-    if device_type != "cuda":
-        return f"FlexAttention is not used on {device_type}"
+        return _unsupported_on_cpu(needs_grad, return_lse)
+    if device_type == "cuda":
+        return _unsupported_on_cuda(head_size, block_size, needs_grad)
+    return f"FlexAttention is not used on {device_type}"
+
+
+def _unsupported_on_cpu(needs_grad: bool, return_lse: bool) -> str | None:
+    if needs_grad:
+        return "FlexAttention has no backward on the CPU"
+    if return_lse:
+        return "FlexAttention gives no log-sum-exp on the CPU"
+    if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+        return "FlexAttention on the CPU needs AVX2"
+    missing = missing_cpp_toolchain()
+    return missing and f"FlexAttention has to be compiled, and {missing}"
+
+
+def _unsupported_on_cuda(head_size: int, block_size: tuple[int, int], needs_grad: bool) -> str | None:
     if head_size < 16:
         return f"FlexAttention needs heads of at least 16, got {head_size}"
     if any(size % 16 for size in block_size):
@@ -208,18 +218,19 @@ def _dropped(keep: Tensor, owner: Tensor, query_block: int) -> Callable[..., Ten
     return mask_mod
 
 
-def _compiled() -> Any:
+def _compiled() -> _Attend:
     """`_attend` compiled; never run as it stands, which would make an S x S tensor."""
     return _attend if torch.compiler.is_compiling() else _compile_once()
 
 
 @functools.cache
-def _compile_once() -> Any:
+def _compile_once() -> _Attend:
     # With symbolic sizes the code that PyTorch 2.13 writes for the CPU does not compile, so every size is compiled
     # anew; past the limit `fullgraph` raises, where the default would run `_attend` as it stands.
     # `unsupported` has asked PyTorch for the vector instructions: the compiler's own probe would take seconds more.
     compiled = torch.compile(_attend, fullgraph=True, dynamic=False, options={"cpp.vec_isa_ok": True})
-    return torch._dynamo.config.patch(recompile_limit=_MOST_SIZES)(compiled)
+    limited: _Attend = torch._dynamo.config.patch(recompile_limit=_MOST_SIZES)(compiled)
+    return limited
 
 
 def _kernel_options(q: Tensor, block_size: tuple[int, int]) -> dict[str, Any]:

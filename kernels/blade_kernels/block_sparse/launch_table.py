@@ -107,11 +107,12 @@ def measured_configs(path: Path) -> dict[str, Any]:
         ValueError: if the file can not be read.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        configs: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as problem:
         raise ValueError(f"{path} can not be read ({problem}); delete it or run `blade-bench tune` again.") from None
+    return configs
 
 
 @contextmanager
@@ -128,9 +129,11 @@ _tried: ContextVar[tuple[Kernel, LaunchConfig] | None] = ContextVar("tried", def
 
 
 def _lookup(table: dict[str, Any], kernel: Kernel, head_size: int, block: int) -> dict[str, Any] | None:
-    return table.get(kernel, {}).get(str(head_size), {}).get(str(block))
+    row: dict[str, Any] | None = table.get(kernel, {}).get(str(head_size), {}).get(str(block))
+    return row
 
 
 @functools.cache
 def _table() -> dict[str, Any]:
-    return json.loads(TABLE.read_text(encoding="utf-8"))
+    table: dict[str, Any] = json.loads(TABLE.read_text(encoding="utf-8"))
+    return table

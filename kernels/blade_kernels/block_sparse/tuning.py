@@ -210,4 +210,5 @@ def _event_ms(run: Callable[[], object]) -> float:
         run()
         end.record()
     torch.cuda.synchronize()
-    return round(statistics.median(start.elapsed_time(end) for start, end in events), 4)
+    times: list[float] = [start.elapsed_time(end) for start, end in events]
+    return round(statistics.median(times), 4)

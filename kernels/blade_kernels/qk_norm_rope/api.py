@@ -54,7 +54,8 @@ def qk_norm_rope(
     chosen = choose_implementation(implementation, x.device, operator.unsupported(x))
     cos, sin = (None if table is None else table.reshape(-1, x.shape[-1]) for table in (cos, sin))
     if chosen == "triton":
-        return operator.triton_norm_rope(x, weight, bias, cos, sin, places, norm, eps, rope_start)
+        out: Tensor = operator.triton_norm_rope(x, weight, bias, cos, sin, places, norm, eps, rope_start)
+        return out
     if chosen == "naive":
         return naive_norm_rope(x, weight, bias, cos, sin, places, norm, eps, rope_start)
     return cpu_norm_rope(x, weight, bias, cos, sin, places, norm, eps, rope_start)

@@ -39,6 +39,19 @@ def normalise(even, odd, H, eps, D: tl.constexpr, NORM: tl.constexpr):
 
 
 @triton.jit
+def normalise_backward(g_even, g_odd, even, odd, factor, H, D: tl.constexpr, NORM: tl.constexpr):
+    """Gradients of the channels, from those of the normalised ones, `even` and `odd`, and the factor."""
+    if NORM == LAYER:
+        mean = mean_of(g_even, g_odd, H, D, NORM)
+        along = mean_of(g_even * even, g_odd * odd, H, D, NORM)
+        g_even, g_odd = factor * (g_even - mean - even * along), factor * (g_odd - mean - odd * along)
+    elif NORM != NONE:
+        along = mean_of(g_even * even, g_odd * odd, H, D, NORM)
+        g_even, g_odd = factor * (g_even - even * along), factor * (g_odd - odd * along)
+    return g_even, g_odd
+
+
+@triton.jit
 def norm_rope_kernel(
     x, weight, bias, cos, sin, places, out,
     S, H, eps, rope_start, rope_stop,
@@ -133,13 +146,7 @@ def norm_rope_backward_kernel(
         if WEIGHT:
             dw_even, dw_odd = dw_even + g_even * even, dw_odd + g_odd * odd
             g_even, g_odd = g_even * weight_even, g_odd * weight_odd
-        if NORM == LAYER:
-            mean = mean_of(g_even, g_odd, H, D, NORM)
-            along = mean_of(g_even * even, g_odd * odd, H, D, NORM)
-            g_even, g_odd = factor * (g_even - mean - even * along), factor * (g_odd - mean - odd * along)
-        elif NORM != NONE:
-            along = mean_of(g_even * even, g_odd * odd, H, D, NORM)
-            g_even, g_odd = factor * (g_even - even * along), factor * (g_odd - odd * along)
+        g_even, g_odd = normalise_backward(g_even, g_odd, even, odd, factor, H, D, NORM)
         pointers = grad_x + ((item * S + token) * H + heads[:, None]) * D + channels[None, :]
         tl.store(pointers, tl.join(g_even, g_odd).reshape(HEADS, D).to(grad_x.dtype.element_ty), mask=inside)
     part = (tl.program_id(0).to(tl.int64) * HEADS + heads[:, None]) * D + channels[None, :]

@@ -15,6 +15,7 @@ from torch import nn
 from blade.families.data import FamilyData
 from blade.families.protocol import Condition, SparseAttention
 from blade.families.sampling_defaults import SamplingDefaults
+from blade_pipelines.shared.diffusers_module import DiffusersModule
 from blade_pipelines.shared.processor import SparseProcessor
 
 
@@ -64,7 +65,7 @@ class DiffusersFamily:
         """Return a context that changes nothing: the forward pass does not ask about values."""
         return nullcontext()
 
-    def blocks(self, transformer: nn.Module) -> Sequence[nn.Module]:
+    def blocks(self, transformer: DiffusersModule) -> Sequence[nn.Module]:
         """Return the transformer's blocks."""
         return list(transformer.transformer_blocks)
 
@@ -76,16 +77,17 @@ class DiffusersFamily:
         """Return the module that makes the embedding of the time."""
         return transformer.get_submodule(self.time_embedding_name)
 
-    def heads(self, attention: nn.Module) -> int:
+    def heads(self, attention: DiffusersModule) -> int:
         """Return the number of heads."""
-        return attention.heads
+        heads: int = attention.heads
+        return heads
 
-    def output_projection(self, attention: nn.Module) -> torch.Tensor | None:
+    def output_projection(self, attention: DiffusersModule) -> torch.Tensor | None:
         """Return the weights of the first of `to_out`, where there are any in floating point."""
         weight = getattr(attention.to_out[0], "weight", None) if getattr(attention, "to_out", None) else None
         return weight if isinstance(weight, torch.Tensor) and weight.is_floating_point() else None
 
-    def dense_reason(self, attention: nn.Module) -> str | None:
+    def dense_reason(self, attention: DiffusersModule) -> str | None:
         """Return why the module cannot be made sparse: a processor that does something else than Diffusers' own."""
         if type(attention.processor) in self.processors:
             return None

@@ -21,7 +21,7 @@ def permute_patches(latent: torch.Tensor, patch: Sequence[int], permutation: tor
     """
     frames, height, width = (size // length for size, length in zip(latent.shape[2:], patch))
     latent = latent[:, :, : frames * patch[0], : height * patch[1], : width * patch[2]]
-    pieces = latent.unflatten(4, (width, patch[2])).unflatten(3, (height, patch[1])).unflatten(2, (frames, patch[0]))
+    pieces = latent.view(*latent.shape[:2], frames, patch[0], height, patch[1], width, patch[2])
     tokens = pieces.permute(0, 1, 2, 4, 6, 3, 5, 7).flatten(2, 4)  # (B, C, patches, *patch)
-    tokens = tokens.index_select(2, permutation).unflatten(2, (frames, height, width))
+    tokens = tokens.index_select(2, permutation).view(*latent.shape[:2], frames, height, width, *patch)
     return tokens.permute(0, 1, 2, 5, 3, 6, 4, 7).flatten(6, 7).flatten(4, 5).flatten(2, 3)

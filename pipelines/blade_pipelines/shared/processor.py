@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from blade_kernels.qk_norm_rope import qk_norm_rope
-from torch import nn
 
 from blade.families.protocol import SparseAttention
+from blade_pipelines.shared.diffusers_module import DiffusersModule
 
 
 class SparseProcessor:
@@ -49,7 +49,7 @@ class SparseProcessor:
 
 def norm_and_rope(
     tensor: torch.Tensor,
-    norm: nn.Module | None,
+    norm: DiffusersModule | None,
     kind: str,
     cos: torch.Tensor | None,
     sin: torch.Tensor | None,

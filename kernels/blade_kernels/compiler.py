@@ -1,0 +1,17 @@
+"""A decorator of PyTorch's compiler, with types."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+import torch
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def constant_when_compiled(function: Callable[P, R]) -> Callable[P, R]:
+    """Let the compiler call a function once, while it traces, and take the result for a constant."""
+    marked: Callable[P, R] = torch.compiler.assume_constant_result(function)
+    return marked
