@@ -16,6 +16,7 @@ from blade_kernels.block_sparse import resolve_implementation
 from blade_kernels.block_sparse.launch_table import architecture
 from blade_kernels.triton_support import missing_triton
 from torch import Tensor
+from torch.nn import functional
 
 from blade.attention.pattern_plan import PatternPlan
 from blade.benchmarks.candidates import Attend, Candidate, candidates_for, recorded_packages
@@ -363,8 +364,8 @@ def _relative_error(out: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: BlockMas
     for block in {0, mask.query_blocks // 2, mask.query_blocks - 1}:
         rows = slice(block * size, (block + 1) * size)
         seen = mask.keep[:, :, block].repeat_interleave(mask.block_size[1], -1)[..., : k.shape[1]].unsqueeze(2)
-        heads = [x.double().transpose(1, 2) for x in (q[:, rows], k, v)]
-        exact = torch.nn.functional.scaled_dot_product_attention(*heads, attn_mask=seen).transpose(1, 2)
+        queries, keys, values = (x.double().transpose(1, 2) for x in (q[:, rows], k, v))
+        exact = functional.scaled_dot_product_attention(queries, keys, values, attn_mask=seen).transpose(1, 2)
         error = (out[:, rows].double() - exact).square().mean().sqrt() / exact.square().mean().sqrt()
         worst = max(worst, float(error))
     return worst

@@ -183,7 +183,7 @@ def _cell(case: dict[str, Any], name: str, what: str) -> str:
 
 
 def _ms(case: dict[str, Any], name: str, what: str) -> float | None:
-    times = case["ms"].get(name, {})
+    times: dict[str, float] = case["ms"].get(name, {})
     if what == "backward":
         return times["training"] - times["forward"] if {"training", "forward"} <= set(times) else None
     return times.get(what)

@@ -11,12 +11,14 @@ import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from importlib import import_module
 from typing import Any
 
 import torch
 from blade_kernels.block_mask import BlockMask
 from blade_kernels.block_sparse import block_sparse_attention, resolve_implementation
 from torch import Tensor
+from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from blade.common.declared import declare, declare_installed
@@ -75,54 +77,52 @@ class Candidate:
 def _sdpa(backend: SDPBackend) -> Attend:
     def attend(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
         with sdpa_kernel(backend):
-            tensors = (x.transpose(1, 2) for x in (q, k, v))
-            return torch.nn.functional.scaled_dot_product_attention(*tensors).transpose(1, 2)
+            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+            return functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
     return attend
 
 
 def _flash_attn(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
-    from flash_attn import flash_attn_func
-
-    return flash_attn_func(q, k, v)
+    out: Tensor = import_module("flash_attn").flash_attn_func(q, k, v)
+    return out
 
 
 def _flash_attn_3(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
-    from flash_attn_interface import flash_attn_func
-
-    out = flash_attn_func(q, k, v)
-    return out[0] if isinstance(out, tuple) else out  # some releases return the log-sum-exp too
+    return _output(import_module("flash_attn_interface").flash_attn_func(q, k, v))
 
 
 def _sageattention(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
-    from sageattention import sageattn
-
-    return sageattn(q, k, v, tensor_layout="NHD", is_causal=False)
+    out: Tensor = import_module("sageattention").sageattn(q, k, v, tensor_layout="NHD", is_causal=False)
+    return out
 
 
 def _sparge_attn(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
     """Its blocks are 128 queries by 64 keys, and on compute capability 9.0 64 by 128."""
-    from spas_sage_attn import block_sparse_sage2_attn_cuda
-
+    attend = import_module("spas_sage_attn").block_sparse_sage2_attn_cuda
     query_block, key_block = (64, 128) if torch.cuda.get_device_capability(q.device) == (9, 0) else (128, 64)
     keep = mask.keep.repeat_interleave(128 // query_block, 2).repeat_interleave(128 // key_block, 3)
     keep = keep[:, :, : -(-q.shape[1] // query_block), : -(-k.shape[1] // key_block)]
     heads_first = (x.transpose(1, 2).contiguous() for x in (q, k, v))
-    return block_sparse_sage2_attn_cuda(*heads_first, mask_id=keep.to(torch.int8)).transpose(1, 2)
+    out: Tensor = attend(*heads_first, mask_id=keep.to(torch.int8))
+    return out.transpose(1, 2)
 
 
 def _fastvideo_kernel(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
     """It takes whole blocks of 64 alone, and is told how many tokens of each count."""
-    from fastvideo_kernel import block_sparse_attn
-
+    attend = import_module("fastvideo_kernel").block_sparse_attn
     tokens, blocks = q.shape[1], mask.query_blocks
     rest = 64 * blocks - tokens
-    padded = (torch.nn.functional.pad(x.transpose(1, 2), (0, 0, 0, rest)).contiguous() for x in (q, k, v))
+    padded = (functional.pad(x.transpose(1, 2), (0, 0, 0, rest)).contiguous() for x in (q, k, v))
     held = torch.full((blocks,), 64, dtype=torch.int32, device=q.device)
     held[-1] -= rest
-    out = block_sparse_attn(*padded, mask.keep.expand(-1, q.shape[2], -1, -1).contiguous(), held)
-    out = out[0] if isinstance(out, tuple) else out
+    out = _output(attend(*padded, mask.keep.expand(-1, q.shape[2], -1, -1).contiguous(), held))
     return out[:, :, :tokens].transpose(1, 2)
+
+
+def _output(returned: Tensor | tuple[Tensor, ...]) -> Tensor:
+    """Return the output of a peer, some releases of which return the log-sum-exp too."""
+    return returned[0] if isinstance(returned, tuple) else returned
 
 
 def _dense(backend: SDPBackend, takes: Takes) -> tuple[Candidate, Candidate]:

@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
@@ -26,6 +26,9 @@ from blade.generation.request import ResolvedRequest
 from blade.generation.run import call_arguments, prepare_sampler
 from blade.models.loaded import LoadedModel
 from blade.models.loading import INPUTS
+
+if TYPE_CHECKING:
+    from diffusers import ModelMixin
 
 INDEX_NAME = "embeddings.json"
 """What all shards share."""
@@ -116,7 +119,8 @@ def capture(model: LoadedModel, request: ResolvedRequest, prompt: str) -> Condit
         request: a resolved request, for all but the prompt; guidance in two passes is left out.
         prompt: the prompt, which may be empty.
     """
-    pipe, transformer, seen = model.pipe, model.transformer, dict[str, Any]()
+    transformer: ModelMixin = model.transformer
+    pipe, seen = model.pipe, dict[str, Any]()
     names = list(inspect.signature(type(transformer).forward).parameters)[1:]
 
     def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -200,7 +204,8 @@ def fingerprint(parts: Mapping[str, nn.Module]) -> str:
     """
     found = hashlib.sha256()
     for name, part in parts.items():
-        settings = part.config.to_dict() if hasattr(part.config, "to_dict") else dict(part.config)
+        config: Any = part.config  # of Diffusers or of Transformers
+        settings = config.to_dict() if hasattr(config, "to_dict") else dict(config)
         known = {key: value for key, value in settings.items() if not key.startswith(("_", "transformers_version"))}
         found.update(json.dumps([name, type(part).__name__, known], sort_keys=True, default=str).encode())
         for key, parameter in part.state_dict().items():

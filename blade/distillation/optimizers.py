@@ -130,7 +130,8 @@ def _make(parameters: list[nn.Parameter], config: OptimizerConfig, learning_rate
         raise ValueError(
             '`optimizer.name` adamw-8bit needs the extra `quantize`: pip install "blade-video[quantize]".'
         ) from error
-    return AdamW8bit(parameters, **options)
+    optimizer: torch.optim.Optimizer = AdamW8bit(parameters, **options)
+    return optimizer
 
 
 def _like(value: Any, parameter: nn.Parameter) -> Any:

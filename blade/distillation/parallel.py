@@ -68,12 +68,13 @@ class Processes:
             elif trains:
                 kind = nn.parallel.DistributedDataParallel
                 newer = "forward_sync_buffers" in inspect.signature(kind).parameters
+                sync: dict[str, Any] = {"forward_sync_buffers" if newer else "broadcast_buffers": False}
                 network.wrapped = kind(
                     network.transformer,
                     device_ids=[self.device] if self.device.type == "cuda" else None,
                     # the adapter of the other role has no part in a pass
                     find_unused_parameters=True,
-                    **{"forward_sync_buffers" if newer else "broadcast_buffers": False},
+                    **sync,
                 )
 
     @contextmanager

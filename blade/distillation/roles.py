@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -22,6 +22,10 @@ from torch.utils.checkpoint import checkpoint
 from blade.attention.applied import AppliedBlade, PassState, applied_to
 from blade.families.protocol import Inputs, ModelFamily
 from blade.students.step_condition import StepCondition
+
+if TYPE_CHECKING:
+    from diffusers import ModelMixin
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
 STUDENT, FAKE, TEACHER = "student", "fake", "teacher"
 ROLES = (STUDENT, FAKE, TEACHER)
@@ -46,7 +50,7 @@ class Lora:
 class Network:
     """A transformer, and what it is at the moment."""
 
-    def __init__(self, transformer: nn.Module) -> None:
+    def __init__(self, transformer: ModelMixin) -> None:
         """Take a transformer, with BLADE applied or not, and with all adapters that it will have.
 
         Args:
@@ -57,7 +61,7 @@ class Network:
         """What passes with gradient go through: the transformer, or what stands around it to share gradients."""
         self.numbers: tuple[str, torch.Tensor] | None = None
         """Role and numbers, (B,), of the trajectories or steps that a forward pass is told of."""
-        self._lora_layers = tuple(module for module in transformer.modules() if _is_lora(module))
+        self._lora_layers: tuple[BaseTunerLayer, ...] = tuple(filter(_is_lora, transformer.modules()))
         self._adapter: str | None = None
         self._switch(None)
 
@@ -143,7 +147,7 @@ class Roles:
         """Every network once."""
         return list({id(network): network for network in self.networks.values()}.values())
 
-    def transformer(self, role: str) -> nn.Module:
+    def transformer(self, role: str) -> ModelMixin:
         """The transformer that plays a role."""
         return self.networks[role].transformer
 
@@ -186,7 +190,8 @@ class Roles:
         network = self.networks[role]
         module = network.wrapped if torch.is_grad_enabled() else network.transformer
         network.numbers = (role, numbers)
-        return module(**inputs, return_dict=False)[0]
+        prediction: torch.Tensor = module(**inputs, return_dict=False)[0]
+        return prediction
 
     def named_parameters(self, role: str) -> dict[str, nn.Parameter]:
         """Return the weights that are trained of a role, by name; names of student and fake score are the same."""
@@ -201,7 +206,7 @@ def trained_parameters(transformer: nn.Module, adapter: str | None) -> dict[str,
     return {name.replace(f".{adapter}", ""): one for name, one in named.items() if f".{adapter}" in name}
 
 
-def adapter_roles(transformer: nn.Module, lora: Lora, sparse: Sequence[str]) -> Roles:
+def adapter_roles(transformer: ModelMixin, lora: Lora, sparse: Sequence[str]) -> Roles:
     """Let one transformer play all roles: it is frozen, and two adapters are put on it, float32 whatever it is in.
 
     Args:
@@ -231,7 +236,7 @@ def adapter_roles(transformer: nn.Module, lora: Lora, sparse: Sequence[str]) -> 
     return Roles(dict.fromkeys(ROLES, network), sparse, adapters=True)
 
 
-def separate_roles(transformer: nn.Module, sparse: Sequence[str]) -> Roles:
+def separate_roles(transformer: ModelMixin, sparse: Sequence[str]) -> Roles:
     """Let a transformer be the student, and copies of it, made here, fake score and teacher.
 
     Args:

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
 from jinja2 import Environment, StrictUndefined
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 from blade.attention.config import BladeConfig
 from blade.common.files import folder_updated
@@ -22,6 +21,9 @@ from blade.families.registry import find_family
 from blade.students.scheduler import FewStepScheduler
 from blade.students.source import CONDITION_NAME, SCHEDULER_FOLDER, TRANSFORMER_FOLDER, WEIGHT_NAME
 from blade.students.step_condition import ATTRIBUTE
+
+if TYPE_CHECKING:
+    from diffusers import ModelMixin
 
 CONFIG_NAME = "distillation.yaml"
 """What the student was made by."""
@@ -35,7 +37,7 @@ FULL_WEIGHT_NAME = "diffusion_pytorch_model.safetensors"
 def write_student(
     folder: Path,
     *,
-    transformer: nn.Module,
+    transformer: ModelMixin,
     weights: Mapping[str, torch.Tensor],
     config: DistillationConfig,
     sampler: FewStepScheduler,

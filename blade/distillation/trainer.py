@@ -198,14 +198,14 @@ class Trainer:
             for place, (batch, start) in enumerate(zip(batches, starts)):
                 with updates.acting(FAKE, start, own_draws), self._accumulating(FAKE, place, batches):
                     loss = updates.fake_loss(batch, start, own_draws) / len(batches)
-                    loss.backward()
+                    torch.autograd.backward(loss)
                 losses.append(loss.detach())
             log |= self._step(FAKE, losses)
         estimates = []
         for place, (batch, start) in enumerate(zip(batches, starts)):
             with updates.acting(STUDENT, start, draws[-1]), self._accumulating(STUDENT, place, batches):
                 estimate = updates.generator_loss(batch, start, draws[-1])
-                (estimate.loss / len(batches)).backward()
+                torch.autograd.backward(estimate.loss / len(batches))
             estimates.append(estimate)
         log |= self._step(STUDENT, [estimate.loss.detach() / len(batches) for estimate in estimates])
         sums = [
@@ -228,16 +228,16 @@ class Trainer:
         for place, (batch, start) in enumerate(zip(batches, starts)):
             with updates.acting(STUDENT, start, draws), self._accumulating(STUDENT, place, batches):
                 loss = loss_of(batch, start, draws) / len(batches)
-                loss.backward()
+                torch.autograd.backward(loss)
             losses.append(loss.detach())
         return self._step(STUDENT, losses)
 
     def student_weights(self, *, averaged: bool = True) -> dict[str, torch.Tensor]:
         """The student's weights, whole, on the CPU, averaged where that was asked for; all processes must call it."""
         named = self.roles.named_parameters(STUDENT)
-        if self.ema is None or not averaged:
-            return whole(dict(named))
-        return whole(dict(zip(named, self.ema.shadow_params)))
+        trained = named.values() if self.ema is None or not averaged else self.ema.shadow_params
+        weights: dict[str, torch.Tensor] = whole(dict(zip(named, trained)))
+        return weights
 
     def use_averaged(self) -> None:
         """Put averaged weights in force, until `use_own`."""

@@ -82,16 +82,20 @@ def make_sampler(
             raise ValueError(
                 f"`times` must hold one grid for each of `steps` {list(steps)}, got {[list(grid) for grid in times]}."
             )
-        return FewStepScheduler.like(scheduler, times, noise_kept=noise_kept)
-    sampler = FewStepScheduler.like(scheduler, [[1.0]])  # says what the model predicts
-    if sampler.config.prediction_type == "v_prediction":
+    grids = _usual_times(scheduler, steps, flow_shift) if times is None else times
+    sampler: FewStepScheduler = FewStepScheduler.like(scheduler, grids, noise_kept=noise_kept)
+    return sampler
+
+
+def _usual_times(scheduler: Any, steps: Sequence[int], flow_shift: float | None) -> list[tuple[float, ...]]:
+    """Return the model's usual grids, one for each number of steps."""
+    config = FewStepScheduler.like(scheduler, [[1.0]]).config  # says what the model predicts
+    if config.prediction_type == "v_prediction":
         if flow_shift is not None:
             raise ValueError(f"`flow_shift` must not be given: a {type(scheduler).__name__} is not for flow matching.")
-        grids = [trailing_times(count, sampler.config.num_train_timesteps) for count in steps]
-    else:
-        own = scheduler.config.get("flow_shift", scheduler.config.get("shift", 1.0))
-        grids = [flow_times(count, own if flow_shift is None else flow_shift) for count in steps]
-    return FewStepScheduler.like(scheduler, grids, noise_kept=noise_kept)
+        return [trailing_times(count, config.num_train_timesteps) for count in steps]
+    own_shift = scheduler.config.get("flow_shift", scheduler.config.get("shift", 1.0))
+    return [flow_times(count, own_shift if flow_shift is None else flow_shift) for count in steps]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +131,7 @@ class Trajectory:
     @property
     def kind(self) -> str:
         """What the model predicts."""
-        return self.sampler.config.prediction_type
+        return str(self.sampler.config.prediction_type)
 
     @property
     def times(self) -> tuple[float, ...]:

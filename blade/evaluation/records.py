@@ -77,7 +77,7 @@ def _settings(run: dict[str, Any]) -> dict[str, Any]:
 def _is_same(recorded: dict[str, Any] | None, config: BladeConfig | None) -> bool:
     """Whether a recorded configuration is this one, fields that have come since at their defaults."""
     if recorded is None or config is None:
-        return recorded is config is None
+        return recorded is None and config is None
     return recorded == config.to_dict() or BladeConfig.from_dict(recorded) == config
 
 

@@ -140,7 +140,7 @@ def bytes_to_download(name: str, files: Iterable[str], commit: str | None = None
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils import tqdm
 
-    class Silent(tqdm):
+    class Silent(tqdm):  # type: ignore[misc]  # huggingface_hub is not followed
         """No bar: all this takes is a moment."""
 
         def __init__(self, *args: Any, **options: Any) -> None:

@@ -67,7 +67,8 @@ class GreedyRule:
             (..., candidates, heads).
         """
         scale = errors[..., 1:2, :].mean(-1, keepdims=True)
-        return errors / np.maximum(scale, 1e-30) + self.weight * densities[:, None]
+        losses: np.ndarray = errors / np.maximum(scale, 1e-30) + self.weight * densities[:, None]
+        return losses
 
     def decide(self, losses: np.ndarray) -> np.ndarray:
         """The candidate of every head, (..., heads) int, from `losses`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -13,6 +14,9 @@ from blade.attention.pattern_plan import PatternPlan
 from blade.metrics.timing import measure, time_calls
 from blade.models.costs import ForwardCost
 from blade.models.loaded import LatentSize, LoadedModel
+
+if TYPE_CHECKING:
+    from diffusers import ModelMixin
 
 REPEATS = 5
 """Calls that are timed of each pattern."""
@@ -49,13 +53,14 @@ class AttentionCosts:
             plan: of a table whose patterns are the candidates.
             latent: frames, height and width of the latent.
         """
-        transformer, family = model.transformer, model.family
+        transformer: ModelMixin = model.transformer
+        family = model.family
         attentions = family.attention_layers(transformer)
         heads, size = family.heads(attentions[0]), transformer.config.attention_head_dim
         device = next(transformer.parameters()).device
         shape = (1, plan.grid.sequence_length, heads, size)
         query, key, value = (torch.randn(shape, device=device, dtype=transformer.dtype) for _ in range(3))
-        heads_first = [x.transpose(1, 2) for x in (query, key, value)]
+        q, k, v = (x.transpose(1, 2) for x in (query, key, value))  # heads before tokens
         inputs = model.example_inputs(latent)
 
         def time_pattern(number: int) -> float:
@@ -63,7 +68,7 @@ class AttentionCosts:
             return measure(lambda turn: plan.attend(query, key, value, (ids,)), device, REPEATS).median
 
         with torch.inference_mode():
-            dense = measure(lambda turn: functional.scaled_dot_product_attention(*heads_first), device, REPEATS).median
+            dense = measure(lambda turn: functional.scaled_dot_product_attention(q, k, v), device, REPEATS).median
             transformer(**inputs)
             forward = time_calls(lambda turn: transformer(**inputs), device, 2).median
             times = [0.0 if one.kind == "skip" else time_pattern(n) for n, one in enumerate(plan.table.patterns)]

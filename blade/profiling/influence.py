@@ -80,8 +80,9 @@ def measure_influences(
     factors = _ratios(runs.errors(names, places), expected, places)
     middles = [(first + last - 1) / 2 for first, last in stretches]
     by_step = np.exp(np.interp(np.arange(steps), middles, np.log(factors)))
-    influences = by_step[:, None] * by_layer
-    return influences / influences.mean()
+    influences: np.ndarray = by_step[:, None] * by_layer
+    influences /= influences.mean()
+    return influences
 
 
 class _Runs:
@@ -114,7 +115,8 @@ class _Runs:
             [np.log(self._error(number, request, name, sparse)) for name, sparse in zip(names, places)]
             for number, request in enumerate(self.requests)
         ]
-        return np.exp(np.mean(logs, axis=0))
+        means: np.ndarray = np.exp(np.mean(logs, axis=0))
+        return means
 
     def _error(self, number: int, request: ResolvedRequest, name: str, sparse: np.ndarray) -> float:
         """Squared error of a prompt's video as a share of its variance."""
@@ -148,7 +150,8 @@ def _ratios(errors: np.ndarray, expected: np.ndarray, places: np.ndarray) -> np.
     if not known.any():
         return np.ones(len(errors))
     ratios = errors / np.maximum(within, LEAST)
-    return np.where(known, ratios, np.exp(np.log(ratios[known]).mean()))
+    filled: np.ndarray = np.where(known, ratios, np.exp(np.log(ratios[known]).mean()))
+    return filled
 
 
 def _stretches(steps: int) -> list[tuple[int, int]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,7 +56,7 @@ class LayerMeasurement:
     """(rows,) float64, queries that went into each row of `block_map`."""
 
     def __add__(self, other: LayerMeasurement) -> LayerMeasurement:
-        sums = {name: getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__}
+        sums: dict[str, Any] = {name: getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__}
         return LayerMeasurement(**sums)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -66,7 +67,8 @@ class LayerMeasurement:
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> LayerMeasurement:
         """Take what `tensors` gave."""
-        return cls(**{**tensors, "queries": int(tensors["queries"])})
+        sums = {name: tensor for name, tensor in tensors.items() if name != "queries"}
+        return cls(queries=int(tensors["queries"]), **sums)
 
 
 def measure_layer(
@@ -98,10 +100,17 @@ def measure_layer(
     grams = _grams(projection, heads, size, query.device)
     found: LayerMeasurement | None = None
     for group in groups:
-        moved = (query, key, value)
-        if group.tokens is not None:
-            moved = tuple(x.index_select(1, group.tokens) for x in moved)
-        measured = _measure_group(*moved, group, candidates, block_size, grams, key_lengths, query_blocks)
+        measured = _measure_group(
+            _in_order(query, group.tokens),
+            _in_order(key, group.tokens),
+            _in_order(value, group.tokens),
+            group,
+            candidates,
+            block_size,
+            grams,
+            key_lengths,
+            query_blocks,
+        )
         if found is None:
             found = measured
             continue
@@ -129,12 +138,17 @@ def column_mass(
     total = torch.zeros(heads, blocks, dtype=torch.float64, device=query.device)
     together = max(1, CHUNK_BYTES // (heads * tokens * 4))
     for item in range(len(query)):
-        for some in places.split(together):
+        for some in torch.split(places, together):
             logits = _logits(query[item, some].transpose(0, 1), key[item].transpose(0, 1), blocks * block_size)
             _hide(logits, tokens if key_lengths is None else key_lengths[item])
-            weights = logits.softmax(-1).unflatten(-1, (blocks, block_size))
+            weights = torch.unflatten(logits.softmax(-1), -1, (blocks, block_size))
             total += weights.sum((1, 3), dtype=torch.float64)
     return total / total.sum(-1, keepdim=True)
+
+
+def _in_order(x: Tensor, tokens: Tensor | None) -> Tensor:
+    """Put the tokens of (B, S, H, D) into an order; None: as they are."""
+    return x if tokens is None else x.index_select(1, tokens)
 
 
 def _measure_group(
@@ -160,7 +174,8 @@ def _measure_group(
     queries = 0
     for item in range(batch):
         stop = tokens if key_lengths is None else int(key_lengths[item])
-        values = _padded(value[item], blocks * block_size).transpose(0, 1).unflatten(1, (blocks, block_size))
+        padded = _padded(value[item], blocks * block_size).transpose(0, 1)
+        values = torch.unflatten(padded, 1, (blocks, block_size))
         for some in _chunks(chosen, heads, block_size, blocks, size):
             places = (some[:, None] * block_size + torch.arange(block_size, device=device)).flatten()
             real = (places < stop).view(len(some), block_size)
@@ -206,14 +221,14 @@ _BY_CANDIDATE = ("output_error", "head_error", "mass", "best_mass")
 def _chunks(chosen: Tensor, heads: int, block_size: int, blocks: int, size: int) -> Iterator[Tensor]:
     """Query blocks whose sums fit into memory together."""
     one = heads * block_size * blocks * (block_size + size) * 4
-    return iter(chosen.split(max(1, CHUNK_BYTES // one)))
+    return iter(torch.split(chosen, max(1, CHUNK_BYTES // one)))
 
 
 def _grams(projection: Tensor | None, heads: int, size: int, device: torch.device) -> Tensor:
     """(H, D, D): of a head's error e, e G e is the squared error of the layer's output by the mean over channels."""
     if projection is None:
         return torch.eye(size, device=device).expand(heads, -1, -1) / size
-    by_head = projection.detach().to(device, torch.float32).unflatten(1, (heads, size)).movedim(1, 0)
+    by_head = torch.unflatten(projection.detach().to(device, torch.float32), 1, (heads, size)).movedim(1, 0)
     return by_head.mT @ by_head / len(projection)
 
 

@@ -63,7 +63,8 @@ class ProfileSource:
         values["grid"] = asdict(self.grid)
         values["candidates"] = [pattern.to_dict() for pattern in self.candidates]
         values["adaptive"] = [config.to_dict() for config in self.adaptive]
-        return json.loads(json.dumps(values))
+        plain: dict[str, Any] = json.loads(json.dumps(values))
+        return plain
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ProfileSource:
@@ -104,12 +105,12 @@ class AttentionProfile:
     @property
     def layers(self) -> int:
         """Number of layers."""
-        return self.error.shape[2]
+        return int(self.error.shape[2])
 
     @property
     def heads(self) -> int:
         """Heads of a layer."""
-        return self.error.shape[4]
+        return int(self.error.shape[4])
 
     def save(self, path: Path) -> None:
         """Write the profile to a file; one that was there is replaced as a whole."""

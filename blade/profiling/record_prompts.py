@@ -122,7 +122,8 @@ def _path(folder: Path, number: int) -> Path:
 def dense_video(folder: Path, number: int) -> np.ndarray:
     """The video that `record_profile` made of a prompt: (frames, 3, H, W) uint8."""
     with np.load(folder / f"video-{number:03d}.npz") as archive:
-        return archive["frames"]
+        frames: np.ndarray = archive["frames"]
+    return frames
 
 
 def _check_folder(folder: Path, source: ProfileSource, recording: Recording, request: ResolvedRequest) -> None:

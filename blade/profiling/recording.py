@@ -84,11 +84,11 @@ def kept_passes(
             return Transformer2DModelOutput(sample=output)
         return (output,)
 
-    transformer.forward = forward  # type: ignore[method-assign]
+    transformer.forward = forward
     try:
         yield
     finally:
-        transformer.forward = inner  # type: ignore[method-assign]
+        transformer.forward = inner
 
 
 @contextmanager

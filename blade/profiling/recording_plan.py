@@ -270,6 +270,6 @@ def _dense(query: Tensor, key: Tensor, value: Tensor, key_lengths: Tensor | None
     if key_lengths is not None:
         places = torch.arange(key.shape[1], device=key.device)
         mask = (places < key_lengths.unsqueeze(-1))[:, None, None]
-    heads_first = (x.transpose(1, 2) for x in (query, key, value))
-    output = torch.nn.functional.scaled_dot_product_attention(*heads_first, attn_mask=mask).transpose(1, 2)
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # heads before tokens
+    output = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2)
     return output, torch.ones((), device=query.device), "dense"

@@ -206,7 +206,8 @@ class ReportData:
         """(candidates,) float64, share of all heads, layers and steps that each candidate has."""
         lengths = np.diff((*self.group_starts, self.steps))
         numbers = np.arange(len(self.candidates))[:, None, None, None]
-        return (self.assignment == numbers).mean((2, 3)) @ lengths / self.steps
+        shares: np.ndarray = (self.assignment == numbers).mean((2, 3)) @ lengths / self.steps
+        return shares
 
     def kind_shares(self) -> dict[str, float]:
         """Share of all heads, layers and steps that each kind of pattern has, in the order of `KINDS`."""
@@ -314,7 +315,8 @@ def _json(values: Mapping[str, Any]) -> str:
 
 def _striped(data: ReportData) -> np.ndarray:
     """(groups, layers, heads) bool, heads whose mask is their own stripes."""
-    return np.array([candidate.kind == "vertical" for candidate in data.candidates])[data.assignment]
+    striped: np.ndarray = np.array([candidate.kind == "vertical" for candidate in data.candidates])[data.assignment]
+    return striped
 
 
 def _fitting(data: ReportData) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
@@ -354,7 +356,8 @@ def _averaged(array: np.ndarray, factor: int, axis: int) -> np.ndarray:
 
 
 def _rounded(array: np.ndarray) -> np.ndarray:
-    return np.rint(array).astype(np.uint8)
+    rounded: np.ndarray = np.rint(array).astype(np.uint8)
+    return rounded
 
 
 def _most_dependent(data: ReportData) -> list[dict[str, Any]]:

@@ -181,7 +181,8 @@ def _notes(report: ProfileReport) -> tuple[str, ...]:
 def _bytes_of_maps(maps: np.ndarray) -> np.ndarray:
     roots = np.sqrt(maps)
     most = roots.max((-2, -1), keepdims=True)
-    return np.rint(255 * roots / np.maximum(most, 1e-12)).astype(np.uint8)
+    levels: np.ndarray = np.rint(255 * roots / np.maximum(most, 1e-12)).astype(np.uint8)
+    return levels
 
 
 def _stripes(report: ProfileReport, cells: int) -> np.ndarray | None:

@@ -190,7 +190,8 @@ def relative_errors(profile: AttentionProfile) -> np.ndarray:
     errors = profile.error[:, :, :, :count].mean(0, dtype=np.float64)
     errors[:, :, 0] = 0  # the full pattern's is rounding
     energies = profile.energy.mean(0, dtype=np.float64).sum(-1)
-    return errors / np.maximum(energies, 1e-30)[:, :, None, None]
+    relative: np.ndarray = errors / np.maximum(energies, 1e-30)[:, :, None, None]
+    return relative
 
 
 def prompt_dependence(profile: AttentionProfile, choice: Choice, costs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
