@@ -184,7 +184,7 @@ def _pool(key: torch.Tensor, value: torch.Tensor, plan: AdaptivePlan) -> PooledT
 
 
 def draw_table(config: BladeConfig, layer: int, heads: int, steps: int = DRAWN_STEPS) -> torch.Tensor:
-    """Draw what a layer's selector needs by chance, for every step.
+    """Draw the numbers of a layer's selector, for every step.
 
     Args:
         config: the configuration; its seed, with `layer` and the step, is the key.

@@ -31,7 +31,7 @@ DEFAULT_SELECTOR = "sampled"
 
 
 class SelectorOptions(Protocol):
-    """The options that a selector reads; `AdaptiveConfig` has them, and says what they mean."""
+    """The options of `AdaptiveConfig` that a selector reads."""
 
     @property
     def block_size(self) -> int:
@@ -74,14 +74,14 @@ class Score(Protocol):
     ) -> Tensor:
         """Score the key blocks of every query block.
 
-        It runs in a layer, perhaps compiled, where nothing may wait for the device: what differs from layer to layer
-        or step to step is in tensors.
+        It runs in a layer, perhaps compiled, where nothing may wait for the device; all that differs from layer to
+        layer or step to step is in tensors.
 
         Args:
             query: (B, S, H, D), in token order, after position embeddings.
             key: (B, S, H, D).
-            context: what was worked out for the grid.
-            drawn: what `Selector.draw` returned for this layer and step; without one, an empty tensor.
+            context: its view of the grid.
+            drawn: the numbers of `Selector.draw` for this layer and step; without one, an empty tensor.
             key_lengths: (B,) integers: the keys from there on, which are text, are absent. None: all are there.
 
         Returns:
@@ -97,17 +97,17 @@ class Selector:
     name: str
     """As it is written in options and files, in kebab-case."""
     description: str
-    """By what it scores key blocks, in one line, as in "sampled: the largest attention weight among ..."."""
+    """The measure of a key block that it goes by, in one line, such as "chance alone"."""
     score: Score
-    """The scores, in a layer."""
+    """Scores key blocks, in a layer."""
     draw: Callable[[np.random.Generator, int, SelectorOptions], np.ndarray] | None = None
     """Drawing of the random values of one layer and step, of a generator keyed by both, the number of heads, and the
     options; a row of the layer's table. None: nothing."""
     prepare: Callable[[TokenGrid, SelectorOptions], Tensor] | None = None
     """Preparation from the grid and the options alone. None: there is none."""
     operations: Callable[[int, int, int, SelectorOptions], float] | None = None
-    """Floating-point operations of the matrix products that score one layer in one pass, of its tokens, its heads,
-    numbers in a head, and the options. None: there are none."""
+    """Counts the floating-point operations of the matrix products that score one layer in one pass, of its tokens, its
+    heads, the size of a head, and the options. None: there are no such products."""
     is_control: bool = False
     """True for a control that looks at neither queries nor keys, which others have to beat at the same density."""
     colour: str | None = None
@@ -118,19 +118,19 @@ class Selector:
             raise ValueError(f"`name` must be in kebab-case, such as mean-pooled, got {self.name!r}.")
 
     def context(self, grid: TokenGrid, options: SelectorOptions, device: torch.device) -> SelectorContext:
-        """Work out what the scores have to go by on a grid."""
+        """Work out its view of a grid."""
         prepared = None if self.prepare is None else self.prepare(grid, options).to(device)
         return SelectorContext(options, -(-grid.sequence_length // options.block_size), prepared)
 
     def table(self, options: SelectorOptions, *, seed: int, layer: int, heads: int, steps: int) -> Tensor:
-        """Draw what a layer reads at every step: a row a step, which depends on seed, layer and step alone."""
+        """Draw the numbers of a layer: a row a step, which depends on seed, layer and step alone."""
         if self.draw is None:
             return torch.empty(steps, 0)
         generators = [np.random.default_rng([seed, layer, step]) for step in range(steps)]
         return torch.from_numpy(np.stack([self.draw(generator, heads, options) for generator in generators]))
 
     def count_operations(self, tokens: int, heads: int, head_dim: int, options: SelectorOptions) -> float:
-        """Floating-point operations of scoring one layer in one pass. See `operations`."""
+        """Count the floating-point operations of scoring one layer in one pass. See `operations`."""
         return 0.0 if self.operations is None else self.operations(tokens, heads, head_dim, options)
 
 

@@ -30,7 +30,7 @@ def attention_kinds() -> tuple[str, ...]:
 
 
 def is_attention_kind(name: str) -> bool:
-    """Whether a name is one of `attention_kinds`."""
+    """Return whether a name is one of `attention_kinds`."""
     return name in ATTENTION or (name != DEFAULT_SELECTOR and has_selector(name))
 
 
@@ -201,7 +201,7 @@ def parse_run(text: str, *, steps: int | None = None, guidance: float | None = N
 
 
 def selector_notes(configs: Iterable[dict[str, Any] | None]) -> list[str]:
-    """What the selectors of configurations look at, as a report says it: a paragraph, none for the paper's alone.
+    """Explain the selectors of configurations in a report: one paragraph, none for the paper's alone.
 
     Args:
         configs: of the report's runs, as plain JSON values; None for dense ones.

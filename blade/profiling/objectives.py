@@ -1,4 +1,4 @@
-"""The objectives of a search for head patterns, declared in one table: what a budget can bound.
+"""The objectives of a search for head patterns, which budgets bound, declared in one table.
 
 Nothing here needs PyTorch, so that a command line can be made of the table at once.
 """
@@ -17,11 +17,11 @@ from blade.profiling.assignment import Assignment, least_cost, least_error
 
 
 class StepCosts(Protocol):
-    """What candidates cost a denoising step; `AttentionCosts` has it, and says what it means."""
+    """Costs of candidates in a denoising step; `AttentionCosts` has them."""
 
     @property
     def candidates(self) -> np.ndarray:
-        """(candidates,), as shares of dense attention's cost."""
+        """Costs (candidates,), as shares of dense attention's."""
         ...
 
     @property
@@ -30,13 +30,13 @@ class StepCosts(Protocol):
         ...
 
     def speedup(self, share: float) -> float:
-        """How many times faster a step gets where attention costs this share of dense attention."""
+        """The factor by which a step gets faster where attention costs this share of dense attention."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SearchProblem:
-    """What patterns are chosen by: an item is a head of a layer in a group of steps, and sums are over all items."""
+    """Errors and costs of every choice: an item is a head of a layer in a group of steps, and sums are over all."""
 
     errors: np.ndarray
     """(items, candidates), squared errors of the layers' outputs as shares of their energy."""
@@ -45,7 +45,7 @@ class SearchProblem:
     costs: np.ndarray
     """(items, candidates), as shares of the cost of dense attention in the run."""
     step: StepCosts
-    """What candidates cost a step."""
+    """Costs of the candidates in a step."""
 
     @property
     def least_density(self) -> float:
@@ -60,25 +60,25 @@ class SearchProblem:
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    """Something that a search can be held to."""
+    """A quantity that a search can be held to."""
 
     name: str
     """As a field has it, such as `target_density`; the option is the same in kebab-case."""
     bounds: str
-    """What its value bounds, for the option's help."""
+    """The quantity, for the option's help."""
     wanted: str
-    """Which values it can have, such as "above 0"."""
+    """The values that it can have, such as "above 0"."""
     is_valid: Callable[[float], bool]
-    """Whether a value is one of those."""
+    """Says whether a value is one of those."""
     meet: Callable[[SearchProblem, float], Assignment]
-    """The best choice that meets a value, or a `ValueError` that says the nearest value which can be met."""
+    """Makes the best choice that meets a value, or raises a `ValueError` that says the nearest value to be met."""
     report: str
-    """How a report says it, with `{:g}` for the value."""
+    """The words of a report, with `{:g}` for the value."""
     foresee: Callable[[StepCosts, float], None] | None = None
     """Raises a `ValueError` where costs alone, before anything is measured, say that a value cannot be met. None: they
     never do."""
     bounds_density: bool = False
-    """Whether its value is the density at the most, which the published method can meet too, by its threshold."""
+    """Its value is the largest density allowed, which the published method can meet too, by its threshold."""
 
     @property
     def help(self) -> str:
@@ -88,7 +88,7 @@ class Objective:
 
 @dataclass(frozen=True, init=False)
 class Budget:
-    """What a search has to keep within: exactly one objective, and its value."""
+    """A bound that a search keeps within: exactly one objective, and its value."""
 
     objective: Objective
     value: float
