@@ -59,7 +59,8 @@ class VideoSample:
     @property
     def reference_video(self) -> torch.Tensor:
         """The reference's frames, for measures that need one."""
-        assert self.reference is not None
+        if self.reference is None:
+            raise ValueError("`needs` must hold reference where a measure looks at the reference.")
         return self.reference.video
 
     def once(self, compute: Callable[[VideoSample], Value]) -> Value:
@@ -170,6 +171,8 @@ class Measure:
             raise ValueError(f"`needs` of `{self.name}` must be of {', '.join(NEEDS)}, got {self.needs}.")
         if self.per != "video" and self.compute is None:
             raise ValueError(f"`compute` of `{self.name}` must be given, as it is measured per {self.per}.")
+        if self.comparison and (self.per != "video" or self.compute is None or "caption" in self.needs):
+            raise ValueError(f"`comparison` of `{self.name}` must be False, as two videos alone do not determine it.")
         try:
             self.format.format(1.0)
         except (ValueError, IndexError, KeyError) as error:

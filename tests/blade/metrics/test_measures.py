@@ -52,6 +52,8 @@ def test_the_own_measures_in_the_order_of_columns():
         ({"per": "frame"}, "`per` of `brightness` must be one of .*'video', 'prompt', 'set'.*, got 'frame'"),
         ({"needs": ("luck",)}, r"`needs` of `brightness` must be of reference, caption, got \('luck',\)"),
         ({"per": "set", "compute": None}, "`compute` of `brightness` must be given, as it is measured per set"),
+        ({"comparison": True, "per": "set"}, "`comparison` of `brightness` must be False"),
+        ({"comparison": True, "needs": ("caption",)}, "`comparison` of `brightness` must be False"),
         ({"format": "{:.3q}"}, "`format` of `brightness` must fit a number, got '{:.3q}'"),
         ({"format": "{mean}"}, "`format` of `brightness` must fit a number, got '{mean}'"),
     ],
@@ -80,6 +82,8 @@ def test_a_video_is_recorded_by_what_measures_need():
         "ratio_by_frame": pytest.approx([0.8, 0.8]),
         "told": 1,
     }
+    with pytest.raises(ValueError, match="`needs` must hold reference"):
+        replace(near, needs=()).recorded(replace(sample, reference=None))
     alone = record_video(chosen, replace(sample, reference=None, caption=None))
     assert alone == {"brightness": pytest.approx(0.4), "ratio": None, "ratio_by_frame": None}
 
