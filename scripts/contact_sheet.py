@@ -1,4 +1,4 @@
-"""Show videos as a picture: python scripts/contact_sheet.py outputs/*.mp4 --output sheet.png."""
+"""Combine videos into one picture: python scripts/contact_sheet.py outputs/*.mp4 --output sheet.png."""
 
 import json
 from pathlib import Path
@@ -13,14 +13,14 @@ from blade.media.video import read_mp4
 
 
 def main(
-    videos: Annotated[list[Path], typer.Argument(help="Videos of one size.")],
-    output: Annotated[Path, typer.Option(help="A .png of frames, or a .webp, .gif or .apng that moves.")],
+    videos: Annotated[list[Path], typer.Argument(help="Videos of equal size.")],
+    output: Annotated[Path, typer.Option(help="A .png of frames, or an animated .webp, .gif or .apng.")],
     columns: Annotated[int, typer.Option(help="Frames of each video in a .png.")] = 6,
-    fps: Annotated[float, typer.Option(help="Frames a second where they move.")] = 8,
+    fps: Annotated[float, typer.Option(help="Frames per second of an animation.")] = 8,
 ) -> None:
-    """Write a picture of videos, each labelled with the prompt in the JSON beside it.
+    """Write one picture of several videos, each labelled with the prompt from its JSON file.
 
-    Evenly spaced frames in a row for each video, or the videos side by side, moving.
+    A .png has a row of evenly spaced frames for each video; an animation shows the videos side by side.
     """
     rows: dict[str, torch.Tensor] = {}
     for path in videos:

@@ -1,4 +1,4 @@
-"""Count the operations of published runs, beside their published totals: count_flops.py docs/results/flops."""
+"""Compare counted operations with the totals of published runs: count_flops.py docs/results/flops."""
 
 import shlex
 import sys
@@ -38,7 +38,7 @@ RUNS: dict[str, tuple[Callable[[], nn.Module], tuple[int, int, int], bool, float
         147.87,
     ),
 }
-"""Transformer, latent, guidance, and PFLOPs of 50 dense steps (Sparse-vDiT, arXiv 2506.03065, table 2)."""
+"""Transformer, latent size, guidance, and PFLOPs of 50 dense steps (Sparse-vDiT, arXiv 2506.03065, table 2)."""
 
 STEPS = 50
 
@@ -49,16 +49,16 @@ WINDOWS: dict[str, tuple[float | None, int, tuple[int, ...], float, float]] = {
     "HunyuanVideo, 720x1280, 129 frames": (2.0, 10, (0, 1), 258.84, 257.09),
     "CogVideoX1.5-5B, 768x1360, 81 frames": (None, 0, (), 72.34, 70.69),
 }
-"""Half-width of a diagonal in frames (None: the widest that keeps `KEPT`), dense steps and dense layers at which the
-published PFLOPs of window attention come out, and those PFLOPs, of window attention and of Sparse-vDiT (arXiv
+"""Half-width of the diagonal in frames (None: the widest of density `DENSITY`), dense steps and dense layers that
+reproduce the published PFLOPs of window attention, and the published PFLOPs of window attention and Sparse-vDiT (arXiv
 2506.03065, table 2)."""
 
-KEPT = 0.25
+DENSITY = 0.25
 
 
 @dataclass(frozen=True)
-class Counted:
-    """A table, and what it was made of."""
+class Table:
+    """Lines of a Markdown table, and the records behind them."""
 
     lines: list[str]
     records: list[dict[str, Any]]
@@ -67,14 +67,14 @@ class Counted:
 def main(
     output: Annotated[Path | None, typer.Argument(help="Folder for flops.json and flops.md.")] = None,
 ) -> None:
-    """Print two tables, and write them."""
+    """Print two tables and write them."""
     costs = {}
     for name, (make, latent, guidance, _) in RUNS.items():
         with torch.device("meta"):
             transformer = make()
         costs[name] = transformer, forward_cost(transformer, latent), guidance
     runs, windows = count_runs(costs), count_windows(costs)
-    lines = [*runs.lines, "", "With diagonal heads alone, as window attention has them:", "", *windows.lines]
+    lines = [*runs.lines, "", "With diagonal heads only, as in window attention:", "", *windows.lines]
     print("\n".join(lines))
     if output is None:
         return
@@ -94,8 +94,8 @@ def main(
     )
 
 
-def count_runs(costs: dict[str, tuple[nn.Module, ForwardCost, bool]]) -> Counted:
-    """Dense runs by part, and what is left at the preset's sparsity."""
+def count_runs(costs: dict[str, tuple[nn.Module, ForwardCost, bool]]) -> Table:
+    """Tabulate dense runs by part, and their total at the preset's sparsity."""
     headings = ["run of 50 steps", *PARTS, "total", "published", "residual", "at the preset's sparsity"]
     rows, records = [], []
     for name, (transformer, forward, guidance) in costs.items():
@@ -122,11 +122,11 @@ def count_runs(costs: dict[str, tuple[nn.Module, ForwardCost, bool]]) -> Counted
                 "config": config.to_dict(),
             }
         )
-    return Counted(markdown_table(headings, rows), records)
+    return Table(markdown_table(headings, rows), records)
 
 
-def count_windows(costs: dict[str, tuple[nn.Module, ForwardCost, bool]]) -> Counted:
-    """Runs in which every head of the sparse layers and steps is a diagonal."""
+def count_windows(costs: dict[str, tuple[nn.Module, ForwardCost, bool]]) -> Table:
+    """Tabulate runs in which every head of the sparse layers and steps has a diagonal pattern."""
     headings = [
         "run of 50 steps",
         "half-width, frames",
@@ -183,16 +183,16 @@ def count_windows(costs: dict[str, tuple[nn.Module, ForwardCost, bool]]) -> Coun
                 "residual": residual,
             }
         )
-    return Counted(markdown_table(headings, rows), records)
+    return Table(markdown_table(headings, rows), records)
 
 
 def widest_diagonal(grid: TokenGrid) -> HeadPattern:
-    """The widest diagonal that keeps no more than `KEPT`."""
+    """Find the widest diagonal with at most `DENSITY`."""
 
     def density(pattern: HeadPattern) -> float:
         return pattern_density(pattern, grid, BLOCK_SIZE, "raster")
 
-    return pattern_of_density("diagonal", KEPT, density, grid)
+    return pattern_of_density("diagonal", DENSITY, density, grid)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`blade-distill` under accelerate, on one or many GPUs or machines.
+"""`blade-distill` with accelerate, on one or more GPUs or machines.
 
     accelerate launch --num_processes 8 scripts/distill.py wan2.1-t2v-1.3b prompts=prompts.txt
 

@@ -1,14 +1,14 @@
-"""Train the students of the moving-shapes model again, for the comparison in docs/distillation.md.
+"""Reproduce the students of the moving-shapes model for the comparison in docs/distillation.md.
 
-    python scripts/distill_shapes.py search runs/students joint-4 dense-4   # every row's learning rate
-    python scripts/distill_shapes.py train runs/students joint-4 --seed 1   # a student with the rate that was found
-    python scripts/distill_shapes.py train runs/students joint-4-longer --seed 1 --rate 4e-4   # or with another
-    python scripts/distill_shapes.py average runs/students joint-4          # the mean of a row's trainings
-    python scripts/distill_shapes.py compare runs/students --shard 1/2      # all that are there, beside the teacher
-    python scripts/distill_shapes.py ship runs/students                     # into the package
+    python scripts/distill_shapes.py search runs/students joint-4 dense-4   # learning rate of each row
+    python scripts/distill_shapes.py train runs/students joint-4 --seed 1   # a student with the best rate
+    python scripts/distill_shapes.py train runs/students joint-4-longer --seed 1 --rate 4e-4   # or with a given one
+    python scripts/distill_shapes.py average runs/students joint-4          # mean of a row's training runs
+    python scripts/distill_shapes.py compare runs/students --shard 1/2      # existing students with the teacher
+    python scripts/distill_shapes.py ship runs/students                     # copy into the package
 
-All rows but joint-4-longer have the same updates, and choose their learning rate from the same ones, by prompts of the
-training captions. Search and training go on where they were stopped.
+All rows but joint-4-longer have the same number of updates and the same candidate learning rates, compared on prompts
+from the training captions. Search and training resume where they were interrupted.
 """
 
 import json
@@ -40,7 +40,7 @@ EIGHT = (
     "generator.substeps=2",
     "trajectories={folder}/trajectories-8",
 )
-"""The second of 8 times is above the highest that is trained at by default, and shorter steps need fewer substeps."""
+"""The second of 8 times exceeds the highest one trained by default, and shorter steps need fewer substeps."""
 
 ROWS: dict[str, tuple[str, ...]] = {
     "dense-8": (*EIGHT, "attention.method=dense"),
@@ -58,27 +58,27 @@ ROWS: dict[str, tuple[str, ...]] = {
         "validation.every=50",
     ),
 }
-"""Students by name, and what of each differs from the recipe: the jointly trained one in 4 steps at sparsity 0.8.
-`adapted` has only learned to live with sparsity, at the teacher's own steps; `sparse-first-4` is distilled from it.
-`joint-4-longer` goes on from `joint-4`, with as many updates of TDM as that had."""
+"""Overrides of the recipe for each student; the recipe trains jointly, in 4 steps at sparsity 0.8.
+`adapted` is only adapted to sparsity, at the teacher's own steps; `sparse-first-4` is distilled from it.
+`joint-4-longer` continues `joint-4`, with the same number of TDM updates."""
 
 RATES = (2e-4, 4e-4, 8e-4)
-"""The student's learning rates that are tried; ODE initialization and the fake score take twice as much."""
+"""Candidate learning rates of the student; ODE initialization and the fake score use twice the rate."""
 
 SEARCH_UPDATES, SEARCH_ODE_UPDATES = 100, 85
-"""Updates of each try, and those of ODE initialization among them: the same share as in the recipe."""
+"""Updates of each trial, and those of ODE initialization among them: the same share as in the recipe."""
 
 SEARCH_PROMPTS = 32
-"""Videos that a try is judged by."""
+"""Videos by which a trial is evaluated."""
 
-FOUND = "rate.json"
-"""Where a row's learning rate is kept."""
+RATE_FILE = "rate.json"
+"""File of a row's best learning rate."""
 
 AVERAGE = "average"
-"""What a mean of trainings is called instead of their seeds."""
+"""Suffix of a mean of training runs, in place of the seed."""
 
 SHIPPED = {"joint-4-seed-0": BUNDLED_STUDENTS[4], "joint-8-seed-0": BUNDLED_STUDENTS[8]}
-"""Students that ship with the package, and their names there."""
+"""Students shipped with the package, and their names there."""
 
 app = typer.Typer(add_completion=False, help=__doc__)
 Folder = Annotated[Path, typer.Argument(help="Folder of all students.")]
@@ -101,7 +101,7 @@ def _config(folder: Path, row: str, rate: float, seed: int, *others: str) -> Dis
 
 @app.command()
 def search(folder: Folder, rows: Annotated[list[str], typer.Argument(help="Names of rows.")]) -> None:
-    """Try every learning rate for some updates, and keep the one with the most real videos."""
+    """Train briefly with each learning rate and save the one with the most realistic videos."""
     for row in rows:
         errors = {}
         for rate in RATES:
@@ -116,12 +116,12 @@ def search(folder: Folder, rows: Annotated[list[str], typer.Argument(help="Names
             config = _config(folder, row, rate, 0, *settings)
             with progress_line() as say:
                 distill(config, on_progress=say, on_update=say.log)
-            found = means(output / VALIDATION / f"{SEARCH_UPDATES:06d}")
-            errors[rate] = found[f"realism_error_{config.trajectory.steps[0]}"]
-            print(f"{row}, learning rate {rate:g}: {found}", flush=True)
+            scores = means(output / VALIDATION / f"{SEARCH_UPDATES:06d}")
+            errors[rate] = scores[f"realism_error_{config.trajectory.steps[0]}"]
+            print(f"{row}, learning rate {rate:g}: {scores}", flush=True)
         best = min(errors, key=lambda rate: errors[rate])
         values = {"rate": best, "realism_error": {f"{rate:g}": error for rate, error in errors.items()}}
-        write_files({folder / "search" / row / FOUND: (json.dumps(values, indent=2) + "\n").encode()})
+        write_files({folder / "search" / row / RATE_FILE: (json.dumps(values, indent=2) + "\n").encode()})
         print(f"{row}: {best:g}", flush=True)
 
 
@@ -130,21 +130,21 @@ def train(
     folder: Folder,
     rows: Annotated[list[str], typer.Argument(help="Names of rows.")],
     seed: Annotated[int, typer.Option(help="Seed of the training.")] = 0,
-    rate: Annotated[float | None, typer.Option(help="Learning rate; by default the one that was found.")] = None,
+    rate: Annotated[float | None, typer.Option(help="Learning rate; by default the result of the search.")] = None,
 ) -> None:
-    """Train students with the learning rates that were found."""
+    """Train students with the learning rates from the search."""
     for row in rows:
-        own_rate = rate or json.loads((folder / "search" / row / FOUND).read_text(encoding="utf-8"))["rate"]
-        config = _config(folder, row, own_rate, seed, f"output={folder / f'{row}-seed-{seed}'}")
+        row_rate = rate or json.loads((folder / "search" / row / RATE_FILE).read_text(encoding="utf-8"))["rate"]
+        config = _config(folder, row, row_rate, seed, f"output={folder / f'{row}-seed-{seed}'}")
         with progress_line() as say:
             report = distill(config, on_progress=say, on_update=say.log)
         print(report, flush=True)
 
 
 def comparison(folder: Path, seeds: int) -> list[str]:
-    """The runs of the comparison: the teacher, and the students that are there, as `blade-evaluate` takes them.
+    """List the runs of the comparison, as `blade-evaluate` takes them: the teacher and all existing students.
 
-    Each student is sampled as it was trained, keeping the noise, and with noise that every step renews.
+    Each student is sampled as in training, keeping the noise, and also with noise renewed at every step.
     """
 
     def student(row: str, seed: int) -> Path:
@@ -174,92 +174,92 @@ def comparison(folder: Path, seeds: int) -> list[str]:
 def average(
     folder: Folder,
     row: Annotated[str, typer.Argument(help="Name of a row.")],
-    seeds: Annotated[int, typer.Option(help="Trainings, of the seeds from 0 on.")] = 3,
+    seeds: Annotated[int, typer.Option(help="Number of training runs, with seeds from 0.")] = 3,
 ) -> None:
-    """Make one student of several trainings of a row, whose LoRAs it has the mean of."""
+    """Average the LoRAs of a row's training runs into one student."""
     sources = [folder / f"{row}-seed-{seed}" for seed in range(seeds)]
     missing = [source.name for source in sources if not (source / WEIGHT_NAME).exists()]
     if missing:
-        raise typer.BadParameter(f"needs a training of every seed, and there is no {missing[0]}.")
+        raise typer.BadParameter(f"needs a training run of every seed, but there is no {missing[0]}.")
     weights = [load_file(source / WEIGHT_NAME) for source in sources]
     config = load_config(str(sources[0] / CONFIG_NAME))
-    mean, kept = mean_lora(weights, config.weights.rank)
+    mean, norm_share = mean_lora(weights, config.weights.rank)
     target = folder / f"{row}-{AVERAGE}"
     contents = {
         target / path.relative_to(sources[0]): path.read_bytes()
         for pattern in STUDENT_FILES
         for path in sources[0].glob(pattern)
     }
-    contents[target / WEIGHT_NAME] = save({name: one.contiguous() for name, one in mean.items()})
+    contents[target / WEIGHT_NAME] = save({name: weight.contiguous() for name, weight in mean.items()})
     card = contents[target / CARD_NAME].decode().replace(sources[0].name, target.name)
-    contents[target / CARD_NAME] = _averages_card(card, config.weights.rank, seeds).encode()
+    contents[target / CARD_NAME] = _average_card(card, config.weights.rank, seeds).encode()
     for path in contents:
         path.parent.mkdir(parents=True, exist_ok=True)
     write_files(contents)
-    print(f"{target}: rank {config.weights.rank} holds {kept:.2%} of the mean's squared norm")
+    print(f"{target}: rank {config.weights.rank} holds {norm_share:.2%} of the mean's squared norm")
 
 
 def mean_lora(loras: Sequence[Mapping[str, torch.Tensor]], rank: int) -> tuple[dict[str, torch.Tensor], float]:
-    """Return the mean of LoRAs as one.
+    """Return the best approximation of the mean of LoRAs by a LoRA of a given rank.
 
     Args:
-        loras: by Diffusers' keys, A (rank, columns) and B (rows, rank) of each layer.
-        rank: of the result, which is the nearest of this rank.
+        loras: A (rank, columns) and B (rows, rank) of each layer, by Diffusers' keys.
+        rank: rank of the result.
 
     Returns:
-        The LoRA, of the type of the first, and the share of the mean's squared norm that it holds.
+        The LoRA, in the dtype of the first, and its share of the mean's squared norm.
     """
-    found, held, whole = dict[str, torch.Tensor](), 0.0, 0.0
+    mean, held, whole = dict[str, torch.Tensor](), 0.0, 0.0
     for first in (name for name in loras[0] if ".lora_A." in name):
         second = first.replace(".lora_A.", ".lora_B.")
         down = torch.cat([lora[first].float() for lora in loras])
         up = torch.cat([lora[second].float() for lora in loras], dim=1) / len(loras)
-        (up, up_rest), (down, down_rest) = torch.linalg.qr(up), torch.linalg.qr(down.T)
-        left, values, right = torch.linalg.svd(up_rest @ down_rest.T)
+        (up, up_factor), (down, down_factor) = torch.linalg.qr(up), torch.linalg.qr(down.T)
+        left, values, right = torch.linalg.svd(up_factor @ down_factor.T)
         held, whole = held + float(values[:rank].square().sum()), whole + float(values.square().sum())
         root = values[:rank].sqrt()
-        found[first] = (root[:, None] * (right[:rank] @ down.T)).to(loras[0][first].dtype)
-        found[second] = (up @ left[:, :rank] * root).to(loras[0][second].dtype)
-    return found, held / whole
+        mean[first] = (root[:, None] * (right[:rank] @ down.T)).to(loras[0][first].dtype)
+        mean[second] = (up @ left[:, :rank] * root).to(loras[0][second].dtype)
+    return mean, held / whole
 
 
 @app.command()
 def compare(
     folder: Folder,
-    shard: Annotated[str, typer.Option(help="i/n, as of blade-evaluate.")] = "1/1",
+    shard: Annotated[str, typer.Option(help="i/n, as for blade-evaluate.")] = "1/1",
     captions: Annotated[int, typer.Option(help="Held-out captions of one object, and as many of two.")] = 32,
-    repeats: Annotated[int, typer.Option(help="Videos of each.")] = 4,
-    seeds: Annotated[int, typer.Option(help="Trainings of a row at most.")] = 3,
-    baseline: Annotated[str, typer.Option(help="Run that the others are compared with.")] = "teacher-50",
-    run: Annotated[list[str] | None, typer.Option(help="Name of a run; repeatable. By default all.")] = None,
+    repeats: Annotated[int, typer.Option(help="Videos of each caption.")] = 4,
+    seeds: Annotated[int, typer.Option(help="Maximum number of training runs in a row.")] = 3,
+    baseline: Annotated[str, typer.Option(help="Run to compare the others with.")] = "teacher-50",
+    run: Annotated[list[str] | None, typer.Option(help="Name of a run; repeatable. All runs by default.")] = None,
 ) -> None:
-    """Make the same videos by the teacher and all students, and compare them."""
-    runs = [one for one in comparison(folder, seeds) if not run or one.partition("=")[0] in run]
+    """Generate the same videos with the teacher and all students, and compare them."""
+    runs = [spec for spec in comparison(folder, seeds) if not run or spec.partition("=")[0] in run]
     options = ["--shapes", f"--single={captions}", f"--two={captions}", f"--repeats={repeats}", f"--shard={shard}"]
     options += [f"--baseline={baseline}", f"--output={folder / 'comparison'}", "--dtype=float32"]
-    evaluate([*(f"--run={one}" for one in runs), *options])
+    evaluate([*(f"--run={spec}" for spec in runs), *options])
 
 
 @app.command()
 def ship(folder: Folder) -> None:
-    """Put the students of 4 and of 8 steps where the package has them, under their names there."""
+    """Copy the students of 4 and 8 steps into the package, under their names there."""
     for student, name in SHIPPED.items():
         source, target = folder / student, bundled_student_path(name)
         contents: dict[Path, bytes] = {}
-        for path in sorted(found for pattern in STUDENT_FILES for found in source.glob(pattern)):
+        for path in sorted(match for pattern in STUDENT_FILES for match in source.glob(pattern)):
             content = path.read_bytes()
             if path.suffix == ".yaml":
-                content = _with_own_folders(content, f"outputs/{name}")
+                content = _with_default_folders(content, f"outputs/{name}")
             elif path.suffix == ".md":
-                content = _with_own_name(content.decode(), source.name, name).encode()
+                content = _with_package_name(content.decode(), source.name, name).encode()
             contents[target / path.relative_to(source)] = content
             (target / path.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
         write_files(contents)
         print(target)
 
 
-def _averages_card(card: str, rank: int, seeds: int) -> str:
-    """The card of a mean of trainings, from that of the first of them."""
+def _average_card(card: str, rank: int, seeds: int) -> str:
+    """Adapt the card of the first training run to the mean of several."""
     scores = card.index("In the training's last validation")
     changes = {
         card[scores : card.index("\n", scores)]: "Not measured by the trainings.",
@@ -270,13 +270,15 @@ def _averages_card(card: str, rank: int, seeds: int) -> str:
     }
     for old, new in changes.items():
         if card.count(old) != 1:
-            raise ValueError(f"The card of the first training must have {old!r} once.")
+            raise ValueError(
+                f"The card of the first training run must contain {old!r} once, got {card.count(old)} times."
+            )
         card = card.replace(old, new)
     return card
 
 
-def _with_own_name(card: str, old: str, new: str) -> str:
-    """A student's card with the name that the package has it under, and with where its comparison is."""
+def _with_package_name(card: str, old: str, new: str) -> str:
+    """Rename a student's card to its name in the package, and add a link to the comparison."""
     scores = "## What it scores\n\n"
     return (
         card.replace(f'load_lora_weights("{old}")', f'load_lora_weights("blade/assets/students/{new}")')
@@ -287,8 +289,8 @@ def _with_own_name(card: str, old: str, new: str) -> str:
     )
 
 
-def _with_own_folders(content: bytes, output: str) -> bytes:
-    """A training's configuration with everything in its own folder, wherever that was."""
+def _with_default_folders(content: bytes, output: str) -> bytes:
+    """Replace the folders in a training run's configuration by the default ones."""
     values: Mapping[str, object] = yaml.safe_load(content) | {
         "output": output,
         "embeddings": None,

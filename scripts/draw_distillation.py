@@ -17,7 +17,7 @@ STEPS, SHIFT, SHOWN = 4, 3.0, 2
 
 
 def main(output: Annotated[Path, typer.Argument(help="The PNG.")]) -> None:
-    """Write the figure: a trajectory with one of its steps, and the networks that one update takes."""
+    """Write the figure: a trajectory with one of its steps, and the networks of one update."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5.2), width_ratios=(1, 1.15))
     draw_trajectory(left)
     draw_update(right)
@@ -29,9 +29,9 @@ def main(output: Annotated[Path, typer.Argument(help="The PNG.")]) -> None:
 
 
 def draw_trajectory(axes: Axes) -> None:
-    """The times of a run, the step that is trained, and where noise is added."""
+    """Draw the times of a run, the trained step, and the added noise."""
     times = [*flow_times(STEPS, SHIFT), 0.0]
-    places = range(STEPS + 1)
+    steps = range(STEPS + 1)
     axes.set(xlim=(-0.6, STEPS + 0.6), ylim=(-90, 1090), xticks=[], ylabel="time t (noise)")
     axes.set_title(f"one trajectory: {STEPS} steps at the sampler's own times", fontsize=11)
     for side in ("top", "right", "bottom"):
@@ -39,39 +39,39 @@ def draw_trajectory(axes: Axes) -> None:
     low, high = times[SHOWN + 1], times[SHOWN]
     axes.axhspan(low, high, color=TEACHER, alpha=0.12)
     axes.text(-0.5, high - 20, f"interval of step {SHOWN + 1}", fontsize=9, color=TEACHER, va="top")
-    for place in range(STEPS):
-        trained = place == SHOWN
+    for step in range(STEPS):
+        trained = step == SHOWN
         axes.annotate(
             "",
-            (place + 1, times[place + 1]),
-            (place, times[place]),
+            (step + 1, times[step + 1]),
+            (step, times[step]),
             arrowprops={
                 "arrowstyle": "-|>",
                 "color": STUDENT,
                 "linewidth": 2.6 if trained else 1.2,
-                "linestyle": "-" if place <= SHOWN else ":",
+                "linestyle": "-" if step <= SHOWN else ":",
             },
         )
-    axes.plot(list(places), times, "o", color=STUDENT)
-    for place, time in enumerate(times):
-        name = "noise" if place == 0 else "video" if place == STEPS else ""
-        axes.text(place + 0.08, time + 28, f"{time:.0f} {name}".strip(), fontsize=9)
+    axes.plot(list(steps), times, "o", color=STUDENT)
+    for step, time in enumerate(times):
+        name = "noise" if step == 0 else "video" if step == STEPS else ""
+        axes.text(step + 0.08, time + 28, f"{time:.0f} {name}".strip(), fontsize=9)
     axes.text(SHOWN - 0.1, times[SHOWN] - 45, r"$x_{g}$", ha="right", fontsize=11)
     axes.text(SHOWN + 1 - 0.12, low - 55, r"$x_m$", ha="right", fontsize=11)
-    somewhere = low + 0.62 * (high - low)
+    noised = low + 0.62 * (high - low)
     axes.annotate(
         "",
-        (SHOWN + 1, somewhere),
+        (SHOWN + 1, noised),
         (SHOWN + 1, low),
         arrowprops={"arrowstyle": "-|>", "color": TEACHER, "linewidth": 2},
     )
-    axes.text(SHOWN + 1.1, somewhere, r"$x_t$: noise added, t drawn", fontsize=9, va="center", color=TEACHER)
+    axes.text(SHOWN + 1.1, noised, r"$x_t$: noise added, t drawn", fontsize=9, va="center", color=TEACHER)
     axes.text(0.05, 120, "thin steps: run without gradient", fontsize=9)
     axes.text(0.05, 60, "bold step: with gradient", fontsize=9, color=STUDENT)
 
 
 def box(axes: Axes, x: float, y: float, width: float, colour: str, title: str, text: str) -> None:
-    """A network."""
+    """Draw a network."""
     axes.add_patch(
         FancyBboxPatch((x, y), width, 1.5, boxstyle="round,pad=0.06", facecolor=colour, alpha=0.25, edgecolor=colour)
     )
@@ -80,12 +80,12 @@ def box(axes: Axes, x: float, y: float, width: float, colour: str, title: str, t
 
 
 def arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], colour: str = "#555555") -> None:
-    """From one thing to another."""
+    """Draw an arrow."""
     axes.annotate("", end, start, arrowprops={"arrowstyle": "-|>", "color": colour, "linewidth": 1.5})
 
 
 def draw_update(axes: Axes) -> None:
-    """What one update computes, and where gradients go."""
+    """Draw the computation of one update and its gradients."""
     axes.set(xlim=(-0.2, 10.4), ylim=(-0.5, 7.6))
     axes.axis("off")
     axes.set_title("one update: three roles of one transformer", fontsize=11)

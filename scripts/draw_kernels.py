@@ -18,7 +18,7 @@ ROW, COLUMN, BLOCKS = 3, 5, 8
 
 
 def main(output: Annotated[Path, typer.Argument(help="The PNG.")]) -> None:
-    """Write the figure: a mask, the walk over one of its rows, and the transposed list of one of its columns."""
+    """Write the figure: a mask, the iteration over one of its rows, and the transposed list of one of its columns."""
     generator = torch.Generator().manual_seed(5)
     keep = torch.rand(BLOCKS, BLOCKS, generator=generator) < 0.3
     keep |= torch.eye(BLOCKS, dtype=torch.bool)
@@ -35,20 +35,20 @@ def main(output: Annotated[Path, typer.Argument(help="The PNG.")]) -> None:
 
 
 def cell(axes: Axes, x: float, y: float, colour: str, text: str = "", *, edge: str = "white") -> None:
-    """Draw a square, with a word in it."""
+    """Draw a labelled square."""
     axes.add_patch(Rectangle((x, y), 0.94, 0.94, facecolor=colour, edgecolor=edge))
     axes.text(x + 0.47, y + 0.47, text, ha="center", va="center", fontsize=9)
 
 
 def prepare(axes: Axes, title: str, width: float, height: float) -> None:
-    """Clear axes for cells, the first row at the top."""
+    """Set up axes for cells, with the first row at the top."""
     axes.set(xlim=(-1.2, width), ylim=(height, -1.2), aspect="equal")
     axes.axis("off")
     axes.set_title(title, fontsize=11)
 
 
 def draw_mask(axes: Axes, keep: torch.Tensor) -> None:
-    """The bit map, with one row and one column marked."""
+    """Draw the bit map, with one row and one column marked."""
     prepare(axes, "the mask of one head: rows are query blocks", BLOCKS, BLOCKS + 1.2)
     for row in range(BLOCKS):
         for column in range(BLOCKS):
@@ -60,7 +60,7 @@ def draw_mask(axes: Axes, keep: torch.Tensor) -> None:
 
 
 def draw_walk(axes: Axes, mask: BlockMask) -> None:
-    """What the program of one tile of queries walks over."""
+    """Draw the keys and values that the program of one tile of queries iterates over."""
     prepare(axes, f"forward: the program of row {ROW}", 10.2, BLOCKS + 1.2)
     count = int(mask.counts[0, 0, ROW])
     kept = mask.indices[0, 0, ROW, :count].tolist()
@@ -89,7 +89,7 @@ def draw_walk(axes: Axes, mask: BlockMask) -> None:
 
 
 def draw_transposed(axes: Axes, keep: torch.Tensor) -> None:
-    """The transposed lists, and the program of one key block."""
+    """Draw the transposed lists, and the program of one key block."""
     prepare(axes, f"backward: the program of key block {COLUMN}", 9.6, BLOCKS + 1.2)
     starts = [0, *keep.sum(0).cumsum(0).tolist()]
     axes.text(-1, 0.45, "starts:", va="center", fontsize=9)

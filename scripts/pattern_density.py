@@ -1,4 +1,4 @@
-"""Tabulate what head patterns keep in each token order: pattern_density.py docs/results/pattern-density."""
+"""Tabulate the density of head patterns in each token order: pattern_density.py docs/results/pattern-density."""
 
 import shlex
 import sys
@@ -16,11 +16,11 @@ from blade.token_grid import plain_orders
 BLOCK_SIZE = 128
 ORDERS = (*plain_orders(), "bricks(2,8,8)")
 HALF_WIDTHS = {"wan-14b": 3.0, "hunyuan-video": 2.0, "cogvideox-1.5": 1.42}
-"""Frames at which the published totals come out (Sparse-vDiT, arXiv 2506.03065, table 2)."""
+"""Half-widths in frames that reproduce the published totals (Sparse-vDiT, arXiv 2506.03065, table 2)."""
 
 
 def patterns(frames: float) -> list[HeadPattern]:
-    """What is tabulated for a model."""
+    """List the patterns to tabulate for a model."""
     near = {"frame": Window(width=2), "row": Window(width=8), "column": Window(width=8)}
     return [
         HeadPattern(kind="diagonal", frames=frames),
@@ -35,7 +35,7 @@ def patterns(frames: float) -> list[HeadPattern]:
 def main(
     output: Annotated[Path | None, typer.Argument(help="Folder for density.json and density.md.")] = None,
 ) -> None:
-    """Print a table, and write it."""
+    """Print a table and write it."""
     rows, records = [], []
     for model, frames in HALF_WIDTHS.items():
         shape = model_shapes()[model]
@@ -51,9 +51,9 @@ def main(
     write_table(
         output,
         "density",
-        title="What head patterns keep",
-        note=f"Share of all pairs of tokens, text included, in blocks of {BLOCK_SIZE} that hold a pair of the "
-        "pattern, by the token order that blocks are cut in.",
+        title="Density of head patterns",
+        note=f"Share of all pairs of tokens, text included, in blocks of {BLOCK_SIZE} that contain a pair of the "
+        "pattern, by the token order in which blocks are formed.",
         lines=lines,
         values={
             "command": shlex.join(["python", *sys.argv]),

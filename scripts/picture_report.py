@@ -1,6 +1,6 @@
-"""Take the picture of docs/patterns.md: python scripts/picture_report.py REPORT.html docs/images/report.png.
+"""Take the screenshot in docs/patterns.md: python scripts/picture_report.py REPORT.html docs/images/report.png.
 
-Needs the extra `browser` and Chromium, which `make test-report` installs.
+Requires the extra `browser` and Chromium, which `make test-report` installs.
 """
 
 from pathlib import Path
@@ -16,14 +16,14 @@ OPTIONS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 
 
 def main(
-    report: Annotated[Path, typer.Argument(help="The report of `blade-profile`.")],
+    report: Annotated[Path, typer.Argument(help="Report of `blade-profile`.")],
     output: Annotated[Path, typer.Argument(help="The PNG.")],
-    step: Annotated[int, typer.Option(help="Step that the map of heads shows.")] = 12,
-    layer: Annotated[int, typer.Option(help="Layer of the head that is shown.")] = 3,
-    head: Annotated[int, typer.Option(help="That head.")] = 0,
+    step: Annotated[int, typer.Option(help="Step shown in the map of heads.")] = 12,
+    layer: Annotated[int, typer.Option(help="Layer of the selected head.")] = 3,
+    head: Annotated[int, typer.Option(help="The selected head.")] = 0,
     chromium: Annotated[Path, typer.Option(help="The browser.")] = Path("/usr/bin/chromium"),
 ) -> None:
-    """Write a picture of the map of heads and the chosen head beside it."""
+    """Write a screenshot of the map of heads and the selected head next to it."""
     with sync_playwright() as running:
         browser = running.chromium.launch(executable_path=chromium, args=OPTIONS)
         page = browser.new_page(viewport={"width": 1280, "height": 800}, device_scale_factor=1.25)

@@ -1,4 +1,4 @@
-"""`blade-profile` under accelerate: the prompts are shared out among the processes, a GPU each.
+"""`blade-profile` with accelerate: prompts are distributed over the processes, one GPU each.
 
     accelerate launch --num_processes 4 scripts/profile_attention.py --prompts prompts.txt --target-density 0.35
 

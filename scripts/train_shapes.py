@@ -1,4 +1,4 @@
-"""Train the bundled shapes model again: python scripts/train_shapes.py runs/shapes blade/assets/shapes."""
+"""Retrain the bundled shapes model: python scripts/train_shapes.py runs/shapes blade/assets/shapes."""
 
 from pathlib import Path
 from typing import Annotated
@@ -13,18 +13,20 @@ from blade.moving_shapes.training.vae import VAETraining
 
 
 def main(
-    run: Annotated[Path, typer.Argument(help="Folder of checkpoints, log and encoded videos; resumes what is there.")],
-    output: Annotated[Path, typer.Argument(help="Folder that the finished model is written to.")],
-    device: Annotated[str, typer.Option(help="Where to train.")] = "cpu",
+    run: Annotated[
+        Path, typer.Argument(help="Folder of checkpoints, log and encoded videos; training resumes from it.")
+    ],
+    output: Annotated[Path, typer.Argument(help="Folder to write the finished model to.")],
+    device: Annotated[str, typer.Option(help="Device to train on.")] = "cpu",
     threads: Annotated[int | None, typer.Option(help="CPU threads; all cores by default.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of weights, videos and noise.")] = 0,
     start_from: Annotated[
-        Path | None, typer.Option(help="A model folder written by this script, whose weights are trained on.")
+        Path | None, typer.Option(help="Model folder written by this script, from which to start.")
     ] = None,
     compile_blocks: Annotated[bool, typer.Option("--compile/--no-compile", help="Compile the blocks.")] = True,
-    autocast: Annotated[bool, typer.Option(help="Compute in bfloat16 where that is safe.")] = False,
+    autocast: Annotated[bool, typer.Option(help="Compute in bfloat16 where safe.")] = False,
 ) -> None:
-    """Train VAE, text encoder and transformer of the shapes model."""
+    """Train the shapes model's VAE, text encoder and transformer."""
     if threads is not None:
         torch.set_num_threads(threads)
     train_shapes_model(

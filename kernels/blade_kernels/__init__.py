@@ -1,1 +1,1 @@
-"""Block-sparse attention for video transformers: masks, selection and attention. Imports nothing of BLADE."""
+"""Block-sparse attention for video transformers: masks, block selection and attention. Imports nothing from BLADE."""

@@ -1,4 +1,4 @@
-"""BlockMask: which key blocks each query block attends to."""
+"""BlockMask, the key blocks that each query block attends to."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class BlockMask:
-    """Which blocks of keys each block of queries attends to, per batch item and head.
+    """Key blocks that each query block attends to, per batch item and head.
 
-    The same choice is held twice: as a bit map, for look-ups by position, and as counted lists, for walking over what
-    is kept. `from_dense` makes both without waiting for the device, so a mask can be made anew in every layer.
+    The selection is stored twice: as a bit map, for look-ups by position, and as counted lists, for iterating over
+    the kept blocks. `from_dense` builds both without waiting for the device, so every layer can build a new mask.
 
     Attributes:
-        keep: (B or 1, H or 1, query blocks, key blocks) bool, true where a pair of blocks is attended to. A batch or
-            head size of 1 is shared by all.
-        counts: (.., query blocks) int32, number of kept key blocks in a row. A row may keep none.
-        indices: (.., query blocks, capacity) int32, the kept key blocks of a row in ascending order. Slots past the
-            row's count hold 0. The capacity is a Python number, so that shapes never depend on the data.
-        block_size: tokens in a (query block, key block). The last block of a sequence may hold fewer.
-        order: None, or (.., query blocks) int32, the rows in the order in which they are best computed.
+        keep: (B or 1, H or 1, query blocks, key blocks) bool, true for the pairs of blocks that are computed. A batch
+            or head size of 1 is broadcast.
+        counts: (.., query blocks) int32, number of key blocks that each row keeps, possibly 0.
+        indices: (.., query blocks, capacity) int32, the kept key blocks of each row in ascending order, padded with 0
+            beyond the row's count. The capacity is a Python int, so shapes never depend on the data.
+        block_size: tokens in a (query block, key block). The last block of a sequence may be shorter.
+        order: (.., query blocks) int32, the rows in the order in which to compute them; None for ascending order.
     """
 
     keep: Tensor
@@ -59,14 +59,14 @@ class BlockMask:
     def from_dense(
         cls, keep: Tensor, block_size: tuple[int, int] = (64, 64), capacity: int | None = None
     ) -> BlockMask:
-        """Make a mask from its bit map, with no host synchronisation.
+        """Build a mask from its bit map, without host synchronisation.
 
         Args:
             keep: (B or 1, H or 1, query blocks, key blocks) bool.
             block_size: tokens in a (query block, key block).
-            capacity: the most key blocks that any row keeps, where the caller knows it: lists of that width take
-                less memory. None makes room for all. A row that keeps more is cut to its first `capacity` blocks, in
-                the bit map as in the list, because to refuse it would mean to wait for the device.
+            capacity: upper bound on the key blocks of a row, if known; it saves memory in the lists. None allows all
+                key blocks. A row that exceeds it keeps its first `capacity` blocks, in the bit map as in the list:
+                raising an error would require waiting for the device.
 
         Raises:
             ValueError: `keep` is not a 4-dimensional bool tensor, or `capacity` or `block_size` is not positive.
@@ -84,7 +84,7 @@ class BlockMask:
             raise ValueError(f"`capacity` must be at least 1 block or None, got {capacity}.")
         else:
             keep = keep & (rank <= capacity)
-        slot = (rank - 1).masked_fill_(~keep, capacity)  # what is dropped goes to one slot past the end
+        slot = (rank - 1).masked_fill_(~keep, capacity)  # dropped blocks are written one slot past the end
         blocks = torch.arange(key_blocks, device=keep.device, dtype=torch.int32).expand_as(keep)
         indices = torch.zeros((*keep.shape[:-1], capacity + 1), dtype=torch.int32, device=keep.device)
         indices = indices.scatter(-1, slot.long(), blocks)[..., :capacity].contiguous()
@@ -93,11 +93,11 @@ class BlockMask:
 
     @classmethod
     def from_lists(cls, blocks: Tensor, key_blocks: int, block_size: tuple[int, int] = (64, 64)) -> BlockMask:
-        """Make a mask of which every row keeps as many blocks, with no host synchronisation.
+        """Build a mask whose rows all keep the same number of blocks, without host synchronisation.
 
         Args:
-            blocks: (B or 1, H or 1, query blocks, count) int64, the key blocks that a row keeps, each once, in any
-                order. They are not looked at.
+            blocks: (B or 1, H or 1, query blocks, count) int64, the distinct key blocks that each row keeps, in any
+                order. Values are not validated.
             key_blocks: number of key blocks.
             block_size: tokens in a (query block, key block).
         """
@@ -121,16 +121,16 @@ class BlockMask:
 
     @property
     def capacity(self) -> int:
-        """The most key blocks that a row can keep."""
+        """Largest number of key blocks that a row can keep."""
         return self.indices.shape[3]
 
     @property
     def device(self) -> torch.device:
-        """Where the mask lies."""
+        """Device of the mask."""
         return self.keep.device
 
     def to(self, device: torch.device | str) -> BlockMask:
-        """The same mask on another device."""
+        """Copy the mask to another device."""
         return replace(
             self,
             keep=self.keep.to(device),
@@ -140,26 +140,26 @@ class BlockMask:
         )
 
     def longest_rows_first(self) -> BlockMask:
-        """The same mask, computed from its longest row to its shortest, so that no long one is left at the end.
+        """Order the rows from longest to shortest, so that no long row starts last.
 
-        For masks whose rows keep different numbers of blocks, and that are used more than once.
+        Worth it for masks that are reused and whose rows keep different numbers of blocks.
         """
         return replace(self, order=self.counts.argsort(dim=-1, descending=True, stable=True).to(torch.int32))
 
     def to_dense(self) -> Tensor:
-        """The bit map read back from the lists: (B or 1, H or 1, query blocks, key blocks) bool."""
+        """Rebuild the bit map from the lists: (B or 1, H or 1, query blocks, key blocks) bool."""
         slots = torch.arange(self.capacity, device=self.device)
         filled = slots < self.counts.unsqueeze(-1)
-        blocks = torch.where(filled, self.indices, self.key_blocks).long()  # empty slots go past the end
+        blocks = torch.where(filled, self.indices, self.key_blocks).long()  # empty slots are written past the end
         dense = torch.zeros((*self.keep.shape[:3], self.key_blocks + 1), dtype=torch.bool, device=self.device)
         return dense.scatter(-1, blocks, True)[..., : self.key_blocks]
 
     def pairs(self, query_tokens: int | None = None, key_tokens: int | None = None) -> Tensor:
-        """Number of pairs (query, key) of real tokens in kept blocks.
+        """Count the (query, key) pairs of real tokens in kept blocks.
 
         Args:
-            query_tokens: length of the sequence of queries. None: every block is full.
-            key_tokens: length of the sequence of keys. None: every block is full.
+            query_tokens: number of queries. None if every block is full.
+            key_tokens: number of keys. None if every block is full.
 
         Returns:
             (B or 1, H or 1) int64.
@@ -172,23 +172,23 @@ class BlockMask:
             return self.counts.sum(-1) * (self.block_size[0] * self.block_size[1])
         queries = self._tokens("query_tokens", query_tokens, self.query_blocks, self.block_size[0])
         keys = self._tokens("key_tokens", key_tokens, self.key_blocks, self.block_size[1])
-        missing = self.block_size[1] - keys[-1]  # only the last block can lack tokens
+        missing = self.block_size[1] - keys[-1]  # only the last block can be short
         return ((self.counts * self.block_size[1] - self.keep[..., -1] * missing) * queries).sum(-1)
 
     def density(
         self, query_tokens: int | None = None, key_tokens: int | None = None, *, pooled_pairs: Tensor | int = 0
     ) -> Tensor:
-        """Share of all pairs of tokens that attention over this mask computes, mean over batch and heads.
+        """Compute the share of all token pairs that attention over this mask evaluates, averaged over batch and heads.
 
         Args:
-            query_tokens: length of the sequence of queries. None: every block is full.
-            key_tokens: length of the sequence of keys. None: every block is full.
-            pooled_pairs: pairs (query, pooled token) computed beside the blocks, as `PooledTokens.pairs` counts them:
-                a number or (B or 1, H or 1).
+            query_tokens: number of queries. None if every block is full.
+            key_tokens: number of keys. None if every block is full.
+            pooled_pairs: (query, pooled token) pairs computed in addition, as counted by `PooledTokens.pairs`: a
+                number or (B or 1, H or 1).
 
         Returns:
-            A float32 tensor of no dimensions on the mask's device: (pairs of real tokens in kept blocks + pooled
-            pairs) / all pairs. Reading it on the host waits for the device.
+            A 0-dimensional float32 tensor on the mask's device: (pairs of real tokens in kept blocks + pooled pairs) /
+            all pairs. Reading it on the host waits for the device.
 
         Raises:
             ValueError: a length does not end in the mask's last block.
@@ -199,7 +199,7 @@ class BlockMask:
         return (pairs / (queries * keys)).mean()
 
     def _tokens(self, name: str, tokens: int | None, blocks: int, size: int) -> Tensor:
-        """Real tokens in every block, (blocks,) int64."""
+        """Count the real tokens in each block: (blocks,) int64."""
         if tokens is None:
             tokens = blocks * size
         if -(-tokens // size) != blocks:

@@ -1,4 +1,4 @@
-"""A decorator of PyTorch's compiler, with types."""
+"""Typed decorators of PyTorch's compiler."""
 
 from __future__ import annotations
 
@@ -12,6 +12,6 @@ R = TypeVar("R")
 
 
 def constant_when_compiled(function: Callable[P, R]) -> Callable[P, R]:
-    """Let the compiler call a function once, while it traces, and take the result for a constant."""
+    """Make the compiler call a function once, while tracing, and treat the result as a constant."""
     marked: Callable[P, R] = torch.compiler.assume_constant_result(function)
     return marked

@@ -1,7 +1,7 @@
-"""What the Triton kernels compile to: registers, spills, shared memory and matrix instructions, read off the cubin.
+"""Properties of the compiled Triton kernels: registers, spills, shared memory and matrix instructions.
 
-Compiling needs Triton but no GPU; the tools that read a cubin come with Triton's wheel. Print the table of an
-architecture with `python -m blade_kernels.cubin 90`.
+They are read off the cubins. Compiling needs Triton but no GPU, and the tools that read a cubin come with Triton's
+wheel. Print the table of an architecture with `python -m blade_kernels.cubin 90`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from blade_kernels.qk_norm_rope.operator import norm_rope_warps
 
 ARCHITECTURES = ("80", "89", "90", "100", "120")
 MATRIX_INSTRUCTIONS = {"80": "HMMA", "89": "HMMA", "90": "HGMMA", "100": "UTCHMMA", "120": "HMMA"}
-"""The fastest matrix instruction of each architecture, as the disassembler names it."""
+"""Fastest matrix instruction of each architecture, by its name in the disassembly."""
 _COUNTED = ("HMMA", "HGMMA", "UTCHMMA", "UTMALDG", "LDGSTS", "LDL", "STL")
 _TYPES = {
     "bool": "keep forced_keys forced_queries",
@@ -36,7 +36,7 @@ _TYPES = {
 }
 _KIND = {name: kind for kind, names in _TYPES.items() for name in names.split()}
 _ATTENTION: tuple[tuple[Kernel, str, str, tuple[str, ...]], ...] = (
-    # whose configuration, kernel, what is loaded through descriptors, compile-time options that are on
+    # kernel in the launch table, function, tensors loaded through descriptors, compile-time options that are on
     ("forward", "forward_kernel", "k v", ("TAIL",)),
     ("forward", "forward_kernel", "k v", ("TAIL", "LENGTHS")),
     ("forward", "forward_kernel", "k v", ("TAIL", "POOLED", "DROPPED", "ORDERED")),
@@ -49,7 +49,7 @@ _ROW_FLAGS = ("POOLED", "DROPPED", "LENGTHS", "TAIL", "ORDERED")
 
 @dataclass(frozen=True, kw_only=True)
 class CubinReport:
-    """What one kernel compiled to."""
+    """Properties of one compiled kernel."""
 
     kernel: str
     arch: str
@@ -57,13 +57,13 @@ class CubinReport:
     """Sizes and compile-time options."""
     num_warps: int
     registers: int
-    """Of a thread."""
+    """Registers of a thread."""
     stack_bytes: int
-    """Of a thread's local memory, which is where registers spill to."""
+    """Local memory of a thread, which is where registers spill to."""
     shared_bytes: int
-    """Of a program."""
+    """Shared memory of a program."""
     instructions: dict[str, int]
-    """How often each counted instruction stands in the code."""
+    """Number of occurrences of each counted instruction."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,13 +77,13 @@ class Variant:
     num_warps: int
     num_stages: int = 2
     described: dict[str, int] = field(default_factory=dict)
-    """Tensors that are loaded through descriptors, and the tokens of their tiles."""
+    """Tensors loaded through descriptors, with the tokens of their tiles."""
     float32: tuple[str, ...] = ()
-    """Tensors that are float32 here, and half precision elsewhere."""
+    """Tensors that are float32 in this kernel and half precision in others."""
 
 
 def attention_variants(arch: str) -> Iterator[Variant]:
-    """Every configuration of the attention kernels that is shipped for an architecture, with its costliest options."""
+    """Yield all shipped configurations of the attention kernels for an architecture, with their costliest options."""
     for head_size, block in itertools.product(HEAD_SIZES, BLOCK_SIZES):
         for kernel, name, described, flags in _ATTENTION:
             config = launch_config(kernel, arch, head_size, (block, block))
@@ -105,7 +105,7 @@ def attention_variants(arch: str) -> Iterator[Variant]:
 
 
 def other_variants() -> Iterator[Variant]:
-    """The kernels around attention, at the sizes of Wan-14B, CogVideoX1.5 and HunyuanVideo."""
+    """Yield the kernels around attention, at the sizes of Wan-14B, CogVideoX1.5 and HunyuanVideo."""
     yield Variant(
         module="block_sparse.triton_backward", kernel="delta_kernel", case="heads of 128", num_warps=4,
         constants={"D": 128, "BLOCK_M": DELTA_TILE},
@@ -144,15 +144,15 @@ def other_variants() -> Iterator[Variant]:
 
 
 def cubin_report(variant: Variant, arch: str, *, dtype: str = "bf16") -> CubinReport:
-    """Compile one kernel for an architecture, and read its cubin.
+    """Compile one kernel for an architecture and read its cubin.
 
     Args:
-        variant: what to compile.
+        variant: the kernel and its compile-time arguments.
         arch: one of `ARCHITECTURES`.
-        dtype: Triton's name of the type of queries, keys and values.
+        dtype: Triton's name for the dtype of queries, keys and values.
 
     Raises:
-        RuntimeError: if Triton's interpreter is on, which compiles nothing.
+        RuntimeError: Triton's interpreter is on, which compiles nothing.
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -180,7 +180,7 @@ def cubin_report(variant: Variant, arch: str, *, dtype: str = "bf16") -> CubinRe
         else:
             kind = "float32" if name in variant.float32 else _KIND.get(name)
             types[name] = "i32" if kind is None else pointers[kind]
-            # tensors are aligned, and so are their strides, but not what counts rows of a mask
+            # tensors and their strides are aligned, but not strides that count rows of a mask
             if types[name].startswith("*") or re.fullmatch(r"(?!mask|places).*_(batch|token|head)", name):
                 attributes[index,] = [["tt.divisibility", 16]]
     source = ASTSource(function, types, constants, attributes)
@@ -201,13 +201,13 @@ def cubin_report(variant: Variant, arch: str, *, dtype: str = "bf16") -> CubinRe
 
 
 def cubin_reports(arch: str) -> Iterator[CubinReport]:
-    """Compile everything that is shipped for an architecture. See `cubin_report`."""
+    """Compile everything shipped for an architecture; see `cubin_report`."""
     for variant in itertools.chain(attention_variants(arch), other_variants()):
         yield cubin_report(variant, arch)
 
 
 def table(reports: list[CubinReport]) -> tuple[list[str], list[list[str]]]:
-    """Headings and rows of a table of reports."""
+    """Return headings and rows of a table of reports."""
     headings = ["kernel", "sm", "case", "warps", "registers", "stack bytes", "shared KiB", "instructions"]
     rows = [
         [
@@ -226,7 +226,7 @@ def table(reports: list[CubinReport]) -> tuple[list[str], list[list[str]]]:
 
 
 def _read(cubin: bytes, tools: Path) -> tuple[str, str]:
-    """What the tools say of resources, and the disassembled code."""
+    """Return a cubin's resource usage and its disassembly, as printed by CUDA's tools."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -238,10 +238,10 @@ def _read(cubin: bytes, tools: Path) -> tuple[str, str]:
 
 
 def _number(pattern: str, text: str) -> int:
-    found = re.search(pattern, text)
-    if found is None:
+    match = re.search(pattern, text)
+    if match is None:
         raise RuntimeError(f"the tool's output has no {pattern!r}: {text[:200]}")
-    return int(found[1])
+    return int(match[1])
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""The names of the implementations, the same for every operator of this package."""
+"""Names of the implementations, shared by all operators of this package."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ if TYPE_CHECKING:
     import torch
 
 IMPLEMENTATIONS = ("auto", "triton", "cpu", "naive")
-"""Implementations that every operator has.
+"""Implementations of every operator.
 
-`auto`: the fastest that can compute what is asked; never `naive`. `triton`: kernels for NVIDIA GPUs. `cpu`: PyTorch's
-own operations, arranged for a CPU; runs on every device. `naive`: the specification, written to be read and to test
-the others against.
+`auto`: the fastest one that supports the call; never `naive`. `triton`: kernels for NVIDIA GPUs. `cpu`: PyTorch
+operations, arranged for a CPU but valid on every device. `naive`: the specification, written for readability and used
+to test the others.
 """
 
 
 def current_name(implementation: str) -> str:
-    """Translate the name of an implementation from earlier versions, in which `cpu` was called `reference`."""
+    """Translate an implementation name of earlier versions, in which `cpu` was called `reference`."""
     return "cpu" if implementation == "reference" else implementation
 
 
@@ -26,11 +26,11 @@ def check_implementation(implementation: str, implementations: Sequence[str] = I
     """Return the current name of an implementation.
 
     Args:
-        implementation: name as given.
-        implementations: names that exist.
+        implementation: requested name.
+        implementations: valid names.
 
     Raises:
-        ValueError: the implementation does not exist.
+        ValueError: unknown implementation.
     """
     name = current_name(implementation)
     if name not in implementations:
@@ -42,17 +42,17 @@ def choose_implementation(implementation: str, device: torch.device, triton_prob
     """Choose among `triton`, `cpu` and `naive`.
 
     Args:
-        implementation: one of `IMPLEMENTATIONS`; "auto" takes Triton on CUDA where it can, and otherwise "cpu".
+        implementation: one of `IMPLEMENTATIONS`; "auto" picks Triton on CUDA where possible, else "cpu".
         device: device of the tensors.
-        triton_problem: why the Triton kernels cannot compute what is asked; None if they can.
+        triton_problem: why the Triton kernels cannot compute this, or None if they can.
 
     Raises:
-        ValueError: the implementation does not exist.
-        NotImplementedError: the Triton kernels were asked for and cannot compute this.
+        ValueError: unknown implementation.
+        NotImplementedError: the Triton kernels were requested and cannot compute this.
     """
     name = check_implementation(implementation)
     if name == "triton" and triton_problem is not None:
-        raise NotImplementedError(f"`implementation='triton'` can not compute this: {triton_problem}. Use 'auto'.")
+        raise NotImplementedError(f"`implementation='triton'` cannot compute this: {triton_problem}. Use 'auto'.")
     if name == "auto":
         return "triton" if device.type == "cuda" and triton_problem is None else "cpu"
     return name

@@ -1,4 +1,4 @@
-"""Is there a compiler for what PyTorch compiles while it runs?"""
+"""Detection of the compilers that PyTorch and Triton need at run time."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _TIMEOUT_S = 60.0
 
 @functools.cache
 def missing_cpp_toolchain() -> str | None:
-    """Why the C++ that PyTorch writes for the CPU can not be built here; None if it can.
+    """Return why the C++ that PyTorch generates for the CPU cannot be built here, or None if it can.
 
-    Builds a tiny extension once in a process, with the compiler that PyTorch would take: `CXX`, or else g++ (on macOS
-    clang++).
+    Builds a tiny extension, once per process, with the compiler that PyTorch would use: `CXX`, or g++ (clang++ on
+    macOS).
     """
     compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
     return _build_failure(compiler, "module.cpp")
@@ -27,16 +27,16 @@ def missing_cpp_toolchain() -> str | None:
 
 @functools.cache
 def missing_c_toolchain() -> str | None:
-    """Why Triton's launcher, which is C, can not be built here; None if it can.
+    """Return why Triton's launcher, which is C, cannot be built here, or None if it can.
 
-    Builds a tiny extension once in a process, with the compiler that Triton would take: `CC`, or else gcc or clang.
+    Builds a tiny extension, once per process, with the compiler that Triton would use: `CC`, or gcc or clang.
     """
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") or "gcc"
     return _build_failure(compiler, "module.c")
 
 
 def _build_failure(compiler: str, source: str) -> str | None:
-    """Build an empty Python extension; the reason if that fails."""
+    """Build an empty Python extension and return the reason if that fails."""
     if shutil.which(compiler) is None:
         return f"the compiler {compiler!r} is not there"
     includes = {sysconfig.get_path("include"), sysconfig.get_path("platinclude")}

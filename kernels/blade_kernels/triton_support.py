@@ -1,4 +1,4 @@
-"""Can Triton's kernels run here, and where?"""
+"""Availability of Triton, and the device that its kernels launch on."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from blade_kernels.compiler import constant_when_compiled
 from blade_kernels.toolchain import missing_c_toolchain
 
 OLDEST = (8, 0)
-"""The least compute capability that the kernels are made for."""
+"""Lowest compute capability that the kernels support."""
 
 
 def interpreted() -> bool:
-    """Whether Triton's interpreter runs the kernels, on any device and slowly: `TRITON_INTERPRET=1`, for tests."""
+    """Return whether Triton's interpreter runs the kernels (`TRITON_INTERPRET=1`): slow, on any device, for tests."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-@functools.cache  # it is asked in every layer
+@functools.cache  # called in every layer
 def _installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-@constant_when_compiled  # it looks for a compiler
+@constant_when_compiled  # looks for a compiler
 def missing_triton(device: torch.device | str) -> str | None:
-    """Why no Triton kernel can run on a device; None if they can."""
+    """Return why Triton kernels cannot run on a device, or None if they can."""
     device = torch.device(device)
     if not _installed():
         return "Triton is not installed"
@@ -46,5 +46,5 @@ def missing_triton(device: torch.device | str) -> str | None:
 
 
 def on_device(x: Tensor) -> AbstractContextManager[Any]:
-    """Make the device of a tensor the current one, on which Triton launches."""
+    """Make the tensor's device the current one, which is where Triton launches."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()

@@ -1,4 +1,4 @@
-"""CogVideoX transformers of Diffusers: attention over video and text together, RoPE or learned positions."""
+"""Adapter for Diffusers' CogVideoX transformers: joint attention over video and text, RoPE or learned positions."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from blade_pipelines.shared.processor import SparseProcessor, norm_and_rope
 
 
 class CogVideoXSparseProcessor(SparseProcessor):
-    """Attention of a CogVideoX block through BLADE."""
+    """Joint attention of a CogVideoX block with BLADE."""
 
     def __call__(
         self,
@@ -34,7 +34,7 @@ class CogVideoXSparseProcessor(SparseProcessor):
         attention_mask: torch.Tensor | None = None,
         image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Attend, with Diffusers' own signature."""
+        """Attend; same signature as Diffusers' processor."""
         if not self.layer.sparse:
             self.layer.count_dense()
             dense: tuple[torch.Tensor, torch.Tensor] = self.previous(
@@ -66,8 +66,8 @@ class CogVideoXSparseProcessor(SparseProcessor):
 class CogVideoXFamily(DiffusersFamily):
     """Adapter for `CogVideoXTransformer3DModel`: 2B, 5B and 1.5-5B, text, image and video to video.
 
-    The model has the text before the video. Inside attention the video comes first, so that its blocks begin where it
-    does. Source of that order: BLADE, arXiv 2508.10774.
+    The model puts the text before the video. Inside attention the video comes first, so that blocks are aligned with
+    its start. Source of that order: BLADE, arXiv 2508.10774.
     """
 
     name = "CogVideoX (CogVideoXTransformer3DModel)"
@@ -82,23 +82,23 @@ class CogVideoXFamily(DiffusersFamily):
     }
 
     def preset_name(self, transformer: DiffusersModule) -> str:
-        """Return the preset for this version and size of model."""
+        """Return the preset for the model's version and size."""
         if transformer.config.patch_size_t is not None:
             return "cogvideox-1.5"
         return "cogvideox-5b" if transformer.config.num_attention_heads == 48 else "cogvideox"
 
     def sampling_defaults(self, pipe: Any, height: int | None, width: int | None) -> SamplingDefaults:
-        """Return CogVideoX's own values.
+        """Return the settings recommended for CogVideoX.
 
-        Source: the model cards of CogVideoX (49 frames of 480 x 720 at 8 a second) and CogVideoX 1.5 (81 frames of
-        768 x 1360 at 16 a second).
+        Source: the model cards of CogVideoX (49 frames of 480 x 720 at 8 fps) and CogVideoX 1.5 (81 frames of
+        768 x 1360 at 16 fps).
         """
         if pipe.transformer.config.patch_size_t is not None:
             return SamplingDefaults(height=768, width=1360, frames=81, fps=16, steps=50, guidance_scale=6.0)
         return SamplingDefaults(height=480, width=720, frames=49, fps=8, steps=50, guidance_scale=6.0)
 
     def token_grid(self, transformer: DiffusersModule, inputs: Inputs) -> TokenGrid:
-        """Return the grid of a latent (B, F, C, H, W), with the text after it."""
+        """Return the grid of a latent (B, F, C, H, W), followed by the text."""
         latent = inputs["hidden_states"]
         if latent.ndim != 5:
             raise ValueError(f"`hidden_states` must be (B, F, C, H, W), got shape {tuple(latent.shape)}.")
@@ -114,7 +114,7 @@ class CogVideoXFamily(DiffusersFamily):
         batch: int = 1,
         text_tokens: int | None = None,
     ) -> Inputs:
-        """Return zeros; text is as long as the model says, frames fill whole patches as the pipeline's do."""
+        """Return zeros; the pipeline pads text to the model's maximum length, and frames to whole patches."""
         config, like, patch = transformer.config, transformer.proj_out.weight, _patch(transformer)
         frames, height, width = latent_size
         frames = -(-frames // patch[0]) * patch[0]
@@ -133,7 +133,7 @@ class CogVideoXFamily(DiffusersFamily):
         return inputs
 
     def permute_inputs(self, transformer: DiffusersModule, inputs: Inputs, permutation: torch.Tensor) -> Inputs:
-        """Permute the rotary tables, (tokens, D) each; the tokens themselves follow once they are embedded."""
+        """Permute the rotary tables, (tokens, D) each; the tokens themselves are permuted after embedding."""
         tables = inputs.get("image_rotary_emb")
         if tables is None:
             return inputs
@@ -146,7 +146,7 @@ class CogVideoXFamily(DiffusersFamily):
         return (latent, *output[1:]) if isinstance(output, tuple) else type(output)(sample=latent)
 
     def hook_positions(self, transformer: DiffusersModule, permutation: Permutation) -> Sequence[Any]:
-        """Permute the tokens as they leave the patch embedding, which adds the positions that do not rotate."""
+        """Permute the output tokens of the patch embedding, which adds the learned positions."""
 
         def follow(module: nn.Module, args: Any, tokens: torch.Tensor) -> torch.Tensor:
             order = permutation()
@@ -159,10 +159,10 @@ class CogVideoXFamily(DiffusersFamily):
 
 
 def _patch(transformer: DiffusersModule) -> tuple[int, int, int]:
-    """Size of a patch along frames, height and width."""
+    """Return the patch size along frames, height and width."""
     config = transformer.config
     return config.patch_size_t or 1, config.patch_size, config.patch_size
 
 
 FAMILIES = (CogVideoXFamily(),)
-"""The families of this module, for the registry."""
+"""Families of this module, for the registry."""

@@ -1,4 +1,4 @@
-"""HunyuanVideo transformers of Diffusers: blocks of two streams, then of one; text last, and only as long as it is."""
+"""Adapters for Diffusers' HunyuanVideo transformers: dual- and single-stream blocks, with masked text at the end."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Tables = tuple[torch.Tensor, torch.Tensor]
 
 
 class HunyuanVideoSparseProcessor(SparseProcessor):
-    """Attention of a HunyuanVideo block, of two streams or of one, through BLADE."""
+    """Attention of a dual- or single-stream HunyuanVideo block with BLADE."""
 
     def __call__(
         self,
@@ -43,9 +43,10 @@ class HunyuanVideoSparseProcessor(SparseProcessor):
         attention_mask: torch.Tensor | None = None,
         image_rotary_emb: Tables | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Attend, with Diffusers' own signature.
+        """Attend; same signature as Diffusers' processor.
 
-        The mask ends the text of every batch item: (B, 1, 1, S), or in HunyuanVideo-1.5, of text alone, (B, text).
+        The mask marks the end of each batch item's text: (B, 1, 1, S) or, in HunyuanVideo-1.5, over the text only,
+        (B, text).
         """
         if not self.layer.sparse:
             self.layer.count_dense()
@@ -61,8 +62,8 @@ class HunyuanVideoSparseProcessor(SparseProcessor):
             query, key, value = _project(attn, tokens, projections, norms, image_rotary_emb, places)
         else:
             projections, norms = (attn.to_q, attn.to_k, attn.to_v), (attn.norm_q, attn.norm_k)
-            first = None if places is None else places[:, :video]  # the text, which follows, stays where it is
-            streams = [_project(attn, hidden_states, projections, norms, image_rotary_emb, first)]
+            video_places = None if places is None else places[:, :video]  # the text, which follows, is not reordered
+            streams = [_project(attn, hidden_states, projections, norms, image_rotary_emb, video_places)]
             projections = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
             norms = (attn.norm_added_q, attn.norm_added_k)
             streams.append(_project(attn, encoder_hidden_states, projections, norms, None, None))
@@ -82,9 +83,9 @@ class HunyuanVideoSparseProcessor(SparseProcessor):
 
 
 class HunyuanVideoFamily(DiffusersFamily):
-    """Adapter for `HunyuanVideoTransformer3DModel`: text and image to video, the first frame's tokens replaced or not.
+    """Adapter for `HunyuanVideoTransformer3DModel`: text and image to video, with or without token replacement.
 
-    Layers are numbered through the blocks of two streams, then through those of one. The token refiner stays as it is.
+    Layers are numbered through the dual-stream blocks, then the single-stream ones. The token refiner stays dense.
     """
 
     name = "HunyuanVideo (HunyuanVideoTransformer3DModel)"
@@ -96,19 +97,19 @@ class HunyuanVideoFamily(DiffusersFamily):
     time_embedding_name = "time_text_embed.timestep_embedder"
 
     def preset_name(self, transformer: DiffusersModule) -> str:
-        """Return the one preset that there is."""
+        """Return the family's only preset."""
         return "hunyuan-video"
 
     def sampling_defaults(self, pipe: Any, height: int | None, width: int | None) -> SamplingDefaults:
-        """Return HunyuanVideo's frame rate; Diffusers' pipelines have the rest. Source: its model card."""
+        """Return HunyuanVideo's frame rate; Diffusers' pipelines set the rest. Source: its model card."""
         return SamplingDefaults(fps=24)
 
     def blocks(self, transformer: DiffusersModule) -> Sequence[nn.Module]:
-        """Return the transformer's blocks of two streams and of one."""
+        """Return the dual-stream blocks, followed by the single-stream ones."""
         return [*transformer.transformer_blocks, *getattr(transformer, "single_transformer_blocks", ())]
 
     def token_grid(self, transformer: DiffusersModule, inputs: Inputs) -> TokenGrid:
-        """Return the grid of a latent (B, C, F, H, W), with the text, padding included, after it."""
+        """Return the grid of a latent (B, C, F, H, W), followed by the text, padding included."""
         latent = inputs["hidden_states"]
         if latent.ndim != 5:
             raise ValueError(f"`hidden_states` must be (B, C, F, H, W), got shape {tuple(latent.shape)}.")
@@ -122,7 +123,7 @@ class HunyuanVideoFamily(DiffusersFamily):
         )
 
     def text_tokens(self, inputs: Inputs) -> int:
-        """Return the tokens of the text, padding included."""
+        """Return the number of text tokens, padding included."""
         length: int = inputs["encoder_hidden_states"].shape[1]
         return length
 
@@ -134,7 +135,7 @@ class HunyuanVideoFamily(DiffusersFamily):
         batch: int = 1,
         text_tokens: int | None = None,
     ) -> Inputs:
-        """Return zeros; the text of the pipeline has 256 tokens."""
+        """Return zeros; the pipeline pads the text to 256 tokens."""
         config, like = transformer.config, transformer.proj_out.weight
         text_tokens = text_tokens or 256
         inputs = {
@@ -161,7 +162,7 @@ class HunyuanVideoFamily(DiffusersFamily):
         return type(output)(sample=permute_patches(output.sample, patch, inverse))
 
     def hook_positions(self, transformer: DiffusersModule, permutation: Permutation) -> Sequence[Any]:
-        """Permute the tables (tokens, D) that the rope module makes."""
+        """Permute the tables, (tokens, D), that the rope module returns."""
 
         def follow(module: nn.Module, args: Any, tables: Tables) -> tuple[torch.Tensor, ...]:
             order = permutation()
@@ -171,7 +172,7 @@ class HunyuanVideoFamily(DiffusersFamily):
 
 
 class HunyuanVideo15Family(HunyuanVideoFamily):
-    """Adapter for `HunyuanVideo15Transformer3DModel`: text and image to video, in blocks of two streams."""
+    """Adapter for `HunyuanVideo15Transformer3DModel`: text and image to video, with dual-stream blocks only."""
 
     name = "HunyuanVideo-1.5 (HunyuanVideo15Transformer3DModel)"
     guidance_takes_two_passes = True
@@ -180,7 +181,7 @@ class HunyuanVideo15Family(HunyuanVideoFamily):
     time_embedding_name = "time_embed.timestep_embedder"
 
     def sampling_defaults(self, pipe: Any, height: int | None, width: int | None) -> SamplingDefaults:
-        """Return the size that Diffusers' pipeline derives from the model, and the guidance of its guider."""
+        """Return the size that Diffusers' pipeline derives from the model, and its guider's guidance scale."""
         shape = pipe.default_aspect_ratio if hasattr(pipe, "default_aspect_ratio") else (16, 9)
         edges = pipe.video_processor.calculate_default_height_width(*reversed(shape), pipe.target_size)
         return SamplingDefaults(
@@ -195,27 +196,28 @@ class HunyuanVideo15Family(HunyuanVideoFamily):
         batch: int = 1,
         text_tokens: int | None = None,
     ) -> Inputs:
-        """Return zeros; the pipeline's texts have 1,000 and 256 tokens, and the image 729."""
+        """Return zeros; the pipeline pads its two texts to 1,000 and 256 tokens, and the image has 729."""
         config, like = transformer.config, transformer.proj_out.weight
         text_tokens = text_tokens or 1000
-        masks = (torch.ones(batch, length, dtype=torch.int64, device=like.device) for length in (text_tokens, 256))
-        first, second = masks
+        mask, mask_2 = (
+            torch.ones(batch, length, dtype=torch.int64, device=like.device) for length in (text_tokens, 256)
+        )
         return {
             "hidden_states": like.new_zeros(batch, config.in_channels, *latent_size),
             "timestep": like.new_zeros(batch),
             "encoder_hidden_states": like.new_zeros(batch, text_tokens, config.text_embed_dim),
-            "encoder_attention_mask": first,
+            "encoder_attention_mask": mask,
             "encoder_hidden_states_2": like.new_zeros(batch, 256, config.text_embed_2_dim),
-            "encoder_attention_mask_2": second,
+            "encoder_attention_mask_2": mask_2,
             "image_embeds": like.new_zeros(batch, 729, config.image_embed_dim),
         }
 
     def without_values(self) -> AbstractContextManager[Any]:
-        """Return a context in which no image is empty and no text is masked: the forward pass asks about both."""
+        """Return a context in which no image is empty and no text is masked: the forward pass checks both."""
         return AssumeUnmasked()
 
     def text_tokens(self, inputs: Inputs) -> int:
-        """Return the tokens of both texts and of the image, padding included."""
+        """Return the number of tokens of both texts and the image, padding included."""
         return sum(
             inputs[name].shape[1] for name in ("encoder_hidden_states", "encoder_hidden_states_2", "image_embeds")
         )
@@ -229,7 +231,7 @@ def _project(
     tables: Tables | None,
     places: torch.Tensor | None,
 ) -> tuple[torch.Tensor, ...]:
-    """Queries, keys and values, (B, S, H, D), of one stream; the first tokens are rotated, as many as have a place."""
+    """Compute queries, keys and values, (B, S, H, D), of one stream; rotate as many tokens as the tables have."""
     query, key, value = (project(tokens).unflatten(2, (attn.heads, -1)) for project in projections)
     cos, sin = (None, None) if tables is None else tables
     query, key = (
@@ -239,15 +241,15 @@ def _project(
 
 
 def _patch(transformer: DiffusersModule) -> tuple[int, int, int]:
-    """Size of a patch along frames, height and width."""
+    """Return the patch size along frames, height and width."""
     config = transformer.config
     return config.patch_size_t, config.patch_size, config.patch_size
 
 
 class AssumeUnmasked(TorchFunctionMode):
-    """Answers what a forward pass asks about values, which the meta device has none of: nothing is masked or missing.
+    """Run a forward pass that depends on values on the meta device, which has none: nothing is masked or missing.
 
-    HunyuanVideo-1.5 asks whether its image is empty, and sorts the tokens of its texts by their masks.
+    HunyuanVideo-1.5 checks whether its image is empty, and sorts the tokens of its texts by their masks.
     """
 
     def __init__(self) -> None:
@@ -266,9 +268,9 @@ class AssumeUnmasked(TorchFunctionMode):
 
 
 def _is_mask(value: Any) -> bool:
-    """Whether this is one row of a mask."""
+    """Return whether the value is one row of a mask."""
     return isinstance(value, torch.Tensor) and value.is_meta and value.dtype == torch.bool and value.ndim == 1
 
 
 FAMILIES = (HunyuanVideoFamily(), HunyuanVideo15Family())
-"""The families of this module, for the registry."""
+"""Families of this module, for the registry."""

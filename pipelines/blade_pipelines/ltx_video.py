@@ -1,4 +1,4 @@
-"""LTX-Video transformers of Diffusers: latents packed into tokens, rotary tables over all heads together."""
+"""Adapter for Diffusers' LTX-Video transformers: latents packed into tokens, rotary tables across all heads."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ Tables = tuple[torch.Tensor, torch.Tensor]
 """Cosines and sines of the positions, (B, tokens, heads * D) each."""
 
 NEGATIVE_PROMPT = "worst quality, inconsistent motion, blurry, jittery, distorted"
-"""What LTX's videos should not show."""
+"""Negative prompt recommended by LTX-Video."""
 
 
 class LTXVideoSparseProcessor(SparseProcessor):
-    """Self-attention of an LTX-Video block through BLADE."""
+    """Self-attention of an LTX-Video block with BLADE."""
 
     def __call__(
         self,
@@ -39,7 +39,7 @@ class LTXVideoSparseProcessor(SparseProcessor):
         attention_mask: torch.Tensor | None = None,
         image_rotary_emb: Tables | None = None,
     ) -> torch.Tensor:
-        """Attend, with Diffusers' own signature."""
+        """Attend; same signature as Diffusers' processor."""
         if not self.layer.sparse:
             self.layer.count_dense()
             dense: torch.Tensor = self.previous(
@@ -51,7 +51,7 @@ class LTXVideoSparseProcessor(SparseProcessor):
 
         query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
         query, key = attn.norm_q(query), attn.norm_k(key)
-        if image_rotary_emb is not None:  # every head has frequencies of its own
+        if image_rotary_emb is not None:  # frequencies differ between heads, so `norm_and_rope` does not apply
             query, key = apply_rotary_emb(query, image_rotary_emb), apply_rotary_emb(key, image_rotary_emb)
         query, key, value = (tensor.unflatten(2, (attn.heads, -1)) for tensor in (query, key, value))
         output = self.layer.attend(query, key, value).flatten(2, 3).type_as(query)
@@ -60,7 +60,7 @@ class LTXVideoSparseProcessor(SparseProcessor):
 
 
 class LTXVideoFamily(DiffusersFamily):
-    """Adapter for `LTXVideoTransformer3DModel`: text and image to video, timesteps of single tokens among it."""
+    """Adapter for `LTXVideoTransformer3DModel`: text and image to video, including per-token timesteps."""
 
     name = "LTX-Video (LTXVideoTransformer3DModel)"
     guidance_takes_two_passes = True
@@ -74,18 +74,18 @@ class LTXVideoFamily(DiffusersFamily):
     }
 
     def preset_name(self, transformer: DiffusersModule) -> str:
-        """Return the one preset that there is."""
+        """Return the family's only preset."""
         return "ltx-video"
 
     def sampling_defaults(self, pipe: Any, height: int | None, width: int | None) -> SamplingDefaults:
-        """Return LTX-Video's frame rate and negative prompt; Diffusers' pipelines have the rest.
+        """Return LTX-Video's frame rate and negative prompt; Diffusers' pipelines set the rest.
 
         Source: the documentation of Diffusers' `LTXPipeline`.
         """
         return SamplingDefaults(fps=25, negative_prompt=NEGATIVE_PROMPT)
 
     def token_grid(self, transformer: DiffusersModule, inputs: Inputs) -> TokenGrid:
-        """Return the grid that `num_frames`, `height` and `width` say; the text is seen by cross-attention only."""
+        """Return the grid given by `num_frames`, `height` and `width`; only cross-attention sees the text."""
         frames, height, width = (inputs.get(name) or 0 for name in ("num_frames", "height", "width"))
         tokens = inputs["hidden_states"].shape[1]
         if frames * height * width != tokens:
@@ -103,7 +103,7 @@ class LTXVideoFamily(DiffusersFamily):
         batch: int = 1,
         text_tokens: int | None = None,
     ) -> Inputs:
-        """Return zeros; the text of the pipeline has 128 tokens."""
+        """Return zeros; the pipeline pads the text to 128 tokens."""
         config, like = transformer.config, transformer.proj_out.weight
         frames, height, width = latent_size
         text_tokens = text_tokens or 128
@@ -118,7 +118,7 @@ class LTXVideoFamily(DiffusersFamily):
         }
 
     def permute_inputs(self, transformer: DiffusersModule, inputs: Inputs, permutation: torch.Tensor) -> Inputs:
-        """Permute the tokens and, where there is one for each, the timesteps."""
+        """Permute the tokens and per-token timesteps."""
         permuted = {**inputs, "hidden_states": inputs["hidden_states"].index_select(1, permutation)}
         if inputs["timestep"].ndim == 2 and inputs["timestep"].shape[1] == len(permutation):
             permuted["timestep"] = inputs["timestep"].index_select(1, permutation)
@@ -131,7 +131,7 @@ class LTXVideoFamily(DiffusersFamily):
         return type(output)(sample=output.sample.index_select(1, inverse))
 
     def hook_positions(self, transformer: DiffusersModule, permutation: Permutation) -> Sequence[Any]:
-        """Permute the tables that the rope module makes."""
+        """Permute the tables that the rope module returns."""
 
         def follow(module: nn.Module, args: Any, tables: Tables) -> tuple[torch.Tensor, ...]:
             order = permutation()
@@ -141,4 +141,4 @@ class LTXVideoFamily(DiffusersFamily):
 
 
 FAMILIES = (LTXVideoFamily(),)
-"""The families of this module, for the registry."""
+"""Families of this module, for the registry."""

@@ -1,4 +1,4 @@
-"""Wan (2.1 and 2.2) transformers of Diffusers: attention processor, token order, position embeddings."""
+"""Adapter for Diffusers' Wan transformers (2.1 and 2.2)."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ NEGATIVE_PROMPT = (
     "丑陋的 残缺的 多余的手指 画得不好的手部 画得不好的脸部 畸形的 毁容的 形态畸形的肢体 手指融合 "
     "静止不动的画面 杂乱的背景 三条腿 背景人很多 倒着走"
 ).replace(" ", "\uff0c")
-"""What Wan's videos should not show, in the words that the models are meant to be given."""
+"""Negative prompt recommended by Wan, verbatim."""
 CAMERA_SHAKE = "镜头晃动"
-"""What the videos of Wan 2.1's image-to-video models should not show besides."""
+"""Addition to the negative prompt for Wan 2.1's image-to-video models."""
 SMALLEST_WIDTH = 1536
-"""Of Wan's own models: that of 1.3B."""
+"""Width of Wan's smallest own model, 1.3B."""
 LARGE_VIDEO = 704 * 1280
-"""Pixels a frame from which on Wan 2.1 takes the larger flow shift."""
+"""Pixels per frame from which Wan 2.1 uses the larger flow shift."""
 
 
 class WanSparseProcessor(SparseProcessor):
-    """Self-attention of a Wan block through BLADE."""
+    """Self-attention of a Wan block with BLADE."""
 
     def __call__(
         self,
@@ -44,7 +44,7 @@ class WanSparseProcessor(SparseProcessor):
         rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """Attend, with Diffusers' own signature."""
+        """Attend; same signature as Diffusers' processor."""
         if not self.layer.sparse:
             self.layer.count_dense()
             dense: torch.Tensor = self.previous(
@@ -74,8 +74,8 @@ class WanSparseProcessor(SparseProcessor):
 class WanFamily(DiffusersFamily):
     """Adapter for `WanTransformer3DModel` and `WanVACETransformer3DModel`.
 
-    Text, image and video to video, per-token timesteps (TI2V-5B), and VACE's control latents. VACE's blocks are
-    numbered after the others, although they run before them.
+    Supports text, image and video to video, per-token timesteps (TI2V-5B) and VACE's control latents. VACE's blocks
+    are numbered after the others, although they run before them.
     """
 
     name = "Wan (WanTransformer3DModel, WanVACETransformer3DModel)"
@@ -90,10 +90,10 @@ class WanFamily(DiffusersFamily):
     }
 
     def recognises(self, transformer: nn.Module) -> bool:
-        """Return whether this is one of the two.
+        """Return whether the transformer is one of the two.
 
         Raises:
-            ValueError: for a Wan-Animate transformer, which adds motion to the tokens of every frame.
+            ValueError: the transformer is Wan-Animate's, which adds motion to the tokens of every frame.
         """
         if type(transformer).__name__ == "WanAnimateTransformer3DModel":
             raise ValueError(
@@ -103,20 +103,20 @@ class WanFamily(DiffusersFamily):
         return super().recognises(transformer)
 
     def preset_name(self, transformer: DiffusersModule) -> str:
-        """Return the preset for this size of model."""
+        """Return the preset for the model's size."""
         width = _width(transformer.config)
         if width < SMALLEST_WIDTH:
             return "shapes"
         return "wan2.1-t2v-1.3b" if width == 1536 else "wan"
 
     def sampling_defaults(self, pipe: Any, height: int | None, width: int | None) -> SamplingDefaults:
-        """Return Wan's own values, for 2.1 or 2.2.
+        """Return the settings recommended for Wan 2.1 or 2.2.
 
         Source: the configurations of the Wan 2.1 and 2.2 releases (sizes, steps, guidance, `sample_neg_prompt`) and
-        their documentation in Diffusers (flow shift 3 at 480p and 5 at 720p). A scheduler of Wan 2.2 brings its shift.
+        their documentation in Diffusers (flow shift 3 at 480p and 5 at 720p). Schedulers of Wan 2.2 set their shift.
         """
         config = (pipe.transformer or pipe.transformer_2).config
-        if _width(config) < SMALLEST_WIDTH:  # none of Wan's own models
+        if _width(config) < SMALLEST_WIDTH:  # not one of Wan's own models
             return SamplingDefaults()
         image = config.in_channels > config.out_channels
         if getattr(pipe.config, "expand_timesteps", False):  # 2.2 TI2V-5B
@@ -153,23 +153,23 @@ class WanFamily(DiffusersFamily):
         )
 
     def condition_pipeline(self, pipe: Any, condition: Condition) -> str | None:
-        """Return the class that takes a condition with the same weights; Wan 2.2 TI2V's also start from an image."""
+        """Return the pipeline class that accepts a condition with the same weights; TI2V's also accept images."""
         if condition == "image" and getattr(pipe.config, "expand_timesteps", False):
             return "WanImageToVideoPipeline"
         return super().condition_pipeline(pipe, condition)
 
     def cache_problem(self, transformer: nn.Module, cache: str) -> str | None:
-        """Return that FirstBlockCache is broken for VACE, whose control blocks it does not know."""
+        """Return that FirstBlockCache is broken for VACE, whose control blocks it ignores; None for other caches."""
         if cache == "first-block" and isinstance(transformer, WanVACETransformer3DModel):
             return f"FirstBlockCache is broken for a {type(transformer).__name__} in Diffusers itself"
         return None
 
     def blocks(self, transformer: DiffusersModule) -> Sequence[nn.Module]:
-        """Return the transformer's blocks, and VACE's after them."""
+        """Return the transformer's blocks, followed by VACE's."""
         return [*transformer.blocks, *getattr(transformer, "vace_blocks", ())]
 
     def token_grid(self, transformer: DiffusersModule, inputs: Inputs) -> TokenGrid:
-        """Return the grid of a latent (B, C, F, H, W); the text is seen by cross-attention only."""
+        """Return the grid of a latent (B, C, F, H, W); only cross-attention sees the text."""
         latent = inputs["hidden_states"]
         if latent.ndim != 5:
             raise ValueError(f"`hidden_states` must be (B, C, F, H, W), got shape {tuple(latent.shape)}.")
@@ -183,7 +183,7 @@ class WanFamily(DiffusersFamily):
         batch: int = 1,
         text_tokens: int | None = None,
     ) -> Inputs:
-        """Return zeros; the text of Wan's pipelines has 512 tokens."""
+        """Return zeros; Wan's pipelines pad the text to 512 tokens."""
         config, like = transformer.config, transformer.proj_out.weight
         inputs = {
             "hidden_states": like.new_zeros(batch, config.in_channels, *latent_size),
@@ -197,7 +197,7 @@ class WanFamily(DiffusersFamily):
         return inputs
 
     def permute_inputs(self, transformer: DiffusersModule, inputs: Inputs, permutation: torch.Tensor) -> Inputs:
-        """Permute the patches of the latents and, where there is one for each token, the timesteps."""
+        """Permute the patches of the latents and per-token timesteps."""
         patch = transformer.config.patch_size
         permuted = {**inputs, "hidden_states": permute_patches(inputs["hidden_states"], patch, permutation)}
         control = inputs.get("control_hidden_states")
@@ -227,7 +227,7 @@ class WanFamily(DiffusersFamily):
         return type(output)(sample=permute_patches(output.sample, patch, inverse))
 
     def hook_positions(self, transformer: DiffusersModule, permutation: Permutation) -> Sequence[Any]:
-        """Permute the tables (1, S, 1, D) that the rope module makes."""
+        """Permute the tables, (1, S, 1, D), that the rope module returns."""
 
         def follow(module: nn.Module, args: Any, tables: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
             order = permutation()
@@ -242,4 +242,4 @@ def _width(config: Any) -> int:
 
 
 FAMILIES = (WanFamily(),)
-"""The families of this module, for the registry."""
+"""Families of this module, for the registry."""

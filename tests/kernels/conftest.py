@@ -1,4 +1,4 @@
-"""What the kernels are held to: the naive implementation, and errors bounded by the plain computation's."""
+"""Oracle of the kernel tests: the naive implementation, with errors bounded by those of the plain computation."""
 
 from dataclasses import dataclass, replace
 

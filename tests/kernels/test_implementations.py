@@ -89,7 +89,7 @@ def test_choice_by_device_and_by_what_triton_can(implementation, device, problem
 
 
 def test_triton_that_cannot_is_refused():
-    with pytest.raises(NotImplementedError, match="`implementation='triton'` can not compute this: heads of 12"):
+    with pytest.raises(NotImplementedError, match="`implementation='triton'` cannot compute this: heads of 12"):
         choose_implementation("triton", torch.device("cuda"), "heads of 12")
 
 

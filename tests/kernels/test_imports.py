@@ -31,7 +31,7 @@ def test_sources_import_torch_and_themselves_alone():
 
 
 def test_specifications_depend_on_no_implementation():
-    """What the others are compared with shares no code with them, but for the types of its arguments."""
+    """The reference for the others shares no code with them, apart from its argument types."""
     files = list(FOLDER.rglob("naive.py"))
     assert {file.parent.name for file in files} == {"block_sparse", "block_selection", "qk_norm_rope"}
     arguments = {"blade_kernels.block_mask", "blade_kernels.block_sparse.pooled"}

@@ -22,9 +22,9 @@ class Family:
     text: int = 0
     """Text tokens that self-attention sees."""
     text_first: bool = True
-    """Whether the model has them before the video."""
+    """True if the model puts them before the video."""
     first_frame_apart: bool = False
-    """Whether the first frame stays first in every order."""
+    """True if the first frame stays first in every order."""
 
 
 def _make_cogvideox(**config):

@@ -1,4 +1,4 @@
-"""What holds for the transformers of every family, on small random instances of Diffusers' own classes."""
+"""Properties of every family's transformers, on small random instances of Diffusers' own classes."""
 
 import copy
 

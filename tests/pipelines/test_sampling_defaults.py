@@ -1,4 +1,4 @@
-"""What is recommended for a model, by family, version and size."""
+"""Recommended settings of a model, by family, version and size."""
 
 from types import SimpleNamespace
 

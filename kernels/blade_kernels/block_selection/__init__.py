@@ -1,8 +1,8 @@
-"""From queries and keys to a `BlockMask`: score pairs of blocks, then select.
+"""Block selection, from queries and keys to a `BlockMask`: score pairs of blocks, then select.
 
-The scoring functions return an importance, (B, H, query blocks, key blocks) in float32: the larger, the more a query
-block needs a key block. `select_blocks` makes a mask of any such tensor. Nothing here waits for the device,
-but for the implementation `naive`.
+The scoring functions return an importance, (B, H, query blocks, key blocks) in float32: the larger it is, the more a
+query block needs a key block. `select_blocks` turns any such tensor into a mask. Apart from the implementation
+`naive`, nothing here waits for the device.
 """
 
 from blade_kernels.block_selection.importance import mean_pooled_importance, sampled_importance

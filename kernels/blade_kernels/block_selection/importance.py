@@ -1,4 +1,4 @@
-"""How much each query block needs each key block."""
+"""Importance of each key block for each query block."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from blade_kernels.block_selection.naive import naive_sampled_importance
 from blade_kernels.implementations import choose_implementation
 from blade_kernels.scratch import Scratch
 
-_CHUNK_ELEMENTS = 2**19  # logits held at a time
+_CHUNK_ELEMENTS = 2**19  # logits in memory at a time
 
 
 def sampled_importance(
@@ -25,32 +25,32 @@ def sampled_importance(
     softmax_denominator: bool = True,
     implementation: str = "auto",
 ) -> Tensor:
-    """Largest attention weight between the sampled tokens of each pair of blocks.
+    """Score each pair of blocks by the largest attention weight between their sampled tokens.
 
-    The sampled queries attend to the sampled keys alone, with one softmax over all of them; a pair of blocks scores
-    the maximum over its part of that matrix. In a block with fewer tokens than the others the offsets are scaled to
-    the tokens that it has, and a token that is met twice counts once: what lies past the end is never looked at.
+    The sampled queries attend to the sampled keys only, with one softmax over all of them; the score of a pair of
+    blocks is the maximum over its part of that matrix. In a block with fewer tokens the offsets are scaled to its
+    length, and a token sampled twice counts once. Tokens past the end are never read.
 
     Args:
-        q: (B, S, H, D) queries, in the order in which they are cut into blocks.
+        q: (B, S, H, D) queries; consecutive tokens form the blocks.
         k: (B, T, H, D) keys.
         query_offsets: integers that broadcast to (B, H, samples): distinct offsets within a query block, from 0 to
-            its size less 1, the same for all blocks.
-        key_offsets: the same for key blocks; the number of samples may differ.
+            its size - 1, shared by all blocks.
+        key_offsets: likewise for key blocks; the number of samples may differ.
         block_size: tokens in a (query block, key block).
-        scale: factor of the logits. None: 1 / sqrt(D).
-        key_lengths: (B,) integers, keys from there on are absent. Blocks without keys score 0.
-        softmax_denominator: divide by the sum of the softmax, as the paper does. Without, as in the release, each
-            sampled query scores 1 for its best key, however flat its distribution.
-        implementation: "triton"; "cpu", plain PyTorch, also on CUDA; "naive", the specification; "auto" takes Triton
-            on CUDA, where it can, and otherwise "cpu". "reference" still means "cpu".
+        scale: factor of the logits. None means 1 / sqrt(D).
+        key_lengths: (B,) integers, number of valid keys; the rest are ignored. Blocks without valid keys score 0.
+        softmax_denominator: divide by the sum of the softmax, as in the paper. Without it, as in the paper's code,
+            each sampled query gives its best key a score of 1, however flat its distribution.
+        implementation: "triton"; "cpu", plain PyTorch on any device; "naive", the specification; "auto" picks Triton
+            on CUDA where possible, else "cpu". "reference" is an alias of "cpu".
 
     Returns:
-        (B, H, query blocks, key blocks) in float32 (float64 of float64), from 0 to 1. No gradients.
+        (B, H, query blocks, key blocks) in float32 (float64 for float64 inputs), from 0 to 1. Not differentiable.
 
     Raises:
-        ValueError: shapes that do not fit together, or an unknown implementation.
-        NotImplementedError: the implementation that was asked for can not compute this.
+        ValueError: inconsistent shapes, or an unknown implementation.
+        NotImplementedError: the requested implementation cannot compute this.
 
     Source: BLADE, arXiv 2508.10774, P = MaxPool(softmax(Qs Ks^T / sqrt(d))).
     """
@@ -75,7 +75,7 @@ def sampled_importance(
                 q, k, query_offsets, key_offsets, block_size, scale, key_lengths, softmax_denominator
             )
         qs, _ = _sample(q, query_offsets, block_size[0], None, blocks_first=True)
-        # First samples of all key blocks, then the second ones, and so on: maxima over samples vectorise over blocks.
+        # The first samples of all blocks, then the second ones, and so on: maxima over samples vectorise over blocks.
         ks, absent = _sample(k, key_offsets, block_size[1], key_lengths, blocks_first=False)
         qs = qs * scale
         batch, heads, query_blocks, query_samples, _ = qs.shape
@@ -89,16 +89,16 @@ def sampled_importance(
         blocks_at_once = max(1, _CHUNK_ELEMENTS // row_logits)
         scratch = Scratch(qs.dtype, qs.device)
         for head in range(0, batch * heads, heads_at_once):
-            some = slice(head, head + heads_at_once)
+            head_slice = slice(head, head + heads_at_once)
             for block in range(0, query_blocks, blocks_at_once):
                 rows = slice(block, block + blocks_at_once)
-                sampled = qs[some, rows].flatten(1, 2)
+                sampled = qs[head_slice, rows].flatten(1, 2)
                 logits = scratch("importance logits", *sampled.shape[:2], ks.shape[1])
-                torch.bmm(sampled, ks[some].mT, out=logits)
+                torch.bmm(sampled, ks[head_slice].mT, out=logits)
                 logits = logits.view(*logits.shape[:2], key_samples, key_blocks)
                 if absent is not None:
-                    logits[..., key_blocks - absent.shape[-1] :].masked_fill_(absent[some], -torch.inf)
-                importance[some, rows] = _block_maxima(logits, query_samples, softmax_denominator)
+                    logits[..., key_blocks - absent.shape[-1] :].masked_fill_(absent[head_slice], -torch.inf)
+                importance[head_slice, rows] = _block_maxima(logits, query_samples, softmax_denominator)
         return importance.view(batch, heads, query_blocks, key_blocks)
 
 
@@ -110,35 +110,35 @@ def mean_pooled_importance(
     scale: float | None = None,
     key_lengths: Tensor | None = None,
 ) -> Tensor:
-    """Attention weights of the mean query of each query block over the mean keys of the key blocks.
+    """Score each pair of blocks by the attention weight between its mean query and its mean key.
 
     Args:
-        q: (B, S, H, D) queries, in the order in which they are cut into blocks.
+        q: (B, S, H, D) queries; consecutive tokens form the blocks.
         k: (B, T, H, D) keys.
-        block_size: tokens in a (query block, key block). Means are over the tokens that a block has.
-        scale: factor of the logits. None: 1 / sqrt(D).
-        key_lengths: (B,) integers, keys from there on are absent. Blocks without keys score 0.
+        block_size: tokens in a (query block, key block). Means are over the real tokens of a block.
+        scale: factor of the logits. None means 1 / sqrt(D).
+        key_lengths: (B,) integers, number of valid keys; the rest are ignored. Blocks without valid keys score 0.
 
     Returns:
-        (B, H, query blocks, key blocks) in float32 (float64 of float64); rows sum to 1. No gradients.
+        (B, H, query blocks, key blocks) in float32 (float64 for float64 inputs); rows sum to 1. Not differentiable.
 
     Raises:
-        ValueError: shapes that do not fit together.
+        ValueError: inconsistent shapes.
     """
     _check(q, k, block_size, key_lengths)
     with torch.no_grad():
         mean_q, _ = _block_means(q, block_size[0], None)
-        mean_k, held = _block_means(k, block_size[1], key_lengths)
+        mean_k, key_counts = _block_means(k, block_size[1], key_lengths)
         logits = (mean_q @ mean_k.mT) * (q.shape[-1] ** -0.5 if scale is None else scale)
-        return logits.masked_fill((held == 0)[:, None, None], -torch.inf).softmax(-1).nan_to_num(0.0)
+        return logits.masked_fill((key_counts == 0)[:, None, None], -torch.inf).softmax(-1).nan_to_num(0.0)
 
 
 def _block_maxima(logits: Tensor, query_samples: int, softmax_denominator: bool) -> Tensor:
-    """Largest softmax weight in each pair of blocks, (n, QB, KB), of (n, QB * samples, samples, KB); spoils them."""
+    """Reduce logits (n, QB * samples, samples, KB), in place, to the largest softmax weights (n, QB, KB)."""
     query_blocks = (-1, query_samples)
     if softmax_denominator:
         flat = logits.flatten(-2)
-        torch.softmax(flat, -1, out=flat)  # one pass over what a cache holds; nan where every key is absent
+        torch.softmax(flat, -1, out=flat)  # one pass over cached data; nan where every key is absent
         return torch.unflatten(logits, 1, query_blocks).amax(2).amax(2).nan_to_num_(0.0)
     best = logits.amax(-2)
     peak = best.amax(-1, keepdim=True).clamp(min=torch.finfo(best.dtype).min)  # finite where every key is absent
@@ -148,21 +148,21 @@ def _block_maxima(logits: Tensor, query_samples: int, softmax_denominator: bool)
 def _sample(
     x: Tensor, offsets: Tensor, size: int, lengths: Tensor | None, *, blocks_first: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Pick tokens of every block of (B, T, H, D).
+    """Gather the sampled tokens of every block of (B, T, H, D).
 
     Returns:
-        (B, H, blocks, samples, D) in float32 at the least, or (B, H, samples, blocks, D) unless `blocks_first`; and
-        (B, H, blocks, samples) bool, samples that are no tokens or are there twice, for the last block alone unless
-        `lengths` are given, or None where there are none.
+        (B, H, blocks, samples, D) if `blocks_first`, else (B, H, samples, blocks, D), in float32 or wider; and
+        (B, H, blocks, samples) bool, samples that are past the end or duplicates, for the last block only if `lengths`
+        is None, or None if every sample is a distinct token.
     """
     batch, tokens, heads, width = x.shape
     whole = lengths is None and tokens % size == 0
     within = offsets.long().expand(batch, heads, -1).unsqueeze(2)  # (B, H, 1, samples)
     if not whole:
-        held = _held(tokens, size, x.device, lengths)  # (B or 1, blocks)
-        within = within.sort(-1).values * held[:, None, :, None] // size
+        counts = _token_counts(tokens, size, x.device, lengths)  # (B or 1, blocks)
+        within = within.sort(-1).values * counts[:, None, :, None] // size
     blocks = -(-tokens // size)
-    # Rows of (B * T * H, D).
+    # Row indices into (B * T * H, D).
     rows = within * heads + torch.arange(heads, device=x.device).view(-1, 1, 1)
     rows = rows + torch.arange(0, blocks * size * heads, size * heads, device=x.device).view(-1, 1)
     if batch > 1:
@@ -176,18 +176,18 @@ def _sample(
     within = within.expand(-1, -1, blocks, -1)[:, :, first:]
     repeated = torch.zeros_like(within, dtype=torch.bool)
     repeated[..., 1:] = within[..., 1:] == within[..., :-1]
-    return picked, repeated | (held[:, None, first:, None] == 0)
+    return picked, repeated | (counts[:, None, first:, None] == 0)
 
 
 def _block_means(x: Tensor, size: int, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Means over the tokens that each block of (B, T, H, D) has.
+    """Average the real tokens of each block of (B, T, H, D).
 
     Returns:
-        (B, H, blocks, D) in float32 at the least, zeros for a block without tokens; and (B or 1, blocks), how many
-        tokens each has.
+        (B, H, blocks, D) in float32 or wider, zeros for a block without tokens; and (B or 1, blocks), the number of
+        tokens in each.
     """
     tokens = x.shape[1]
-    held = _held(tokens, size, x.device, lengths)
+    counts = _token_counts(tokens, size, x.device, lengths)
     if lengths is not None:
         absent = torch.arange(tokens, device=x.device) >= lengths.to(x.device).unsqueeze(-1)
         x = x.masked_fill(absent[:, :, None, None], 0.0)
@@ -195,11 +195,11 @@ def _block_means(x: Tensor, size: int, lengths: Tensor | None) -> tuple[Tensor, 
         x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, -tokens % size))
     dtype = torch.promote_types(x.dtype, torch.float32)
     sums = x.unflatten(1, (-1, size)).sum(2, dtype=dtype)
-    return (sums / held.clamp(min=1)[:, :, None, None]).transpose(1, 2), held
+    return (sums / counts.clamp(min=1)[:, :, None, None]).transpose(1, 2), counts
 
 
-def _held(tokens: int, size: int, device: torch.device, lengths: Tensor | None) -> Tensor:
-    """Tokens that each block has: (B or 1, blocks) int64."""
+def _token_counts(tokens: int, size: int, device: torch.device, lengths: Tensor | None) -> Tensor:
+    """Count the real tokens in each block: (B or 1, blocks) int64."""
     starts = torch.arange(-(-tokens // size), device=device) * size
     if lengths is None:
         return (tokens - starts).clamp(max=size).unsqueeze(0)

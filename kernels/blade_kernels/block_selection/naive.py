@@ -1,4 +1,4 @@
-"""The specification of block selection: all attention weights for the scores, one row after another for the choice."""
+"""Specification of block selection: scores from all attention weights, selection row by row."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def naive_sampled_importance(
     key_lengths: Tensor | None,
     softmax_denominator: bool,
 ) -> Tensor:
-    """Score every pair of blocks by the largest attention weight between its sampled tokens. Holds all S * T weights.
+    """Score every pair of blocks by the largest attention weight between its sampled tokens, from all S * T weights.
 
     Returns:
-        (B, H, query blocks, key blocks) in float32 (float64 for float64).
+        (B, H, query blocks, key blocks) in float32 (float64 for float64 inputs).
     """
     dtype = torch.promote_types(q.dtype, torch.float32)
     queries = _sampled(q, query_offsets, block_size[0], None)  # (B, H, S)
@@ -30,7 +30,7 @@ def naive_sampled_importance(
     with torch.autocast(q.device.type, enabled=False):
         logits = (q @ k.mT * scale).masked_fill(~keys.unsqueeze(2), -torch.inf)
     base = logits.logsumexp(-1, keepdim=True) if softmax_denominator else logits.amax(-1, keepdim=True)
-    weights = (logits - base.masked_fill(base == -torch.inf, 0.0)).exp()  # -inf less -inf would be NaN
+    weights = (logits - base.masked_fill(base == -torch.inf, 0.0)).exp()  # -inf - -inf would be NaN
     weights = weights.masked_fill(~queries.unsqueeze(-1), 0.0)
     missing = (-weights.shape[2] % block_size[0], -weights.shape[3] % block_size[1])
     whole = torch.nn.functional.pad(weights, (0, missing[1], 0, missing[0]))
@@ -46,8 +46,8 @@ def _sampled(x: Tensor, offsets: Tensor, size: int, lengths: Tensor | None) -> T
     for item in range(batch):
         length = tokens if lengths is None else min(int(lengths[item]), tokens)
         for start in range(0, length, size):
-            held = min(size, length - start)  # a short block has its offsets scaled to the tokens that it holds
-            sampled[item].scatter_(-1, start + offsets[item] * held // size, True)
+            block_tokens = min(size, length - start)  # in a short block the offsets are scaled to its length
+            sampled[item].scatter_(-1, start + offsets[item] * block_tokens // size, True)
     return sampled
 
 
@@ -68,8 +68,8 @@ def naive_selection(
     """
     *rows, key_blocks = importance.shape
     keep = torch.zeros(importance.shape, dtype=torch.bool)
-    for place in itertools.product(*map(range, rows)):
-        score, first = importance[place].float().tolist(), place[-1] * block_size[0]
+    for row in itertools.product(*map(range, rows)):
+        score, first = importance[row].float().tolist(), row[-1] * block_size[0]
         forced = [False] * key_blocks if forced_key_blocks is None else forced_key_blocks.tolist()
         if local_radius is not None:
             last = first + block_size[0] - 1
@@ -79,9 +79,9 @@ def naive_selection(
         count = max_blocks
         if cumulative_mass is not None:
             mass = list(itertools.accumulate(score[block] for block in ranking))
-            count = 1 + sum(sofar < cumulative_mass * mass[-1] for sofar in mass)  # and the block that reaches it
+            count = 1 + sum(partial < cumulative_mass * mass[-1] for partial in mass)  # and the block that reaches it
         count = max(min(max(count, min_blocks), max_blocks), sum(forced))
-        if forced_query_blocks is not None and forced_query_blocks[place[-1]]:
+        if forced_query_blocks is not None and forced_query_blocks[row[-1]]:
             count = key_blocks
-        keep[place][ranking[:count]] = True
+        keep[row][ranking[:count]] = True
     return keep.to(importance.device)

@@ -1,4 +1,4 @@
-"""From an importance of blocks, or from none, to a BlockMask."""
+"""Selection of blocks by importance, at random or by distance."""
 
 from __future__ import annotations
 
@@ -25,34 +25,34 @@ def select_blocks(
 ) -> BlockMask:
     """Keep the most important key blocks of every row.
 
-    A row's blocks are ranked: the forced ones first, then by falling importance, ties by rising index. It keeps the
-    leading blocks whose importance adds up to `cumulative_mass` of the row's, the block that reaches it included; not
-    fewer than `min_blocks`, not more than `max_blocks`, and never fewer than the forced ones. So forced blocks are
-    paid from `max_blocks`, and only where they alone are more does a row exceed it.
+    The blocks of a row are ranked: forced ones first, then by decreasing importance, ties by increasing index. A row
+    keeps the leading blocks up to and including the one at which their importance reaches `cumulative_mass` of the
+    row's total, but at least `min_blocks`, at most `max_blocks`, and never fewer than the forced ones. Forced blocks
+    thus count towards `max_blocks`; a row exceeds it only if the forced blocks alone do.
 
     Args:
-        importance: (B or 1, H or 1, query blocks, key blocks), finite and not negative. Compared in float32.
+        importance: (B or 1, H or 1, query blocks, key blocks), finite and non-negative. Compared in float32.
         block_size: tokens in a (query block, key block).
-        max_blocks: the most key blocks that a row keeps. None, or more than there are: all.
-        min_blocks: the fewest.
+        max_blocks: maximum number of key blocks in a row. None: no limit.
+        min_blocks: minimum number of key blocks in a row.
         cumulative_mass: share of the row's importance to reach, in (0, 1]. None: every row keeps `max_blocks`.
-        forced_key_blocks: (key blocks,) bool, kept by every row, for instance those that hold text.
-        forced_query_blocks: (query blocks,) bool, rows that keep every block, whatever `max_blocks` says.
-        local_radius: force the key blocks that share tokens' positions with the query block (radius 0), and this many
-            more on either side. None: none.
-        implementation: "triton", without a sort; "cpu", plain PyTorch, also on CUDA; "naive", the specification,
-            which waits for the device; "auto" takes Triton on CUDA, where it can, and otherwise "cpu". "reference"
-            still means "cpu".
+        forced_key_blocks: (key blocks,) bool, kept by every row, for instance those with text.
+        forced_query_blocks: (query blocks,) bool, rows that keep every block regardless of `max_blocks`.
+        local_radius: force the key blocks at the query block's own positions (radius 0) and this many more on either
+            side. None: force none.
+        implementation: "triton", which does not sort; "cpu", plain PyTorch on any device; "naive", the specification,
+            which waits for the device; "auto" picks Triton on CUDA where possible, else "cpu". "reference" is an alias
+            of "cpu".
 
     Returns:
-        The mask. The capacity of its lists is `max_blocks`, or what the local blocks need; with forced key or query
-        blocks, of which the number is not known without waiting for the device, it is the number of key blocks.
+        The mask. The capacity of its lists is `max_blocks`, or more if the local blocks need it. With forced key or
+        query blocks, which cannot be counted without waiting for the device, it is the number of key blocks.
 
     Raises:
-        ValueError: a number out of its range, shapes that do not fit together, or an unknown implementation.
-        NotImplementedError: the implementation that was asked for can not compute this.
+        ValueError: an argument out of range, inconsistent shapes, or an unknown implementation.
+        NotImplementedError: the requested implementation cannot compute this.
 
-    Source: BLADE, arXiv 2508.10774: the smallest m whose cumulative mass reaches the threshold, then the clamps.
+    Source: BLADE, arXiv 2508.10774: the smallest m whose cumulative mass reaches the threshold, then clamping.
     """
     _check(importance, max_blocks, min_blocks, cumulative_mass, forced_key_blocks, forced_query_blocks, local_radius)
     key_blocks = importance.shape[3]
@@ -90,7 +90,7 @@ def _check(
     forced_query_blocks: Tensor | None,
     local_radius: int | None,
 ) -> None:
-    """Raise ValueError where an argument of `select_blocks` is out of range or does not fit the others."""
+    """Raise ValueError if an argument of `select_blocks` is out of range or inconsistent with the others."""
     if importance.ndim != 4 or not importance.is_floating_point() or 0 in importance.shape:
         raise ValueError(
             "`importance` must be floating point of shape (batch or 1, heads or 1, query blocks, key blocks), none of "
@@ -126,7 +126,7 @@ def _select_on_cpu(
     local_radius: int | None,
     capacity: int,
 ) -> BlockMask:
-    """Select in PyTorch's own operations, on any device; the arguments are those of `triton_launch.select_blocks`."""
+    """Select with plain PyTorch operations, on any device; for the arguments see `triton_launch.select_blocks`."""
     query_blocks, key_blocks = importance.shape[2:]
     importance = importance.to(torch.float32)
     forced = None
@@ -143,12 +143,12 @@ def _select_on_cpu(
     else:
         order = ranked.argsort(dim=-1, descending=True, stable=True)
         mass = importance.gather(-1, order).cumsum(-1)
-        kept = (mass < cumulative_mass * mass[..., -1:]).sum(-1, keepdim=True) + 1  # and the block that reaches it
-        kept = kept.clamp(least, limit)
+        counts = (mass < cumulative_mass * mass[..., -1:]).sum(-1, keepdim=True) + 1  # and the block that reaches it
+        counts = counts.clamp(least, limit)
         if forced is not None:
-            kept = torch.maximum(kept, forced.sum(-1, keepdim=True))
-        places = torch.arange(key_blocks, device=order.device).expand_as(order)
-        keep = torch.empty_like(order).scatter_(-1, order, places) < kept
+            counts = torch.maximum(counts, forced.sum(-1, keepdim=True))
+        ranks = torch.arange(key_blocks, device=order.device).expand_as(order)
+        keep = torch.empty_like(order).scatter_(-1, order, ranks) < counts
     if forced is not None:
         keep = keep | forced
     if forced_query_blocks is not None:
@@ -166,14 +166,14 @@ def random_blocks(
     forced_key_blocks: Tensor | None = None,
     forced_query_blocks: Tensor | None = None,
 ) -> BlockMask:
-    """Key blocks drawn at random, independently in every row: the control that a selector has to beat.
+    """Draw key blocks at random, independently for each row: the baseline that a selector has to beat.
 
     Args:
         shape: (B or 1, H or 1, query blocks, key blocks).
-        blocks: key blocks that a row keeps, forced ones included.
+        blocks: number of key blocks in a row, forced ones included.
         block_size: tokens in a (query block, key block).
-        generator: where the draw comes from; on `device`.
-        device: where the mask is made.
+        generator: random number generator, on `device`.
+        device: device of the mask.
         forced_key_blocks: see `select_blocks`.
         forced_query_blocks: see `select_blocks`.
 
@@ -199,14 +199,14 @@ def local_blocks(
     forced_key_blocks: Tensor | None = None,
     forced_query_blocks: Tensor | None = None,
 ) -> BlockMask:
-    """The key blocks whose centres lie nearest to the query block's: a window that stops at the sequence's ends.
+    """Select the key blocks with the centres nearest to the query block's: a window clamped to the sequence.
 
     Args:
         query_blocks: number of query blocks.
         key_blocks: number of key blocks.
-        blocks: key blocks that a row keeps, forced ones included; rows at the ends keep as many.
+        blocks: number of key blocks in a row, forced ones included; rows at the ends keep the same number.
         block_size: tokens in a (query block, key block).
-        device: where the mask is made.
+        device: device of the mask.
         forced_key_blocks: see `select_blocks`.
         forced_query_blocks: see `select_blocks`.
 
@@ -230,7 +230,7 @@ def local_blocks(
 def _local(
     query_blocks: int, key_blocks: int, block_size: tuple[int, int], radius: int, device: torch.device
 ) -> Tensor:
-    """Key blocks at the positions of each query block, and `radius` more on either side: (QB, KB) bool."""
+    """Mark the key blocks at each query block's positions, and `radius` more on either side: (QB, KB) bool."""
     query_size, key_size = block_size
     starts = torch.arange(query_blocks, device=device) * query_size
     first = starts // key_size - radius
@@ -240,12 +240,12 @@ def _local(
 
 
 def _largest(x: Tensor, count: int) -> Tensor:
-    """Which `count` of the last dimension are largest, (.., count) int64 in no order; ties by rising index.
+    """Find the `count` largest along the last dimension, (.., count) int64, unordered; ties by increasing index.
 
     Args:
-        x: float32, nothing negative: their bits, read as integers, rise as they do, so that the index goes beside.
+        x: non-negative float32. Their bits, read as integers, are ordered as they are and leave room for the index.
         count: at most the size of the last dimension.
     """
     size = x.shape[-1]
-    falling = torch.arange(size - 1, -1, -1, device=x.device)
-    return (x.abs().view(torch.int32).long() * size + falling).topk(count, sorted=False).indices
+    tie_break = torch.arange(size - 1, -1, -1, device=x.device)
+    return (x.abs().view(torch.int32).long() * size + tie_break).topk(count, sorted=False).indices

@@ -1,4 +1,4 @@
-"""Launches of the selection kernels, and what they can take."""
+"""Launches of the selection kernels, and their limits."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import Tensor
 from blade_kernels.block_mask import BlockMask
 from blade_kernels.triton_support import interpreted, missing_triton, on_device
 
-SCORED_TOGETHER = 64  # sampled queries, and keys, of a tile
-WIDEST = 16384  # key blocks of a row that one program holds
+SCORED_TOGETHER = 64  # sampled queries, and sampled keys, in a tile
+WIDEST = 16384  # key blocks in a row, all held by one program
 
 
 def scoring_unsupported(q: Tensor, k: Tensor, query_samples: int, key_samples: int) -> str | None:
-    """Why the kernel can not score sampled tokens; None if it can."""
+    """Return why the kernel cannot score sampled tokens, or None if it can."""
     if k.dtype != q.dtype:
         return f"the Triton kernels need queries and keys of one type, got {q.dtype} and {k.dtype}"
     if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -31,7 +31,7 @@ def scoring_unsupported(q: Tensor, k: Tensor, query_samples: int, key_samples: i
 
 
 def selection_unsupported(importance: Tensor) -> str | None:
-    """Why the kernel can not select blocks; None if it can."""
+    """Return why the kernel cannot select blocks, or None if it can."""
     if importance.shape[-1] > WIDEST:
         return f"the Triton kernels select from at most {WIDEST} blocks of keys, got {importance.shape[-1]}"
     return missing_triton(importance.device)
@@ -48,7 +48,7 @@ def sampled_importance(
     key_lengths: Tensor | None,
     softmax_denominator: bool,
 ) -> Tensor:
-    """`block_selection.sampled_importance` by the kernel."""
+    """Compute `block_selection.sampled_importance` with the kernel."""
     from blade_kernels.block_selection.triton_selection import sampled_importance_kernel
 
     batch, tokens, heads, size = q.shape
@@ -94,18 +94,18 @@ def select_blocks(
     local_radius: int | None,
     capacity: int,
 ) -> BlockMask:
-    """`block_selection.select_blocks` by the kernel.
+    """Compute `block_selection.select_blocks` with the kernel.
 
     Args:
         importance: (B or 1, H or 1, query blocks, key blocks).
         block_size: tokens in a (query block, key block).
         limit: `max_blocks`, or the number of key blocks.
         least: `min_blocks`.
-        cumulative_mass: see there; likewise the forced blocks and the local ones.
+        cumulative_mass: see `select_blocks`.
         forced_key_blocks: (key blocks,) bool, or None.
         forced_query_blocks: (query blocks,) bool, or None.
         local_radius: in blocks, or None.
-        capacity: of the mask's lists.
+        capacity: width of the mask's lists.
     """
     keep, counts, indices = _select(
         importance, list(block_size), limit, least, cumulative_mass, forced_key_blocks, forced_query_blocks,
@@ -126,7 +126,7 @@ def _select(
     local_radius: int | None,
     capacity: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Bit map, counts and lists."""
+    """Return bit map, counts and lists."""
     from blade_kernels.block_selection.triton_selection import select_kernel
 
     if importance.stride(-1) != 1:

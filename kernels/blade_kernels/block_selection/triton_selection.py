@@ -1,4 +1,4 @@
-"""The kernels of block selection: importance of sampled tokens, and the choice of a row's blocks without a sort."""
+"""Kernels of block selection: importance of sampled tokens, and selection of a row's blocks without sorting."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
-SMALLEST = tl.constexpr(2.0**-126)  # of normal float32 numbers; Triton takes a smaller one for a float64
-INFINITY_BITS = tl.constexpr(0x7F800000)  # float32 numbers from 0 to infinity sort as their bits do
+SMALLEST = tl.constexpr(2.0**-126)  # smallest normal float32; Triton takes a smaller one for a float64
+INFINITY_BITS = tl.constexpr(0x7F800000)  # non-negative float32 numbers sort as their bits do
 
 
 @triton.jit
@@ -21,12 +21,12 @@ def sampled_importance_kernel(
     D: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, ROWS: tl.constexpr, QUERIES: tl.constexpr,
     BLOCKS: tl.constexpr, KEYS: tl.constexpr, LENGTHS: tl.constexpr, DENOMINATOR: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Importance of all key blocks for `ROWS` query blocks: two walks over the sampled keys.
+    """Compute the importance of all key blocks for `ROWS` query blocks, in two passes over the sampled keys.
 
     Args:
         importance: (B, H, query blocks, key blocks) float32, contiguous.
         query_offsets: (B, H, QUERIES) int32, sorted; likewise `key_offsets`, (B, H, KEYS).
-        BLOCKS: key blocks at a time.
+        BLOCKS: key blocks in a tile.
     """
     first, head, item = tl.program_id(0) * ROWS, tl.program_id(1), tl.program_id(2)
     wide_head, wide_item = head.to(tl.int64), item.to(tl.int64)
@@ -45,24 +45,28 @@ def sampled_importance_kernel(
         other=0.0,
     )
     sample = tl.arange(0, BLOCKS * KEYS)
-    own = tl.load(key_offsets + (item * H + head) * KEYS + sample % KEYS)
-    before = tl.load(key_offsets + (item * H + head) * KEYS + sample % KEYS - 1, mask=sample % KEYS > 0, other=0)
+    key_offset = tl.load(key_offsets + (item * H + head) * KEYS + sample % KEYS)
+    previous_offset = tl.load(
+        key_offsets + (item * H + head) * KEYS + sample % KEYS - 1, mask=sample % KEYS > 0, other=0
+    )
     k_base = k + wide_item * k_batch + wide_head * k_head
 
     peak = tl.full((ROWS * QUERIES,), -3.0e38, tl.float32)
     total = tl.zeros((ROWS * QUERIES,), tl.float32)
     for block in range(0, key_blocks, BLOCKS):
         logits = _sampled_logits(
-            q_tile, k_base, k_token, block, own, before, sample, present, key_blocks, scale, D, BK, KEYS, UPCAST
-        )
+            q_tile, k_base, k_token, block, key_offset, previous_offset, sample, present, key_blocks, scale,
+            D, BK, KEYS, UPCAST,
+        )  # fmt: skip
         higher = tl.maximum(peak, tl.max(logits, 1))
         total = total * tl.exp2(peak - higher) + tl.sum(tl.exp2(logits - higher[:, None]), 1)
         peak = higher
     divisor = tl.maximum(total, 1.0) if DENOMINATOR else tl.full((ROWS * QUERIES,), 1.0, tl.float32)
     for block in range(0, key_blocks, BLOCKS):
         logits = _sampled_logits(
-            q_tile, k_base, k_token, block, own, before, sample, present, key_blocks, scale, D, BK, KEYS, UPCAST
-        )
+            q_tile, k_base, k_token, block, key_offset, previous_offset, sample, present, key_blocks, scale,
+            D, BK, KEYS, UPCAST,
+        )  # fmt: skip
         best = tl.max(logits.reshape(ROWS * QUERIES, BLOCKS, KEYS), 2)
         weights = tl.exp2(best - peak[:, None]) / divisor[:, None]
         largest = tl.max(weights.reshape(ROWS, QUERIES, BLOCKS), 1)
@@ -73,20 +77,21 @@ def sampled_importance_kernel(
 
 @triton.jit
 def _sampled_logits(
-    q, k_base, k_token, block, own, before, sample, present, key_blocks, scale,
+    q, k_base, k_token, block, offset, previous_offset, sample, present, key_blocks, scale,
     D: tl.constexpr, BK: tl.constexpr, KEYS: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Logits in base 2 over the samples of some key blocks; -inf for what is no token, or is there twice."""
+    """Compute base-2 logits over the samples of some key blocks; -inf for duplicates and samples past the end."""
     blocks = block + sample // KEYS
-    held = tl.minimum(tl.maximum(present - blocks * BK, 0), BK)
-    within = own * held // BK
-    seen = (blocks < key_blocks) & (held > 0) & ((sample % KEYS == 0) | (within != before * held // BK))
+    length = tl.minimum(tl.maximum(present - blocks * BK, 0), BK)
+    within = offset * length // BK
+    distinct = (sample % KEYS == 0) | (within != previous_offset * length // BK)
+    valid = (blocks < key_blocks) & (length > 0) & distinct
     pointers = k_base + (blocks * BK + within).to(tl.int64)[:, None] * k_token + tl.arange(0, D)[None, :]
-    k = tl.load(pointers, mask=seen[:, None], other=0.0)
+    k = tl.load(pointers, mask=valid[:, None], other=0.0)
     if UPCAST:
         q, k = q.to(tl.float32), k.to(tl.float32)
     logits = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2E)
-    return tl.where(seen[None, :], logits, float("-inf"))
+    return tl.where(valid[None, :], logits, float("-inf"))
 
 
 @triton.jit
@@ -98,16 +103,16 @@ def select_kernel(
     BQ: tl.constexpr, BK: tl.constexpr, WIDTH: tl.constexpr,
     BY_MASS: tl.constexpr, FORCED_KEYS: tl.constexpr, FORCED_QUERIES: tl.constexpr, LOCAL: tl.constexpr,
 ):  # fmt: skip
-    """Choose the key blocks of one row, as `select_blocks` says.
+    """Select the key blocks of one row, as specified by `select_blocks`.
 
-    A threshold is found by bisecting the bits of the numbers; of blocks at the threshold the first ones are kept.
+    The threshold is found by bisection over the bits of the values; of the blocks at the threshold the first are kept.
 
     Args:
-        importance: by strides, not negative.
+        importance: strided, non-negative.
         keep: (B, H, query blocks, key blocks) bool, contiguous; likewise `counts` and `indices`.
-        limit: the most blocks that a row keeps, `max_blocks`; likewise `least`, `min_blocks`.
-        mass: `cumulative_mass`, where `BY_MASS`.
-        WIDTH: the power of two from `key_blocks` on.
+        limit: `max_blocks`; likewise `least`, `min_blocks`.
+        mass: `cumulative_mass`, if `BY_MASS`.
+        WIDTH: `key_blocks` rounded up to a power of two.
     """
     row, head, item = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     blocks = tl.arange(0, WIDTH)
@@ -128,10 +133,11 @@ def select_kernel(
     bits = tl.where(forced, INFINITY_BITS, values.to(tl.int32, bitcast=True))
     bits = tl.where(inside, bits, -1)
 
-    wanted = limit
+    target_count = limit
     if BY_MASS:
         target = tl.sum(values, 0) * mass
-        low, high = 0, INFINITY_BITS + 1  # the mass of what is at least `low` reaches the target, of `high` not
+        # invariant: the values >= low have the target mass, those >= high do not
+        low, high = 0, INFINITY_BITS + 1
         for _ in range(31):
             middle = low + (high - low) // 2
             reached = tl.sum(tl.where(bits >= middle, values, 0.0), 0) >= target
@@ -139,31 +145,30 @@ def select_kernel(
             high = tl.where(reached, high, middle)
         above = tl.sum((bits > low).to(tl.int32), 0)
         missing = target - tl.sum(tl.where(bits > low, values, 0.0), 0)
-        one = tl.max(tl.where(bits == low, values, 0.0), 0)
-        at = tl.sum((bits == low).to(tl.int32), 0)
-        more = tl.ceil(tl.div_rn(missing, tl.maximum(one, SMALLEST))).to(tl.int32)
-        wanted = above + tl.minimum(tl.maximum(more, 1), tl.maximum(at, 1))
-        wanted = tl.minimum(tl.maximum(wanted, least), limit)
-    wanted = tl.maximum(wanted, tl.sum(forced.to(tl.int32), 0))
+        threshold = tl.max(tl.where(bits == low, values, 0.0), 0)
+        ties = tl.sum((bits == low).to(tl.int32), 0)
+        more = tl.ceil(tl.div_rn(missing, tl.maximum(threshold, SMALLEST))).to(tl.int32)
+        target_count = above + tl.minimum(tl.maximum(more, 1), tl.maximum(ties, 1))
+        target_count = tl.minimum(tl.maximum(target_count, least), limit)
+    target_count = tl.maximum(target_count, tl.sum(forced.to(tl.int32), 0))
     if FORCED_QUERIES:
-        wanted = tl.where(tl.load(forced_queries + row) != 0, key_blocks, wanted)
+        target_count = tl.where(tl.load(forced_queries + row) != 0, key_blocks, target_count)
 
     low, high = 0, INFINITY_BITS + 1
     for _ in range(31):
         middle = low + (high - low) // 2
-        enough = tl.sum((bits >= middle).to(tl.int32), 0) >= wanted
+        enough = tl.sum((bits >= middle).to(tl.int32), 0) >= target_count
         low = tl.where(enough, middle, low)
         high = tl.where(enough, high, middle)
-    at = (bits == low).to(tl.int32)
-    free = wanted - tl.sum((bits > low).to(tl.int32), 0)
-    kept = (bits > low) | ((at != 0) & (tl.cumsum(at, 0) <= free))
+    tied = (bits == low).to(tl.int32)
+    free = target_count - tl.sum((bits > low).to(tl.int32), 0)
+    kept = (bits > low) | ((tied != 0) & (tl.cumsum(tied, 0) <= free))
 
-    place = (item.to(tl.int64) * H + head) * query_blocks + row
+    mask_row = (item.to(tl.int64) * H + head) * query_blocks + row
     count = tl.sum(kept.to(tl.int32), 0)
     slots = tl.cumsum(kept.to(tl.int32), 0) - 1
-    tl.store(keep + place * key_blocks + blocks, kept, mask=inside)
-    tl.store(counts + place, count)
-    tl.store(indices + place * capacity + slots, blocks, mask=kept & (slots < capacity))
-    tl.store(
-        indices + place * capacity + blocks, tl.zeros((WIDTH,), tl.int32), mask=(blocks >= count) & (blocks < capacity)
-    )
+    tl.store(keep + mask_row * key_blocks + blocks, kept, mask=inside)
+    tl.store(counts + mask_row, count)
+    tl.store(indices + mask_row * capacity + slots, blocks, mask=kept & (slots < capacity))
+    padding = (blocks >= count) & (blocks < capacity)
+    tl.store(indices + mask_row * capacity + blocks, tl.zeros((WIDTH,), tl.int32), mask=padding)

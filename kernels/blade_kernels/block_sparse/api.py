@@ -1,4 +1,4 @@
-"""Block-sparse attention: what it means, what it accepts, and which implementation computes it."""
+"""Block-sparse attention: semantics, accepted arguments and choice of the implementation."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from blade_kernels.compiler import constant_when_compiled
 from blade_kernels.implementations import check_implementation
 
 IMPLEMENTATIONS = ("auto", "triton", "flex", "cpu", "naive")
-"""As `blade_kernels.implementations` has them, and `flex`: FlexAttention, compiled."""
+"""Those of `blade_kernels.implementations`, and `flex`: compiled FlexAttention."""
 
 _logger = logging.getLogger(__name__)
 
@@ -65,35 +65,33 @@ def block_sparse_attention(
     return_lse: bool = False,
     implementation: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Softmax attention of every query over the keys in the blocks that its row of `mask` keeps.
+    """Attend from every query to the keys in the blocks kept by its row of `mask`.
 
-    Differentiable in `q`, `k`, `v` and the pooled keys and values, through the output and through the log-sum-exp. Any
-    lengths are accepted: keys past the end of the last block do not exist. Under autocast everything is cast as
-    PyTorch's own attention casts it.
+    Differentiable in `q`, `k`, `v` and the pooled keys and values, through the output and the log-sum-exp. Sequences
+    need not fill their last block. Under autocast the inputs are cast as for PyTorch's own attention.
 
     Args:
         q: (B, S, H, D) queries.
-        k: (B, T, H, D) keys; T is S in self-attention.
+        k: (B, T, H, D) keys; T equals S in self-attention.
         v: (B, T, H, D) values.
-        mask: the kept blocks; a row may keep none, and blocks of (bq, bk) tokens must number ceil(S / bq) and
-            ceil(T / bk).
+        mask: the kept blocks: ceil(S / bq) x ceil(T / bk) blocks of (bq, bk) tokens. A row may keep none.
         pooled: pooled tokens that share the softmax with the kept keys.
-        key_lengths: (B,) integers from 0 to T: in each batch item the keys from there on are absent, whatever they
-            hold. Pooled tokens are not affected.
-        scale: factor of the logits. None: 1 / sqrt(D).
-        return_lse: return the log-sum-exp too.
-        implementation: "auto"; "triton", kernels for NVIDIA GPUs; "flex", FlexAttention, compiled; "cpu", plain
-            PyTorch, arranged for a CPU, on any device; "naive", the specification, which holds all logits and serves
-            tests. "reference" still means "cpu". See `resolve_implementation` for what "auto" takes.
+        key_lengths: (B,) integers from 0 to T, number of valid keys in each batch item. The rest may hold anything.
+            Pooled tokens are not affected.
+        scale: factor of the logits. None means 1 / sqrt(D).
+        return_lse: also return the log-sum-exp.
+        implementation: "auto"; "triton", kernels for NVIDIA GPUs; "flex", compiled FlexAttention; "cpu", plain
+            PyTorch on any device, arranged for a CPU; "naive", the specification, which stores all logits and is for
+            tests. "reference" is an alias of "cpu". See `resolve_implementation` for the choice of "auto".
 
     Returns:
-        The output, (B, S, H, D) in the type of `q`: zeros for a query that sees nothing. With `return_lse` also the
-        natural logarithm of the sum of the exponentials of the scaled logits, pooled ones included: (B, S, H) in
-        float32 (float64 of float64), -inf for a query that sees nothing.
+        The output, (B, S, H, D) in the dtype of `q`, zero for queries that see no key. With `return_lse` also the
+        natural log-sum-exp of the scaled logits, pooled ones included: (B, S, H) in float32 (float64 for float64
+        inputs), -inf for queries that see no key.
 
     Raises:
-        ValueError: shapes, types or devices do not fit together, or the implementation does not exist.
-        NotImplementedError: the implementation that was asked for can not compute this.
+        ValueError: inconsistent shapes, dtypes or devices, or an unknown implementation.
+        NotImplementedError: the requested implementation cannot compute this.
     """
     if torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
@@ -130,16 +128,15 @@ def resolve_implementation(
     return_lse: bool = False,
     implementation: str = "auto",
 ) -> str:
-    """The implementation that `block_sparse_attention` uses for these arguments: one of `IMPLEMENTATIONS`, not "auto".
+    """Return the implementation that `block_sparse_attention` uses for these arguments; never "auto".
 
-    "auto" takes, on CUDA, the first of "triton", "flex" and "cpu" that can compute what is asked, and elsewhere "cpu":
-    on the CPU it measured faster than FlexAttention but for short and very sparse sequences (`blade-bench attention`),
-    and needs no compiler. Where another one than Triton has to be taken on CUDA, the log says so once. "auto" never
-    takes "naive".
+    On CUDA "auto" picks the first of "triton", "flex" and "cpu" that supports the call, and logs once if it is not
+    Triton. Elsewhere it picks "cpu", which needs no compiler and, as measured by `blade-bench attention`, is faster on
+    the CPU than FlexAttention except for short, very sparse sequences. It never picks "naive".
 
     Raises:
-        ValueError: the implementation does not exist.
-        NotImplementedError: the implementation that was asked for can not compute this.
+        ValueError: unknown implementation.
+        NotImplementedError: the requested implementation cannot compute this.
     """
     implementation = check_implementation(implementation, IMPLEMENTATIONS)
     if implementation in ("cpu", "naive"):
@@ -151,7 +148,7 @@ def resolve_implementation(
     return _resolve(implementation, kind, dtype, q.shape[-1], mask.block_size, needs_grad, return_lse)
 
 
-@constant_when_compiled  # it looks for a compiler and may write to the log
+@constant_when_compiled  # looks for a compiler and may write to the log
 def _resolve(
     implementation: str,
     device_type: str,
@@ -172,7 +169,7 @@ def _resolve(
         if problems[implementation] is None:
             return implementation
         raise NotImplementedError(
-            f"`implementation={implementation!r}` can not compute this: {problems[implementation]}. "
+            f"`implementation={implementation!r}` cannot compute this: {problems[implementation]}. "
             "Use 'auto' or 'cpu'."
         )
     reasons = "; ".join(problem for problem in problems.values() if problem)
@@ -192,7 +189,7 @@ def _say_once(message: str) -> None:
 def _check(
     q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, pooled: PooledTokens | None, key_lengths: Tensor | None
 ) -> None:
-    """Raise ValueError where the arguments do not fit together."""
+    """Raise ValueError if the arguments are inconsistent."""
     if q.ndim != 4 or not q.is_floating_point() or 0 in q.shape:
         raise ValueError(
             "`q` must be floating point of shape (batch, tokens, heads, head size), none of them 0, "

@@ -1,4 +1,4 @@
-"""The walk of `cpu` over heads, a few together where that is possible, and over a few rows at a time."""
+"""Iteration of the `cpu` implementation over heads, grouped where possible, and over pieces of their rows."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from blade_kernels.block_mask import BlockMask
 from blade_kernels.block_sparse.pooled import PooledTokens
 from blade_kernels.scratch import Scratch
 
-_THREAD_ELEMENTS = 2**18  # keys gathered, or logits, at a time by each thread: what a core's cache holds is fastest
+_THREAD_ELEMENTS = 2**18  # gathered numbers, or logits, of a thread at a time: fastest while they fit a core's cache
 
 
 class Piece(NamedTuple):
-    """Some rows of heads with some of what they attend to: keys of kept blocks, or all pooled tokens.
+    """A range of rows with a part of what they attend to: keys of kept blocks, or all pooled tokens.
 
     Attributes:
-        rows: the rows' places in the heads' order; m of them, and of pooled tokens those of whole heads or of one.
-        blocks: (m * width,) int64, the key blocks gathered for them, one row after another; None for pooled tokens.
-        absent: (m, 1, width * bk or P) bool, keys that a row does not see: past its count, past the end of the
-            sequence, or pooled from a block that it keeps. None where it sees all.
-        first: whether no piece before has any of these rows.
+        rows: range of m rows, in the head's order. For pooled tokens of a group it covers whole heads.
+        blocks: (m * width,) int64, the key blocks to gather, row by row; None for pooled tokens.
+        absent: (m, 1, width * bk or P) bool, keys that a row does not see: beyond its count, past the end of the
+            sequence, or pooled from a block that it keeps. None if it sees all.
+        first: true if these rows are in no earlier piece.
     """
 
     rows: slice
@@ -36,27 +36,27 @@ class Piece(NamedTuple):
 
 @dataclass
 class Head:
-    """One head of one batch item, in the accumulation type, its rows in order of how many blocks they keep.
+    """One head of one batch item, in the accumulation dtype, its rows sorted by the number of kept blocks.
 
-    Or N heads, whose rows all keep as many blocks, each full of keys: then R, the number of rows, is N * QB, and they
-    are in the order of the heads and of the sequence.
+    Or a group of N heads whose rows all keep the same number of full blocks: then there are R = N * QB rows, in the
+    order of the heads and of the sequence.
 
     Attributes:
         heads: N.
-        order: (R,) int64, the query block at each place of that order; None where that is the sequence's.
-        counts: kept key blocks of each row, never rising.
-        partial: of each row, whether it keeps a block that is not full of keys.
-        q: (R, bq, D) in that order, times `factor`; the last block of the sequence is filled up with zeros.
+        order: (R,) int64, the query block of each row; None for the order of the sequence.
+        counts: number of key blocks that each row keeps, non-increasing.
+        partial: for each row, whether it keeps a block that is not full of keys.
+        q: (R, bq, D), times `factor`; the last block of the sequence is padded with zeros.
         k: (N * KB, bk, D), zeros from `keys` on.
         v: (N * KB, bk, D), zeros from `keys` on.
-        keys: number of keys present, of each head.
-        kept: (R, capacity) int64 in that order, the kept key blocks among those of `k`; slots past a row's count
-            repeat its first, so that nothing is read that the row does not keep.
+        keys: number of valid keys of each head.
+        kept: (R, capacity) int64, the key blocks of `k` that each row keeps; slots beyond a row's count repeat its
+            first block, so that no other block is read.
         pooled_k: (N, P, D).
         pooled_v: (N, P, D).
         pooled_bias: (P,), log2(tokens in each window).
-        hidden: (R, 1, P) bool in that order, windows that a row does not see; None where every row sees all.
-        scratch: where the heads and their pieces are copied to.
+        hidden: (R, 1, P) bool, windows that a row does not see; None if every row sees all.
+        scratch: memory for copies of heads and pieces.
     """
 
     heads: int
@@ -75,13 +75,13 @@ class Head:
     scratch: Scratch
 
     def pieces(self) -> Iterator[Piece]:
-        """All that every row attends to: as much at a time as fits the bounds, one row and block at the least.
+        """Yield all that the rows attend to, in pieces that fit the bounds but have at least one row and one block.
 
-        Every operation splits a piece by its rows, so a row for each thread keeps what a thread writes in its cache.
+        Every operation is parallelised over a piece's rows, so with a row per thread a thread's output stays in cache.
         """
         _, key_block, size = self.k.shape
         threads = torch.get_num_threads()
-        widest = max(1, _THREAD_ELEMENTS // (key_block * max(size, self.q.shape[1])))  # key blocks of a single row
+        widest = max(1, _THREAD_ELEMENTS // (key_block * max(size, self.q.shape[1])))  # key blocks in a one-row piece
         start, occupied = 0, self.occupied
         while start < occupied:
             width = min(self.counts[start], widest)
@@ -92,8 +92,8 @@ class Head:
         if pooled := self.pooled_k.shape[1]:
             at_once = max(1, threads * _THREAD_ELEMENTS // (self.q.shape[1] * pooled))
             if self.heads > 1:  # whole heads
-                of_head = len(self.counts) // self.heads
-                at_once = max(1, at_once // of_head) * of_head
+                rows_per_head = len(self.counts) // self.heads
+                at_once = max(1, at_once // rows_per_head) * rows_per_head
             for start in range(0, len(self.counts), at_once):
                 rows = slice(start, min(start + at_once, len(self.counts)))
                 yield Piece(rows, None, None if self.hidden is None else self.hidden[rows], first=False)
@@ -102,38 +102,38 @@ class Head:
         kept = self.kept[rows, slots]
         absent = None
         if self.counts[rows.stop - 1] < slots.stop or any(self.partial[rows]):
-            places = torch.arange(slots.start, slots.stop, device=kept.device)
-            unused = places >= kept.new_tensor(self.counts[rows]).unsqueeze(-1)
+            slot_numbers = torch.arange(slots.start, slots.stop, device=kept.device)
+            unused = slot_numbers >= kept.new_tensor(self.counts[rows]).unsqueeze(-1)
             positions = kept.unsqueeze(-1) * self.k.shape[1] + torch.arange(self.k.shape[1], device=kept.device)
             absent = (unused.unsqueeze(-1) | (positions >= self.keys)).view(len(kept), 1, -1)
         return Piece(rows, kept.reshape(-1), absent, first=slots.start == 0)
 
     @property
     def occupied(self) -> int:
-        """Number of rows that keep a block; they come first."""
+        """Number of rows that keep at least one block; they come first."""
         return sum(count > 0 for count in self.counts)
 
     def gather_k(self, piece: Piece) -> Tensor:
-        """Keys of a piece, (m, width * bk, D), or (n, P, D) pooled ones of its heads; gone with the next gathering."""
+        """Gather a piece's keys, (m, width * bk, D) or, if pooled, (n, P, D); valid until the next gather."""
         if piece.blocks is None:
             return self.pooled_k[self.heads_of(piece)]
         return self._gather(self.k, piece.blocks, piece.rows)
 
     def gather_v(self, piece: Piece) -> Tensor:
-        """Values of a piece, as `gather_k`, and in the same place: a cache need not hold both."""
+        """Gather a piece's values, like `gather_k` and into the same memory, so that a cache need not hold both."""
         if piece.blocks is None:
             return self.pooled_v[self.heads_of(piece)]
         return self._gather(self.v, piece.blocks, piece.rows)
 
     def heads_of(self, piece: Piece) -> slice:
-        """The heads that a piece of pooled tokens has rows of."""
+        """Return the range of heads whose rows are in a piece of pooled tokens."""
         if self.heads == 1:
             return slice(0, 1)
-        of_head = len(self.counts) // self.heads
-        return slice(piece.rows.start // of_head, piece.rows.stop // of_head)
+        rows_per_head = len(self.counts) // self.heads
+        return slice(piece.rows.start // rows_per_head, piece.rows.stop // rows_per_head)
 
     def by_head(self, x: Tensor, piece: Piece) -> Tensor:
-        """(m, bq, n) of a piece of pooled tokens as (its heads, ..., n)."""
+        """View (m, bq, n) of a piece of pooled tokens as (its heads, ..., n)."""
         heads = self.heads_of(piece)
         return x.view(heads.stop - heads.start, -1, x.shape[-1])
 
@@ -143,7 +143,7 @@ class Head:
         return gathered.view(rows.stop - rows.start, -1, source.shape[-1])
 
     def logits(self, piece: Piece) -> Tensor:
-        """Logits in base 2 of a piece, (m, bq, keys); -inf where a row does not see a key; gone with the next."""
+        """Compute a piece's base-2 logits, (m, bq, keys), -inf for unseen keys; valid until the next call."""
         q, k = self.q[piece.rows], self.gather_k(piece)
         logits = self.scratch("logits", *q.shape[:2], k.shape[-2])
         if piece.blocks is None:
@@ -153,13 +153,13 @@ class Head:
         return logits if piece.absent is None else logits.masked_fill_(piece.absent, -torch.inf)
 
     def in_order(self, x: Tensor) -> Tensor:
-        """(S, N, n) of the sequence as (R, bq, n) in the heads' order."""
+        """Rearrange (S, N, n) in sequence order to (R, bq, n) in the head's order."""
         blocks = x.new_empty(self.q.shape[0], self.q.shape[1], x.shape[2], dtype=self.q.dtype)
         filled = _fill(blocks, x)
         return filled if self.order is None else filled.index_select(0, self.order)
 
     def in_sequence(self, rows: Tensor, tokens: int) -> Tensor:
-        """(R, bq, n) in the heads' order, as the (tokens, N, n) of the sequence; gone with the next."""
+        """Rearrange (R, bq, n) in the head's order to (tokens, N, n) in sequence order; valid until the next call."""
         if self.order is not None:
             rows = self.scratch("head in sequence", *rows.shape).index_copy_(0, self.order, rows)
         return rows.view(self.heads, -1, rows.shape[-1])[:, :tokens].transpose(0, 1)
@@ -167,16 +167,16 @@ class Head:
 
 @dataclass
 class Heads:
-    """The arguments of an attention call; iterates over places, which are a batch item and the heads to take together.
+    """The arguments of an attention call; iterating yields a batch item and a group of heads at a time.
 
     Attributes:
         q: (B, S, H, D).
         k: (B, T, H, D).
         v: (B, T, H, D).
-        mask: which blocks are kept.
-        pooled: the pooled tokens, of which there may be none.
-        key_lengths: (B,), number of keys present; None where all are.
-        factor: of the queries, so that their products with the keys are the logits in base 2.
+        mask: the kept blocks.
+        pooled: the pooled tokens, possibly none.
+        key_lengths: (B,), number of valid keys; None if all are valid.
+        factor: multiplies the queries, so that their products with the keys are base-2 logits.
     """
 
     q: Tensor
@@ -194,21 +194,21 @@ class Heads:
         self.scratch = Scratch(self.dtype, self.q.device)
 
     def __iter__(self) -> Iterator[tuple[int, slice]]:
-        """Every batch item with all of its heads, a few at a time."""
+        """Yield every batch item with all of its heads, a group at a time."""
         count = self.q.shape[2]
         for item in range(self.q.shape[0]):
-            together = self._together(item)
-            yield from ((item, slice(first, min(first + together, count))) for first in range(0, count, together))
+            size = self._group_size(item)
+            yield from ((item, slice(first, min(first + size, count))) for first in range(0, count, size))
 
-    def __getitem__(self, place: tuple[int, slice]) -> Head:
-        """The heads of a place; their tensors are written over by the next."""
-        item, heads = place
-        return self._alike(item, heads) if heads.stop - heads.start > 1 else self._alone(item, heads.start)
+    def __getitem__(self, index: tuple[int, slice]) -> Head:
+        """Return a head or a group of heads of a batch item; its tensors are valid until the next call."""
+        item, heads = index
+        return self._group(item, heads) if heads.stop - heads.start > 1 else self._single(item, heads.start)
 
-    def _together(self, item: int) -> int:
-        """How many heads of a batch item are taken together: as many as fit the bound, if they are alike."""
-        of_head = max(self.q[0, :, 0].numel(), self.k[0, :, 0].numel())
-        fitting = torch.get_num_threads() * _THREAD_ELEMENTS // of_head
+    def _group_size(self, item: int) -> int:
+        """Return how many heads of a batch item to process together: as many as fit the bound, if they are uniform."""
+        head_elements = max(self.q[0, :, 0].numel(), self.k[0, :, 0].numel())
+        fitting = torch.get_num_threads() * _THREAD_ELEMENTS // head_elements
         if fitting < 2 or self._keys(item) < self.mask.key_blocks * self.mask.block_size[1]:
             return 1
         counts = self.mask.counts[min(item, len(self.mask.counts) - 1)]
@@ -216,23 +216,23 @@ class Heads:
         return fitting if count and bool((counts == count).all()) else 1
 
     def _keys(self, item: int) -> int:
-        """Number of keys of a batch item."""
+        """Count the valid keys of a batch item."""
         keys = self.k.shape[1]
         return keys if self.key_lengths is None else min(max(int(self.key_lengths[item]), 0), keys)
 
-    def _alike(self, item: int, heads: slice) -> Head:
-        """Heads whose rows all keep as many whole blocks."""
+    def _group(self, item: int, heads: slice) -> Head:
+        """Prepare heads whose rows all keep the same number of full blocks."""
         mask, pooled, keys = self.mask, self.pooled, self._keys(item)
         number, rows, key_blocks = heads.stop - heads.start, mask.query_blocks, mask.key_blocks
-        row = min(item, mask.keep.shape[0] - 1)  # a size of 1 is shared
+        row = min(item, mask.keep.shape[0] - 1)  # a size of 1 is broadcast
         shared = mask.keep.shape[1] == 1
-        own = slice(0, 1) if shared else heads
-        count = int(mask.counts[row, own.start, 0])
-        kept = mask.indices[row, own, :, :count].long()
+        mask_heads = slice(0, 1) if shared else heads
+        count = int(mask.counts[row, mask_heads.start, 0])
+        kept = mask.indices[row, mask_heads, :, :count].long()
         first = torch.arange(0, number * key_blocks, key_blocks, device=kept.device)
         hidden = None
         if pooled.key_block is not None:
-            hidden = mask.keep[row, own].index_select(-1, pooled.key_block).expand(number, -1, -1).flatten(0, 1)
+            hidden = mask.keep[row, mask_heads].index_select(-1, pooled.key_block).expand(number, -1, -1).flatten(0, 1)
         shape = (number * rows, mask.block_size[0], self.q.shape[-1])
         key_shape = (number * key_blocks, mask.block_size[1], self.k.shape[-1])
         return Head(
@@ -252,10 +252,10 @@ class Heads:
             scratch=self.scratch,
         )
 
-    def _alone(self, item: int, index: int) -> Head:
-        """A head by itself."""
+    def _single(self, item: int, index: int) -> Head:
+        """Prepare a single head, its rows sorted by the number of kept blocks."""
         mask, pooled, keys = self.mask, self.pooled, self._keys(item)
-        row = (min(item, mask.keep.shape[0] - 1), min(index, mask.keep.shape[1] - 1))  # a size of 1 is shared
+        row = (min(item, mask.keep.shape[0] - 1), min(index, mask.keep.shape[1] - 1))  # a size of 1 is broadcast
         counts, kept = mask.counts[row].long(), mask.indices[row].long()
         used = torch.arange(mask.capacity, device=kept.device) < counts.unsqueeze(-1)
         kept = torch.where(used, kept, kept[:, :1])
@@ -287,7 +287,7 @@ class Heads:
 
 
 def _fill(blocks: Tensor, x: Tensor, factor: float = 1.0) -> Tensor:
-    """Write (n, N, D), times `factor`, into (N * blocks, size, D), head after head, with zeros after each."""
+    """Write (n, N, D), times `factor`, into (N * blocks, size, D), head by head, each padded with zeros."""
     tokens = blocks.view(x.shape[1], -1, x.shape[2])
     torch.mul(x.to(blocks.dtype).transpose(0, 1), factor, out=tokens[:, : len(x)])
     if len(x) < tokens.shape[1]:

@@ -1,7 +1,7 @@
-"""Block-sparse attention through FlexAttention, compiled.
+"""Block-sparse attention with compiled FlexAttention.
 
-On the CPU FlexAttention computes the forward alone, and no log-sum-exp; on CUDA all of it, with restrictions on the
-sizes of blocks. `unsupported` says which case is which. The first call with new shapes compiles for seconds.
+On the CPU FlexAttention computes the forward pass only, without log-sum-exp; on CUDA everything, with restrictions on
+block sizes. `unsupported` checks all of this. The first call with new shapes takes seconds to compile.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from blade_kernels.toolchain import missing_c_toolchain, missing_cpp_toolchain
 
 _Attend = Callable[..., tuple[Tensor, Tensor | None]]
 
-_MOST_SIZES = 64  # different shapes, types and options in one process
-_TILE = 128  # FlexAttention's own configurations take blocks that this divides
+_RECOMPILE_LIMIT = 64  # different shapes, dtypes and options in one process
+_TILE = 128  # FlexAttention's own configurations need blocks of a multiple of this
 
 
 def unsupported(
@@ -33,15 +33,15 @@ def unsupported(
     needs_grad: bool,
     return_lse: bool,
 ) -> str | None:
-    """Why FlexAttention can not take a call; None if it can.
+    """Return why FlexAttention cannot compute a call, or None if it can.
 
     Args:
         device_type: of q, k and v.
         dtype: of q, k and v.
-        head_size: numbers in one head of one token.
+        head_size: channels of a head.
         block_size: tokens in a (query block, key block).
-        needs_grad: gradients will be asked for.
-        return_lse: the log-sum-exp is asked for.
+        needs_grad: gradients are needed.
+        return_lse: the log-sum-exp is needed.
     """
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"FlexAttention computes float32, bfloat16 and float16, not {dtype}"
@@ -84,19 +84,19 @@ def flex_block_attention(
     scale: float,
     return_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention over the kept blocks and the pooled tokens.
+    """Attend to the kept blocks and the pooled tokens.
 
-    Pooled tokens are appended to the keys as blocks of their own, with their weight as a bias of the logits.
+    Pooled tokens are appended to the keys in blocks of their own, with their weights as a bias on the logits.
 
     Args:
         q: (B, S, H, D), float32, bfloat16 or float16.
         k: (B, T, H, D).
         v: (B, T, H, D).
-        mask: which blocks are kept.
+        mask: the kept blocks.
         pooled: pooled tokens that share the softmax, or None.
-        key_lengths: (B,) integers, keys from there on are absent; or None.
+        key_lengths: (B,) integers, number of valid keys; None if all are valid.
         scale: factor of the logits.
-        return_lse: compute the log-sum-exp too.
+        return_lse: also compute the log-sum-exp.
 
     Returns:
         Output, (B, S, H, D), and log-sum-exp, (B, S, H) float32, or None.
@@ -104,7 +104,7 @@ def flex_block_attention(
     bias = None  # (B or 1, keys) added to the logits
     if key_lengths is not None:
         absent = torch.arange(k.shape[1], device=k.device) >= key_lengths.to(k.device).unsqueeze(-1)
-        k, v = (x.masked_fill(absent[:, :, None, None], 0.0) for x in (k, v))  # absent keys may hold anything
+        k, v = (x.masked_fill(absent[:, :, None, None], 0.0) for x in (k, v))  # invalid keys may hold anything
         bias = torch.zeros_like(absent, dtype=torch.float32).masked_fill(absent, -torch.inf)
 
     extra = 0  # key blocks of pooled tokens
@@ -119,8 +119,8 @@ def flex_block_attention(
         k = torch.cat((_fill_block(k, size), _fill_block(pooled.k, size)), dim=1)
         v = torch.cat((_fill_block(v, size), _fill_block(pooled.v, size)), dim=1)
         if pooled.key_block is None:
-            seen = mask.keep.new_ones(()).expand(*mask.keep.shape[:3], extra)
-            lists = BlockMask.from_dense(torch.cat((mask.keep, seen), dim=-1), mask.block_size)
+            visible = mask.keep.new_ones(()).expand(*mask.keep.shape[:3], extra)
+            lists = BlockMask.from_dense(torch.cat((mask.keep, visible), dim=-1), mask.block_size)
         else:
             keep = mask.keep.expand(q.shape[0], q.shape[2], -1, -1)
             owner = torch.nn.functional.pad(pooled.key_block, (mask.key_blocks * size, -len(pooled) % size))
@@ -149,24 +149,24 @@ def _attend(
     needs_grad: bool,
     kernel_options: dict[str, Any],
 ) -> tuple[Tensor, Tensor | None]:
-    """What is compiled: the mask's lists are full blocks; blocks of pooled tokens that rows may not see are partial.
+    """Run FlexAttention: the mask's blocks are full blocks, those of pooled tokens that rows may not see are partial.
 
     Args:
         q: (B, S, H, D).
-        k: (B, keys, H, D), the pooled ones appended.
+        k: (B, keys, H, D), pooled ones appended.
         v: (B, keys, H, D).
         counts: (B or 1, H or 1, QB), lengths of the lists.
-        indices: (B or 1, H or 1, QB, capacity).
+        indices: (B or 1, H or 1, QB, capacity), the lists.
         bias: (B or 1, keys), added to the logits, or None.
-        keep: (B, H, QB, KB), the mask, where rows may not see a pooled token; else None.
-        owner: (keys,), with `keep`: the key block that a pooled token stands for.
+        keep: (B, H, QB, KB), the mask, if it hides pooled tokens from rows; else None.
+        owner: (keys,), the key block that each pooled token represents, if `keep` is given; else None.
         key_blocks: KB, key blocks of the mask.
         extra: key blocks of pooled tokens.
         block_size: tokens in a (query block, key block).
         scale: factor of the logits.
-        return_lse: compute the log-sum-exp too.
-        needs_grad: gradients will be asked for.
-        kernel_options: FlexAttention's.
+        return_lse: also compute the log-sum-exp.
+        needs_grad: gradients are needed.
+        kernel_options: options of FlexAttention.
     """
     rows = counts.shape
     if keep is None:
@@ -201,7 +201,7 @@ def _attend(
 
 
 def _biased(bias: Tensor) -> Callable[..., Tensor]:
-    """Add (B or 1, keys) to the logits."""
+    """Return a function that adds (B or 1, keys) to the logits."""
 
     def score_mod(score: Tensor, b: Tensor, h: Tensor, q_index: Tensor, k_index: Tensor) -> Tensor:
         return score + bias[b if bias.shape[0] > 1 else 0, k_index]
@@ -210,7 +210,13 @@ def _biased(bias: Tensor) -> Callable[..., Tensor]:
 
 
 def _dropped(keep: Tensor, owner: Tensor, query_block: int) -> Callable[..., Tensor]:
-    """Show a pooled token to the rows of (B, H, QB, KB) that do not keep the key block it stands for, (keys,)."""
+    """Return a mask function that shows a pooled token to the rows that do not keep the key block it represents.
+
+    Args:
+        keep: (B, H, QB, KB) bool.
+        owner: (keys,), the key block that each pooled token represents.
+        query_block: tokens in a query block.
+    """
 
     def mask_mod(b: Tensor, h: Tensor, q_index: Tensor, k_index: Tensor) -> Tensor:
         return ~keep[b, h, q_index // query_block, owner[k_index]]
@@ -219,22 +225,22 @@ def _dropped(keep: Tensor, owner: Tensor, query_block: int) -> Callable[..., Ten
 
 
 def _compiled() -> _Attend:
-    """`_attend` compiled; never run as it stands, which would make an S x S tensor."""
+    """Return `_attend`, compiled; eagerly it would build an S x S tensor."""
     return _attend if torch.compiler.is_compiling() else _compile_once()
 
 
 @functools.cache
 def _compile_once() -> _Attend:
-    # With symbolic sizes the code that PyTorch 2.13 writes for the CPU does not compile, so every size is compiled
-    # anew; past the limit `fullgraph` raises, where the default would run `_attend` as it stands.
-    # `unsupported` has asked PyTorch for the vector instructions: the compiler's own probe would take seconds more.
+    # The code that PyTorch 2.13 generates for the CPU with symbolic sizes does not compile, so every size is compiled
+    # separately; beyond the limit `fullgraph` raises an error instead of running `_attend` eagerly.
+    # `unsupported` has already checked the vector instructions; the compiler's own probe would take seconds.
     compiled = torch.compile(_attend, fullgraph=True, dynamic=False, options={"cpp.vec_isa_ok": True})
-    limited: _Attend = torch._dynamo.config.patch(recompile_limit=_MOST_SIZES)(compiled)
+    limited: _Attend = torch._dynamo.config.patch(recompile_limit=_RECOMPILE_LIMIT)(compiled)
     return limited
 
 
 def _kernel_options(q: Tensor, block_size: tuple[int, int]) -> dict[str, Any]:
-    """On CUDA, tiles that divide blocks smaller than FlexAttention's own tiles."""
+    """Choose, on CUDA, tiles that divide blocks which FlexAttention's own tiles do not."""
     if q.device.type != "cuda" or not any(size % _TILE for size in block_size):
         return {}
     tiles = [next(tile for tile in (64, 32, 16) if size % tile == 0) for size in block_size]
@@ -242,7 +248,7 @@ def _kernel_options(q: Tensor, block_size: tuple[int, int]) -> dict[str, Any]:
 
 
 def _fill_block(x: Tensor, size: int, value: float = 0.0) -> Tensor:
-    """Append `value` along dimension 1 until its size is a multiple of `size`."""
+    """Pad dimension 1 with `value` to a multiple of `size`."""
     missing = -x.shape[1] % size
     if not missing:
         return x

@@ -1,13 +1,13 @@
-"""The specification of block-sparse attention: a dense mask over all pairs of tokens, and one softmax.
+"""Specification of block-sparse attention: a dense mask over all pairs of tokens, and one softmax.
 
-For one query q of a row (a query block) of the mask, with the keys k_j and values v_j of the blocks that the row
-keeps, and the pooled keys p_w and values u_w that it sees, each standing for n_w tokens:
+For one query q in a row (a query block) of the mask, with the keys k_j and values v_j of the blocks that the row
+keeps, and the pooled keys p_w and values u_w that it sees, each representing n_w tokens:
 
     s_j = scale q.k_j          t_w = scale q.p_w + ln n_w                  logits
     lse = ln(sum_j e^s_j + sum_w e^t_w)                                    one softmax over both
     out = sum_j e^(s_j - lse) v_j + sum_w e^(t_w - lse) u_w
 
-A query that sees nothing has out = 0 and lse = -inf.
+A query that sees no key has out = 0 and lse = -inf.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ def naive_attention(
     key_lengths: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Compute block-sparse attention in float32 (float64 for float64), with gradients by autograd.
+    """Compute block-sparse attention in float32 (float64 for float64 inputs), with gradients by autograd.
 
-    Holds the logits of all pairs, B * H * S * (T + pooled tokens) numbers, several times over.
+    Stores the logits of all pairs, B * H * S * (T + pooled tokens) numbers, several times over.
     """
     dtype = torch.promote_types(q.dtype, torch.float32)
     if pooled is not None:
@@ -51,23 +51,23 @@ def dense_attention(
     key_lengths: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Compute the same in the type of `q`, `k` and `v` throughout."""
+    """Compute the same in the dtype of `q`, `k` and `v` throughout."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, tokens, D)
     row = torch.arange(q.shape[2], device=q.device) // mask.block_size[0]
     key_block = torch.arange(k.shape[2], device=q.device) // mask.block_size[1]
-    seen = mask.keep[:, :, row][..., key_block]  # (B or 1, H or 1, S, T)
+    visible = mask.keep[:, :, row][..., key_block]  # (B or 1, H or 1, S, T)
     if key_lengths is not None:
         present = torch.arange(k.shape[2], device=q.device) < key_lengths.to(q.device).unsqueeze(-1)
-        seen = seen & present[:, None, None]
-    unseen = ~seen.any(2).unsqueeze(-1)  # by any query: such keys may hold anything, even NaN
-    k, v = k.masked_fill(unseen, 0.0), v.masked_fill(unseen, 0.0)
-    logits = (q @ k.mT * scale).masked_fill(~seen, -torch.inf)
+        visible = visible & present[:, None, None]
+    unused = ~visible.any(2).unsqueeze(-1)  # keys that no query sees may hold anything, even NaN
+    k, v = k.masked_fill(unused, 0.0), v.masked_fill(unused, 0.0)
+    logits = (q @ k.mT * scale).masked_fill(~visible, -torch.inf)
     if pooled is not None:
         pooled_k, pooled_v = (x.transpose(1, 2) for x in (pooled.k, pooled.v))
-        seen = pooled.visible(mask)[:, :, row]  # (B or 1, H or 1, S, pooled tokens)
+        visible = pooled.visible(mask)[:, :, row]  # (B or 1, H or 1, S, pooled tokens)
         pooled_logits = q @ pooled_k.mT * scale + pooled.log_weight.to(q.dtype)
-        logits = torch.cat((logits, pooled_logits.masked_fill(~seen, -torch.inf)), -1)
+        logits = torch.cat((logits, pooled_logits.masked_fill(~visible, -torch.inf)), -1)
         v = torch.cat((v, pooled_v), 2)
     lse = logits.logsumexp(-1, keepdim=True)
-    weights = (logits - lse.masked_fill(lse == -torch.inf, 0.0)).exp()  # -inf less -inf would be NaN
+    weights = (logits - lse.masked_fill(lse == -torch.inf, 0.0)).exp()  # -inf - -inf would be NaN
     return (weights @ v).transpose(1, 2).contiguous(), lse.squeeze(-1).transpose(1, 2).contiguous()

@@ -1,4 +1,4 @@
-"""What makes a pair of functions, forward and backward, an operator that PyTorch compiles and differentiates."""
+"""Registration of a forward and a backward function as an operator that PyTorch can compile and differentiate."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from blade_kernels.block_sparse.pooled import PooledTokens
 
 
 class Arguments(NamedTuple):
-    """The arguments of `block_sparse_attention`, taken apart into what an operator can take."""
+    """The arguments of `block_sparse_attention`, flattened to types that an operator accepts."""
 
     q: Tensor
     k: Tensor
@@ -24,7 +24,7 @@ class Arguments(NamedTuple):
     order: Tensor | None
     block_size: list[int]
     pooled_k: Tensor
-    """(B, 0, H, D) where there are no pooled tokens; likewise `pooled_v` and, of (0,), `log_weight`."""
+    """(B, P, H, D); P = 0 without pooled tokens, likewise in `pooled_v` and `log_weight`."""
     pooled_v: Tensor
     log_weight: Tensor
     pooled_block: Tensor | None
@@ -42,10 +42,10 @@ class Arguments(NamedTuple):
         key_lengths: Tensor | None,
         scale: float,
     ) -> Arguments:
-        """Take the arguments apart."""
+        """Flatten the arguments."""
         if pooled is None:
-            none = k.detach()[:, :0]  # detached, so that no gradient of all keys is made of nothing
-            pooled = PooledTokens(none, none, k.new_empty(0, dtype=torch.float32))
+            empty = k.detach()[:, :0]  # detached, so that no gradient of k is computed for it
+            pooled = PooledTokens(empty, empty, k.new_empty(0, dtype=torch.float32))
         return cls(
             q, k, v, mask.keep, mask.counts, mask.indices, mask.order, list(mask.block_size),
             pooled.k, pooled.v, pooled.log_weight, pooled.key_block, key_lengths, scale,
@@ -53,12 +53,12 @@ class Arguments(NamedTuple):
 
     @property
     def mask(self) -> BlockMask:
-        """The mask, put together again."""
+        """The mask, reassembled."""
         return BlockMask(self.keep, self.counts, self.indices, (self.block_size[0], self.block_size[1]), self.order)
 
     @property
     def pooled(self) -> PooledTokens:
-        """The pooled tokens, put together again."""
+        """The pooled tokens, reassembled."""
         return PooledTokens(self.pooled_k, self.pooled_v, self.log_weight, self.pooled_block)
 
 
@@ -78,14 +78,14 @@ def register(name: str, forward: Forward, backward: Backward) -> Callable[..., t
     """Register `blade::name` and `blade::name_backward`, opaque to the compiler.
 
     Args:
-        name: of the operator.
-        forward: returns the output, (B, S, H, D) in the type of q, and the log-sum-exp, (B, S, H) in float32 at the
-            least, both contiguous.
+        name: name of the operator.
+        forward: returns the output, (B, S, H, D) in the dtype of q, and the log-sum-exp, (B, S, H) in float32 or
+            wider, both contiguous.
         backward: takes the arguments, output, log-sum-exp and the gradients of both; returns contiguous gradients of
             q, k, v and of the pooled keys and values.
 
     Returns:
-        The operator, which takes `Arguments` one by one.
+        The operator, which takes the fields of `Arguments` as positional arguments.
     """
     count = len(Arguments._fields)
 

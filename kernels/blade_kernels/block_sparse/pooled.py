@@ -12,17 +12,17 @@ from blade_kernels.block_mask import BlockMask
 
 @dataclass(frozen=True, eq=False)
 class PooledTokens:
-    """Keys and values averaged over windows of tokens, each standing for as many tokens as its window holds.
+    """Keys and values averaged over windows of tokens, each representing all real tokens of its window.
 
-    A pooled token enters the softmax with its logit raised by the logarithm of that number, as if the mean key were
-    there once for every token of the window.
+    The logarithm of that number is added to a pooled token's logit, as if its mean key occurred once for every token
+    of the window.
 
     Attributes:
         k: (B, P, H, D), mean keys.
         v: (B, P, H, D), mean values.
         log_weight: (P,) float32, ln(real tokens in the window), added to the logits.
-        key_block: None, and every query sees every pooled token; or (P,) int32, the key block that a window lies in,
-            and a pooled token is seen by those query blocks alone whose mask does not keep that key block.
+        key_block: (P,) int32, the key block of each window: only query blocks whose row of the mask drops that key
+            block see the pooled token. None if every query sees every pooled token.
     """
 
     k: Tensor
@@ -54,20 +54,20 @@ class PooledTokens:
         return self.k.shape[1]
 
     def visible(self, mask: BlockMask) -> Tensor:
-        """Which pooled tokens each query block sees beside `mask`: (B or 1, H or 1, query blocks, P) bool."""
+        """Mark the pooled tokens that each query block sees: (B or 1, H or 1, query blocks, P) bool."""
         if self.key_block is None:
             return mask.keep.new_ones(()).expand(*mask.keep.shape[:3], len(self))
         return ~mask.keep.index_select(-1, self.key_block)
 
     def pairs(self, mask: BlockMask, query_tokens: int | None = None) -> Tensor | int:
-        """Number of pairs (query, pooled token) that attention computes beside `mask`, for `BlockMask.density`.
+        """Count the (query, pooled token) pairs that attention computes, for `BlockMask.density`.
 
         Args:
             mask: the mask that the pooled tokens are used with.
-            query_tokens: length of the sequence of queries. None: every query block is full.
+            query_tokens: number of queries. None if every query block is full.
 
         Returns:
-            (B or 1, H or 1) int64; or the number itself where every query sees every pooled token.
+            (B or 1, H or 1) int64, or an int if every query sees every pooled token.
         """
         size = mask.block_size[0]
         stop = mask.query_blocks * size if query_tokens is None else query_tokens
@@ -83,23 +83,23 @@ def pool_tokens(
     """Average keys and values over consecutive windows of tokens; differentiable.
 
     Args:
-        k: (B, S, H, D), keys in the order in which the sequence is cut into blocks.
+        k: (B, S, H, D), keys; consecutive tokens form the blocks.
         v: (B, S, H, D), values.
-        window: tokens that are averaged into one. The last window holds what is left.
-        start: first token to pool: text is not pooled, so that this is the number of text tokens before the video.
-        stop: token after the last one to pool. None: the end of the sequence.
-        block_size: None, and the windows run on from `start` to `stop` and are for every query; or tokens in a key
-            block, and the pooled tokens are for the query blocks that drop their key block. Then only blocks of which
-            every token lies between `start` and `stop` are pooled, the windows begin anew in each, and a window
-            longer than the block is cut to it.
+        window: tokens averaged into one. The last window may be shorter.
+        start: first token to pool. Text is not pooled, so this is the number of text tokens before the video.
+        stop: token after the last one to pool. None means the end of the sequence.
+        block_size: None for windows that run from `start` to `stop` and are seen by every query. Or the tokens in a
+            key block, for pooled tokens that are seen by the query blocks that drop their key block: then only blocks
+            that lie entirely between `start` and `stop` are pooled, windows restart in each block, and a window is at
+            most as long as a block.
 
     Returns:
-        The pooled tokens. There are none where no token, or no whole block, lies between `start` and `stop`.
+        The pooled tokens; none if no token, or no whole block, lies between `start` and `stop`.
 
     Raises:
-        ValueError: shapes that differ, a window or block size below 1, or a range that is not within the sequence.
+        ValueError: mismatched shapes, a window or block size below 1, or a range outside the sequence.
 
-    Source: BLADE, arXiv 2508.10774 (ASA_GT); a window is weighted by the tokens that it holds.
+    Source: BLADE, arXiv 2508.10774 (ASA_GT); each window is weighted by its number of tokens.
     """
     if k.ndim != 4 or v.shape != k.shape:
         raise ValueError(
@@ -117,40 +117,40 @@ def pool_tokens(
         raise ValueError(f"`block_size` must be at least 1 token or None, got {block_size}.")
 
     if block_size is None:
-        block_size, first_block = max(stop - start, 1), None  # one block of everything
+        block_size, first_block = max(stop - start, 1), None  # one block that covers everything
     else:
         first_block = -(-start // block_size)
         start = first_block * block_size
         stop = tokens if stop == tokens else stop // block_size * block_size
     window = min(window, block_size)
     windows_per_block = -(-block_size // window)
-    whole = max(stop - start, 0) // block_size  # not divmod: the compiler does not know it for symbolic sizes
-    rest = max(stop - start, 0) - whole * block_size
-    pooled = whole * windows_per_block + -(-rest // window)
+    whole = max(stop - start, 0) // block_size  # not divmod, which the compiler lacks for symbolic sizes
+    remaining = max(stop - start, 0) - whole * block_size
+    pooled = whole * windows_per_block + -(-remaining // window)
 
     index = torch.arange(pooled, device=k.device)
-    block, place = index // windows_per_block, index % windows_per_block * window
+    block, offset = index // windows_per_block, index % windows_per_block * window
     block_tokens = (stop - start - block * block_size).clamp(max=block_size)
-    held = (block_tokens - place).clamp(max=window)  # real tokens in each window
+    counts = (block_tokens - offset).clamp(max=window)  # real tokens in each window
     return PooledTokens(
-        k=_window_means(k[:, start : max(start, stop)], held, window, block_size),
-        v=_window_means(v[:, start : max(start, stop)], held, window, block_size),
-        log_weight=held.to(torch.float32).log(),
+        k=_window_means(k[:, start : max(start, stop)], counts, window, block_size),
+        v=_window_means(v[:, start : max(start, stop)], counts, window, block_size),
+        log_weight=counts.to(torch.float32).log(),
         key_block=None if first_block is None else (block + first_block).to(torch.int32),
     )
 
 
-def _window_means(x: Tensor, held: Tensor, window: int, block_size: int) -> Tensor:
-    """Means of (B, n, H, D) over windows that begin anew in every block, summed in float32 at the least."""
+def _window_means(x: Tensor, counts: Tensor, window: int, block_size: int) -> Tensor:
+    """Average (B, n, H, D) over windows that restart in every block, summed in float32 or wider."""
     batch, _, heads, size = x.shape
     x = _pad_tokens(x, block_size).reshape(-1, block_size, heads, size)  # (B * blocks, ...)
     x = _pad_tokens(x, window).reshape(batch, -1, window, heads, size)
     dtype = torch.promote_types(x.dtype, torch.float32)
-    sums = x.sum(2, dtype=dtype)[:, : held.shape[0]]
-    return (sums / held.to(dtype).view(1, -1, 1, 1)).to(x.dtype)
+    sums = x.sum(2, dtype=dtype)[:, : counts.shape[0]]
+    return (sums / counts.to(dtype).view(1, -1, 1, 1)).to(x.dtype)
 
 
 def _pad_tokens(x: Tensor, multiple: int) -> Tensor:
-    """Append zeros along dimension 1 until its size is a multiple of `multiple`."""
+    """Pad dimension 1 with zeros to a multiple of `multiple`."""
     missing = -x.shape[1] % multiple
     return torch.nn.functional.pad(x, (0, 0, 0, 0, 0, missing)) if missing else x

@@ -1,4 +1,4 @@
-"""Block-sparse attention through the Triton kernels: what they can compute, and their launches."""
+"""Block-sparse attention with Triton: limits of the kernels, and their launches."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from blade_kernels.triton_support import interpreted, missing_triton, on_device
 _LN2 = math.log(2.0)
 DELTA_TILE = 64
 TRANSPOSE_TILE = 64
-_POOLED_PROGRAMS = 512  # programs that share the work on pooled gradients: some for every multiprocessor
+_POOLED_PROGRAMS = 512  # programs among which pooled gradients are divided: several for each multiprocessor
 
 
 def unsupported(device_type: str, dtype: torch.dtype, head_size: int, block_size: tuple[int, int]) -> str | None:
-    """Why the Triton kernels can not take a call; None if they can.
+    """Return why the Triton kernels cannot compute a call, or None if they can.
 
     Args:
         device_type: of q, k and v.
         dtype: of q, k and v.
-        head_size: numbers in one head of one token.
+        head_size: channels of a head.
         block_size: tokens in a (query block, key block).
     """
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -55,35 +55,35 @@ def triton_block_attention(
     key_lengths: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Attention over the kept blocks and the pooled tokens, with gradients.
+    """Attend to the kept blocks and the pooled tokens, differentiably.
 
     Args:
         q: (B, S, H, D), bfloat16, float16 or float32, D of 64 or 128.
         k: (B, T, H, D).
         v: (B, T, H, D).
-        mask: which blocks are kept; blocks of 16, 32, 64 or 128.
+        mask: the kept blocks, of 16, 32, 64 or 128 tokens.
         pooled: pooled tokens that share the softmax, or None.
-        key_lengths: (B,) integers, keys from there on are absent; or None.
+        key_lengths: (B,) integers, number of valid keys; None if all are valid.
         scale: factor of the logits.
 
     Returns:
-        Output, (B, S, H, D) in the type of `q`, and log-sum-exp, (B, S, H) float32.
+        Output, (B, S, H, D) in the dtype of `q`, and log-sum-exp, (B, S, H) float32.
     """
-    if scale < 0:  # the kernels scale after they take the maximum
+    if scale < 0:  # the kernels take the maximum before they scale
         q, scale = -q, -scale
     return _attention(*Arguments.of(q, k, v, mask, pooled, key_lengths, scale))
 
 
 @functools.cache
 def device_of(device: torch.device) -> tuple[str, str]:
-    """A device's architecture in the launch table, and its name; the interpreter goes by the table's 90."""
+    """Return a device's architecture in the launch table, and its name; the interpreter uses the table's 90."""
     if device.type != "cuda":
         return "90", device.type
     return architecture(torch.cuda.get_device_capability(device)), torch.cuda.get_device_name(device)
 
 
 class _Call:
-    """The arguments of an operator, as the kernels take them."""
+    """The arguments of an operator, in the form that the kernels take."""
 
     def __init__(self, arguments: Arguments) -> None:
         q, k, v, keep, counts, indices, order, block_size, *pooled, pooled_block, key_lengths, scale = arguments
@@ -92,7 +92,7 @@ class _Call:
         self.keep, self.counts, self.indices = keep.contiguous(), counts.contiguous(), indices.contiguous()
         self.block_size = (block_size[0], block_size[1])
         self.scale = scale
-        # what there is not is never looked at: any tensor stands for it
+        # kernels never read a tensor that is not given, so any tensor can take its place
         self.order = counts if order is None else order.contiguous()
         self.key_lengths = counts if key_lengths is None else key_lengths.to(q.device).contiguous()
         self.pooled_bias = log_weight / _LN2
@@ -111,18 +111,18 @@ class _Call:
         }
 
     def config(self, kernel: Kernel) -> LaunchConfig:
-        """How to launch a kernel on the device that this call is on."""
+        """Return the launch configuration of a kernel on this call's device."""
         arch, name = device_of(self.q.device)
         half = self.q.dtype != torch.float32
         return launch_config(kernel, arch, self.head_size, self.block_size, half=half, device=name)
 
     def mask_strides(self, rows: int) -> tuple[int, int]:
-        """Rows of the mask, or what else there is `rows` of in a mask, from batch item to item and head to head."""
+        """Return batch and head strides of a tensor with `rows` entries per mask: 0 where masks are shared."""
         batch, heads = self.masks
         return (0 if batch == 1 else heads * rows), (0 if heads == 1 else rows)
 
     def constants(self, config: LaunchConfig, *flags: str, tma: bool) -> dict[str, Any]:
-        """Compile-time arguments and launch options."""
+        """Return compile-time arguments and launch options."""
         return {
             "D": self.head_size,
             "BLOCK_M": config.block_m,
@@ -135,7 +135,7 @@ class _Call:
         }
 
     def row_arguments(self) -> tuple[Any, ...]:
-        """What the kernels that walk over a row's keys take between the tensors of their own and the strides."""
+        """Return the common arguments of the kernels that iterate over a row's keys."""
         return (
             self.counts, self.indices, self.keep, self.order, self.key_lengths,
             self.pooled_k, self.pooled_v, self.pooled_bias, self.pooled_block,
@@ -144,12 +144,12 @@ class _Call:
         )  # fmt: skip
 
     def row_grid(self, config: LaunchConfig) -> tuple[int, int, int]:
-        """A program for every tile of queries: the tiles of a head run together, and share its keys in the cache."""
+        """Return a grid of one program per tile of queries; a head's tiles run together, sharing its keys in cache."""
         return self.query_blocks * (self.block_size[0] // config.block_m), self.heads, self.batch
 
 
 def forward(arguments: Arguments) -> tuple[Tensor, Tensor]:
-    """Launch the forward kernel: output and log-sum-exp."""
+    """Launch the forward kernel; return output and log-sum-exp."""
     from blade_kernels.block_sparse.triton_forward import forward_kernel
 
     q, call = arguments.q, _Call(arguments)
@@ -169,7 +169,7 @@ def forward(arguments: Arguments) -> tuple[Tensor, Tensor]:
 
 
 def backward(arguments: Arguments, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor, ...]:
-    """Launch the backward kernels: gradients of q, k, v and of the pooled keys and values."""
+    """Launch the backward kernels; return the gradients of q, k, v and of the pooled keys and values."""
     from blade_kernels.block_sparse.triton_backward import delta_kernel, key_gradient_kernel, query_gradient_kernel
 
     (q, k, v), call = arguments[:3], _Call(arguments)
@@ -210,16 +210,16 @@ def backward(arguments: Arguments, out: Tensor, lse: Tensor, grad_out: Tensor, g
 
 
 def _transposed(call: _Call) -> tuple[Tensor, Tensor]:
-    """The query blocks that keep each key block, one key block's after another's.
+    """List the query blocks that keep each key block, grouped by key block.
 
     Returns:
-        (masks, key blocks + 1) int32, where each key block's begin; and (masks, query blocks * capacity) int32.
+        (masks, key blocks + 1) int32, the start of each group; and (masks, query blocks * capacity) int32, the lists.
     """
     from blade_kernels.block_sparse.triton_backward import transpose_kernel
 
     masks = math.prod(call.masks)
-    keepers = call.keep.sum(-2, dtype=torch.int32).view(masks, -1).cumsum(-1, dtype=torch.int32)
-    starts = torch.nn.functional.pad(keepers, (1, 0))
+    ends = call.keep.sum(-2, dtype=torch.int32).view(masks, -1).cumsum(-1, dtype=torch.int32)
+    starts = torch.nn.functional.pad(ends, (1, 0))
     rows = call.counts.new_empty(masks, call.query_blocks * call.indices.shape[-1])
     transpose_kernel[(-(-call.key_blocks // TRANSPOSE_TILE), masks)](
         call.keep, starts, rows, call.query_blocks, call.key_blocks, rows.shape[-1],
@@ -229,7 +229,7 @@ def _transposed(call: _Call) -> tuple[Tensor, Tensor]:
 
 
 def _pooled_gradients(call: _Call, grad_out: Tensor, lse2: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of pooled keys and values: sums over shares of the queries, then over the shares, in a fixed order."""
+    """Compute the gradients of pooled keys and values: sums within shares of the queries, then over the shares."""
     from blade_kernels.block_sparse.triton_backward import pooled_gradient_kernel
 
     if not call.windows:
@@ -238,14 +238,14 @@ def _pooled_gradients(call: _Call, grad_out: Tensor, lse2: Tensor, delta: Tensor
     (queries, grads), tma = _tiles((call.q, grad_out), config.block_m, config.tma)
     tiles, heads = -(-call.windows // config.block_n), call.batch * call.heads
     shares = min(call.query_blocks, max(1, _POOLED_PROGRAMS // (tiles * heads)))
-    together = -(-call.query_blocks // shares)
-    shares = -(-call.query_blocks // together)
+    rows_per_share = -(-call.query_blocks // shares)
+    shares = -(-call.query_blocks // rows_per_share)
     dk, dv = (call.q.new_empty(shares, *call.pooled_k.shape, dtype=torch.float32) for _ in range(2))
     pooled_gradient_kernel[(tiles, shares, heads)](
         queries, grads, lse2, delta, dk, dv,
         call.keep, call.pooled_k, call.pooled_v, call.pooled_bias, call.pooled_block,
         call.queries, call.windows, call.heads, call.batch, call.scale,
-        call.query_blocks, call.key_blocks, together,
+        call.query_blocks, call.key_blocks, rows_per_share,
         *_strides(call.q, grad_out, call.pooled_k, call.pooled_v), *call.mask_strides(call.query_blocks),
         BQ=call.block_size[0], **call.constants(config, "DROPPED", tma=tma),
     )  # fmt: skip
@@ -253,22 +253,22 @@ def _pooled_gradients(call: _Call, grad_out: Tensor, lse2: Tensor, delta: Tensor
 
 
 def _rows(x: Tensor) -> Tensor:
-    """The same tensor, with the numbers of a head side by side and nothing expanded."""
+    """Return the tensor with contiguous heads and no expanded dimensions, copied only if needed."""
     return x if x.stride(-1) == 1 and all(x.stride()) else x.contiguous()
 
 
 def _strides(*tensors: Tensor) -> tuple[int, ...]:
-    """Batch, token and head strides of each."""
+    """Return batch, token and head strides of each tensor."""
     return tuple(stride for x in tensors for stride in x.stride()[:3])
 
 
-def _tiles(tensors: tuple[Tensor, Tensor], tokens: int, wanted: bool) -> tuple[tuple[Any, Any], bool]:
-    """Descriptors for loads of (tokens, D) tiles, and true; or the tensors, and false, if there can be none."""
+def _tiles(tensors: tuple[Tensor, Tensor], tokens: int, tma: bool) -> tuple[tuple[Any, Any], bool]:
+    """Return descriptors for loads of (tokens, D) tiles and true, or the tensors and false if not possible."""
     aligned = all(
         x.data_ptr() % 16 == 0 and all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:3])
         for x in tensors
     )
-    if not (wanted and aligned):
+    if not (tma and aligned):
         return tensors, False
     from triton.tools.tensor_descriptor import TensorDescriptor
 

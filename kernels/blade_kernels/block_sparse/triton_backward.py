@@ -1,13 +1,13 @@
-"""The backward kernels of block-sparse attention.
+"""Backward kernels of block-sparse attention.
 
 With a = e^(s - lse) as in `cpu`, delta = dout . out - dlse and ds = a (dout . v - delta):
 
-- `delta_kernel` computes delta, and the log-sum-exp in base 2, once for every query;
-- `query_gradient_kernel` walks, as the forward does, over the keys of a row: dq = scale sum ds k;
-- `key_gradient_kernel` walks over the query blocks that keep a key block: dk = scale sum ds q, dv = sum a dout;
-- `pooled_gradient_kernel` walks over a share of all queries, for a tile of pooled tokens.
+- `delta_kernel` computes delta and the base-2 log-sum-exp, once for every query;
+- `query_gradient_kernel` iterates, like the forward kernel, over the keys of a row: dq = scale sum ds k;
+- `key_gradient_kernel` iterates over the query blocks that keep a key block: dk = scale sum ds q, dv = sum a dout;
+- `pooled_gradient_kernel` iterates over a share of all queries, for a tile of pooled tokens.
 
-Nothing is added up across programs, so that the same input gives the same bits.
+No sums are accumulated across programs, so equal inputs give equal bits.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from blade_kernels.block_sparse.triton_tiles import (
     load_tile,
     multiply,
     multiply_add,
-    tile_place,
+    tile_position,
     window_bias,
 )
 
@@ -37,7 +37,7 @@ def delta_kernel(
     grad_lse_batch, grad_lse_token, grad_lse_head,
     D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Compute delta = dout . out - dlse, and the log-sum-exp in base 2 (inf for a query without keys): (B, H, S)."""
+    """Compute delta = dout . out - dlse and the base-2 log-sum-exp (inf for a query without keys): (B, H, S)."""
     tile, head, item = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     start = tile * BLOCK_M
     queries = start + tl.arange(0, BLOCK_M).to(tl.int64)
@@ -52,7 +52,7 @@ def delta_kernel(
     )  # fmt: skip
     to = (wide_item * H + wide_head) * S + queries
     tl.store(delta + to, tl.sum(out_tile.to(tl.float32) * grad.to(tl.float32), 1) - grad_sums, mask=inside)
-    # exp2 of a logit less infinity is 0: nothing flows into what a query without keys does not see
+    # exp2(logit - inf) is 0: a query without keys contributes no gradient
     tl.store(lse2 + to, tl.where(sums == float("-inf"), float("inf"), sums * LOG2E), mask=inside)
 
 
@@ -60,13 +60,13 @@ def delta_kernel(
 def add_query_gradient(
     q, grad_out, k, v, bias, lse2, delta, grad_q, factor, BIASED: tl.constexpr, UPCAST: tl.constexpr
 ):
-    """Add what a tile of keys contributes to a tile's dq, (M, D), but for the scale."""
+    """Add a tile of keys' contribution to the unscaled dq of a tile, (M, D)."""
     logits = multiply(q, tl.trans(k), UPCAST) * factor
     if BIASED:
         logits += bias[None, :]
     a = tl.exp2(logits - lse2[:, None])
     ds = a * (multiply(grad_out, tl.trans(v), UPCAST) - delta[:, None])
-    if BIASED:  # what is hidden may hold anything, not a number included
+    if BIASED:  # hidden keys may hold anything, NaN included
         ds = tl.where(bias[None, :] == float("-inf"), 0.0, ds)
     return multiply_add(ds.to(k.dtype), k, grad_q, UPCAST)
 
@@ -89,32 +89,32 @@ def query_gradient_kernel(
     POOLED: tl.constexpr, DROPPED: tl.constexpr, LENGTHS: tl.constexpr, TAIL: tl.constexpr, ORDERED: tl.constexpr,
     TMA: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Dq of one tile of queries. The arguments are those of `forward_kernel`, and:
+    """Compute dq of one tile of queries. For the other arguments see `forward_kernel`.
 
     Args:
-        grad_out: (B, S, H, D), by strides.
+        grad_out: (B, S, H, D), strided.
         lse2: (B, H, S) float32, from `delta_kernel`; likewise `delta`.
         grad_q: (B, S, H, D), contiguous.
     """
     tile, head, item = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     factor = scale * LOG2E
     first_row = item.to(tl.int64) * mask_batch + head.to(tl.int64) * mask_head
-    row, start = tile_place(order + first_row, tile, BQ, BLOCK_M, ORDERED)
+    row, start = tile_position(order + first_row, tile, BQ, BLOCK_M, ORDERED)
     mask_row = first_row + row
     queries = start + tl.arange(0, BLOCK_M).to(tl.int64)
     inside = queries < S
     q_tile = load_tile(q, item, head, start, S, q_batch, q_token, q_head, BLOCK_M, D, False, False)
     grad_tile = load_tile(grad_out, item, head, start, S, grad_batch, grad_token, grad_head, BLOCK_M, D, False, False)
-    place = (item.to(tl.int64) * H + head) * S + queries
-    lse_tile = tl.load(lse2 + place, mask=inside, other=float("inf"))
-    delta_tile = tl.load(delta + place, mask=inside, other=0.0)
+    sums = (item.to(tl.int64) * H + head) * S + queries
+    lse_tile = tl.load(lse2 + sums, mask=inside, other=float("inf"))
+    delta_tile = tl.load(delta + sums, mask=inside, other=0.0)
     kept = indices + mask_row * capacity
     stop = key_stop(key_lengths, item, T, LENGTHS)
     whole, count = kept_blocks(kept, tl.load(counts + mask_row), stop, key_blocks, BK, LENGTHS, TAIL)
 
     grad_q_tile = tl.zeros((BLOCK_M, D), tl.float32)
     PARTS: tl.constexpr = BK // BLOCK_N
-    ZEROED: tl.constexpr = TMA and not LENGTHS  # a descriptor gives zeros past the end of the sequence
+    ZEROED: tl.constexpr = TMA and not LENGTHS  # descriptors return zeros past the end of the sequence
     for step in range(0, whole * PARTS):
         key = tl.load(kept + step // PARTS) * BK + (step % PARTS) * BLOCK_N
         k_tile = load_tile(k, item, head, key, T, k_batch, k_token, k_head, BLOCK_N, D, TMA, True)
@@ -174,11 +174,11 @@ def query_gradient_kernel(
 def add_key_gradients(
     k, v, q, grad_out, bias, lse2, delta, grad_k, grad_v, factor, BIASED: tl.constexpr, UPCAST: tl.constexpr
 ):
-    """Add what a tile of queries contributes to a tile's dk, (N, D), but for the scale, and dv.
+    """Add a tile of queries' contribution to the unscaled dk and to dv of a tile, (N, D).
 
     Args:
-        bias: (N, 1) or (N, M), added to the logits in base 2, where `BIASED`.
-        lse2: (M,), inf for a query that there is not; likewise `delta`.
+        bias: (N, 1) or (N, M), added to the base-2 logits, if `BIASED`.
+        lse2: (M,), inf past the last query; likewise `delta`, 0 there.
     """
     logits = multiply(k, tl.trans(q), UPCAST) * factor
     if BIASED:
@@ -204,15 +204,15 @@ def key_gradient_kernel(
     D: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     LENGTHS: tl.constexpr, TMA: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Dk and dv of one tile of keys.
+    """Compute dk and dv of one tile of keys.
 
     Args:
-        q: pointer, or, with `TMA`, descriptor; likewise `grad_out`.
+        q: pointer or, with `TMA`, descriptor; likewise `grad_out`.
         grad_k: (B, T, H, D), contiguous; likewise `grad_v`.
-        starts: (masks, key blocks + 1) int32: where in `rows` the query blocks of each key block begin.
+        starts: (masks, key blocks + 1) int32, start of each key block's query blocks in `rows`.
         rows: (masks, kept pairs) int32, query blocks.
-        kept_pairs: the room in `rows` for a mask.
-        mask_batch: masks from batch item to batch item: 0 where one is shared; likewise `mask_head`.
+        kept_pairs: entries of `rows` per mask.
+        mask_batch: masks between batch items, 0 if the mask is shared; likewise `mask_head`.
     """
     tile, head, item = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     factor = scale * LOG2E
@@ -225,15 +225,15 @@ def key_gradient_kernel(
     v_tile = load_tile(v, item, head, start, stop, v_batch, v_token, v_head, BLOCK_N, D, False, False)
     mask = item.to(tl.int64) * mask_batch + head.to(tl.int64) * mask_head
     first = tl.load(starts + mask * (key_blocks + 1) + block)
-    after = tl.load(starts + mask * (key_blocks + 1) + block + 1)
-    keepers = rows + mask * kept_pairs
+    end = tl.load(starts + mask * (key_blocks + 1) + block + 1)
+    query_rows = rows + mask * kept_pairs
     sums = (item.to(tl.int64) * H + head) * S
 
     grad_k_tile = tl.zeros((BLOCK_N, D), tl.float32)
     grad_v_tile = tl.zeros((BLOCK_N, D), tl.float32)
     PARTS: tl.constexpr = BQ // BLOCK_M
-    for step in range(first * PARTS, after * PARTS):
-        query = tl.load(keepers + step // PARTS) * BQ + (step % PARTS) * BLOCK_M
+    for step in range(first * PARTS, end * PARTS):
+        query = tl.load(query_rows + step // PARTS) * BQ + (step % PARTS) * BLOCK_M
         q_tile = load_tile(q, item, head, query, S, q_batch, q_token, q_head, BLOCK_M, D, TMA, TMA)
         grad_tile = load_tile(grad_out, item, head, query, S, grad_batch, grad_token, grad_head, BLOCK_M, D, TMA, TMA)
         queries = query + tl.arange(0, BLOCK_M)
@@ -243,12 +243,12 @@ def key_gradient_kernel(
             k_tile, v_tile, q_tile, grad_tile, 0.0, lse_tile, delta_tile,
             grad_k_tile, grad_v_tile, factor, False, UPCAST,
         )  # fmt: skip
-    # an absent key was taken for a zero; nobody saw it
-    there = (keys < stop)[:, None]
+    # an invalid key was loaded as zero, and no query sees it
+    valid = (keys < stop)[:, None]
     to = ((item.to(tl.int64) * T + keys[:, None]) * H + head) * D + tl.arange(0, D)[None, :]
     inside = (keys < T)[:, None]
-    tl.store(grad_k + to, tl.where(there, grad_k_tile * scale, 0.0).to(grad_k.dtype.element_ty), mask=inside)
-    tl.store(grad_v + to, tl.where(there, grad_v_tile, 0.0).to(grad_v.dtype.element_ty), mask=inside)
+    tl.store(grad_k + to, tl.where(valid, grad_k_tile * scale, 0.0).to(grad_k.dtype.element_ty), mask=inside)
+    tl.store(grad_v + to, tl.where(valid, grad_v_tile, 0.0).to(grad_v.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -256,7 +256,7 @@ def pooled_gradient_kernel(
     q, grad_out, lse2, delta, grad_k, grad_v,
     keep, pooled_k, pooled_v, pooled_bias, pooled_block,
     S, P, H, B, scale,
-    query_blocks, key_blocks, rows_together,
+    query_blocks, key_blocks, rows_per_share,
     q_batch, q_token, q_head,
     grad_batch, grad_token, grad_head,
     pooled_k_batch, pooled_k_token, pooled_k_head,
@@ -265,28 +265,28 @@ def pooled_gradient_kernel(
     D: tl.constexpr, BQ: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     DROPPED: tl.constexpr, TMA: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """What `rows_together` query blocks contribute to dk and dv of one tile of pooled tokens.
+    """Compute the contribution of a share of the queries to dk and dv of one tile of pooled tokens.
 
     Args:
-        q: pointer, or, with `TMA`, descriptor; likewise `grad_out`.
+        q: pointer or, with `TMA`, descriptor; likewise `grad_out`.
         grad_k: (shares, B, P, H, D) float32, contiguous; likewise `grad_v`.
-        rows_together: query blocks of a share.
+        rows_per_share: query blocks in a share.
     """
     tile, share = tl.program_id(0), tl.program_id(1)
     head, item = tl.program_id(2) % H, tl.program_id(2) // H
     start = tile * BLOCK_N
     windows = start + tl.arange(0, BLOCK_N)
-    seen = windows < P
+    valid = windows < P
     k_tile = load_tile(
         pooled_k, item, head, start, P, pooled_k_batch, pooled_k_token, pooled_k_head, BLOCK_N, D, False, False
     )
     v_tile = load_tile(
         pooled_v, item, head, start, P, pooled_v_batch, pooled_v_token, pooled_v_head, BLOCK_N, D, False, False
     )
-    bias = tl.where(seen, tl.load(pooled_bias + windows, mask=seen, other=0.0), float("-inf"))
+    bias = tl.where(valid, tl.load(pooled_bias + windows, mask=valid, other=0.0), float("-inf"))
     block = windows
     if DROPPED:
-        block = tl.load(pooled_block + windows, mask=seen, other=0)
+        block = tl.load(pooled_block + windows, mask=valid, other=0)
     factor = scale * LOG2E
     first_row = item.to(tl.int64) * mask_batch + head.to(tl.int64) * mask_head
     sums = (item.to(tl.int64) * H + head) * S
@@ -294,7 +294,7 @@ def pooled_gradient_kernel(
     grad_k_tile = tl.zeros((BLOCK_N, D), tl.float32)
     grad_v_tile = tl.zeros((BLOCK_N, D), tl.float32)
     PARTS: tl.constexpr = BQ // BLOCK_M
-    for step in range(share * rows_together * PARTS, tl.minimum((share + 1) * rows_together, query_blocks) * PARTS):
+    for step in range(share * rows_per_share * PARTS, tl.minimum((share + 1) * rows_per_share, query_blocks) * PARTS):
         row = step // PARTS
         query = step * BLOCK_M
         q_tile = load_tile(q, item, head, query, S, q_batch, q_token, q_head, BLOCK_M, D, TMA, TMA)
@@ -304,15 +304,15 @@ def pooled_gradient_kernel(
         delta_tile = tl.load(delta + sums + queries, mask=queries < S, other=0.0)
         row_bias = bias
         if DROPPED:
-            kept = tl.load(keep + (first_row + row) * key_blocks + block, mask=seen, other=1)
+            kept = tl.load(keep + (first_row + row) * key_blocks + block, mask=valid, other=1)
             row_bias = tl.where(kept == 0, bias, float("-inf"))
         grad_k_tile, grad_v_tile = add_key_gradients(
             k_tile, v_tile, q_tile, grad_tile, row_bias[:, None], lse_tile, delta_tile,
             grad_k_tile, grad_v_tile, factor, True, UPCAST,
         )  # fmt: skip
     to = (((share.to(tl.int64) * B + item) * P + windows[:, None]) * H + head) * D + tl.arange(0, D)[None, :]
-    tl.store(grad_k + to, grad_k_tile * scale, mask=seen[:, None])
-    tl.store(grad_v + to, grad_v_tile, mask=seen[:, None])
+    tl.store(grad_k + to, grad_k_tile * scale, mask=valid[:, None])
+    tl.store(grad_v + to, grad_v_tile, mask=valid[:, None])
 
 
 @triton.jit
@@ -325,13 +325,13 @@ def transpose_kernel(
     mask = tl.program_id(1).to(tl.int64)
     blocks = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = blocks < key_blocks
-    place = tl.load(starts + mask * (key_blocks + 1) + blocks, mask=inside, other=0)
+    next_slot = tl.load(starts + mask * (key_blocks + 1) + blocks, mask=inside, other=0)
     for first in range(0, query_blocks, BLOCK_M):
         queries = first + tl.arange(0, BLOCK_M)
-        there = (queries < query_blocks)[:, None] & inside[None, :]
+        valid = (queries < query_blocks)[:, None] & inside[None, :]
         pointers = keep + (mask * query_blocks + queries[:, None]) * key_blocks + blocks[None, :]
-        kept = tl.load(pointers, mask=there, other=0).to(tl.int32)
-        slots = place[None, :] + tl.cumsum(kept, 0) - kept
+        kept = tl.load(pointers, mask=valid, other=0).to(tl.int32)
+        slots = next_slot[None, :] + tl.cumsum(kept, 0) - kept
         values = tl.broadcast_to(queries[:, None], (BLOCK_M, BLOCK_N))
         tl.store(rows + mask * kept_pairs + slots, values, mask=(kept != 0) & (slots < kept_pairs))
-        place += tl.sum(kept, 0)
+        next_slot += tl.sum(kept, 0)

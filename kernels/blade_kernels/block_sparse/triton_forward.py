@@ -1,7 +1,7 @@
-"""The forward kernel of block-sparse attention: kept blocks, then pooled tokens, in one online softmax.
+"""Forward kernel of block-sparse attention: kept blocks, then pooled tokens, in one online softmax.
 
-One program computes one tile of queries of one head, and walks over the list of key blocks that its row keeps. The
-mathematics is that of `naive`, with logits in base 2 and sums in float32.
+One program computes one tile of queries of one head, and iterates over the list of key blocks that its row keeps. The
+mathematics is that of `naive`, with base-2 logits and sums in float32.
 """
 
 from __future__ import annotations
@@ -16,41 +16,41 @@ from blade_kernels.block_sparse.triton_tiles import (
     load_tile,
     multiply,
     multiply_add,
-    tile_place,
+    tile_position,
     window_bias,
 )
 
-LOWEST = tl.constexpr(-3.0e38)  # what the running maximum starts from: finite, so that -inf less it stays -inf
+LOWEST = tl.constexpr(-3.0e38)  # initial running maximum: finite, so that -inf - LOWEST stays -inf
 
 
 @triton.jit
 def add_keys(q, k, v, bias, peak, total, out, factor, BIASED: tl.constexpr, UPCAST: tl.constexpr):
-    """Take a tile of keys into the online softmax.
+    """Add a tile of keys to the online softmax.
 
     Args:
         q: (M, D) queries.
         k: (N, D) keys; likewise `v`.
-        bias: (N,), added to the logits in base 2, where `BIASED`: -inf hides a key.
+        bias: (N,), added to the base-2 logits, if `BIASED`; -inf hides a key.
         peak: (M,), largest logit so far.
         total: (M,), sum of weights relative to `peak`.
         out: (M, D), sum of weighted values relative to `peak`.
-        factor: of the logits.
+        factor: scale of the logits.
 
     Returns:
         peak, total, out.
     """
     logits = multiply(q, tl.trans(k), UPCAST)
     if BIASED:
-        # where a key is hidden its logit may be anything, not a number included
+        # the logit of a hidden key may be anything, NaN included
         logits = tl.where(bias[None, :] == float("-inf"), float("-inf"), logits * factor + bias[None, :])
         higher = tl.maximum(peak, tl.max(logits, 1))
         weights = tl.exp2(logits - higher[:, None])
     else:
         higher = tl.maximum(peak, tl.max(logits, 1) * factor)
         weights = tl.exp2(logits * factor - higher[:, None])
-    fade = tl.exp2(peak - higher)
-    total = total * fade + tl.sum(weights, 1)
-    out = multiply_add(weights.to(v.dtype), v, out * fade[:, None], UPCAST)
+    rescale = tl.exp2(peak - higher)
+    total = total * rescale + tl.sum(weights, 1)
+    out = multiply_add(weights.to(v.dtype), v, out * rescale[:, None], UPCAST)
     return higher, total, out
 
 
@@ -71,27 +71,27 @@ def forward_kernel(
     POOLED: tl.constexpr, DROPPED: tl.constexpr, LENGTHS: tl.constexpr, TAIL: tl.constexpr, ORDERED: tl.constexpr,
     TMA: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Attention of one tile of queries. Tensors are taken by their strides.
+    """Compute attention of one tile of queries. Tensors are strided unless stated otherwise.
 
     Args:
-        k: pointer, or, with `TMA`, descriptor; likewise `v`.
+        k: pointer or, with `TMA`, descriptor; likewise `v`.
         out: (B, S, H, D), contiguous.
-        lse: (B, S, H) float32, natural, contiguous.
-        order: (.., query blocks) int32, rows of the mask, longest first, where `ORDERED`.
+        lse: (B, S, H) float32, natural logarithm, contiguous.
+        order: (.., query blocks) int32, rows of the mask, longest first, if `ORDERED`.
         pooled_bias: (P,) float32, in base 2.
-        pooled_block: (P,) int32, the key block of each pooled token, where `DROPPED`.
-        S: number of queries; likewise T, of keys, P, of pooled tokens, and H, of heads.
+        pooled_block: (P,) int32, the key block of each pooled token, if `DROPPED`.
+        S: number of queries; likewise T keys, P pooled tokens and H heads.
         scale: factor of the logits.
-        mask_batch: rows of the mask from batch item to batch item: 0 where one mask is shared; likewise `mask_head`.
+        mask_batch: mask rows between batch items, 0 if the mask is shared; likewise `mask_head`.
         D: size of a head.
         BQ: tokens in a query block; likewise BK, in a key block.
-        BLOCK_M: queries of a tile, which divides BQ; likewise BLOCK_N, keys of a tile.
-        TAIL: whether the last key block is not full.
+        BLOCK_M: queries in a tile, which divides BQ; likewise BLOCK_N, keys in a tile.
+        TAIL: whether the last key block is partial.
     """
     tile, head, item = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     factor = scale * LOG2E
     first_row = item.to(tl.int64) * mask_batch + head.to(tl.int64) * mask_head
-    row, start = tile_place(order + first_row, tile, BQ, BLOCK_M, ORDERED)
+    row, start = tile_position(order + first_row, tile, BQ, BLOCK_M, ORDERED)
     mask_row = first_row + row
     q_tile = load_tile(q, item, head, start, S, q_batch, q_token, q_head, BLOCK_M, D, False, False)
     kept = indices + mask_row * capacity
@@ -102,7 +102,7 @@ def forward_kernel(
     total = tl.zeros((BLOCK_M,), tl.float32)
     out_tile = tl.zeros((BLOCK_M, D), tl.float32)
     PARTS: tl.constexpr = BK // BLOCK_N
-    ZEROED: tl.constexpr = TMA and not LENGTHS  # a descriptor gives zeros past the end of the sequence
+    ZEROED: tl.constexpr = TMA and not LENGTHS  # descriptors return zeros past the end of the sequence
     for step in range(0, whole * PARTS):
         key = tl.load(kept + step // PARTS) * BK + (step % PARTS) * BLOCK_N
         k_tile = load_tile(k, item, head, key, T, k_batch, k_token, k_head, BLOCK_N, D, TMA, True)
@@ -149,10 +149,10 @@ def forward_kernel(
             )
             peak, total, out_tile = add_keys(q_tile, k_tile, v_tile, bias, peak, total, out_tile, factor, True, UPCAST)
 
-    divisor = tl.where(total == 0.0, 1.0, total)  # a query without keys
+    divisor = tl.where(total == 0.0, 1.0, total)  # 0: a query without keys
     queries = start + tl.arange(0, BLOCK_M).to(tl.int64)
     inside = queries < S
-    to = out + ((item.to(tl.int64) * S + queries[:, None]) * H + head) * D + tl.arange(0, D)[None, :]
-    tl.store(to, (out_tile / divisor[:, None]).to(out.dtype.element_ty), mask=inside[:, None])
+    pointers = out + ((item.to(tl.int64) * S + queries[:, None]) * H + head) * D + tl.arange(0, D)[None, :]
+    tl.store(pointers, (out_tile / divisor[:, None]).to(out.dtype.element_ty), mask=inside[:, None])
     sums = tl.where(total == 0.0, float("-inf"), (peak + tl.log2(divisor)) / LOG2E)
     tl.store(lse + (item.to(tl.int64) * S + queries) * H + head, sums, mask=inside)

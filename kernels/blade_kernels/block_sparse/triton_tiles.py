@@ -1,11 +1,11 @@
-"""What the kernels of block-sparse attention share: loads of tiles, and their products."""
+"""Shared parts of the block-sparse attention kernels: loads of tiles, and their products."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-LOG2E = tl.constexpr(1.4426950408889634)  # logits are in base 2: exp2 is what the hardware computes
+LOG2E = tl.constexpr(1.4426950408889634)  # logits are in base 2, as the hardware computes exp2
 
 
 @triton.jit
@@ -13,18 +13,18 @@ def load_tile(
     x, item, head, start, stop, batch_stride, token_stride, head_stride,
     TOKENS: tl.constexpr, D: tl.constexpr, TMA: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Load (TOKENS, D) of one head from token `start` on, with zeros from token `stop` on.
+    """Load the (TOKENS, D) tile of one head that begins at token `start`, with zeros from token `stop` on.
 
     Args:
-        x: a pointer, or, with `TMA`, a descriptor of (B, H, S, D) in blocks of (1, 1, TOKENS, D).
-        item: place in the batch; likewise `head`.
+        x: a pointer or, with `TMA`, a descriptor of (B, H, S, D) in blocks of (1, 1, TOKENS, D).
+        item: index in the batch; likewise `head`.
         start: first token.
-        stop: token after the last one that there is; not looked at where `WHOLE`.
-        batch_stride: from batch item to batch item; likewise the other strides.
+        stop: token after the last valid one; ignored if `WHOLE`.
+        batch_stride: distance between batch items; likewise the other strides.
     """
     if TMA:
         tile = x.load([item, head, start, 0]).reshape(TOKENS, D)
-        if not WHOLE:  # what lies past `stop` may be anything, not a number included
+        if not WHOLE:  # values past `stop` may be anything, NaN included
             tile = tl.where((start + tl.arange(0, TOKENS) < stop)[:, None], tile, 0.0)
     else:
         tokens = start + tl.arange(0, TOKENS).to(tl.int64)
@@ -39,17 +39,17 @@ def load_tile(
 
 @triton.jit
 def count_below(kept, count, block):
-    """How many of the first `count` blocks of a list are less than `block`."""
-    found = count * 0
+    """Count the blocks below `block` among the first `count` of a list."""
+    below = count * 0
     for first in range(0, count, 128):
-        places = first + tl.arange(0, 128)
-        found += tl.sum((tl.load(kept + places, mask=places < count, other=block) < block).to(tl.int32), 0)
-    return found
+        slots = first + tl.arange(0, 128)
+        below += tl.sum((tl.load(kept + slots, mask=slots < count, other=block) < block).to(tl.int32), 0)
+    return below
 
 
 @triton.jit
 def multiply(a, b, UPCAST: tl.constexpr):
-    """Matrix product in float32. `UPCAST` is for the interpreter, which knows no product of bfloat16."""
+    """Multiply matrices, with sums in float32. `UPCAST` is for the interpreter, which cannot multiply bfloat16."""
     if UPCAST:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
     return tl.dot(a, b, input_precision="ieee")
@@ -57,15 +57,15 @@ def multiply(a, b, UPCAST: tl.constexpr):
 
 @triton.jit
 def multiply_add(a, b, total, UPCAST: tl.constexpr):
-    """Matrix product added to `total`, as `multiply`."""
+    """Add a matrix product to `total`; see `multiply`."""
     if UPCAST:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision="ieee")
     return tl.dot(a, b, total, input_precision="ieee")
 
 
 @triton.jit
-def tile_place(order, tile, BQ: tl.constexpr, BLOCK_M: tl.constexpr, ORDERED: tl.constexpr):
-    """Row of the mask, and the first query, of a tile of queries. `order` is that of the rows, where `ORDERED`."""
+def tile_position(order, tile, BQ: tl.constexpr, BLOCK_M: tl.constexpr, ORDERED: tl.constexpr):
+    """Return the mask row and the first query of a tile of queries. `order` holds the rows' order, if `ORDERED`."""
     TILES: tl.constexpr = BQ // BLOCK_M
     row = tile // TILES
     if ORDERED:
@@ -75,7 +75,7 @@ def tile_place(order, tile, BQ: tl.constexpr, BLOCK_M: tl.constexpr, ORDERED: tl
 
 @triton.jit
 def key_stop(key_lengths, item, T, LENGTHS: tl.constexpr):
-    """Where the keys of a batch item end: at T, or, with `LENGTHS`, where its own do."""
+    """Return the number of valid keys of a batch item: T or, with `LENGTHS`, its own."""
     stop = T
     if LENGTHS:
         stop = tl.minimum(tl.maximum(tl.load(key_lengths + item), 0), T).to(tl.int32)
@@ -84,12 +84,12 @@ def key_stop(key_lengths, item, T, LENGTHS: tl.constexpr):
 
 @triton.jit
 def kept_blocks(kept, count, stop, key_blocks, BK: tl.constexpr, LENGTHS: tl.constexpr, TAIL: tl.constexpr):
-    """How many of a row's `count` blocks are whole, and how many hold a key at all: they come first, as lists ascend.
+    """Count the full and the non-empty ones among a row's `count` blocks: both come first, as lists are ascending.
 
     Args:
         kept: the row's list.
         stop: from `key_stop`.
-        TAIL: whether the last key block is not full.
+        TAIL: whether the last key block is partial.
     """
     whole = count
     if LENGTHS:
@@ -103,11 +103,11 @@ def kept_blocks(kept, count, stop, key_blocks, BK: tl.constexpr, LENGTHS: tl.con
 
 @triton.jit
 def window_bias(pooled_bias, pooled_block, keep_row, window, P, BLOCK_N: tl.constexpr, DROPPED: tl.constexpr):
-    """Bias of `BLOCK_N` pooled tokens: -inf past the last, and, with `DROPPED`, of blocks that the row keeps."""
+    """Return the bias of `BLOCK_N` pooled tokens: -inf past the end and, with `DROPPED`, for blocks the row keeps."""
     windows = window + tl.arange(0, BLOCK_N)
-    seen = windows < P
-    bias = tl.load(pooled_bias + windows, mask=seen, other=0.0)
+    visible = windows < P
+    bias = tl.load(pooled_bias + windows, mask=visible, other=0.0)
     if DROPPED:
-        block = tl.load(pooled_block + windows, mask=seen, other=0)
-        seen = seen & (tl.load(keep_row + block, mask=seen, other=1) == 0)
-    return tl.where(seen, bias, float("-inf"))
+        block = tl.load(pooled_block + windows, mask=visible, other=0)
+        visible = visible & (tl.load(keep_row + block, mask=visible, other=1) == 0)
+    return tl.where(visible, bias, float("-inf"))

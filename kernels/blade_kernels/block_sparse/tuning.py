@@ -1,4 +1,4 @@
-"""Choosing launch configurations by timing them, on the GPU that is there, for one size of heads and blocks."""
+"""Tuning of launch configurations: timing them on this machine's GPU for one size of heads and blocks."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ from blade_kernels.block_sparse.operators import Arguments
 from blade_kernels.block_sparse.triton_attention import backward, device_of, forward
 
 WORTH = 0.98
-"""A configuration replaces the shipped one if it takes at most this share of its time."""
+"""Largest share of the shipped configuration's time at which another one replaces it."""
 
 LARGEST_CHANGE = 2e-2
-"""Root mean square by which outputs may differ from those of the shipped configuration, relative to theirs."""
+"""Largest root mean square difference from the shipped configuration's outputs, relative to theirs."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TuningCase:
-    """The layer that configurations are timed on."""
+    """The attention layer that configurations are timed on."""
 
     tokens: int = 32760
     """Length of the sequence."""
@@ -48,11 +48,11 @@ class TuningCase:
     block_size: int = 128
     """Tokens in a block, of queries and of keys alike: 16, 32, 64 or 128."""
     density: float = 0.2
-    """Share of key blocks that a row keeps, in (0, 1]."""
+    """Share of key blocks kept in each row, in (0, 1]."""
     dtype: torch.dtype = torch.bfloat16
     """bfloat16 or float16."""
     device: str = "cuda"
-    """Where to measure."""
+    """Device to measure on."""
 
     def __post_init__(self) -> None:
         for name in ("tokens", "heads"):
@@ -70,33 +70,33 @@ class TuningCase:
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """One configuration of one kernel."""
+    """Result for one configuration of one kernel."""
 
     kernel: Kernel
     config: LaunchConfig
     shipped: bool
-    """Whether it is the table's own."""
+    """True for the shipped configuration."""
     ms: float | None
-    """Median time; of a backward kernel, of the whole backward pass. None if it failed."""
+    """Median time of the forward or the whole backward pass; None if it failed."""
     problem: str | None = None
-    """Why it failed."""
+    """Reason of the failure."""
 
 
 def candidates(kernel: Kernel, arch: str, head_size: int, block: int) -> Iterator[LaunchConfig]:
-    """Configurations whose loads in flight fit into shared memory.
+    """Yield the configurations whose loads in flight fit into shared memory.
 
     Args:
-        kernel: which one.
-        arch: as `architecture` returns it.
+        kernel: name of the kernel.
+        arch: as returned by `architecture`.
         head_size: 64 or 128.
         block: tokens in a block, of queries and of keys.
     """
     tiles = [size for size in BLOCK_SIZES if 32 <= size <= block] or [block]
     for block_m, block_n, warps, stages in itertools.product(tiles, tiles, (4, 8), (1, 2, 3, 4)):
-        streamed, held = (block_m, block_n) if kernel == "key_gradient" else (block_n, block_m)
-        if 2 * head_size * (2 * stages * streamed + held) > 1024 * SHARED_MEMORY[arch]:
+        streamed, resident = (block_m, block_n) if kernel == "key_gradient" else (block_n, block_m)
+        if 2 * head_size * (2 * stages * streamed + resident) > 1024 * SHARED_MEMORY[arch]:
             continue
-        if warps == 8 and block_m * block_n <= 32 * 64:  # a warp would have next to nothing to do
+        if warps == 8 and block_m * block_n <= 32 * 64:  # too little work for each warp
             continue
         yield LaunchConfig(
             block_m=block_m, block_n=block_n, num_warps=warps, num_stages=stages, tma=arch in ("90", "100")
@@ -113,11 +113,11 @@ def tune(
 
     Args:
         case: the layer.
-        measure: returns the milliseconds of a call; by default the median of CUDA events.
-        on_trial: called after each.
+        measure: returns the time of a call in milliseconds; by default the median of CUDA events.
+        on_trial: called after each trial.
 
     Returns:
-        All trials. A configuration that does not compile, or whose output differs, is among them without a time.
+        All trials; those that fail to compile, or whose outputs differ, have no time.
     """
     device = torch.device(case.device)
     arch = device_of(device)[0]
@@ -125,8 +125,8 @@ def tune(
     shape = (1, case.tokens, case.heads, case.head_dim)
     q, k, v, grad_out = (torch.randn(shape, generator=generator, device=device).to(case.dtype) for _ in range(4))
     blocks, size = -(-case.tokens // case.block_size), (case.block_size, case.block_size)
-    kept = max(1, round(case.density * blocks))
-    mask = random_blocks((1, case.heads, blocks, blocks), kept, size, generator=generator, device=device)
+    blocks_per_row = max(1, round(case.density * blocks))
+    mask = random_blocks((1, case.heads, blocks, blocks), blocks_per_row, size, generator=generator, device=device)
     arguments = Arguments.of(q, k, v, mask, None, None, case.head_dim**-0.5)
     out, lse = forward(arguments)
     passes: dict[Kernel, Callable[[], tuple[Tensor, ...]]] = {
@@ -148,8 +148,8 @@ def tune(
                         ms = (measure or _event_ms)(run)
                     else:
                         problem = f"outputs differ by {change:.2g}"
-            except Exception as failure:  # whatever Triton or the driver say of a configuration that they cannot take
-                problem = f"{type(failure).__name__}: {failure}".splitlines()[0]
+            except Exception as error:  # Triton and the driver raise various errors for invalid configurations
+                problem = f"{type(error).__name__}: {error}".splitlines()[0]
             trials.append(Trial(kernel=kernel, config=config, shipped=config == shipped, ms=ms, problem=problem))
             if on_trial is not None:
                 on_trial(trials[-1])
@@ -157,8 +157,8 @@ def tune(
 
 
 def best(trials: list[Trial]) -> dict[Kernel, Trial]:
-    """The fastest trial of each kernel; the shipped one, where nothing is clearly faster."""
-    found: dict[Kernel, Trial] = {}
+    """Pick the fastest trial of each kernel, or the shipped one if nothing is clearly faster."""
+    fastest_trials: dict[Kernel, Trial] = {}
     for kernel in KERNELS:
         timed = [trial for trial in trials if trial.kernel == kernel and trial.ms is not None]
         if not timed:
@@ -167,26 +167,26 @@ def best(trials: list[Trial]) -> dict[Kernel, Trial]:
         shipped = next((trial for trial in timed if trial.shipped), None)
         if shipped is not None and (fastest.ms or 0.0) > WORTH * (shipped.ms or 0.0):
             fastest = shipped
-        found[kernel] = fastest
-    return found
+        fastest_trials[kernel] = fastest
+    return fastest_trials
 
 
 def save(chosen: dict[Kernel, Trial], case: TuningCase, path: Path) -> None:
-    """Add configurations to the file of this machine's own, or take those away that are the shipped ones.
+    """Update this machine's file of measured configurations; entries for which the shipped one won are removed.
 
     Args:
-        chosen: from `best`.
-        case: what they were timed on.
-        path: the file; replaced as a whole.
+        chosen: result of `best`.
+        case: the layer that they were timed on.
+        path: the file; replaced atomically.
 
     Raises:
-        ValueError: if there is such a file and it can not be read.
-        OSError: if it can not be written.
+        ValueError: the file exists and cannot be read.
+        OSError: the file cannot be written.
     """
     table: dict[str, Any] = json.loads(json.dumps(measured_configs(path)))
-    own = table.setdefault(device_of(torch.device(case.device))[1], {})
+    device_table = table.setdefault(device_of(torch.device(case.device))[1], {})
     for kernel, trial in chosen.items():
-        rows = own.setdefault(kernel, {}).setdefault(str(case.head_dim), {})
+        rows = device_table.setdefault(kernel, {}).setdefault(str(case.head_dim), {})
         if trial.shipped:
             rows.pop(str(case.block_size), None)
         else:
@@ -198,8 +198,8 @@ def save(chosen: dict[Kernel, Trial], case: TuningCase, path: Path) -> None:
     measured_configs.cache_clear()
 
 
-def _relative_change(found: Tensor, expected: Tensor) -> float:
-    difference = (found.float() - expected.float()).square().mean().sqrt()
+def _relative_change(actual: Tensor, expected: Tensor) -> float:
+    difference = (actual.float() - expected.float()).square().mean().sqrt()
     return float(difference / expected.float().square().mean().sqrt())
 
 

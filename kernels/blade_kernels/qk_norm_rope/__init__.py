@@ -1,4 +1,4 @@
-"""Normalisation and rotary position embedding of queries or keys, in one pass over them."""
+"""Fused normalisation and rotary position embedding of queries or keys."""
 
 from blade_kernels.qk_norm_rope.api import qk_norm_rope
 from blade_kernels.qk_norm_rope.naive import NORMS

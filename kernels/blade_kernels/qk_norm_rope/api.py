@@ -1,4 +1,4 @@
-"""What fused normalisation and rotary embedding means, what it accepts, and which implementation computes it."""
+"""Fused normalisation and rotary embedding: semantics, accepted arguments and choice of the implementation."""
 
 from __future__ import annotations
 
@@ -23,32 +23,32 @@ def qk_norm_rope(
     places: Tensor | None = None,
     implementation: str = "auto",
 ) -> Tensor:
-    """Normalise queries or keys, rotate them by their positions, and put every head's tokens in an order of its own.
+    """Normalise queries or keys, rotate them by their positions and, optionally, reorder the tokens of each head.
 
-    Computed in float32 at the least, and rounded once. Differentiable in `x`, `weight` and `bias`.
+    Computed in float32 or wider and rounded once. Differentiable in `x`, `weight` and `bias`.
 
     Args:
-        x: (B, S, H, D) queries or keys as projected, by any strides.
+        x: (B, S, H, D) projected queries or keys, with any strides.
         norm: "none"; "rms-all-heads", the root mean square over all heads of a token (Wan); "rms", over each head
             (HunyuanVideo); or "layer", mean and variance over each head (CogVideoX).
-        weight: (H * D,) for "rms-all-heads", else (D,). None: ones.
-        bias: as `weight`, for "layer" alone. None: zeros.
+        weight: (H * D,) for "rms-all-heads", else (D,). None means ones.
+        bias: like `weight`, for "layer" only. None means zeros.
         eps: added to the mean square, or to the variance.
-        cos: cosines of the rotation of neighbouring pairs of channels, each given twice: (tokens, D), or
+        cos: cosines of the rotation of adjacent pairs of channels, each repeated for both: (tokens, D) or
             (1, tokens, 1, D). None: no rotation.
-        sin: the sines, likewise.
-        rope_start: the first token that is rotated; as many follow as there are positions. Text is not rotated.
-        places: (H or 1, S) integers: for every head the place in the output of each token; a permutation. None: as
-            it is.
-        implementation: "triton"; "cpu", plain PyTorch, also on CUDA; "naive", the specification; "auto" takes Triton
-            on CUDA, where it can, and otherwise "cpu". "reference" still means "cpu".
+        sin: sines, likewise.
+        rope_start: first token to rotate; there are as many as positions in `cos`. Text is not rotated.
+        places: (H or 1, S) integers, the position of each token in the output of each head: a permutation. None keeps
+            the order.
+        implementation: "triton"; "cpu", plain PyTorch on any device; "naive", the specification; "auto" picks Triton
+            on CUDA where possible, else "cpu". "reference" is an alias of "cpu".
 
     Returns:
-        (B, S, H, D), contiguous, in the type of `x`.
+        (B, S, H, D), contiguous, in the dtype of `x`.
 
     Raises:
-        ValueError: shapes that do not fit together, or an unknown norm or implementation.
-        NotImplementedError: the implementation that was asked for can not compute this.
+        ValueError: inconsistent shapes, or an unknown norm or implementation.
+        NotImplementedError: the requested implementation cannot compute this.
     """
     _check(x, norm, weight, bias, cos, sin, rope_start, places)
     chosen = choose_implementation(implementation, x.device, operator.unsupported(x))
@@ -71,7 +71,7 @@ def _check(
     rope_start: int,
     places: Tensor | None,
 ) -> None:
-    """Raise ValueError where the arguments do not fit together."""
+    """Raise ValueError if the arguments are inconsistent."""
     if x.ndim != 4 or not x.is_floating_point() or 0 in x.shape:
         raise ValueError(
             "`x` must be floating point of shape (batch, tokens, heads, head size), none of them 0, "

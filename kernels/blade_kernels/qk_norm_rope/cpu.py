@@ -1,4 +1,4 @@
-"""Normalisation and rotary embedding in PyTorch's own operations, arranged for a CPU; runs on every device."""
+"""Normalisation and rotary embedding in plain PyTorch, arranged for a CPU; runs on every device."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def cpu_norm_rope(
 
 
 def _rotate(y: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn pairs of channels, (B, S, H, D), by angles, (S, 1, D / 2): each pair is a complex number."""
-    if torch.compiler.is_compiling():  # which fuses real numbers, and leaves complex ones as they are
+    """Rotate pairs of channels, (B, S, H, D), by angles, (S, 1, D / 2), as complex numbers."""
+    if torch.compiler.is_compiling():  # the compiler fuses real operations, but not complex ones
         even, odd = y.unflatten(-1, (-1, 2)).unbind(-1)
         return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2)
     pairs = torch.view_as_complex(y.contiguous().unflatten(-1, (-1, 2)))

@@ -1,12 +1,12 @@
-"""The specification of `qk_norm_rope`, one formula after another.
+"""Specification of `qk_norm_rope`, one formula after another.
 
-For the numbers x_i of one head of a token (of all of its heads with the norm "rms-all-heads"):
+For the channels x_i of one head of a token (of all its heads with the norm "rms-all-heads"):
 
     rms      y_i = x_i / sqrt(mean(x^2) + eps) w_i
     layer    y_i = (x_i - mean(x)) / sqrt(mean((x - mean(x))^2) + eps) w_i + b_i
 
-Then each pair of neighbouring channels turns by its angle: (y_2i, y_2i+1) is the complex number y_2i + i y_2i+1, times
-cos + i sin. Last, the token t of head h goes to the place `places[h, t]`.
+Then each pair of adjacent channels is rotated by its angle: the complex number y_2i + i y_2i+1 is multiplied by
+cos + i sin. Finally token t of head h moves to position `places[h, t]`.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ def naive_norm_rope(
     if cos is not None and sin is not None:
         stop = rope_start + len(cos)
         even, odd = y[:, rope_start:stop, :, 0::2], y[:, rope_start:stop, :, 1::2]
-        c, s = (table[:, None, 0::2].to(dtype) for table in (cos, sin))  # every number stands there twice
-        turned = torch.stack((even * c - odd * s, even * s + odd * c), -1).flatten(-2)
-        y = torch.cat((y[:, :rope_start], turned, y[:, stop:]), 1)
+        c, s = (table[:, None, 0::2].to(dtype) for table in (cos, sin))  # each value is repeated for both channels
+        rotated = torch.stack((even * c - odd * s, even * s + odd * c), -1).flatten(-2)
+        y = torch.cat((y[:, :rope_start], rotated, y[:, stop:]), 1)
     y = y.to(x.dtype)
     if places is None:
         return y.contiguous()
     moved = torch.empty_like(y, memory_format=torch.contiguous_format)
-    for head, place in enumerate(places.expand(y.shape[2], -1)):
-        moved[:, place, head] = y[:, :, head]
+    for head, positions in enumerate(places.expand(y.shape[2], -1)):
+        moved[:, positions, head] = y[:, :, head]
     return moved

@@ -1,4 +1,4 @@
-"""The fused kernel as an operator that PyTorch compiles and differentiates."""
+"""The fused kernel as an operator that PyTorch can compile and differentiate."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from blade_kernels.qk_norm_rope.naive import NORMS
 from blade_kernels.triton_support import missing_triton, on_device
 
 WIDEST = 16384
-"""Numbers of one token, its heads rounded up to a power of two, that one program holds."""
+"""Channels of one token, with its heads rounded up to a power of two, that one program can hold."""
 _BACKWARD_PROGRAMS = 512  # each sums the gradients of weight and bias over its tokens
 
 
 def unsupported(x: Tensor) -> str | None:
-    """Why the Triton kernel can not take these queries or keys; None if it can."""
+    """Return why the Triton kernel cannot process these queries or keys, or None if it can."""
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"the Triton kernel computes bfloat16, float16 and float32, not {x.dtype}"
     size = x.shape[-1]
@@ -28,12 +28,12 @@ def unsupported(x: Tensor) -> str | None:
 
 
 def norm_rope_warps(heads: int, head_size: int, *, backward: bool) -> int:
-    """Warps of a program, for a token of so many heads, a power of two: as many as keep it in registers."""
+    """Return the warps of a program that keep a token in registers; `heads` is a power of two."""
     return max(1, min(16, heads * head_size // (512 if backward else 1024)))
 
 
 class Arguments(NamedTuple):
-    """What the operator takes."""
+    """Arguments of the operator."""
 
     x: Tensor
     weight: Tensor | None
@@ -67,7 +67,7 @@ def _forward(*arguments: Any) -> Tensor:
 
 
 def _backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, weight and bias; empty ones of what is not there."""
+    """Return the gradients of x, weight and bias; empty tensors for weight and bias that are None."""
     from blade_kernels.qk_norm_rope.triton_kernels import norm_rope_backward_kernel
 
     *values, grad_out = arguments
@@ -95,12 +95,12 @@ def _backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _with_rows(inputs: Arguments) -> Arguments:
-    """The same, with the numbers of a head side by side."""
+    """Return the inputs with contiguous heads."""
     return inputs if inputs.x.stride(-1) == 1 else inputs._replace(x=inputs.x.contiguous())
 
 
 def _kernel_arguments(inputs: Arguments) -> dict[str, Any]:
-    """What both kernels take."""
+    """Return the arguments shared by both kernels."""
     x, weight, bias, cos, sin, places, norm, eps, rope_start = inputs
     _, tokens, heads, size = x.shape
     return {
@@ -128,12 +128,12 @@ def _kernel_arguments(inputs: Arguments) -> dict[str, Any]:
 
 
 def _present(tensor: Tensor | None, stand_in: Tensor) -> Tensor:
-    """What the kernel is given: what there is not is never looked at, and any tensor stands for it."""
+    """Return a tensor to pass to the kernel, which never reads one that is not given: any stand-in will do."""
     return stand_in if tensor is None else tensor.contiguous()
 
 
 def _heads(x: Tensor) -> int:
-    """The power of two from the number of heads on."""
+    """Return the number of heads rounded up to a power of two."""
     return 1 << (x.shape[2] - 1).bit_length()
 
 
@@ -155,8 +155,8 @@ def _(x: Tensor, *_: Any) -> Tensor:
 
 @_triton_norm_rope_backward.register_fake
 def _(x: Tensor, weight: Tensor | None, bias: Tensor | None, *_: Any) -> tuple[Tensor, ...]:
-    none = x.new_empty(0, dtype=torch.float32)
-    return x.new_empty(x.shape), *(none if vector is None else torch.empty_like(vector) for vector in (weight, bias))
+    empty = x.new_empty(0, dtype=torch.float32)
+    return x.new_empty(x.shape), *(empty if vector is None else torch.empty_like(vector) for vector in (weight, bias))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Normalisation and rotary embedding of queries or keys, forward and backward, a token of all heads at a time."""
+"""Kernels of normalisation and rotary embedding, forward and backward, one token with all its heads at a time."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def load_pairs(pointers, mask):
 
 @triton.jit
 def mean_of(even, odd, H, D: tl.constexpr, NORM: tl.constexpr):
-    """Mean over what is normalised together, broadcast over (H, D / 2)."""
+    """Average over the channels that are normalised together; broadcast to (H, D / 2)."""
     sums = tl.sum(even + odd, 1)
     if NORM == RMS_ALL_HEADS:
         total = tl.sum(sums, 0) / (H * D)
@@ -27,7 +27,7 @@ def mean_of(even, odd, H, D: tl.constexpr, NORM: tl.constexpr):
 
 @triton.jit
 def normalise(even, odd, H, eps, D: tl.constexpr, NORM: tl.constexpr):
-    """Normalised channels, and the factor that they were multiplied with."""
+    """Return the normalised channels and the factor that they were multiplied by."""
     if NORM == LAYER:
         mean = mean_of(even, odd, H, D, NORM)
         even, odd = even - mean, odd - mean
@@ -40,7 +40,7 @@ def normalise(even, odd, H, eps, D: tl.constexpr, NORM: tl.constexpr):
 
 @triton.jit
 def normalise_backward(g_even, g_odd, even, odd, factor, H, D: tl.constexpr, NORM: tl.constexpr):
-    """Gradients of the channels, from those of the normalised ones, `even` and `odd`, and the factor."""
+    """Return the gradients of the channels, from those of the normalised ones, `even` and `odd`."""
     if NORM == LAYER:
         mean = mean_of(g_even, g_odd, H, D, NORM)
         along = mean_of(g_even * even, g_odd * odd, H, D, NORM)
@@ -59,12 +59,12 @@ def norm_rope_kernel(
     HEADS: tl.constexpr, D: tl.constexpr, NORM: tl.constexpr,
     WEIGHT: tl.constexpr, BIAS: tl.constexpr, ROPE: tl.constexpr, PLACES: tl.constexpr,
 ):  # fmt: skip
-    """One token of all heads.
+    """Process one token with all its heads.
 
     Args:
         out: (B, S, H, D), contiguous.
-        places_head: from head to head in `places`; 0 where all heads share them.
-        HEADS: the power of two from the number of heads on.
+        places_head: stride between heads in `places`; 0 if all heads share them.
+        HEADS: number of heads rounded up to a power of two.
     """
     token, item = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     heads = tl.arange(0, HEADS)
@@ -95,7 +95,7 @@ def norm_rope_kernel(
 
 @triton.jit
 def load_rotation(cos, sin, position, D: tl.constexpr):
-    """Cosines and sines of a position, (1, D / 2) float32."""
+    """Load the cosines and sines of a position, (1, D / 2) float32."""
     channels = tl.arange(0, D // 2) * 2
     c = tl.load(cos + position * D + channels).to(tl.float32)
     s = tl.load(sin + position * D + channels + 1).to(tl.float32)
@@ -110,11 +110,11 @@ def norm_rope_backward_kernel(
     HEADS: tl.constexpr, D: tl.constexpr, NORM: tl.constexpr,
     WEIGHT: tl.constexpr, BIAS: tl.constexpr, ROPE: tl.constexpr, PLACES: tl.constexpr,
 ):  # fmt: skip
-    """Some tokens of all heads: their gradients, and their part of those of weight and bias.
+    """Compute the gradients of some tokens with all their heads, and partial gradients of weight and bias.
 
     Args:
         grad_out: (B, S, H, D), contiguous; likewise `grad_x`.
-        grad_weight: (programs, HEADS, D) float32, a part for every program; likewise `grad_bias`.
+        grad_weight: (programs, HEADS, D) float32, one partial sum per program; likewise `grad_bias`.
     """
     heads = tl.arange(0, HEADS)
     channels = tl.arange(0, D)

@@ -1,1 +1,1 @@
-"""Shared parts of the adapters of Diffusers' transformers."""
+"""Shared parts of the adapters for Diffusers' transformers."""

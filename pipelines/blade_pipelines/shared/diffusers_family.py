@@ -1,4 +1,4 @@
-"""The base of the adapters of Diffusers' transformers."""
+"""Base class of the adapters for Diffusers' transformers."""
 
 from __future__ import annotations
 
@@ -20,49 +20,49 @@ from blade_pipelines.shared.processor import SparseProcessor
 
 
 class DiffusersFamily:
-    """Base of the adapters: the classes of Diffusers that a family is made of, and where its self-attention is.
+    """Base class of the adapters: Diffusers' classes of a family, and the location of its self-attention.
 
-    The family's data stands beside its module, in a YAML file of the same name.
+    The family's data is in a YAML file next to its module, with the same name.
     """
 
     transformers: ClassVar[tuple[type[nn.Module], ...]]
-    """Classes of the family."""
+    """Transformer classes of the family."""
     processors: ClassVar[tuple[type, ...]]
-    """Diffusers' own processors of their self-attention."""
+    """Diffusers' own processors for their self-attention."""
     sparse_processor: ClassVar[type[SparseProcessor]]
-    """What stands in for those."""
+    """Replacement for those processors."""
     attention_name: ClassVar[str]
-    """Name of the self-attention in a block."""
+    """Attribute of a block that holds its self-attention."""
     time_embedding_name: ClassVar[str]
-    """Name of the module that makes the embedding (B, channels) of the time."""
+    """Name of the submodule that computes the time embedding, (B, channels)."""
     condition_pipelines: ClassVar[Mapping[tuple[str, Condition], str]] = {}
-    """By a pipeline's class and a condition, the class of the same weights that takes the condition."""
+    """Pipeline class that accepts a condition with the same weights, by the pipeline's class and the condition."""
     size_multiple: int = 16
-    """Pixels that the pipelines want heights and widths to be whole multiples of."""
+    """Pixels of which the pipelines require heights and widths to be multiples."""
 
     @property
     def data(self) -> FamilyData:
-        """Presets, released students and sizes for benchmarks."""
+        """Presets, released students and benchmark sizes."""
         return _read_data(Path(str(sys.modules[type(self).__module__].__file__)).with_suffix(".yaml"))
 
     def recognises(self, transformer: nn.Module) -> bool:
-        """Return whether the transformer is of this family."""
+        """Return whether the transformer belongs to this family."""
         return isinstance(transformer, self.transformers)
 
     def sampling_defaults(self, pipe: Any, height: int | None, width: int | None) -> SamplingDefaults:
-        """Return what is recommended for a pipeline's model; here, nothing beyond Diffusers' own defaults."""
+        """Return the recommended sampling settings of a pipeline's model; here only Diffusers' own defaults."""
         return SamplingDefaults()
 
     def condition_pipeline(self, pipe: Any, condition: Condition) -> str | None:
-        """Return the class that takes a condition with the same weights, from `condition_pipelines`."""
+        """Return the pipeline class that accepts a condition with the same weights, from `condition_pipelines`."""
         return self.condition_pipelines.get((type(pipe).__name__, condition))
 
     def cache_problem(self, transformer: nn.Module, cache: str) -> str | None:
-        """Return None: every cache may be used."""
+        """Return None: all caches work."""
         return None
 
     def without_values(self) -> AbstractContextManager[Any]:
-        """Return a context that changes nothing: the forward pass does not ask about values."""
+        """Return a context that changes nothing: the forward pass does not depend on values."""
         return nullcontext()
 
     def blocks(self, transformer: DiffusersModule) -> Sequence[nn.Module]:
@@ -74,7 +74,7 @@ class DiffusersFamily:
         return [getattr(block, self.attention_name) for block in self.blocks(transformer)]
 
     def time_embedding(self, transformer: nn.Module) -> nn.Module:
-        """Return the module that makes the embedding of the time."""
+        """Return the module that computes the time embedding."""
         return transformer.get_submodule(self.time_embedding_name)
 
     def heads(self, attention: DiffusersModule) -> int:
@@ -83,12 +83,12 @@ class DiffusersFamily:
         return heads
 
     def output_projection(self, attention: DiffusersModule) -> torch.Tensor | None:
-        """Return the weights of the first of `to_out`, where there are any in floating point."""
+        """Return the weight of the first layer of `to_out`, or None if there is no floating-point one."""
         weight = getattr(attention.to_out[0], "weight", None) if getattr(attention, "to_out", None) else None
         return weight if isinstance(weight, torch.Tensor) and weight.is_floating_point() else None
 
     def dense_reason(self, attention: DiffusersModule) -> str | None:
-        """Return why the module cannot be made sparse: a processor that does something else than Diffusers' own."""
+        """Return why the module cannot be made sparse, which is a processor other than Diffusers' own, or None."""
         if type(attention.processor) in self.processors:
             return None
         return f"its processor is a {type(attention.processor).__name__}, not Diffusers' {self.processors[0].__name__}"

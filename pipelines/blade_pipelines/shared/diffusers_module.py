@@ -1,9 +1,9 @@
-"""The type of Diffusers' modules."""
+"""Type of Diffusers' modules."""
 
 from typing import Any
 
 DiffusersModule = Any
-"""A transformer of Diffusers, or a module of one.
+"""A transformer of Diffusers, or a submodule of one.
 
-Not `nn.Module`: by its annotations every attribute, `config` and `heads` among them, is a tensor or a module.
+`Any` rather than `nn.Module`, which types every attribute, even `config` or `heads`, as a tensor or a module.
 """

@@ -1,4 +1,4 @@
-"""Latents in another token order."""
+"""Reordering of a latent's patches."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import torch
 
 
 def permute_patches(latent: torch.Tensor, patch: Sequence[int], permutation: torch.Tensor) -> torch.Tensor:
-    """Reorder the patches of a latent, as the patch embedding would flatten them.
+    """Reorder the patches of a latent.
 
     Args:
-        latent: (B, C, F, H, W). What no whole patch covers at its far faces is cut off, as the patch embedding does.
+        latent: (B, C, F, H, W). Incomplete patches at the far ends are cut off, as by the patch embedding.
         patch: size of a patch along (F, H, W).
-        permutation: int64 (patches,); patch i of the result is patch `permutation[i]` of the latent, both counted in
-            raster order.
+        permutation: (patches,) int64; patch i of the result is patch `permutation[i]` of the latent, both in raster
+            order.
 
     Returns:
-        (B, C, F', H', W') with F', H', W' the largest multiples of the patch size.
+        (B, C, F', H', W') where F', H', W' are rounded down to multiples of the patch size.
     """
     frames, height, width = (size // length for size, length in zip(latent.shape[2:], patch))
     latent = latent[:, :, : frames * patch[0], : height * patch[1], : width * patch[2]]

@@ -1,4 +1,4 @@
-"""Attention processors: the base of every family's."""
+"""Base class of the families' attention processors."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from blade_pipelines.shared.diffusers_module import DiffusersModule
 
 
 class SparseProcessor:
-    """Self-attention of one layer through BLADE; a dense layer or step goes to the processor it stands in for."""
+    """Self-attention of one layer with BLADE; dense layers and steps use the replaced processor."""
 
     def __init__(self, layer: SparseAttention, previous: Any) -> None:
-        """Make a processor.
+        """Create a processor.
 
         Args:
-            layer: the layer, as the method has set it up.
-            previous: the processor before it, the dense fallback.
+            layer: the layer, as set up by the method.
+            previous: the processor to replace, used as the dense fallback.
         """
         self.layer = layer
         self.previous = previous
 
     @property
     def _attention_backend(self) -> Any:
-        """Diffusers' attention backend, which serves the dense fallback."""
+        """Diffusers' attention backend, used by the dense fallback."""
         return self.previous._attention_backend
 
     @_attention_backend.setter
@@ -35,7 +35,7 @@ class SparseProcessor:
 
     @property
     def _parallel_config(self) -> None:
-        """Always None: context parallelism is refused."""
+        """Always None: context parallelism is not supported."""
         return None
 
     @_parallel_config.setter
@@ -55,19 +55,19 @@ def norm_and_rope(
     sin: torch.Tensor | None,
     places: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Normalise queries or keys with a module's weights, rotate them, and put every head's in an order of its own.
+    """Normalise queries or keys with a module's weights, rotate them and reorder each head's tokens.
 
     Args:
         tensor: (B, S, H, D).
-        norm: the module; None: as they are.
-        kind: what it computes, a norm of `qk_norm_rope`.
+        norm: the normalisation module; None for no normalisation.
+        kind: the module's norm, as named by `qk_norm_rope`.
         cos: see `qk_norm_rope`.
         sin: see `qk_norm_rope`.
         places: see `qk_norm_rope`.
     """
     if norm is None:
         return qk_norm_rope(tensor, cos=cos, sin=sin, places=places)
-    if "forward" in norm.__dict__:  # a hook, such as an offloading one, that brings its weights when it is called
+    if "forward" in norm.__dict__:  # hooked, for instance by offloading, which loads the weights on each call
         heads = tensor.shape[2:]
         tensor = norm(tensor.flatten(2)).unflatten(2, heads) if kind == "rms-all-heads" else norm(tensor)
         return qk_norm_rope(tensor, cos=cos, sin=sin, places=places)

@@ -277,7 +277,7 @@ def test_an_implementation_that_cannot_compute_this(
     path = tmp_path / "config" / "blade_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "implementation": "flex", "dense_steps": 0}))
     options = [*OK, "--model", str(saved_tiny_pipeline), *SIZE, "--config", str(path)]
-    assert "can not compute this" in command.fails(*options)
+    assert "cannot compute this" in command.fails(*options)
 
 
 def test_debug_shows_the_traceback(command: CommandLine) -> None:

@@ -23,7 +23,7 @@ KINDS = [None, "all", "dropped"]
 
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch):
-    """What a kernel leaves unwritten is not a number, or an index far out of range."""
+    """Poison memory that a kernel leaves unwritten: with NaN, or with an index far out of range."""
 
     def poison(tensor):
         return tensor.fill_(float("nan") if tensor.is_floating_point() else 2**30)

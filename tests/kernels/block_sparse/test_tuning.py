@@ -83,7 +83,7 @@ def test_an_unreadable_file_is_named():
     path = launch_table.override_path()
     path.parent.mkdir(parents=True)
     path.write_text("{")
-    with pytest.raises(ValueError, match=r"launch_table.json can not be read .* run `blade-bench tune` again"):
+    with pytest.raises(ValueError, match=r"launch_table.json cannot be read .* run `blade-bench tune` again"):
         launch_config("forward", "90", 64, (32, 32), device="cpu")
 
 
