@@ -1,4 +1,4 @@
-"""How fast block-sparse attention is beside the fastest dense attention, at given sizes and densities."""
+"""Benchmark of block-sparse attention against the fastest dense attention, at given sizes and densities."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from blade.models.devices import DTYPES
 from blade.token_grid import TokenGrid
 
 PACKAGES = ("blade-video", "torch", "triton")
-"""Packages whose versions are recorded, beside those of the candidates."""
+"""Packages whose versions are recorded, in addition to those of the candidates."""
 
 ERROR_BOUNDS = {"float32": 1e-4, "bfloat16": 3e-2, "float16": 3e-3}
-"""Largest error, relative to the exact output's root mean square, with which times are reported."""
+"""Largest error of BLADE's implementations, relative to the exact output's root mean square."""
 
 PASSES = {
     "drawn": "drawing random blocks, building the mask, and the forward pass",
@@ -40,16 +40,16 @@ PASSES = {
     "selection": "the choice of blocks from queries and keys, and building the mask",
     "whole": "the choice of blocks, building the mask, and the forward pass",
 }
-"""What can be timed. The fastest dense attention stands beside each."""
+"""Passes that can be timed, each compared with the fastest dense attention."""
 
 BLOCKS = ("random", "patterns")
-"""Which blocks are kept: independent ones in every head and row, or those of a table of head patterns."""
+"""Choices of the kept blocks: independent ones in every head and row, or those of a table of head patterns."""
 
 PROBE_TOKENS = 16
-"""Tokens in 128 that the choice of blocks looks at."""
+"""Tokens in 128 that are sampled for the choice of blocks."""
 
 ROTATED_INPUTS = 2
-"""Different inputs that a CUDA measurement takes in turn."""
+"""Number of different inputs that a CUDA measurement cycles through."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,13 +61,13 @@ class AttentionShape:
     heads: int = 2
     """Attention heads."""
     head_dim: int = 128
-    """Numbers in one head of one token."""
+    """Channels of one head."""
     batch: int = 1
-    """Sequences."""
+    """Number of sequences."""
     model: str | None = None
-    """The model that has such layers."""
+    """Name of the model with such layers."""
     grid: TokenGrid | None = None
-    """The tokens of its videos, where head patterns are measured."""
+    """Token grid of its videos, which head patterns need."""
 
     def __post_init__(self) -> None:
         for name in ("tokens", "heads", "head_dim", "batch"):
@@ -79,7 +79,7 @@ class AttentionShape:
 
 
 def model_shapes() -> dict[str, AttentionShape]:
-    """Return the layers of published models at the sizes at which they are run, by name."""
+    """Return the layers of published models at their usual sizes, by name."""
     return {
         name: AttentionShape(
             model=layer.title,
@@ -94,29 +94,29 @@ def model_shapes() -> dict[str, AttentionShape]:
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionBenchmark:
-    """What to measure."""
+    """Options of the attention benchmark."""
 
     shapes: tuple[AttentionShape, ...] = (AttentionShape(tokens=8192),)
     """Sizes of the layer."""
     densities: tuple[float, ...] = (0.15,)
-    """Shares of the key blocks that the rows keep, in (0, 1]. A row keeps the next smaller or the next larger whole
-    number, drawn so that the mean is the share, and one at the least."""
+    """Shares of the key blocks that the rows keep, in (0, 1]. Each row rounds its number of blocks down or up at
+    random, so that the mean is the share, and keeps at least one."""
     passes: tuple[str, ...] = ("drawn",)
-    """Names of `PASSES`."""
+    """Passes to time, names of `PASSES`."""
     blocks: str = "random"
     """One of `BLOCKS`."""
     block_size: int = 128
-    """Tokens in a block, of queries and of keys alike."""
+    """Tokens in a block, both of queries and of keys."""
     dtype: str = "float32"
     """Type of queries, keys and values."""
     device: str = "cpu"
-    """Where to measure."""
+    """The device to measure on."""
     threads: int | None = None
     """Threads on the CPU. None: PyTorch's own number."""
     repeats: int = 5
-    """Measured calls, of which the median counts; one more before them is not measured."""
+    """Measured calls, of which the median counts; a warm-up call comes first."""
     seed: int = 0
-    """Of the inputs and of the blocks."""
+    """Seed of the inputs and of the blocks."""
 
     def __post_init__(self) -> None:
         for name in ("block_size", "repeats"):
@@ -146,23 +146,23 @@ def run_attention_benchmark(
     command: str | None = None,
     on_case: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
-    """Measure dense and block-sparse attention, and other packages' where they are installed.
+    """Measure dense and block-sparse attention, and that of other packages if they are installed.
 
     The blocks are drawn at random, independently in every head and row, or are those of a table of head patterns. An
-    implementation of BLADE whose output is wrong is an error, not a result; a peer's error stands beside its times.
+    implementation of BLADE whose output is wrong is an error, not a result; a peer's error is reported with its times.
 
     Args:
-        settings: what to measure.
+        settings: the options.
         command: the command line to record.
         on_case: called with the report so far after every size and density, so that none is lost.
 
     Returns:
         Plain JSON values: `settings`, `machine`, `versions`, `date`, `command`, and `cases`, one for each size and
-        density; on CUDA also `matrix_peak_tflops`, the fastest that the machine multiplied matrices, and `cubins`,
-        what Triton's kernels of these sizes compiled to. A case has, by name
-        of candidate, `ms`, with a time for every pass, `error`, relative to the exact output, and on CUDA `peak_mib`,
-        the most memory that was allocated in every pass, its inputs included but for a mask that is given; `sparse`,
-        the names of those that take blocks alone; and `missing`, why some were not measured.
+        density; on CUDA also `matrix_peak_tflops`, the measured peak of matrix multiplication, and `cubins`, facts
+        about the compiled Triton kernels of these sizes. A case has, by name of candidate, `ms`, a time for every
+        pass; `error`, relative to the exact output; on CUDA `peak_mib`, the peak memory of every pass, including its
+        inputs but not a given mask; `sparse`, the names of the block-sparse candidates; and `missing`, the reasons
+        why some were not measured.
 
     Raises:
         RuntimeError: an implementation's output is wrong.
@@ -226,8 +226,8 @@ class _Layer:
                 passes = [name for name in passes if name in ("forward", "training")]
             self._measure(candidate, passes, mask, results, density)
         if "selection" in settings.passes:
-            kept = self._kept(density)
-            choose: Callable[[Tensor, Tensor, Tensor], object] = lambda q, k, v: self._select(q, k, kept)  # noqa: E731
+            count = self._block_count(density)
+            choose: Callable[[Tensor, Tensor, Tensor], object] = lambda q, k, v: self._select(q, k, count)  # noqa: E731
             if settings.blocks == "patterns":
                 choose = lambda q, k, v: self.draw(density)  # noqa: E731
             results.add("selection", "selection", *self._timed(choose))
@@ -244,17 +244,17 @@ class _Layer:
         }
 
     def draw(self, density: float) -> BlockMask:
-        """A mask of random blocks, or of patterns."""
+        """Make a mask of random blocks, or of patterns."""
         if self.settings.blocks == "patterns" and density < 1:
             return self._plan(density).mask(self._pattern_ids())
         shape, size = (self.shape.batch, self.shape.heads, self.blocks, self.blocks), self.settings.block_size
-        places = torch.rand(shape, generator=self.generator, device=self.device).argsort(-1).argsort(-1)
-        share = torch.rand((*shape[:3], 1), generator=self.generator, device=self.device)
-        kept = (density * self.blocks + share).floor().clamp(min=1)
-        return BlockMask.from_dense(places < kept, (size, size), math.ceil(density * self.blocks))
+        ranks = torch.rand(shape, generator=self.generator, device=self.device).argsort(-1).argsort(-1)
+        rounding = torch.rand((*shape[:3], 1), generator=self.generator, device=self.device)
+        counts = (density * self.blocks + rounding).floor().clamp(min=1)
+        return BlockMask.from_dense(ranks < counts, (size, size), math.ceil(density * self.blocks))
 
     def _plan(self, density: float) -> PatternPlan:
-        """The heads' patterns at a density."""
+        """Return the plan of the heads' patterns at a density."""
         if density not in self._plans:
             assert self.shape.grid is not None
             self._plans[density] = benchmark_patterns(
@@ -266,53 +266,55 @@ class _Layer:
         return torch.arange(self.shape.heads, device=self.device) % len(PATTERN_KINDS)
 
     def _measure(
-        self, one: Candidate, passes: list[str], mask: BlockMask, results: _Results, density: float = 1.0
+        self, candidate: Candidate, passes: list[str], mask: BlockMask, results: _Results, density: float = 1.0
     ) -> None:
-        """Check a candidate's output and time its passes; what it cannot compute is noted."""
-        kept = self._kept(density)
+        """Check a candidate's output and time its passes, or note why it cannot compute them."""
+        count = self._block_count(density)
         forwards: dict[str, Callable[[Tensor, Tensor, Tensor], object]] = {
-            "forward": lambda q, k, v: one.attend(q, k, v, mask),
-            "drawn": lambda q, k, v: one.attend(q, k, v, self.draw(density)),
-            "whole": lambda q, k, v: one.attend(q, k, v, self._select(q, k, kept)),
+            "forward": lambda q, k, v: candidate.attend(q, k, v, mask),
+            "drawn": lambda q, k, v: candidate.attend(q, k, v, self.draw(density)),
+            "whole": lambda q, k, v: candidate.attend(q, k, v, self._select(q, k, count)),
         }
         if self.settings.blocks == "patterns" and density < 1:
-            plan = replace(self._plan(density), implementation=one.name)
+            plan = replace(self._plan(density), implementation=candidate.name)
             rows = (self._pattern_ids(),)
-            places = plan.head_places(rows)
-            forwards["whole"] = lambda q, k, v: plan.attend(q, k, v, rows, places=places)[0]
+            head_places = plan.head_places(rows)
+            forwards["whole"] = lambda q, k, v: plan.attend(q, k, v, rows, places=head_places)[0]
         try:
             with torch.no_grad():
-                q, k, v = self._laid_out(one)[0][:3]
-                results.error[one.name] = _relative_error(one.attend(q, k, v, mask), q, k, v, mask)
+                q, k, v = self._laid_out(candidate)[0][:3]
+                results.error[candidate.name] = _relative_error(candidate.attend(q, k, v, mask), q, k, v, mask)
         except Exception as problem:
-            if one.own or not isinstance(problem, (RuntimeError, ImportError, TypeError, ValueError)):
+            if candidate.own or not isinstance(problem, (RuntimeError, ImportError, TypeError, ValueError)):
                 raise
-            results.error.pop(one.name, None)
-            results.missing[one.name] = str(problem).splitlines()[0]
+            results.error.pop(candidate.name, None)
+            results.missing[candidate.name] = str(problem).splitlines()[0]
             return
         bound = ERROR_BOUNDS[self.settings.dtype]
-        error = results.error[one.name]
-        if one.own and not error <= bound:
-            raise RuntimeError(f"the output of `{one.name}` is wrong: relative error {error:.2g}, density {density}.")
+        error = results.error[candidate.name]
+        if candidate.own and not error <= bound:
+            raise RuntimeError(
+                f"the output of `{candidate.name}` is wrong: relative error {error:.2g}, density {density}."
+            )
         for name in passes:
             if name != "training":
-                results.add(one.name, name, *self._timed(forwards[name], one))
-            elif one.has_backward(q):
-                with _deterministic(one.deterministic):
-                    results.add(one.name, name, *self._timed_training(one.attend, mask, one))
+                results.add(candidate.name, name, *self._timed(forwards[name], candidate))
+            elif candidate.has_backward(q):
+                with _deterministic(candidate.deterministic):
+                    results.add(candidate.name, name, *self._timed_training(candidate.attend, mask, candidate))
 
     def _timed(
-        self, function: Callable[[Tensor, Tensor, Tensor], object], one: Candidate | None = None
+        self, function: Callable[[Tensor, Tensor, Tensor], object], candidate: Candidate | None = None
     ) -> tuple[float, float | None]:
-        inputs, state = self._laid_out(one), self.generator.get_state()
+        inputs, state = self._laid_out(candidate), self.generator.get_state()
         with torch.no_grad():
-            found = _measured(lambda turn: function(*inputs[turn % len(inputs)][:3]), self.settings, inputs[0][:3])
-        if self.device.type == "cuda":  # where the number of calls varies, and what is drawn next must not
+            times = _measured(lambda turn: function(*inputs[turn % len(inputs)][:3]), self.settings, inputs[0][:3])
+        if self.device.type == "cuda":  # the number of calls varies there, which must not change later draws
             self.generator.set_state(state)
-        return found
+        return times
 
-    def _timed_training(self, attend: Attend, mask: BlockMask, one: Candidate) -> tuple[float, float | None]:
-        inputs = [[x.detach().requires_grad_() for x in tensors] for tensors in self._laid_out(one)]
+    def _timed_training(self, attend: Attend, mask: BlockMask, candidate: Candidate) -> tuple[float, float | None]:
+        inputs = [[x.detach().requires_grad_() for x in tensors] for tensors in self._laid_out(candidate)]
 
         def train(turn: int) -> object:
             q, k, v, grad_out = inputs[turn % len(inputs)]
@@ -320,9 +322,9 @@ class _Layer:
 
         return _measured(train, self.settings, inputs[0])
 
-    def _laid_out(self, one: Candidate | None) -> list[list[Tensor]]:
-        """The inputs as a candidate takes them."""
-        if one is None or not one.heads_first:
+    def _laid_out(self, candidate: Candidate | None) -> list[list[Tensor]]:
+        """Return the inputs in the memory layout that a candidate takes."""
+        if candidate is None or not candidate.heads_first:
             return self.inputs
         return [[x.transpose(1, 2).contiguous().transpose(1, 2) for x in tensors] for tensors in self.inputs]
 
@@ -331,16 +333,16 @@ class _Layer:
         values = torch.randn(shape, generator=self.generator, device=self.device, dtype=torch.float32)
         return values.to(DTYPES[self.settings.dtype])
 
-    def _kept(self, density: float) -> int:
+    def _block_count(self, density: float) -> int:
         return max(1, round(density * self.blocks))
 
-    def _select(self, q: Tensor, k: Tensor, kept: int) -> BlockMask:
-        """The blocks that sampled tokens make important, a fixed number in every row."""
+    def _select(self, q: Tensor, k: Tensor, count: int) -> BlockMask:
+        """Select the most important blocks by sampled tokens, the same number in every row."""
         size = self.settings.block_size
         probe = max(1, PROBE_TOKENS * size // 128)
         offsets = torch.arange(0, size, size // probe, device=q.device)[:probe].expand(q.shape[2], -1)
         importance = sampled_importance(q, k, offsets, offsets, (size, size))
-        return select_blocks(importance, (size, size), max_blocks=kept)
+        return select_blocks(importance, (size, size), max_blocks=count)
 
 
 class _Results:
@@ -352,20 +354,20 @@ class _Results:
         self.error: dict[str, float] = dict(start.error) if start else {}
         self.missing: dict[str, str] = dict(start.missing) if start else {}
 
-    def add(self, name: str, what: str, ms: float, peak_mib: float | None) -> None:
-        self.ms.setdefault(name, {})[what] = ms
+    def add(self, name: str, pass_name: str, ms: float, peak_mib: float | None) -> None:
+        self.ms.setdefault(name, {})[pass_name] = ms
         if peak_mib is not None:
-            self.peak_mib.setdefault(name, {})[what] = peak_mib
+            self.peak_mib.setdefault(name, {})[pass_name] = peak_mib
 
 
 def _relative_error(out: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> float:
-    """Largest root mean square error of the first, a middle and the last query block, relative to what is right."""
+    """Return the largest relative root mean square error of the first, a middle and the last query block."""
     size, worst = mask.block_size[0], 0.0
     for block in {0, mask.query_blocks // 2, mask.query_blocks - 1}:
         rows = slice(block * size, (block + 1) * size)
-        seen = mask.keep[:, :, block].repeat_interleave(mask.block_size[1], -1)[..., : k.shape[1]].unsqueeze(2)
+        keep = mask.keep[:, :, block].repeat_interleave(mask.block_size[1], -1)[..., : k.shape[1]].unsqueeze(2)
         queries, keys, values = (x.double().transpose(1, 2) for x in (q[:, rows], k, v))
-        exact = functional.scaled_dot_product_attention(queries, keys, values, attn_mask=seen).transpose(1, 2)
+        exact = functional.scaled_dot_product_attention(queries, keys, values, attn_mask=keep).transpose(1, 2)
         error = (out[:, rows].double() - exact).square().mean().sqrt() / exact.square().mean().sqrt()
         worst = max(worst, float(error))
     return worst
@@ -374,18 +376,18 @@ def _relative_error(out: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: BlockMas
 def _measured(
     function: Callable[[int], object], settings: AttentionBenchmark, inputs: Sequence[Tensor]
 ) -> tuple[float, float | None]:
-    """Median milliseconds of a call, which is told its turn, and peak MiB on CUDA, after one that does not count."""
+    """Time a function of the turn's number after a warm-up; return median milliseconds and, on CUDA, peak MiB."""
     function(0)
-    others = 0
+    other_bytes = 0
     if torch.device(settings.device).type == "cuda":
-        others = torch.cuda.memory_allocated(settings.device) - sum(x.numel() * x.element_size() for x in inputs)
-    found = time_short_calls(function, settings.device, settings.repeats)
-    peak = None if found.peak_bytes is None else round((found.peak_bytes - others) / 2**20, 1)
-    return round(found.median, 4), peak
+        other_bytes = torch.cuda.memory_allocated(settings.device) - sum(x.numel() * x.element_size() for x in inputs)
+    measurement = time_short_calls(function, settings.device, settings.repeats)
+    peak = None if measurement.peak_bytes is None else round((measurement.peak_bytes - other_bytes) / 2**20, 1)
+    return round(measurement.median, 4), peak
 
 
 def _matrix_peak(settings: AttentionBenchmark) -> float:
-    """TFLOP/s of one large matrix product."""
+    """Measure the TFLOP/s of one large matrix product."""
     size = 8192
     left, right = (
         torch.randn(size, size, device=settings.device, dtype=torch.float32).to(DTYPES[settings.dtype])
@@ -396,7 +398,7 @@ def _matrix_peak(settings: AttentionBenchmark) -> float:
 
 
 def _cubins(settings: AttentionBenchmark) -> list[dict[str, Any]]:
-    """What the Triton kernels of these sizes compile to; nothing of float32, which is there for tests."""
+    """Describe the compiled Triton kernels of these sizes; none for float32, which exists for tests only."""
     if settings.dtype == "float32" or missing_triton(settings.device) is not None:
         return []
     from blade_kernels.cubin import attention_variants, cubin_report
@@ -413,21 +415,21 @@ def _cubins(settings: AttentionBenchmark) -> list[dict[str, Any]]:
 
 
 @contextmanager
-def _deterministic(wanted: bool) -> Iterator[None]:
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(wanted or before)
+def _deterministic(enabled: bool) -> Iterator[None]:
+    previous = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(enabled or previous)
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before)
+        torch.use_deterministic_algorithms(previous)
 
 
 @contextmanager
 def _threads(count: int | None) -> Iterator[None]:
-    """Compute with this number of threads, then with as many as before."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
+    """Compute with this number of threads inside a `with` block."""
+    previous = torch.get_num_threads()
+    torch.set_num_threads(count or previous)
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(previous)

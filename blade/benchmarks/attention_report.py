@@ -1,4 +1,4 @@
-"""The attention benchmark's report: tables, and speed against density as a plot."""
+"""The attention benchmark's report: tables, and a plot of speed against density."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from blade.common.files import write_files
 from blade.common.tables import Table, markdown_table
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-"""A colour for each size (Okabe and Ito's, which the colour-blind can tell apart)."""
+"""A colour for each size, from Okabe and Ito's palette, which is safe for colour blindness."""
 
 WORK = {"training": 3.5, "backward": 2.5}
-"""Matrix products of a pass, in those of a forward pass, where they are not as many."""
+"""Operations of a pass relative to a forward pass, for passes in which they differ."""
 
 _BLOCKS = {
     "random": "drawn at random in every head and row",
@@ -27,18 +27,18 @@ _BLOCKS = {
 
 
 def tables(report: dict[str, Any]) -> list[Table]:
-    """A report's tables: one for each pass, and of memory and compiled kernels where there are any."""
+    """Return a report's tables: one for each pass, and those of memory and compiled kernels if there are any."""
     passes = report["settings"]["passes"]
-    found = [_dense_table(report)]
-    found += [_pass_table(report, name, PASSES[name]) for name in PASSES if name in passes]
+    sections = [_dense_table(report)]
+    sections += [_pass_table(report, name, PASSES[name]) for name in PASSES if name in passes]
     if {"forward", "training"} <= set(passes):
-        found.append(_pass_table(report, "backward", "the backward pass: both passes less the forward pass"))
+        sections.append(_pass_table(report, "backward", "the backward pass: both passes less the forward pass"))
     if any(case["peak_mib"] for case in report["cases"]):
-        found.append(_memory_table(report))
+        sections.append(_memory_table(report))
     if report.get("cubins"):
         compiled = [CubinReport(**values) for values in report["cubins"]]
-        found.append(Table("What the Triton kernels compiled to", *cubin_table(compiled)))
-    return found
+        sections.append(Table("Compiled Triton kernels", *cubin_table(compiled)))
+    return sections
 
 
 def write_report(report: dict[str, Any], folder: Path) -> list[Path]:
@@ -78,7 +78,7 @@ def write_report(report: dict[str, Any], folder: Path) -> list[Path]:
 
 
 def plot(report: dict[str, Any]) -> bytes:
-    """Draw speed against density, a row of panels for each pass and a column for each candidate, as a PNG."""
+    """Plot speed against density as a PNG, with a row of panels for each pass and a column for each candidate."""
     from matplotlib.figure import Figure
 
     cases = report["cases"]
@@ -87,16 +87,16 @@ def plot(report: dict[str, Any]) -> bytes:
     densities = sorted({case["density"] for case in cases})
     figure = Figure(figsize=(5.0 * len(names) + 0.4, 3.6 * len(passes) + 0.8), dpi=110, layout="constrained")
     panels = figure.subplots(len(passes), len(names), squeeze=False, sharex=True, sharey="row")
-    for what, row in zip(passes, panels):
-        row[0].set_ylabel(f"{what}: times as fast as dense")
+    for pass_name, row in zip(passes, panels):
+        row[0].set_ylabel(f"{pass_name}: times as fast as dense")
         for name, axes in zip(names, row):
             for index, size in enumerate(dict.fromkeys(_size(case) for case in cases)):
-                measured = [case for case in cases if _size(case) == size and what in case["ms"].get(name, {})]
+                measured = [case for case in cases if _size(case) == size and pass_name in case["ms"].get(name, {})]
                 measured.sort(key=lambda case: case["realised_density"])
                 x = [case["realised_density"] for case in measured]
-                y = [_dense_ms(case, what) / case["ms"][name][what] for case in measured]
+                y = [_dense_ms(case, pass_name) / case["ms"][name][pass_name] for case in measured]
                 axes.plot(x, y, "o-", color=COLOURS[index % len(COLOURS)], label=str(size))
-            if not any(what in case["ms"].get(name, {}) for case in cases):
+            if not any(pass_name in case["ms"].get(name, {}) for case in cases):
                 axes.text(0.5, 0.1, "not available here", transform=axes.transAxes, ha="center")
             if len(densities) > 1:
                 axes.plot(densities, [1 / x for x in densities], "--", color="#7F7F7F", label="1 / density")
@@ -120,78 +120,78 @@ def plot(report: dict[str, Any]) -> bytes:
 
 
 def _dense_table(report: dict[str, Any]) -> Table:
-    """Every dense candidate's times, which do not depend on the density."""
+    """Make the table of dense candidates' times, which do not depend on the density."""
     rows, passes = [], ("forward", "training", "backward")
     for size, case in {_size(case): case for case in report["cases"]}.items():
         for name in _dense(case):
-            rows.append([str(size), name, *(_cell(case, name, what) for what in passes)])
+            rows.append([str(size), name, *(_cell(case, name, pass_name) for pass_name in passes)])
     used = [0, 1, *(column for column in (2, 3, 4) if any(row[column] for row in rows))]
-    headings = ["size", "computed by", *(f"{what} ms" for what in passes)]
+    headings = ["size", "computed by", *(f"{pass_name} ms" for pass_name in passes)]
     return Table("Dense attention", [headings[i] for i in used], [[row[i] for i in used] for row in rows])
 
 
-def _pass_table(report: dict[str, Any], what: str, title: str) -> Table:
+def _pass_table(report: dict[str, Any], pass_name: str, title: str) -> Table:
     cases = report["cases"]
-    if what == "selection":
+    if pass_name == "selection":
         headings, names = ["selection ms"], []
     else:
-        names = [name for name in _sparse(cases) if any(_cell(case, name, what) for case in cases)]
+        names = [name for name in _sparse(cases) if any(_cell(case, name, pass_name) for case in cases)]
         headings = [f"{name} ms" for name in names]
     rows = []
     for case in cases:
-        fastest = _fastest(case, what)
-        row = [*_place(case), f"{_cell(case, fastest, what)} ({fastest})"]
-        row += [_cell(case, name, what) for name in names]
-        if what == "selection":
+        fastest = _fastest(case, pass_name)
+        row = [*_row_labels(case), f"{_cell(case, fastest, pass_name)} ({fastest})"]
+        row += [_cell(case, name, pass_name) for name in names]
+        if pass_name == "selection":
             ms = case["ms"]["selection"]["selection"]
-            row.append(f"{ms:.2f} ({100 * ms / _dense_ms(case, what):.1f} % of dense)")
+            row.append(f"{ms:.2f} ({100 * ms / _dense_ms(case, pass_name):.1f} % of dense)")
         rows.append(row)
     return Table(title[0].upper() + title[1:], ["size", "density", "dense ms", *headings], rows)
 
 
 def _memory_table(report: dict[str, Any]) -> Table:
-    """Peak memory of sparse candidates, as a multiple of the fastest dense one's."""
+    """Make the table of sparse candidates' peak memory, also as a multiple of the fastest dense one's."""
     rows, columns = [], dict[str, None]()
     for case in report["cases"]:
         cells = {}
         for name in case["sparse"]:
-            for what, mib in case["peak_mib"].get(name, {}).items():
-                dense = case["peak_mib"][_fastest(case, what)][_beside(what)]
-                cells[f"{name}, {what}"] = f"{mib:.0f} MiB ({mib / dense:.2f})"
+            for pass_name, mib in case["peak_mib"].get(name, {}).items():
+                dense = case["peak_mib"][_fastest(case, pass_name)][_dense_pass(pass_name)]
+                cells[f"{name}, {pass_name}"] = f"{mib:.0f} MiB ({mib / dense:.2f})"
         columns |= dict.fromkeys(cells)
-        rows.append((_place(case), cells))
+        rows.append((_row_labels(case), cells))
     return Table(
         "Peak memory, and as a multiple of the fastest dense attention's",
         ["size", "density", *columns],
-        [[*place, *(cells.get(column, "") for column in columns)] for place, cells in rows],
+        [[*position, *(cells.get(column, "") for column in columns)] for position, cells in rows],
     )
 
 
-def _cell(case: dict[str, Any], name: str, what: str) -> str:
-    """A time; for a sparse candidate with its speed beside the fastest dense attention's."""
+def _cell(case: dict[str, Any], name: str, pass_name: str) -> str:
+    """Format a time, for a sparse candidate with its speed relative to the fastest dense attention."""
     sparse = name in case["sparse"]
-    ms = _ms(case, name, what if sparse else _beside(what))
+    ms = _ms(case, name, pass_name if sparse else _dense_pass(pass_name))
     if ms is None:
         return ""
-    work = 4 * case["head_dim"] * case["batch"] * case["heads"] * case["tokens"] ** 2 * WORK.get(what, 1.0)
+    work = 4 * case["head_dim"] * case["batch"] * case["heads"] * case["tokens"] ** 2 * WORK.get(pass_name, 1.0)
     work *= case["realised_density"] if sparse else 1.0
     cell = f"{ms:.1f}" if work / ms < 1e10 else f"{ms:.2f}, {work / ms / 1e9:.0f} TFLOP/s"
     if not sparse:
         return cell
-    faster = _dense_ms(case, what) / ms
+    faster = _dense_ms(case, pass_name) / ms
     return f"{cell} ({faster:.2f}, {100 * faster * case['realised_density']:.0f} %)"
 
 
-def _ms(case: dict[str, Any], name: str, what: str) -> float | None:
+def _ms(case: dict[str, Any], name: str, pass_name: str) -> float | None:
     times: dict[str, float] = case["ms"].get(name, {})
-    if what == "backward":
+    if pass_name == "backward":
         return times["training"] - times["forward"] if {"training", "forward"} <= set(times) else None
-    return times.get(what)
+    return times.get(pass_name)
 
 
-def _beside(what: str) -> str:
-    """The pass of dense attention that stands beside a pass."""
-    return what if what in ("training", "backward") else "forward"
+def _dense_pass(pass_name: str) -> str:
+    """Return the pass of dense attention with which a pass is compared."""
+    return pass_name if pass_name in ("training", "backward") else "forward"
 
 
 def _dense(case: dict[str, Any]) -> list[str]:
@@ -202,14 +202,14 @@ def _sparse(cases: list[dict[str, Any]]) -> list[str]:
     return list(dict.fromkeys(name for case in cases for name in case["sparse"]))
 
 
-def _fastest(case: dict[str, Any], what: str) -> str:
-    """The fastest dense candidate's name."""
-    times = {name: ms for name in _dense(case) if (ms := _ms(case, name, _beside(what))) is not None}
+def _fastest(case: dict[str, Any], pass_name: str) -> str:
+    """Return the name of the fastest dense candidate."""
+    times = {name: ms for name in _dense(case) if (ms := _ms(case, name, _dense_pass(pass_name))) is not None}
     return min(times, key=lambda name: times[name])
 
 
-def _dense_ms(case: dict[str, Any], what: str) -> float:
-    ms = _ms(case, _fastest(case, what), _beside(what))
+def _dense_ms(case: dict[str, Any], pass_name: str) -> float:
+    ms = _ms(case, _fastest(case, pass_name), _dense_pass(pass_name))
     assert ms is not None
     return ms
 
@@ -218,5 +218,5 @@ def _size(case: dict[str, Any]) -> AttentionShape:
     return AttentionShape(**{name: case[name] for name in ("tokens", "heads", "head_dim", "batch", "model")})
 
 
-def _place(case: dict[str, Any]) -> list[str]:
+def _row_labels(case: dict[str, Any]) -> list[str]:
     return [str(_size(case)), f"{case['realised_density']:.3f}"]

@@ -1,7 +1,7 @@
-"""Who computes attention in the benchmark: PyTorch's dense backends, BLADE's implementations, installed peers.
+"""Candidates of the attention benchmark: PyTorch's dense backends, BLADE's implementations, installed peers.
 
-They are declared in a table. A candidate of one's own is one file: it makes a `Candidate`, and either calls
-`register_candidate`, or belongs to an installed package whose entry point of the group `blade.attention_candidates`
+They are declared in a table. A new candidate takes one file: it makes a `Candidate`, and either calls
+`register_candidate`, or belongs to an installed package whose entry point in the group `blade.attention_candidates`
 names its candidates.
 """
 
@@ -27,13 +27,13 @@ Attend = Callable[[Tensor, Tensor, Tensor, BlockMask], Tensor]
 """Takes q, k, v of (B, S, H, D) and a mask; returns (B, S, H, D)."""
 
 Refuse = Callable[[Tensor, Tensor, Tensor, BlockMask], str | None]
-"""Takes what `Attend` takes; returns why it cannot be computed, None if it can."""
+"""Takes the arguments of `Attend`; returns the reason why they are not supported, or None."""
 
 Takes = Callable[[Tensor, int], bool]
-"""Takes queries, (B, S, H, D), and the tokens in a block; tells if such are measured."""
+"""Takes queries, (B, S, H, D), and the tokens in a block; returns whether such inputs are measured."""
 
 MATH_BYTES = 2**30
-"""The dense backend that holds all logits is tried where they take no more than this."""
+"""Most bytes of logits with which the dense backend that materializes them is measured."""
 
 
 def _any(q: Tensor, block_size: int) -> bool:
@@ -42,33 +42,33 @@ def _any(q: Tensor, block_size: int) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """Somebody who computes attention, and when that is measured."""
+    """A way to compute attention, and the inputs with which it is measured."""
 
     name: str
-    """Its name in tables, plots and records; an implementation of BLADE has the implementation's."""
+    """Name in tables, plots and records; for BLADE's implementations, the name of the implementation."""
     attend: Attend
-    """Computes it."""
+    """Computes attention."""
     sparse: bool = False
-    """Computes the kept blocks alone."""
+    """If true, it computes the kept blocks only."""
     own: bool = False
-    """Is one of BLADE's implementations, whose output must be right."""
+    """If true, it is one of BLADE's implementations, whose output must be right."""
     takes: Takes = _any
-    """Tells with which queries and blocks it is measured."""
+    """Returns whether queries and blocks are measured."""
     module: str | None = None
-    """Module that it imports; it is measured if that is installed."""
+    """Module that it imports; it is measured only if the module is installed."""
     package: str | None = None
-    """The package that brings the module, whose version is recorded."""
+    """Package of the module, whose version is recorded."""
     refuses: Refuse | None = None
-    """Asked for every case; a refusal is recorded."""
+    """Called for every case; a reason that it returns is recorded."""
     has_backward: Callable[[Tensor], bool] = lambda q: True
-    """Takes queries; tells if it has a backward pass for such."""
+    """Takes queries; returns whether there is a backward pass for them."""
     heads_first: bool = False
-    """Is given tensors in which heads come before tokens in memory."""
+    """If true, its inputs have heads before tokens in memory."""
     deterministic: bool = False
-    """Is measured with PyTorch told to be deterministic in the backward pass."""
+    """If true, its backward pass is measured with PyTorch's deterministic algorithms."""
 
     def is_for(self, q: Tensor, block_size: int) -> bool:
-        """Tell if it is measured on such queries."""
+        """Return whether it is measured on such queries."""
         if not self.takes(q, block_size):
             return False
         return self.module is None or importlib.util.find_spec(self.module) is not None
@@ -98,7 +98,7 @@ def _sageattention(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
 
 
 def _sparge_attn(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
-    """Its blocks are 128 queries by 64 keys, and on compute capability 9.0 64 by 128."""
+    """Attend with SpargeAttn, whose blocks are 128 queries by 64 keys, or 64 by 128 on compute capability 9.0."""
     attend = import_module("spas_sage_attn").block_sparse_sage2_attn_cuda
     query_block, key_block = (64, 128) if torch.cuda.get_device_capability(q.device) == (9, 0) else (128, 64)
     keep = mask.keep.repeat_interleave(128 // query_block, 2).repeat_interleave(128 // key_block, 3)
@@ -109,14 +109,14 @@ def _sparge_attn(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
 
 
 def _fastvideo_kernel(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
-    """It takes whole blocks of 64 alone, and is told how many tokens of each count."""
+    """Attend with fastvideo-kernel, which takes whole blocks of 64 and the number of valid tokens in each."""
     attend = import_module("fastvideo_kernel").block_sparse_attn
     tokens, blocks = q.shape[1], mask.query_blocks
-    rest = 64 * blocks - tokens
-    padded = (functional.pad(x.transpose(1, 2), (0, 0, 0, rest)).contiguous() for x in (q, k, v))
-    held = torch.full((blocks,), 64, dtype=torch.int32, device=q.device)
-    held[-1] -= rest
-    out = _output(attend(*padded, mask.keep.expand(-1, q.shape[2], -1, -1).contiguous(), held))
+    padding = 64 * blocks - tokens
+    padded = (functional.pad(x.transpose(1, 2), (0, 0, 0, padding)).contiguous() for x in (q, k, v))
+    block_lengths = torch.full((blocks,), 64, dtype=torch.int32, device=q.device)
+    block_lengths[-1] -= padding
+    out = _output(attend(*padded, mask.keep.expand(-1, q.shape[2], -1, -1).contiguous(), block_lengths))
     return out[:, :, :tokens].transpose(1, 2)
 
 
@@ -126,7 +126,7 @@ def _output(returned: Tensor | tuple[Tensor, ...]) -> Tensor:
 
 
 def _dense(backend: SDPBackend, takes: Takes) -> tuple[Candidate, Candidate]:
-    """One of PyTorch's backends, and, on the CPU, the same with heads before tokens in memory."""
+    """Declare one of PyTorch's backends, and the same with heads before tokens in memory, measured on the CPU only."""
     name = backend.name.lower().removesuffix("_attention")
     return (
         Candidate(name=name, attend=_sdpa(backend), takes=takes),
@@ -140,7 +140,7 @@ def _dense(backend: SDPBackend, takes: Takes) -> tuple[Candidate, Candidate]:
 
 
 def _implementation(name: str, **conditions: Any) -> Candidate:
-    """One of BLADE's implementations of block-sparse attention."""
+    """Declare one of BLADE's implementations of block-sparse attention."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
         return block_sparse_attention(q, k, v, mask, implementation=name)
@@ -181,7 +181,7 @@ CANDIDATES = {
         *_dense(SDPBackend.MATH, _logits_fit),
         _implementation("triton"),
         _implementation("flex", has_backward=lambda q: q.is_cuda),
-        # on CUDA it only stands in where nothing else can compute a call
+        # on CUDA it is only the last resort
         _implementation("cpu", takes=lambda q, block_size: not q.is_cuda),
         Candidate(
             name="flash-attn",
@@ -231,7 +231,7 @@ def register_candidate(candidate: Candidate) -> Candidate:
     """Declare a candidate, and return it.
 
     Raises:
-        ValueError: If there is a candidate of this name.
+        ValueError: If a candidate of this name exists.
     """
     return declare(CANDIDATES, candidate)
 

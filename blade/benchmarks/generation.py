@@ -1,4 +1,4 @@
-"""How long a model's videos take, dense and sparse, at real size: its transformer's passes, their parts, decoding."""
+"""Benchmark of whole generations at real size, dense and sparse: passes, their parts, and decoding."""
 
 from __future__ import annotations
 
@@ -33,55 +33,55 @@ PACKAGES = ("blade-video", "diffusers", "torch", "triton", "flash-attn", "flash-
 """Packages whose versions are recorded."""
 
 BACKENDS = ("native", "_native_cudnn", "_native_flash", "flash", "_flash_3", "_flash_3_hub")
-"""Diffusers' names of exact dense attention; dense runs take the fastest."""
+"""Diffusers' backends of exact dense attention; dense runs take the fastest."""
 
 BACKEND_ERRORS = (RuntimeError, ValueError, ImportError, TypeError, NotImplementedError)
-"""What backends raise where they cannot compute."""
+"""Exceptions that backends raise for unsupported inputs."""
 
 PARTS = ("attention", "block selection", "norms and RoPE", "linear layers", "token permutation", "other")
-"""Of a sparse pass. Attention includes the pooling of its tokens; other: cross-attention, modulation, activations."""
+"""Parts of a sparse pass. Attention includes pooling; other means cross-attention, modulation and activations."""
 
 REACHED_SPEED = 0.85
-"""Speed of sparse attention per pair of query and key, as a share of dense attention's, that the bound counts on."""
+"""Speed of sparse attention per query-key pair that the bound assumes, as a share of dense attention's."""
 
 ALLOWANCE = 1.10
-"""How much longer than its bound a sparse pass may take."""
+"""Factor by which a sparse pass may exceed its bound."""
 
 
 LINEAR = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-"""Modules of matrix products with weights."""
+"""Modules that multiply with weight matrices."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationBenchmark:
-    """What to measure."""
+    """Options of the generation benchmark."""
 
     model: str = BUNDLED
     """`BUNDLED`, a folder in Diffusers format, or a Hub id."""
     random_weights: bool = False
-    """Whether the weights are random; then configuration files are all that is read."""
+    """Use random weights, which needs the model's configuration files only."""
     height: int | None = None
-    """Pixels; None takes the model's own, as for the next two."""
+    """Pixels; None takes the model's default."""
     width: int | None = None
-    """Pixels."""
+    """Pixels; None takes the model's default."""
     frames: int | None = None
-    """Number of frames."""
+    """Number of frames; None takes the model's default."""
     steps: int | None = None
-    """Steps of the runs with guidance."""
+    """Steps of the runs with guidance; None takes the model's default."""
     student_steps: tuple[int, ...] = (8, 4)
     """Steps of the runs without guidance."""
     sparsity: float = 0.8
-    """Of every layer and step."""
+    """Sparsity of every layer and step."""
     pooled_tokens: Literal["none", "all", "dropped"] = "all"
-    """See `BladeConfig`; inside the budget."""
+    """Pooled tokens, which count toward the budget; see `BladeConfig`."""
     measured_passes: int | None = None
-    """Passes of a run that are measured, the others being taken to be as long; None measures all."""
+    """Measured passes of a run, from which the others are extrapolated; None measures all."""
     repeats: int = 3
-    """Measured calls of what is no run."""
+    """Measured calls of single parts."""
     device: str | None = None
     """A torch device; None takes CUDA if there is one."""
     dtype: str | None = None
-    """Of the transformer; None takes bfloat16 on CUDA and float32 elsewhere. The VAE runs in float32."""
+    """Type of the transformer; None takes bfloat16 on CUDA and float32 elsewhere. The VAE runs in float32."""
 
     def __post_init__(self) -> None:
         for name in ("measured_passes", "repeats"):
@@ -95,23 +95,23 @@ class GenerationBenchmark:
 def run_generation_benchmark(
     settings: GenerationBenchmark, *, command: str | None = None, on_stage: Callable[[str], None] | None = None
 ) -> dict[str, Any]:
-    """Measure a model's runs, dense with guidance, sparse with guidance, and sparse with few steps and without.
+    """Measure a model's runs: dense with guidance, sparse with guidance, and sparse with few steps without guidance.
 
-    The budget of blocks is fixed, so that no time depends on the weights. A run is its transformer's passes and the
-    decoding of its latent, both with random inputs; encoding the text, the scheduler's steps and writing a file are
-    left out.
+    The budget of blocks is fixed, so that no time depends on the weights. A run consists of its transformer's passes
+    and the decoding of its latent, both with random inputs; text encoding, the scheduler's steps and writing a file
+    are left out.
 
     Args:
-        settings: what to measure.
+        settings: the options.
         command: the command line to record.
-        on_stage: called with what comes next.
+        on_stage: called with the name of each stage.
 
     Returns:
-        Plain JSON values: `date`, `command`, `machine`, `versions`, `settings` and what they came to: the resolved
-        size, `config`, `tokens`, `layers`, `density`; `dense_attention_ms` of one layer by backend, `backend` the
-        fastest that the transformer takes, `missing` why others were not measured or taken; `pass_ms` of a dense and a
-        sparse pass; `parts_ms` of a sparse one, of `PARTS`; `bound_ms`; `decoding_seconds`; `peak_gib` on CUDA; and
-        `runs`.
+        Plain JSON values: `date`, `command`, `machine`, `versions`, `settings` and their resolved values: the size,
+        `config`, `tokens`, `layers`, `density`; `dense_attention_ms` of one layer by backend, `backend`, the fastest
+        that the transformer accepts, and `missing`, the reasons why others were not measured or accepted; `pass_ms` of
+        a dense and a sparse pass; `parts_ms` of a sparse pass, by `PARTS`; `bound_ms`; `decoding_seconds`; `peak_gib`
+        on CUDA; and `runs`.
 
     Raises:
         ValueError: for a model or a size that cannot be measured.
@@ -125,8 +125,8 @@ def run_generation_benchmark(
     else:
         loaded = load_model(settings.model, device=device, dtype=dtype)
     config = _fixed_budget(loaded.preset, settings)
-    asked = {name: getattr(settings, name) for name in ("model", "height", "width", "frames", "steps")}
-    request = resolve_request(GenerationRequest(prompt="a benchmark", blade_config=config, **asked), loaded)
+    options = {name: getattr(settings, name) for name in ("model", "height", "width", "frames", "steps")}
+    request = resolve_request(GenerationRequest(prompt="a benchmark", blade_config=config, **options), loaded)
     latent = loaded.latent_size(*request.size)
     model = _Model(loaded, latent, device)
     if configured_budget(config, model.grid).is_full:
@@ -143,7 +143,7 @@ def run_generation_benchmark(
         **{name: getattr(request, name) for name in ("height", "width", "frames", "steps")},
         "config": config.to_dict(),
     }
-    # choosing a transformer's backend also changes the one that Diffusers takes for all others, until this ends
+    # choosing a transformer's backend also changes Diffusers' default for all others; the context restores it
     with torch.inference_mode(), attention_backend(AttentionBackendName.NATIVE):
         report |= model.describe(config)
         on_stage("dense attention")
@@ -155,12 +155,12 @@ def run_generation_benchmark(
         decoding = _decoding(loaded, latent, device)
         report["runs"], report["pass_ms"], report["peak_gib"] = [], {}, {"decoding": _gib(decoding.peak_bytes)}
         report["decoding_seconds"] = decoding.median / 1e3
-        two = 2 if model.family.guidance_takes_two_passes else 1
-        plans = [("dense, guidance", None, request.steps, two), ("sparse, guidance", config, request.steps, two)]
+        guided = 2 if model.family.guidance_takes_two_passes else 1
+        plans = [("dense, guidance", None, request.steps, guided), ("sparse, guidance", config, request.steps, guided)]
         plans += [("sparse", config, steps, 1) for steps in settings.student_steps]
-        for name, one, steps, passes in plans:
+        for name, run_config, steps, passes in plans:
             on_stage(f"{name}, {steps} steps")
-            report["runs"].append(model.run(name, one, steps, steps * passes, settings.measured_passes, report))
+            report["runs"].append(model.run(name, run_config, steps, steps * passes, settings.measured_passes, report))
     _conclude(report)
     return report
 
@@ -176,7 +176,7 @@ class _Model:
         self.attentions = self.family.attention_layers(self.transformer)
 
     def describe(self, config: BladeConfig) -> dict[str, Any]:
-        """Sizes, and the planned density."""
+        """Return the model's sizes and the planned density."""
         return {
             "tokens": self.grid.sequence_length,
             "layers": len(self.attentions),
@@ -187,15 +187,15 @@ class _Model:
         }
 
     def forward(self, _: int = 0) -> object:
-        """One pass."""
+        """Run one forward pass."""
         return self.transformer(**self.inputs)
 
     def dense_attention(self, repeats: int) -> dict[str, Any]:
-        """Time one layer's dense attention by backend, and let the transformer take the fastest that it can."""
+        """Time one layer's dense attention by backend, and set the fastest that the transformer accepts."""
         shape = (1, self.grid.sequence_length, self.family.heads(self.attentions[0]))
-        like = next(self.attentions[0].parameters())
+        parameter = next(self.attentions[0].parameters())
         query, key, value = (
-            torch.randn(*shape, self.transformer.config.attention_head_dim, device=self.device, dtype=like.dtype)
+            torch.randn(*shape, self.transformer.config.attention_head_dim, device=self.device, dtype=parameter.dtype)
             for _ in range(3)
         )
         times, missing = dict[str, float](), dict[str, str]()
@@ -214,14 +214,14 @@ class _Model:
             self.transformer.set_attention_backend(name)
             try:
                 self.forward()
-            except BACKEND_ERRORS as problem:  # such as a mask, which not every backend takes
+            except BACKEND_ERRORS as problem:  # for example, not every backend takes a mask
                 missing[name] = first_line(problem)
             else:
                 return {"dense_attention_ms": times, "missing": missing, "backend": name}
         raise ValueError(f"`device` must run one of Diffusers' attention backends, got {self.device}: {missing}.")
 
     def parts(self, repeats: int) -> dict[str, float]:
-        """Milliseconds of the parts of a sparse pass; BLADE is applied."""
+        """Return the milliseconds of the parts of a sparse pass; BLADE must be applied."""
         applied = applied_to(self.transformer)
         assert applied is not None
         self.forward()
@@ -230,14 +230,14 @@ class _Model:
             for _ in range(repeats):
                 with watch.region("other"):
                     self.forward()
-        found = {name: ms / repeats for name, ms in watch.milliseconds().items()}
+        parts_ms = {name: ms / repeats for name, ms in watch.milliseconds().items()}
         layer, arguments = calls[0]
         query, key, _, *lengths = arguments
         draw = layer.tables[0][0]
-        one = measure(lambda _: select(query, key, layer.plan, draw, *lengths), self.device, repeats).median
-        found["block selection"] = one * len(calls) / repeats
-        found["attention"] -= found["block selection"]
-        return {name: found.get(name, 0.0) for name in PARTS}
+        selection = measure(lambda _: select(query, key, layer.plan, draw, *lengths), self.device, repeats).median
+        parts_ms["block selection"] = selection * len(calls) / repeats
+        parts_ms["attention"] -= parts_ms["block selection"]
+        return {name: parts_ms.get(name, 0.0) for name in PARTS}
 
     def run(
         self,
@@ -248,17 +248,17 @@ class _Model:
         measured: int | None,
         report: dict[str, Any],
     ) -> dict[str, Any]:
-        """Time a run's passes, after one that does not count."""
+        """Time a run's passes, after a warm-up pass."""
         measured = min(passes, measured or passes)
         with ExitStack() as stack:
             if config is not None:
                 stack.enter_context(use_blade(self.transformer, config, dense_steps=0))
             self.forward()
-            found = time_calls(self.forward, self.device, measured)
+            measurement = time_calls(self.forward, self.device, measured)
         kind = "dense" if config is None else "sparse"
-        report["pass_ms"].setdefault(kind, found.median)
-        report["peak_gib"].setdefault(kind, _gib(found.peak_bytes))
-        seconds = sum(found.milliseconds) / measured * passes / 1e3
+        report["pass_ms"].setdefault(kind, measurement.median)
+        report["peak_gib"].setdefault(kind, _gib(measurement.peak_bytes))
+        seconds = sum(measurement.milliseconds) / measured * passes / 1e3
         return {
             "run": name,
             "steps": steps,
@@ -270,7 +270,7 @@ class _Model:
 
 
 def _fixed_budget(preset: BladeConfig, settings: GenerationBenchmark) -> BladeConfig:
-    """The model's preset, with every layer and step sparse and as many blocks in every row."""
+    """Return the model's preset with every layer and step sparse and the same number of blocks in every row."""
     return replace(
         preset,
         sparsity=settings.sparsity,
@@ -282,14 +282,14 @@ def _fixed_budget(preset: BladeConfig, settings: GenerationBenchmark) -> BladeCo
 
 
 def _random(name: str, value: Any) -> Any:
-    """An input as it might be in a run; masks and sizes as they are."""
+    """Return a random input of the same shape; masks and sizes stay unchanged."""
     if not isinstance(value, torch.Tensor) or not value.is_floating_point() or name.endswith("mask"):
         return value
     return torch.full_like(value, 500.0) if name == "timestep" else torch.randn_like(value)
 
 
 def _decoding(model: LoadedModel, latent: LatentSize, device: torch.device) -> Measurement:
-    """Decode a random latent, twice."""
+    """Time the decoding of a random latent, after a warm-up."""
     pipe, sample = model.pipe, torch.randn_like(model.empty_latent(latent))
 
     def decode(_: int) -> torch.Tensor:
@@ -305,11 +305,11 @@ def _gib(size: int | None) -> float | None:
 
 
 def _conclude(report: dict[str, Any]) -> None:
-    """Add what follows from the measurements."""
+    """Add the figures that follow from the measurements: shares, bound, speedups and their limits."""
     attention = report["layers"] * report["dense_attention_ms"][report["backend"]]
     dense, density = report["pass_ms"]["dense"], report["density"]
-    rest = dense - attention
-    bound = rest + attention * density / REACHED_SPEED + report["parts_ms"]["block selection"]
+    without_attention = dense - attention
+    bound = without_attention + attention * density / REACHED_SPEED + report["parts_ms"]["block selection"]
     report["dense_attention_share"] = attention / dense
     report["bound_ms"] = ALLOWANCE * bound
     report["of_bound"] = report["pass_ms"]["sparse"] / bound
@@ -317,15 +317,15 @@ def _conclude(report: dict[str, Any]) -> None:
     for run in report["runs"]:
         run["transformer_factor"] = reference["transformer_seconds"] / run["transformer_seconds"]
         run["factor"] = reference["seconds"] / run["seconds"]
-        without = run["passes"] * rest / 1e3
-        run["limit"] = reference["seconds"] / (without + report["decoding_seconds"])
+        passes_seconds = run["passes"] * without_attention / 1e3
+        run["limit"] = reference["seconds"] / (passes_seconds + report["decoding_seconds"])
 
 
 @contextmanager
 def _parts_watched(
     transformer: nn.Module, applied: AppliedBlade, attentions: Any, watch: Stopwatch
 ) -> Iterator[list[tuple[Any, tuple[Any, ...]]]]:
-    """Let a stopwatch see the parts of passes; yields the sparse layers' calls, the first one's arguments with it."""
+    """Time the parts of passes with a stopwatch; yields the sparse layers' calls, with the arguments of the first."""
     calls: list[tuple[Any, tuple[Any, ...]]] = []
     handles = []
     regions = {module: "norms and RoPE" for module in attentions}
@@ -357,7 +357,7 @@ def _parts_watched(
 
 
 class _WatchedFamily:
-    """A family whose permutations a stopwatch sees."""
+    """A family adapter whose permutations are timed by a stopwatch."""
 
     def __init__(self, family: ModelFamily, watch: Stopwatch) -> None:
         self._family, self._watch = family, watch

@@ -11,7 +11,7 @@ from blade.common.tables import Table, markdown_table
 
 
 def tables(report: dict[str, Any]) -> list[Table]:
-    """A report's tables: whole runs, a sparse pass by part, and dense attention by what computes it."""
+    """Return a report's tables: whole runs, a sparse pass by part, dense attention by backend, and peak memory."""
     runs = [
         [
             run["run"],
@@ -35,17 +35,17 @@ def tables(report: dict[str, Any]) -> list[Table]:
     ]
     backends = [[name, f"{ms:.2f}"] for name, ms in report["dense_attention_ms"].items()]
     backends += [[name, reason] for name, reason in report["missing"].items()]
-    found = [
+    sections = [
         Table("Runs", headings, runs),
         Table("A sparse pass by part", ["part", "ms", "of a sparse pass"], parts),
         Table("Dense attention of one layer", ["Diffusers' backend", "ms"], backends),
     ]
     memory = [[name, f"{gib:.2f}"] for name, gib in report["peak_gib"].items() if gib is not None]
-    return found + ([Table("Peak memory, weights included", ["of", "GiB"], memory)] if memory else [])
+    return sections + ([Table("Peak memory, weights included", ["of", "GiB"], memory)] if memory else [])
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """The report as a Markdown page."""
+    """Render the report as a Markdown page."""
     settings = report["settings"]
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items() if version is not None)
     weights = "random weights" if settings["random_weights"] else "its own weights"

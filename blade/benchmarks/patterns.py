@@ -1,4 +1,4 @@
-"""The head patterns that the attention benchmark times."""
+"""Head patterns of the attention benchmark."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from blade.profiling.candidates import natural_order, pattern_of_density
 from blade.token_grid import TokenGrid
 
 PATTERN_KINDS = ("diagonal", "multi-diagonal", "vertical", "window")
-"""Patterns that the heads have in turn, in the token orders that suit them, the model's being raster."""
+"""Kinds of pattern that the heads take in turn, each in its best token order; the model's order is raster."""
 
 
 def benchmark_patterns(
     grid: TokenGrid, heads: int, density: float, block_size: int, device: torch.device
 ) -> PatternPlan:
-    """One layer whose heads have `PATTERN_KINDS` in turn, each at a density.
+    """Make the plan of one layer whose heads take `PATTERN_KINDS` in turn, each at a density.
 
     Args:
         grid: the tokens.
         heads: number of heads.
-        density: share of all pairs that each pattern keeps at the most.
+        density: largest share of all pairs that each pattern keeps.
         block_size: tokens in a block.
-        device: where the masks are made.
+        device: the device of the masks.
     """
 
     def blocks(pattern: HeadPattern) -> float:
@@ -33,7 +33,8 @@ def benchmark_patterns(
 
     patterns = []
     for kind in PATTERN_KINDS:
-        order = "raster" if kind == "vertical" else natural_order(kind, block_size)
-        patterns.append(pattern_of_density(kind, density, blocks, grid, None if order == "raster" else order))
+        best_order = "raster" if kind == "vertical" else natural_order(kind, block_size)
+        own_order = None if best_order == "raster" else best_order
+        patterns.append(pattern_of_density(kind, density, blocks, grid, own_order))
     table = mixed_table(patterns, 1, heads, block_size=block_size)
     return PatternPlan.of(BladeConfig(attention="patterns", patterns=table), grid, device)

@@ -1,1 +1,1 @@
-"""Distillation: few-step students that have learned to live with sparsity."""
+"""Distillation of few-step students together with sparse attention."""

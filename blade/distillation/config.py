@@ -1,4 +1,4 @@
-"""What a distillation is made by: a structured configuration, read from YAML and `key=value`."""
+"""The configuration of a distillation, read from YAML and `key=value`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from blade.models.devices import DTYPES
 from blade.models.source import BUNDLED
 
 RECIPES = "recipes"
-"""Folder of the package that holds the recipes."""
+"""Folder of the package with the recipes."""
 
 
 def _positive(value: float) -> bool:
@@ -29,7 +29,7 @@ def _share(value: float) -> bool:
 
 @dataclass(kw_only=True)
 class VideoSize:
-    """Size of the videos that are trained on; what is left out is the model's default."""
+    """Size of the videos in training; unset values take the model's defaults."""
 
     height: int | None = None
     """Pixels."""
@@ -46,24 +46,24 @@ class VideoSize:
 
 @dataclass(kw_only=True)
 class TrajectoryConfig:
-    """The student's times. See `blade.distillation.trajectory`."""
+    """The student's sampling times; see `blade.distillation.trajectory`."""
 
     steps: list[int] = field(default_factory=lambda: [4])
-    """Numbers of steps that the student is for. With several, it is told which."""
+    """Numbers of sampling steps. With several, the student is conditioned on the number."""
     flow_shift: float | None = None
-    """Of a flow-matching model's times; none: the scheduler's own."""
+    """Flow shift of a flow-matching model's times; none: the scheduler's own."""
     times: list[list[float]] | None = None
-    """The grids themselves, one for each of `steps`."""
+    """Explicit grids of times, one for each of `steps`."""
     noise_kept: float = 1.0
-    """Share of the noise that a step keeps (BLADE's release: 0.9); below 1 no scheduler of Diffusers does the same."""
+    """Share of the noise that a step keeps (BLADE's release: 0.9); below 1, no Diffusers scheduler is equivalent."""
     sampling_noise_kept: float | None = None
-    """The same of the finished student, where it shall be sampled otherwise than it was trained; none: as it was."""
+    """The same for the finished student, whose sampling noise may differ from training; none: as in training."""
     intervals: str = "separate"
-    """`separate` (TDM) or `shared` (BLADE's release); with shared ones the fake score is told the step."""
+    """`separate` (TDM) or `shared` (BLADE's release), which conditions the fake score on the step."""
     lowest_time: float = 20.0
-    """Lowest time that is trained at."""
+    """Lowest time in training."""
     highest_time: float = 980.0
-    """Highest time that is trained at."""
+    """Highest time in training."""
 
     def __post_init__(self) -> None:
         check_choice("trajectory.intervals", self.intervals, INTERVALS)
@@ -76,20 +76,20 @@ class TrajectoryConfig:
 
 @dataclass(kw_only=True)
 class AttentionConfig:
-    """The student's attention, and whose else it is."""
+    """Attention of the student and of the fake score."""
 
     config: str | None = None
     """A folder or Hub id with a BLADE configuration, or the name of a preset for students; none: the model's."""
     method: str | None = None
-    """`dense`, `asa` or `asa-gt`, over the configuration's."""
+    """`dense`, `asa` or `asa-gt`; overrides the configuration."""
     sparsity: float | None = None
-    """Over the configuration's."""
+    """Sparsity; overrides the configuration."""
     dense_steps: float | None = None
-    """Over the configuration's: a count, or a fraction below 1."""
+    """Number of dense steps, or a fraction below 1; overrides the configuration."""
     dense_layers: str | None = None
-    """Over the configuration's, such as "0-1,39"."""
+    """Dense layers, such as "0-1,39"; overrides the configuration."""
     fake: str = "dense"
-    """Attention of the fake score: `dense`, or the `student`'s."""
+    """Attention of the fake score: `dense`, or `student` for the student's."""
     warmup_updates: int = 0
     """Updates over which the sparsity rises from 0, in steps of an eighth."""
 
@@ -102,22 +102,22 @@ class AttentionConfig:
 
 @dataclass(kw_only=True)
 class WeightsConfig:
-    """What is trained."""
+    """The trained weights."""
 
     rank: int = 64
-    """Of the LoRAs of student and fake score."""
+    """Rank of the LoRAs of student and fake score."""
     alpha: int = 64
     """A LoRA's update is scaled by `alpha / rank`."""
     targets: list[str] = field(default_factory=lambda: list(TARGETS))
-    """Names, or ends of names, of the layers that a LoRA is put on."""
+    """Names, or ends of names, of the layers with a LoRA."""
     full: bool = False
-    """Train all weights instead, in float32: three copies of the transformer."""
+    """Train all weights instead, in float32, which takes three copies of the transformer."""
     start_from: str | None = None
-    """A student to begin with, of the same kind and rank; none: the base."""
+    """Initial student, of the same kind and rank; none: the base."""
     ema_decay: float = 0.0
-    """Average the student's weights over updates, with this decay at most; 0: the last ones are the student."""
+    """Largest decay of the average of the student's weights over updates; 0: no averaging."""
     saved_as: str | None = None
-    """Type of the weights in the student's files: float32, bfloat16 or float16; none: as the base is kept."""
+    """Type of the weights in the student's files: float32, bfloat16 or float16; none: the type of the base."""
 
     def __post_init__(self) -> None:
         check_integer("weights.rank", self.rank, least=1)
@@ -134,14 +134,15 @@ class FakeConfig:
     """Updates of the fake score."""
 
     learning_rate: float = 5e-4
+    """Peak learning rate."""
     updates: int = 1
-    """For each update of the generator."""
+    """Updates for each update of the generator."""
     weighting: str = "velocity"
-    """Weight of its error by the noise: `velocity`, `min-snr` or `none`; see `blade.distillation.losses`."""
+    """Weighting of the error over noise levels: `velocity`, `min-snr` or `none`; see `blade.distillation.losses`."""
     importance: bool = False
-    """Weigh samples by how likely their noise is (TDM)."""
+    """Weight samples by the likelihood of their noise (TDM)."""
     regularization: float = 0.0
-    """Weight of its distance to the teacher (BLADE's release: 0.5 for CogVideoX)."""
+    """Weight of the distance to the teacher (BLADE's release: 0.5 for CogVideoX)."""
 
     def __post_init__(self) -> None:
         check_number("fake.learning_rate", self.learning_rate, "above 0", _positive)
@@ -156,32 +157,33 @@ class GeneratorConfig:
     """Updates of the student."""
 
     objective: str = "distribution"
-    """`distribution` (TDM), or `imitation`: predict what the dense teacher does, without guidance, for videos of its
-    own; no fewer steps come of it, only weights that have learned to live with sparsity, to start from."""
+    """`distribution` (TDM), or `imitation`: match the dense teacher's predictions without guidance on its own videos,
+    which does not reduce the steps but adapts the weights to sparsity, as a starting point."""
     learning_rate: float = 1e-4
+    """Peak learning rate."""
     ode_updates: int = 0
-    """The first so many updates teach the student to go where the guided teacher goes (ODE initialization, CausVid,
-    arXiv 2412.07772): it gets near in short ones, which the objective then need not make. The learning rate's
-    schedule begins anew after them."""
+    """Number of initial updates that regress the student onto the guided teacher's trajectories (ODE initialization,
+    CausVid, arXiv 2412.07772): cheap updates that bring it close to the teacher before the objective takes over. The
+    learning rate's schedule restarts after them."""
     ode_learning_rate: float | None = None
-    """Of these; none: `learning_rate`."""
+    """Peak learning rate of these updates; none: `learning_rate`."""
     trajectories: int = 256
-    """Of the guided teacher, made before training, which ODE initialization and imitation learn from: of the first
-    prompts."""
+    """Number of trajectories of the guided teacher, made before training from the first prompts, for ODE
+    initialization and imitation."""
     substeps: int = 3
-    """Steps of the teacher in them for one of the student's."""
+    """Steps of the teacher in them for each step of the student."""
     guidance_scale: float | None = None
-    """Of the teacher; none: the model's default."""
+    """Guidance scale of the teacher; none: the model's default."""
     negative_prompt: str | None = None
-    """What guidance leads away from; none: the model's default."""
+    """Negative prompt of the teacher's guidance; none: the model's default."""
     loss: str = "squared"
     """`squared` or `huber`."""
     huber: float = 1e-3
     """Constant c of the pseudo-Huber loss."""
     normalize: bool = True
-    """Divide by how far the student is from the teacher."""
+    """Divide each sample's loss by the distance of the student to the teacher."""
     normalize_cap: float | None = None
-    """At most so much is divided by (BLADE's release: 5)."""
+    """Upper limit of that divisor (BLADE's release: 5)."""
 
     def __post_init__(self) -> None:
         check_number("generator.learning_rate", self.learning_rate, "above 0", _positive)
@@ -202,7 +204,7 @@ class GeneratorConfig:
 
 @dataclass(kw_only=True)
 class OptimizerConfig:
-    """Of both trained roles."""
+    """Optimizers of both trained roles."""
 
     name: str = "adamw"
     """`adamw`, or `adamw-8bit`, which needs the extra `quantize`."""
@@ -211,11 +213,11 @@ class OptimizerConfig:
     epsilon: float = 1e-8
     weight_decay: float = 1e-4
     clip: float = 1.0
-    """Largest norm of a gradient."""
+    """Gradient norm above which gradients are clipped."""
     schedule: str = "constant"
-    """Of the student's learning rate: `constant` or `cosine`, down to 0 at the last update (of either kind)."""
+    """Schedule of the student's learning rate: `constant`, or `cosine` down to 0 at the last update of each kind."""
     warmup_updates: int = 5
-    """Over which both learning rates rise."""
+    """Updates over which both learning rates rise."""
 
     def __post_init__(self) -> None:
         check_choice("optimizer.name", self.name, ("adamw", "adamw-8bit"))
@@ -230,29 +232,31 @@ class OptimizerConfig:
 
 @dataclass(kw_only=True)
 class RunConfig:
-    """How long, how large, where."""
+    """Length, batch size, precision and devices of a run."""
 
     updates: int = 300
-    """Of the generator."""
+    """Updates of the generator."""
     batch_size: int = 1
-    """Samples in a forward pass, on each process."""
+    """Samples per forward pass on each process."""
     accumulation: int = 1
-    """Forward passes of each process for an update."""
+    """Forward passes of each process per update."""
     precision: str | None = None
-    """`bf16`, `fp32`, or `mixed`, which computes in bf16 and keeps the frozen base in float32; what is trained always
-    is. None: bf16 on a GPU."""
+    """`bf16`, `fp32`, or `mixed`, which computes in bf16 and keeps the frozen base in float32; trained weights are
+    always float32. None: bf16 on a GPU, fp32 elsewhere."""
     gradient_checkpointing: bool = True
-    """Compute the blocks again in the backward pass instead of keeping what they need."""
+    """Recompute the blocks in the backward pass instead of keeping their activations."""
     parallel: str = "ddp"
-    """With several processes: `ddp`, or `fsdp`, which shares out the base's weights too."""
+    """Parallelism of several processes: `ddp`, or `fsdp`, which shards the base's weights too."""
     device: str | None = None
-    """With one process: cpu, cuda, cuda:1, ...; none: CUDA if there is one."""
+    """Device of a single process: cpu, cuda, cuda:1, ...; none: CUDA if available."""
     seed: int = 0
+    """Seed of all random draws."""
     checkpoint_every: int = 25
-    """Updates."""
+    """Updates between checkpoints."""
     checkpoints_kept: int = 2
+    """Number of newest checkpoints to keep."""
     skip_factor: float = 20.0
-    """A step is left out if its gradient is so many times as large as the last ones were in the middle."""
+    """Skip a step whose gradient norm exceeds the median of the last ones by this factor."""
 
     def __post_init__(self) -> None:
         for name in ("updates", "batch_size", "accumulation", "checkpoint_every", "checkpoints_kept"):
@@ -266,14 +270,14 @@ class RunConfig:
 
 @dataclass(kw_only=True)
 class ValidationConfig:
-    """Videos of the student on the way, for the eye; of the bundled model with scores. They choose nothing."""
+    """Videos of the student during training, for inspection only; with scores for the bundled model."""
 
     every: int = 50
-    """Updates; 0: none at all, not even at the end."""
+    """Updates between validations; 0: no validation, not even at the end."""
     prompts: list[str] = field(default_factory=list)
-    """What they show; none: the first of the training prompts."""
+    """Prompts of the videos; none: the first training prompts."""
     count: int = 4
-    """How many, where there are no `prompts`."""
+    """Number of training prompts to take if `prompts` is empty."""
 
     def __post_init__(self) -> None:
         check_integer("validation.every", self.every, least=0)
@@ -282,20 +286,20 @@ class ValidationConfig:
 
 @dataclass(kw_only=True)
 class DistillationConfig:
-    """Everything that decides a student."""
+    """All settings that determine a student."""
 
     model: str = BUNDLED
     """The bundled model, a folder in Diffusers format, or a Hub id."""
     revision: str | None = None
     """Branch, tag or commit of a Hub id."""
     output: str = "outputs/student"
-    """Folder of the student; what is needed to go on with a stopped run is kept in it too."""
+    """Folder of the student and of the checkpoints from which an interrupted run resumes."""
     prompts: str | None = None
-    """A text file, a prompt a line, or JSONL with a `prompt` in each; of the bundled model by default captions."""
+    """A text file with one prompt per line, or JSONL with a `prompt` each; none: captions, for the bundled model."""
     embeddings: str | None = None
-    """Folder of the prompts' embeddings, which several runs can share; none: in `output`."""
+    """Folder of the prompts' embeddings, which several runs may share; none: in `output`."""
     trajectories: str | None = None
-    """Folder of the teacher's trajectories, which several runs can share; none: in `output`."""
+    """Folder of the teacher's trajectories, which several runs may share; none: in `output`."""
     video: VideoSize = field(default_factory=VideoSize)
     trajectory: TrajectoryConfig = field(default_factory=TrajectoryConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)
@@ -306,15 +310,15 @@ class DistillationConfig:
     run: RunConfig = field(default_factory=RunConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     trackers: list[str] = field(default_factory=list)
-    """Names of accelerate's trackers, such as tensorboard or wandb, beside the log that is always written."""
+    """Names of Accelerate's trackers, such as tensorboard or wandb, in addition to the log that is always written."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values."""
+        """Return plain values."""
         return asdict(self)
 
 
 def recipe_names() -> tuple[str, ...]:
-    """Names of the recipes that ship with the package."""
+    """Return the names of the recipes that ship with the package."""
     folder = files("blade") / RECIPES
     return tuple(sorted(item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml")))
 
@@ -324,10 +328,10 @@ def load_config(source: str | Path | None = None, overrides: Sequence[str] = ())
 
     Args:
         source: a YAML file, or the name of a recipe; None: the defaults.
-        overrides: `key=value`, such as `trajectory.steps=[4,8]`, over what the file says.
+        overrides: `key=value`, such as `trajectory.steps=[4,8]`, which override the file.
 
     Raises:
-        ValueError: if there is no such file, or a key or a value is not what it must be.
+        ValueError: if the file does not exist, or a key or a value is invalid.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -345,8 +349,8 @@ def load_config(source: str | Path | None = None, overrides: Sequence[str] = ())
     except (OmegaConfBaseException, YAMLError, OSError) as error:
         reason = " ".join(str(error).split("\n    ")[0].split())
         key = getattr(error, "full_key", None)
-        where = f"`{key}`" if key else f"the configuration {source}"
-        raise ValueError(f"{where} is not right: {reason}") from error
+        subject = f"`{key}`" if key else f"the configuration {source}"
+        raise ValueError(f"{subject} is not right: {reason}") from error
     assert isinstance(config, DistillationConfig)
     return config
 
@@ -363,11 +367,11 @@ def _find(source: str | Path) -> Path:
 
 
 def student_attention(config: AttentionConfig, preset: BladeConfig) -> BladeConfig | None:
-    """Return the student's attention, None for dense.
+    """Return the student's attention; None for dense.
 
     Args:
-        config: what was asked for.
-        preset: what the model takes where it names no configuration.
+        config: the student's and the fake score's attention.
+        preset: the model's preset, for a `config` that names no configuration.
     """
     from blade.families.registry import preset_names
     from blade.generation.request import read_config
@@ -377,7 +381,7 @@ def student_attention(config: AttentionConfig, preset: BladeConfig) -> BladeConf
         base = BladeConfig.from_preset(str(config.config), "student")
     elif config.config is not None:
         base = read_config(config.config)
-    given = {
+    changes = {
         name: value
         for name in ("sparsity", "dense_steps", "dense_layers")
         if (value := getattr(config, name)) is not None
@@ -386,6 +390,6 @@ def student_attention(config: AttentionConfig, preset: BladeConfig) -> BladeConf
         return None
     if config.method is not None:
         pooled = "all" if config.method == "asa-gt" else "none"
-        given |= {"attention": "asa", "pooled_tokens": pooled, "patterns": None}
-    base = replace(base, kind="student", **given)
+        changes |= {"attention": "asa", "pooled_tokens": pooled, "patterns": None}
+    base = replace(base, kind="student", **changes)
     return None if base.attention == "dense" else base

@@ -1,4 +1,4 @@
-"""Measuring what a training would take, by two updates of each kind."""
+"""Estimate of a training's time and memory, from two updates of each kind."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import torch
 from blade.common.machine import GIB, describe_machine, describe_versions, peak_memory_gib
 from blade.distillation.reports import PACKAGES, Estimate
 from blade.distillation.roles import TRAINED
-from blade.distillation.teacher_trajectories import KEPT_DTYPE, ExampleTrajectories
+from blade.distillation.teacher_trajectories import POINTS_DTYPE, ExampleTrajectories
 from blade.distillation.trainer import Trainer
 
 
 def estimate(trainer: Trainer, prompts: int) -> Estimate:
-    """Do two updates of each kind, and measure the second.
+    """Run two updates of each kind and measure the second.
 
     Args:
-        trainer: a training that has not begun, and is of no use afterwards.
+        trainer: a training that has not begun; it cannot be used afterwards.
         prompts: number of prompts; 0 with random weights.
     """
     device, config, generator = trainer.processes.device, trainer.config, trainer.config.generator
@@ -45,7 +45,7 @@ def estimate(trainer: Trainer, prompts: int) -> Estimate:
 
 
 def _second_update(trainer: Trainer, number: int) -> float:
-    """Do an update twice; return the seconds of the second time."""
+    """Run an update twice, and return the seconds of the second."""
     for _ in range(2):
         trainer.update = number
         seconds = trainer.train_update()["update_seconds"]
@@ -53,16 +53,16 @@ def _second_update(trainer: Trainer, number: int) -> float:
 
 
 def _trajectories(trainer: Trainer) -> tuple[float, float]:
-    """Seconds and GiB that the teacher's trajectories take, of which one step of the student's is measured."""
+    """Estimate the seconds and GiB of all teacher trajectories, extrapolated from one of the student's steps."""
     run, device, count = trainer.config.run, trainer.processes.device, trainer.config.generator.trajectories
-    way, rounds = trainer.way(), math.ceil(count / (run.batch_size * trainer.processes.count))
+    times, rounds = trainer.trajectory_times(), math.ceil(count / (run.batch_size * trainer.processes.count))
     conditions = trainer.embeddings.rows([0] * run.batch_size).on(device)
     noise = torch.zeros(run.batch_size, *conditions.latent_shape, device=device)
     for _ in range(2):
         began = time.perf_counter()
         with torch.no_grad():
-            float(trainer.updates[0].teacher_way(conditions, noise, way[:2]).sum())  # waits for the device
+            float(trainer.updates[0].teacher_trajectory(conditions, noise, times[:2]).sum())  # waits for the device
         seconds = time.perf_counter() - began
     trainer.trajectories = ExampleTrajectories(conditions.latent_shape)
-    size = count * len(way) * math.prod(conditions.latent_shape) * KEPT_DTYPE.itemsize
-    return seconds * (len(way) - 1) * rounds, size / GIB
+    size = count * len(times) * math.prod(conditions.latent_shape) * POINTS_DTYPE.itemsize
+    return seconds * (len(times) - 1) * rounds, size / GIB

@@ -1,9 +1,9 @@
 """The mathematics of trajectory distribution matching (TDM) as pure functions in float32.
 
-Of a noisy sample x_t = alpha x0 + sigma eps, mu is a model's estimate of x0. It is as good as the score s of the noisy
-distribution: s = -(x_t - alpha mu) / sigma^2, so that the difference of two scores is alpha / sigma^2 times that of
-the estimates. The student is led by the difference between the teacher's estimate and that of the fake score, which
-estimates what the student makes.
+For a noisy sample x_t = alpha x0 + sigma eps, mu is a model's estimate of x0. It determines the score of the noisy
+distribution, s = -(x_t - alpha mu) / sigma^2, so that the difference of two scores is alpha / sigma^2 times that of
+the estimates. The student follows the difference between the estimates of the teacher and of the fake score, which
+models the student's own distribution.
 
 Source: TDM, arXiv 2503.06674; BLADE, arXiv 2508.10774.
 """
@@ -30,7 +30,7 @@ def diffuse_further(
         end: alpha and sigma at t, no less noisy.
 
     Returns:
-        x_t, distributed as if x0 had been brought to t at once. Source: TDM, section 3.
+        x_t, distributed as if x0 had been diffused to t in one step. Source: TDM, section 3.
     """
     ratio, beta = _further(start, end)
     return mix(point, fresh, ratio, beta)
@@ -42,7 +42,7 @@ def equivalent_noise(
     start: tuple[Level, Level],
     end: tuple[Level, Level],
 ) -> torch.Tensor:
-    """The noise n with which `diffuse_further` comes to x_t = alpha_t x0 + sigma_t n, where x_m has the noise eps.
+    """Return the noise n for which `diffuse_further` gives x_t = alpha_t x0 + sigma_t n, where x_m has the noise eps.
 
     n = (r sigma_m eps + beta z) / sigma_t. Source: TDM, the importance weight of its fake score.
     """
@@ -51,9 +51,9 @@ def equivalent_noise(
 
 
 def importance_weight(equivalent: torch.Tensor, fresh: torch.Tensor) -> torch.Tensor:
-    """How much likelier noise is under the normal distribution than the noise that was drawn, per dimension.
+    """Return the likelihood ratio, per dimension, of noise to the drawn noise under the standard normal distribution.
 
-    w = exp(-mean(n^2) / 2) / exp(-mean(z^2) / 2), the means over all but the batch.
+    w = exp(-mean(n^2) / 2) / exp(-mean(z^2) / 2), with means over all dimensions but the batch.
 
     Args:
         equivalent: n, (B, ...): see `equivalent_noise`.
@@ -66,10 +66,10 @@ def importance_weight(equivalent: torch.Tensor, fresh: torch.Tensor) -> torch.Te
 
 
 def error_weight(kind: str, alpha: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-    """Weight of a squared error of x0.
+    """Return the weight of a squared error of x0.
 
     Args:
-        kind: `velocity`: 1 / sigma^2, which for flow matching is the squared error of the velocity, and for
+        kind: `velocity`: 1 / sigma^2, which for flow matching gives the squared error of the velocity, and for
             v-prediction 1 / (1 - alpha^2) (BLADE's release); `min-snr`: min(alpha^2 / sigma^2, 5) (TDM's
             demonstration; Min-SNR, arXiv 2303.09556); `none`: 1.
         alpha: (B, 1, ...).
@@ -87,7 +87,7 @@ def error_weight(kind: str, alpha: torch.Tensor, sigma: torch.Tensor) -> torch.T
 
 
 def guide(conditional: torch.Tensor, unconditional: torch.Tensor, scale: float) -> torch.Tensor:
-    """Classifier-free guidance: mu_u + s (mu_c - mu_u). Source: arXiv 2207.12598."""
+    """Apply classifier-free guidance: mu_u + s (mu_c - mu_u). Source: arXiv 2207.12598."""
     return unconditional + scale * (conditional - unconditional)
 
 
@@ -97,7 +97,7 @@ def clean_between(
     levels: tuple[torch.Tensor, torch.Tensor],
     end_levels: tuple[torch.Tensor, torch.Tensor],
 ) -> torch.Tensor:
-    """The x0 with which one deterministic step leads from a noisy sample to another.
+    """Return the x0 with which one deterministic step leads from a noisy sample to another.
 
     x0 = (x_m - (sigma_m / sigma) x) / (alpha_m - alpha sigma_m / sigma), solved from x = alpha x0 + sigma eps and
     x_m = alpha_m x0 + sigma_m eps. Source: progressive distillation, arXiv 2202.00512, appendix G.
@@ -113,11 +113,11 @@ def clean_between(
 
 
 def denoising_loss(estimate: torch.Tensor, clean: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Mean over the batch of w mean((mu - x0)^2): what the fake score is trained by.
+    """Return the batch mean of w mean((mu - x0)^2), the objective of the fake score.
 
     Args:
         estimate: mu, (B, ...).
-        clean: x0, (B, ...), what the student predicted.
+        clean: x0, (B, ...), the student's prediction.
         weight: (B,).
 
     Source: TDM, arXiv 2503.06674, the objective of its fake score.
@@ -134,11 +134,11 @@ def generator_loss(
     normalize: bool,
     cap: float | None = None,
 ) -> torch.Tensor:
-    """A loss whose gradient leads the student's x0 from the fake estimate toward the teacher's.
+    """Return a loss whose gradient moves the student's x0 from the fake estimate toward the teacher's.
 
     The target is y = x0 + mu_teacher - mu_fake, held fixed, so that x0 - y = mu_fake - mu_teacher. Squared: mean of
-    (x0 - y)^2 / 2, with a gradient of the difference itself; pseudo-Huber: mean of sqrt((x0 - y)^2 + c^2) - c, whose
-    gradient is the difference's sign where it is much larger than c.
+    (x0 - y)^2 / 2, whose gradient is the difference itself; pseudo-Huber: mean of sqrt((x0 - y)^2 + c^2) - c, whose
+    gradient is the sign of a difference much larger than c.
 
     Args:
         clean: x0, (B, ...), with gradient.
@@ -146,7 +146,7 @@ def generator_loss(
         fake: the fake score's estimate.
         huber: c; None: squared.
         normalize: divide by mean |x0 - mu_teacher| of each sample.
-        cap: at most so much is divided by.
+        cap: upper limit of that divisor.
 
     Source: TDM, arXiv 2503.06674, its surrogate; the division is DMD's, arXiv 2311.18828; cap 5 in BLADE's release.
     """
@@ -161,13 +161,13 @@ def generator_loss(
 
 
 def _further(start: tuple[Level, Level], end: tuple[Level, Level]) -> tuple[torch.Tensor, torch.Tensor]:
-    """What of x_m is left at t, and how much noise is added."""
+    """Return the factor r of x_m and the standard deviation beta of the added noise at t."""
     alpha_start, sigma_start, alpha_end, sigma_end = (torch.as_tensor(level) for level in (*start, *end))
     ratio = alpha_end / alpha_start
-    # rounding may bring it below 0 where t is m
+    # rounding may make it negative if t = m
     return ratio, (sigma_end.square() - (ratio * sigma_start).square()).clamp(min=0.0).sqrt()
 
 
 def _mean(values: torch.Tensor) -> torch.Tensor:
-    """Mean over all but the batch."""
+    """Average over all dimensions but the batch."""
     return values.flatten(1).mean(dim=1)

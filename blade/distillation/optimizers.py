@@ -1,4 +1,4 @@
-"""Optimizers of the trained roles, their learning rates, and steps that are left out."""
+"""Optimizers of the trained roles, their learning rates, and the rules by which steps are skipped."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from blade.distillation.config import OptimizerConfig
-from blade.distillation.parallel import shared_out_like, whole
+from blade.distillation.parallel import sharded_like, unsharded
 
 REMEMBERED = 50
-"""Norms of gradients that the next one is compared with."""
+"""Number of past gradient norms that the next one is compared with."""
 
 MOST_SKIPPED = 20
-"""Steps left out in a row after which training has failed."""
+"""Number of skipped steps in a row after which training fails."""
 
 FEWEST = 10
-"""With fewer, only values that are not finite are left out."""
+"""Fewest past norms for the comparison; before, only steps with non-finite values are skipped."""
 
 
 class RoleOptimizer:
@@ -30,13 +30,13 @@ class RoleOptimizer:
     def __init__(
         self, parameters: Iterable[nn.Parameter], config: OptimizerConfig, learning_rate: float, skip_factor: float
     ) -> None:
-        """Make one.
+        """Make the optimizer.
 
         Args:
-            parameters: what is trained.
-            config: how.
-            learning_rate: the largest.
-            skip_factor: a gradient so many times as large as the median of the last ones is left out.
+            parameters: the trained parameters.
+            config: the settings.
+            learning_rate: the peak learning rate.
+            skip_factor: a step is skipped if its gradient norm exceeds the median of the last ones by this factor.
         """
         self.parameters = list(parameters)
         self.config, self.learning_rate, self.skip_factor = config, learning_rate, skip_factor
@@ -47,7 +47,7 @@ class RoleOptimizer:
     def set_rate(self, rate: float) -> None:
         """Set the learning rate."""
         for group in self.optimizer.param_groups:
-            if isinstance(group["lr"], torch.Tensor):  # as torchao's optimizers have it
+            if isinstance(group["lr"], torch.Tensor):  # as in torchao's optimizers
                 group["lr"].fill_(rate)
             else:
                 group["lr"] = rate
@@ -58,13 +58,13 @@ class RoleOptimizer:
         The gradient's norm is the same on all processes, and so is the decision if `loss` is.
 
         Args:
-            loss: mean over all processes.
+            loss: the mean over all processes.
 
         Returns:
-            The norm of the gradient before it was clipped, and whether the step was taken.
+            The norm of the gradient before clipping, and whether the step was taken.
 
         Raises:
-            ArithmeticError: if too many in a row were not.
+            ArithmeticError: if too many steps in a row were skipped.
         """
         total = nn.utils.clip_grad_norm_(self.parameters, self.config.clip)
         norm = float(total.full_tensor() if isinstance(total, DTensor) else total)
@@ -80,34 +80,34 @@ class RoleOptimizer:
         self.optimizer.zero_grad(set_to_none=True)
         if self.skipped_in_a_row >= MOST_SKIPPED:
             raise ArithmeticError(
-                f"The last {MOST_SKIPPED} steps were left out: losses or gradients are not finite, or explode. Go on "
+                f"The last {MOST_SKIPPED} steps were left out: losses or gradients are not finite, or explode. Resume "
                 "from the last checkpoint with lower learning rates."
             )
         return norm, taken
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the next step depends on, whole; all processes must call it."""
-        return {"optimizer": whole(self.optimizer.state_dict()), "norms": self.norms, "skipped": self.skipped}
+        """Return everything that the next step depends on, unsharded; all processes must call it."""
+        return {"optimizer": unsharded(self.optimizer.state_dict()), "norms": self.norms, "skipped": self.skipped}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was called."""
+        """Restore the state that `state_dict` returned."""
         saved = state["optimizer"]
-        own = {
+        sharded = {
             number: {name: _like(value, self.parameters[number]) for name, value in values.items()}
             for number, values in saved["state"].items()
         }
-        self.optimizer.load_state_dict({**saved, "state": own})
+        self.optimizer.load_state_dict({**saved, "state": sharded})
         self.norms, self.skipped = list(state["norms"]), state["skipped"]
 
 
 def learning_rate_share(config: OptimizerConfig, update: int, updates: int, *, decays: bool) -> float:
-    """The learning rate at an update as a share of the largest.
+    """Return the learning rate at an update as a share of the peak.
 
     Args:
         config: warm-up and schedule.
-        update: from 0.
-        updates: in all.
-        decays: whether the schedule counts, as it does for the student.
+        update: index of the update, from 0.
+        updates: total number of updates.
+        decays: apply the schedule, as for the student.
     """
     share = min((update + 1) / (config.warmup_updates + 1), 1.0)
     if decays and config.schedule == "cosine":
@@ -135,4 +135,4 @@ def _make(parameters: list[nn.Parameter], config: OptimizerConfig, learning_rate
 
 
 def _like(value: Any, parameter: nn.Parameter) -> Any:
-    return shared_out_like(value, parameter) if isinstance(value, torch.Tensor) else value
+    return sharded_like(value, parameter) if isinstance(value, torch.Tensor) else value

@@ -1,4 +1,4 @@
-"""What a distillation, or its dry run, has come to; `print` it."""
+"""Results of a distillation and of its dry run, which `print` shows as summaries."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "triton")
-"""Whose versions are told."""
+"""Packages whose versions are reported."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DistillationReport:
-    """What became of a distillation; `print` it."""
+    """Result of a distillation; its `str` is a summary."""
 
     output: Path
     """The student's folder."""
     updates: int
-    """Of the generator, all in all."""
+    """Total updates of the generator."""
     seconds: float
-    """Of this run."""
+    """Duration of this run."""
     skipped: Mapping[str, int]
-    """Steps that were left out, of each role."""
+    """Skipped steps of each role."""
     scores: Mapping[str, float]
-    """Of the last validation."""
+    """Scores of the last validation."""
 
     def __str__(self) -> str:
         skipped = ", ".join(f"{role} {count}" for role, count in self.skipped.items())
@@ -38,35 +38,37 @@ class DistillationReport:
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """What a distillation would take; `print` it."""
+    """Estimated cost of a distillation; its `str` is a summary."""
 
     seconds_trajectories: float
-    """Of all trajectories of the teacher, from one of the student's steps; 0 where there are none."""
+    """Time of all teacher trajectories, extrapolated from one of the student's steps; 0 if there are none."""
     gib_trajectories: float
-    """That they take on the disk."""
+    """Disk space of the trajectories."""
     seconds_ode_update: float
-    """Of an update of ODE initialization; 0 where there is none."""
+    """Time of an update of ODE initialization; 0 if there is none."""
     seconds_update: float
-    """Of any other."""
+    """Time of any other update."""
     ode_updates: int
+    """Updates of ODE initialization."""
     updates: int
-    """In all."""
+    """Total updates."""
     peak_gib: float
-    """Memory at most: of the GPU, or of the process on a CPU."""
+    """Peak memory of the GPU, or of the process on a CPU."""
     device: str
     versions: Mapping[str, str | None]
     trained_parameters: int
     prompts: int
-    """None in a run with random weights."""
+    """Number of prompts; 0 in a run with random weights."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """Return plain JSON values."""
         return asdict(self) | {"versions": dict(self.versions)}
 
     def __str__(self) -> str:
         ode_updates = min(self.updates, self.ode_updates)
-        others = self.updates - ode_updates
-        seconds = self.seconds_trajectories + ode_updates * self.seconds_ode_update + others * self.seconds_update
+        later_updates = self.updates - ode_updates
+        seconds_updates = ode_updates * self.seconds_ode_update + later_updates * self.seconds_update
+        seconds = self.seconds_trajectories + seconds_updates
         lines = []
         if self.seconds_trajectories:
             hours = self.seconds_trajectories / 3600
@@ -76,7 +78,7 @@ class Estimate:
         if self.ode_updates:
             lines.append(f"ODE update  {self.seconds_ode_update:.2f} s (measured), {ode_updates} of them")
         lines += [
-            f"update      {self.seconds_update:.2f} s (measured), {others} of them",
+            f"update      {self.seconds_update:.2f} s (measured), {later_updates} of them",
             f"together    {seconds / 3600:.2f} hours",
             f"memory      {self.peak_gib:.2f} GiB at most on {self.device} (measured)",
             f"trained     {self.trained_parameters:,} weights, of student and fake score together",

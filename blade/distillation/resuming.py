@@ -1,4 +1,4 @@
-"""Going on with a stopped run, and with none but the same."""
+"""Resuming an interrupted run, and refusing to resume any other."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from blade.distillation.config import DistillationConfig
 from blade.distillation.parallel import Processes
 
 CHECKPOINTS = "checkpoints"
-"""Folder of the checkpoints, in a student's."""
+"""Folder of the checkpoints in a student's folder."""
 
 FREE = (
     "output",
@@ -27,31 +27,35 @@ FREE = (
     "run.batch_size",
     "run.accumulation",
 )
-"""Settings that a stopped run may go on with other values of; of the last two only the product counts."""
+"""Settings that may change when a run is resumed; of the last two, the product must stay the same."""
 
 
 def newest_checkpoint(output: Path) -> Path | None:
-    """The newest checkpoint in a student's folder."""
-    found = sorted((output / CHECKPOINTS).glob("update-*.pt"))
-    return found[-1] if found else None
+    """Return the newest checkpoint in a student's folder, if there is one."""
+    checkpoints = sorted((output / CHECKPOINTS).glob("update-*.pt"))
+    return checkpoints[-1] if checkpoints else None
 
 
 def flat(config: DistillationConfig | Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration with names such as `run.updates`."""
+    """Flatten a configuration to names such as `run.updates`."""
     values = config if isinstance(config, Mapping) else config.to_dict()
-    found: dict[str, Any] = {}
+    flattened: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, Mapping):
-            found |= {f"{name}.{key}": one for key, one in flat(value).items()}
+            flattened |= {f"{name}.{key}": item for key, item in flat(value).items()}
         else:
-            found[name] = value
-    return found
+            flattened[name] = value
+    return flattened
 
 
 def check_resumable(
     saved: Mapping[str, Any], config: DistillationConfig, processes: Processes, path: Path | None
 ) -> None:
-    """Refuse to go on with another configuration; say what differs."""
+    """Refuse to resume with another configuration, naming the differences.
+
+    Raises:
+        ValueError: if the checkpoint was made with other settings than those in `FREE`.
+    """
     before, now = flat(saved["config"]), flat(config)
     names = [name for name in now if not name.startswith(FREE) and before.get(name) != now[name]]
     differences = [f"`{name}` {before.get(name)} instead of {now[name]}" for name in names]

@@ -1,9 +1,9 @@
 """Student, fake score and teacher: three roles that one transformer plays.
 
-The base is frozen. Student and fake score are LoRA adapters on it, the teacher is the base without any. A role is a
-context around the forward pass and its backward pass: which adapter acts, whether attention is sparse, and as which
-step. Switching never touches `requires_grad`, as PEFT's `set_adapter` would, after which a backward pass trains
-nothing; and what gradient checkpointing computes again, it computes in the role of the first time.
+The base is frozen. Student and fake score are LoRA adapters on it; the teacher is the base without an adapter. A role
+is a context around a forward pass and its backward pass that sets the adapter, sparse or dense attention, and the
+step. Switching never changes `requires_grad`, unlike PEFT's `set_adapter`, after which a backward pass would train
+nothing; and gradient checkpointing recomputes every block in the role of its forward pass.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ if TYPE_CHECKING:
 STUDENT, FAKE, TEACHER = "student", "fake", "teacher"
 ROLES = (STUDENT, FAKE, TEACHER)
 TRAINED = (STUDENT, FAKE)
-"""Roles with weights of their own."""
+"""Roles with trained weights."""
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
-"""Layers that a LoRA is put on. Source: BLADE's release: of all attention modules, cross-attention too."""
+"""Layers with a LoRA, in all attention modules including cross-attention. Source: BLADE's release."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +41,7 @@ class Lora:
     """Size of the adapters."""
 
     rank: int = 64
+    """Rank of the update."""
     alpha: int = 64
     """The update is scaled by `alpha / rank`."""
     targets: Sequence[str] = TARGETS
@@ -48,58 +49,58 @@ class Lora:
 
 
 class Network:
-    """A transformer, and what it is at the moment."""
+    """A transformer and its current role: adapter, attention and step."""
 
     def __init__(self, transformer: ModelMixin) -> None:
-        """Take a transformer, with BLADE applied or not, and with all adapters that it will have.
+        """Take a transformer, with or without BLADE, that has all its adapters.
 
         Args:
-            transformer: it.
+            transformer: the transformer.
         """
         self.transformer = transformer
         self.wrapped: Callable[..., Any] = transformer
-        """What passes with gradient go through: the transformer, or what stands around it to share gradients."""
+        """The module for passes with gradient: the transformer, or the wrapper that synchronizes its gradients."""
         self.numbers: tuple[str, torch.Tensor] | None = None
-        """Role and numbers, (B,), of the trajectories or steps that a forward pass is told of."""
+        """Role, and indices (B,) of the trajectories or steps on which a forward pass is conditioned."""
         self._lora_layers: tuple[BaseTunerLayer, ...] = tuple(filter(_is_lora, transformer.modules()))
         self._adapter: str | None = None
         self._switch(None)
 
     @property
     def applied(self) -> AppliedBlade | None:
-        """BLADE on this transformer."""
+        """The BLADE that is applied to this transformer, if any."""
         return applied_to(self.transformer)
 
     def enable_gradient_checkpointing(self) -> None:
-        """Compute the blocks again in the backward pass, each in its role."""
+        """Recompute the blocks in the backward pass, each in its role."""
         self.transformer.enable_gradient_checkpointing(
             lambda block, *args: checkpoint(block, *args, use_reentrant=False, context_fn=self._contexts)
         )
 
     def current_condition(self) -> tuple[str, torch.Tensor] | None:
-        """Which vectors of a `StepCondition` are in force."""
+        """Return the role and indices that select the vectors of a `StepCondition`."""
         return self.numbers
 
     @contextmanager
     def acting(self, adapter: str | None, sparse: bool, step: tuple[int, int | None] | None) -> Iterator[None]:
-        """Act with an adapter.
+        """Use an adapter inside a `with` block.
 
         Args:
             adapter: its name; None: the bare base.
-            sparse: whether BLADE is in force.
-            step: step and number of steps that BLADE takes the pass for; None: what it finds out by itself.
+            sparse: use BLADE's sparse attention.
+            step: step and number of steps for BLADE; None: as BLADE determines them itself.
         """
-        applied, before = self.applied, self._adapter
-        now = None if applied is None else (applied.state, applied.paused, applied.steps.fixed)
+        applied, previous = self.applied, self._adapter
+        saved = None if applied is None else (applied.state, applied.paused, applied.steps.fixed)
         self._switch(adapter)
         if applied is not None:
             applied.paused, applied.steps.fixed = not sparse, step
         try:
             yield
         finally:
-            self._switch(before)
-            if applied is not None and now is not None:
-                state, applied.paused, applied.steps.fixed = now
+            self._switch(previous)
+            if applied is not None and saved is not None:
+                state, applied.paused, applied.steps.fixed = saved
                 applied.put_back(state)
 
     def _switch(self, adapter: str | None) -> None:
@@ -109,13 +110,13 @@ class Network:
             layer._active_adapter = [] if adapter is None else [adapter]
 
     def _contexts(self) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-        """Around a block's forward pass, and around the one that the backward pass computes again."""
+        """Return the contexts of a block's forward pass and of its recomputation in the backward pass."""
         applied = self.applied
         return nullcontext(), self._as_before(self._adapter, None if applied is None else applied.state)
 
     @contextmanager
     def _as_before(self, adapter: str | None, state: PassState | None) -> Iterator[None]:
-        applied, now = self.applied, self._adapter
+        applied, adapter_now = self.applied, self._adapter
         state_now = None if applied is None else applied.state
         self._switch(adapter)
         if applied is not None and state is not None:
@@ -123,57 +124,57 @@ class Network:
         try:
             yield
         finally:
-            self._switch(now)
+            self._switch(adapter_now)
             if applied is not None and state_now is not None:
                 applied.put_back(state_now)
 
 
 class Roles:
-    """Who plays which role."""
+    """The networks that play the roles."""
 
     def __init__(self, networks: dict[str, Network], sparse: Sequence[str], *, adapters: bool) -> None:
         """Take the networks.
 
         Args:
-            networks: one for each of `ROLES`; the same one several times where adapters make the difference.
-            sparse: the roles whose attention is sparse.
-            adapters: whether student and fake score are adapters of their names.
+            networks: one for each of `ROLES`; the same one for all roles that differ by adapters only.
+            sparse: the roles with sparse attention.
+            adapters: if true, student and fake score are adapters named like their roles.
         """
         self.networks = networks
         self.sparse = frozenset(sparse)
         self.adapters = adapters
 
     def distinct(self) -> list[Network]:
-        """Every network once."""
+        """Return every network once."""
         return list({id(network): network for network in self.networks.values()}.values())
 
     def transformer(self, role: str) -> ModelMixin:
-        """The transformer that plays a role."""
+        """Return the transformer that plays a role."""
         return self.networks[role].transformer
 
     @contextmanager
     def acting(self, role: str, step: tuple[int, int | None] | None = None) -> Iterator[None]:
-        """Let its network play a role.
+        """Let a role's network act in it inside a `with` block.
 
         Args:
             role: one of `ROLES`.
-            step: step and number of steps for BLADE; None: the pipeline's.
+            step: step and number of steps for BLADE; None: as BLADE determines them itself.
         """
         adapter = role if self.adapters and role in TRAINED else None
         with self.networks[role].acting(adapter, role in self.sparse, step):
             yield
 
-    def tell_numbers(self, family: ModelFamily, sizes: dict[str, int]) -> None:
-        """Tell roles which trajectory, or which step, they are on.
+    def add_step_conditions(self, family: ModelFamily, sizes: dict[str, int]) -> None:
+        """Condition roles on the index of their trajectory or step.
 
         Args:
-            family: the transformers'.
-            sizes: how many there are for each of those roles.
+            family: the transformers' family.
+            sizes: the number of trajectories or steps of each such role.
         """
         for network in self.distinct():
-            own = {role: size for role, size in sizes.items() if self.networks[role] is network}
-            if own:
-                condition = StepCondition(family.time_embedding(network.transformer), own)
+            network_sizes = {role: size for role, size in sizes.items() if self.networks[role] is network}
+            if network_sizes:
+                condition = StepCondition(family.time_embedding(network.transformer), network_sizes)
                 condition.choose = network.current_condition
 
     def predict(self, role: str, inputs: Inputs, numbers: torch.Tensor) -> torch.Tensor:
@@ -182,10 +183,10 @@ class Roles:
         Args:
             role: one of `ROLES`.
             inputs: arguments of the transformer.
-            numbers: (B,), see `tell_numbers`.
+            numbers: (B,), indices of trajectories or steps; see `add_step_conditions`.
 
         Returns:
-            What it predicts.
+            The prediction.
         """
         network = self.networks[role]
         module = network.wrapped if torch.is_grad_enabled() else network.transformer
@@ -194,28 +195,28 @@ class Roles:
         return prediction
 
     def named_parameters(self, role: str) -> dict[str, nn.Parameter]:
-        """Return the weights that are trained of a role, by name; names of student and fake score are the same."""
+        """Return the trained weights of a role by name; student and fake score have the same names."""
         return trained_parameters(self.transformer(role), role if self.adapters else None)
 
 
 def trained_parameters(transformer: nn.Module, adapter: str | None) -> dict[str, nn.Parameter]:
-    """Return the parameters that are trained: an adapter's, its name cut out of theirs, or all."""
+    """Return the trained parameters: an adapter's, without its name in theirs, or all."""
     named = dict(transformer.named_parameters())
     if adapter is None:
         return named
-    return {name.replace(f".{adapter}", ""): one for name, one in named.items() if f".{adapter}" in name}
+    return {name.replace(f".{adapter}", ""): weight for name, weight in named.items() if f".{adapter}" in name}
 
 
 def adapter_roles(transformer: ModelMixin, lora: Lora, sparse: Sequence[str]) -> Roles:
-    """Let one transformer play all roles: it is frozen, and two adapters are put on it, float32 whatever it is in.
+    """Let one transformer play all roles: freeze it, and add two adapters, which are always float32.
 
     Args:
-        transformer: of Diffusers.
+        transformer: the transformer.
         lora: size of the adapters.
-        sparse: see `Roles`.
+        sparse: the roles with sparse attention.
 
     Raises:
-        ValueError: if no layer has a name of `lora.targets`.
+        ValueError: if no layer matches `lora.targets`.
     """
     from peft import LoraConfig
 
@@ -237,11 +238,11 @@ def adapter_roles(transformer: ModelMixin, lora: Lora, sparse: Sequence[str]) ->
 
 
 def separate_roles(transformer: ModelMixin, sparse: Sequence[str]) -> Roles:
-    """Let a transformer be the student, and copies of it, made here, fake score and teacher.
+    """Let a transformer be the student, and copies of it the fake score and the teacher.
 
     Args:
-        transformer: of Diffusers, without BLADE, which does not survive being copied.
-        sparse: see `Roles`.
+        transformer: the transformer, without BLADE, which cannot be copied.
+        sparse: the roles with sparse attention.
     """
     networks = {TEACHER: Network(copy.deepcopy(transformer).requires_grad_(False))}
     networks[FAKE] = Network(copy.deepcopy(transformer).float().requires_grad_(True))

@@ -1,4 +1,4 @@
-"""A student as a folder: weights, sampler, attention, and a card that says how it was made and how to use it."""
+"""A student as a folder: weights, sampler, attention, and a model card on its training and use."""
 
 from __future__ import annotations
 
@@ -26,12 +26,13 @@ if TYPE_CHECKING:
     from diffusers import ModelMixin
 
 CONFIG_NAME = "distillation.yaml"
-"""What the student was made by."""
+"""File of the configuration that made the student."""
 
 CARD_NAME = "README.md"
+"""File of the model card."""
 
 FULL_WEIGHT_NAME = "diffusion_pytorch_model.safetensors"
-"""As Diffusers calls the weights of a transformer."""
+"""Diffusers' file name for the weights of a transformer."""
 
 
 def write_student(
@@ -45,31 +46,31 @@ def write_student(
     facts: Mapping[str, Any],
     dtype: torch.dtype,
 ) -> None:
-    """Write a student; what was there is replaced file by file, each of which is whole at any time.
+    """Write a student; existing files are replaced one by one, each atomically.
 
     Args:
         folder: made if missing.
         transformer: the base, for its configuration.
-        weights: of the student, whole, by the names of `trained_parameters`.
-        config: how it was made.
+        weights: the student's unsharded weights, by the names of `trained_parameters`.
+        config: the configuration that made it.
         sampler: its sampler.
         attention: its attention; None: dense.
-        facts: what else the card says.
-        dtype: of the weights that are written.
+        facts: further values for the model card.
+        dtype: type of the written weights.
 
     Raises:
         OSError: if a file cannot be written.
     """
     with folder_updated(folder) as temporary:
         marker = f".{ATTRIBUTE}."
-        condition = {name: one for name, one in weights.items() if marker in name}
-        rest = {name: one.to(dtype).contiguous() for name, one in weights.items() if name not in condition}
+        condition = {name: weight for name, weight in weights.items() if marker in name}
+        network = {name: weight.to(dtype).contiguous() for name, weight in weights.items() if name not in condition}
         if config.weights.full:
             target = temporary / TRANSFORMER_FOLDER
             transformer.save_config(target)
-            save_file(rest, target / FULL_WEIGHT_NAME, metadata={"format": "pt"})
+            save_file(network, target / FULL_WEIGHT_NAME, metadata={"format": "pt"})
         else:
-            save_file(_lora(rest, config.weights.alpha / config.weights.rank), temporary / WEIGHT_NAME)
+            save_file(_lora(network, config.weights.alpha / config.weights.rank), temporary / WEIGHT_NAME)
         if condition:
             save_file({"weight": next(iter(condition.values())).contiguous()}, temporary / CONDITION_NAME)
         sampler.save_pretrained(temporary / SCHEDULER_FOLDER)
@@ -85,30 +86,30 @@ def read_weights(folder: Path, config: WeightsConfig) -> dict[str, torch.Tensor]
     """Read a student's weights, by the names of `trained_parameters`.
 
     Args:
-        folder: that `write_student` wrote.
-        config: what they are for.
+        folder: a folder that `write_student` wrote.
+        config: the expected kind and rank.
 
     Raises:
-        ValueError: if there are none of this kind or rank.
+        ValueError: if the folder has no weights of this kind or rank.
     """
     path = folder / (f"{TRANSFORMER_FOLDER}/{FULL_WEIGHT_NAME}" if config.full else WEIGHT_NAME)
     if not path.is_file():
         raise ValueError(f"`weights.start_from` must be a student's folder with a {path.name}, got {folder}.")
-    weights = {name.removeprefix("transformer."): one.float() for name, one in load_file(path).items()}
+    weights = {name.removeprefix("transformer."): weight.float() for name, weight in load_file(path).items()}
     if config.full:
         return weights
-    ranks = {one.shape[0] for name, one in weights.items() if ".lora_A." in name}
+    ranks = {weight.shape[0] for name, weight in weights.items() if ".lora_A." in name}
     if ranks != {config.rank}:
         raise ValueError(f"`weights.start_from` must have the rank {config.rank} of `weights.rank`, got {ranks}.")
     scale = config.rank / config.alpha
-    return {name: one * scale if ".lora_B." in name else one for name, one in weights.items()}
+    return {name: weight * scale if ".lora_B." in name else weight for name, weight in weights.items()}
 
 
 def _lora(weights: Mapping[str, torch.Tensor], scale: float) -> dict[str, torch.Tensor]:
-    """A LoRA under Diffusers' keys, its scale in its weights, so that nothing else has to say it."""
+    """Return a LoRA under Diffusers' keys, with its scale multiplied into its weights."""
     return {
-        f"transformer.{name}": (one * scale if ".lora_B." in name else one).contiguous()
-        for name, one in weights.items()
+        f"transformer.{name}": (weight * scale if ".lora_B." in name else weight).contiguous()
+        for name, weight in weights.items()
     }
 
 
@@ -123,15 +124,15 @@ def _card(
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
     template = environment.from_string((files("blade.distillation") / "student_card.md.jinja").read_text("utf-8"))
-    stock, why_not = stock_sampler(config, sampler, family.data.ddim_scheduler)
+    stock, reason = stock_sampler(config, sampler, family.data.ddim_scheduler)
     return template.render(
         config=config,
         attention=attention,
         grids=[[round(time, 2) for time in grid] for grid in sampler.config.grids],
         steps=" or ".join(str(count) for count in sampler.step_counts),
         stock=stock,
-        why_not=why_not,
-        kept=sampler.config.noise_kept,
+        reason=reason,
+        noise_kept=sampler.config.noise_kept,
         **facts,
     )
 
@@ -139,15 +140,16 @@ def _card(
 def stock_sampler(
     config: DistillationConfig, sampler: FewStepScheduler, ddim_scheduler: str | None = None
 ) -> tuple[str | None, str | None]:
-    """Return how a scheduler of Diffusers does the same as the student's in its training.
+    """Return a Diffusers scheduler that is equivalent to the student's sampler in training.
 
     Args:
-        config: the training.
-        sampler: the student's.
-        ddim_scheduler: class of Diffusers' deterministic sampler of the family's v-prediction models.
+        config: the configuration of the training.
+        sampler: the student's sampler.
+        ddim_scheduler: class of Diffusers' deterministic sampler for the family's v-prediction models.
 
     Returns:
-        The Python expression that makes one of the pipeline's own, and None; or None, and why there is none.
+        A Python expression that makes it from the pipeline's scheduler, and None; or None, and the reason why there is
+        none.
     """
     if config.trajectory.noise_kept < 1:
         return None, "every step renews a part of the noise, which no scheduler of Diffusers does at these times"

@@ -1,6 +1,6 @@
-"""Where the guided teacher goes from noise, at the student's times: what ODE initialization and imitation learn from.
+"""Trajectories of the guided teacher at the student's times, for ODE initialization and imitation.
 
-Each trajectory is a file of its own, so that stopped work goes on, several processes share it out, and several runs
+Each trajectory is a file of its own, so that interrupted work resumes, several processes share it, and several runs
 can use one folder.
 
 Source: ODE initialization, CausVid, arXiv 2412.07772.
@@ -23,27 +23,27 @@ from blade.distillation.draws import START, Draws
 from blade.distillation.parallel import Processes
 
 INDEX_NAME = "trajectories.json"
-"""What all trajectories share."""
+"""File of the settings that all trajectories share."""
 
 POINTS = "points"
 """Name of the tensor in a file."""
 
-KEPT_DTYPE = torch.float16
-"""Type that points are kept in."""
+POINTS_DTYPE = torch.float16
+"""Type of the saved points."""
 
 NOISE_SEED = 0
-"""Of the noise that trajectories begin with, whatever the training's seed, so that trainings can share them."""
+"""Seed of the trajectories' noise, independent of the training's seed, so that trainings can share them."""
 
 
 class TeacherTrajectories:
     """A folder with a trajectory for each of the first prompts."""
 
     def __init__(self, folder: Path, prompts: Sequence[str], count: int) -> None:
-        """Take the folder; nothing needs to be in it yet.
+        """Take the folder, which may still be empty.
 
         Args:
             folder: the folder.
-            prompts: all prompts; they are used again from the first if there are fewer than trajectories.
+            prompts: all prompts; they repeat if there are fewer than trajectories.
             count: number of trajectories.
         """
         self.folder, self.count = folder, count
@@ -53,21 +53,21 @@ class TeacherTrajectories:
         return self.count
 
     def prompt_numbers(self, numbers: Sequence[int]) -> list[int]:
-        """Which prompts trajectories show."""
+        """Return the indices of the trajectories' prompts."""
         return [number % len(self._prompts) for number in numbers]
 
-    def points(self, numbers: Sequence[int], places: Sequence[int]) -> torch.Tensor:
-        """One point of each trajectory, (B, ...) float32, on the CPU.
+    def points(self, numbers: Sequence[int], indices: Sequence[int]) -> torch.Tensor:
+        """Read one point of each trajectory: (B, ...) float32, on the CPU.
 
         Args:
-            numbers: of the trajectories.
-            places: of the points on their way.
+            numbers: indices of the trajectories.
+            indices: indices of the points in them.
         """
-        found = []
-        for number, place in zip(numbers, places, strict=True):
+        points = []
+        for number, index in zip(numbers, indices, strict=True):
             with safe_open(self._path(number), framework="pt") as file:
-                found.append(file.get_slice(POINTS)[place : place + 1])
-        return torch.cat(found).float()
+                points.append(file.get_slice(POINTS)[index : index + 1])
+        return torch.cat(points).float()
 
     def make(
         self,
@@ -78,40 +78,40 @@ class TeacherTrajectories:
         batch_size: int,
         on_progress: Callable[[str], None] = lambda text: None,
     ) -> None:
-        """Make the trajectories that are missing.
+        """Make the missing trajectories.
 
         Args:
-            run: takes the conditions of prompts and noise (B, ...) to the points (B, times, ...) of trajectories.
-            embeddings: of the prompts.
-            facts: what the trajectories depend on besides.
-            processes: who share the work.
-            batch_size: trajectories at a time of each process.
-            on_progress: told how far it is.
+            run: maps the conditions of prompts and noise (B, ...) to the points (B, times, ...) of trajectories.
+            embeddings: embeddings of the prompts.
+            facts: the settings that the trajectories depend on.
+            processes: the processes that share the work.
+            batch_size: number of trajectories that a process makes at a time.
+            on_progress: called with the progress as text.
 
         Raises:
-            ValueError: if the folder has trajectories that were made otherwise.
+            ValueError: if the folder has trajectories that were made with other settings.
         """
         check_index(self.folder / INDEX_NAME, facts, "trajectories", {"teacher": "another teacher"})
-        # in fixed batches, since the size of a batch changes how its values are rounded
+        # in fixed batches, since the batch size affects rounding
         batches = [
             range(first, first + batch_size)[: self.count - first] for first in range(0, self.count, batch_size)
         ]
-        missing = [batch for batch in batches if not all(map(self._is_there, batch))]
-        processes.wait()  # until all have looked
+        missing = [batch for batch in batches if not all(map(self._exists, batch))]
+        processes.wait()  # until all have seen which are missing
         if processes.is_first:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_files({self.folder / INDEX_NAME: (json.dumps(dict(facts), indent=2) + "\n").encode()})
         processes.wait()
         for first in range(0, len(missing), processes.count):
-            own = missing[first + processes.index :][:1]
-            # all take part in each forward pass where weights are shared out
-            (numbers,) = own or missing[:1]
+            assigned = missing[first + processes.index :][:1]
+            # with sharded weights all processes must take part in every forward pass
+            (numbers,) = assigned or missing[:1]
             conditions = embeddings.rows(self.prompt_numbers(numbers)).on(processes.device)
             noise = Draws(NOISE_SEED, 0, 0).noise(START, numbers, conditions.latent_shape).to(processes.device)
             with torch.no_grad():
-                points = run(conditions, noise).to("cpu", KEPT_DTYPE)
-            for number, one in zip(numbers if own else (), points):
-                data = save({POINTS: one.contiguous()}, metadata={PROMPTS_KEY: self._prompt(number)})
+                batch_points = run(conditions, noise).to("cpu", POINTS_DTYPE)
+            for number, points in zip(numbers if assigned else (), batch_points):
+                data = save({POINTS: points.contiguous()}, metadata={PROMPTS_KEY: self._prompt(number)})
                 write_files({self._path(number): data})
             done = sum(map(len, missing[: first + processes.count]))
             on_progress(f"{done}/{sum(map(len, missing))} trajectories of the teacher")
@@ -123,8 +123,8 @@ class TeacherTrajectories:
     def _prompt(self, number: int) -> str:
         return self._prompts[self.prompt_numbers([number])[0]]
 
-    def _is_there(self, number: int) -> bool:
-        """Whether a trajectory is there, and of this prompt."""
+    def _exists(self, number: int) -> bool:
+        """Return whether a trajectory exists and is of its prompt."""
         path = self._path(number)
         if not path.exists():
             return False
@@ -133,7 +133,7 @@ class TeacherTrajectories:
 
 
 class ExampleTrajectories:
-    """Trajectories of nothing in particular, all zeros, to measure what an update takes."""
+    """Placeholder trajectories, all zeros, for measuring the cost of an update."""
 
     def __init__(self, latent_shape: Sequence[int]) -> None:
         """Take the shape of one latent."""
@@ -143,9 +143,9 @@ class ExampleTrajectories:
         return 1
 
     def prompt_numbers(self, numbers: Sequence[int]) -> list[int]:
-        """Which prompts they show: the first."""
+        """Return the index of the first prompt for each."""
         return [0] * len(numbers)
 
-    def points(self, numbers: Sequence[int], places: Sequence[int]) -> torch.Tensor:
-        """As many as there are numbers."""
+    def points(self, numbers: Sequence[int], indices: Sequence[int]) -> torch.Tensor:
+        """Return one point per number."""
         return torch.zeros(len(numbers), *self._shape)

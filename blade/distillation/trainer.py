@@ -1,9 +1,9 @@
-"""Training a few-step student from prompts alone.
+"""Training of a few-step student from prompts alone.
 
-An update is: a rollout of the student, the updates of the fake score, which learns what the student makes now, and one
-of the student, led by teacher and fake score. Everything random is keyed by the update and the sample, so that a
-stopped run goes on bit by bit as it would have, and neither the number of processes nor accumulation changes what is
-computed.
+An update consists of a rollout of the student, the updates of the fake score, which learns the student's current
+distribution, and one update of the student, guided by teacher and fake score. All random draws are keyed by update and
+sample, so that an interrupted run resumes bit-exactly, and neither the number of processes nor accumulation changes
+the samples.
 
 Source: TDM, arXiv 2503.06674, and BLADE, arXiv 2508.10774.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -25,7 +26,7 @@ from blade.distillation.conditioning import Conditions, ExampleConditions, Promp
 from blade.distillation.config import DistillationConfig
 from blade.distillation.draws import COUNT, Draws, prompt_numbers
 from blade.distillation.optimizers import RoleOptimizer, learning_rate_share
-from blade.distillation.parallel import Processes, put_weights, shared_out_like, whole
+from blade.distillation.parallel import Processes, copy_weights, sharded_like, unsharded
 from blade.distillation.roles import FAKE, STUDENT, TRAINED, Lora, Roles, adapter_roles, separate_roles
 from blade.distillation.teacher_trajectories import ExampleTrajectories, TeacherTrajectories
 from blade.distillation.trajectory import Trajectory
@@ -36,14 +37,14 @@ from blade.students.scheduler import FewStepScheduler
 from blade.students.step_condition import ATTRIBUTE
 
 ROLLOUT_PART = 0
-"""Number of the rollout among the parts of an update, for the draws of chance; the updates' follow."""
+"""Index of the rollout among the parts of an update, as a key of random draws; those of the updates follow."""
 
 WARMUP_STAGES = 8
-"""Sparsities that a warm-up goes through."""
+"""Number of sparsity levels in a warm-up."""
 
 
 class Trainer:
-    """The state of a training, and what advances it by one update."""
+    """The state of a training, advanced update by update."""
 
     def __init__(
         self,
@@ -60,14 +61,14 @@ class Trainer:
         """Set everything up for the first update.
 
         Args:
-            model: the model; its transformer, without BLADE, becomes the base, and stays so.
-            config: how to train.
-            embeddings: of the prompts.
-            sampler: the student's.
-            attention: the student's; None: dense.
-            processes: this one among others.
-            guidance_scale: of the teacher.
-            dtype: what to compute in.
+            model: the model; its transformer, without BLADE, becomes the base for good.
+            config: the configuration of the training.
+            embeddings: embeddings of the prompts.
+            sampler: the student's sampler.
+            attention: the student's attention; None: dense.
+            processes: the processes of the training.
+            guidance_scale: guidance scale of the teacher.
+            dtype: type of the computation.
         """
         self.model, self.config, self.embeddings = model, config, embeddings
         self.sampler, self.attention, self.processes = sampler, attention, processes
@@ -92,19 +93,19 @@ class Trainer:
 
     @property
     def batch_size(self) -> int:
-        """Samples of an update, of all processes together."""
+        """Number of samples of an update, over all processes."""
         run = self.config.run
         return run.batch_size * run.accumulation * self.processes.count
 
-    def number_of(self, steps: int) -> int:
-        """Number of the trajectory of so many steps."""
+    def trajectory_number(self, steps: int) -> int:
+        """Return the index of the trajectory with a number of steps."""
         return self.config.trajectory.steps.index(steps)
 
     def train_update(self) -> dict[str, float]:
-        """Do one update of everything.
+        """Run one update of all trained roles.
 
         Returns:
-            What there is to log, the same on all processes.
+            The values to log, the same on all processes.
 
         Raises:
             ArithmeticError: if training has diverged.
@@ -131,59 +132,60 @@ class Trainer:
     def make_trajectories(
         self, trajectories: TeacherTrajectories, facts: Mapping[str, Any], on_progress: Callable[[str], None]
     ) -> None:
-        """Make the teacher's trajectories that are learned from, as many as are missing.
+        """Make the teacher's trajectories that are still missing.
 
         Args:
-            trajectories: where they go.
-            facts: what they depend on besides the student's times and their own settings.
-            on_progress: told how far it is.
+            trajectories: the folder of trajectories.
+            facts: the settings that they depend on besides the student's times and the substeps.
+            on_progress: called with the progress as text.
 
         Raises:
-            ValueError: if the folder has trajectories that were made otherwise.
+            ValueError: if the folder has trajectories that were made with other settings.
         """
-        substeps, times = self.config.generator.substeps, self.way()
+        substeps, times = self.config.generator.substeps, self.trajectory_times()
 
         def run(conditions: Conditions, noise: torch.Tensor) -> torch.Tensor:
-            return self.updates[0].teacher_way(conditions, noise, times)
+            return self.updates[0].teacher_trajectory(conditions, noise, times)
 
-        everything = {**facts, "times": times, "substeps": substeps}
-        trajectories.make(run, self.embeddings, everything, self.processes, self.config.run.batch_size, on_progress)
+        settings = {**facts, "times": times, "substeps": substeps}
+        trajectories.make(run, self.embeddings, settings, self.processes, self.config.run.batch_size, on_progress)
         self.trajectories = trajectories
 
-    def way(self) -> list[float]:
-        """The times of the teacher's trajectories: those of all numbers of steps, and 0."""
+    def trajectory_times(self) -> list[float]:
+        """Return the times of the teacher's trajectories: those of all numbers of steps, and 0."""
         return [*sorted({time for grid in self.sampler.config.grids for time in grid}, reverse=True), 0.0]
 
     def _teacher_batches(self, updates: Updates) -> tuple[list[Batch], list[Start]]:
-        """This process's batches of the update, at points of the teacher's trajectories."""
+        """Return this process's batches of the update, at points of the teacher's trajectories."""
         assert self.trajectories is not None
         draws = Draws(self.config.run.seed, self.update, ROLLOUT_PART)
-        way, trajectory = self.way(), updates.trajectory
+        times, trajectory = self.trajectory_times(), updates.trajectory
         batches, starts = [], []
         for samples in self._samples():
             numbers = self._numbers(samples, len(self.trajectories))
             conditions = self.embeddings.rows(self.trajectories.prompt_numbers(numbers)).on(self.processes.device)
             steps = updates.steps(samples, draws)
-            now = [way.index(trajectory.times[step]) for step in steps]
-            then = [way.index(trajectory.next_time(step)) for step in steps]
+            starting = [times.index(trajectory.times[step]) for step in steps]
+            ending = [times.index(trajectory.next_time(step)) for step in steps]
             if self.update >= self.config.generator.ode_updates:  # imitation
-                then = [len(way) - 1] * len(steps)
-            noisy, end = (self.trajectories.points(numbers, at).to(self.processes.device) for at in (now, then))
+                ending = [len(times) - 1] * len(steps)
+            noisy = self.trajectories.points(numbers, starting).to(self.processes.device)
+            end = self.trajectories.points(numbers, ending).to(self.processes.device)
             batches.append(Batch(samples=samples, conditions=conditions))
             starts.append(Start(noisy=noisy, steps=steps, end=end))
         return batches, starts
 
     def _student_batches(self, updates: Updates) -> tuple[list[Batch], list[Start]]:
-        """This process's batches of the update, and where the rollout has come to in each."""
+        """Return this process's batches of the update, and the ends of their rollouts."""
         run, processes = self.config.run, self.processes
         draws, share = Draws(run.seed, self.update, ROLLOUT_PART), run.batch_size * processes.count
         batches, starts = [], []
-        for place, samples in enumerate(self._samples()):
+        for number, samples in enumerate(self._samples()):
             conditions = self.embeddings.rows(self._numbers(samples, len(self.embeddings))).on(processes.device)
             batch = Batch(samples=samples, conditions=conditions)
             passes = None
-            if processes.shares_weights:  # all processes must run as many passes
-                passes = max(updates.steps(range(place * share, (place + 1) * share), draws))
+            if processes.shards_weights:  # all processes must run the same number of passes
+                passes = max(updates.steps(range(number * share, (number + 1) * share), draws))
             batches.append(batch)
             starts.append(updates.rollout(batch, draws, passes))
         return batches, starts
@@ -191,19 +193,19 @@ class Trainer:
     def _match(
         self, updates: Updates, batches: Sequence[Batch], starts: Sequence[Start], draws: Sequence[Draws]
     ) -> dict[str, float]:
-        """Let the fake score follow the student, and then the student the teacher; return what there is to log."""
+        """Update the fake score toward the student, then the student toward the teacher; return the values to log."""
         log: dict[str, float] = {}
-        for own_draws in draws[:-1]:
+        for fake_draws in draws[:-1]:
             losses = []
-            for place, (batch, start) in enumerate(zip(batches, starts)):
-                with updates.acting(FAKE, start, own_draws), self._accumulating(FAKE, place, batches):
-                    loss = updates.fake_loss(batch, start, own_draws) / len(batches)
+            for number, (batch, start) in enumerate(zip(batches, starts)):
+                with updates.acting(FAKE, start, fake_draws), self._accumulating(FAKE, number, batches):
+                    loss = updates.fake_loss(batch, start, fake_draws) / len(batches)
                     torch.autograd.backward(loss)
                 losses.append(loss.detach())
             log |= self._step(FAKE, losses)
         estimates = []
-        for place, (batch, start) in enumerate(zip(batches, starts)):
-            with updates.acting(STUDENT, start, draws[-1]), self._accumulating(STUDENT, place, batches):
+        for number, (batch, start) in enumerate(zip(batches, starts)):
+            with updates.acting(STUDENT, start, draws[-1]), self._accumulating(STUDENT, number, batches):
                 estimate = updates.generator_loss(batch, start, draws[-1])
                 torch.autograd.backward(estimate.loss / len(batches))
             estimates.append(estimate)
@@ -223,73 +225,73 @@ class Trainer:
         starts: Sequence[Start],
         draws: Draws,
     ) -> dict[str, float]:
-        """Let the student predict what the teacher does; return what there is to log."""
+        """Update the student by a regression onto the teacher; return the values to log."""
         losses = []
-        for place, (batch, start) in enumerate(zip(batches, starts)):
-            with updates.acting(STUDENT, start, draws), self._accumulating(STUDENT, place, batches):
+        for number, (batch, start) in enumerate(zip(batches, starts)):
+            with updates.acting(STUDENT, start, draws), self._accumulating(STUDENT, number, batches):
                 loss = loss_of(batch, start, draws) / len(batches)
                 torch.autograd.backward(loss)
             losses.append(loss.detach())
         return self._step(STUDENT, losses)
 
     def student_weights(self, *, averaged: bool = True) -> dict[str, torch.Tensor]:
-        """The student's weights, whole, on the CPU, averaged where that was asked for; all processes must call it."""
+        """Return the student's unsharded weights on the CPU, averaged by default; all processes must call it."""
         named = self.roles.named_parameters(STUDENT)
         trained = named.values() if self.ema is None or not averaged else self.ema.shadow_params
-        weights: dict[str, torch.Tensor] = whole(dict(zip(named, trained)))
+        weights: dict[str, torch.Tensor] = unsharded(dict(zip(named, trained)))
         return weights
 
     def use_averaged(self) -> None:
-        """Put averaged weights in force, until `use_own`."""
+        """Use averaged weights until `restore_weights`."""
         if self.ema is not None:
             self.ema.store(self._parameters(STUDENT))
             self.ema.copy_to(self._parameters(STUDENT))
 
-    def use_own(self) -> None:
-        """Put the student's own weights back."""
+    def restore_weights(self) -> None:
+        """Restore the student's trained weights after `use_averaged`."""
         if self.ema is not None:
             self.ema.restore(self._parameters(STUDENT))
 
     def start_from(self, weights: dict[str, torch.Tensor]) -> None:
-        """Begin with the weights of another student, of which the fake score is a copy."""
+        """Initialize student and fake score with the weights of another student."""
         for role in TRAINED:
             named = self.roles.named_parameters(role)
-            put_weights({name: one for name, one in named.items() if f".{ATTRIBUTE}." not in name}, weights)
+            copy_weights({name: weight for name, weight in named.items() if f".{ATTRIBUTE}." not in name}, weights)
         self.ema = self._make_ema()
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the next update depends on, whole; all processes must call it."""
+        """Return everything that the next update depends on, unsharded; all processes must call it."""
         return {
             "update": self.update,
-            "weights": {role: whole(dict(self.roles.named_parameters(role))) for role in TRAINED},
+            "weights": {role: unsharded(dict(self.roles.named_parameters(role))) for role in TRAINED},
             "optimizers": {role: optimizer.state_dict() for role, optimizer in self.optimizers.items()},
-            "ema": None if self.ema is None else whole(self.ema.state_dict()),
+            "ema": None if self.ema is None else unsharded(self.ema.state_dict()),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was called."""
+        """Restore the state that `state_dict` returned."""
         self.update = state["update"]
         for role in TRAINED:
-            put_weights(self.roles.named_parameters(role), state["weights"][role])
+            copy_weights(self.roles.named_parameters(role), state["weights"][role])
             self.optimizers[role].load_state_dict(state["optimizers"][role])
         ema = self.ema = self._make_ema()
         if ema is not None:
-            shadows = [shared_out_like(*pair) for pair in zip(state["ema"]["shadow_params"], ema.shadow_params)]
+            shadows = [sharded_like(*pair) for pair in zip(state["ema"]["shadow_params"], ema.shadow_params)]
             ema.load_state_dict({**state["ema"], "shadow_params": shadows})
             ema.to(self.processes.device)
 
     def _samples(self) -> list[range]:
-        """Places of this process's samples in the whole batch, for each forward pass of the update."""
+        """Return the indices of this process's samples in the whole batch, for each forward pass of the update."""
         run, processes = self.config.run, self.processes
-        firsts = [(place * processes.count + processes.index) * run.batch_size for place in range(run.accumulation)]
+        firsts = [(number * processes.count + processes.index) * run.batch_size for number in range(run.accumulation)]
         return [range(first, first + run.batch_size) for first in firsts]
 
     def _numbers(self, samples: range, count: int) -> list[int]:
-        """The prompts, or trajectories, that samples of the update are of."""
+        """Return the indices of the prompts, or of the trajectories, of samples of the update."""
         return prompt_numbers(self.config.run.seed, self.update * self.batch_size + samples.start, len(samples), count)
 
-    def _accumulating(self, role: str, place: int, batches: Sequence[Batch]) -> Any:
-        return self.processes.accumulating(self.roles.networks[role], place == len(batches) - 1)
+    def _accumulating(self, role: str, number: int, batches: Sequence[Batch]) -> AbstractContextManager[None]:
+        return self.processes.accumulating(self.roles.networks[role], number == len(batches) - 1)
 
     def _step(self, role: str, losses: Sequence[torch.Tensor]) -> dict[str, float]:
         optimizer, config, ode_updates = self.optimizers[role], self.config, self.config.generator.ode_updates
@@ -298,7 +300,7 @@ class Trainer:
             first, last, rate = 0, ode_updates, config.generator.ode_learning_rate or rate
         share = learning_rate_share(config.optimizer, self.update - first, last - first, decays=role == STUDENT)
         optimizer.set_rate(rate * share)
-        (loss,) = self.processes.mean([sum(float(one) for one in losses)])
+        (loss,) = self.processes.mean([sum(float(loss) for loss in losses)])
         norm, _ = optimizer.step(loss)
         name = "student" if role == STUDENT else "fake"
         return {f"{name}_loss": loss, f"{name}_norm": norm, f"{name}_skipped": float(optimizer.skipped)}
@@ -311,12 +313,12 @@ class Trainer:
         return EMAModel(self._parameters(STUDENT), decay=decay, use_ema_warmup=True, power=0.75) if decay else None
 
     def _make_roles(self, transformer: nn.Module) -> Roles:
-        """Decide who plays which role, and tell the roles what they cannot see from the time alone."""
+        """Make the roles, and condition them on the step where the time alone does not determine it."""
         config, weights = self.config, self.config.weights
         sparse = [] if self.attention is None else [STUDENT]
         if self.attention is not None and config.attention.fake == "student":
             sparse.append(FAKE)
-        torch.manual_seed(config.run.seed)  # of the adapters' first weights, the same on all processes
+        torch.manual_seed(config.run.seed)  # the adapters' initial weights must be the same on all processes
         if weights.full:
             roles = separate_roles(transformer, sparse)
         else:
@@ -327,14 +329,14 @@ class Trainer:
             sizes = dict.fromkeys(TRAINED, len(counts))
         if config.trajectory.intervals == "shared":
             sizes[FAKE] = sum(counts)
-        roles.tell_numbers(self._family, sizes)
+        roles.add_step_conditions(self._family, sizes)
         return roles
 
     def _make_updates(self, guidance_scale: float, dtype: torch.dtype) -> list[Updates]:
-        """The losses, for each number of steps."""
+        """Make the losses for each number of steps."""
         config, attention, device = self.config, self.attention, self.processes.device
         negative = self.embeddings.negative().on(device) if self._family.guidance_takes_two_passes else None
-        made = []
+        all_updates = []
         for number, steps in enumerate(config.trajectory.steps):
             trajectory = Trajectory(
                 sampler=self.sampler,
@@ -356,11 +358,11 @@ class Trainer:
                 trajectory_number=number,
                 first_step_number=sum(config.trajectory.steps[:number]),
             )
-            made.append(updates)
-        return made
+            all_updates.append(updates)
+        return all_updates
 
     def _install_attention(self) -> float:
-        """Put the attention of the present update in force; return its sparsity."""
+        """Apply the attention of the current update, and return its sparsity."""
         if self.attention is None:
             return 0.0
         warmup, sparsity = self.config.attention.warmup_updates, self.attention.sparsity

@@ -1,7 +1,7 @@
-"""The times that a student is trained and sampled at, and what happens between them.
+"""The times at which a student is trained and sampled.
 
-A trajectory of K steps goes down a grid of times g_1 > ... > g_K. The prediction at g_i is taken to the next time of
-the grid, m_i = g_(i+1), or 0 after the last: that is the trajectory's point x_m. Trained is on points further up, x_t
+A trajectory of K steps follows a descending grid of times g_1 > ... > g_K. The prediction at g_i leads to the next
+time of the grid, m_i = g_(i+1), or 0 after the last: the trajectory's point x_m. Training uses noisier points x_t,
 with t from an interval that begins at m_i, made by adding noise to x_m.
 
 Source: TDM, arXiv 2503.06674, and BLADE, arXiv 2508.10774.
@@ -20,21 +20,21 @@ from blade.common.checks import check_choice
 from blade.students.scheduler import FewStepScheduler
 
 INTERVALS = ("separate", "shared")
-"""Kinds of intervals: up to the step's own time, so that a time tells which step it belongs to, or up to the highest
-time for all steps."""
+"""Kinds of intervals: up to the step's own time, so that a time determines its step, or up to the highest time for all
+steps."""
 
 SMALLEST = 0.999
-"""The sampler begins at this share of the noise, before the shift."""
+"""Share of the noise, before the shift, at which the sampler begins."""
 
 
 def flow_times(steps: int, shift: float) -> tuple[float, ...]:
-    """Return the times of a flow-matching sampler: 1000 s u / (1 + (s - 1) u) at evenly falling u.
+    """Return the times of a flow-matching sampler: 1000 s u / (1 + (s - 1) u) at evenly spaced, descending u.
 
-    Those of Diffusers' DPM-Solver scheduler with `use_flow_sigmas`, which begins at u = 0.999, so that it can sample a
-    student too.
+    They equal those of Diffusers' DPM-Solver scheduler with `use_flow_sigmas`, which begins at u = 0.999, so that it
+    can sample a student too.
 
     Args:
-        steps: how many.
+        steps: number of steps.
         shift: the shift s toward high noise; 1 is none.
     """
     shares = [SMALLEST * step / steps for step in range(steps, 0, -1)]
@@ -42,13 +42,13 @@ def flow_times(steps: int, shift: float) -> tuple[float, ...]:
 
 
 def trailing_times(steps: int, train_steps: int = 1000) -> tuple[float, ...]:
-    """Return the times of a sampler with trailing spacing, whole numbers: 999, 874, ... for 8 of 1000.
+    """Return the integer times of a sampler with trailing spacing: 999, 874, ... for 8 of 1000.
 
-    Those of Diffusers' CogVideoX schedulers with `timestep_spacing="trailing"`.
+    They equal those of Diffusers' CogVideoX schedulers with `timestep_spacing="trailing"`.
 
     Args:
-        steps: how many.
-        train_steps: times that the model knows.
+        steps: number of steps.
+        train_steps: number of times that the model was trained at.
     """
     return tuple(round(train_steps - train_steps * step / steps) - 1.0 for step in range(steps))
 
@@ -61,17 +61,17 @@ def make_sampler(
     times: Sequence[Sequence[float]] | None = None,
     noise_kept: float = 1.0,
 ) -> FewStepScheduler:
-    """Make the sampler that a student is trained with, used with, and saved with.
+    """Make the sampler with which a student is trained, used and saved.
 
     Args:
-        scheduler: the model's own.
-        steps: the numbers of steps that the student is for.
+        scheduler: the model's scheduler.
+        steps: the student's numbers of steps.
         flow_shift: shift of a flow-matching model's times; None takes the scheduler's own.
-        times: the grids themselves, one for each of `steps`, instead of the usual ones.
+        times: explicit grids of times, one for each of `steps`, instead of the usual ones.
         noise_kept: see `FewStepScheduler`.
 
     Raises:
-        ValueError: if the model predicts neither a flow nor v, or the values do not go together.
+        ValueError: if the model predicts neither a flow nor v, or the values contradict each other.
     """
     if not steps or len(set(steps)) < len(steps) or min(steps) < 1:
         raise ValueError(f"`steps` must be one or several different numbers of at least 1, got {list(steps)}.")
@@ -89,7 +89,7 @@ def make_sampler(
 
 def _usual_times(scheduler: Any, steps: Sequence[int], flow_shift: float | None) -> list[tuple[float, ...]]:
     """Return the model's usual grids, one for each number of steps."""
-    config = FewStepScheduler.like(scheduler, [[1.0]]).config  # says what the model predicts
+    config = FewStepScheduler.like(scheduler, [[1.0]]).config  # for the type of prediction
     if config.prediction_type == "v_prediction":
         if flow_shift is not None:
             raise ValueError(f"`flow_shift` must not be given: a {type(scheduler).__name__} is not for flow matching.")
@@ -100,18 +100,18 @@ def _usual_times(scheduler: Any, steps: Sequence[int], flow_shift: float | None)
 
 @dataclass(frozen=True, kw_only=True)
 class Trajectory:
-    """The steps of one number of steps."""
+    """The times of one number of steps, and the intervals of training."""
 
     sampler: FewStepScheduler
-    """The sampler; its times and its noise schedule are in force."""
+    """The sampler, whose times and noise schedule are used."""
     steps: int
-    """Number of steps K; the sampler has a grid of so many."""
+    """Number of steps K, for which the sampler has a grid."""
     intervals: str = "separate"
     """One of `INTERVALS`."""
     lowest_time: float = 20.0
-    """Nothing is trained below it, where next to no noise is left. Source: TDM's demonstration."""
+    """Lowest time in training; below it, hardly any noise is left. Source: TDM's demonstration."""
     highest_time: float = 980.0
-    """Nor above it, where next to nothing else is left. Source: BLADE's release."""
+    """Highest time in training; above it, hardly any signal is left. Source: BLADE's release."""
 
     def __post_init__(self) -> None:
         check_choice("intervals", self.intervals, INTERVALS)
@@ -130,7 +130,7 @@ class Trajectory:
 
     @property
     def kind(self) -> str:
-        """What the model predicts."""
+        """The type of the model's prediction."""
         return str(self.sampler.config.prediction_type)
 
     @property
@@ -139,32 +139,32 @@ class Trajectory:
         return tuple(next(grid for grid in self.sampler.config.grids if len(grid) == self.steps))
 
     def next_time(self, step: int) -> float:
-        """The time m_i that a step leads to; 0 after the last."""
+        """Return the time m_i to which a step leads; 0 after the last."""
         return self.times[step + 1] if step + 1 < self.steps else 0.0
 
     def interval(self, step: int) -> tuple[float, float]:
-        """The times that a step is trained at."""
+        """Return the lowest and the highest time at which a step is trained."""
         top = self.times[step] if self.intervals == "separate" else self.highest_time
         return max(self.next_time(step), self.lowest_time), min(top, self.highest_time)
 
     def draw_time(self, step: int, share: float) -> float:
-        """The time at a share, in [0, 1), of a step's interval; a whole one where the model has no others."""
+        """Return the time at a share, in [0, 1), of a step's interval; an integer for a v-prediction model."""
         low, high = self.interval(step)
         time = low + share * (high - low)
         return float(math.floor(time)) if self.kind == "v_prediction" else time
 
     def levels(self, times: Sequence[float], like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Alpha and sigma at a time for each sample; at time 0, 1 and 0.
+        """Return alpha and sigma at a time for each sample; 1 and 0 at time 0.
 
         Args:
-            times: B of them.
+            times: B times.
             like: (B, ...) samples.
 
         Returns:
             Each (B, 1, ...), float32, on the samples' device.
         """
-        asked = torch.tensor(list(times))
-        alpha, sigma = self.sampler.levels(asked, like.ndim)
-        clean = (asked == 0).view_as(alpha)
+        sample_times = torch.tensor(list(times))
+        alpha, sigma = self.sampler.levels(sample_times, like.ndim)
+        clean = (sample_times == 0).view_as(alpha)
         alpha, sigma = alpha.masked_fill(clean, 1.0), sigma.masked_fill(clean, 0.0)
         return alpha.to(like.device), sigma.to(like.device)

@@ -1,4 +1,4 @@
-"""The losses of one batch: rollout of the student, then the fake score's or the generator's.
+"""The losses of one batch: a rollout of the student, then the loss of the fake score or of the generator.
 
 Source: TDM, arXiv 2503.06674, and BLADE, arXiv 2508.10774.
 """
@@ -34,37 +34,37 @@ from blade.students.prediction import mix, renew_noise, split_prediction
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Some samples of an update."""
+    """Samples of an update."""
 
     samples: Sequence[int]
-    """Places in the whole batch of all processes, from 0."""
+    """Indices in the whole batch of all processes, from 0."""
     conditions: Conditions
-    """Of their prompts."""
+    """Conditions of their prompts."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """Where a rollout has ended, or the teacher has come to: the inputs of the steps that are trained."""
+    """Inputs of the trained steps: the ends of rollouts, or points of the teacher's trajectories."""
 
     noisy: torch.Tensor
-    """(B, ...) float32."""
+    """Noisy samples, (B, ...) float32."""
     steps: Sequence[int]
     """Step of each sample."""
     end: torch.Tensor | None = None
-    """(B, ...) float32, where the guided teacher goes from there: in that step for ODE initialization, in all of them
-    for imitation. None where it has not been asked."""
+    """(B, ...) float32, the point that the guided teacher reaches from there: after that step for ODE initialization,
+    after all steps for imitation. None in a rollout."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class NoisyPoint:
-    """A point of the student's trajectory with noise added to it, and what it was made of."""
+    """A point of the student's trajectory with added noise, and its origin."""
 
     clean: torch.Tensor
     """x0, the student's prediction, (B, ...) float32."""
     noisy: torch.Tensor
-    """x_t, without gradient."""
+    """x_t, (B, ...) float32, without gradient."""
     times: Sequence[float]
-    """t of each sample."""
+    """Time t of each sample."""
     steps: Sequence[int]
     """Step of each sample."""
     levels: tuple[torch.Tensor, torch.Tensor]
@@ -75,19 +75,20 @@ class NoisyPoint:
 
 @dataclass(frozen=True, kw_only=True)
 class Estimates:
-    """What the generator's update has found out."""
+    """Loss and diagnostics of the generator's update."""
 
     loss: torch.Tensor
+    """The generator's loss."""
     difference: torch.Tensor
     """Mean |mu_teacher - mu_fake|."""
     fake_error: torch.Tensor
-    """Mean squared error of the fake score for what the student made."""
+    """Mean squared error of the fake score on the student's samples."""
     teacher_error: torch.Tensor
-    """That of the teacher without guidance, which a fake score that keeps up is below."""
+    """Mean squared error of the teacher without guidance, which a fake score that keeps up stays below."""
 
 
 class Updates:
-    """The losses, for one number of steps."""
+    """The losses for one number of steps."""
 
     def __init__(
         self,
@@ -104,20 +105,20 @@ class Updates:
         trajectory_number: int = 0,
         first_step_number: int = 0,
     ) -> None:
-        """Take what stays the same from update to update.
+        """Take everything that stays the same from update to update.
 
         Args:
-            roles: who plays which role.
-            trajectory: the student's.
-            negative: what guidance leads away from; None: the teacher is guided by itself.
-            fake: how the fake score is trained.
-            generator: how the student is.
-            guidance_scale: of the teacher.
-            device: where to compute.
-            dtype: what in.
-            together: all samples of an update take the same step.
-            trajectory_number: number of this trajectory among those of the student.
-            first_step_number: number of its first step among the steps of all of them.
+            roles: the networks of the roles.
+            trajectory: the student's trajectory.
+            negative: conditions of the negative prompt; None: guidance is an input of the teacher.
+            fake: options of the fake score's updates.
+            generator: options of the student's updates.
+            guidance_scale: guidance scale of the teacher.
+            device: the device of all tensors.
+            dtype: type of the networks' inputs.
+            together: train the same step for all samples of an update.
+            trajectory_number: index of this trajectory among the student's.
+            first_step_number: index of its first step among the steps of all trajectories.
         """
         self.roles, self.trajectory, self.negative = roles, trajectory, negative
         self.fake, self.generator, self.guidance_scale = fake, generator, guidance_scale
@@ -125,43 +126,43 @@ class Updates:
         self._trajectory_number, self._first_step_number = trajectory_number, first_step_number
 
     def steps(self, samples: Sequence[int], draws: Draws) -> list[int]:
-        """The step that each sample is trained at.
+        """Draw the step at which each sample is trained.
 
         Args:
-            samples: places in the whole batch of all processes.
-            draws: chance of the rollout.
+            samples: indices in the whole batch of all processes.
+            draws: random draws of the rollout.
         """
         return draws.steps(samples, self.trajectory.steps, together=self.together)
 
     def rollout(self, batch: Batch, draws: Draws, passes: int | None = None) -> Start:
-        """Let the student run down the trajectory, without gradient, each sample to the step that it is trained at.
+        """Let the student follow the trajectory without gradient, each sample to the step at which it is trained.
 
         Args:
             batch: the samples.
-            draws: chance of this update.
-            passes: how many passes to run, the last ones for nothing if need be; None: no more than it takes.
+            draws: random draws of the rollout.
+            passes: number of passes to run, of which the last may be idle; None: as many as needed.
         """
         trajectory, shape = self.trajectory, batch.conditions.latent_shape
         steps = self.steps(batch.samples, draws)
         x = draws.noise(START, batch.samples, shape).to(self.device)
         for step in range(max(steps) if passes is None else passes):
-            going = [place for place, own in enumerate(steps) if own > step]
-            if not going:
+            active = [index for index, last in enumerate(steps) if last > step]
+            if not active:
                 with torch.no_grad(), self.roles.acting(STUDENT, (step, trajectory.steps)):
                     self._estimate(STUDENT, batch.conditions.at([0]), x[:1], self._times([step]), [step])
                 continue
-            samples, conditions = [batch.samples[place] for place in going], batch.conditions.at(going)
-            now = [step] * len(going)
+            samples, conditions = [batch.samples[index] for index in active], batch.conditions.at(active)
+            active_steps = [step] * len(active)
             with torch.no_grad(), self.roles.acting(STUDENT, (step, trajectory.steps)):
-                clean, noise = self._estimate(STUDENT, conditions, x[going], self._times(now), now)
+                clean, noise = self._estimate(STUDENT, conditions, x[active], self._times(active_steps), active_steps)
             if trajectory.sampler.config.noise_kept < 1:
                 fresh = draws.noise(ROLLOUT, samples, shape, step).to(x)
                 noise = renew_noise(noise, fresh, trajectory.sampler.config.noise_kept)
-            x[going] = mix(clean, noise, *trajectory.levels([trajectory.next_time(step)] * len(going), clean))
+            x[active] = mix(clean, noise, *trajectory.levels([trajectory.next_time(step)] * len(active), clean))
         return Start(noisy=x, steps=steps)
 
     def noisy_point(self, batch: Batch, start: Start, draws: Draws) -> NoisyPoint:
-        """Let the student take a step from where its rollout has ended, and add noise to where it leads.
+        """Let the student take a step from the end of its rollout, and add noise to the result.
 
         The student must be acting; gradients flow into `clean` where they are enabled.
         """
@@ -175,21 +176,21 @@ class Updates:
                 fresh = draws.noise(FRESH_NOISE, samples, shape).to(noisy)
                 noise = renew_noise(noise, fresh, trajectory.sampler.config.noise_kept)
             added = draws.noise(NOISE, samples, shape).to(noisy)
-            middle = trajectory.levels([trajectory.next_time(step) for step in steps], noisy)
+            next_levels = trajectory.levels([trajectory.next_time(step) for step in steps], noisy)
             levels = trajectory.levels(times, noisy)
             weight = noisy.new_ones(len(noisy))
-            noisy = diffuse_further(mix(clean, noise, *middle), added, middle, levels)
+            noisy = diffuse_further(mix(clean, noise, *next_levels), added, next_levels, levels)
             if self.fake.importance:
-                weight = importance_weight(equivalent_noise(noise, added, middle, levels), added)
+                weight = importance_weight(equivalent_noise(noise, added, next_levels, levels), added)
         return NoisyPoint(clean=clean, noisy=noisy, times=times, steps=steps, levels=levels, weight=weight)
 
     def fake_loss(self, batch: Batch, start: Start, draws: Draws) -> torch.Tensor:
-        """How far the fake score is from what the student makes.
+        """Return the fake score's error on the student's samples.
 
         Args:
             batch: the samples.
-            start: of their steps.
-            draws: chance of this update.
+            start: inputs of their steps.
+            draws: random draws of this update.
 
         Returns:
             A scalar with gradient for the fake score, which must be acting around this and the backward pass.
@@ -206,12 +207,12 @@ class Updates:
         return loss
 
     def generator_loss(self, batch: Batch, start: Start, draws: Draws) -> Estimates:
-        """What leads the student toward the teacher.
+        """Return the loss that moves the student toward the teacher.
 
         Args:
             batch: the samples.
-            start: of their steps.
-            draws: chance of this update.
+            start: inputs of their steps.
+            draws: random draws of this update.
 
         Returns:
             A loss with gradient for the student, which must be acting around this and the backward pass.
@@ -238,13 +239,13 @@ class Updates:
         difference = (teacher - fake).abs().mean()
         return Estimates(loss=loss, difference=difference, fake_error=errors[0], teacher_error=errors[1])
 
-    def teacher_way(self, conditions: Conditions, noise: torch.Tensor, times: Sequence[float]) -> torch.Tensor:
-        """Where the guided teacher goes from noise.
+    def teacher_trajectory(self, conditions: Conditions, noise: torch.Tensor, times: Sequence[float]) -> torch.Tensor:
+        """Compute the guided teacher's trajectory from noise.
 
         Args:
-            conditions: of the prompts.
+            conditions: conditions of the prompts.
             noise: (B, ...), at the first time.
-            times: falling; between two of them the teacher takes `generator.substeps` steps.
+            times: descending times; between two of them the teacher takes `generator.substeps` steps.
 
         Returns:
             (B, times, ...) float32, the noise first.
@@ -252,24 +253,24 @@ class Updates:
         trajectory, substeps, x, points = self.trajectory, self.generator.substeps, noise, [noise]
         with self.roles.acting(TEACHER):
             for high, low in itertools.pairwise(times):
-                way = [high + (low - high) * substep / substeps for substep in range(substeps + 1)]
-                if trajectory.kind == "v_prediction":  # which knows whole times only
-                    way = [float(round(time)) for time in way]
-                for now, then in itertools.pairwise(way):
-                    nows, thens = [now] * len(x), [then] * len(x)
-                    _, clean = self._guided(conditions, x, nows, [0] * len(x))
-                    alpha, sigma = trajectory.levels(nows, x)
-                    x = mix(clean, (x - alpha * clean) / sigma, *trajectory.levels(thens, x))
+                subtimes = [high + (low - high) * substep / substeps for substep in range(substeps + 1)]
+                if trajectory.kind == "v_prediction":  # trained at integer times only
+                    subtimes = [float(round(time)) for time in subtimes]
+                for time, next_time in itertools.pairwise(subtimes):
+                    sample_times, next_times = [time] * len(x), [next_time] * len(x)
+                    _, clean = self._guided(conditions, x, sample_times, [0] * len(x))
+                    alpha, sigma = trajectory.levels(sample_times, x)
+                    x = mix(clean, (x - alpha * clean) / sigma, *trajectory.levels(next_times, x))
                 points.append(x)
         return torch.stack(points, 1)
 
     def ode_loss(self, batch: Batch, start: Start, draws: Draws) -> torch.Tensor:
-        """How far a step of the student leads from where the guided teacher goes in several.
+        """Return the error of a student's step, which the guided teacher takes in several steps.
 
         Args:
             batch: the samples.
-            start: of their steps, on the teacher's way, and where it goes.
-            draws: chance of this update.
+            start: points of the teacher's trajectories, and the points that follow.
+            draws: random draws of this update; not used.
 
         Returns:
             A scalar with gradient for the student, which must be acting around this and the backward pass.
@@ -283,12 +284,14 @@ class Updates:
         return denoising_loss(clean, target, error_weight("velocity", *levels))
 
     def imitation_loss(self, batch: Batch, start: Start, draws: Draws) -> torch.Tensor:
-        """How far the student's prediction is from the teacher's without guidance, for noisy videos of the teacher's.
+        """Return the difference of the student's and the teacher's predictions on the teacher's noisy videos.
+
+        The teacher predicts without guidance.
 
         Args:
             batch: the samples.
-            start: their steps, and the teacher's videos.
-            draws: chance of this update.
+            start: the steps, and the teacher's videos.
+            draws: random draws of this update.
 
         Returns:
             A scalar with gradient for the student, which must be acting around this and the backward pass.
@@ -305,10 +308,10 @@ class Updates:
         return denoising_loss(student, teacher, error_weight("velocity", *levels))
 
     def acting(self, role: str, start: Start, draws: Draws) -> AbstractContextManager[Any]:
-        """Let a role act in an update, around its forward and its backward pass.
+        """Let a role act in an update, around its forward pass and its backward pass.
 
-        Samples are at several steps at once, and BLADE takes the step for nothing but the draws of its probe, so that
-        it is told any; unless it matters, and all samples take the same.
+        BLADE needs the step for the draws of its probe only, so that any step will do for samples of several steps.
+        Where the step matters, all samples are trained at the same one.
         """
         any_step = draws.integer(STEPS, DRAWN_STEPS), None
         return self.roles.acting(role, (start.steps[0], self.trajectory.steps) if self.together else any_step)
@@ -316,7 +319,7 @@ class Updates:
     def _guided(
         self, conditions: Conditions, x: torch.Tensor, times: Sequence[float], steps: Sequence[int]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Clean samples that the teacher sees, without guidance and with it; see `_estimate`."""
+        """Return the teacher's clean estimates without and with guidance; see `_estimate`."""
         conditional, _ = self._estimate(TEACHER, conditions, x, times, steps)
         if self.negative is None or self.guidance_scale == 1:
             return conditional, conditional
@@ -329,14 +332,14 @@ class Updates:
     def _estimate(
         self, role: str, conditions: Conditions, x: torch.Tensor, times: Sequence[float], steps: Sequence[int]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Clean sample and noise that a role sees in noisy samples, float32."""
-        whole = self.trajectory.kind == "v_prediction"
-        asked = torch.tensor(list(times), dtype=torch.int64 if whole else torch.float32)
+        """Estimate the clean samples and the noise in noisy samples with a role: each float32."""
+        integer = self.trajectory.kind == "v_prediction"
+        sample_times = torch.tensor(list(times), dtype=torch.int64 if integer else torch.float32)
         number = self._trajectory_number
         numbers = [number] * len(steps)
         if role == FAKE and self.trajectory.intervals == "shared":
             numbers = [self._first_step_number + step for step in steps]
-        inputs = conditions.inputs(x.to(self.dtype), asked)
+        inputs = conditions.inputs(x.to(self.dtype), sample_times)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             prediction = self.roles.predict(role, inputs, torch.tensor(numbers))
         return split_prediction(self.trajectory.kind, prediction, x, *self.trajectory.levels(times, x))

@@ -1,4 +1,4 @@
-"""Videos of a student on the way, for the eye, and of the bundled model with scores."""
+"""Videos of a student during training, for inspection, with scores for the bundled model."""
 
 from __future__ import annotations
 
@@ -22,8 +22,6 @@ from blade.media.video import encode_mp4
 from blade.models.source import BUNDLED
 from blade.students.scheduler import FewStepScheduler
 
-SCORES_NAME = "scores.json"
-
 
 def validate(
     trainer: Trainer,
@@ -33,19 +31,19 @@ def validate(
     folder: Path,
     processes: Processes,
 ) -> dict[str, float]:
-    """Make the student's videos of some prompts, each with a seed of its own, at every number of its steps.
+    """Generate the student's videos of some prompts, each with its own seed, at each of its numbers of steps.
 
     Args:
         trainer: the training.
-        sampler: the finished student's.
-        request: a resolved request, for all but prompt, seed and steps.
-        prompts: what they show.
-        folder: where they go.
-        processes: who share them out.
+        sampler: the finished student's sampler.
+        request: a resolved request for everything but prompt, seed and steps.
+        prompts: the prompts.
+        folder: the folder of the videos.
+        processes: the processes that share the work.
 
     Returns:
-        Means by name, of the bundled model: `score_N`, the share with all attributes right at N steps, and
-        `realism_error_N`; otherwise nothing.
+        Means by name, for the bundled model: `score_N`, the share of videos with all attributes right at N steps, and
+        `realism_error_N`; empty for other models.
     """
     pipe, roles = trainer.model.pipe, trainer.roles
     scheduler = pipe.scheduler
@@ -53,33 +51,33 @@ def validate(
     folder.mkdir(parents=True, exist_ok=True)
     trainer.use_averaged()
     try:
-        # as many for each process, since all take part in each forward pass where weights are shared out
-        for number in range(0, len(prompts), processes.count):
-            place = (number + processes.index) % len(prompts)
+        # the same number for each process, since with sharded weights all must take part in every forward pass
+        for first in range(0, len(prompts), processes.count):
+            number = (first + processes.index) % len(prompts)
             for steps in trainer.config.trajectory.steps:
-                own = replace(request, prompt=prompts[place], seed=place, steps=steps, guidance_scale=1.0)
-                own = replace(own, flow_shift=None)
+                sampled = replace(
+                    request, prompt=prompts[number], seed=number, steps=steps, guidance_scale=1.0, flow_shift=None
+                )
                 with torch.no_grad(), roles.acting(STUDENT):
-                    roles.networks[STUDENT].numbers = (STUDENT, torch.tensor([trainer.number_of(steps)]))
-                    video = run_request(trainer.model, own, attention=nullcontext()).video
-                stem = f"{file_stem(own.prompt)[:60]}-{place}-steps-{steps}"
-                record = {"prompt": own.prompt, "seed": place, "steps": steps, **_scores(own, video)}
-                assert own.fps is not None
+                    roles.networks[STUDENT].numbers = (STUDENT, torch.tensor([trainer.trajectory_number(steps)]))
+                    video = run_request(trainer.model, sampled, attention=nullcontext()).video
+                stem = f"{file_stem(sampled.prompt)[:60]}-{number}-steps-{steps}"
+                record = {"prompt": sampled.prompt, "seed": number, "steps": steps, **_scores(sampled, video)}
                 write_files(
                     {
-                        folder / f"{stem}.mp4": encode_mp4(video, own.fps),
+                        folder / f"{stem}.mp4": encode_mp4(video, sampled.fps),
                         folder / f"{stem}.json": (json.dumps(record, indent=2) + "\n").encode(),
                     }
                 )
     finally:
-        trainer.use_own()
+        trainer.restore_weights()
         pipe.scheduler = scheduler
     processes.wait()
     return means(folder)
 
 
 def _scores(request: ResolvedRequest, video: torch.Tensor) -> dict[str, Any]:
-    """What the moving-shapes world says of a video of the bundled model."""
+    """Score a video of the bundled model by the rules of the moving-shapes world; empty for other models."""
     if request.model != BUNDLED:
         return {}
     from blade.moving_shapes.realism import realism_error
@@ -88,17 +86,17 @@ def _scores(request: ResolvedRequest, video: torch.Tensor) -> dict[str, Any]:
     prompt = request.prompt
     try:
         return {"score": float(score(video, prompt).all_attributes), "realism_error": realism_error(video, prompt)}
-    except ValueError:  # no sentence of its grammar
+    except ValueError:  # the prompt is not a caption of its grammar
         return {}
 
 
 def means(folder: Path) -> dict[str, float]:
-    """The means over the videos of a folder; see `validate`."""
+    """Average the scores over the videos of a folder; see `validate`."""
     records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
-    found = {}
+    averages = {}
     for steps in sorted({record["steps"] for record in records}):
         for name in ("score", "realism_error"):
             values = [record[name] for record in records if record["steps"] == steps and name in record]
             if values:
-                found[f"{name}_{steps}"] = sum(values) / len(values)
-    return found
+                averages[f"{name}_{steps}"] = sum(values) / len(values)
+    return averages

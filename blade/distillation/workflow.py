@@ -1,4 +1,4 @@
-"""A distillation from its configuration to the student's folder: what `blade-distill` does."""
+"""Workflow of `blade-distill`: from a configuration to the student's folder."""
 
 from __future__ import annotations
 
@@ -47,16 +47,16 @@ from blade.students.scheduler import FewStepScheduler
 logger = logging.getLogger("blade")
 
 VALIDATION, EMBEDDINGS, TRAJECTORIES, LOG_NAME = "validation", "embeddings", "trajectories", "log.jsonl"
-"""Parts of a student's folder beside the student itself."""
+"""Parts of a student's folder besides the student itself."""
 
 BUNDLED_PROMPTS, BUNDLED_SEED = 4096, 606
-"""Captions that the bundled model is distilled with where no prompts are given, and the seed of their sampling."""
+"""Number of captions with which the bundled model is distilled by default, and the seed of their sampling."""
 
 LAG_UPDATES = 25
-"""Updates over which the fake score is compared with the teacher."""
+"""Updates over which the fake score's error is compared with the teacher's."""
 
 DISTILLED_WORDS = ("distill", "lightning", "turbo", "lcm", "causvid", "lightx2v", "fast", "few-step")
-"""In a model's name, what says that it is for few steps already."""
+"""Words in a model's name that suggest that it is a few-step model already."""
 
 
 def distill(
@@ -67,25 +67,25 @@ def distill(
     on_progress: Callable[[str], None] = lambda text: None,
     on_update: Callable[[str], None] = lambda text: print(text, flush=True),
 ) -> DistillationReport | Estimate:
-    """Train a student, or go on with one that was stopped.
+    """Train a student, or resume an interrupted training bit-exactly.
 
-    Started on several processes, by `accelerate launch` or torchrun, they share the work.
+    Several processes, started by `accelerate launch` or torchrun, share the work.
 
     Args:
-        config: how.
-        dry_run: only measure what it takes, by two updates; nothing is written.
+        config: the configuration.
+        dry_run: only measure the cost with two updates; nothing is written.
         random_weights: do that with random weights of the model's size, from its configuration files alone.
-        on_progress: told how far the preparations are.
-        on_update: told the losses of every update, in the first process; by default they are printed.
+        on_progress: called with the progress of the preparations as text.
+        on_update: called with the losses of every update as text, in the first process; by default they are printed.
 
     Returns:
-        What became of it, or what it would take.
+        The result, or with `dry_run` the estimated cost.
 
     Raises:
-        ValueError: for a configuration that cannot be met, embeddings of another model, or a checkpoint of another
+        ValueError: for an impossible configuration, embeddings of another model, or a checkpoint of another
             configuration.
         ArithmeticError: if training diverges.
-        OSError: if a file cannot be written; the last checkpoint stays whole then.
+        OSError: if a file cannot be written; the last checkpoint then stays intact.
     """
     from accelerate import PartialState
 
@@ -95,7 +95,7 @@ def distill(
     output = Path(config.output).expanduser()
     _check_trackers(config.trackers)
     if random_weights and not dry_run:
-        raise ValueError("`random_weights` must not be given without `dry_run`: nobody wants such a student.")
+        raise ValueError("`random_weights` requires `dry_run`.")
     prompts = ["none"] if random_weights else training_prompts(config)
     checkpoint = None if dry_run else newest_checkpoint(output)
     saved = None if checkpoint is None else load_checkpoint(checkpoint)
@@ -116,10 +116,10 @@ def distill(
 
 
 def training_prompts(config: DistillationConfig) -> list[str]:
-    """The prompts that a configuration names, or captions of the bundled model's own world.
+    """Return the prompts that a configuration names, or captions of the bundled model's own world.
 
     Raises:
-        ValueError: if the file has none, or none is named for another model.
+        ValueError: if the file has no prompts, or if another model has no file.
     """
     if config.prompts is not None:
         return read_prompts(config.prompts)
@@ -132,7 +132,7 @@ def training_prompts(config: DistillationConfig) -> list[str]:
 
 
 class _Job:
-    """A training with everything around it."""
+    """A training with its model, prompts, checkpoints and files."""
 
     def __init__(
         self,
@@ -148,26 +148,26 @@ class _Job:
         self.config, self.processes, self.prompts = config, processes, prompts
         self.hours_before, self.scores = 0.0, dict[str, float]()
         precision = config.run.precision or ("bf16" if processes.device.type == "cuda" else "fp32")
-        self.kept_dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        self.base_dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         self.model = self._load(random_weights)
         transformer = self.model.transformer
         self.request = self._resolve()
         self.sampler = self._make_sampler(config.trajectory.noise_kept)
-        kept = config.trajectory.sampling_noise_kept
-        self.student_sampler = self.sampler if kept is None else self._make_sampler(kept)
+        noise_kept = config.trajectory.sampling_noise_kept
+        self.student_sampler = self.sampler if noise_kept is None else self._make_sampler(noise_kept)
         self.attention = student_attention(config.attention, _student_preset(self.model))
-        found: PromptEmbeddings | ExampleConditions
+        conditions: PromptEmbeddings | ExampleConditions
         if random_weights:
-            found = ExampleConditions(transformer, self.model.latent_size(*self.request.size))
+            conditions = ExampleConditions(transformer, self.model.latent_size(*self.request.size))
         else:
-            found = self._embeddings(embeddings, on_progress, dry_run=dry_run)
+            conditions = self._embeddings(embeddings, on_progress, dry_run=dry_run)
         self._place_others(torch.device("cpu"))
         self.guidance_scale = self.request.guidance_scale
         self.teacher = fingerprint({"transformer": transformer})
         self.trainer = Trainer(
             self.model,
             config,
-            found,
+            conditions,
             self.sampler,
             self.attention,
             processes,
@@ -179,9 +179,9 @@ class _Job:
             self.trainer.start_from(read_weights(source, config.weights))
 
     def _load(self, random_weights: bool) -> LoadedModel:
-        """Load the base on the device."""
+        """Load the base onto the device."""
         config, device = self.config, self.processes.device
-        options: dict[str, Any] = {"revision": config.revision, "dtype": self.kept_dtype}
+        options: dict[str, Any] = {"revision": config.revision, "dtype": self.base_dtype}
         if random_weights:
             model = load_empty_model(config.model, **options, random_weights_on=device)
         else:
@@ -194,7 +194,7 @@ class _Job:
         return model
 
     def _resolve(self) -> ResolvedRequest:
-        """Return the teacher's request, with the model's defaults where the configuration leaves them."""
+        """Return the teacher's request, with the model's defaults for unset values."""
         config, video = self.config, self.config.video
         request = GenerationRequest(
             prompt=self.prompts[0],
@@ -211,7 +211,7 @@ class _Job:
         return resolve_request(request, self.model)
 
     def _make_sampler(self, noise_kept: float) -> FewStepScheduler:
-        """A sampler of the student's times, with the flow shift that is recommended for the size if none is given."""
+        """Make a sampler of the student's times; an unset flow shift takes the recommended one for the video size."""
         trajectory, flow_shift = self.config.trajectory, self.config.trajectory.flow_shift
         if flow_shift is None and trajectory.times is None:
             flow_shift = self.request.flow_shift
@@ -224,19 +224,19 @@ class _Job:
         )
 
     def _embeddings(self, folder: Path, on_progress: Callable[[str], None], *, dry_run: bool) -> PromptEmbeddings:
-        """Make the prompts' embeddings, of a dry run only as many as it takes."""
+        """Encode the prompts, in a dry run only as many as it needs."""
         config, processes = self.config, self.processes
-        needed = list(self.prompts)
+        prompts = list(self.prompts)
         if dry_run:
             batch = config.run.batch_size * config.run.accumulation * processes.count
-            needed = [self.prompts[number % len(self.prompts)] for number in range(min(len(self.prompts), 2 * batch))]
+            prompts = prompts[: 2 * batch]
         share = (processes.index, processes.count)
-        encode_prompts(self.model, self.request, needed, folder, share=share, on_progress=on_progress)
+        encode_prompts(self.model, self.request, prompts, folder, share=share, on_progress=on_progress)
         processes.wait()
-        return PromptEmbeddings(folder, needed)
+        return PromptEmbeddings(folder, prompts)
 
     def make_trajectories(self, output: Path, on_progress: Callable[[str], None]) -> None:
-        """Make the teacher's trajectories, where there are still updates that learn from them."""
+        """Make the teacher's trajectories if updates that use them are still to come."""
         config, generator = self.config, self.config.generator
         if self.trainer.update >= generator.ode_updates and generator.objective != "imitation":
             return
@@ -262,7 +262,7 @@ class _Job:
             )
         ratios: list[float] = []
         if trainer.update >= run.updates:
-            self._write_student(output, self.hours_before)  # which may be sampled otherwise from now on
+            self._write_student(output, self.hours_before)  # its sampling noise may have been changed
         while trainer.update < run.updates:
             record = trainer.train_update()
             done = trainer.update
@@ -304,15 +304,15 @@ class _Job:
             self._place_others(torch.device("cpu"))
 
     def _place_others(self, device: torch.device) -> None:
-        """Bring text encoders and VAE to a device; they are needed before training and between updates only."""
+        """Move text encoders and VAE to a device; they are needed only before training and for validation."""
         for name, part in self.model.pipe.components.items():
             if not isinstance(part, nn.Module) or name.startswith("transformer"):
                 continue
-            if not any(parameter.is_meta for parameter in part.parameters()):  # which random weights leave out
+            if not any(parameter.is_meta for parameter in part.parameters()):  # not loaded with random weights
                 part.to(device)
 
     def _save(self, output: Path, hours: float) -> None:
-        """Write a checkpoint, and the student as it is now."""
+        """Write a checkpoint and the current student."""
         trainer, config = self.trainer, self.config
         state = trainer.state_dict()
         if self.processes.is_first:
@@ -330,7 +330,7 @@ class _Job:
         self._write_student(output, hours)
 
     def _write_student(self, output: Path, hours: float) -> None:
-        """Write the student as it is now."""
+        """Write the current student."""
         trainer, config = self.trainer, self.config
         weights = trainer.student_weights()
         if self.processes.is_first:
@@ -358,7 +358,7 @@ class _Job:
                 sampler=self.student_sampler,
                 attention=self.attention,
                 facts=facts,
-                dtype=DTYPES[config.weights.saved_as] if config.weights.saved_as else self.kept_dtype,
+                dtype=DTYPES[config.weights.saved_as] if config.weights.saved_as else self.base_dtype,
             )
         self.processes.wait()
 
@@ -368,12 +368,14 @@ class _Job:
         from accelerate import Accelerator
 
         accelerator = Accelerator(log_with=list(self.config.trackers), project_dir=str(output))
-        accelerator.init_trackers("blade-distill", config={key: str(one) for key, one in flat(self.config).items()})
+        accelerator.init_trackers(
+            "blade-distill", config={key: str(value) for key, value in flat(self.config).items()}
+        )
         return accelerator
 
 
 def _student_preset(model: LoadedModel) -> BladeConfig:
-    """Return the model's values for students; of one that has none, its others at the paper's sparsity."""
+    """Return the model's preset for students; if it has none, its other preset with the paper's sparsity."""
     if model.student_preset is not None:
         return model.student_preset
     return replace(model.preset, kind="student", sparsity=0.8, pooled_tokens="all", dense_steps=0, dense_layers=())
@@ -382,19 +384,19 @@ def _student_preset(model: LoadedModel) -> BladeConfig:
 def _warn_of_distilled(model: str, transformer: nn.Module) -> None:
     if getattr(transformer.config, "guidance_embeds", False):
         logger.warning(
-            f"{model} is distilled for guidance already: it takes its strength as an input, which stays the same for "
+            f"{model} is guidance-distilled already: the guidance scale is an input, which stays the same for "
             "teacher and student."
         )
     words = [word for word in DISTILLED_WORDS if word in model.lower()]
     if words:
         logger.warning(
             f'`model` {model} seems to be distilled for few steps already ("{words[0]}" in its name). A teacher '
-            "should be a model for many steps: of one for few, only the mistakes are passed on."
+            "should be a many-step model: from a few-step model, a student inherits only the mistakes."
         )
 
 
 def _check_trackers(names: Sequence[str]) -> None:
-    """Raise a `ValueError` for trackers that accelerate would leave out."""
+    """Raise a `ValueError` for trackers that Accelerate would ignore."""
     from accelerate.tracking import get_available_trackers
 
     available = [str(name) for name in get_available_trackers()]

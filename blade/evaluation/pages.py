@@ -1,4 +1,4 @@
-"""An evaluation's report as files: JSON, Markdown, a plot, and a page that stands by itself but for its videos."""
+"""An evaluation's report as files: JSON, Markdown, a plot, and an HTML page that loads nothing but its videos."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from blade.evaluation.report import facts, notes, tables
 from blade.evaluation.videos import VideoLayout
 
 TEMPLATE = "report.html.jinja"
-"""The page's template, beside this file."""
+"""The page's template, in this file's folder."""
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """The report as a Markdown page."""
-    first, *others = facts(report)
-    lines = ["# Evaluation", "", first, "", f"    {report['command']}", ""]
-    for line in others:
+    """Render the report as a Markdown page."""
+    summary, *details = facts(report)
+    lines = ["# Evaluation", "", summary, "", f"    {report['command']}", ""]
+    for line in details:
         lines += [line, ""]
     for table in tables(report):
         lines += [f"## {table.title}", "", *markdown_table(table.headings, table.rows), ""]
@@ -32,12 +32,12 @@ def markdown(report: dict[str, Any]) -> str:
 
 
 def html(report: dict[str, Any], *, pictures: Mapping[str, bytes], videos: Mapping[str, Path]) -> str:
-    """The report as a page, light or dark as the reader has it, that loads nothing from elsewhere.
+    """Render the report as an HTML page, in the reader's light or dark scheme, that loads nothing from elsewhere.
 
     Args:
-        report: By `make_report`.
-        pictures: PNGs by heading, put into the page.
-        videos: By caption, paths relative to the page.
+        report: The result of `make_report`.
+        pictures: PNGs by heading, embedded in the page.
+        videos: Paths by caption, relative to the page.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -63,15 +63,15 @@ def write_report(report: dict[str, Any], folder: Path, laid_out: VideoLayout) ->
     """Write `report.json`, `report.md`, `report.html`, and `report.png` if it can be drawn; all or none.
 
     Args:
-        report: By `make_report`.
-        folder: The evaluation's.
-        laid_out: What `lay_out_videos` made of its videos.
+        report: The result of `make_report`.
+        folder: The evaluation's folder.
+        laid_out: The result of `lay_out_videos`.
 
     Returns:
         The files' paths.
 
     Raises:
-        OutputError: If one cannot be written.
+        OutputError: If a file cannot be written.
     """
     pictures = {}
     try:

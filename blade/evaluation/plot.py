@@ -1,4 +1,4 @@
-"""Quality against density, or against steps where every run is dense."""
+"""Plot of quality against density, or against steps if every run is dense."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ COLOURS = {
     "dense": "#000000",
     "preset": "#56B4E9",
 }
-"""A colour for each kind of attention, most of them Okabe and Ito's, which the colour-blind can tell apart; selectors
-have their own."""
+"""A colour for each kind of attention, mostly from Okabe and Ito's palette, which is safe for colour blindness;
+selectors have their own."""
 
 STANDING_ALONE = ("patterns", "config")
-"""Attention of runs that have nothing in common but that it comes from a file."""
+"""Kinds of attention that are loaded from files, whose runs therefore share no line."""
 
 APART = 0.008
-"""How far, in density, points of different lines are set apart, so that none hides another."""
+"""Horizontal distance, in density, between points of different lines, so that none hides another."""
 
 MARKERS = ("o", "s", "^", "D", "v", "P")
 
 
 def plot_report(report: dict[str, Any]) -> bytes | None:
-    """Draw a report, and return it as a PNG; None where there is nothing to draw.
+    """Draw a report and return it as a PNG; None if there is nothing to draw.
 
-    One column a group of prompts; a line joins the runs of one kind of attention at the same steps and guidance, but
-    for students, tables of patterns and configurations, which stand alone. With sparse runs, density runs along the x
-    axis and dense runs are level lines; without, steps do.
+    There is one column per group of prompts. A line joins the runs of one kind of attention at the same steps and
+    guidance, except that students, pattern tables and configurations stand alone. With sparse runs, the x axis is
+    density and dense runs are horizontal lines; without, the x axis is steps.
     """
     groups = [name for name in report["prompts"] if any(name in run["groups"] for run in report["runs"])]
     estimated = {name for run in report["runs"] for group in run["groups"].values() for name in group}
@@ -80,9 +80,9 @@ def _colour(attention: str) -> str | None:
 
 
 def _panels(estimated: Container[str]) -> dict[str, Panel]:
-    """The panels of the measures that have values, by name, from top to bottom.
+    """Return the panels of the measures that have values, by name, from top to bottom.
 
-    Where there are scores of captions, closeness to dense says less, and is not drawn.
+    If captions are scored, similarity to dense says less and is not drawn.
     """
     declared = [(measure, measure.panel) for measure in measures().values() if measure.panel is not None]
     incomplete = {panel.group for measure, panel in declared if panel.group and measure.name not in estimated}
@@ -116,12 +116,12 @@ def _draw(axes: Axes, runs: list[dict[str, Any]], group: str, measure: str, by_d
             axes.axhline(estimate["mean"], color=colour, linestyle=style, linewidth=1.3, label=label)
             axes.axhspan(estimate["low"], estimate["high"], color=colour, alpha=0.06)
             continue
-        aside = APART * (index - (len(series) - 1) / 2)
-        places = [
-            values["run_density"]["mean"] + aside if by_density else run["steps"] * (1 + 2 * aside)
+        offset = APART * (index - (len(series) - 1) / 2)
+        positions = [
+            values["run_density"]["mean"] + offset if by_density else run["steps"] * (1 + 2 * offset)
             for run, values in zip(members, estimates)
         ]
-        points = sorted(zip(places, (values[measure] for values in estimates)), key=lambda point: point[0])
+        points = sorted(zip(positions, (values[measure] for values in estimates)), key=lambda point: point[0])
         axes.errorbar(
             [x for x, _ in points],
             [value["mean"] for _, value in points],

@@ -1,4 +1,4 @@
-"""The prompts of an evaluation, each with the seed of its noise: a fixed list of captions, or any with any seeds."""
+"""Prompts of an evaluation, each with the seed of its noise: a fixed list of captions, or any text with any seeds."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ PROMPT_SEED = 20250
 """Seed of the fixed list of captions."""
 
 GROUPS = {"single": "single-object prompts", "two": "two-object prompts", "all": "all prompts"}
-"""Prompts that are reported together, and what they are called."""
+"""Groups of prompts that are reported together, with their headings."""
 
 MOST_SEEDS = 10_000
-"""More seeds than anybody means."""
+"""Most seeds that a range may name; more are taken for a mistake."""
 
 STEM_LENGTH = 60
-"""Letters of a prompt in the names of its files, which file systems limit to 255 bytes."""
+"""Most letters of a prompt in the names of its files, which file systems limit to 255 bytes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,12 +38,12 @@ class EvaluationPrompt:
 
     @property
     def key(self) -> tuple[str, int]:
-        """What it is known by: text and seed."""
+        """Text and seed, which identify it."""
         return (self.text, self.seed)
 
     @property
     def stem(self) -> str:
-        """Name of its files, without their ending; six digits of a hash where the text does not fit or says more."""
+        """Name of its files, without suffix; with six digits of a hash if the name does not show the whole text."""
         words = file_stem(self.text)[:STEM_LENGTH].rstrip("-")
         if words.replace("-", " ") != self.text:
             words += f"-{hashlib.sha256(self.text.encode()).hexdigest()[:6]}"
@@ -51,14 +51,14 @@ class EvaluationPrompt:
 
 
 def is_in(prompt: EvaluationPrompt, group: str) -> bool:
-    """Whether a prompt is reported in a group; all are in `all`."""
+    """Return whether a prompt is reported in a group; all are in `all`."""
     return group in ("all", prompt.group)
 
 
 def groups_of(prompts: Sequence[EvaluationPrompt]) -> tuple[str, ...]:
-    """The groups that prompts are reported in: those that they are of, and all together where these are several."""
-    own = {prompt.group for prompt in prompts}
-    return tuple(group for group in GROUPS if group in own or (group == "all" and len(own) > 1))
+    """Return the groups that prompts are reported in: their own, and `all` if there are several."""
+    present = {prompt.group for prompt in prompts}
+    return tuple(group for group in GROUPS if group in present or (group == "all" and len(present) > 1))
 
 
 def parse_seeds(text: str) -> tuple[int, ...]:
@@ -68,7 +68,7 @@ def parse_seeds(text: str) -> tuple[int, ...]:
         The seeds, ascending, each once.
 
     Raises:
-        ValueError: If the text does not read like that, names none, or a seed is too large.
+        ValueError: If the text has another form, names no seed, or a seed is too large.
     """
     problem = f'`seeds` must be numbers from 0 to 2**63 - 1, or ranges of them, such as "0-3,7", got {text!r}.'
     ranges = parse_ranges(text, problem)
@@ -80,22 +80,22 @@ def parse_seeds(text: str) -> tuple[int, ...]:
 
 
 def prompts_with_seeds(texts: Sequence[str], seeds: Sequence[int]) -> tuple[EvaluationPrompt, ...]:
-    """Every prompt with every seed, prompt by prompt."""
+    """Return every prompt with every seed, prompt by prompt."""
     return tuple(EvaluationPrompt(text=text, seed=seed) for text in texts for seed in seeds)
 
 
 def held_out_prompts(single: int = 64, two: int = 64, repeats: int = 1) -> tuple[EvaluationPrompt, ...]:
-    """The first captions of the fixed lists, of combinations that no training caption names.
+    """Return the first captions of the fixed lists, whose combinations occur in no training caption.
 
-    The seed of each is its place in the list of its kind, so that none is chosen; repetitions go on from there.
+    The seed of each is its index in the list of its kind, so that no seed is hand-picked; repeats continue from there.
 
     Args:
-        single: How many with one object.
-        two: How many with two objects.
-        repeats: How many videos of each.
+        single: The number of captions with one object.
+        two: The number of captions with two objects.
+        repeats: The number of videos of each.
 
     Raises:
-        ValueError: If a number is negative, or there is no prompt.
+        ValueError: If a number is negative, or there would be no prompts.
     """
     if repeats < 1:
         raise ValueError(f"`repeats` must be at least 1, got {repeats}.")
@@ -106,6 +106,6 @@ def held_out_prompts(single: int = 64, two: int = 64, repeats: int = 1) -> tuple
         rng = np.random.default_rng([PROMPT_SEED, objects])
         captions = [str(sample_caption(rng, objects=objects, held_out=True)) for _ in range(count)]
         for repeat in range(repeats):
-            for place, caption in enumerate(captions):
-                prompts.append(EvaluationPrompt(text=caption, seed=repeat * count + place, group=group))
+            for index, caption in enumerate(captions):
+                prompts.append(EvaluationPrompt(text=caption, seed=repeat * count + index, group=group))
     return tuple(prompts)

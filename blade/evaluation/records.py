@@ -1,4 +1,4 @@
-"""The records of an evaluation's videos: JSON lines, of as many processes as there are shards, each resumable."""
+"""Records of an evaluation's videos, as JSON lines in one file per shard, each of which can be resumed."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ if TYPE_CHECKING:
     from blade.evaluation.plan import EvaluationPlan
 
 Record = dict[str, Any]
-"""What was measured of one video, and everything needed to make it again: plain JSON values."""
+"""Measurements of one video, and everything needed to reproduce it, as plain JSON values."""
 
 Records = dict[tuple[str, str, int], Record]
 """Records by run, prompt and seed."""
 
 ADVICE = "take another name or another folder."
-"""What to do about records of something else."""
+"""Advice in the errors about records made with other settings."""
 
 
 def read_records(plan: EvaluationPlan) -> Records:
-    """The records of an evaluation's videos that exist, of all shards.
+    """Read the existing records of an evaluation's videos, from all shards.
 
     Args:
         plan: The evaluation.
 
     Raises:
-        ValueError: If a record is of other settings, another configuration or another model than the evaluation's.
+        ValueError: If a record was made with other settings, another configuration or another model.
     """
-    wanted = {prompt.key for prompt in plan.evaluation.prompts}
+    prompt_keys = {prompt.key for prompt in plan.evaluation.prompts}
     expected = {
         run.name: {
             **_settings(run.to_dict()),
@@ -45,12 +45,12 @@ def read_records(plan: EvaluationPlan) -> Records:
     for path in sorted(plan.evaluation.folder.glob("records-*.jsonl")):
         for record in _read_lines(path):
             name, key = record["run"]["name"], (record["prompt"], record["seed"])
-            if name not in expected or key not in wanted:
+            if name not in expected or key not in prompt_keys:
                 continue
-            found = record | _settings(record["run"])
+            recorded = record | _settings(record["run"])
             for field, value in expected[name].items():
-                if found.get(field) != value:
-                    different = f"`{field}`, {found.get(field)!r} instead of {value!r}"
+                if recorded.get(field) != value:
+                    different = f"`{field}`, {recorded.get(field)!r} instead of {value!r}"
                     raise ValueError(f"{path} holds run `{name}` with another {different}; {ADVICE}")
             if not _is_same(record["blade_config"], plan.requests[name].blade_config):
                 raise ValueError(f"{path} holds run `{name}` with another `blade_config`; {ADVICE}")
@@ -59,29 +59,29 @@ def read_records(plan: EvaluationPlan) -> Records:
 
 
 def append_record(path: Path, record: Record) -> None:
-    """Add a line to a file, after taking away what a killed process left of one."""
+    """Append a record to a file, after removing an incomplete line that a killed process may have left."""
     with path.open("a+b") as file:
         file.seek(0)
-        whole = file.read().rfind(b"\n") + 1
-        file.truncate(whole)
+        complete = file.read().rfind(b"\n") + 1
+        file.truncate(complete)
         file.write(json.dumps(record).encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
 
 
 def _settings(run: dict[str, Any]) -> dict[str, Any]:
-    """What is compared of a run's settings: not where configuration or student lie, which are compared themselves."""
+    """Return a run's settings without the paths of configuration and student, whose contents are compared instead."""
     return {name: value for name, value in run.items() if name not in ("config", "student")}
 
 
 def _is_same(recorded: dict[str, Any] | None, config: BladeConfig | None) -> bool:
-    """Whether a recorded configuration is this one, fields that have come since at their defaults."""
+    """Return whether a recorded configuration equals `config`; fields that it lacks take their defaults."""
     if recorded is None or config is None:
         return recorded is None and config is None
     return recorded == config.to_dict() or BladeConfig.from_dict(recorded) == config
 
 
 def _read_lines(path: Path) -> list[Record]:
-    """The complete lines of a file."""
+    """Read the complete lines of a file."""
     text = path.read_text(encoding="utf-8")
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]

@@ -1,4 +1,4 @@
-"""From the records of an evaluation to its report: JSON and tables."""
+"""An evaluation's report, made from its records: JSON values and tables."""
 
 from __future__ import annotations
 
@@ -21,36 +21,37 @@ from blade.metrics.registry import measures
 
 
 def make_report(plan: EvaluationPlan, command: str) -> dict[str, Any]:
-    """Sum up the records of an evaluation as plain JSON values.
+    """Summarize the records of an evaluation as plain JSON values.
 
     Args:
-        plan: What was evaluated.
-        command: The command line that did it.
+        plan: The plan of the evaluation.
+        command: The command line that ran it.
 
     Returns:
         `missing` (videos without a record), the settings, machines and versions, and for every run and group of
-        prompts, in `groups`, an `Estimate` of each measure that has a value; in `by_frame`, the means over videos of
-        each frame's values, such as PSNR; and, in `differences`, an `Estimate` of how far the run is from the
-        `baseline` by each measure that is compared, over the videos that both have. Distances of distributions are to
-        the videos of `reference`.
+        prompts: in `groups`, an `Estimate` of each measure that has a value; in `by_frame`, the means over videos of
+        each frame's values, such as PSNR; and in `differences`, an `Estimate` of the difference to the `baseline` by
+        each compared measure, over the videos that both have. Distances between distributions are to the videos of
+        `reference`.
     """
     evaluation, records = plan.evaluation, read_records(plan)
     chosen, baseline, present = evaluation.chosen_measures, evaluation.baseline_run, groups_of(evaluation.prompts)
     videos = {(run.name, group): _videos(plan, run, group, records) for run in evaluation.runs for group in present}
-    results = {key: _results(chosen, of_run) for key, of_run in videos.items()}
+    results = {key: _results(chosen, video_set) for key, video_set in videos.items()}
     runs = []
     for run in evaluation.runs:
         groups, differences, by_frame = {}, {}, {}
         for group in present:
-            own = results[run.name, group]
-            if own:
-                groups[group] = {name: asdict(result.estimate()) for name, result in own.items()}
-            if run is not baseline and (apart := _differences(chosen, own, results[baseline.name, group])):
-                differences[group] = apart
+            run_results = results[run.name, group]
+            if run_results:
+                groups[group] = {name: asdict(result.estimate()) for name, result in run_results.items()}
+            baseline_results = results[baseline.name, group]
+            if run is not baseline and (difference := _differences(chosen, run_results, baseline_results)):
+                differences[group] = difference
             if frames := _by_frame(chosen, videos[run.name, group]):
                 by_frame[group] = frames
         runs.append(_described(plan, run) | {"groups": groups, "by_frame": by_frame, "differences": differences})
-    made = list(records.values())
+    measured = list(records.values())
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command,
@@ -59,10 +60,10 @@ def make_report(plan: EvaluationPlan, command: str) -> dict[str, Any]:
         "size": plan.size,
         "prompts": {group: sum(is_in(prompt, group) for prompt in evaluation.prompts) for group in present},
         "missing": len(evaluation.runs) * len(evaluation.prompts) - len(records),
-        "unscored": _unscored(chosen, made) if evaluation.of_shapes else 0,
-        **{f"without_{measure.extra}": _lacks_extra(measure, chosen, made) for measure in chosen if measure.extra},
-        "machines": _distinct(record["machine"] | {"dtype": record["dtype"]} for record in made),
-        "versions": _distinct(record["versions"] for record in made),
+        "unscored": _unscored(chosen, measured) if evaluation.of_shapes else 0,
+        **{f"without_{measure.extra}": _lacks_extra(measure, chosen, measured) for measure in chosen if measure.extra},
+        "machines": _distinct(record["machine"] | {"dtype": record["dtype"]} for record in measured),
+        "versions": _distinct(record["versions"] for record in measured),
         "baseline": baseline.name,
         "reference": plan.reference_run.name,
         "runs": runs,
@@ -70,25 +71,25 @@ def make_report(plan: EvaluationPlan, command: str) -> dict[str, Any]:
 
 
 def tables(report: dict[str, Any], *, brief: bool = False) -> list[Table]:
-    """A report's tables: the measures of each group of prompts, and the differences to the baseline.
+    """Return a report's tables: the measures of each group of prompts, and the differences to the baseline.
 
     Args:
-        report: By `make_report`.
-        brief: Only what fits a terminal. Columns without any value are left out in any case.
+        report: The result of `make_report`.
+        brief: Leave out whatever does not fit a terminal. Columns without any value are always left out.
     """
-    found = []
+    tables_of_groups = []
     for group in report["prompts"]:
         present = [run for run in report["runs"] if group in run["groups"]]
         if present:
-            found.append(_measures_table(present, group, brief))
-        apart = [run for run in report["runs"] if group in run["differences"]]
-        if apart and not brief:
-            found.append(_differences_table(apart, group, report["baseline"]))
-    return found
+            tables_of_groups.append(_measures_table(present, group, brief))
+        compared = [run for run in report["runs"] if group in run["differences"]]
+        if compared and not brief:
+            tables_of_groups.append(_differences_table(compared, group, report["baseline"]))
+    return tables_of_groups
 
 
 def notes(report: dict[str, Any]) -> list[str]:
-    """The meaning of the tables' columns, a paragraph each."""
+    """Return explanations of the tables' columns, one paragraph each."""
     declared = measures().values()
     lines = [_general_note(), *selector_notes(run["blade_config"] for run in report["runs"])]
     if any(run["differences"] for run in report["runs"]):
@@ -114,7 +115,7 @@ def notes(report: dict[str, Any]) -> list[str]:
 
 
 def facts(report: dict[str, Any]) -> list[str]:
-    """The model, the videos, the machines and the versions, a line each."""
+    """Return the model, videos, machines and versions, one line each."""
     size = report["size"]
     counts = ", ".join(f"{count} of {GROUPS[group]}" for group, count in report["prompts"].items())
     lines = [
@@ -130,24 +131,25 @@ def facts(report: dict[str, Any]) -> list[str]:
 
 
 def _general_note() -> str:
-    """Intervals, the dense reference, and what the headings leave out."""
-    near, others = [], []
+    """Return the explanation of intervals, of the dense reference, and of details that headings omit."""
+    similarities, others = [], []
     for measure in measures().values():
         if "reference" in measure.needs:
-            near.append(f"{measure.heading} ({measure.detail})" if measure.detail else measure.heading)
+            similarities.append(f"{measure.heading} ({measure.detail})" if measure.detail else measure.heading)
         elif measure.detail:
             others.append(f"{measure.heading[:1].upper()}{measure.heading[1:]}: {measure.detail}.")
+    *first, last = similarities
     return (
-        f"In brackets 95 % bootstrap intervals over videos. {', '.join(near[:-1])} and {near[-1]} are against the "
+        f"In brackets 95 % bootstrap intervals over videos. {', '.join(first)} and {last} are against the "
         f"dense run of the same steps and guidance. {' '.join(others)}"
     )
 
 
 def _videos(plan: EvaluationPlan, run: RunSettings, group: str, records: Records) -> VideoSet:
-    """The measured videos of a run in a group, in the order of the prompts."""
+    """Return the measured videos of a run in a group, in the order of the prompts."""
     prompts = [prompt for prompt in plan.evaluation.prompts if is_in(prompt, group)]
 
-    def of(name: str, reference: VideoSet | None) -> VideoSet:
+    def videos_of(name: str, reference: VideoSet | None) -> VideoSet:
         return VideoSet(
             records={prompt.key: records[name, *prompt.key] for prompt in prompts if (name, *prompt.key) in records},
             paths={prompt.key: video_path(plan.evaluation.folder, name, prompt) for prompt in prompts},
@@ -155,53 +157,53 @@ def _videos(plan: EvaluationPlan, run: RunSettings, group: str, records: Records
         )
 
     reference = plan.reference_run.name
-    return of(run.name, None if run.name == reference else of(reference, None))
+    return videos_of(run.name, None if run.name == reference else videos_of(reference, None))
 
 
 def _results(chosen: Sequence[Measure], videos: VideoSet) -> dict[str, Result]:
-    """What each measure comes to, by name; first those of single videos, then those of several together."""
+    """Return the result of each measure by name, first measures of single videos, then of several together."""
     ordered = sorted(chosen, key=lambda measure: get_args(Scope).index(measure.per))
     results = {measure.name: measure.result(videos) for measure in ordered}
     return {name: result for name, result in results.items() if result is not None}
 
 
 def _differences(
-    chosen: Sequence[Measure], own: Mapping[str, Result], baseline: Mapping[str, Result]
+    chosen: Sequence[Measure], results: Mapping[str, Result], baseline: Mapping[str, Result]
 ) -> dict[str, dict[str, float]]:
-    """How far a run is from the baseline by each compared measure that both have; distances of sets come last."""
+    """Return a run's differences to the baseline by each compared measure that both have, measures of sets last."""
     ordered = sorted(chosen, key=lambda measure: measure.per == "set")
     names = [measure.name for measure in ordered if measure.compared]
-    differences = {name: own[name].less(baseline[name]) for name in names if name in own and name in baseline}
+    differences = {name: results[name].less(baseline[name]) for name in names if name in results and name in baseline}
     return {name: asdict(estimate) for name, estimate in differences.items() if estimate is not None}
 
 
 def _by_frame(chosen: Sequence[Measure], videos: VideoSet) -> dict[str, list[float]]:
-    """Means over videos of each frame's values, by name of those measures that have them."""
+    """Return the means over videos of each frame's values, by name of the measures that have them."""
     means = {}
     for measure in chosen:
         recorded = videos.recorded(f"{measure.name}_by_frame")
         if recorded:
-            means[measure.name] = [fmean(of_frame) for of_frame in zip(*recorded.values())]
+            means[measure.name] = [fmean(frame_values) for frame_values in zip(*recorded.values())]
     return means
 
 
-def _unscored(chosen: Sequence[Measure], made: Sequence[Record]) -> int:
-    """Number of videos of which nothing is recorded that needs a caption, if such measures are chosen."""
+def _unscored(chosen: Sequence[Measure], records: Sequence[Record]) -> int:
+    """Count the videos without any measure that needs a caption; 0 if no such measure is chosen."""
     keys = {measure.record_key for measure in chosen if "caption" in measure.needs}
-    return sum(not keys & record.keys() for record in made) if keys else 0
+    return sum(not keys & record.keys() for record in records) if keys else 0
 
 
-def _lacks_extra(measure: Measure, chosen: Sequence[Measure], made: Sequence[Record]) -> bool:
-    """Tell whether videos lack a measure that have others with the same needs."""
+def _lacks_extra(measure: Measure, chosen: Sequence[Measure], records: Sequence[Record]) -> bool:
+    """Return whether some videos lack a measure but have others with the same needs."""
     others = [other for other in chosen if other.needs == measure.needs and other is not measure]
     return any(
         record.get(measure.record_key) is None and any(record.get(other.record_key) is not None for other in others)
-        for record in made
+        for record in records
     )
 
 
 def _described(plan: EvaluationPlan, run: RunSettings) -> dict[str, Any]:
-    """A run's settings, and what its configuration comes to; of a table of patterns, the share of each kind."""
+    """Return a run's settings and configuration; for a pattern table, the share of each kind of pattern."""
     config = plan.requests[run.name].blade_config
     values = run.to_dict() | {"blade_config": None if config is None else config.to_dict()}
     if run.attention is None:
@@ -216,7 +218,7 @@ def _described(plan: EvaluationPlan, run: RunSettings) -> dict[str, Any]:
 
 
 def _measures_table(present: list[dict[str, Any]], group: str, brief: bool) -> Table:
-    """The measures of runs that have videos of a group."""
+    """Make the table of the measures of runs that have videos in a group."""
     shown = [
         measure
         for measure in measures().values()
@@ -237,16 +239,16 @@ def _measures_table(present: list[dict[str, Any]], group: str, brief: bool) -> T
     return Table(GROUPS[group].capitalize(), ["run", *settings, *(measure.heading for measure in shown)], rows)
 
 
-def _differences_table(apart: list[dict[str, Any]], group: str, baseline: str) -> Table:
-    """The differences of runs to the baseline."""
+def _differences_table(compared: list[dict[str, Any]], group: str, baseline: str) -> Table:
+    """Make the table of the differences of runs to the baseline."""
     ordered = sorted(measures().values(), key=lambda measure: measure.per == "set")
-    shown = [measure for measure in ordered if any(measure.name in run["differences"][group] for run in apart)]
+    shown = [measure for measure in ordered if any(measure.name in run["differences"][group] for run in compared)]
     rows = [
         [
             run["name"],
             *(_cell(measure, run["differences"][group].get(measure.name), signed=True) for measure in shown),
         ]
-        for run in apart
+        for run in compared
     ]
     title = f"{GROUPS[group].capitalize()}: differences to {baseline}"
     return Table(title, ["run", *(measure.heading for measure in shown)], rows)

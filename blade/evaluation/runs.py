@@ -1,4 +1,4 @@
-"""The runs that an evaluation compares: ways to generate the same videos."""
+"""The runs that an evaluation compares: different ways to generate the same videos."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ POOLED_TOKENS: dict[str, Literal["none", "all", "dropped"]] = {
     "asa-gt": "all",
     "asa-dropped": "dropped",
 }
-"""Pooled tokens beside the blocks that are kept, by the kind of attention with the paper's selector."""
+"""Pooled tokens in addition to the kept blocks, by kind of attention with the paper's selector."""
 
 ATTENTION = ("dense", "preset", *POOLED_TOKENS)
-"""Kinds of attention, beside those that are named as their selector: none, the model's training-free preset, and
-changes to it, namely how key blocks are selected and which pooled tokens stand beside them."""
+"""Kinds of attention, in addition to those named like a selector: dense, the model's training-free preset, and the
+preset with the paper's selector and other pooled tokens."""
 
 
 def attention_kinds() -> tuple[str, ...]:
-    """Return all kinds of attention; a selector's name stands for ASA with it, without pooled tokens."""
+    """Return all kinds of attention; a selector's name means ASA with that selector, without pooled tokens."""
     return tuple(dict.fromkeys((*ATTENTION, *(name for name in selector_names() if name != DEFAULT_SELECTOR))))
 
 
@@ -39,26 +39,26 @@ class RunSettings:
     """One way to generate the same videos."""
 
     name: str
-    """What it is called in tables and files: letters, digits, dots, underscores and hyphens."""
+    """Name in tables and files: letters, digits, dots, underscores and hyphens."""
     steps: int | None = None
     """Denoising steps; None takes the model's default."""
     guidance: float | None = None
-    """Guidance scale, at most 1: no guidance; None takes the model's default."""
+    """Guidance scale, where at most 1 means no guidance; None takes the model's default."""
     attention: str | None = None
-    """One of `attention_kinds`; None is what `config` says, and without it "dense", or what `selector` says."""
+    """One of `attention_kinds`; None takes that of `config`, of `student`, or of `selector`, and otherwise "dense"."""
     config: str | None = None
     """A folder, file or Hub id that holds a BLADE configuration."""
     student: str | None = None
-    """A folder or Hub id of a few-step student; steps, guidance and attention are its own where none are given."""
+    """A folder or Hub id of a few-step student, whose steps, guidance and attention are the defaults."""
     noise_kept: float | None = None
-    """Share of the noise that the student's steps keep; None takes its own."""
+    """Share of the noise that the student's steps keep; None takes the student's value."""
     selector: str | None = None
-    """A name of `blade.attention.selectors.SELECTORS`, which scores key blocks; None takes the configuration's. Alone,
-    or with "asa", it becomes the kind of attention that is named so."""
+    """A name of `blade.attention.selectors.SELECTORS`, which scores key blocks; None takes the configuration's. By
+    itself or with "asa", it becomes the kind of attention of that name."""
     sparsity: float | None = None
     """Requested sparsity in [0, 1); None takes the configuration's."""
     dense_steps: int | float | None = None
-    """A count, or a fraction below 1; None takes the configuration's."""
+    """Number of dense steps, or a fraction below 1; None takes the configuration's."""
     dense_layers: tuple[int, ...] | None = None
     """Layers that stay dense; None takes the configuration's."""
 
@@ -78,13 +78,13 @@ class RunSettings:
             raise ValueError(f"`guidance` must be at least 0, got {self.guidance}.")
         if self.noise_kept is not None and self.student is None:
             raise ValueError("`noise_kept` must not be given without `student`.")
-        given = self._given()
-        if self.is_dense and given:
-            raise ValueError(f'`{next(iter(given))}` must not be given where `attention` is "dense".')
-        BladeConfig(**{name: value for name, value in given.items() if name != "selector"})
+        changes = self._changes()
+        if self.is_dense and changes:
+            raise ValueError(f'`{next(iter(changes))}` must not be given where `attention` is "dense".')
+        BladeConfig(**{name: value for name, value in changes.items() if name != "selector"})
 
     def _name_selector(self) -> None:
-        """Check the selector, and give a run with a selector alone the kind of attention that is named so."""
+        """Check the selector, and let a selector by itself become the kind of attention of that name."""
         if self.selector is None:
             return
         find_selector(self.selector)
@@ -96,22 +96,22 @@ class RunSettings:
 
     @property
     def is_dense(self) -> bool:
-        """Whether every layer is dense in every step."""
+        """True if every layer is dense in every step."""
         return self.attention == "dense"
 
     def is_reference_of(self, other: RunSettings) -> bool:
-        """Whether this is `other` with dense attention."""
-        own, its = ((run.steps, run.guidance, run.student, run.noise_kept) for run in (self, other))
-        return self.is_dense and own == its
+        """Return whether this is `other` with dense attention."""
+        settings, other_settings = ((run.steps, run.guidance, run.student, run.noise_kept) for run in (self, other))
+        return self.is_dense and settings == other_settings
 
     def blade_config(self, preset: Callable[[], BladeConfig]) -> BladeConfig | None:
-        """The configuration to apply, None for dense.
+        """Return the configuration to apply; None for dense attention.
 
         Args:
-            preset: The model's training-free preset, asked for where it is needed.
+            preset: Returns the model's training-free preset; called only if it is needed.
 
         Raises:
-            ValueError: If `config` names none, or its values do not go together with the run's.
+            ValueError: If `config` names no configuration, or its values contradict the run's.
         """
         if self.attention == "dense":
             return None
@@ -127,19 +127,20 @@ class RunSettings:
                 pooled_tokens = POOLED_TOKENS.get(self.attention, "none")
                 details = replace(config.asa, selector=selector)
                 config = replace(config, attention="asa", pooled_tokens=pooled_tokens, asa=details)
-        changes = self._given()
+        changes = self._changes()
         if "selector" in changes:
             changes["asa"] = replace(config.asa, selector=changes.pop("selector"))
         config = replace(config, **changes)
         return None if config.attention == "dense" else config
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """Return plain JSON values."""
         values = asdict(self)
         values["dense_layers"] = None if self.dense_layers is None else list(self.dense_layers)
         return values
 
-    def _given(self) -> dict[str, Any]:
+    def _changes(self) -> dict[str, Any]:
+        """Return the changes to the configuration that the run asks for."""
         names = ("selector", "sparsity", "dense_steps", "dense_layers")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
@@ -156,33 +157,33 @@ READERS: dict[str, Callable[[str], Any]] = {
     "dense_steps": lambda value: parse_dense_steps(float(value)),
     "dense_layers": lambda value: () if value == "none" else parse_dense_layers(value.replace("+", ",")),
 }
-"""Keys of a run's description, and what reads their values."""
+"""Parsers of the values in a run's description, by key."""
 
 
 def parse_run(text: str, *, steps: int | None = None, guidance: float | None = None) -> RunSettings:
     """Read a run's description: `NAME=WHAT`, `NAME=WHAT,KEY=VALUE,...` or `NAME=KEY=VALUE,...`.
 
-    WHAT is one of `attention_kinds`, or a folder or Hub id with a BLADE configuration. Where a run is called as its
-    attention, the name is enough. The keys are the fields of `RunSettings`; several dense layers are joined by `+`,
-    and `none` are none. Examples: `dense`, `found=profiles/wan`,
+    WHAT is one of `attention_kinds`, or a folder or Hub id with a BLADE configuration. A run named like its attention
+    needs only the name. The keys are the fields of `RunSettings`; several dense layers are joined by `+`, and `none`
+    means no dense layers. Examples: `dense`, `found=profiles/wan`,
     `asa-70=asa,steps=30,sparsity=0.7,dense_layers=0-1+5`, `near=selector=local`.
 
     Args:
         text: The description.
-        steps: Steps where it names none.
-        guidance: Guidance scale where it names none.
+        steps: Steps if the description names none.
+        guidance: Guidance scale if the description names none.
 
     Raises:
-        ValueError: If the text does not read like that, or a value is out of range.
+        ValueError: If the text has another form, or a value is out of range.
     """
-    name, equals, rest = text.partition("=")
+    name, equals, description = text.partition("=")
     if not equals and is_attention_kind(name):
-        rest = name
-    first, *others = rest.split(",")
+        description = name
+    first, *others = description.split(",")
     if first and "=" not in first:
         first = f"attention={first}" if is_attention_kind(first) else f"config={first}"
     values: dict[str, Any] = {"steps": steps, "guidance": guidance}
-    seen = set[str]()
+    keys = set[str]()
     for part in (first, *others):
         key, equals, value = part.partition("=")
         if key not in READERS or not equals or not value:
@@ -190,9 +191,9 @@ def parse_run(text: str, *, steps: int | None = None, guidance: float | None = N
                 f"`run` must be NAME=dense, NAME=preset, NAME=DIR, NAME=student=DIR or NAME=KEY=VALUE,... with keys "
                 f"{', '.join(READERS)}, got {part!r} in {text!r}."
             )
-        if key in seen:
+        if key in keys:
             raise ValueError(f"`run` must give `{key}` once, got {text!r}.")
-        seen.add(key)
+        keys.add(key)
         try:
             values[key] = READERS[key](value)
         except ValueError as error:
@@ -201,14 +202,14 @@ def parse_run(text: str, *, steps: int | None = None, guidance: float | None = N
 
 
 def selector_notes(configs: Iterable[dict[str, Any] | None]) -> list[str]:
-    """Explain the selectors of configurations in a report: one paragraph, none for the paper's alone.
+    """Return a paragraph that explains the selectors of configurations; none if only the paper's is used.
 
     Args:
-        configs: of the report's runs, as plain JSON values; None for dense ones.
+        configs: Configurations of the report's runs as plain JSON values; None for dense runs.
     """
     names = {config["asa"]["selector"]: None for config in configs if config is not None}
-    words = [_selector_words(name) for name in names if name != DEFAULT_SELECTOR]
-    return [f"Key blocks are scored: {'; '.join(words)}."] if words else []
+    descriptions = [_selector_words(name) for name in names if name != DEFAULT_SELECTOR]
+    return [f"Key blocks are scored: {'; '.join(descriptions)}."] if descriptions else []
 
 
 def _selector_words(name: str) -> str:

@@ -1,4 +1,4 @@
-"""Making and measuring the videos of an evaluation: one record a video, in as many processes as there are shards.
+"""Generation and measurement of an evaluation's videos: one record per video, one process per shard.
 
 A folder holds the records, the videos, and the frames of dense runs, with which the other runs of the same steps and
 guidance are compared.
@@ -38,69 +38,70 @@ from blade.moving_shapes.captions import Caption, parse_caption
 from blade.students.loading import load_student
 
 KEPT_FIELDS = ("model", "device", "dtype", "blade_config", "fps", "machine", "versions")
-"""Fields of a generation's record that an evaluation's record has too."""
+"""Fields of a generation's record that are copied into an evaluation's record."""
 
 COSTS = ("layer_density", "run_density", "seconds", "seconds_denoising")
-"""Facts of a generation that an evaluation's record has."""
+"""Attributes of a generation that are copied into an evaluation's record."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """How far a shard has come, after each video."""
+    """Progress of a shard, after each video."""
 
     done: int
-    """Videos that exist, of this shard."""
+    """Finished videos of this shard."""
     total: int
     """Videos of this shard."""
     seconds_left: float
     record: Record
-    """The latest video's."""
+    """Record of the latest video."""
 
     def __str__(self) -> str:
         record = self.record
-        # likeness to dense comes after what a video shows by itself
+        # similarity to dense comes after measures of the video itself
         ordered = sorted(measures().values(), key=lambda measure: "reference" in measure.needs)
-        said = [
+        figures = [
             measure.progress(record[measure.record_key])
             for measure in ordered
             if measure.progress is not None and record.get(measure.record_key) is not None
         ]
-        said.append(f"{record['seconds']:.1f} s ({self.seconds_left / 60:.0f} min left)")
+        figures.append(f"{record['seconds']:.1f} s ({self.seconds_left / 60:.0f} min left)")
         video = f"{self.done}/{self.total} {record['run']['name']}, seed {record['seed']}, {record['prompt']}"
-        return f"{video}: {', '.join(said)}"
+        return f"{video}: {', '.join(figures)}"
 
 
 def evaluate_videos(plan: EvaluationPlan, on_video: Callable[[Progress], None] | None = None) -> None:
     """Make and measure every video of this shard that has no record yet.
 
-    A process that is killed loses the video that it was making, and no other.
+    A killed process loses only the video that it was making.
 
     Args:
-        plan: What to evaluate.
+        plan: The plan of the evaluation.
         on_video: Called after each video.
 
     Raises:
-        ValueError: If the folder holds records of the same names but other settings or another model.
+        ValueError: If the folder holds records of the same names with other settings or another model.
         OutputError: If a file cannot be written.
     """
     evaluation = plan.evaluation
-    done, own = set(read_records(plan)), evaluation.own_prompts
-    # dense first: the others are compared with it
+    done, prompts = set(read_records(plan)), evaluation.own_prompts
+    # dense runs first: the others are compared with them
     runs = sorted(evaluation.runs, key=lambda run: not run.is_dense)
-    missing = [(prompt, run) for prompt in own for run in runs if (run.name, *prompt.key) not in done]
-    # one student after the other, as loading one takes time
+    missing = [(prompt, run) for prompt in prompts for run in runs if (run.name, *prompt.key) not in done]
+    # grouped by student, since loading one takes time
     missing.sort(key=lambda pair: (pair[1].student or "", pair[1].noise_kept or 0.0))
     if not missing:
         return
     worker = _Worker(plan, missing[0][1])
     evaluation.folder.mkdir(parents=True, exist_ok=True)
-    total, began = len(own) * len(runs), time.monotonic()
-    for made, (prompt, run) in enumerate(missing, start=1):
+    total, began = len(prompts) * len(runs), time.monotonic()
+    for finished, (prompt, run) in enumerate(missing, start=1):
         record = worker.make(prompt, run)
         append_record(evaluation.folder / "records-{}-of-{}.jsonl".format(*evaluation.shard), record)
         if on_video is not None:
-            left = (time.monotonic() - began) / made * (len(missing) - made)
-            on_video(Progress(done=total - len(missing) + made, total=total, seconds_left=left, record=record))
+            remaining = len(missing) - finished
+            seconds_left = (time.monotonic() - began) / finished * remaining
+            on_video(Progress(done=total - remaining, total=total, seconds_left=seconds_left, record=record))
 
 
 class _Worker:
@@ -116,13 +117,13 @@ class _Worker:
 
     @property
     def _first_request(self) -> ResolvedRequest:
-        """The request of a run; model, device and dtype are the same in all."""
+        """The request of the first run; model, device and dtype are the same in all."""
         return next(iter(self.plan.requests.values()))
 
     def _load(self, run: RunSettings) -> None:
-        """Load a run's model, and its student into the weights, so that it takes the time of a generation."""
+        """Load a run's model and merge its student into the weights, so that LoRA layers do not slow the run."""
         began, first = time.perf_counter(), self._first_request
-        self.model: Any = None  # which leaves the memory before the next one comes
+        self.model: Any = None  # frees its memory before the next one is loaded
         gc.collect()
         self.model = load_model(
             self.evaluation.model,
@@ -138,7 +139,7 @@ class _Worker:
         self.model.pipe.set_progress_bar_config(disable=True)
 
     def make(self, prompt: EvaluationPrompt, run: RunSettings) -> Record:
-        """Make a video, write it and measure it."""
+        """Generate a video, measure it and write it."""
         request, generation = self._generate(prompt, run)
         video = generation.video
         if run.is_dense and self.compares:
@@ -151,7 +152,7 @@ class _Worker:
             reference=self._reference(prompt, run),
             caption=_caption(prompt.text) if self.evaluation.of_shapes else None,
         )
-        made = make_record(request, generation, seconds_loading=self.seconds_loading)
+        generation_record = make_record(request, generation, seconds_loading=self.seconds_loading)
         record: Record = {
             "run": run.to_dict(),
             "prompt": prompt.text,
@@ -160,7 +161,7 @@ class _Worker:
             "student_fingerprint": self.plan.student_fingerprints.get(run.name),
             **self.plan.size,
             **{name: getattr(generation, name) for name in COSTS},
-            **{name: made[name] for name in KEPT_FIELDS},
+            **{name: generation_record[name] for name in KEPT_FIELDS},
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
         }
         measured = record_video(self.measures, sample)
@@ -168,7 +169,7 @@ class _Worker:
             raise ValueError(f"`measures` must not write `{clashing.pop()}`, which every record has.")
         path = video_path(self.evaluation.folder, run.name, prompt)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_files({path: encode_mp4(video, made["fps"])})
+        write_files({path: encode_mp4(video, generation_record["fps"])})
         return record | measured
 
     def _generate(self, prompt: EvaluationPrompt, run: RunSettings) -> tuple[ResolvedRequest, Generation]:
@@ -181,7 +182,7 @@ class _Worker:
         return self.evaluation.folder / "references" / run.name / f"{prompt.stem}.npz"
 
     def _reference(self, prompt: EvaluationPrompt, run: RunSettings) -> VideoSample | None:
-        """The dense video that a sparse one is measured against, None without one."""
+        """Return the dense video that a sparse one is measured against; None if there is none."""
         reference_run = self.evaluation.reference_of(run) if self.compares else None
         if reference_run is None:
             return None
@@ -201,7 +202,7 @@ class _Worker:
 
 
 def _caption(text: str) -> Caption | None:
-    """Read a prompt as a caption of moving shapes, None if it is none."""
+    """Parse a prompt as a caption of moving shapes; None if it is not one."""
     try:
         return parse_caption(text)
     except ValueError:

@@ -1,4 +1,4 @@
-"""Candidate patterns for a search: of every kind several, by the density that they come to."""
+"""Candidate patterns for a search: several of every kind, each of a given density."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ DENSITIES = (0.06, 0.12, 0.25, 0.4, 0.6)
 """Densities at which patterns of every kind are tried."""
 
 WORTH_MOVING = 0.9
-"""A head is given a token order of its own if that leaves at most this share of the blocks of the model's order."""
+"""A head gets its own token order if it then keeps at most this share of the blocks kept in the model's order."""
 
 USUAL_DENSITY = 0.25
-"""At which that is looked at, and the kinds are compared."""
+"""Density at which token orders and kinds of pattern are compared."""
 
 HALVINGS = 12
-"""Of the range of a pattern's width until it has the density that is asked for."""
+"""Bisection steps for the width of a pattern of a given density."""
 
 
 def default_candidates(
@@ -33,37 +33,37 @@ def default_candidates(
     own_orders: bool = True,
     device: torch.device | str = "cpu",
 ) -> tuple[HeadPattern, ...]:
-    """Full, skipped, and diagonals, multi-diagonals, local windows and vertical stripes of these densities.
+    """Return full, skip, and diagonals, multi-diagonals, local windows and vertical stripes of these densities.
 
     Args:
         grid: the tokens.
         block_size: tokens in a block.
         order: the model's token order.
         densities: shares of all pairs.
-        own_orders: whether a head may have a token order of its own, where it pays.
-        device: where masks are worked out.
+        own_orders: allow a head its own token order where it pays.
+        device: the device on which masks are computed.
 
     Returns:
-        The candidates, without repetition, `full` first. Vertical stripes are evenly spaced: a search puts each head's
-        where its attention goes.
+        The candidates, without duplicates, `full` first. Vertical stripes are evenly spaced; a search moves those of
+        each head to where its attention goes.
     """
     blocks = share_of_blocks(grid, block_size, order, device)
-    found = [HeadPattern(kind="full"), HeadPattern(kind="skip")]
+    candidates = [HeadPattern(kind="full"), HeadPattern(kind="skip")]
     for kind in ("diagonal", "multi-diagonal", "window"):
-        own = None
+        own_order = None
         if own_orders and natural_order(kind, block_size) != order:
             usual = pattern_of_density(kind, USUAL_DENSITY, blocks, grid, natural_order(kind, block_size))
             if blocks(usual) <= WORTH_MOVING * blocks(replace(usual, order=None)):
-                own = usual.order
-        found += [pattern_of_density(kind, density, blocks, grid, own) for density in densities]
-    found += [HeadPattern(kind="vertical", share=density) for density in densities]
-    return tuple(dict.fromkeys(found))
+                own_order = usual.order
+        candidates += [pattern_of_density(kind, density, blocks, grid, own_order) for density in densities]
+    candidates += [HeadPattern(kind="vertical", share=density) for density in densities]
+    return tuple(dict.fromkeys(candidates))
 
 
 def share_of_blocks(
     grid: TokenGrid, block_size: int, order: str, device: torch.device | str
 ) -> Callable[[HeadPattern], float]:
-    """Return what tells the share of blocks that a pattern keeps, text included."""
+    """Return a function that gives the share of blocks that a pattern keeps, text included."""
 
     def blocks(pattern: HeadPattern) -> float:
         return float(pattern_blocks(pattern, grid, block_size, order, device).float().mean())
@@ -74,14 +74,14 @@ def share_of_blocks(
 def pattern_of_density(
     kind: str, density: float, blocks: Callable[[HeadPattern], float], grid: TokenGrid, order: str | None = None
 ) -> HeadPattern:
-    """The widest pattern of a kind that keeps no more than a share of the blocks, or the narrowest there is.
+    """Return the widest pattern of a kind that keeps at most a share of the blocks, or else the narrowest one.
 
     Args:
         kind: `diagonal`, `multi-diagonal`, `window` or `vertical`.
         density: the share.
-        blocks: tells the share of blocks that a pattern keeps.
+        blocks: gives the share of blocks that a pattern keeps.
         grid: the tokens.
-        order: a token order of the head's own; None: the model's.
+        order: the head's own token order; None: the model's.
     """
     if kind == "vertical":
         return HeadPattern(kind="vertical", share=density, order=order)
@@ -100,7 +100,7 @@ def pattern_of_density(
 
 
 def natural_order(kind: str, block_size: int) -> str:
-    """The token order in which a kind of pattern keeps the fewest blocks."""
+    """Return the token order in which a kind of pattern keeps the fewest blocks."""
     if kind == "window":  # bricks of a block's tokens, wide before high before long
         edges, axis = [1, 1, 1], 2
         while math.prod(edges) * 2 <= block_size:
@@ -111,7 +111,7 @@ def natural_order(kind: str, block_size: int) -> str:
 
 
 def local_window(grid: TokenGrid, width: float) -> HeadPattern:
-    """Tokens within a share of the video's size along every axis."""
+    """Return a window that spans a share of the video's size along every axis."""
     sizes = {"frame": grid.frames, "row": grid.height, "column": grid.width}
     return HeadPattern(
         kind="window", windows={axis: Window(width=max(1, round(width * size))) for axis, size in sizes.items()}

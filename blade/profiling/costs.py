@@ -1,4 +1,4 @@
-"""What candidate patterns cost a denoising step: by their operations, or as timed on the device."""
+"""Costs of candidate patterns in a denoising step, by their operations or as timed on the device."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ if TYPE_CHECKING:
     from diffusers import ModelMixin
 
 REPEATS = 5
-"""Calls that are timed of each pattern."""
+"""Timed calls of each pattern."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class AttentionCosts:
-    """Costs of the candidates as shares of dense attention's, and what dense attention is of a step."""
+    """Costs of the candidates relative to dense attention, and dense attention's share of a step."""
 
     candidates: np.ndarray
     """(candidates,), 1 for the full pattern."""
     step_share: float | None
     """Dense self-attention's share of a denoising step; None: not known."""
     measured: bool
-    """Whether these are times on the device instead of numbers of operations."""
+    """If true, these are times on the device instead of numbers of operations."""
 
     @classmethod
     def of_operations(cls, densities: Sequence[float], forward: ForwardCost | None = None) -> AttentionCosts:
-        """Take the share of the pairs as the cost.
+        """Take each candidate's share of all pairs as its cost.
 
         Args:
             densities: of the candidates.
-            forward: a forward pass, for the step's share.
+            forward: cost of a forward pass, for attention's share of a step.
         """
         share = None if forward is None else forward.flops["self-attention"] / forward.total
         return cls(candidates=np.array(densities, dtype=np.float64), step_share=share, measured=False)
@@ -71,12 +71,14 @@ class AttentionCosts:
             dense = measure(lambda turn: functional.scaled_dot_product_attention(q, k, v), device, REPEATS).median
             transformer(**inputs)
             forward = time_calls(lambda turn: transformer(**inputs), device, 2).median
-            times = [0.0 if one.kind == "skip" else time_pattern(n) for n, one in enumerate(plan.table.patterns)]
+            times = [
+                0.0 if pattern.kind == "skip" else time_pattern(n) for n, pattern in enumerate(plan.table.patterns)
+            ]
         share = min(1.0, dense * len(attentions) / forward)
         return cls(candidates=np.array(times) / dense, step_share=share, measured=True)
 
     def speedup(self, share: float) -> float:
-        """How many times faster a step gets where attention costs this share of dense attention.
+        """Return the speedup of a step in which attention costs this share of dense attention.
 
         Raises:
             ValueError: if attention's share of a step is not known.

@@ -1,4 +1,4 @@
-"""How much errors of each step and layer matter to the finished video: some are made sparse, and videos compared."""
+"""Influence of each step's and layer's errors on the finished video, measured by making some of them sparse."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from blade.generation.request import ResolvedRequest
 from blade.generation.run import Generation, run_request
 from blade.models.loaded import LoadedModel
 from blade.profiling.record_prompts import dense_video
-from blade.profiling.recording import kept_passes
+from blade.profiling.recording import saved_passes
 from blade.profiling.search import Choice, PatternSearch
 
 STRETCHES = (0.0, 0.1, 0.2, 0.33, 0.5, 0.67, 0.83, 1.0)
-"""Bounds of the stretches as shares of a run; the early steps, which decide most, in finer ones."""
+"""Bounds of the stretches of steps as shares of a run; finer for the early steps, which matter most."""
 
 BANDS = 8
-"""Most bands of consecutive layers that are made sparse by themselves."""
+"""Most bands of consecutive layers that are measured separately."""
 
 STEPS_APART = 3
-"""Of a band of layers, one step in so many is made sparse, so that the video stays the same one. In short runs all."""
+"""A band of layers is sparse in one step of this many, so that the video stays recognizable; in all of a short run."""
 
 LEAST = 1e-8
-"""Error of a video below which it counts as this, so that ratios stay finite."""
+"""Lower limit of a video's error, so that ratios stay finite."""
 
 
 def measure_influences(
@@ -44,40 +44,40 @@ def measure_influences(
     folder: Path,
     on_run: Callable[[str], None] | None = None,
 ) -> np.ndarray:
-    """Generate videos with a choice of patterns in force at a few steps or layers, and compare them with dense ones.
+    """Generate videos that use a choice of patterns in a few steps or layers only, and compare them with dense ones.
 
-    What is stopped goes on where it was.
+    An interrupted run resumes bit-exactly.
 
     Args:
         model: the model.
-        requests: for the first of the profile's prompts, resolved.
-        search: what the choice was made by, a group for every step.
-        choice: patterns of about the density in mind, since a small error need not matter as a share of a large one.
-        folder: of the recordings, with the dense videos.
-        on_run: called before each generation with what is done.
+        requests: resolved requests for the first of the profile's prompts.
+        search: the search that made the choice, with one group per step.
+        choice: patterns of about the intended density, since influences may depend on the size of the errors.
+        folder: the folder of the recordings, with the dense videos.
+        on_run: called before each generation with a description of it.
 
     Returns:
-        (steps, layers) float64, 1 on average: how much a squared error of a layer's output, as a share of its energy,
-        adds to the squared error of the finished video; a product of a factor of the step and one of the layer, each
-        the geometric mean over prompts, so that one whose video is easily another does not outweigh the others.
+        (steps, layers) float64, 1 on average: the increase of the finished video's squared error per squared error of
+        a layer's output as a share of its energy. It is the product of a factor of the step and one of the layer,
+        each the geometric mean over prompts, so that a prompt with an unstable video does not outweigh the others.
     """
     expected = search.head_errors(choice).sum(-1)  # (steps, layers)
     steps, layers = expected.shape
-    apart = STEPS_APART if steps >= 4 * STEPS_APART else 1
+    spacing = STEPS_APART if steps >= 4 * STEPS_APART else 1
     runs = _Runs(model, requests, search, choice, folder, on_run)
     bands, stretches = _parts(layers, BANDS), _stretches(steps)
-    places = np.zeros((len(bands), *expected.shape), dtype=bool)
-    for place, (first, last) in zip(places, bands):
-        place[::apart, first:last] = True
+    masks = np.zeros((len(bands), *expected.shape), dtype=bool)
+    for mask, (first, last) in zip(masks, bands):
+        mask[::spacing, first:last] = True
     names = [f"layers {first} to {last - 1}" for first, last in bands]
-    factors = _ratios(runs.errors(names, places), expected, places)
+    factors = _ratios(runs.errors(names, masks), expected, masks)
     by_layer = np.repeat(factors, [last - first for first, last in bands])
     expected = expected * by_layer
-    places = np.zeros((len(stretches), *expected.shape), dtype=bool)
-    for place, (first, last) in zip(places, stretches):
-        place[first:last] = True
+    masks = np.zeros((len(stretches), *expected.shape), dtype=bool)
+    for mask, (first, last) in zip(masks, stretches):
+        mask[first:last] = True
     names = [f"steps {first} to {last - 1}" for first, last in stretches]
-    factors = _ratios(runs.errors(names, places), expected, places)
+    factors = _ratios(runs.errors(names, masks), expected, masks)
     middles = [(first + last - 1) / 2 for first, last in stretches]
     by_step = np.exp(np.interp(np.arange(steps), middles, np.log(factors)))
     influences: np.ndarray = by_step[:, None] * by_layer
@@ -86,7 +86,7 @@ def measure_influences(
 
 
 class _Runs:
-    """Videos with a choice in force at some places, compared with the dense ones; each is made once."""
+    """Videos with a choice of patterns in some steps and layers, compared with the dense ones; each is made once."""
 
     def __init__(
         self,
@@ -104,62 +104,62 @@ class _Runs:
         self.path = self.folder / "errors.json"
         self.known: dict[str, float] = json.loads(self.path.read_text()) if self.path.is_file() else {}
 
-    def errors(self, names: Sequence[str], places: np.ndarray) -> np.ndarray:
-        """Squared errors of the videos as shares of their variances, the geometric mean over prompts, (parts,).
+    def errors(self, names: Sequence[str], masks: np.ndarray) -> np.ndarray:
+        """Return the squared errors of the videos as shares of their variances, geometric mean over prompts: (parts,).
 
         Args:
-            names: of the parts, in words.
-            places: (parts, steps, layers) bool, where the choice is in force; elsewhere all heads are full.
+            names: descriptions of the parts.
+            masks: (parts, steps, layers) bool, true where the choice is used; elsewhere all heads are full.
         """
         logs = [
-            [np.log(self._error(number, request, name, sparse)) for name, sparse in zip(names, places)]
+            [np.log(self._error(number, request, name, sparse)) for name, sparse in zip(names, masks)]
             for number, request in enumerate(self.requests)
         ]
         means: np.ndarray = np.exp(np.mean(logs, axis=0))
         return means
 
     def _error(self, number: int, request: ResolvedRequest, name: str, sparse: np.ndarray) -> float:
-        """Squared error of a prompt's video as a share of its variance."""
+        """Return the squared error of a prompt's video as a share of its variance."""
         key = f"prompt {number}, {name}"
         if key not in self.known:
             if self.on_run is not None:
                 self.on_run(f"influence of {name} (prompt {number + 1}/{len(self.requests)})")
             partly = replace(self.choice, candidates=np.where(sparse[:, :, None], self.choice.candidates, 0))
             config = BladeConfig(attention="patterns", patterns=self.search.table(partly))
-            video = generate_kept(self.model, request, config, self.folder).video
+            video = generate_resumable(self.model, request, config, self.folder).video
             dense = torch.from_numpy(dense_video(self.recordings, number)).float() / 255
             self.known[key] = float((video - dense).square().mean() / dense.var().clamp(min=LEAST))
             write_files({self.path: json.dumps(self.known, indent=1).encode()})
         return max(self.known[key], LEAST)
 
 
-def generate_kept(model: LoadedModel, request: ResolvedRequest, config: BladeConfig, folder: Path) -> Generation:
-    """Generate with a configuration; if that was stopped before, from where it was. Nothing stays in the folder."""
-    whole = json.dumps([request.prompt, request.seed, config.to_dict()]).encode()
-    passes = folder / hashlib.sha256(whole).hexdigest()[:12]
+def generate_resumable(model: LoadedModel, request: ResolvedRequest, config: BladeConfig, folder: Path) -> Generation:
+    """Generate with a configuration, resuming an interrupted run bit-exactly; its saved passes are then deleted."""
+    key = json.dumps([request.prompt, request.seed, config.to_dict()]).encode()
+    passes = folder / hashlib.sha256(key).hexdigest()[:12]
     with use_blade(model.pipe, config):
-        generation = run_request(model, request, attention=kept_passes(model.transformer, passes))
+        generation = run_request(model, request, attention=saved_passes(model.transformer, passes))
     shutil.rmtree(passes)
     return generation
 
 
-def _ratios(errors: np.ndarray, expected: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """What parts add to the video's error for their own; those that have none get the geometric mean of the others."""
-    within = np.array([expected[place].sum() for place in places])
-    known = within > LEAST
-    if not known.any():
+def _ratios(errors: np.ndarray, expected: np.ndarray, masks: np.ndarray) -> np.ndarray:
+    """Return each part's error of the video per error of its own; the geometric mean of the others if it has none."""
+    within = np.array([expected[mask].sum() for mask in masks])
+    measurable = within > LEAST
+    if not measurable.any():
         return np.ones(len(errors))
     ratios = errors / np.maximum(within, LEAST)
-    filled: np.ndarray = np.where(known, ratios, np.exp(np.log(ratios[known]).mean()))
+    filled: np.ndarray = np.where(measurable, ratios, np.exp(np.log(ratios[measurable]).mean()))
     return filled
 
 
 def _stretches(steps: int) -> list[tuple[int, int]]:
-    """First step of each stretch and the one past its last; of short runs, every step is one."""
+    """Return the first step of each stretch and the one past its last; in a short run, each step is a stretch."""
     return list(pairwise(sorted({round(share * steps) for share in STRETCHES})))
 
 
 def _parts(count: int, most: int) -> list[tuple[int, int]]:
-    """Bounds of at most so many parts, as equal as can be."""
+    """Return the bounds of at most `most` parts of nearly equal size."""
     parts = min(count, most)
     return list(pairwise(part * count // parts for part in range(parts + 1)))

@@ -1,8 +1,8 @@
-"""What every candidate pattern would cost one layer in accuracy, from its queries, keys and values.
+"""Errors that candidate patterns would cause in one layer, measured on its queries, keys and values.
 
-The numerators and denominators of the softmax are summed up by key block once for a few query blocks at a time; the
-output of any mask of blocks is a sum of those. So all candidates together cost about as much as one dense attention,
-and nothing of the size of tokens x tokens exists.
+The numerators and denominators of the softmax are summed by key block, for a few query blocks at a time; the output
+under any block mask is a sum of these. All candidates together therefore cost about as much as one dense attention,
+and no tensor of tokens x tokens is ever allocated.
 """
 
 from __future__ import annotations
@@ -16,57 +16,57 @@ from torch import Tensor
 from torch.nn import functional
 
 MAP_SIZE = 48
-"""Most rows and columns of the map of a head's attention that is kept."""
+"""Most rows and columns of the attention map that is recorded of a head."""
 
 CHUNK_BYTES = 2**28
-"""Memory that the sums of a few query blocks may take."""
+"""Memory that the sums of the query blocks processed together may take."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Candidates:
-    """Masks of candidate patterns that are cut into blocks in one token order."""
+    """Block masks of the candidate patterns that share a token order."""
 
     numbers: tuple[int, ...]
-    """Numbers of the candidates."""
+    """Indices of the candidates."""
     masks: tuple[Tensor, ...]
-    """Of each (H or 1, blocks, blocks) bool, or, where batch items differ, (B, H, blocks, blocks)."""
+    """One mask each: (H or 1, blocks, blocks) bool, or (B, H, blocks, blocks) if batch items differ."""
     tokens: Tensor | None = None
-    """(S,) int64, the order, as places in the model's own; None: the model's own."""
+    """(S,) int64, the tokens in this order as positions in the model's own order; None: the model's own order."""
 
 
 @dataclass(kw_only=True)
 class LayerMeasurement:
-    """Sums over queries that were looked at, which can be added up over passes of one layer and step."""
+    """Sums over the sampled queries of one layer and step, which can be added up over passes."""
 
     queries: int
     """Number of queries."""
     output_error: Tensor
     """(candidates, H) float64, squared error of the layer's output, after the projection, mean over channels."""
     head_error: Tensor
-    """(candidates, H) float64, of the head's output before the projection."""
+    """(candidates, H) float64, squared error of the head's output before the projection, mean over channels."""
     mass: Tensor
     """(candidates, H) float64, attention weight in the kept blocks."""
     best_mass: Tensor
-    """(candidates, H) float64, weight that as many blocks in every row could have held at the most."""
+    """(candidates, H) float64, the most attention weight that equally many blocks per row could hold."""
     energy: Tensor
     """(H,) float64, squared output after the projection, mean over channels."""
     block_map: Tensor
     """(H, rows, columns) float64, attention weight summed over patches of the map, in the model's own order."""
     rows: Tensor
-    """(rows,) float64, queries that went into each row of `block_map`."""
+    """(rows,) float64, number of queries summed in each row of `block_map`."""
 
     def __add__(self, other: LayerMeasurement) -> LayerMeasurement:
         sums: dict[str, Any] = {name: getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__}
         return LayerMeasurement(**sums)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything as tensors, to be saved."""
+        """Return all values as tensors, for saving."""
         values = {name: getattr(self, name) for name in self.__dataclass_fields__}
         return {name: torch.as_tensor(value).cpu() for name, value in values.items()}
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> LayerMeasurement:
-        """Take what `tensors` gave."""
+        """Make a measurement from the result of `tensors`."""
         sums = {name: tensor for name, tensor in tensors.items() if name != "queries"}
         return cls(queries=int(tensors["queries"]), **sums)
 
@@ -83,22 +83,22 @@ def measure_layer(
     key_lengths: Tensor | None = None,
     query_blocks: Tensor | None = None,
 ) -> LayerMeasurement:
-    """Measure all candidates on one layer's queries, keys and values.
+    """Measure the errors of all candidates on one layer's queries, keys and values.
 
     Args:
         query: (B, S, H, D), in the model's token order, after position embeddings.
         key: (B, S, H, D).
         value: (B, S, H, D).
-        groups: the candidates, by token order; the model's own order first.
-        candidates: how many there are.
+        groups: the candidates by token order, the model's own order first.
+        candidates: the number of candidates.
         block_size: tokens in a block.
         projection: (channels, H * D), weights of the layer's output projection. None: the identity.
-        key_lengths: (B,) integers: the keys from there on are absent, and as queries they do not count.
-        query_blocks: int64, which blocks of queries are looked at, in each order; None: all.
+        key_lengths: (B,) integers: keys from there on are padding, and are not counted as queries either.
+        query_blocks: int64, the blocks of queries to sample, in each order; None: all.
     """
     heads, size = query.shape[2:]
     grams = _grams(projection, heads, size, query.device)
-    found: LayerMeasurement | None = None
+    total: LayerMeasurement | None = None
     for group in groups:
         measured = _measure_group(
             _in_order(query, group.tokens),
@@ -111,35 +111,38 @@ def measure_layer(
             key_lengths,
             query_blocks,
         )
-        if found is None:
-            found = measured
+        if total is None:
+            total = measured
             continue
-        for name in ("output_error", "head_error", "mass", "best_mass"):
-            getattr(found, name).add_(getattr(measured, name))
-    assert found is not None
-    return found
+        for name in _BY_CANDIDATE:
+            getattr(total, name).add_(getattr(measured, name))
+    assert total is not None
+    return total
 
 
 def column_mass(
     query: Tensor, key: Tensor, block_size: int, *, key_lengths: Tensor | None = None, queries: int = 1024
 ) -> Tensor:
-    """Attention weight that each key block receives from evenly spaced queries: (H, blocks) float64, sums to 1.
+    """Return the attention weight that each key block receives from evenly spaced queries.
 
     Args:
         query: (B, S, H, D).
         key: (B, S, H, D).
         block_size: tokens in a block.
         key_lengths: see `measure_layer`.
-        queries: how many are looked at in every batch item.
+        queries: the number of queries sampled in every batch item.
+
+    Returns:
+        (H, blocks) float64, rows sum to 1.
     """
     tokens, heads = query.shape[1:3]
     blocks = -(-tokens // block_size)
-    places = torch.linspace(0, tokens - 1, min(queries, tokens), device=query.device).long()
+    sampled = torch.linspace(0, tokens - 1, min(queries, tokens), device=query.device).long()
     total = torch.zeros(heads, blocks, dtype=torch.float64, device=query.device)
-    together = max(1, CHUNK_BYTES // (heads * tokens * 4))
+    chunk = max(1, CHUNK_BYTES // (heads * tokens * 4))
     for item in range(len(query)):
-        for some in torch.split(places, together):
-            logits = _logits(query[item, some].transpose(0, 1), key[item].transpose(0, 1), blocks * block_size)
+        for positions in torch.split(sampled, chunk):
+            logits = _logits(query[item, positions].transpose(0, 1), key[item].transpose(0, 1), blocks * block_size)
             _hide(logits, tokens if key_lengths is None else key_lengths[item])
             weights = torch.unflatten(logits.softmax(-1), -1, (blocks, block_size))
             total += weights.sum((1, 3), dtype=torch.float64)
@@ -147,7 +150,7 @@ def column_mass(
 
 
 def _in_order(x: Tensor, tokens: Tensor | None) -> Tensor:
-    """Put the tokens of (B, S, H, D) into an order; None: as they are."""
+    """Put the tokens of (B, S, H, D) into an order; None leaves them unchanged."""
     return x if tokens is None else x.index_select(1, tokens)
 
 
@@ -164,7 +167,7 @@ def _measure_group(
 ) -> LayerMeasurement:
     batch, tokens, heads, size = query.shape
     blocks, device = -(-tokens // block_size), query.device
-    chosen = torch.arange(blocks, device=device) if query_blocks is None else query_blocks.to(device)
+    sampled = torch.arange(blocks, device=device) if query_blocks is None else query_blocks.to(device)
     cells = min(MAP_SIZE, blocks)
     cell = torch.arange(blocks, device=device) * cells // blocks
     sums = {name: torch.zeros(candidates, heads, dtype=torch.float64, device=device) for name in _BY_CANDIDATE}
@@ -176,34 +179,34 @@ def _measure_group(
         stop = tokens if key_lengths is None else int(key_lengths[item])
         padded = _padded(value[item], blocks * block_size).transpose(0, 1)
         values = torch.unflatten(padded, 1, (blocks, block_size))
-        for some in _chunks(chosen, heads, block_size, blocks, size):
-            places = (some[:, None] * block_size + torch.arange(block_size, device=device)).flatten()
-            real = (places < stop).view(len(some), block_size)
-            rows = _padded(query[item], blocks * block_size).index_select(0, places)
+        for chunk in _chunks(sampled, heads, block_size, blocks, size):
+            positions = (chunk[:, None] * block_size + torch.arange(block_size, device=device)).flatten()
+            real = (positions < stop).view(len(chunk), block_size)
+            rows = _padded(query[item], blocks * block_size).index_select(0, positions)
             logits = _logits(rows.transpose(0, 1), key[item].transpose(0, 1), blocks * block_size)
             _hide(logits, stop)
             weights = (logits - logits.amax(-1, keepdim=True)).exp_()
-            weights = weights.view(heads, len(some), block_size, blocks, block_size)
-            below = weights.sum(-1)  # (H, U, queries, blocks)
-            above = torch.einsum("huqnk,hnkd->hunqd", weights, values.to(weights.dtype))
+            weights = weights.view(heads, len(chunk), block_size, blocks, block_size)
+            denominators = weights.sum(-1)  # (H, U, queries, blocks)
+            numerators = torch.einsum("huqnk,hnkd->hunqd", weights, values.to(weights.dtype))
             del logits, weights
-            total = below.sum(-1)
-            exact = above.sum(2) / total.unsqueeze(-1)  # (H, U, queries, D)
-            share = (below / total.unsqueeze(-1)) * real[None, :, :, None]
+            total = denominators.sum(-1)
+            exact = numerators.sum(2) / total.unsqueeze(-1)  # (H, U, queries, D)
+            share = (denominators / total.unsqueeze(-1)) * real[None, :, :, None]
             by_block = share.sum(2, dtype=torch.float64)  # (H, U, blocks)
             queries += int(real.sum())
             energy += _quadratic(exact * real[None, :, :, None], grams).sum((1, 2), dtype=torch.float64)
-            map_sums.index_add_(1, cell[some], torch.zeros(
-                heads, len(some), cells, dtype=torch.float64, device=device
+            map_sums.index_add_(1, cell[chunk], torch.zeros(
+                heads, len(chunk), cells, dtype=torch.float64, device=device
             ).index_add_(2, cell, by_block))  # fmt: skip
-            map_rows.index_add_(0, cell[some], real.sum(1, dtype=torch.float64))
+            map_rows.index_add_(0, cell[chunk], real.sum(1, dtype=torch.float64))
             ranked = by_block.sort(-1, descending=True).values.cumsum(-1)
             for number, mask in zip(group.numbers, group.masks):
                 mask = mask[item % len(mask)] if mask.ndim == 4 else mask
-                kept = mask.index_select(1, some).expand(heads, -1, -1)  # (H, U, blocks)
-                kept_share = kept.to(above.dtype)
-                numerator = torch.einsum("hun,hunqd->huqd", kept_share, above)
-                denominator = torch.einsum("hun,huqn->huq", kept_share, below).unsqueeze(-1)
+                kept = mask.index_select(1, chunk).expand(heads, -1, -1)  # (H, U, blocks)
+                weight_mask = kept.to(numerators.dtype)
+                numerator = torch.einsum("hun,hunqd->huqd", weight_mask, numerators)
+                denominator = torch.einsum("hun,huqn->huq", weight_mask, denominators).unsqueeze(-1)
                 difference = torch.where(denominator > 0, numerator / denominator, 0.0) - exact
                 difference = difference * real[None, :, :, None]
                 sums["head_error"][number] += difference.square().mean(-1).sum((1, 2), dtype=torch.float64)
@@ -219,13 +222,13 @@ _BY_CANDIDATE = ("output_error", "head_error", "mass", "best_mass")
 
 
 def _chunks(chosen: Tensor, heads: int, block_size: int, blocks: int, size: int) -> Iterator[Tensor]:
-    """Query blocks whose sums fit into memory together."""
-    one = heads * block_size * blocks * (block_size + size) * 4
-    return iter(torch.split(chosen, max(1, CHUNK_BYTES // one)))
+    """Split query blocks into chunks whose sums fit into `CHUNK_BYTES`."""
+    block_bytes = heads * block_size * blocks * (block_size + size) * 4
+    return iter(torch.split(chosen, max(1, CHUNK_BYTES // block_bytes)))
 
 
 def _grams(projection: Tensor | None, heads: int, size: int, device: torch.device) -> Tensor:
-    """(H, D, D): of a head's error e, e G e is the squared error of the layer's output by the mean over channels."""
+    """Return G, (H, D, D): for a head's error e, e G e is the layer's squared error, mean over channels."""
     if projection is None:
         return torch.eye(size, device=device).expand(heads, -1, -1) / size
     by_head = torch.unflatten(projection.detach().to(device, torch.float32), 1, (heads, size)).movedim(1, 0)
@@ -233,19 +236,19 @@ def _grams(projection: Tensor | None, heads: int, size: int, device: torch.devic
 
 
 def _quadratic(x: Tensor, grams: Tensor) -> Tensor:
-    """The product x G x, of x (H, U, queries, D)."""
+    """Return the product x G x for x of (H, U, queries, D)."""
     return (torch.einsum("huqd,hde->huqe", x, grams) * x).sum(-1)
 
 
 def _logits(query: Tensor, key: Tensor, width: int) -> Tensor:
-    """(H, queries, width) float32."""
+    """Return the logits, padded to a width: (H, queries, width) float32."""
     logits = (query @ key.mT).to(torch.float32) * query.shape[-1] ** -0.5
     return functional.pad(logits, (0, width - logits.shape[-1]))
 
 
 def _hide(logits: Tensor, stop: int | Tensor) -> None:
-    places = torch.arange(logits.shape[-1], device=logits.device)
-    logits.masked_fill_(places >= stop, -torch.inf)
+    positions = torch.arange(logits.shape[-1], device=logits.device)
+    logits.masked_fill_(positions >= stop, -torch.inf)
 
 
 def _padded(x: Tensor, tokens: int) -> Tensor:

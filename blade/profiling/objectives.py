@@ -1,6 +1,6 @@
-"""The objectives of a search for head patterns, which budgets bound, declared in one table.
+"""The objectives of a search for head patterns, declared in one table; a budget bounds one of them.
 
-Nothing here needs PyTorch, so that a command line can be made of the table at once.
+Nothing here needs PyTorch, so that a command's help can be made from the table without importing it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from blade.profiling.assignment import Assignment, least_cost, least_error
 
 
 class StepCosts(Protocol):
-    """Costs of candidates in a denoising step; `AttentionCosts` has them."""
+    """Costs of the candidates in a denoising step; `AttentionCosts` implements it."""
 
     @property
     def candidates(self) -> np.ndarray:
@@ -30,13 +30,13 @@ class StepCosts(Protocol):
         ...
 
     def speedup(self, share: float) -> float:
-        """The factor by which a step gets faster where attention costs this share of dense attention."""
+        """Return the speedup of a step in which attention costs this share of dense attention."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SearchProblem:
-    """Errors and costs of every choice: an item is a head of a layer in a group of steps, and sums are over all."""
+    """A choice of patterns as an optimization problem; an item is a head of a layer in a group of steps."""
 
     errors: np.ndarray
     """(items, candidates), squared errors of the layers' outputs as shares of their energy."""
@@ -60,25 +60,25 @@ class SearchProblem:
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    """A quantity that a search can be held to."""
+    """A quantity that a budget bounds, and how to meet the bound."""
 
     name: str
-    """As a field has it, such as `target_density`; the option is the same in kebab-case."""
+    """Name of the field, such as `target_density`; the option is the same in kebab-case."""
     bounds: str
-    """The quantity, for the option's help."""
+    """Description of the bounded quantity, for the option's help."""
     wanted: str
-    """The values that it can have, such as "above 0"."""
+    """Description of the valid values, such as "above 0"."""
     is_valid: Callable[[float], bool]
-    """Says whether a value is one of those."""
+    """Returns true for a valid value."""
     meet: Callable[[SearchProblem, float], Assignment]
-    """Makes the best choice that meets a value, or raises a `ValueError` that says the nearest value to be met."""
+    """Returns the best choice that meets a value, or raises a `ValueError` that names the nearest feasible value."""
     report: str
-    """The words of a report, with `{:g}` for the value."""
+    """Text in a report, with `{:g}` for the value."""
     foresee: Callable[[StepCosts, float], None] | None = None
-    """Raises a `ValueError` where costs alone, before anything is measured, say that a value cannot be met. None: they
-    never do."""
+    """Raises a `ValueError` if the costs alone, before anything is measured, show that a value cannot be met. None:
+    they never do."""
     bounds_density: bool = False
-    """Its value is the largest density allowed, which the published method can meet too, by its threshold."""
+    """If true, the value is the largest density, which the published method can meet too, by its threshold."""
 
     @property
     def help(self) -> str:
@@ -88,13 +88,13 @@ class Objective:
 
 @dataclass(frozen=True, init=False)
 class Budget:
-    """A bound that a search keeps within: exactly one objective, and its value."""
+    """The limit of a search: exactly one objective and its value."""
 
     objective: Objective
     value: float
 
     def __init__(self, **values: float | None) -> None:
-        """Take the value of one objective by its name, such as `Budget(target_density=0.35)`; None is not given.
+        """Take the value of one objective by name, such as `Budget(target_density=0.35)`; None counts as not given.
 
         Raises:
             ValueError: if there is no such objective, not exactly one is given, or its value is out of range.
@@ -102,22 +102,22 @@ class Budget:
         unknown = [name for name in values if name not in OBJECTIVES]
         if unknown:
             raise ValueError(f"a budget must be one of {_listed(OBJECTIVES)}, got `{unknown[0]}`.")
-        given = {name: value for name, value in values.items() if value is not None}
-        if len(given) != 1:
-            named = " and ".join(f"`{name}`" for name in given) or "none"
+        limits = {name: value for name, value in values.items() if value is not None}
+        if len(limits) != 1:
+            named = " and ".join(f"`{name}`" for name in limits) or "none"
             raise ValueError(f"one of {_listed(OBJECTIVES)} must be given, got {named}.")
-        ((name, value),) = given.items()
+        ((name, value),) = limits.items()
         objective = OBJECTIVES[name]
         check_number(name, value, objective.wanted, objective.is_valid)
         object.__setattr__(self, "objective", objective)
         object.__setattr__(self, "value", value)
 
     def meet(self, problem: SearchProblem) -> Assignment:
-        """The best choice within the budget. See `Objective.meet`."""
+        """Return the best choice within the budget; see `Objective.meet`."""
         return self.objective.meet(problem, self.value)
 
     def foresee(self, costs: StepCosts) -> None:
-        """Raise a `ValueError` where costs alone say that it cannot be met. See `Objective.foresee`."""
+        """Raise a `ValueError` if the costs alone show that it cannot be met; see `Objective.foresee`."""
         if self.objective.foresee is not None:
             self.objective.foresee(costs, self.value)
 
@@ -126,7 +126,7 @@ class Budget:
 
 
 def density_objectives() -> str:
-    """The objectives that the published method can meet, as a message names them."""
+    """Return the names of the objectives that the published method can meet, for a message."""
     return _listed({name: objective for name, objective in OBJECTIVES.items() if objective.bounds_density})
 
 
@@ -202,13 +202,13 @@ OBJECTIVES = {
         ),
     )
 }
-"""The objectives by name, as budgets and the command line have them."""
+"""The objectives by name, used by budgets and the command line."""
 
 
 def register_objective(objective: Objective) -> Objective:
-    """Declare an objective, and return it.
+    """Declare an objective and return it.
 
     Raises:
-        ValueError: if there is an objective of this name.
+        ValueError: if an objective of this name exists.
     """
     return declare(OBJECTIVES, objective)

@@ -1,4 +1,4 @@
-"""What was measured of a model's attention, over all prompts, guidance branches, steps, layers and heads."""
+"""Attention profiles: measurements over all prompts, guidance branches, steps, layers and heads of a model."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ PROFILE_NAME = "attention_profile.safetensors"
 """File name of a saved profile."""
 
 MAP_PARTS = 4
-"""Parts of a run of which attention maps are kept."""
+"""Number of equal parts of a run, each with its own attention maps."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProfileSource:
-    """What a profile was made of. Plain values, but for the candidates."""
+    """The origin of a profile: model, prompts, sampling and candidates."""
 
     model: str
     """The model's name."""
     prompts: tuple[str, ...]
-    """Of the generations that were looked into."""
+    """Prompts of the recorded generations."""
     seeds: tuple[int, ...]
     """Seed of each."""
     steps: int
     """Denoising steps."""
     guidance_scale: float
-    """At most 1: one branch."""
+    """Guidance scale; at most 1 means a single branch."""
     video: tuple[int, int, int]
     """Frames, height and width, in pixels."""
     grid: TokenGrid
@@ -47,18 +47,18 @@ class ProfileSource:
     block_size: int
     """Tokens in a block."""
     token_order: str
-    """Order in which the model's tokens are cut into blocks."""
+    """Token order in which the model's blocks are cut."""
     candidates: tuple[HeadPattern, ...]
     """The patterns, `full` first, `skip` second."""
     densities: tuple[float, ...]
     """Share of all pairs that each computes."""
     adaptive: tuple[BladeConfig, ...]
-    """Adaptive methods that were measured beside them."""
+    """Adaptive methods that were measured too."""
     adaptive_densities: tuple[float, ...]
     """Planned share of all pairs that each computes."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """Return plain JSON values."""
         values = {item.name: getattr(self, item.name) for item in fields(self)}
         values["grid"] = asdict(self.grid)
         values["candidates"] = [pattern.to_dict() for pattern in self.candidates]
@@ -68,39 +68,43 @@ class ProfileSource:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ProfileSource:
-        """Take what `to_dict` gave."""
-        known: dict[str, Any] = {
+        """Make a source from the result of `to_dict`."""
+        decoded: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
         }
-        known["grid"] = TokenGrid(**known["grid"])
-        known["token_order"] = canonical_order(known["token_order"])
-        known["candidates"] = tuple(HeadPattern.from_dict(pattern) for pattern in known["candidates"])
-        known["adaptive"] = tuple(BladeConfig.from_dict(config) for config in known["adaptive"])
-        return cls(**known)
+        decoded["grid"] = TokenGrid(**decoded["grid"])
+        decoded["token_order"] = canonical_order(decoded["token_order"])
+        decoded["candidates"] = tuple(HeadPattern.from_dict(pattern) for pattern in decoded["candidates"])
+        decoded["adaptive"] = tuple(BladeConfig.from_dict(config) for config in decoded["adaptive"])
+        return cls(**decoded)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class AttentionProfile:
-    """What was measured. `measured` counts the candidates and then the adaptive methods; arrays are float32."""
+    """The measurements of a model's attention, as float32 arrays.
+
+    The axis `measured` counts the candidates and then the adaptive methods.
+    """
 
     source: ProfileSource
-    """What of."""
+    """Origin of the measurements."""
     error: np.ndarray
-    """(samples, steps, layers, measured, heads), squared error of the layer's output by the head, mean over queries
-    and channels. The samples are the guidance branches of the first prompt, then those of the second, and so on."""
+    """(samples, steps, layers, measured, heads), squared error of the layer's output due to the head, mean over
+    queries and channels. The samples are the guidance branches of the first prompt, then those of the second, and so
+    on."""
     energy: np.ndarray
-    """(samples, steps, layers, heads), the error of the skipped head."""
+    """(samples, steps, layers, heads), error of skipping the head."""
     head_error: np.ndarray
-    """(steps, layers, measured, heads), of the head's output before the projection, mean over samples too."""
+    """(steps, layers, measured, heads), error of the head's output before the projection, mean over samples too."""
     mass: np.ndarray
     """(steps, layers, measured, heads), share of attention weight in the kept blocks."""
     best_mass: np.ndarray
-    """(steps, layers, measured, heads), share that as many blocks in every row could have held at the most."""
+    """(steps, layers, measured, heads), largest share that equally many blocks per row could hold."""
     columns: np.ndarray
     """(steps, layers, heads, blocks), attention weight that key blocks receive."""
     maps: np.ndarray
-    """(parts, layers, heads, cells, cells), attention weight of patches of the map, rows sum to 1, in the model's own
-    order; parts of the run from its start."""
+    """(parts, layers, heads, cells, cells), attention weight by patches in the model's own order, rows sum to 1; parts
+    of the run from its start."""
 
     @property
     def layers(self) -> int:
@@ -113,7 +117,7 @@ class AttentionProfile:
         return int(self.error.shape[4])
 
     def save(self, path: Path) -> None:
-        """Write the profile to a file; one that was there is replaced as a whole."""
+        """Write the profile to a file; an existing file is replaced atomically."""
         names = [item.name for item in fields(self) if item.name != "source"]
         tensors = {name: torch.from_numpy(np.ascontiguousarray(getattr(self, name))) for name in names}
         with replaced_whole(path) as temporary:
@@ -124,56 +128,56 @@ class AttentionProfile:
         """Read a file that `save` wrote.
 
         Raises:
-            ValueError: if it is not there, or not such a file.
+            ValueError: if the file is missing or is not a profile.
         """
         try:
             with safe_open(str(path), "np") as file:
                 source = json.loads((file.metadata() or {})["source"])
                 arrays = {item.name: file.get_tensor(item.name) for item in fields(cls) if item.name != "source"}
                 return cls(source=ProfileSource.from_dict(source), **arrays)
-        except Exception as problem:  # safetensors' errors, and whatever a file of something else lacks
+        except Exception as problem:  # safetensors' errors, and any key that another kind of file lacks
             raise ValueError(f"`{path}` cannot be read as an attention profile: {problem}") from None
 
 
 def aggregate_passes(folder: Path, path: Path, steps: int) -> None:
-    """Sum up the passes of one generation that `recorded` kept, and write that to a file.
+    """Sum the passes of one generation that `recorded` saved, and write the sums to a file.
 
     Args:
-        folder: of the passes.
+        folder: the folder of the passes.
         path: the file.
-        steps: of the generation.
+        steps: the generation's number of steps.
 
     Raises:
         ValueError: if steps are missing.
     """
-    found: dict[tuple[int, int], dict[str, torch.Tensor]] = {}  # by branch and step
+    passes: dict[tuple[int, int], dict[str, torch.Tensor]] = {}  # by branch and step
     maps: torch.Tensor | None = None
     rows: torch.Tensor | None = None
     count = [0] * steps
     for file in sorted(folder.glob("pass-*.safetensors")):
-        one = read_pass(file)
-        branch, part = count[one.step], one.step * MAP_PARTS // steps
-        count[one.step] += 1
-        layers = [one.layers[layer] for layer in sorted(one.layers)]
+        recorded = read_pass(file)
+        branch, part = count[recorded.step], recorded.step * MAP_PARTS // steps
+        count[recorded.step] += 1
+        layers = [recorded.layers[layer] for layer in sorted(recorded.layers)]
         queries = layers[0].queries
         stacked = {
             name: torch.stack([getattr(layer, name) for layer in layers]).float() / queries
             for name in ("output_error", "head_error", "mass", "best_mass", "energy")
         }
-        stacked["columns"] = torch.stack([one.columns[layer] for layer in sorted(one.columns)]).float()
-        found[branch, one.step] = stacked
-        own_maps = torch.stack([layer.block_map for layer in layers]).float()
-        own_rows = torch.stack([layer.rows for layer in layers]).float()
+        stacked["columns"] = torch.stack([recorded.columns[layer] for layer in sorted(recorded.columns)]).float()
+        passes[branch, recorded.step] = stacked
+        pass_maps = torch.stack([layer.block_map for layer in layers]).float()
+        pass_rows = torch.stack([layer.rows for layer in layers]).float()
         if maps is None or rows is None:
-            maps, rows = (torch.zeros(MAP_PARTS, *x.shape) for x in (own_maps, own_rows))
-        maps[part] += own_maps
-        rows[part] += own_rows
+            maps, rows = (torch.zeros(MAP_PARTS, *x.shape) for x in (pass_maps, pass_rows))
+        maps[part] += pass_maps
+        rows[part] += pass_rows
     branches = max(count)
     if min(count) != branches or maps is None or rows is None:
         raise ValueError(f"`{folder}` must hold as many passes of each of {steps} steps, got {count}.")
     tensors = {}
-    for name in found[0, 0]:
-        by_branch = [[found[branch, step][name] for step in range(steps)] for branch in range(branches)]
+    for name in passes[0, 0]:
+        by_branch = [[passes[branch, step][name] for step in range(steps)] for branch in range(branches)]
         tensors[name] = torch.stack([torch.stack(by_step) for by_step in by_branch])
     tensors |= {"maps": maps, "map_rows": rows}
     with replaced_whole(path) as temporary:
@@ -181,7 +185,7 @@ def aggregate_passes(folder: Path, path: Path, steps: int) -> None:
 
 
 def make_profile(source: ProfileSource, paths: Sequence[Path]) -> AttentionProfile:
-    """Put together what `aggregate_passes` wrote of all prompts."""
+    """Combine the files that `aggregate_passes` wrote for all prompts."""
     runs = [load_file(path) for path in paths]
 
     def mean(name: str) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The prompts that a profile is made of."""
+"""Prompts of a profile."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from blade.generation.prompts import read_prompts
 from blade.models.source import BUNDLED
 
 BUNDLED_PROMPTS = 8
-"""How many prompts the bundled model is profiled with where none are given."""
+"""Number of prompts that the bundled model is profiled with by default."""
 
 BUNDLED_SEED = 506
-"""Seed of those."""
+"""Seed of those prompts."""
 
 
 def profile_prompts(path: Path | None, model: str | None) -> tuple[str, ...]:
-    """Return the prompts of a file, or for the bundled model some of its own, which evaluation holds no part of.
+    """Return the prompts of a file, or for the bundled model some of its own, disjoint from those of an evaluation.
 
     Args:
-        path: a text file, one prompt a line.
-        model: the model; None: the bundled one.
+        path: a text file with one prompt per line.
+        model: the model; None: the bundled model.
 
     Raises:
-        ValueError: if the file cannot be read or has no prompt, or is missing for another model.
+        ValueError: if the file cannot be read or has no prompts, or if another model has no file.
     """
     if path is not None:
         return tuple(read_prompts(path))

@@ -1,8 +1,8 @@
-"""The published search: greedy and on the way, every head by itself.
+"""The published search: greedy, during generation, every head independently.
 
-Source: Sparse-vDiT, arXiv 2506.03065, algorithm 1. Each prompt's generation goes on with the patterns that the rule
-gives its heads; the table is decided by the losses averaged over prompts and guidance branches, which the paper leaves
-open. The paper's threshold is one of its two parameters; where a density is asked for instead, it is found by
+Source: Sparse-vDiT, arXiv 2506.03065, algorithm 1. Each prompt's generation continues with the patterns that the rule
+gives its heads. The table is made from the losses averaged over prompts and guidance branches, which the paper leaves
+open. The threshold is one of the paper's two parameters; if a density is requested instead, the threshold is found by
 bisection on the losses of a generation, and that generation is repeated with it.
 """
 
@@ -27,54 +27,55 @@ from blade.profiling.search import Choice, PatternSearch
 from blade.token_grid import TokenGrid
 
 KEPT_DENSITY = 0.25
-"""Of the sparse patterns. Source: what the published totals for CogVideoX imply; the paper does not say."""
+"""Density of the sparse patterns. Source: implied by the published totals for CogVideoX; the paper does not say."""
 
 HALVINGS = 50
-"""Of the range of the threshold in a bisection."""
+"""Bisection steps for the threshold."""
 
 START_NAME = "dense"
-"""Folder of the dense generations that a threshold is first looked for with."""
+"""Folder of the dense generations from which the first threshold is found."""
 
 ROUNDS = 3
-"""Most generations of every prompt until the threshold stays."""
+"""Most generations of every prompt while the threshold is adjusted."""
 
 CLOSE_ENOUGH = 0.01
-"""Difference of the density from the one asked for at which no further round is made."""
+"""Largest difference from the requested density that needs no further round."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PublishedResult:
-    """What the published search came to."""
+    """Result of the published search."""
 
     profile: AttentionProfile
-    """Of the last round."""
+    """Profile of the last round."""
     search: PatternSearch
-    """Of that profile."""
+    """Search over that profile."""
     choice: Choice
     """The patterns."""
     rule: GreedyRule
     """The rule that chose them."""
     rounds: int
-    """How often every prompt was generated."""
+    """Number of generations of every prompt."""
 
 
 def published_candidates(
     grid: TokenGrid, block_size: int, order: str = "raster", *, device: torch.device | str = "cpu"
 ) -> tuple[HeadPattern, ...]:
-    """The five modes: full, skipped, diagonal, multi-diagonal and evenly spaced vertical stripes.
+    """Return the five modes: full, skip, diagonal, multi-diagonal and evenly spaced vertical stripes.
 
     Args:
         grid: the tokens.
         block_size: tokens in a block.
         order: the model's token order.
-        device: where masks are worked out.
+        device: the device on which masks are computed.
     """
-    found = [HeadPattern(kind="full"), HeadPattern(kind="skip")]
+    candidates = [HeadPattern(kind="full"), HeadPattern(kind="skip")]
     for kind in ("diagonal", "multi-diagonal"):
-        own = natural_order(kind, block_size)
+        best_order = natural_order(kind, block_size)
+        own_order = None if best_order == order else best_order
         blocks = share_of_blocks(grid, block_size, order, device)
-        found.append(pattern_of_density(kind, KEPT_DENSITY, blocks, grid, None if own == order else own))
-    return (*found, HeadPattern(kind="vertical", share=KEPT_DENSITY))
+        candidates.append(pattern_of_density(kind, KEPT_DENSITY, blocks, grid, own_order))
+    return (*candidates, HeadPattern(kind="vertical", share=KEPT_DENSITY))
 
 
 def published_search(
@@ -89,32 +90,32 @@ def published_search(
     groups: int | None = None,
     on_step: Callable[[str, Progress], None] | None = None,
 ) -> PublishedResult:
-    """Search as published.
+    """Choose the patterns of all heads as published.
 
     Args:
         model: the model.
-        requests: one for each prompt, resolved.
-        recording: what is measured, of `published_candidates`.
-        source: what the profile is of.
-        folder: where passes are kept, so that what is stopped goes on where it was.
-        rule: the rule; its threshold is not used where a density is asked for.
-        target_density: share of all pairs that the run computes; None: as the rule's threshold makes it.
+        requests: one resolved request per prompt.
+        recording: the options of the recording, with `published_candidates`.
+        source: the origin of the profile.
+        folder: the folder of the recorded passes, from which an interrupted search resumes bit-exactly.
+        rule: the rule; its threshold is ignored if a density is requested.
+        target_density: share of all pairs that the run computes; None: whatever the rule's threshold gives.
         groups: see `PatternSearch`.
-        on_step: called after each pass with the name of the round.
+        on_step: called after each pass with the name of the round and the progress.
 
     Raises:
-        ValueError: if the density cannot be met; says the nearest that can.
+        ValueError: if the density cannot be met; names the nearest feasible one.
     """
     losses = None
     if target_density is not None:
-        # where to begin: the losses along dense generations
+        # the first threshold comes from the losses of dense generations
         start = record_profile(model, requests, recording, source, folder / START_NAME, _named("dense", on_step))
         search = PatternSearch(start, groups=groups)
         rule = _threshold_for(search, rule, target_density, search.losses(rule))
     for number in range(1, ROUNDS + 1):
         name = f"round {number}, threshold {rule.threshold:.4g}"
-        place = folder / f"threshold-{rule.threshold:.9f}"
-        profile = record_profile(model, requests, replace(recording, rule=rule), source, place, _named(name, on_step))
+        passes = folder / f"threshold-{rule.threshold:.9f}"
+        profile = record_profile(model, requests, replace(recording, rule=rule), source, passes, _named(name, on_step))
         search = PatternSearch(profile, groups=groups)
         losses = search.losses(rule)
         choice = search.by_rule(rule, losses)
@@ -128,7 +129,7 @@ def published_search(
 
 
 def _threshold_for(search: PatternSearch, rule: GreedyRule, density: float, losses: Any) -> GreedyRule:
-    """The rule with the smallest threshold at which no more than a density is computed."""
+    """Return the rule with the smallest threshold at which the density is at most `density`."""
     low, high = 0.0, float(losses.max()) + 1
     least = search.by_rule(replace(rule, threshold=high), losses).density
     if density < least:
@@ -138,8 +139,8 @@ def _threshold_for(search: PatternSearch, rule: GreedyRule, density: float, loss
         )
     for _ in range(HALVINGS):
         middle = (low + high) / 2
-        found = search.by_rule(replace(rule, threshold=middle), losses).density
-        low, high = (middle, high) if found > density else (low, middle)
+        reached = search.by_rule(replace(rule, threshold=middle), losses).density
+        low, high = (middle, high) if reached > density else (low, middle)
     return replace(rule, threshold=high)
 
 

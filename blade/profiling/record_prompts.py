@@ -1,4 +1,4 @@
-"""Making an attention profile: dense generations of a few prompts, looked into pass by pass."""
+"""Recording of an attention profile: dense generations of a few prompts, measured pass by pass."""
 
 from __future__ import annotations
 
@@ -22,33 +22,33 @@ from blade.profiling.recording import recorded
 from blade.profiling.recording_plan import Recording
 
 SOURCE_NAME = "source.json"
-"""In a folder of recordings, what they are of."""
+"""File in a folder of recordings that says what they were made of."""
 
 SAME_FIELDS = (
     "revision", "negative_prompt", "flow_shift", "dtype", "student", "student_weight", "scheduler", "noise_kept",
     "loras", "quantize",
 )  # fmt: skip
-"""Fields of a request, beside those of the source, that recordings of one folder have in common."""
+"""Fields of a request, besides those of the source, that must agree among the recordings of a folder."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """How far the recording has come, after each step of a generation."""
+    """Progress of the recording, after each step of a generation."""
 
     prompt: int
     """Number of the prompt, from 1."""
     prompts: int
-    """How many there are."""
+    """Total number of prompts."""
     step: int
-    """Steps done of its generation."""
+    """Finished steps of its generation."""
     steps: int
-    """Steps of it."""
+    """Steps of a generation."""
     seconds_left: float
-    """Until all prompts are done, as far as the pace so far tells."""
+    """Estimated time until all prompts are done."""
 
     def __str__(self) -> str:
-        left = f"{self.seconds_left / 60:.0f} min" if self.seconds_left >= 90 else f"{self.seconds_left:.0f} s"
-        return f"prompt {self.prompt}/{self.prompts}, step {self.step}/{self.steps}, {left} left"
+        remaining = f"{self.seconds_left / 60:.0f} min" if self.seconds_left >= 90 else f"{self.seconds_left:.0f} s"
+        return f"prompt {self.prompt}/{self.prompts}, step {self.step}/{self.steps}, {remaining} left"
 
 
 def record_profile(
@@ -59,7 +59,7 @@ def record_profile(
     folder: Path,
     on_step: Callable[[Progress], None] | None = None,
 ) -> AttentionProfile:
-    """Record all prompts and put together what was measured. See `record_prompts`."""
+    """Record all prompts and combine the measurements into a profile; see `record_prompts`."""
     record_prompts(model, requests, recording, source, folder, on_step)
     return make_profile(source, [_path(folder, number) for number in range(len(requests))])
 
@@ -73,21 +73,21 @@ def record_prompts(
     on_step: Callable[[Progress], None] | None = None,
     share: tuple[int, int] = (1, 1),
 ) -> None:
-    """Generate videos with dense attention, or as the recording's rule says, and measure what candidates would do.
+    """Generate videos with dense attention, or by the recording's rule, and measure the errors of all candidates.
 
-    What is stopped goes on where it was: a pass of the transformer that is kept in the folder is not computed again.
+    An interrupted recording resumes bit-exactly: a pass of the transformer that was saved is not computed again.
 
     Args:
         model: the model, with one transformer.
-        requests: one for each prompt, resolved.
-        recording: what is measured.
-        source: what the profile is of.
-        folder: where passes, and the videos of the prompts, are kept.
+        requests: one resolved request per prompt.
+        recording: the options of the recording.
+        source: the origin of the profile.
+        folder: the folder of the passes and of the prompts' videos.
         on_step: called after each pass.
         share: (i, n): record every n-th prompt from the i-th, as one of n processes.
 
     Raises:
-        ValueError: if the model has two transformers, or the folder holds recordings of something else.
+        ValueError: if the model has two transformers, or the folder holds recordings made with other settings.
         NonFiniteError: see `blade.generation.run.generate`.
         OSError: if a file cannot be written.
     """
@@ -99,14 +99,14 @@ def record_prompts(
         )
     (transformer,) = transformers.values()
     _check_folder(folder, source, recording, requests[0])
-    own = range(share[0] - 1, len(requests), share[1])
-    pace = _Pace(len(own), source.steps, on_step)
-    for place, number in enumerate(own):
+    numbers = range(share[0] - 1, len(requests), share[1])
+    pace = _Pace(len(numbers), source.steps, on_step)
+    for index, number in enumerate(numbers):
         passes, path = folder / f"prompt-{number:03d}", _path(folder, number)
-        pace.prompt_began(place)
+        pace.prompt_began(index)
         if not path.is_file():
-            look = recorded(transformer, recording, passes, model.pipe, pace.passed)
-            generation = run_request(model, requests[number].dense(), attention=look)
+            measured_attention = recorded(transformer, recording, passes, model.pipe, pace.passed)
+            generation = run_request(model, requests[number].dense(), attention=measured_attention)
             pixels = (generation.video.clamp(0, 1) * 255).round().byte().numpy()
             buffer = io.BytesIO()
             np.savez_compressed(buffer, frames=pixels)
@@ -120,40 +120,40 @@ def _path(folder: Path, number: int) -> Path:
 
 
 def dense_video(folder: Path, number: int) -> np.ndarray:
-    """The video that `record_profile` made of a prompt: (frames, 3, H, W) uint8."""
+    """Load the video that `record_profile` made of a prompt: (frames, 3, H, W) uint8."""
     with np.load(folder / f"video-{number:03d}.npz") as archive:
         frames: np.ndarray = archive["frames"]
     return frames
 
 
 def _check_folder(folder: Path, source: ProfileSource, recording: Recording, request: ResolvedRequest) -> None:
-    """Refuse to mix recordings of different things; note what these are of."""
-    more = {"recording": _plain(recording), **{name: getattr(request, name) for name in SAME_FIELDS}}
-    wanted = source.to_dict() | json.loads(json.dumps(more))
+    """Refuse to mix recordings made with different settings; write those of a new folder to `SOURCE_NAME`."""
+    options = {"recording": _plain(recording), **{name: getattr(request, name) for name in SAME_FIELDS}}
+    settings = source.to_dict() | json.loads(json.dumps(options))
     path = folder / SOURCE_NAME
     folder.mkdir(parents=True, exist_ok=True)
     if not path.is_file():
-        write_files({path: (json.dumps(wanted, indent=1) + "\n").encode()})
+        write_files({path: (json.dumps(settings, indent=1) + "\n").encode()})
         return
     try:
-        known = json.loads(path.read_text(encoding="utf-8"))
-        known |= _current(known)
+        existing = json.loads(path.read_text(encoding="utf-8"))
+        existing |= _current(existing)
     except (OSError, ValueError) as problem:
         raise ValueError(f"`{path}` cannot be read as JSON: {problem}; take another folder.") from None
-    for name, value in wanted.items():
-        if known.get(name) != value:
+    for name, value in settings.items():
+        if existing.get(name) != value:
             raise ValueError(
-                f"`output` holds recordings with another `{name}`, {_short(known.get(name))} instead of "
+                f"`output` holds recordings with another `{name}`, {_short(existing.get(name))} instead of "
                 f"{_short(value)}; take another folder."
             )
 
 
-def _current(known: dict[str, Any]) -> dict[str, Any]:
-    """What is known of a source, as it is written now."""
+def _current(recorded_settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a recorded source in their current spelling."""
     names = {item.name for item in fields(ProfileSource)}
-    if not names <= known.keys():
+    if not names <= recorded_settings.keys():
         return {}
-    return ProfileSource.from_dict({name: known[name] for name in names}).to_dict()
+    return ProfileSource.from_dict({name: recorded_settings[name] for name in names}).to_dict()
 
 
 def _plain(recording: Recording) -> dict[str, Any]:
@@ -170,7 +170,7 @@ def _short(value: Any) -> str:
 
 
 class _Pace:
-    """Estimates what is left, from pass to pass."""
+    """Estimate of the remaining time, updated after every pass."""
 
     def __init__(self, prompts: int, steps: int, on_step: Callable[[Progress], None] | None) -> None:
         self.prompts, self.steps, self.on_step = prompts, steps, on_step
@@ -181,17 +181,21 @@ class _Pace:
     def prompt_began(self, number: int) -> None:
         self.prompt, self.latest = number, time.monotonic()
 
-    def passed(self, number: int, known: bool, step: int | None) -> None:
+    def passed(self, number: int, resumed: bool, step: int | None) -> None:
         assert step is not None
         now = time.monotonic()
-        if not known:
+        if not resumed:
             self.spent += now - self.latest
             self.computed.add((self.prompt, step))
         self.latest = now
         if self.on_step is not None:
-            left = self.steps * (self.prompts - self.prompt) - step - 1
-            pace = self.spent / max(len(self.computed), 1)
+            remaining = self.steps * (self.prompts - self.prompt) - step - 1
+            seconds_left = self.spent / max(len(self.computed), 1) * remaining
             progress = Progress(
-                prompt=self.prompt + 1, prompts=self.prompts, step=step + 1, steps=self.steps, seconds_left=pace * left
+                prompt=self.prompt + 1,
+                prompts=self.prompts,
+                step=step + 1,
+                steps=self.steps,
+                seconds_left=seconds_left,
             )
             self.on_step(progress)

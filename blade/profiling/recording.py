@@ -1,4 +1,4 @@
-"""Looking into a model's attention while it generates, pass by pass, so that what is stopped can go on."""
+"""Recording of a model's attention while it generates, pass by pass, so that an interrupted run can resume."""
 
 from __future__ import annotations
 
@@ -26,30 +26,30 @@ class RecordedPass:
     """One forward pass of the transformer."""
 
     step: int
-    """Of the run, from 0."""
+    """Step of the run, from 0."""
     layers: dict[int, LayerMeasurement]
-    """What was measured, by layer."""
+    """Measurements by layer."""
     columns: dict[int, Tensor]
-    """By layer: (H, blocks), attention weight that key blocks receive."""
+    """Attention weight that key blocks receive, by layer: (H, blocks)."""
 
 
 @contextmanager
-def kept_passes(
+def saved_passes(
     transformer: nn.Module,
     folder: Path,
     look: Callable[[], dict[str, Tensor]] | None = None,
     on_pass: Callable[[int, bool, int | None], None] | None = None,
 ) -> Iterator[None]:
-    """Keep the output of every forward pass of a transformer inside a `with` block in a file.
+    """Save the output of every forward pass of a transformer inside a `with` block to a file.
 
-    A pass whose file is there is not computed again: its output is read, so that a generation that is started anew
-    with the same noise comes quickly to where it was stopped.
+    A pass whose file exists is read instead of computed, so that an interrupted generation, started again with the
+    same noise, resumes bit-exactly.
 
     Args:
-        transformer: the transformer, with what is applied to it in place.
-        folder: where the files lie, `pass-00000.safetensors` and so on; made if missing.
-        look: called after each pass that was computed; returns what else to keep.
-        on_pass: called after every pass with its number, whether it was read, and the `step` that was kept with it.
+        transformer: the transformer, after BLADE is applied to it.
+        folder: the folder of the files, `pass-00000.safetensors` and so on; made if missing.
+        look: called after each computed pass; returns further tensors to save.
+        on_pass: called after every pass with its number, true if it was read, and the `step` saved with it.
 
     Raises:
         OSError: if a file cannot be written.
@@ -63,21 +63,21 @@ def kept_passes(
         inputs = {**dict(zip(parameters, args)), **kwargs}
         number, path = count, folder / f"pass-{count:05d}.safetensors"
         count += 1
-        known = path.is_file()
-        if known:
-            kept = load_file(path)
-            output = kept["output"].to(inputs["hidden_states"].device)
+        resumed = path.is_file()
+        if resumed:
+            saved = load_file(path)
+            output = saved["output"].to(inputs["hidden_states"].device)
             applied = applied_to(transformer)
             if applied is not None:
-                applied.steps.resolve(inputs["timestep"])  # which counts, where the scheduler does not
+                applied.steps.resolve(inputs["timestep"])  # which counts the steps if the scheduler does not
         else:
             result = inner(**inputs)
             output = result[0] if isinstance(result, tuple) else result.sample
-            kept = {} if look is None else look()
+            saved = {} if look is None else look()
             with replaced_whole(path) as temporary:
-                save_file({"output": output.detach().cpu().contiguous(), **kept}, temporary)
+                save_file({"output": output.detach().cpu().contiguous(), **saved}, temporary)
         if on_pass is not None:
-            on_pass(number, known, int(kept["step"]) if "step" in kept else None)
+            on_pass(number, resumed, int(saved["step"]) if "step" in saved else None)
         if kwargs.get("return_dict", True):
             from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
@@ -99,27 +99,27 @@ def recorded(
     pipe: Any = None,
     on_pass: Callable[[int, bool, int | None], None] | None = None,
 ) -> Iterator[None]:
-    """Measure every forward pass of a transformer inside a `with` block, and keep it. See `kept_passes`.
+    """Measure and save every forward pass of a transformer inside a `with` block; see `saved_passes`.
 
     Args:
-        transformer: of a family that BLADE knows. BLADE is taken off it for the time.
-        recording: what is measured.
-        folder: where the passes are kept.
-        pipe: the pipeline that drives it, for its scheduler.
-        on_pass: called after every pass with its number, whether it was read, and the `step` that was kept with it.
+        transformer: a transformer of a known family. BLADE is removed from it inside the block.
+        recording: the options of the recording.
+        folder: the folder of the passes.
+        pipe: the transformer's pipeline, for its scheduler.
+        on_pass: called after every pass with its number, true if it was read, and the `step` saved with it.
 
     Raises:
-        ValueError: if a layer's attention cannot be looked into; says which and why.
+        ValueError: if a layer's attention cannot be measured; names the layer and the reason.
     """
-    family, before = find_family(transformer), applied_to(transformer)
+    family, previous = find_family(transformer), applied_to(transformer)
     method = RecordingMethod(recording, family, transformer)
-    if before is not None:
-        before.uninstall(transformer)
+    if previous is not None:
+        previous.uninstall(transformer)
     try:
         applied = AppliedBlade(transformer, family, BladeConfig(strict=True), pipe, method)
     except ValueError:
-        if before is not None:
-            before.install(transformer)
+        if previous is not None:
+            previous.install(transformer)
         raise
     applied.install(transformer)
 
@@ -128,32 +128,32 @@ def recorded(
         return _measured(method.latest)
 
     try:
-        with kept_passes(transformer, folder, look, on_pass):
+        with saved_passes(transformer, folder, look, on_pass):
             yield
     finally:
         applied.uninstall(transformer)
-        if before is not None:
-            before.install(transformer)
+        if previous is not None:
+            previous.install(transformer)
 
 
 def read_pass(path: Path) -> RecordedPass:
-    """Read a pass that `recorded` kept."""
+    """Read a pass that `recorded` saved."""
     measurements: dict[int, dict[str, Tensor]] = {}
     columns, step = dict[int, Tensor](), 0
     for name, tensor in load_file(path).items():
-        layer, _, what = name.partition(".")
+        layer, _, quantity = name.partition(".")
         if name == "step":
             step = int(tensor)
-        elif what == "columns":
+        elif quantity == "columns":
             columns[int(layer)] = tensor
         elif name != "output":
-            measurements.setdefault(int(layer), {})[what] = tensor
-    layers = {layer: LayerMeasurement.from_tensors(found) for layer, found in sorted(measurements.items())}
+            measurements.setdefault(int(layer), {})[quantity] = tensor
+    layers = {layer: LayerMeasurement.from_tensors(tensors) for layer, tensors in sorted(measurements.items())}
     return RecordedPass(step=step, layers=layers, columns=columns)
 
 
 def _measured(plan: RecordingPlan) -> dict[str, Tensor]:
-    """What was measured in the pass, as it is kept."""
+    """Take the measurements of the latest pass as tensors to save."""
     tensors = {"step": torch.tensor(plan.step)}
     for layer, measured in plan.measurements.items():
         tensors |= {f"{layer}.{name}": tensor.contiguous() for name, tensor in measured.tensors().items()}

@@ -1,4 +1,4 @@
-"""Attention that is measured while a model generates: dense, or by the published search's choice."""
+"""Attention that is measured while a model generates: dense, or with the patterns of the published search."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ from blade.token_grid import TokenGrid, canonical_order
 
 @dataclass(frozen=True, kw_only=True)
 class Recording:
-    """What is measured in every layer."""
+    """Options of a recording: the candidates, and how they are measured."""
 
     candidates: tuple[HeadPattern, ...]
     """The patterns, `full` first; no `asa`."""
     block_size: int
     """Tokens in a block."""
     token_order: str = "raster"
-    """Order in which the model's tokens are cut into blocks."""
+    """Token order in which the model's blocks are cut."""
     sampled_blocks: int | None = None
-    """Query blocks that are looked at in a layer, others every step; None: all."""
+    """Query blocks sampled in a layer, different ones in every step; None: all."""
     adaptive: tuple[BladeConfig, ...] = ()
-    """Adaptive methods that are measured beside the patterns, without pooled tokens, each in its own token order. In a
-    measurement they come after the patterns."""
+    """Adaptive methods measured in addition to the patterns, without pooled tokens, each in its own token order. In a
+    measurement they follow the patterns."""
     calibrated: bool = True
-    """Whether a `vertical` with a `share` stands for the key blocks that each head attends to most, instead of evenly
+    """If true, a `vertical` with a `share` keeps the key blocks that each head attends to most, instead of evenly
     spaced ones."""
     rule: GreedyRule | None = None
-    """The published search: each head goes on with the pattern that this rule gives it. None: with full attention."""
+    """Rule of the published search: each head continues with the pattern that it gives. None: with full attention."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "token_order", canonical_order(self.token_order))
@@ -55,13 +55,13 @@ class Recording:
 
     @property
     def measured(self) -> int:
-        """How many patterns and methods are measured."""
+        """Number of measured patterns and adaptive methods."""
         return len(self.candidates) + len(self.adaptive)
 
 
 @dataclass(eq=False)
 class RecordingPlan:
-    """Attends, and measures what candidates would have done. Stands in for the plan of a method."""
+    """The plan of `RecordingMethod`: it attends, and measures the errors of all candidates."""
 
     recording: Recording
     grid: TokenGrid
@@ -69,11 +69,11 @@ class RecordingPlan:
     attentions: Sequence[nn.Module]
     device: torch.device
     step: int = 0
-    """The latest pass's."""
+    """Step of the latest pass."""
     measurements: dict[int, LayerMeasurement] = field(default_factory=dict)
-    """Of the pass that is under way, by layer."""
+    """Measurements of the current pass, by layer."""
     columns: dict[int, Tensor] = field(default_factory=dict)
-    """Of the pass that is under way, by layer: (H, blocks), attention weight that key blocks receive."""
+    """Attention weight that key blocks receive in the current pass, by layer: (H, blocks)."""
 
     def __post_init__(self) -> None:
         size, order = self.recording.block_size, self.recording.token_order
@@ -86,7 +86,7 @@ class RecordingPlan:
             masks.append(pattern_blocks(pattern, self.grid, size, order, self.device).unsqueeze(0))
         for config in self.recording.adaptive:
             self._groups.setdefault(config.asa.token_order, ([], []))
-        # the sequence in each order, as places in the model's; None: in that one
+        # the sequence in each order, as positions in the model's order; None: the model's order itself
         self._tokens: dict[str, Tensor | None] = {order: None}
         for other in self._groups:
             if other != order:
@@ -103,16 +103,16 @@ class RecordingPlan:
 
     @property
     def is_full(self) -> bool:
-        """Not a run in which nothing happens."""
+        """False: every layer is measured."""
         return False
 
     @property
     def moves_heads(self) -> bool:
-        """Queries and keys come in the model's order."""
+        """False: queries and keys come in the model's order."""
         return False
 
     def head_places(self, rows: tuple[Tensor, ...]) -> None:
-        """All heads have the model's order."""
+        """Return None: all heads have the model's order."""
 
     def attend(
         self,
@@ -148,7 +148,7 @@ class RecordingPlan:
 
     @property
     def patterns(self) -> PatternPlan:
-        """The candidates, for attention by one of them; evenly spaced stripes."""
+        """The plan that attends with the candidates, whose stripes are evenly spaced."""
         if self._patterns is None:
             recording = self.recording
             table = uniform_table(
@@ -180,9 +180,9 @@ class RecordingPlan:
                     if pattern.share is not None:
                         numbers.append(number)
                         masks.append(self._vertical(pattern, columns))
-            moved = (query, key) if tokens is None else (x.index_select(1, tokens) for x in (query, key))
-            ordered_query, ordered_key = moved
-            scores: dict[AdaptiveConfig, Tensor] = {}  # sparsities share them
+            inputs = (query, key) if tokens is None else (x.index_select(1, tokens) for x in (query, key))
+            ordered_query, ordered_key = inputs
+            scores: dict[AdaptiveConfig, Tensor] = {}  # shared by all sparsities
             for number, plan in enumerate(self._adaptive):
                 if plan.token_order != order:
                     continue
@@ -195,7 +195,11 @@ class RecordingPlan:
         return groups
 
     def _vertical(self, pattern: HeadPattern, columns: Tensor) -> Tensor:
-        """(H or 1, blocks, blocks) bool: each head's most attended key blocks, or evenly spaced ones."""
+        """Return the mask of a vertical pattern: each head's most attended key blocks, or evenly spaced ones.
+
+        Returns:
+            (H or 1, blocks, blocks) bool.
+        """
         if not self.recording.calibrated:
             size, order = self.recording.block_size, self.recording.token_order
             return pattern_blocks(pattern, self.grid, size, order, self.device).unsqueeze(0)
@@ -211,7 +215,7 @@ class RecordingPlan:
         count = self.recording.sampled_blocks
         if count is None or count >= blocks:
             return None
-        # all of them in turn, in an order of the layer's own
+        # every block gets its turn, in an order that differs between layers
         shuffled = torch.randperm(blocks, generator=torch.Generator().manual_seed(layer))
         return shuffled[(self.step * count + torch.arange(count)) % blocks].sort().values
 
@@ -223,42 +227,42 @@ class RecordingPlan:
 
 
 class RecordingMethod:
-    """Has every layer measured, at every step."""
+    """The method of a recording: every layer is measured in every step."""
 
     def __init__(self, recording: Recording, family: ModelFamily, transformer: nn.Module) -> None:
-        """Take what is measured, and the layers."""
+        """Take the options of the recording, and find the attention layers."""
         self._recording, self._family = recording, family
         self._attentions = family.attention_layers(transformer)
         self.latest: RecordingPlan | None = None
 
     def check(self, layers: int, heads: int) -> None:
-        """Every model will do."""
+        """Accept every model."""
 
     def rows(self, total: int | None) -> int:
-        """One a step; where their number is unknown, one for all."""
+        """Return one row per step, or a single row if the number of steps is unknown."""
         return total or 1
 
     def tables(self, layer: int, heads: int, rows: int) -> tuple[Tensor, ...]:
-        """Layer and step."""
+        """Return the layer and the step of each row."""
         return (torch.tensor([[layer, step] for step in range(rows)]),)
 
     def plan(self, grid: TokenGrid, device: torch.device) -> RecordingPlan:
-        """Masks of the candidates."""
+        """Make the plan that attends and measures."""
         self.latest = RecordingPlan(self._recording, grid, self._family, self._attentions, device)
         return self.latest
 
     def is_sparse(self, layer: int, row: int, rows: int) -> bool:
-        """All go through the plan."""
+        """Return true: every layer goes through the plan."""
         return True
 
 
 def most_attended_blocks(columns: np.ndarray, share: float, text: np.ndarray) -> tuple[int, ...]:
-    """Key blocks of video that a head attends to most, rising, for a `vertical` with a `share`.
+    """Return the key blocks of video that a head attends to most, ascending, for a `vertical` with a `share`.
 
     Args:
         columns: (blocks,), attention weight that key blocks receive.
-        share: of the blocks of video.
-        text: (blocks,) bool, which blocks hold text.
+        share: share of the blocks of video.
+        text: (blocks,) bool, true for blocks that hold text.
     """
     count = max(1, round(share * int((~text).sum())))
     ranked = np.argsort(-np.where(text, -1.0, columns), kind="stable")
@@ -268,8 +272,8 @@ def most_attended_blocks(columns: np.ndarray, share: float, text: np.ndarray) ->
 def _dense(query: Tensor, key: Tensor, value: Tensor, key_lengths: Tensor | None) -> tuple[Tensor, Tensor, str]:
     mask = None
     if key_lengths is not None:
-        places = torch.arange(key.shape[1], device=key.device)
-        mask = (places < key_lengths.unsqueeze(-1))[:, None, None]
+        positions = torch.arange(key.shape[1], device=key.device)
+        mask = (positions < key_lengths.unsqueeze(-1))[:, None, None]
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # heads before tokens
     output = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2)
     return output, torch.ones((), device=query.device), "dense"

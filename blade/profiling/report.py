@@ -1,6 +1,6 @@
-"""A table of head patterns, and what was measured for it, as one HTML file that needs nothing else.
+"""Report of a table of head patterns and its measurements, as one self-contained HTML file.
 
-Text is put in by jinja2. Arrays go into a block of JSON, as base64 of their bytes, and are drawn by the file's script.
+jinja2 fills in the text. Arrays go into a block of JSON, as base64 of their bytes, and the file's script draws them.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from blade.common.checks import check_choice, check_integer, check_number
 from blade.common.files import write_files
 
 TEMPLATE = "report.html.jinja"
-"""The template, beside this file, as its style sheet and scripts are."""
+"""The template, in this file's folder like its style sheet and scripts."""
 
 SCRIPTS = ("report_charts.js", "report.js")
 """The scripts, in the order in which they run."""
 
 MOST_BYTES = 8 * 2**20
-"""Of all arrays together; in base64 they take a third more. Maps of larger models are made coarser."""
+"""Most bytes of all arrays together, before base64 adds a third; maps of larger models are made coarser."""
 
 MOST_DEPENDENT = 8
-"""Heads that are listed as those that depend on the prompt most."""
+"""Number of heads listed as the most dependent on the prompt."""
 
 VERIFIED_NAMES = {
     "density": "Measured density",
@@ -38,22 +38,22 @@ VERIFIED_NAMES = {
     "psnr_db": "PSNR to dense",
     "ssim": "SSIM to dense",
 }
-"""How what was measured with the table in use is called."""
+"""Headings of the measurements made with the table in use."""
 
 _TYPES = {"whole numbers": np.integer, "uint8": np.uint8, "float32": np.floating}
-"""What an array may be given as."""
+"""NumPy types accepted for each kind of array."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """A pattern that heads could be given."""
+    """A pattern that heads can be assigned."""
 
     name: str
-    """In a few words, such as `diagonal, 1.5 frames`."""
+    """Short description, such as `diagonal, 1.5 frames`."""
     kind: str
     """One of `blade.attention.patterns.KINDS`."""
     density: float
-    """Share of all query-key pairs that it computes, from 0 to 1; of `asa` the mean."""
+    """Share of all query-key pairs that it computes, from 0 to 1; the mean for `asa`."""
     cost: float
     """Time that it takes, as a share of the full pattern's."""
 
@@ -76,43 +76,43 @@ class ReportData:
     command: str
     """The command that made the table."""
     date: str
-    """When."""
+    """Date of the search."""
     model: str
-    """Of which model."""
+    """Name of the model."""
     machine: Mapping[str, str]
-    """On which machine: what -> value."""
+    """Description of the machine: property -> value."""
     versions: Mapping[str, str]
-    """Package -> version."""
+    """Versions: package -> version."""
     video: str
     """Size of the videos, such as `33 frames of 96x96`."""
     grid: str
-    """Their tokens, such as `9 x 12 x 12 tokens`."""
+    """Size of their token grid, such as `9 x 12 x 12 tokens`."""
     block_size: int
     """Tokens in a query block and in a key block."""
     token_order: str
-    """Order in which the model's tokens are cut into blocks."""
+    """Token order in which the model's blocks are cut."""
     steps: int
     """Steps of a run."""
     group_starts: tuple[int, ...]
-    """First step of each group of steps that has one assignment, rising from 0."""
+    """First step of each group of steps that shares an assignment, ascending from 0."""
     prompts: tuple[str, ...]
-    """What was generated while attention was measured."""
+    """Prompts of the measured generations."""
     branches: int
     """Passes of the model in a step, such as 2 with classifier-free guidance."""
     budget: str
-    """What the search was to keep within, in words, such as `target density 0.35`."""
+    """Limit of the search in words, such as `target density 0.35`."""
     notes: tuple[str, ...]
-    """Sentences that stand under the summary."""
+    """Sentences below the summary."""
     candidates: tuple[Candidate, ...]
-    """The patterns that heads could be given."""
+    """The patterns that heads can be assigned."""
     assignment: np.ndarray
-    """(groups, layers, heads) integers, numbers of `candidates`."""
+    """(groups, layers, heads) integers, indices into `candidates`."""
     head_error: np.ndarray
     """(groups, layers, heads) float32, squared error of the layer's output that the chosen pattern causes, as a share
     of the mean energy of the layer's heads."""
     explained: np.ndarray
-    """(kinds, layers, steps) float32, share of attention weight that the best pattern of each kind holds at about the
-    usual density. NaN: not measured."""
+    """(kinds, layers, steps) float32, share of attention weight that the best pattern of each kind captures at about
+    the usual density. NaN: not measured."""
     explained_kinds: tuple[str, ...]
     """The kinds of `explained`."""
     maps: np.ndarray
@@ -123,27 +123,27 @@ class ReportData:
     """(candidates, cells, cells) uint8, share of the pairs of a patch that each candidate keeps, 255 for all."""
     stripes: np.ndarray | None
     """(groups, layers, heads, cells) uint8, share of the keys in each column of patches that the head keeps, 255 for
-    all. It stands in for the mask of heads whose candidate is `vertical`. None: all have the candidate's mask."""
+    all. It replaces the mask of heads whose candidate is `vertical`. None: all have the candidate's mask."""
     curve: np.ndarray
-    """(points, 2) float32, densities, rising, and the relative error of the best assignment at each."""
+    """(points, 2) float32, ascending densities and the relative error of the best assignment at each."""
     published_curve: np.ndarray | None
-    """(points, 2) float32, the same of the published rule. None: not worked out."""
+    """(points, 2) float32, the same for the published rule. None: not computed."""
     chosen: tuple[float, float]
     """Density and predicted relative error of this table."""
     verified: Mapping[str, float] | None
-    """What was measured with the table in use: `density`, `error`, `psnr_db` and `ssim` (to dense attention), or
-    others. None: nothing was."""
+    """Measurements with the table in use: `density`, `error`, `psnr_db` and `ssim` (to dense attention), or others.
+    None: nothing was measured."""
     recall: np.ndarray | None
-    """(layers, steps, 2) float32, attention weight in the blocks that ASA chooses, and in the best equally many. None:
-    not measured."""
+    """(layers, steps, 2) float32, attention weight in the blocks that ASA chooses, and in the same number of best
+    blocks. None: not measured."""
     prompt_disagreement: np.ndarray
     """(layers, heads) float32, share of the prompts for which another pattern of no higher cost does better."""
     prompt_regret: np.ndarray
-    """(layers, heads) float32, error that a choice for every prompt would save, as a share of the error."""
+    """(layers, heads) float32, share of the error that a choice per prompt would save."""
     orders: tuple[str, ...]
     """Token orders."""
     order_densities: tuple[tuple[str, tuple[float, ...]], ...]
-    """Of patterns, their name and the density that they come to in each of `orders`."""
+    """Name of each pattern and its density in each of `orders`."""
 
     def __post_init__(self) -> None:
         check_integer("block_size", self.block_size, 1)
@@ -186,16 +186,16 @@ class ReportData:
     def _check(
         self, name: str, numbers: str, shape: tuple[int | None, ...], *, finite: bool = False, optional: bool = False
     ) -> None:
-        """Check an array's shape, in which None stands for any size, and what it holds; keep it as the latter."""
-        given = getattr(self, name)
-        if given is None and optional:
+        """Check an array's shape, in which None allows any size, and its type; make floating-point arrays float32."""
+        value = getattr(self, name)
+        if value is None and optional:
             return
-        array = np.asarray(given)
+        array = np.asarray(value)
         if array.ndim != len(shape) or any(
-            size == 0 if wanted is None else size != wanted for size, wanted in zip(array.shape, shape)
+            size == 0 if expected is None else size != expected for size, expected in zip(array.shape, shape)
         ):
-            wanted = ", ".join("any" if size is None else str(size) for size in shape)
-            raise ValueError(f"`{name}` must have the shape ({wanted}), got {array.shape}.")
+            expected_shape = ", ".join("any" if size is None else str(size) for size in shape)
+            raise ValueError(f"`{name}` must have the shape ({expected_shape}), got {array.shape}.")
         if not np.issubdtype(array.dtype, _TYPES[numbers]):
             raise ValueError(f"`{name}` must hold {numbers}, got {array.dtype}.")
         if finite and not np.isfinite(array).all():
@@ -203,29 +203,29 @@ class ReportData:
         object.__setattr__(self, name, array.astype(np.float32) if numbers == "float32" else array)
 
     def candidate_shares(self) -> np.ndarray:
-        """(candidates,) float64, share of all heads, layers and steps that each candidate has."""
+        """Return the share of all heads, layers and steps that each candidate has: (candidates,) float64."""
         lengths = np.diff((*self.group_starts, self.steps))
         numbers = np.arange(len(self.candidates))[:, None, None, None]
         shares: np.ndarray = (self.assignment == numbers).mean((2, 3)) @ lengths / self.steps
         return shares
 
     def kind_shares(self) -> dict[str, float]:
-        """Share of all heads, layers and steps that each kind of pattern has, in the order of `KINDS`."""
+        """Return the share of all heads, layers and steps that each kind of pattern has, in the order of `KINDS`."""
         shares = dict.fromkeys(KINDS, 0.0)
         for candidate, share in zip(self.candidates, self.candidate_shares()):
             shares[candidate.kind] += float(share)
         return {kind: share for kind, share in shares.items() if share}
 
     def cost(self) -> float:
-        """Time that attention takes by the candidates' costs, as a share of the full pattern's."""
+        """Return attention's time by the candidates' costs, as a share of the full pattern's."""
         return float(self.candidate_shares() @ [candidate.cost for candidate in self.candidates])
 
 
 def render_report(data: ReportData) -> str:
-    """The report as one HTML file, which shows everything when it is opened from disk, without a network.
+    """Render the report as one HTML file, which works when opened from disk, without a network.
 
     Args:
-        data: what it shows.
+        data: the contents.
 
     Returns:
         The file's text.
@@ -255,10 +255,10 @@ def render_report(data: ReportData) -> str:
 
 
 def write_report(data: ReportData, path: Path) -> None:
-    """Write the report to a file, whole or not at all.
+    """Write the report to a file atomically.
 
     Args:
-        data: what it shows.
+        data: the contents.
         path: the file.
 
     Raises:
@@ -268,16 +268,16 @@ def write_report(data: ReportData, path: Path) -> None:
 
 
 def _drawn(data: ReportData) -> dict[str, Any]:
-    """What the script draws."""
+    """Return the data that the script draws."""
     maps, masks, stripes = _fitting(data)
-    stripes_kept = None if stripes is None else stripes[_striped(data)]
+    drawn_stripes = None if stripes is None else stripes[_striped(data)]
     arrays = {
         "assignment": data.assignment.astype("<u2"),
         "head_error": data.head_error,
         "explained": data.explained,
         "maps": maps,
         "masks": masks,
-        "stripes": stripes_kept,
+        "stripes": drawn_stripes,
         "curve": data.curve,
         "published_curve": data.published_curve,
         "recall": data.recall,
@@ -289,7 +289,13 @@ def _drawn(data: ReportData) -> dict[str, Any]:
         "group_starts": data.group_starts,
         "kinds": KINDS,
         "candidates": [
-            {"name": one.name, "kind": one.kind, "density": one.density, "cost": one.cost} for one in data.candidates
+            {
+                "name": candidate.name,
+                "kind": candidate.kind,
+                "density": candidate.density,
+                "cost": candidate.cost,
+            }
+            for candidate in data.candidates
         ],
         "explained_kinds": data.explained_kinds,
         "chosen": data.chosen,
@@ -308,19 +314,19 @@ def _encoded(array: np.ndarray) -> dict[str, Any]:
 
 
 def _json(values: Mapping[str, Any]) -> str:
-    """JSON that may stand in an HTML element: no text in it ends the element, or begins another one."""
+    """Return JSON that is safe inside an HTML element: no text in it ends the element or begins another one."""
     text = json.dumps(values, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
 def _striped(data: ReportData) -> np.ndarray:
-    """(groups, layers, heads) bool, heads whose mask is their own stripes."""
+    """Return the heads whose mask is their own stripes: (groups, layers, heads) bool."""
     striped: np.ndarray = np.array([candidate.kind == "vertical" for candidate in data.candidates])[data.assignment]
     return striped
 
 
 def _fitting(data: ReportData) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """Maps, masks and stripes, of patches so large that all arrays together stay below `MOST_BYTES`."""
+    """Return maps, masks and stripes, coarsened until all arrays together fit into `MOST_BYTES`."""
     striped = 0 if data.stripes is None else int(_striped(data).sum())
     fixed = sum(
         array.nbytes
@@ -341,14 +347,14 @@ def _fitting(data: ReportData) -> tuple[np.ndarray, np.ndarray, np.ndarray | Non
 
 
 def _coarser_map(layer: np.ndarray, factor: int) -> np.ndarray:
-    """Maps of a layer's heads, averaged as weights, whose square roots they hold."""
+    """Coarsen the maps of a layer's heads: average the weights, whose square roots the maps hold."""
     weights = _averaged(_averaged(np.square(layer, dtype=np.float32), factor, -1), factor, -2)
     strongest = weights.max((-2, -1), keepdims=True)
     return _rounded(255 * np.sqrt(weights / np.where(strongest > 0, strongest, 1)))
 
 
 def _averaged(array: np.ndarray, factor: int, axis: int) -> np.ndarray:
-    """Means of `factor` neighbours; of fewer at the end, where they do not come out even."""
+    """Average groups of `factor` neighbours; the last group may be smaller."""
     starts = np.arange(0, array.shape[axis], factor)
     sums = np.add.reduceat(array.astype(np.float32), starts, axis)
     counts = np.diff((*starts, array.shape[axis]))
@@ -361,13 +367,13 @@ def _rounded(array: np.ndarray) -> np.ndarray:
 
 
 def _most_dependent(data: ReportData) -> list[dict[str, Any]]:
-    """The heads that would gain most from a choice for every prompt, most first; none that would gain nothing."""
+    """Return the heads that would gain from a choice per prompt, largest gain first, at most `MOST_DEPENDENT`."""
     heads = data.prompt_regret.shape[1]
-    found = []
+    dependent = []
     for number in np.argsort(-data.prompt_regret, axis=None, kind="stable")[:MOST_DEPENDENT]:
         layer, head = divmod(int(number), heads)
         if data.prompt_regret[layer, head] > 0:
-            found.append(
+            dependent.append(
                 {
                     "layer": layer,
                     "head": head,
@@ -375,17 +381,17 @@ def _most_dependent(data: ReportData) -> list[dict[str, Any]]:
                     "disagreement": float(data.prompt_disagreement[layer, head]),
                 }
             )
-    return found
+    return dependent
 
 
 def _percent(share: float) -> str:
-    """A share with two digits or more, such as 0.4 %, 35 % or 100 %."""
+    """Format a share with at least two digits, such as 0.4 %, 35 % or 100 %."""
     share = 100 * share
     return f"{share:.2g} %" if abs(share) < 10 else f"{share:.0f} %"
 
 
 def _verified(name: str, value: float) -> str:
-    """What was measured with the table in use, as it is shown."""
+    """Format a measurement made with the table in use."""
     if name == "error":
         return _percent(value)
     return f"{value:.1f} dB" if name.endswith("_db") else f"{value:.3g}"

@@ -1,4 +1,4 @@
-"""What the report of a profile shows, worked out from the profile and the search."""
+"""Contents of a profile's report, derived from the profile and the search."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ REPORT_NAME = "report.html"
 """File name of the report."""
 
 MOST_USUAL = 1.2 * USUAL_DENSITY
-"""Density up to which patterns count when it is said what a kind explains."""
+"""Largest density of the patterns that count toward the attention weight that a kind explains."""
 
 RULE_POINTS = 24
-"""Thresholds of the published rule's curve."""
+"""Number of thresholds on the published rule's curve."""
 
 
 def write_attention_report(report: ProfileReport, command: str) -> Path:
     """Write `report.html` beside the table and return its path.
 
     Args:
-        report: what the search came to.
-        command: the command that made it.
+        report: the result of the search.
+        command: the command that made the table.
 
     Raises:
         OutputError: if it cannot be written.
@@ -47,7 +47,7 @@ def write_attention_report(report: ProfileReport, command: str) -> Path:
 
 
 def report_data(report: ProfileReport, command: str) -> ReportData:
-    """What the report shows. See `write_attention_report`."""
+    """Return the contents of the report; see `write_attention_report` for the arguments."""
     profile, search, choice = report.profile, report.search, report.choice
     source, grid = profile.source, profile.source.grid
     cells = profile.maps.shape[-1]
@@ -59,8 +59,8 @@ def report_data(report: ProfileReport, command: str) -> ReportData:
     verified = None
     if report.verified:
         verified = {
-            "psnr_db": float(np.mean([one.psnr for one in report.verified])),
-            "ssim": float(np.mean([one.ssim for one in report.verified])),
+            "psnr_db": float(np.mean([verification.psnr for verification in report.verified])),
+            "ssim": float(np.mean([verification.ssim for verification in report.verified])),
         }
     return ReportData(
         title=f"Attention patterns of {'the bundled model' if source.model == BUNDLED else source.model}",
@@ -109,24 +109,24 @@ def report_data(report: ProfileReport, command: str) -> ReportData:
 
 
 def explained_mass(profile: AttentionProfile) -> tuple[tuple[str, ...], np.ndarray]:
-    """How much attention weight the best pattern of each kind holds, of those up to about the usual density.
+    """Return the attention weight that the best pattern of each kind captures, up to about the usual density.
 
     Returns:
-        The kinds, and float32 (kinds, layers, steps), the mean over heads.
+        The kinds, and the weight: (kinds, layers, steps) float32, mean over heads.
     """
     source = profile.source
-    found: dict[str, list[int]] = {}
+    numbers_by_kind: dict[str, list[int]] = {}
     for number, (pattern, density) in enumerate(zip(source.candidates, source.densities)):
         if pattern.kind not in ("full", "skip") and density <= MOST_USUAL:
-            found.setdefault(pattern.kind, []).append(number)
-    mass = [profile.mass[:, :, numbers].max(2).mean(-1).T for numbers in found.values()]
-    return tuple(found), np.stack(mass).astype(np.float32)
+            numbers_by_kind.setdefault(pattern.kind, []).append(number)
+    mass = [profile.mass[:, :, numbers].max(2).mean(-1).T for numbers in numbers_by_kind.values()]
+    return tuple(numbers_by_kind), np.stack(mass).astype(np.float32)
 
 
 def mask_cells(pattern: HeadPattern, source: ProfileSource, cells: int) -> np.ndarray:
-    """Share of the pairs of tokens that a pattern keeps in each patch of a map, 255 for all: uint8 (cells, cells).
+    """Return the share of token pairs that a pattern keeps in each patch of a map, 255 for all: (cells, cells) uint8.
 
-    The map is in the model's token order, whatever order the pattern's blocks are cut in.
+    The map is in the model's token order, regardless of the order in which the pattern's blocks are cut.
     """
     grid, size, device = source.grid, source.block_size, torch.device("cpu")
     keep = pattern_blocks(pattern, grid, size, source.token_order, device).double()
@@ -153,7 +153,7 @@ def _notes(report: ProfileReport) -> tuple[str, ...]:
     notes = [
         "Errors are those of the layer's output after its projection, relative to the energy of the layer's heads; "
         + (
-            "steps and layers count by what they were seen to do to the finished video."
+            "steps and layers are weighted by their measured influence on the finished video."
             if report.request.influence_prompts and report.rule is None
             else "all steps and layers count the same."
         ),
@@ -161,20 +161,21 @@ def _notes(report: ProfileReport) -> tuple[str, ...]:
     ]
     if report.rule is not None:
         notes.append(
-            f"Chosen by the published rule, every head by itself: lambda {report.rule.weight:g}, epsilon "
+            f"Chosen by the published rule, every head independently: lambda {report.rule.weight:g}, epsilon "
             f"{report.rule.threshold:.4g}, errors relative to the mean energy of the layer's heads."
         )
     elif report.choice.gap >= 5e-5:
         notes.append(f"The choice is at most {report.choice.gap:.2%} above the best possible one.")
     if report.adaptive is not None:
         notes.append(
-            f"Adaptive block-sparse attention comes to this error at a sparsity of about "
+            f"Adaptive block-sparse attention reaches this error at a sparsity of about "
             f"{report.adaptive.config.sparsity:g}, a run density of {report.adaptive.density:.3f}."
         )
     if report.request.sampled_blocks is not None:
-        notes.append(f"{report.request.sampled_blocks} query blocks a layer were looked at, others in every step.")
+        count = report.request.sampled_blocks
+        notes.append(f"{count} query blocks per layer were sampled, different ones in every step.")
     if source.guidance_scale <= 1:
-        notes.append("There was no guidance.")
+        notes.append("The generations used no guidance.")
     return tuple(notes)
 
 
@@ -186,24 +187,24 @@ def _bytes_of_maps(maps: np.ndarray) -> np.ndarray:
 
 
 def _stripes(report: ProfileReport, cells: int) -> np.ndarray | None:
-    """For heads with stripes, the share of the keys of each column of patches that they keep."""
+    """Return the share of the keys in each column of patches that heads with stripes keep."""
     table, source = report.config.patterns, report.profile.source
     assert table is not None
     stripes = np.zeros((*table.assignment.shape, cells), dtype=np.uint8)
     if not any(pattern.kind == "vertical" for pattern in table.patterns):
         return None
-    middle = source.grid.video_start + source.grid.video_tokens // 2  # a row of video, which keeps the stripes alone
+    middle = source.grid.video_start + source.grid.video_tokens // 2  # a row of video keeps nothing but the stripes
     row = middle // source.block_size * cells // -(-source.grid.sequence_length // source.block_size)
-    kept = [mask_cells(p, source, cells)[row] if p.kind == "vertical" else None for p in table.patterns]
-    for place in np.ndindex(*table.assignment.shape):
-        columns = kept[table.assignment[place]]
-        if columns is not None:
-            stripes[place] = columns
+    columns = [mask_cells(p, source, cells)[row] if p.kind == "vertical" else None for p in table.patterns]
+    for index in np.ndindex(*table.assignment.shape):
+        shares = columns[table.assignment[index]]
+        if shares is not None:
+            stripes[index] = shares
     return stripes
 
 
 def _rule_curve(search: PatternSearch, rule: GreedyRule | None) -> np.ndarray:
-    """Densities, rising, and errors of the published rule with these candidates, over its threshold."""
+    """Return ascending densities and the errors of the published rule with these candidates, over its threshold."""
     rule = rule or GreedyRule()
     losses = search.losses(rule)
     points = {}
@@ -214,14 +215,14 @@ def _rule_curve(search: PatternSearch, rule: GreedyRule | None) -> np.ndarray:
 
 
 def _recall(profile: AttentionProfile) -> np.ndarray | None:
-    """Attention weight in the blocks of the adaptive method nearest the usual sparsity, and the best as many."""
+    """Return the weight in the blocks of the adaptive method nearest the usual sparsity, and in the best as many."""
     source = profile.source
     if not source.adaptive:
         return None
     nearest = min(range(len(source.adaptive)), key=lambda n: abs(1 - source.adaptive[n].sparsity - USUAL_DENSITY))
     number = len(source.candidates) + nearest
-    both = [array[:, :, number].mean(-1).T for array in (profile.mass, profile.best_mass)]
-    return np.stack(both, axis=-1).astype(np.float32)
+    weights = [array[:, :, number].mean(-1).T for array in (profile.mass, profile.best_mass)]
+    return np.stack(weights, axis=-1).astype(np.float32)
 
 
 def _without_order(pattern: HeadPattern) -> HeadPattern:

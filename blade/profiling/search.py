@@ -1,4 +1,4 @@
-"""From an attention profile to a table of head patterns: a budget for all heads, layers and steps together."""
+"""Search for a table of head patterns in an attention profile, under one budget for all heads, layers and steps."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ from blade.profiling.profile import AttentionProfile
 from blade.profiling.recording_plan import most_attended_blocks
 
 CURVE_POINTS = 16
-"""Budgets at which the least error is worked out for a curve."""
+"""Points of the curve of the least error over density."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Choice:
-    """A pattern for every head, and what it comes to."""
+    """A pattern for every head, with its density, error and cost."""
 
     candidates: np.ndarray
-    """int (groups, layers, heads), numbers of the profile's candidates."""
+    """(groups, layers, heads) int, indices of the profile's candidates."""
     group_starts: tuple[int, ...]
     """First step of each group."""
     density: float
     """Share of all pairs that the run computes."""
     error: float
-    """Squared error of the attention layers' outputs as a share of their energy, as measured, by its influence."""
+    """Measured squared error of the attention layers' outputs as a share of their energy, weighted by influence."""
     cost: float
     """Cost of attention as a share of dense attention's."""
     gap: float
-    """By how much the error, or with `max_error` the cost, may exceed the least one, as a share; 0: not at all."""
+    """Upper bound on the share by which the error, or with `max_error` the cost, exceeds the smallest possible one."""
 
 
 class PatternSearch:
-    """The errors and costs of every head's candidates, ready for budgets."""
+    """The errors and costs of every head's candidates, from which choices are made."""
 
     def __init__(
         self,
@@ -48,13 +48,13 @@ class PatternSearch:
         costs: AttentionCosts | None = None,
         influences: np.ndarray | None = None,
     ) -> None:
-        """Put together what heads are chosen by.
+        """Prepare the errors and costs of a profile.
 
         Args:
-            profile: what was measured.
-            groups: groups of steps that get an assignment each, of equal lengths; None: every step its own.
-            costs: of the candidates; None: their densities.
-            influences: (steps, layers), how much an error counts there, 1 on average; None: all the same.
+            profile: the measurements.
+            groups: number of equally long groups of steps with one assignment each; None: one per step.
+            costs: the costs of the candidates; None: their densities.
+            influences: (steps, layers), the weight of an error there, 1 on average; None: 1 everywhere.
 
         Raises:
             ValueError: if there are more groups than steps.
@@ -93,10 +93,10 @@ class PatternSearch:
         return self.problem.least_density
 
     def within(self, budget: Budget) -> Choice:
-        """The best choice within a budget; of what is best, see `blade.profiling.objectives`.
+        """Return the best choice within a budget, in the sense of its objective in `blade.profiling.objectives`.
 
         Raises:
-            ValueError: if no choice is within it; says the nearest one that can be met.
+            ValueError: if no choice is within the budget; names the nearest feasible one.
         """
         assignment = budget.meet(self.problem)
         chosen = assignment.choice
@@ -110,10 +110,10 @@ class PatternSearch:
         )
 
     def by_rule(self, rule: GreedyRule, losses: np.ndarray | None = None) -> Choice:
-        """What the published rule chooses, every head by itself; steps of a group by the mean of their losses.
+        """Return the choice of the published rule, which decides on every head independently.
 
         Args:
-            rule: the rule.
+            rule: the rule; it sees the mean loss over the steps of a group.
             losses: (steps, layers, candidates, heads), mean over samples; None: from the profile's errors.
         """
         if losses is None:
@@ -132,40 +132,41 @@ class PatternSearch:
         )
 
     def losses(self, rule: GreedyRule) -> np.ndarray:
-        """The published rule's losses, (steps, layers, candidates, heads), of the profile's mean errors."""
+        """Return the published rule's losses, (steps, layers, candidates, heads), of the profile's mean errors."""
         errors = self.profile.head_error[:, :, : len(self.densities)]
         return rule.losses(errors, self.densities)
 
     def curve(self) -> np.ndarray:
-        """(points, 2): densities, rising, and the least error at each."""
-        points = np.linspace(max(self.least_density, 0.02), 1.0, CURVE_POINTS)
-        return np.array([[one.density, one.error] for one in (self.within(Budget(target_density=p)) for p in points)])
+        """Return ascending densities and the least error at each: (points, 2)."""
+        targets = np.linspace(max(self.least_density, 0.02), 1.0, CURVE_POINTS)
+        choices = [self.within(Budget(target_density=target)) for target in targets]
+        return np.array([[choice.density, choice.error] for choice in choices])
 
     def head_errors(self, choice: Choice) -> np.ndarray:
-        """(groups, layers, heads): squared error of each head's pattern, as a share of its layer's energy."""
+        """Return the squared error of each head's pattern over its layer's energy: (groups, layers, heads)."""
         errors = np.add.reduceat(relative_errors(self.profile), self.group_starts, axis=0)
         errors /= self.lengths[:, None, None, None]
         return np.take_along_axis(errors, choice.candidates[:, :, None], 2)[:, :, 0]
 
     def table(self, choice: Choice, *, calibrated: bool = True) -> PatternTable:
-        """The table of a choice.
+        """Make the pattern table of a choice.
 
         Args:
             choice: the choice.
-            calibrated: whether vertical stripes go to the key blocks that each head attends to most in its steps,
-                instead of being evenly spaced.
+            calibrated: put vertical stripes at the key blocks that each head attends to most in its steps, instead of
+                spacing them evenly.
         """
         source, profile = self.profile.source, self.profile
         columns = np.add.reduceat(profile.columns, self.group_starts, axis=0)
         text = np.array(source.grid.text_blocks(source.block_size))
         patterns: dict[HeadPattern, int] = {}
         assignment = np.zeros(self._shape, dtype=np.int32)
-        for place in np.ndindex(*self._shape):
-            pattern = source.candidates[choice.candidates[place]]
+        for index in np.ndindex(*self._shape):
+            pattern = source.candidates[choice.candidates[index]]
             if pattern.share is not None and calibrated:
-                blocks = most_attended_blocks(columns[place], pattern.share, text)
+                blocks = most_attended_blocks(columns[index], pattern.share, text)
                 pattern = replace(pattern, share=None, key_blocks=blocks)
-            assignment[place] = patterns.setdefault(pattern, len(patterns))
+            assignment[index] = patterns.setdefault(pattern, len(patterns))
         single = len(self.group_starts) == 1
         has_stripes = any(pattern.key_blocks is not None for pattern in patterns)
         return PatternTable(
@@ -181,30 +182,30 @@ class PatternSearch:
 
 
 def relative_errors(profile: AttentionProfile) -> np.ndarray:
-    """(steps, layers, candidates, heads) float64: mean errors over samples, as shares of their layers' energies.
+    """Return the mean errors over samples relative to their layers' energies: (steps, layers, candidates, heads).
 
-    The energy of a layer is the sum of its heads', so that heads and layers of one step are on one scale, and a layer
-    counts the same however large its output is.
+    The energy of a layer is the sum over its heads, so that all heads of a step are on one scale and a layer counts
+    the same however large its output is. The result is float64.
     """
     count = len(profile.source.candidates)
     errors = profile.error[:, :, :, :count].mean(0, dtype=np.float64)
-    errors[:, :, 0] = 0  # the full pattern's is rounding
+    errors[:, :, 0] = 0  # only rounding errors for the full pattern
     energies = profile.energy.mean(0, dtype=np.float64).sum(-1)
     relative: np.ndarray = errors / np.maximum(energies, 1e-30)[:, :, None, None]
     return relative
 
 
 def prompt_dependence(profile: AttentionProfile, choice: Choice, costs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Whether heads would rather have other patterns for other prompts.
+    """Measure how much the best pattern of each head depends on the prompt.
 
     Args:
-        profile: what was measured.
+        profile: the measurements.
         choice: the patterns for all prompts.
-        costs: (candidates,), of each.
+        costs: (candidates,), cost of each.
 
     Returns:
         Two arrays (layers, heads): the share of prompts, over steps, for which another pattern of no higher cost has
-        a smaller error by more than a tenth; and the error that a choice for every prompt would save, as a share.
+        an error smaller by more than a tenth; and the share of the error that a choice per prompt would save.
     """
     source = profile.source
     branches = len(profile.error) // len(source.prompts)
@@ -215,9 +216,9 @@ def prompt_dependence(profile: AttentionProfile, choice: Choice, costs: np.ndarr
     errors = errors.mean(1, dtype=np.float64)  # (prompts, steps, layers, candidates, heads)
     groups = np.searchsorted(choice.group_starts, np.arange(steps), side="right") - 1
     chosen = choice.candidates[groups][:, :, None]  # (steps, layers, 1, heads)
-    own = np.take_along_axis(errors, np.broadcast_to(chosen, (len(errors), *chosen.shape)), 3)[:, :, :, 0]
+    chosen_errors = np.take_along_axis(errors, np.broadcast_to(chosen, (len(errors), *chosen.shape)), 3)[:, :, :, 0]
     affordable = costs[:, None] <= costs[chosen] * (1 + 1e-9)  # (steps, layers, candidates, heads)
     best = np.where(affordable, errors, np.inf).min(3)
-    disagreement = (best < 0.9 * own).mean((0, 1))
-    regret = 1 - best.sum((0, 1)) / np.maximum(own.sum((0, 1)), 1e-30)
+    disagreement = (best < 0.9 * chosen_errors).mean((0, 1))
+    regret = 1 - best.sum((0, 1)) / np.maximum(chosen_errors.sum((0, 1)), 1e-30)
     return disagreement, regret

@@ -1,4 +1,4 @@
-"""`blade-profile`: from prompts and a budget to a table of head patterns, with what was measured on the way."""
+"""Workflow of `blade-profile`: from prompts and a budget to a table of head patterns and its measurements."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from blade.profiling.adaptive_sparsity import AdaptiveChoice, adaptive_at_error
 from blade.profiling.assignment import GreedyRule
 from blade.profiling.candidates import default_candidates
 from blade.profiling.costs import AttentionCosts
-from blade.profiling.influence import generate_kept, measure_influences
+from blade.profiling.influence import generate_resumable, measure_influences
 from blade.profiling.objectives import Budget, density_objectives
 from blade.profiling.profile import PROFILE_NAME, AttentionProfile, ProfileSource
 from blade.profiling.published import START_NAME, published_candidates, published_search
@@ -35,52 +35,52 @@ from blade.profiling.recording_plan import Recording
 from blade.profiling.search import Choice, PatternSearch
 
 RECORDINGS_NAME = "recordings"
-"""Folder beside the results in which recordings are kept, so that what is stopped goes on."""
+"""Folder of the recordings in the output folder, from which an interrupted run resumes."""
 
 ADAPTIVE_NAME = "asa"
-"""Folder beside the results with the configuration of ASA that comes to the same error."""
+"""Folder in the output folder with the configuration of ASA that has the same error."""
 
 ADAPTIVE_SPARSITIES = (0.5, 0.65, 0.8, 0.9)
-"""Sparsities at which ASA is measured beside the patterns."""
+"""Sparsities at which ASA is measured in addition to the patterns."""
 
 METHODS = ("budgeted", "published")
-"""Ways to choose patterns: the least error within the budget, or every head by itself as published."""
+"""Search methods: the least error within the budget, or the published rule for every head independently."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProfileRequest:
-    """What to profile, and what to search for."""
+    """A request to profile a model and to search for head patterns."""
 
     generation: GenerationRequest
-    """The model and how it generates; its prompt is not used."""
+    """Model and sampling options; the prompt in it is not used."""
     prompts: tuple[str, ...]
-    """Of the generations that are looked into; each has the seed of `generation` plus its number."""
+    """Prompts of the recorded generations; each has the seed of `generation` plus its index."""
     output: Path
     """Folder of the results; recordings go into `recordings` there."""
     budget: Budget | None = None
-    """What to keep within; None only for the published method, by its threshold."""
+    """Limit of the search; None only with the published method, which then uses its threshold."""
     method: str = "budgeted"
     """One of `METHODS`."""
     rule: GreedyRule = field(default_factory=GreedyRule)
     """The published rule."""
     groups: int | None = None
-    """Groups of steps with an assignment each; None: every step has its own."""
+    """Number of groups of steps that share an assignment; None: every step has its own."""
     sampled_blocks: int | None = 8
-    """Query blocks that are looked at in a layer, others every step; None: all."""
+    """Query blocks sampled in a layer, different ones in every step; None: all."""
     own_orders: bool = True
-    """Whether heads may have token orders of their own."""
+    """Allow heads their own token orders."""
     costs: str = "auto"
-    """`operations`, `time` (on the device), or `auto`: time on CUDA."""
+    """Source of the costs: `operations`, `time` (on the device), or `auto`, which is `time` on CUDA."""
     influence_prompts: int = 1
-    """Prompts with which it is measured how much each step and layer matters; 0: all count the same."""
+    """Number of prompts with which the influence of each step and layer is measured; 0: all count the same."""
     verify_prompts: int = 1
-    """Prompts that are generated with the finished table and compared with dense attention."""
+    """Number of prompts generated with the finished table and compared with dense attention."""
     share: tuple[int, int] = (1, 1)
-    """(i, n): record every n-th prompt from the i-th, in one of n processes, and leave the search to the caller."""
+    """(i, n): record every n-th prompt from the i-th, as one of n processes, without a search if n > 1."""
 
     @classmethod
     def of(cls, generation: Mapping[str, Any], *, prompts: Sequence[str], **options: Any) -> ProfileRequest:
-        """Make a request from fields of a `GenerationRequest` but its prompt, and the other fields of this class."""
+        """Make a request from fields of a `GenerationRequest` except its prompt, and other fields of this class."""
         return cls(generation=GenerationRequest(prompt=prompts[0], **generation), prompts=tuple(prompts), **options)
 
     def __post_init__(self) -> None:
@@ -91,7 +91,7 @@ class ProfileRequest:
         if self.costs not in ("auto", "operations", "time"):
             raise ValueError(f"`costs` must be auto, operations or time, got {self.costs!r}.")
         if self.budget is None and self.method == "budgeted":
-            Budget()  # which says what must be given
+            Budget()  # raises an error that lists the objectives
         if self.method == "published" and self.budget is not None and not self.budget.objective.bounds_density:
             raise ValueError(f"{density_objectives()} is the only budget of the published method, got {self.budget}.")
         if self.sampled_blocks is not None:
@@ -108,40 +108,40 @@ class ProfileRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class Verification:
-    """A prompt generated with the finished table, beside dense attention and the same noise."""
+    """A prompt generated with the finished table, compared with dense attention on the same noise."""
 
     prompt: str
     """The prompt."""
     psnr: float
-    """PSNR to dense, in dB."""
+    """PSNR to dense attention, in dB."""
     ssim: float
-    """SSIM to dense."""
+    """SSIM to dense attention."""
     seconds_denoising: float
-    """Of the sparse run."""
+    """Denoising time of the sparse run."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ProfileReport:
-    """What a search came to; `print` it."""
+    """Result of a search; its `str` is a summary."""
 
     request: ProfileRequest
-    """What was asked for."""
+    """The request."""
     profile: AttentionProfile
-    """What was measured."""
+    """The measurements."""
     search: PatternSearch
-    """Errors and costs."""
+    """Errors and costs of the candidates."""
     choice: Choice
-    """The patterns."""
+    """The chosen patterns."""
     config: BladeConfig
     """The configuration with the table."""
     rule: GreedyRule | None
-    """Of the published method, with its threshold."""
+    """Rule of the published method, with the threshold that was used; None with the other method."""
     adaptive: AdaptiveChoice | None
     """ASA at the same error; None with the published method."""
     verified: tuple[Verification, ...]
-    """What the table does."""
+    """Comparisons of the finished table with dense attention."""
     device: torch.device
-    """Where it was profiled."""
+    """The device that the model ran on."""
 
     def __str__(self) -> str:
         choice, table, folder = self.choice, self.config.patterns, self.request.output
@@ -160,15 +160,15 @@ class ProfileReport:
             lines.append(f"step        {faster}: dense attention is {costs.step_share:.0%} of it")
         if self.rule is not None:
             lines.append(f"rule        lambda {self.rule.weight:g}, epsilon {self.rule.threshold:.4g}")
-        for one in self.verified:
+        for verification in self.verified:
             lines.append(
-                f"verified    PSNR {one.psnr:.2f} dB, SSIM {one.ssim:.4f} to dense, denoising in "
-                f"{one.seconds_denoising:.1f} s: {one.prompt}"
+                f"verified    PSNR {verification.psnr:.2f} dB, SSIM {verification.ssim:.4f} to dense, denoising in "
+                f"{verification.seconds_denoising:.1f} s: {verification.prompt}"
             )
         if self.adaptive is not None:
-            about = "at the same error" if self.adaptive.reached else "as far as it was measured"
+            condition = "at the same error" if self.adaptive.reached else "as far as it was measured"
             lines.append(
-                f"asa         {about}: sparsity {self.adaptive.config.sparsity:g}, run density "
+                f"asa         {condition}: sparsity {self.adaptive.config.sparsity:g}, run density "
                 f"{self.adaptive.density:.3f} ({folder / ADAPTIVE_NAME})"
             )
         return "\n".join([*lines, f"written     {folder} (blade-generate --config {folder})"])
@@ -177,21 +177,21 @@ class ProfileReport:
 def profile_attention(
     request: ProfileRequest, on_progress: Callable[[str], None] | None = None
 ) -> ProfileReport | None:
-    """Profile a model's attention, choose a pattern for every head, and try the result.
+    """Profile a model's attention, choose a pattern for every head, and verify the result.
 
     Writes `attention_profile.safetensors`, `blade_config.json` and `pattern_table.json` into the request's folder, and
-    ASA's configuration into `asa` there. What is stopped goes on where it was.
+    ASA's configuration into `asa` there. An interrupted run resumes bit-exactly.
 
     Args:
-        request: what to do.
-        on_progress: called with a line whenever something is done.
+        request: the request.
+        on_progress: called with a line of text at every stage and step.
 
     Returns:
-        None in one of several processes, which only records.
+        The result; None in one of several processes, which only records.
 
     Raises:
-        ValueError: for a request that cannot be met; a budget as soon as its errors are known.
-        ModelError: if there is no such model, or it cannot be used.
+        ValueError: for a request that cannot be met; an infeasible budget is found once the errors are measured.
+        ModelError: if the model does not exist or cannot be used.
         OutputError: if the folder cannot be written.
     """
     say = on_progress or (lambda line: None)
@@ -217,9 +217,9 @@ def profile_attention(
     choice = search.within(request.budget)
     if request.influence_prompts:
         by_step = PatternSearch(profile, costs=costs)
-        first = by_step.within(Budget(target_density=max(choice.density, by_step.least_density)))
-        own = requests[: request.influence_prompts]
-        influences = measure_influences(model, own, by_step, first, folder, say)
+        preliminary = by_step.within(Budget(target_density=max(choice.density, by_step.least_density)))
+        influence_requests = requests[: request.influence_prompts]
+        influences = measure_influences(model, influence_requests, by_step, preliminary, folder, say)
         search = PatternSearch(profile, groups=request.groups, costs=costs, influences=influences)
         choice = search.within(request.budget)
     adaptive = adaptive_at_error(profile, choice.error, search.influences)
@@ -235,7 +235,7 @@ def _published(
     folder: Path,
     say: Callable[[str], None],
 ) -> ProfileReport:
-    found = published_search(
+    result = published_search(
         model,
         requests,
         setup.recording,
@@ -246,9 +246,9 @@ def _published(
         groups=request.groups,
         on_step=lambda name, step: say(f"{name}: {step}"),
     )
-    search = PatternSearch(found.profile, groups=request.groups, costs=setup.costs(model))
-    choice = replace(found.choice, cost=search.by_rule(found.rule).cost)
-    return _finished(request, model, requests, search, choice, None, found.rule, folder, say)
+    search = PatternSearch(result.profile, groups=request.groups, costs=setup.costs(model))
+    choice = replace(result.choice, cost=search.by_rule(result.rule).cost)
+    return _finished(request, model, requests, search, choice, None, result.rule, folder, say)
 
 
 def _finished(
@@ -262,19 +262,19 @@ def _finished(
     folder: Path,
     say: Callable[[str], None],
 ) -> ProfileReport:
-    """Write the profile and the table, and try it."""
+    """Write the profile and the table, and verify the table."""
     config = BladeConfig(attention="patterns", patterns=search.table(choice, calibrated=rule is None))
     search.profile.save(request.output / PROFILE_NAME)
     config.save_pretrained(request.output)
     verified = []
     recordings = folder if rule is None else folder / "published" / START_NAME
-    for number, own in enumerate(requests[: request.verify_prompts]):
-        say(f"trying the table: {own.prompt}")
-        generation = generate_kept(model, own, config, folder / "verified")
-        dense = _dense(model, own, recordings, number)
+    for number, verified_request in enumerate(requests[: request.verify_prompts]):
+        say(f"verifying the table: {verified_request.prompt}")
+        generation = generate_resumable(model, verified_request, config, folder / "verified")
+        dense = _dense(model, verified_request, recordings, number)
         verified.append(
             Verification(
-                prompt=own.prompt,
+                prompt=verified_request.prompt,
                 psnr=psnr(generation.video, dense),
                 ssim=ssim(generation.video, dense),
                 seconds_denoising=generation.seconds_denoising,
@@ -294,7 +294,7 @@ def _finished(
 
 
 def _dense(model: LoadedModel, request: ResolvedRequest, recordings: Path, number: int) -> torch.Tensor:
-    """The dense video of a prompt: the recorded one, if there is one."""
+    """Return the dense video of a prompt: the recorded one if it exists."""
     try:
         return torch.from_numpy(dense_video(recordings, number)).float() / 255
     except FileNotFoundError:
@@ -303,12 +303,12 @@ def _dense(model: LoadedModel, request: ResolvedRequest, recordings: Path, numbe
 
 @dataclass(frozen=True, kw_only=True)
 class _Setup:
-    """What is measured, and what the profile is of."""
+    """The recording, the origin of the profile, and the plan of the candidates."""
 
     recording: Recording
     source: ProfileSource
     plan: PatternPlan
-    """Of the candidates."""
+    """Plan of a table whose patterns are the candidates."""
     latent: LatentSize
     """Frames, height and width of the latent."""
     request: ProfileRequest
@@ -354,7 +354,7 @@ class _Setup:
         return cls(recording=recording, source=source, plan=plan, latent=latent, request=request)
 
     def costs(self, model: LoadedModel) -> AttentionCosts:
-        """Costs of the candidates, timed where that is asked for."""
+        """Return the costs of the candidates, timed if requested."""
         on_cuda = self.plan.masks.device.type == "cuda"
         if self.request.costs == "time" or (self.request.costs == "auto" and on_cuda):
             return AttentionCosts.timed(model, self.plan, self.latent)

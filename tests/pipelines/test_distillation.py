@@ -28,7 +28,7 @@ def test_gradients_reach_the_student_and_no_other(family):
     install_blade(transformer, CONFIG)
     roles.networks[STUDENT].enable_gradient_checkpointing()
     numbers = torch.zeros(2, dtype=torch.int64)
-    roles.tell_numbers(find_family(transformer), {STUDENT: 2})
+    roles.add_step_conditions(find_family(transformer), {STUDENT: 2})
     with roles.acting(STUDENT, (2, None)):
         output = roles.predict(STUDENT, inputs, numbers)
         for other in (TEACHER, FAKE):

@@ -41,7 +41,7 @@ def test_a_dry_run_without_weights(settings, capsys, saved_tiny_pipeline, tmp_pa
     assert values["seconds_update"] > 0 and values["config"]["weights"]["rank"] == 4 and "torch" in values["versions"]
     assert "hours" in out and "weights     random" in out
     code, _, err = run(capsys, "shapes", *settings("out"), "--random-weights")
-    assert code == 1 and "`random_weights` must not be given without `dry_run`" in err
+    assert code == 1 and "`random_weights` requires `dry_run`" in err
 
 
 @pytest.mark.parametrize(

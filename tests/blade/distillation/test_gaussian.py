@@ -145,7 +145,7 @@ def test_ode_initialization_leads_where_many_steps_of_the_teacher_lead(kind):
         draws = [Draws(0, update, part) for part in range(2)]
         with torch.no_grad():
             noise = draws[0].noise(START, batch.samples, SHAPE)
-            way = updates.teacher_way(batch.conditions, noise, [*trajectory.times, 0.0])
+            way = updates.teacher_trajectory(batch.conditions, noise, [*trajectory.times, 0.0])
         steps, own = updates.steps(batch.samples, draws[0]), range(BATCH)
         start = Start(noisy=way[own, steps], steps=steps, end=way[own, [step + 1 for step in steps]])
         optimizer.param_groups[0]["lr"] = 0.03 if update < UPDATES // 2 else 0.006

@@ -244,13 +244,13 @@ def test_trajectories_are_the_guided_teachers_and_are_kept(settings, tmp_path, m
     assert points.shape[0] == 3  # two times, and 0
     assert float(points[0].std()) == pytest.approx(1.0, abs=0.05)
     seen = []
-    plain = Updates.teacher_way
+    plain = Updates.teacher_trajectory
 
     def record(self, conditions, noise, times):
         seen.append(noise)
         return plain(self, conditions, noise, times)
 
-    monkeypatch.setattr(Updates, "teacher_way", record)
+    monkeypatch.setattr(Updates, "teacher_trajectory", record)
     files[5].unlink()  # as after a kill
     trained(settings("second", *shared, "run.updates=1", "run.seed=1"))
     assert [len(one) for one in seen] == [2]  # the batch that it was in, so that nothing is rounded otherwise

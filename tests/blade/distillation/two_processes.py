@@ -5,7 +5,7 @@ import sys
 from accelerate import PartialState
 from test_roles import FAKE, STUDENT, gradients, make_roles
 
-from blade.distillation.parallel import Processes, whole
+from blade.distillation.parallel import Processes, unsharded
 from blade.families.registry import find_family
 
 
@@ -21,7 +21,7 @@ def main(make_wan, wan_inputs):
                 roles = make_roles(make_wan(), checkpointing=checkpointing)
                 processes = Processes(state, parallel)
                 processes.wrap(roles.distinct(), find_family(roles.transformer(role)))
-                found = whole(gradients(roles, role, own, detour=True))
+                found = unsharded(gradients(roles, role, own, detour=True))
                 where = f"{role}, {parallel}, checkpointing {checkpointing}"
                 for name, gradient in expected.items():
                     error = float((found[name] - gradient).abs().max() / gradient.abs().max())
