@@ -11,7 +11,6 @@ import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -84,39 +83,47 @@ def _sdpa(backend: SDPBackend) -> Attend:
 
 
 def _flash_attn(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
-    out: Tensor = import_module("flash_attn").flash_attn_func(q, k, v)
+    from flash_attn import flash_attn_func
+
+    out: Tensor = flash_attn_func(q, k, v)
     return out
 
 
 def _flash_attn_3(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
-    return _output(import_module("flash_attn_interface").flash_attn_func(q, k, v))
+    from flash_attn_interface import flash_attn_func
+
+    return _output(flash_attn_func(q, k, v))
 
 
 def _sageattention(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
-    out: Tensor = import_module("sageattention").sageattn(q, k, v, tensor_layout="NHD", is_causal=False)
+    from sageattention import sageattn
+
+    out: Tensor = sageattn(q, k, v, tensor_layout="NHD", is_causal=False)
     return out
 
 
 def _sparge_attn(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
     """Attend with SpargeAttn, whose blocks are 128 queries by 64 keys, or 64 by 128 on compute capability 9.0."""
-    attend = import_module("spas_sage_attn").block_sparse_sage2_attn_cuda
+    from spas_sage_attn import block_sparse_sage2_attn_cuda
+
     query_block, key_block = (64, 128) if torch.cuda.get_device_capability(q.device) == (9, 0) else (128, 64)
     keep = mask.keep.repeat_interleave(128 // query_block, 2).repeat_interleave(128 // key_block, 3)
     keep = keep[:, :, : -(-q.shape[1] // query_block), : -(-k.shape[1] // key_block)]
     heads_first = (x.transpose(1, 2).contiguous() for x in (q, k, v))
-    out: Tensor = attend(*heads_first, mask_id=keep.to(torch.int8))
+    out: Tensor = block_sparse_sage2_attn_cuda(*heads_first, mask_id=keep.to(torch.int8))
     return out.transpose(1, 2)
 
 
 def _fastvideo_kernel(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
     """Attend with fastvideo-kernel, which takes whole blocks of 64 and the number of valid tokens in each."""
-    attend = import_module("fastvideo_kernel").block_sparse_attn
+    from fastvideo_kernel import block_sparse_attn
+
     tokens, blocks = q.shape[1], mask.query_blocks
     padding = 64 * blocks - tokens
     padded = (functional.pad(x.transpose(1, 2), (0, 0, 0, padding)).contiguous() for x in (q, k, v))
     block_lengths = torch.full((blocks,), 64, dtype=torch.int32, device=q.device)
     block_lengths[-1] -= padding
-    out = _output(attend(*padded, mask.keep.expand(-1, q.shape[2], -1, -1).contiguous(), block_lengths))
+    out = _output(block_sparse_attn(*padded, mask.keep.expand(-1, q.shape[2], -1, -1).contiguous(), block_lengths))
     return out[:, :, :tokens].transpose(1, 2)
 
 
@@ -224,11 +231,11 @@ CANDIDATES = {
         ),
     )
 }
-"""The candidates by name; of other packages, those that were registered."""
+"""The candidates by name, including those that were registered."""
 
 
 def register_candidate(candidate: Candidate) -> Candidate:
-    """Declare a candidate, and return it.
+    """Declare a candidate and return it.
 
     Raises:
         ValueError: If a candidate of this name exists.
@@ -237,7 +244,7 @@ def register_candidate(candidate: Candidate) -> Candidate:
 
 
 def candidates_for(q: Tensor, block_size: int) -> tuple[Candidate, ...]:
-    """Return the candidates that are measured on such queries, those that installed packages bring included.
+    """Return the candidates that are measured on such queries, including those of installed packages.
 
     Args:
         q: (B, S, H, D), of the size and type and on the device that will be measured.

@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
-from diffusers import ModelMixin
 from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend, dispatch_attention_fn
 from torch import nn
 
@@ -169,8 +168,7 @@ class _Model:
     """A transformer with random inputs of one size."""
 
     def __init__(self, loaded: LoadedModel, latent: LatentSize, device: torch.device) -> None:
-        self.transformer: ModelMixin = loaded.transformer
-        self.family, self.device = loaded.family, device
+        self.transformer, self.family, self.device = loaded.transformer, loaded.family, device
         self.inputs: Inputs = {name: _random(name, value) for name, value in loaded.example_inputs(latent).items()}
         self.grid = loaded.token_grid(latent)
         self.attentions = self.family.attention_layers(self.transformer)
@@ -293,8 +291,8 @@ def _decoding(model: LoadedModel, latent: LatentSize, device: torch.device) -> M
     pipe, sample = model.pipe, torch.randn_like(model.empty_latent(latent))
 
     def decode(_: int) -> torch.Tensor:
-        video: torch.Tensor = pipe.vae.decode(sample, return_dict=False)[0]
-        return video.float().cpu()
+        frames: torch.Tensor = pipe.vae.decode(sample, return_dict=False)[0]
+        return frames.float().cpu()
 
     decode(0)
     return time_calls(decode, device, 1)

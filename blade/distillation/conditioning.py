@@ -13,7 +13,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -27,9 +27,6 @@ from blade.generation.request import ResolvedRequest
 from blade.generation.run import call_arguments, prepare_sampler
 from blade.models.loaded import LoadedModel
 from blade.models.loading import INPUTS
-
-if TYPE_CHECKING:
-    from diffusers import ModelMixin
 
 INDEX_NAME = "embeddings.json"
 """File of the values that all shards share."""
@@ -120,8 +117,7 @@ def capture(model: LoadedModel, request: ResolvedRequest, prompt: str) -> Condit
         request: a resolved request for everything but the prompt; guidance in two passes is disabled.
         prompt: the prompt, which may be empty.
     """
-    transformer: ModelMixin = model.transformer
-    pipe, arguments = model.pipe, dict[str, Any]()
+    pipe, transformer, arguments = model.pipe, model.transformer, dict[str, Any]()
     names = list(inspect.signature(type(transformer).forward).parameters)[1:]
 
     def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -21,10 +21,10 @@ from torch.utils.checkpoint import checkpoint
 
 from blade.attention.applied import AppliedBlade, PassState, applied_to
 from blade.families.protocol import Inputs, ModelFamily
+from blade.families.transformers import Transformer
 from blade.students.step_condition import StepCondition
 
 if TYPE_CHECKING:
-    from diffusers import ModelMixin
     from peft.tuners.tuners_utils import BaseTunerLayer
 
 STUDENT, FAKE, TEACHER = "student", "fake", "teacher"
@@ -51,7 +51,7 @@ class Lora:
 class Network:
     """A transformer and its current role: adapter, attention and step."""
 
-    def __init__(self, transformer: ModelMixin) -> None:
+    def __init__(self, transformer: Transformer) -> None:
         """Take a transformer, with or without BLADE, that has all its adapters.
 
         Args:
@@ -148,7 +148,7 @@ class Roles:
         """Return every network once."""
         return list({id(network): network for network in self.networks.values()}.values())
 
-    def transformer(self, role: str) -> ModelMixin:
+    def transformer(self, role: str) -> Transformer:
         """Return the transformer that plays a role."""
         return self.networks[role].transformer
 
@@ -207,7 +207,7 @@ def trained_parameters(transformer: nn.Module, adapter: str | None) -> dict[str,
     return {name.replace(f".{adapter}", ""): weight for name, weight in named.items() if f".{adapter}" in name}
 
 
-def adapter_roles(transformer: ModelMixin, lora: Lora, sparse: Sequence[str]) -> Roles:
+def adapter_roles(transformer: Transformer, lora: Lora, sparse: Sequence[str]) -> Roles:
     """Let one transformer play all roles: freeze it, and add two adapters, which are always float32.
 
     Args:
@@ -237,7 +237,7 @@ def adapter_roles(transformer: ModelMixin, lora: Lora, sparse: Sequence[str]) ->
     return Roles(dict.fromkeys(ROLES, network), sparse, adapters=True)
 
 
-def separate_roles(transformer: ModelMixin, sparse: Sequence[str]) -> Roles:
+def separate_roles(transformer: Transformer, sparse: Sequence[str]) -> Roles:
     """Let a transformer be the student, and copies of it the fake score and the teacher.
 
     Args:

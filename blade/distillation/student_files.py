@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import yaml
@@ -18,12 +18,10 @@ from blade.distillation.config import DistillationConfig, WeightsConfig
 from blade.distillation.trajectory import SMALLEST
 from blade.families.protocol import ModelFamily
 from blade.families.registry import find_family
+from blade.families.transformers import Transformer
 from blade.students.scheduler import FewStepScheduler
 from blade.students.source import CONDITION_NAME, SCHEDULER_FOLDER, TRANSFORMER_FOLDER, WEIGHT_NAME
 from blade.students.step_condition import ATTRIBUTE
-
-if TYPE_CHECKING:
-    from diffusers import ModelMixin
 
 CONFIG_NAME = "distillation.yaml"
 """File of the configuration that made the student."""
@@ -38,7 +36,7 @@ FULL_WEIGHT_NAME = "diffusion_pytorch_model.safetensors"
 def write_student(
     folder: Path,
     *,
-    transformer: ModelMixin,
+    transformer: Transformer,
     weights: Mapping[str, torch.Tensor],
     config: DistillationConfig,
     sampler: FewStepScheduler,

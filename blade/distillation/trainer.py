@@ -200,14 +200,14 @@ class Trainer:
             for number, (batch, start) in enumerate(zip(batches, starts)):
                 with updates.acting(FAKE, start, fake_draws), self._accumulating(FAKE, number, batches):
                     loss = updates.fake_loss(batch, start, fake_draws) / len(batches)
-                    torch.autograd.backward(loss)
+                    loss.backward()
                 losses.append(loss.detach())
             log |= self._step(FAKE, losses)
         estimates = []
         for number, (batch, start) in enumerate(zip(batches, starts)):
             with updates.acting(STUDENT, start, draws[-1]), self._accumulating(STUDENT, number, batches):
                 estimate = updates.generator_loss(batch, start, draws[-1])
-                torch.autograd.backward(estimate.loss / len(batches))
+                (estimate.loss / len(batches)).backward()
             estimates.append(estimate)
         log |= self._step(STUDENT, [estimate.loss.detach() / len(batches) for estimate in estimates])
         sums = [
@@ -230,7 +230,7 @@ class Trainer:
         for number, (batch, start) in enumerate(zip(batches, starts)):
             with updates.acting(STUDENT, start, draws), self._accumulating(STUDENT, number, batches):
                 loss = loss_of(batch, start, draws) / len(batches)
-                torch.autograd.backward(loss)
+                loss.backward()
             losses.append(loss.detach())
         return self._step(STUDENT, losses)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,9 +13,6 @@ from blade.attention.pattern_plan import PatternPlan
 from blade.metrics.timing import measure, time_calls
 from blade.models.costs import ForwardCost
 from blade.models.loaded import LatentSize, LoadedModel
-
-if TYPE_CHECKING:
-    from diffusers import ModelMixin
 
 REPEATS = 5
 """Timed calls of each pattern."""
@@ -53,8 +49,7 @@ class AttentionCosts:
             plan: of a table whose patterns are the candidates.
             latent: frames, height and width of the latent.
         """
-        transformer: ModelMixin = model.transformer
-        family = model.family
+        transformer, family = model.transformer, model.family
         attentions = family.attention_layers(transformer)
         heads, size = family.heads(attentions[0]), transformer.config.attention_head_dim
         device = next(transformer.parameters()).device

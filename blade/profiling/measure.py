@@ -141,10 +141,10 @@ def column_mass(
     total = torch.zeros(heads, blocks, dtype=torch.float64, device=query.device)
     chunk = max(1, CHUNK_BYTES // (heads * tokens * 4))
     for item in range(len(query)):
-        for positions in torch.split(sampled, chunk):
+        for positions in sampled.split(chunk):
             logits = _logits(query[item, positions].transpose(0, 1), key[item].transpose(0, 1), blocks * block_size)
             _hide(logits, tokens if key_lengths is None else key_lengths[item])
-            weights = torch.unflatten(logits.softmax(-1), -1, (blocks, block_size))
+            weights = logits.softmax(-1).unflatten(-1, (blocks, block_size))
             total += weights.sum((1, 3), dtype=torch.float64)
     return total / total.sum(-1, keepdim=True)
 
@@ -177,8 +177,7 @@ def _measure_group(
     queries = 0
     for item in range(batch):
         stop = tokens if key_lengths is None else int(key_lengths[item])
-        padded = _padded(value[item], blocks * block_size).transpose(0, 1)
-        values = torch.unflatten(padded, 1, (blocks, block_size))
+        values = _padded(value[item], blocks * block_size).transpose(0, 1).unflatten(1, (blocks, block_size))
         for chunk in _chunks(sampled, heads, block_size, blocks, size):
             positions = (chunk[:, None] * block_size + torch.arange(block_size, device=device)).flatten()
             real = (positions < stop).view(len(chunk), block_size)
@@ -221,17 +220,17 @@ def _measure_group(
 _BY_CANDIDATE = ("output_error", "head_error", "mass", "best_mass")
 
 
-def _chunks(chosen: Tensor, heads: int, block_size: int, blocks: int, size: int) -> Iterator[Tensor]:
+def _chunks(sampled: Tensor, heads: int, block_size: int, blocks: int, size: int) -> Iterator[Tensor]:
     """Split query blocks into chunks whose sums fit into `CHUNK_BYTES`."""
     block_bytes = heads * block_size * blocks * (block_size + size) * 4
-    return iter(torch.split(chosen, max(1, CHUNK_BYTES // block_bytes)))
+    return iter(sampled.split(max(1, CHUNK_BYTES // block_bytes)))
 
 
 def _grams(projection: Tensor | None, heads: int, size: int, device: torch.device) -> Tensor:
     """Return G, (H, D, D): for a head's error e, e G e is the layer's squared error, mean over channels."""
     if projection is None:
         return torch.eye(size, device=device).expand(heads, -1, -1) / size
-    by_head = torch.unflatten(projection.detach().to(device, torch.float32), 1, (heads, size)).movedim(1, 0)
+    by_head: Tensor = projection.detach().to(device, torch.float32).unflatten(1, (heads, size)).movedim(1, 0)
     return by_head.mT @ by_head / len(projection)
 
 

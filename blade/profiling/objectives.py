@@ -152,7 +152,7 @@ def _foresee_speedup(costs: StepCosts, speedup: float) -> None:
 
 
 def _share_for_speedup(costs: StepCosts, speedup: float, least: float) -> float:
-    """Share of dense attention's cost that may be left, `least` being the smallest share that can be had."""
+    """Return the share of dense attention's cost at which a step reaches a speedup; `least` is the smallest one."""
     if costs.step_share is None:
         raise ValueError("`target_speedup` needs the share of attention in a step, which is not known here.")
     share = 1 - (1 - 1 / speedup) / costs.step_share
