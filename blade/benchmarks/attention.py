@@ -137,7 +137,7 @@ class AttentionBenchmark:
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"`threads` must be at least 1 or None, got {self.threads}.")
         if torch.device(self.device).type == "cuda" and not torch.cuda.is_available():
-            raise ValueError(f"`device` must be there, got {self.device!r} and no CUDA device is available.")
+            raise ValueError(f"`device` must exist, got {self.device!r} and no CUDA device is available.")
 
 
 def run_attention_benchmark(

@@ -343,7 +343,7 @@ def _parts_watched(
 
     applied.family = _WatchedFamily(family, watch)
     for layer, attend in zip(applied.layers, attends):
-        layer.attend = watched(layer, attend)  # type: ignore[method-assign]
+        layer.attend = watched(layer, attend)  # type: ignore[method-assign]  # until `del` uncovers the method
     try:
         yield calls
     finally:

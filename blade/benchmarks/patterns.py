@@ -7,11 +7,11 @@ import torch
 from blade.attention.config import BladeConfig
 from blade.attention.pattern_plan import PatternPlan
 from blade.attention.pattern_table import mixed_table
-from blade.attention.patterns import HeadPattern, pattern_density
+from blade.attention.patterns import HeadPattern, PatternKind, pattern_density
 from blade.profiling.candidates import natural_order, pattern_of_density
 from blade.token_grid import TokenGrid
 
-PATTERN_KINDS = ("diagonal", "multi-diagonal", "vertical", "window")
+PATTERN_KINDS: tuple[PatternKind, ...] = ("diagonal", "multi-diagonal", "vertical", "window")
 """Kinds of pattern that the heads take in turn, each in its best token order; the model's order is raster."""
 
 

@@ -343,7 +343,7 @@ def load_config(source: str | Path | None = None, overrides: Sequence[str] = ())
             merged = OmegaConf.merge(merged, OmegaConf.load(_find(source)))
         for override in overrides:
             if "=" not in override:
-                raise ValueError(f"What follows the configuration must be `key=value`, got {override!r}.")
+                raise ValueError(f"Overrides of the configuration must be `key=value`, got {override!r}.")
         merged = OmegaConf.merge(merged, OmegaConf.from_dotlist(list(overrides)))
         config = OmegaConf.to_object(merged)
     except (OmegaConfBaseException, YAMLError, OSError) as error:

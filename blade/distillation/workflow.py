@@ -188,7 +188,7 @@ class _Job:
             model = load_model(config.model, **options, device=device)
         model.pipe.set_progress_bar_config(disable=True)
         if len(model.transformers) > 1:
-            raise ValueError(f"`model` {config.model} has two transformers, of which students cannot be made.")
+            raise ValueError(f"`model` must have one transformer to be distilled, but {config.model} has two.")
         check_text_alone(model)
         _warn_of_distilled(config.model, model.transformer)
         return model

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import torch
 
-from blade.attention.patterns import HeadPattern, Window, pattern_blocks
+from blade.attention.patterns import HeadPattern, PatternKind, Window, pattern_blocks
 from blade.token_grid import TokenGrid
 
 DENSITIES = (0.06, 0.12, 0.25, 0.4, 0.6)
@@ -49,7 +49,8 @@ def default_candidates(
     """
     blocks = share_of_blocks(grid, block_size, order, device)
     candidates = [HeadPattern(kind="full"), HeadPattern(kind="skip")]
-    for kind in ("diagonal", "multi-diagonal", "window"):
+    kinds: tuple[PatternKind, ...] = ("diagonal", "multi-diagonal", "window")
+    for kind in kinds:
         own_order = None
         if own_orders and natural_order(kind, block_size) != order:
             usual = pattern_of_density(kind, USUAL_DENSITY, blocks, grid, natural_order(kind, block_size))
@@ -72,7 +73,11 @@ def share_of_blocks(
 
 
 def pattern_of_density(
-    kind: str, density: float, blocks: Callable[[HeadPattern], float], grid: TokenGrid, order: str | None = None
+    kind: PatternKind,
+    density: float,
+    blocks: Callable[[HeadPattern], float],
+    grid: TokenGrid,
+    order: str | None = None,
 ) -> HeadPattern:
     """Return the widest pattern of a kind that keeps at most a share of the blocks, or else the narrowest one.
 
@@ -90,7 +95,7 @@ def pattern_of_density(
         if kind == "window":
             return replace(local_window(grid, width), order=order)
         frames = math.floor(1000 * width * grid.frames) / 1000
-        return HeadPattern(kind=kind, frames=frames, order=order)  # type: ignore[arg-type]
+        return HeadPattern(kind=kind, frames=frames, order=order)
 
     low, high = 0.0, 1.0
     for _ in range(HALVINGS):

@@ -174,7 +174,7 @@ def aggregate_passes(folder: Path, path: Path, steps: int) -> None:
         rows[part] += pass_rows
     branches = max(count)
     if min(count) != branches or maps is None or rows is None:
-        raise ValueError(f"`{folder}` must hold as many passes of each of {steps} steps, got {count}.")
+        raise ValueError(f"`{folder}` must hold the same number of passes of each of {steps} steps, got {count}.")
     tensors = {}
     for name in passes[0, 0]:
         by_branch = [[passes[branch, step][name] for step in range(steps)] for branch in range(branches)]

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from blade.attention.patterns import HeadPattern
+from blade.attention.patterns import HeadPattern, PatternKind
 from blade.generation.request import ResolvedRequest
 from blade.models.loaded import LoadedModel
 from blade.profiling.assignment import GreedyRule
@@ -70,7 +70,8 @@ def published_candidates(
         device: the device on which masks are computed.
     """
     candidates = [HeadPattern(kind="full"), HeadPattern(kind="skip")]
-    for kind in ("diagonal", "multi-diagonal"):
+    kinds: tuple[PatternKind, ...] = ("diagonal", "multi-diagonal")
+    for kind in kinds:
         best_order = natural_order(kind, block_size)
         own_order = None if best_order == order else best_order
         blocks = share_of_blocks(grid, block_size, order, device)
