@@ -1,5 +1,7 @@
 # make generate PROMPT="a red ball moving right"    a video in outputs/
-# make test                                         linters and the whole test suite
+# make test                                         linters, and the tests that take seconds: minutes in all
+# make test-slow                                    types, and the tests that take longer: cubins, trainings, large kernels
+# make test-long                                    tests that take many minutes each, run by hand
 # make test-oldest                                  the model families with the oldest Diffusers that is supported
 # make test-report                                  the profiler's report in Debian's Chromium, installed if missing
 #
@@ -21,7 +23,9 @@ SOURCES := blade kernels pipelines scripts tests
 # PyTorch goes first, so that the package finds it and leaves it as it is.
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check
 
-.PHONY: generate test test-oldest test-report clean
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --durations=15
+
+.PHONY: generate test test-slow test-long test-oldest test-report clean
 
 # The prompt travels in the environment, where no character of it means anything to a shell.
 generate: export BLADE_PROMPT = $(value PROMPT)
@@ -31,8 +35,14 @@ generate: $(VENV)/.installed
 test: $(VENV)/.installed-dev
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
+	$(PYTEST) -m "not slow and not long and not browser"
+
+test-slow: $(VENV)/.installed-dev
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+	$(PYTEST) -m "slow and not long and not browser"
+
+test-long: $(VENV)/.installed-dev
+	$(PYTEST) -m long
 
 test-oldest: $(VENV)-oldest/.oldest
 	OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest -n $(WORKERS) tests/pipelines tests/blade/attention \

@@ -82,10 +82,10 @@ def test_an_old_python_is_refused_in_words(checkout: Path) -> None:
     assert not (checkout / ".venv").exists()
 
 
-def test_continuous_integration_runs_make_test() -> None:
+def test_continuous_integration_runs_the_quick_tests_then_the_slow_ones() -> None:
     script = ROOT / ".ci" / "run"
     assert os.access(script, os.X_OK)
-    assert script.read_text().rstrip().endswith("make test")
+    assert script.read_text().rstrip().endswith("make test\nexec make test-slow")
 
 
 def test_no_dependency_brings_another_torch() -> None:

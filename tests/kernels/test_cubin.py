@@ -41,6 +41,7 @@ def test_nothing_spills_and_the_matrix_units_are_used(arch, tmp_path):
             assert bool(code.get("UTMALDG")) == (newer and not tiny), report
 
 
+@pytest.mark.slow
 @needs_triton
 def test_the_interpreter_compiles_nothing(tmp_path):
     command = [sys.executable, "-m", "blade_kernels.cubin", "90"]

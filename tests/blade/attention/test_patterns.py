@@ -71,6 +71,7 @@ MODELS = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grid", MODELS, ids=["Wan", "Hunyuan", "Hunyuan, text", "CogVideoX", "CogVideoX, text"])
 @pytest.mark.parametrize("frames", [0.5, 2])
 def test_counts_are_those_of_the_closed_formulas(grid, frames):
@@ -106,6 +107,7 @@ def test_multi_diagonal_is_permute_band_and_unpermute():
 MIXED = (*PATTERNS, HeadPattern(kind="diagonal", frames=1, order="gilbert"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["cpu", "flex", "triton"])
 @pytest.mark.parametrize("grid", [TokenGrid(3, 5, 7), TokenGrid(3, 5, 7, text_after=9)])
 def test_one_launch_for_a_mix_equals_head_by_head(implementation, grid):

@@ -20,6 +20,7 @@ QUICK = GenerationBenchmark(
 NAMES = ("WanPipeline", "CogVideoXPipeline", "HunyuanVideoPipeline", "HunyuanVideo15Pipeline")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_a_model_is_measured_from_its_configuration(name, configurations):
     stages = []

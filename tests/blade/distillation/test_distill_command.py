@@ -90,6 +90,7 @@ def test_a_base_that_is_distilled_draws_a_warning(settings, capsys, saved_tiny_p
     assert code == 0 and "seems to be distilled for few steps already" in err
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_ends_the_run_and_leaves_nothing_half_written(settings, start, tmp_path):
     """One of two processes is killed: the other one does not wait for ever."""
     import os

@@ -89,6 +89,7 @@ def trajectory_of(kind, steps, noise_kept, intervals="separate"):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "steps", "noise_kept", "fake", "generator"),
     [
@@ -130,6 +131,7 @@ def test_the_student_matches_mean_and_variance(kind, steps, noise_kept, fake, ge
     assert float(after.std()) == pytest.approx(DEVIATION, abs=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["flow", "vp"])
 def test_ode_initialization_leads_where_many_steps_of_the_teacher_lead(kind):
     """To the same sample, and not only to one of the same distribution."""

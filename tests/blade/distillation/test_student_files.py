@@ -66,6 +66,7 @@ def test_loaded_it_makes_the_videos_of_its_training(settings, pipe, tmp_path):
     assert float((read_mp4(video) - again).abs().mean()) < 0.02  # what the MP4 loses
 
 
+@pytest.mark.slow
 def test_an_average_is_saved_where_it_is_asked_for(settings, tmp_path):
     averaged, last = (
         load_file(trained(settings(name, f"weights.ema_decay={decay}")) / "pytorch_lora_weights.safetensors")
@@ -75,6 +76,7 @@ def test_an_average_is_saved_where_it_is_asked_for(settings, tmp_path):
     assert not torch.equal(averaged[name], last[name])
 
 
+@pytest.mark.slow
 def test_it_is_sampled_as_the_configuration_says(settings):
     """What was trained is the same, and of a finished run the sampler alone is written anew."""
     folder = trained(settings("kept", "trajectory.sampling_noise_kept=1"))
@@ -105,6 +107,7 @@ def test_a_stock_pipeline_samples_it(settings, pipe, capsys):
     assert 0 < error < 0.02
 
 
+@pytest.mark.slow
 def test_a_student_for_several_numbers_of_steps(settings, pipe):
     folder = trained(settings("out", "trajectory.steps=[2,4]", "run.updates=6"))
     before = latents(pipe, 4)
@@ -139,6 +142,7 @@ def test_a_student_of_whole_weights(settings, pipe, tmp_path):
         load_student(pipe, folder, weight=0.5)
 
 
+@pytest.mark.slow
 def test_a_student_goes_on_from_another(settings, tmp_path):
     first = trained(settings("first"))
     second = trained(
@@ -153,6 +157,7 @@ def test_a_student_goes_on_from_another(settings, tmp_path):
         trained(settings("third", f"weights.start_from={tmp_path}"))
 
 
+@pytest.mark.slow
 def test_the_commands_take_it(settings, saved_tiny_pipeline, tmp_path):
     folder = trained(settings("out"))
     options = [f"--model={saved_tiny_pipeline}", "--height=64", "--width=64", "--frames=9", "--device=cpu"]

@@ -41,12 +41,14 @@ def assert_close(first, second):
             assert one[name] == pytest.approx(two[name], rel=1e-4), name
 
 
+@pytest.mark.slow
 def test_accumulation_equals_the_large_batch(settings, tmp_path):
     trained(settings("large", "run.batch_size=4", "run.updates=2"))
     trained(settings("small", "run.batch_size=1", "run.accumulation=4", "run.updates=2"))
     assert_close(tmp_path / "large", tmp_path / "small")
 
 
+@pytest.mark.slow
 def test_processes_that_share_weights_run_as_many_passes(settings, start):
     """Each has one sample, at another step of the trajectory than the other's."""
     others = ("run.parallel=fsdp", "run.batch_size=1", "trajectory.steps=[4]", "run.updates=6")
@@ -55,6 +57,7 @@ def test_processes_that_share_weights_run_as_many_passes(settings, start):
     assert two.returncode == 0, output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_two_processes_equal_one_with_the_double_batch(settings, start, tmp_path, parallel):
     shared = ("weights.ema_decay=0.9", "run.accumulation=2")

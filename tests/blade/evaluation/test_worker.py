@@ -24,6 +24,7 @@ def evaluate(evaluation: Evaluation) -> dict:
     return read_records(plan)
 
 
+@pytest.mark.slow
 def test_videos_are_measured_once(evaluation, monkeypatch):
     seen, plan = [], plan_evaluation(evaluation)
     evaluate_videos(plan, on_video=seen.append)
@@ -49,6 +50,7 @@ def test_videos_are_measured_once(evaluation, monkeypatch):
     assert read_records(plan) == records
 
 
+@pytest.mark.slow
 def test_every_video_is_written_once_for_each_run(evaluation):
     evaluate(evaluation)
     for run in evaluation.runs:
@@ -108,6 +110,7 @@ def test_a_configuration_recorded_before_a_field_came_is_the_same(evaluation):
         read_records(plan)
 
 
+@pytest.mark.slow
 def test_a_killed_process_loses_one_video(evaluation):
     plan = plan_evaluation(replace(evaluation, prompts=evaluation.prompts[:1]))
     evaluate_videos(plan)
@@ -124,6 +127,7 @@ def test_a_killed_process_loses_one_video(evaluation):
     assert len(path.read_bytes().splitlines()) == 2
 
 
+@pytest.mark.slow
 def test_shards_share_the_work(evaluation):
     dense = replace(evaluation, runs=evaluation.runs[1:], prompts=held_out_prompts(2, 1))
     shards = [replace(dense, shard=(number, 2)) for number in (1, 2)]

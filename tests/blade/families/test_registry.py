@@ -52,6 +52,7 @@ def run_from_path(folder: Path, code: str) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_own_families_are_found_from_a_path(tmp_path: Path) -> None:
     done = run_from_path(
         tmp_path,
@@ -70,6 +71,7 @@ def test_own_families_are_found_from_a_path(tmp_path: Path) -> None:
     assert block_size == "32"
 
 
+@pytest.mark.slow
 def test_a_third_party_is_found_by_its_entry_point(tmp_path: Path) -> None:
     (tmp_path / "my_family.py").write_text(FAMILY)
     metadata = tmp_path / "my_family-1.0.dist-info"

@@ -216,6 +216,7 @@ def test_a_saved_configuration_is_taken(saved_tiny_pipeline: Path, tmp_path: Pat
     )
 
 
+@pytest.mark.slow
 def test_everything_works_without_a_compiler(saved_tiny_pipeline: Path, tmp_path: Path) -> None:
     program = "from blade.cli.generate import main; main()"
     size = [text for name, value in TINY.items() for text in (f"--{name}", str(value))]
@@ -290,6 +291,7 @@ def test_the_bundled_model_is_an_ordinary_pipeline_of_at_most_25_megabytes() -> 
     assert 0 < sum(weights) <= 25_000_000
 
 
+@pytest.mark.slow
 def test_the_bundled_model_shows_what_was_asked_for(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     request = GenerationRequest(prompt=PROMPT, steps=8, device="cpu")
     with caplog.at_level(logging.WARNING, logger="blade"):

@@ -46,6 +46,7 @@ def wan_1_3b(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_real_model_is_planned_without_its_weights(wan_1_3b):
     request = GenerationRequest(
         prompt="a cat", model=str(wan_1_3b), height=480, width=832, frames=81, steps=50, dtype="bfloat16", device="cpu"
@@ -64,6 +65,7 @@ def test_a_real_model_is_planned_without_its_weights(wan_1_3b):
     assert "29 layers in 80 of 100 passes at density 0.49" in shown
 
 
+@pytest.mark.slow
 def test_a_dense_run_costs_what_the_transformer_does(wan_1_3b):
     request = GenerationRequest(
         prompt="a cat", model=str(wan_1_3b), attention="dense", height=256, width=256, frames=5, steps=4,
@@ -94,6 +96,7 @@ def test_peak_memory_is_that_of_what_lives_at_once():
     )
 
 
+@pytest.mark.slow
 def test_the_command_prints_a_plan_and_makes_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as ended:

@@ -73,6 +73,7 @@ def lora(pipe, path: Path, seed: int) -> str:
     return str(path)
 
 
+@pytest.mark.slow
 def test_a_video_starts_from_an_image_and_takes_its_shape(saved_tiny_ti2v: Path, tmp_path: Path) -> None:
     red = picture(tmp_path / "red.png", (230, 40, 40))
     request = tiny(saved_tiny_ti2v, image=red, height=None, width=None)

@@ -48,6 +48,7 @@ def student(saved_tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory)
     return folder
 
 
+@pytest.mark.slow
 def test_a_student_decides_steps_guidance_attention_and_sampler(saved_tiny_pipeline, student, tmp_path):
     request = GenerationRequest(model=str(saved_tiny_pipeline), student=str(student), **TINY)
     report = generate_files(request, tmp_path / "video.mp4", compare=True)
@@ -67,6 +68,7 @@ def test_a_student_decides_steps_guidance_attention_and_sampler(saved_tiny_pipel
     assert planned.request.blade_config == CONFIG and f"student     {student}" in str(planned)
 
 
+@pytest.mark.slow
 def test_an_evaluation_makes_the_videos_of_a_generation(saved_tiny_pipeline, student, tmp_path):
     settings = {name: TINY[name] for name in ("height", "width", "frames", "device")}
     evaluation = Evaluation(
@@ -92,6 +94,7 @@ def test_an_evaluation_makes_the_videos_of_a_generation(saved_tiny_pipeline, stu
         assert torch.equal(read_mp4(path), video), name
 
 
+@pytest.mark.slow
 def test_every_sparse_student_is_compared_with_itself_dense(saved_tiny_pipeline, student, tmp_path):
     """Whatever the order in which the videos are made."""
     settings = {name: TINY[name] for name in ("height", "width", "frames", "device")}

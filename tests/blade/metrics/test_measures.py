@@ -197,6 +197,7 @@ print(choose_measures(["sharpness"])[-1].heading)
 """
 
 
+@pytest.mark.slow
 def test_an_installed_package_adds_a_measure(tmp_path):
     (tmp_path / "video_sharpness.py").write_text(MODULE)
     metadata = tmp_path / "video_sharpness-1.0.dist-info"

@@ -32,6 +32,7 @@ def on_meta(make):
         return make()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_published_totals_come_out_within_two_percent(name):
     make, latent, guidance, expected = PUBLISHED[name]
@@ -125,6 +126,7 @@ def test_what_cannot_be_counted_is_refused():
 WINDOWS = SCRIPT["WINDOWS"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "density"), list(zip(WINDOWS, (0.266, 0.1217, 0.25))))
 def test_diagonals_are_charged_by_their_blocks(name, density):
     # Sparse-vDiT: 3 frames of Wan2.1, 2 of HunyuanVideo, a quarter of CogVideoX1.5; 4 N^2 H d L for all pairs

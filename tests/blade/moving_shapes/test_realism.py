@@ -33,6 +33,7 @@ def test_fit_finds_the_scene(random_clips):
             assert found.radius == pytest.approx(drawn.radius, abs=0.02)
 
 
+@pytest.mark.slow
 def test_error_rises_with_damage(clip, damaged):
     errors = [realism_error(video, clip.prompt) for video in (clip.video, *damaged(clip))]
     for less, more in itertools.pairwise(errors):

@@ -10,6 +10,7 @@ from blade.moving_shapes.scoring import BASICS, score
 FULL_SIZE = {"frames": 33, "height": 96, "width": 96}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objects", [1, 2])
 @pytest.mark.parametrize("size", [FULL_SIZE, {"frames": 17, "height": 64, "width": 64}], ids=["96", "64"])
 def test_rendered_truth_shows_everything(random_clips, objects, size):
@@ -23,6 +24,7 @@ def test_mild_damage_does_not_matter(random_clips, mildly_damaged):
         assert score(mildly_damaged(clip), clip.prompt).basics, clip
 
 
+@pytest.mark.slow
 def test_shuffled_prompts_score_near_chance(random_clips):
     clips = random_clips(48, objects=1, seed=6)
     scores = [score(clip.video, other.prompt) for clip, other in zip(clips, clips[1:] + clips[:1])]

@@ -48,6 +48,7 @@ def finished(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_finished_folder_is_an_ordinary_pipeline(finished):
     pipe = WanPipeline.from_pretrained(finished / "model")
     video = pipe("a red ball moving right", height=32, width=32, num_frames=5, num_inference_steps=2, output_type="pt")
@@ -61,6 +62,7 @@ def test_log_has_every_step_once_and_in_order(finished):
     assert [(r["stage"], r["step"]) for r in records] == [(s, n) for s in STAGES for n in (1, 2, 3, 4)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "function"), [(vae, "_losses"), (decoder, "_losses"), (transformer, "flow_matching_loss")]
 )
@@ -87,6 +89,7 @@ def test_killed_run_resumes_to_the_same_weights(finished, tmp_path, monkeypatch,
     assert _steps(tmp_path / "model") == _steps(finished / "model")
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_a_finished_model(finished, tmp_path):
     """With the same VAE, at the next step, and again after a kill."""
     longer = dataclasses.replace(TRANSFORMER, phases=(*TRANSFORMER.phases, TRANSFORMER.phases[1]))
@@ -116,6 +119,7 @@ def test_training_goes_on_from_a_finished_model(finished, tmp_path):
     assert not (tmp_path / "no").exists()
 
 
+@pytest.mark.slow
 def test_a_wider_decoder_takes_the_place_of_the_narrow_one_on_the_same_latents(finished, tmp_path):
     narrow = vae.train_vae(tmp_path / "run", VAE)
     wide = decoder.train_decoder(tmp_path / "run", narrow, DECODER)
@@ -128,6 +132,7 @@ def test_a_wider_decoder_takes_the_place_of_the_narrow_one_on_the_same_latents(f
     assert saved.dtype == torch.float32 and not decoder.needs_wider_decoder(saved)
 
 
+@pytest.mark.slow
 def test_the_learning_rate_of_a_phase_is_linear_and_warms_up_where_training_goes_on(finished, tmp_path, monkeypatch):
     rates = []
     original = transformer.set_learning_rate

@@ -21,6 +21,7 @@ def greedy(errors, densities, weight=0.5, threshold=1.0):
     return rule.decide((errors + weight * densities).T)
 
 
+@pytest.mark.slow
 def test_nothing_within_the_budget_has_a_smaller_error():
     rng = np.random.default_rng(0)
     for _ in range(100):

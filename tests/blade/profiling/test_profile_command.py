@@ -24,6 +24,7 @@ def arguments(saved_tiny_pipeline, tmp_path):
     return ["--model", str(saved_tiny_pipeline), "--device", "cpu", "--influence-prompts", "0", *size, *files]
 
 
+@pytest.mark.slow
 def test_it_writes_a_table_that_generates_and_a_report(arguments, tmp_path, capsys, saved_tiny_pipeline):
     with pytest.raises(SystemExit) as ended:
         main([*arguments, "--target-density", "0.6"])

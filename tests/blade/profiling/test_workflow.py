@@ -52,6 +52,7 @@ def assert_same(one: AttentionProfile, other: AttentionProfile):
         assert np.array_equal(getattr(one, name), getattr(other, name)), name
 
 
+@pytest.mark.slow
 def test_what_is_stopped_goes_on_where_it_was(request_for, monkeypatch):
     whole = profile_attention(request_for("whole"))
     request, kept = request_for("stopped"), recording.save_file
@@ -79,6 +80,7 @@ def test_what_is_stopped_goes_on_where_it_was(request_for, monkeypatch):
     assert not list(request.output.rglob("pass-*")) and not list(request.output.rglob("*.tmp"))
 
 
+@pytest.mark.slow
 def test_the_table_is_used_and_dense_videos_are_diffusers_own(request_for):
     request = request_for(verify_prompts=2)
     report = profile_attention(request)
@@ -96,6 +98,7 @@ def test_the_table_is_used_and_dense_videos_are_diffusers_own(request_for):
     assert f"blade-generate --config {request.output}" in str(report)
 
 
+@pytest.mark.slow
 def test_recordings_of_something_else_are_refused(request_for):
     request = request_for(influence_prompts=0)
     profile_attention(request)
@@ -115,6 +118,7 @@ def test_recordings_of_something_else_are_refused(request_for):
     assert 0.6 < denser.choice.density <= 0.9
 
 
+@pytest.mark.slow
 def test_processes_share_the_prompts(request_for, tmp_path):
     request = request_for("shared", influence_prompts=0)
     for number in (2, 1):
@@ -125,6 +129,7 @@ def test_processes_share_the_prompts(request_for, tmp_path):
     assert_same(report.profile, profile_attention(request_for("alone", influence_prompts=0)).profile)
 
 
+@pytest.mark.slow
 def test_the_published_method_goes_on_with_what_it_chose(request_for):
     request = request_for("published", method="published", budget=Budget(target_density=0.7))
     report = profile_attention(request)

@@ -30,6 +30,7 @@ def assert_same(found, expected):
     assert found.block_size == expected.block_size
 
 
+@pytest.mark.slow
 @settings(max_examples=20 if torch.cuda.is_available() else 60, deadline=None)  # each may have to be compiled
 @given(
     st.tuples(st.integers(1, 2), st.integers(1, 2), st.integers(1, 5), st.integers(1, 40)),
@@ -121,6 +122,7 @@ def test_the_implementation_is_checked():
         select_blocks(torch.rand(1, 1, 1, 16385), implementation="triton")
 
 
+@pytest.mark.slow
 def test_everything_compiles_into_one_graph_and_the_operators_are_registered_soundly():
     generator = torch.Generator().manual_seed(0)
     q, k = (torch.randn(1, 70, 2, 16, generator=generator).to(DEVICE) for _ in range(2))

@@ -52,6 +52,7 @@ def test_says_what_it_can_not_do(change, message):
         raise AssertionError(flex.unsupported(*arguments))
 
 
+@pytest.mark.slow
 def test_without_a_compiler_everything_but_flex_works():
     code = """
 import torch

@@ -82,6 +82,7 @@ def check(dense, as_good_as, inputs):
         as_good_as(found, precise, coarse)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("tokens", "pooled"), [*itertools.product(LENGTHS[:5], KINDS), (2049, None)])
 def test_errs_no_more_than_the_plain_computation(dense, as_good_as, case, tokens, pooled, descriptors):
     few = tokens < 500
@@ -102,6 +103,7 @@ def test_errs_no_more_than_the_plain_computation(dense, as_good_as, case, tokens
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("size", HEAD_SIZES)
 @pytest.mark.parametrize("block_size", [(16, 16), (16, 64), (32, 32), (64, 128), (128, 64), (128, 128)])
