@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate.utils import reduce
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -17,7 +18,13 @@ from blade.families.protocol import ModelFamily
 
 
 class Processes:
-    """The processes of a training, possibly only one."""
+    """The processes of a training, possibly only one.
+
+    Accelerate provides `PartialState` and `reduce`. Its `Accelerator` (1.15) does not wrap the networks. Under FSDP2
+    it takes one model, together with an optimizer, while here the frozen networks are sharded too; it shards
+    embeddings and norms separately, and leaves the root's weights gathered after a pass without gradients. For DDP it
+    does not pass on `forward_sync_buffers`, and would add a second global state beside `PartialState` to save one call.
+    """
 
     def __init__(self, state: Any, parallel: str, device: torch.device | None = None) -> None:
         """Take the state of the processes.
@@ -93,9 +100,7 @@ class Processes:
         """Average values over all processes; the result is the same on each."""
         means = torch.tensor(list(values), dtype=torch.float64)
         if self.count > 1:
-            means = means.to(self.device, torch.float32)
-            torch.distributed.all_reduce(means)
-            means = means / self.count
+            means = reduce(means.to(self.device, torch.float32), "mean")
         return means.tolist()
 
 

@@ -12,6 +12,7 @@ from blade.families.registry import find_family
 def main(make_wan, wan_inputs):
     state = PartialState(cpu=True)
     assert state.num_processes == 2
+    assert Processes(state, "ddp").mean([state.process_index, 0.25]) == [0.5, 0.25]
     both = wan_inputs(batch=2)
     own = {name: value[state.process_index : state.process_index + 1] for name, value in both.items()}
     for role, other in ((STUDENT, FAKE), (FAKE, STUDENT)):
