@@ -77,6 +77,7 @@ def test_two_processes_equal_one_with_the_double_batch(settings, start, tmp_path
     assert_close(tmp_path / "one", tmp_path / "two")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_two_processes_share_out_the_trajectories(settings, start, tmp_path, parallel):
     shared = ("generator.ode_updates=1", "generator.trajectories=5", "run.updates=1")
@@ -96,12 +97,14 @@ def test_two_processes_share_out_the_trajectories(settings, start, tmp_path, par
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_gradients_on_two_processes(start):
     process = start("two_processes.py", str(Path(__file__).parents[2]), processes=2)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_bit_by_bit(settings, start, tmp_path):
     others = (
         "run.updates=12",
