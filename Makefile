@@ -23,7 +23,7 @@ SOURCES := blade kernels pipelines scripts tests
 # PyTorch goes first, so that the package finds it and leaves it as it is.
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check
 
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --durations=15
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations=15
 
 .PHONY: generate test test-slow test-long test-oldest test-report clean
 
