@@ -24,7 +24,7 @@ def make_roles(transformer, *, sparse=(STUDENT,), checkpointing=False, seed=1):
     for role in (STUDENT, FAKE):
         for name, parameter in roles.named_parameters(role).items():
             if ".lora_B." in name:
-                parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
+                parameter.data = (torch.randn(parameter.shape, generator=generator) * 0.1).to(parameter.dtype)
     if sparse:
         install_blade(transformer, CONFIG)
     if checkpointing:

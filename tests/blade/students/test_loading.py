@@ -178,7 +178,7 @@ def test_the_released_wan_student_gets_its_attention_and_sampler(pipe, tmp_path,
         save_file(lora(pipe.transformer), tmp_path / folder / "pytorch_lora_weights.safetensors")
     hub(monkeypatch, tmp_path)
     with pytest.raises(
-        ValueError, match=r"has students of wan2.1-t2v-1.3b and cogvideox-5b; this model is of the kind"
+        ValueError, match=r"has students of cogvideox-5b and wan2.1-t2v-1.3b; this model is of the kind"
     ):
         load_student(pipe, "GYP666/VIDEO-BLADE")
     monkeypatch.setattr("blade_pipelines.wan.WanFamily.preset_name", lambda *_: "wan2.1-t2v-1.3b")
