@@ -1,4 +1,4 @@
-"""The long description of the package: the README, with links that work on a package index. All else is in pyproject.toml."""
+"""The long description: the README with links that work on a package index. All else stands in pyproject.toml."""
 
 import sys
 from pathlib import Path

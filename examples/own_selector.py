@@ -5,10 +5,11 @@ from dataclasses import replace
 
 import torch
 from diffusers import WanPipeline
+from torch import Tensor
 from torch.nn.functional import normalize, pad
 
 from blade import BladeConfig, use_blade
-from blade.attention.selectors import Selector, register_selector
+from blade.attention.selectors import Selector, SelectorContext, register_selector
 from blade.metrics.similarity import psnr
 from blade.models.source import bundled_model_path
 
@@ -17,7 +18,7 @@ MODEL, PRESET = str(bundled_model_path()), "shapes"
 SETTINGS = {"prompt": "a red ball moving right", "height": 96, "width": 96, "num_frames": 33, "num_inference_steps": 8}
 
 
-def score(query, key, context, drawn, key_lengths):
+def score(query: Tensor, key: Tensor, context: SelectorContext, drawn: Tensor, key_lengths: Tensor | None) -> Tensor:
     """Return (B, H, blocks, blocks) in [0, 2]: 1 + the cosine of the angle."""
     padding = (0, 0, 0, 0, 0, context.blocks * context.options.block_size - query.shape[1])
     blocks = [pad(tokens.float(), padding).unflatten(1, (context.blocks, -1)) for tokens in (query, key)]
