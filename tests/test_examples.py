@@ -70,7 +70,7 @@ def test_generate(run_example, tmp_path: Path) -> None:
 def test_sparse_pipeline(run_example, tmp_path: Path) -> None:
     shown = run_example("sparse_pipeline")
     assert read_mp4(tmp_path / "outputs" / "sparse.mp4").shape == (FRAMES, 3, 96, 96)
-    assert density_of("layer", shown) == pytest.approx(0.4, abs=0.02)
+    assert density_of("layer", shown) == pytest.approx(0.4, abs=0.05)
     assert density_of("run", shown) > 0.45 and "dense layer 0" in shown
 
 
