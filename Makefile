@@ -4,6 +4,8 @@
 # make test-long                                    tests that take many minutes each, run by hand
 # make test-oldest                                  the model families with the oldest Diffusers that is supported
 # make test-report                                  the profiler's report in Debian's Chromium, installed if missing
+# make docs                                         the documentation in site/; a link that leads nowhere is an error
+# make wheel                                        sdist and wheel in dist/, checked as a package index does
 #
 # All set up .venv if it is missing. Overridable: PYTHON, VENV, TORCH, WORKERS, and ARGS with further options of
 # blade-generate, such as ARGS="--compare --seed 3".
@@ -19,13 +21,13 @@ ARGS ?=
 BIN := $(VENV)/bin
 CHROMIUM := /usr/bin/chromium
 AS_ROOT := $(if $(filter 0,$(shell id -u)),,sudo)
-SOURCES := blade kernels pipelines scripts tests
+SOURCES := blade kernels pipelines scripts examples tests setup.py
 # PyTorch goes first, so that the package finds it and leaves it as it is.
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check
 
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations=15
 
-.PHONY: generate test test-slow test-long test-oldest test-report clean
+.PHONY: generate test test-slow test-long test-oldest test-report docs wheel clean
 
 # The prompt travels in the environment, where no character of it means anything to a shell.
 generate: export BLADE_PROMPT = $(value PROMPT)
@@ -50,6 +52,16 @@ test-oldest: $(VENV)-oldest/.oldest
 
 test-report: $(VENV)/.installed-browser | $(CHROMIUM)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser tests/report
+
+# The variable silences the theme's advertisement of its successor.
+docs: $(VENV)/.installed-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+# The wheel is built from the sdist, so that neither lacks a file.
+wheel: $(VENV)/.installed-dev
+	rm -rf build dist
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/python -m twine check --strict dist/*
 
 $(CHROMIUM):
 	$(AS_ROOT) apt-get update
@@ -82,4 +94,4 @@ $(VENV)/.installed-browser: pyproject.toml | $(VENV)/.torch-installed
 	@touch $@ $(VENV)/.installed-dev $(VENV)/.installed
 
 clean:
-	rm -rf $(VENV) $(VENV)-oldest
+	rm -rf $(VENV) $(VENV)-oldest build dist site

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import email
+import email.policy
 import os
+import re
+import runpy
 import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -104,10 +110,9 @@ def test_no_dependency_brings_another_torch() -> None:
 
 
 def test_a_wheel_will_hold_every_data_file() -> None:
-    # the manifest of a version control plug-in must not stand in for the patterns in pyproject.toml
     program = (
         "from setuptools import Distribution\n"
-        "distribution = Distribution(); distribution.parse_config_files(); distribution.include_package_data = False\n"
+        "distribution = Distribution({'long_description': 'setup.py has it'}); distribution.parse_config_files()\n"
         "build = distribution.get_command_obj('build_py'); build.ensure_finalized()\n"
         "print(*(f'{folder}/{name}' for _, folder, _, names in build.data_files for name in names), sep='\\n')"
     )
@@ -123,26 +128,111 @@ def test_a_wheel_will_hold_every_data_file() -> None:
     assert data and data <= held, f"not in the wheel: {sorted(map(str, data - held))}"
 
 
-def test_a_wheel_holds_exactly_the_three_packages(tmp_path: Path) -> None:
-    source = tmp_path / "source"
+@pytest.fixture(scope="module")
+def distribution(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a source distribution, and with the wheel that was built from it; weights are left out."""
+    source = tmp_path_factory.mktemp("source")
     ignored = shutil.ignore_patterns("__pycache__", "*.safetensors", "*.egg-info")
-    for folder in ("blade", "kernels", "pipelines"):
+    for folder in ("blade", "kernels", "pipelines", "scripts", "tests"):
         shutil.copytree(ROOT / folder, source / folder, ignore=ignored)
-    for file in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / file, source / file)
-    build = subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path, source],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
+    for name in (
+        "pyproject.toml",
+        "setup.py",
+        "MANIFEST.in",
+        "README.md",
+        "CHANGELOG.md",
+        "CONTRIBUTING.md",
+        "LICENSE",
+    ):
+        shutil.copy(ROOT / name, source)
+    output = tmp_path_factory.mktemp("dist")
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", output, source]
+    build = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert build.returncode == 0, build.stdout + build.stderr
+    return output
+
+
+@pytest.fixture(scope="module")
+def wheel(distribution: Path) -> Iterator[zipfile.ZipFile]:
+    """The wheel."""
+    (path,) = distribution.glob("*.whl")
+    with zipfile.ZipFile(path) as archive:
+        yield archive
+
+
+@pytest.mark.slow
+def test_an_index_takes_them(distribution: Path) -> None:
+    files = sorted(distribution.iterdir())
+    assert len(files) == 2
+    command = [sys.executable, "-m", "twine", "check", "--strict", *files]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.count("PASSED") == 2
+
+
+@pytest.mark.slow
+def test_a_wheel_holds_exactly_the_three_packages(wheel: zipfile.ZipFile) -> None:
+    names = {name for name in wheel.namelist() if ".dist-info/" not in name}
+    expected = {
+        f"{folder.name}/{path.relative_to(folder).as_posix()}"
+        for folder in (ROOT / "blade", ROOT / "kernels" / "blade_kernels", ROOT / "pipelines" / "blade_pipelines")
+        for path in folder.rglob("*")
+        if path.is_file() and path.suffix not in (".pyc", ".safetensors", ".tmp")
+    }
+    assert names == expected
+    (top_level,) = [name for name in wheel.namelist() if name.endswith("top_level.txt")]
+    assert set(wheel.read(top_level).decode().split()) == PACKAGES
+    assert {f"{package}/py.typed" for package in PACKAGES} <= names
+
+
+@pytest.mark.slow
+def test_a_source_distribution_holds_what_a_wheel_is_made_of(distribution: Path) -> None:
+    (path,) = distribution.glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "pyproject.toml", "setup.py"} <= names
+    assert not [name for name in names if name.startswith(("tests", "docs", "examples"))]
+
+
+@pytest.mark.slow
+def test_links_of_the_description_lead_somewhere(wheel: zipfile.ZipFile) -> None:
+    (metadata,) = [name for name in wheel.namelist() if name.endswith("METADATA")]
+    message = email.message_from_bytes(wheel.read(metadata), policy=email.policy.default)
+    assert message["Description-Content-Type"] == "text/markdown"
+    (address,) = [url.partition(", ")[2] for url in message.get_all("Project-URL") if url.startswith("Repository, ")]
+    links = re.findall(r"\]\(([^)\s]+)", message.get_payload())
+    own = [link.removeprefix(address) for link in links if link.startswith(address)]
+    assert own and all(link.startswith("https://") for link in links)
+    for link in own:
+        path, _, _ = link.partition("#")
+        assert (ROOT / re.sub("^/(blob|raw)/HEAD/", "", path)).exists(), link
+    assert [link for link in own if link.startswith("/raw/")] == [link for link in own if link.endswith(".png")]
+
+
+def test_relative_links_are_rewritten_but_in_code() -> None:
+    links = runpy.run_path(str(ROOT / "scripts" / "repository_links.py"))
+    text = """[a](docs/a.md#part), ![b](docs/b.png), [c](https://example.org/c), [wrapped
+over lines](LICENSE), [d](#below), [![e](e.svg)](e.md)
+
+```python
+table["key"](argument)
+```
+
+[f](f.md)
+"""
+    rewritten = links["rewrite_links"](text, lambda target: f"<{target}>")
+    assert (
+        rewritten
+        == """[a](<docs/a.md#part>), ![b](<docs/b.png>), [c](https://example.org/c), [wrapped
+over lines](<LICENSE>), [d](<#below>), [![e](<e.svg>)](<e.md>)
+
+```python
+table["key"](argument)
+```
+
+[f](<f.md>)
+"""
     )
-    assert build.returncode == 0, build.stderr
-    (wheel,) = tmp_path.glob("*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        names = archive.namelist()
-        (top_level,) = [name for name in names if name.endswith("top_level.txt")]
-        assert set(archive.read(top_level).decode().split()) == PACKAGES
-    assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == PACKAGES
-    for package in sorted(PACKAGES):
-        assert f"{package}/py.typed" in names
+    address = links["repository_address"]()
+    assert links["absolute_link"]("docs/a.md#part") == f"{address}/blob/HEAD/docs/a.md#part"
+    assert links["absolute_link"]("docs/b.png") == f"{address}/raw/HEAD/docs/b.png"
