@@ -91,7 +91,7 @@ def test_an_old_python_is_refused_in_words(checkout: Path) -> None:
 def test_continuous_integration_runs_the_quick_tests_then_the_slow_ones() -> None:
     script = ROOT / ".ci" / "run"
     assert os.access(script, os.X_OK)
-    assert script.read_text().rstrip().endswith("make test\nexec make test-slow")
+    assert script.read_text().rstrip().endswith("make test\nmake docs wheel\nexec make test-slow")
 
 
 def test_no_dependency_brings_another_torch() -> None:

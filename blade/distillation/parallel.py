@@ -23,7 +23,7 @@ class Processes:
     Accelerate provides `PartialState` and `reduce`. Its `Accelerator` (1.15) does not wrap the networks. Under FSDP2
     it takes one model, together with an optimizer, while here the frozen networks are sharded too; it shards
     embeddings and norms separately, and leaves the root's weights gathered after a pass without gradients. For DDP it
-    does not pass on `forward_sync_buffers`, and would add a second global state beside `PartialState` to save one call.
+    does not pass on `forward_sync_buffers`, and would add a second global state beside `PartialState` for one call.
     """
 
     def __init__(self, state: Any, parallel: str, device: torch.device | None = None) -> None:
