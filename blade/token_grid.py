@@ -36,7 +36,7 @@ class TokenGrid:
     text_after: int = 0
     """Text tokens that the self-attention sees after the video tokens."""
     first_frame_apart: bool = False
-    """Whether the first frame's tokens come first in every order, for models that treat them apart."""
+    """Put the first frame's tokens first in every order, for models that treat them apart."""
 
     def __post_init__(self) -> None:
         for name, least in (("frames", 1), ("height", 1), ("width", 1), ("text_before", 0), ("text_after", 0)):

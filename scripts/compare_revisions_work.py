@@ -23,7 +23,7 @@ from diffusers.models.embeddings import get_3d_rotary_pos_embed
 from safetensors.torch import load_file
 
 Arrays = dict[str, np.ndarray]
-"""What a case has to compare, by name."""
+"""Results of a case, by name."""
 
 PROMPTS = ("a red ball moving right", "a small striped green square moving up over a checkered background")
 
