@@ -39,16 +39,18 @@ def test_the_example_runs(small_pipelines, monkeypatch, tmp_path, capsys, code):
 
 USE_OF_EXTENSIONS = """
 from blade import generate
+from blade.generation.prepare import prepare_model
+from blade.generation.request import GenerationRequest
 from blade.metrics.measures import VideoSample
 from blade.metrics.registry import choose_measures
 
-result = generate(
-    "a red ball moving right", student=None, blade_config=config, height=96, width=96, frames=9, steps=2,
-    added={"decoder_dtype": "bfloat16"},
-)
+small = {"prompt": "a red ball moving right", "height": 96, "width": 96, "frames": 9, "steps": 2}
+result = generate(**small, student=None, blade_config=config)
 print(result.summary)
 (flicker,) = [measure for measure in choose_measures(["flicker"]) if measure.name == "flicker"]
 print(flicker.recorded(VideoSample(video=result.video, prompt="")))
+model, _ = prepare_model(GenerationRequest(**small, added={"decoder_dtype": "bfloat16"}))
+print(model.pipe.vae.dtype)
 
 from blade.cli.generate import main
 main(["--help"])
@@ -84,6 +86,7 @@ def test_the_extensions_of_the_guide_work_from_a_package(tmp_path: Path) -> None
     assert "asa, key-norm selector" in done.stdout
     assert 0.4 < float(re.findall(r"layer density (\S+)", done.stdout)[0]) <= 0.5
     assert float(re.findall(r"{'flicker': (\S+)}", done.stdout)[0]) > 0
+    assert "torch.bfloat16" in done.stdout
     assert "─ Decoder ─" in done.stdout and "--decoder-dtype" in done.stdout
 
 

@@ -67,6 +67,7 @@ def test_generate(run_example, tmp_path: Path) -> None:
     assert density_of("layer", shown) == pytest.approx(0.2, abs=0.01)
 
 
+@pytest.mark.slow
 def test_sparse_pipeline(run_example, tmp_path: Path) -> None:
     shown = run_example("sparse_pipeline")
     assert read_mp4(tmp_path / "outputs" / "sparse.mp4").shape == (FRAMES, 3, 96, 96)
@@ -81,6 +82,7 @@ def test_student(run_example, tmp_path: Path) -> None:
     assert density_of("run", shown) == pytest.approx(0.2, abs=0.01)
 
 
+@pytest.mark.slow
 def test_patterns(run_example, tmp_path: Path) -> None:
     shown = run_example("patterns", "bundled", "found")
     assert BladeConfig.from_pretrained("found").patterns.steps is not None
@@ -89,6 +91,7 @@ def test_patterns(run_example, tmp_path: Path) -> None:
     assert density_of("run", shown) == pytest.approx(float(density), abs=2e-3)
 
 
+@pytest.mark.slow
 def test_own_selector(run_example, selectors) -> None:
     found = dict(re.findall(r"^(\w+) +PSNR to dense ([\d.]+) dB$", run_example("own_selector"), re.MULTILINE))
     assert list(found) == ["cosine", "sampled", "random"]
