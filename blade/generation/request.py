@@ -150,7 +150,7 @@ def default_student(given: Mapping[str, Any]) -> str | None:
         given: the fields of a request that were given. Some call for the model itself: those that a student has
             settled, and numbers of steps that no student has.
     """
-    settled = option_names(*GROUPS, settled_by_student=True)
+    settled = ("blade_config", *option_names(*GROUPS, settled_by_student=True))
     if given.get("model", BUNDLED) != BUNDLED or any(name in given for name in settled):
         return None
     return BUNDLED_STUDENTS.get(given.get("steps", min(BUNDLED_STUDENTS)))

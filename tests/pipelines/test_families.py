@@ -176,6 +176,7 @@ def test_fused_projections_give_the_same_before_and_are_noticed_after(family):
     torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_compiled_blocks_give_the_same_at_two_sizes(family):
     """One by one, since Diffusers does not name CogVideoX's repeated blocks."""
     torch._dynamo.reset()

@@ -195,6 +195,7 @@ def test_several_numbers_of_steps_and_shared_intervals(settings, tmp_path):
     assert "Diffusers alone cannot sample it: every step renews a part of the noise" in card
 
 
+@pytest.mark.slow
 def test_eight_bit_adam_goes_on_where_it_was(settings, tmp_path):
     pytest.importorskip("torchao")
     trained(settings("whole", "optimizer.name=adamw-8bit"))

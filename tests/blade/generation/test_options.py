@@ -10,6 +10,7 @@ from typing import ClassVar
 
 import pytest
 
+from blade import BladeConfig
 from blade.cli.generate import FIRST, OutputOptions, main
 from blade.common.options import OptionGroup, option, option_help, option_names
 from blade.generation import options as options_module
@@ -177,6 +178,7 @@ def test_a_resolved_request_has_everything() -> None:
         ({"steps": 8, "seed": 3}, "shapes-8-steps"),
         ({"steps": 30}, None),
         ({"sparsity": 0.5}, None),
+        ({"blade_config": BladeConfig()}, None),
         ({"loras": ("a",)}, None),
         ({"model": "me/other"}, None),
     ],

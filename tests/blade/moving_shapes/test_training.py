@@ -57,6 +57,7 @@ def test_finished_folder_is_an_ordinary_pipeline(finished):
     assert (finished / "model" / "README.md").exists()
 
 
+@pytest.mark.slow
 def test_log_has_every_step_once_and_in_order(finished):
     records = [json.loads(line) for line in (finished / "model" / "training_log.jsonl").read_text().splitlines()]
     assert [(r["stage"], r["step"]) for r in records] == [(s, n) for s in STAGES for n in (1, 2, 3, 4)]

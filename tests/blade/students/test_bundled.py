@@ -55,6 +55,7 @@ def test_a_student_is_taken_unless_something_calls_for_the_model_itself(given, s
     assert default_student(given) == student
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("steps", "name"), BUNDLED_STUDENTS.items())
 def test_each_brings_its_steps_and_its_attention(pipe, steps, name):
     student = load_student(pipe, name)
@@ -67,6 +68,7 @@ def test_each_brings_its_steps_and_its_attention(pipe, steps, name):
     assert made.layer_density < 0.25
 
 
+@pytest.mark.slow
 def test_stock_diffusers_samples_them_alike(pipe):
     """By the three lines of the card, but for attention, which is dense there."""
     load_student(pipe, "shapes-4-steps")
@@ -99,6 +101,7 @@ def test_they_are_small_and_tell_how_they_were_made(name):
     assert len(model_fingerprint(name)) == 16
 
 
+@pytest.mark.slow
 def test_the_command_says_which_it_took_and_how_to_do_without(tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
         main(["--prompt", PROMPT, "--device", "cpu", "--output", str(tmp_path / "student.mp4")])
