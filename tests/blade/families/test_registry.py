@@ -112,7 +112,8 @@ def test_data_is_found_by_name() -> None:
     assert {student.preset for student in released_students()} <= set(preset_names("student"))
     assert benchmark_layers()["wan-1.3b"].grid.sequence_length == 32760
     assert example_model().startswith("Wan-AI/")
-    assert len({family.name for family in model_families()}) == 5
+    names = [family.name for family in model_families()]
+    assert len(names) >= 5 and len(set(names)) == len(names)
 
 
 @pytest.mark.parametrize(
