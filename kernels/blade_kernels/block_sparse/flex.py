@@ -23,6 +23,10 @@ _Attend = Callable[..., tuple[Tensor, Tensor | None]]
 
 _RECOMPILE_LIMIT = 64  # different shapes, dtypes and options in one process
 _TILE = 128  # FlexAttention's own configurations need blocks of a multiple of this
+_VECTOR_BITS = {"AVX2": 256, "AVX512": 512}
+# With these head sizes PyTorch 2.13's `CppMicroGemmFP32Vec` transposes the keys; where a block has 8 keys more than a
+# multiple of 16 it writes 16 logits instead of 8, over the row maxima that follow them in memory.
+_OVERRUNNING_HEADS = (8, 16)
 
 
 def unsupported(
@@ -46,19 +50,22 @@ def unsupported(
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"FlexAttention computes float32, bfloat16 and float16, not {dtype}"
     if device_type == "cpu":
-        return _unsupported_on_cpu(needs_grad, return_lse)
+        return _unsupported_on_cpu(head_size, needs_grad, return_lse)
     if device_type == "cuda":
         return _unsupported_on_cuda(head_size, block_size, needs_grad)
     return f"FlexAttention is not used on {device_type}"
 
 
-def _unsupported_on_cpu(needs_grad: bool, return_lse: bool) -> str | None:
+def _unsupported_on_cpu(head_size: int, needs_grad: bool, return_lse: bool) -> str | None:
     if needs_grad:
         return "FlexAttention has no backward on the CPU"
     if return_lse:
         return "FlexAttention gives no log-sum-exp on the CPU"
-    if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+    instructions = torch.backends.cpu.get_cpu_capability()
+    if instructions not in _VECTOR_BITS:
         return "FlexAttention on the CPU needs AVX2"
+    if instructions == "AVX2" and head_size in _OVERRUNNING_HEADS:
+        return f"FlexAttention on AVX2 gives wrong values with heads of {head_size} channels"
     missing = missing_cpp_toolchain()
     return missing and f"FlexAttention has to be compiled, and {missing}"
 
@@ -234,7 +241,11 @@ def _compile_once() -> _Attend:
     # The code that PyTorch 2.13 generates for the CPU with symbolic sizes does not compile, so every size is compiled
     # separately; beyond the limit `fullgraph` raises an error instead of running `_attend` eagerly.
     # `unsupported` has already checked the vector instructions; the compiler's own probe would take seconds.
-    compiled = torch.compile(_attend, fullgraph=True, dynamic=False, options={"cpp.vec_isa_ok": True})
+    # Their width is part of the key of PyTorch's cache, which otherwise hands code for AVX2 to a machine with AVX512,
+    # where it gives wrong values.
+    vector_bits = _VECTOR_BITS.get(torch.backends.cpu.get_cpu_capability())
+    options = {"cpp.vec_isa_ok": True, "cpp.simdlen": vector_bits}
+    compiled = torch.compile(_attend, fullgraph=True, dynamic=False, options=options)
     limited: _Attend = torch._dynamo.config.patch(recompile_limit=_RECOMPILE_LIMIT)(compiled)
     return limited
 

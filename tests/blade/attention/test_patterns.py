@@ -107,19 +107,14 @@ def test_multi_diagonal_is_permute_band_and_unpermute():
 MIXED = (*PATTERNS, HeadPattern(kind="diagonal", frames=1, order="gilbert"))
 
 
-FLEX_MISCOMPILED = pytest.mark.xfail(
-    reason="FlexAttention's compiled kernel for blocks of 8 gives wrong values on some processors", strict=False
-)
-"""Seen with PyTorch 2.13 on one kind of CPU and not on another; the other tests of FlexAttention pass on both."""
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("implementation", ["cpu", pytest.param("flex", marks=FLEX_MISCOMPILED), "triton"])
+@pytest.mark.parametrize("implementation", ["cpu", "flex", "triton"])
 @pytest.mark.parametrize("grid", [TokenGrid(3, 5, 7), TokenGrid(3, 5, 7, text_after=9)])
 def test_one_launch_for_a_mix_equals_head_by_head(implementation, grid):
     if implementation == "triton":
         pytest.importorskip("triton")
-    size, heads, head_dim = (32, len(MIXED), 64) if implementation == "triton" else (8, len(MIXED), 16)
+    size, head_dim = {"cpu": (8, 16), "flex": (8, 32), "triton": (32, 64)}[implementation]
+    heads = len(MIXED)
     torch.manual_seed(0)
     inputs = torch.randn(3, 1, grid.sequence_length, heads, head_dim).unbind(0)
     table = mixed_table(MIXED, 1, heads, block_size=size, token_order="bricks(2,2,2)")

@@ -5,6 +5,7 @@ import sys
 import pytest
 import torch
 from blade_kernels import toolchain
+from blade_kernels.block_mask import BlockMask
 from blade_kernels.block_sparse import flex
 from blade_kernels.block_sparse.api import block_sparse_attention
 
@@ -21,7 +22,7 @@ def compiles():
 @pytest.mark.slow
 @pytest.mark.parametrize(("tokens", "pooled", "lengths"), [(300, None, False), (129, "dropped", True)])
 def test_errs_no_more_than_the_plain_computation(compiles, dense, as_good_as, case, tokens, pooled, lengths):
-    inputs = case(tokens, size=16, block_size=(32, 16), pooled=pooled, lengths=lengths, dtype=torch.float32)
+    inputs = case(tokens, size=24, block_size=(32, 16), pooled=pooled, lengths=lengths, dtype=torch.float32)
     arguments = {"pooled": inputs.pooled(), "key_lengths": inputs.key_lengths}
     if lengths:
         for item, length in enumerate(inputs.key_lengths):
@@ -53,15 +54,59 @@ def test_says_what_it_can_not_do(change, message):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("head_size", [8, 16, 24])
+def test_a_block_may_have_eight_keys_more_than_a_multiple_of_sixteen(head_size):
+    problem = flex.unsupported("cpu", torch.float32, head_size, (24, 24), False, False)
+    if problem:
+        pytest.skip(problem)
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 1, 99, 2, head_size)
+    mask = BlockMask.from_dense(torch.rand(1, 2, 5, 5) < 0.5, (24, 24))
+    found = block_sparse_attention(q, k, v, mask, implementation="flex")
+    torch.testing.assert_close(found, block_sparse_attention(q, k, v, mask, implementation="naive"))
+
+
+def test_heads_that_overrun_a_buffer_on_avx2_are_refused(compiles, monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    sizes = (8, 16, 24, 32, 64, 128)
+    problems = [flex.unsupported("cpu", torch.float32, size, (64, 64), False, False) for size in sizes]
+    assert [size for size, problem in zip(sizes, problems) if problem] == [8, 16]
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    assert not flex.unsupported("cpu", torch.float32, 16, (64, 64), False, False)
+
+
+@pytest.mark.slow
+def test_code_compiled_for_other_vector_instructions_is_not_used(compiles, tmp_path):
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        pytest.skip("only AVX512 machines run code of two kinds")
+    code = """
+import torch
+from blade_kernels.block_mask import BlockMask
+from blade_kernels.block_sparse import block_sparse_attention
+torch.manual_seed(0)
+q, k, v = torch.randn(3, 1, 64, 2, 64)
+mask = BlockMask.from_dense(torch.rand(1, 2, 8, 8) < 0.5, (8, 8))
+results = (block_sparse_attention(q, k, v, mask, implementation=name) for name in ("flex", "naive"))
+torch.testing.assert_close(*results)
+print(torch.backends.cpu.get_cpu_capability())
+"""
+    for capability in ("avx2", "avx512"):
+        environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "ATEN_CPU_CAPABILITY": capability}
+        command = [sys.executable, "-c", code]
+        shown = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        assert shown.stdout.strip() == capability.upper()
+
+
+@pytest.mark.slow
 def test_without_a_compiler_everything_but_flex_works():
     code = """
 import torch
 from blade_kernels.block_mask import BlockMask
 from blade_kernels.block_sparse import block_sparse_attention, flex
-q = torch.randn(1, 128, 1, 16)
+q = torch.randn(1, 128, 1, 32)
 mask = BlockMask.from_dense(torch.ones(1, 1, 2, 2, dtype=torch.bool))
 print(block_sparse_attention(q, q, q, mask).shape)
-print(flex.unsupported("cuda", torch.float32, 16, (64, 64), False, False))
+print(flex.unsupported("cuda", torch.float32, 32, (64, 64), False, False))
 try:
     block_sparse_attention(q, q, q, mask, implementation="flex")
 except NotImplementedError as error:
@@ -70,7 +115,7 @@ except NotImplementedError as error:
     environment = os.environ | {"CC": "/nowhere/cc", "CXX": "/nowhere/c++"}
     shown = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     lines = shown.stdout.splitlines()
-    assert lines[0] == "torch.Size([1, 128, 1, 16])"
+    assert lines[0] == "torch.Size([1, 128, 1, 32])"
     assert lines[1] == "Triton's launcher has to be compiled, and the compiler '/nowhere/cc' is not there"
     assert "the compiler '/nowhere/c++' is not there" in lines[2]
 
