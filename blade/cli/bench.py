@@ -5,61 +5,149 @@ from __future__ import annotations
 import importlib.util
 import shlex
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, TypeVar
+from typing import Any, ClassVar, NoReturn, TypeVar
 
 import typer
 
 from blade.cli.command import run_command
+from blade.cli.options import make_command
 from blade.cli.progress import progress_line
+from blade.cli.tables import print_tables
+from blade.common.options import OptionGroup, option, option_names, read_group
+from blade.common.tables import Table
+from blade.generation.options import ModelOptions, VideoOptions
+from blade.models.choices import DTYPE_NAMES
 
 Number = TypeVar("Number", int, float)
 
-app = typer.Typer(add_completion=False, help="Measure BLADE's kernels, and whole videos, on this machine.")
+MODEL_AND_SIZE = ("model", "height", "width", "frames")
+"""Options of a generation that `blade-bench generate` has."""
 
 
-def _option(help: str, *names: str) -> Any:
-    return typer.Option(*names, help=help)
+@dataclass(frozen=True, kw_only=True)
+class DebugOptions(OptionGroup):
+    """Errors."""
+
+    title: ClassVar[str] = "Errors"
+
+    debug: bool = option(False)
+    """Show the traceback of an error."""
 
 
-@app.command()
-def attention(
-    *,
-    model: Annotated[
-        str | None,
-        _option(
-            "Layers of published models, such as those that an unknown name lists; in place of the next three options."
-        ),
-    ] = None,
-    tokens: Annotated[str, _option("Lengths of the sequence, such as 2048,8192.")] = "8192",
-    heads: Annotated[int, _option("Attention heads.")] = 2,
-    head_dim: Annotated[int, _option("Numbers in one head of one token.")] = 128,
-    density: Annotated[str, _option("Shares of key blocks that a row keeps, in (0, 1], such as 0.5,0.15.")] = "0.15",
-    passes: Annotated[
-        str | None,
-        _option("Of drawn, forward, training, selection, whole; by default drawn on the CPU, and all others on CUDA."),
-    ] = None,
-    blocks: Annotated[
-        str, _option("random: independent in every head and row; patterns: a table of head patterns, of a --model.")
-    ] = "random",
-    block_size: Annotated[int, _option("Tokens in a block.")] = 128,
-    dtype: Annotated[str, _option("float32, bfloat16 or float16.")] = "float32",
-    device: Annotated[str, _option("cpu, cuda, cuda:1, ...")] = "cpu",
-    threads: Annotated[int | None, _option("Threads on the CPU; by default PyTorch's own number.")] = None,
-    repeats: Annotated[int, _option("Measured calls, of which the median counts.")] = 5,
-    output: Annotated[
-        Path | None,
-        _option("Folder for attention.json, attention.md and attention.png; by default nothing is written."),
-    ] = None,
-    debug: Annotated[bool, _option("Show the traceback of an error.", "--debug")] = False,
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class LayerOptions(OptionGroup):
+    """The attention layer."""
+
+    title: ClassVar[str] = "Layer"
+
+    model: str | None = option()
+    """Layers of published models, such as those that an unknown name lists; in place of the next three options."""
+    tokens: str = option("8192")
+    """Lengths of the sequence, such as 2048,8192. By default 8192."""
+    heads: int = option(2)
+    """Attention heads; by default 2."""
+    head_dim: int = option(128)
+    """Channels of a head; by default 128."""
+    density: str = option("0.15")
+    """Shares of key blocks that a row keeps, in (0, 1], such as 0.5,0.15. By default 0.15."""
+    blocks: str = option("random", choices=("random", "patterns"))
+    """random (the default): independent in every head and row; patterns: a table of head patterns, of a --model."""
+    block_size: int = option(128)
+    """Tokens in a block; by default 128."""
+    dtype: str = option("float32", choices=DTYPE_NAMES)
+    """float32 (the default), bfloat16 or float16."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerTimingOptions(OptionGroup):
+    """How a layer is timed, and where results go."""
+
+    title: ClassVar[str] = "Measurement"
+
+    passes: str | None = option()
+    """Of drawn, forward, training, selection, whole; by default drawn on the CPU, and all others on CUDA."""
+    device: str = option("cpu")
+    """cpu (the default), cuda, cuda:1, ..."""
+    threads: int | None = option()
+    """Threads on the CPU; by default PyTorch's own number."""
+    repeats: int = option(5)
+    """Measured calls, of which the median counts; by default 5."""
+    output: Path | None = option()
+    """Folder for attention.json, attention.md and attention.png; by default nothing is written."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WholeRunOptions(OptionGroup):
+    """Runs, and how they are timed."""
+
+    title: ClassVar[str] = "Measurement"
+
+    random_weights: bool = option(False)
+    """Random weights: only the configuration files of a Hub id are downloaded."""
+    steps: int | None = option()
+    """Steps of the runs with guidance; by default the model's."""
+    student_steps: str = option("8,4")
+    """Steps of the sparse runs without guidance; by default 8,4."""
+    sparsity: float = option(0.8)
+    """Of every layer and step, in [0, 1); by default 0.8."""
+    pooled_tokens: str = option("all", choices=("none", "all", "dropped"))
+    """none, all (the default) or dropped; inside the budget."""
+    measured_passes: int | None = option()
+    """Passes of a run that are measured, the others taken to be as long; by default all."""
+    repeats: int = option(3)
+    """Measured calls of single parts; by default 3."""
+    device: str | None = option()
+    """cpu, cuda, cuda:1, ...; by default CUDA if there is one."""
+    dtype: str | None = option(choices=DTYPE_NAMES)
+    """Type of the transformer; by default bfloat16 on CUDA and float32 elsewhere."""
+    output: Path | None = option()
+    """Folder for generation.json and generation.md; by default nothing is written."""
+
+    def check(self) -> None:
+        """Check the pooled tokens."""
+        if self.pooled_tokens not in ("none", "all", "dropped"):
+            raise ValueError(f"`pooled_tokens` must be none, all or dropped, got {self.pooled_tokens!r}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuningOptions(OptionGroup):
+    """The layer to tune for, and where the result goes."""
+
+    title: ClassVar[str] = "Tuning"
+
+    tokens: int = option(32760)
+    """Length of the sequence; by default 32760."""
+    heads: int = option(12)
+    """Attention heads; by default 12."""
+    head_dim: int = option(128)
+    """64 or 128 (the default)."""
+    block_size: int = option(128)
+    """Tokens in a block: 16, 32, 64 or 128 (the default)."""
+    density: float = option(0.2)
+    """Share of key blocks that a row keeps, in (0, 1]; by default 0.2."""
+    dtype: str = option("bfloat16", choices=("bfloat16", "float16"))
+    """bfloat16 (the default) or float16."""
+    device: str = option("cuda")
+    """cuda (the default), cuda:1, ..."""
+    output: Path | None = option()
+    """File for what is faster; by default where the kernels look for it."""
+
+    def check(self) -> None:
+        """Check the type."""
+        if self.dtype not in ("bfloat16", "float16"):
+            raise ValueError(f"`dtype` must be bfloat16 or float16, got {self.dtype!r}.")
+
+
+def attention(given: dict[str, Any]) -> None:
     """Time block-sparse attention beside the fastest dense attention, and print tables."""
+    layer, timing = read_group(LayerOptions, given), read_group(LayerTimingOptions, given)
+    output = timing.output
     if output is not None and importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("`--output` draws a plot, and matplotlib is not installed: pip install 'blade-video[plots]'.")
+        raise ValueError("`output` draws a plot, and matplotlib is not installed: pip install 'blade-video[plots]'.")
     # imported here, so that --help and usage errors don't wait for PyTorch
-    from rich.console import Console
-
     from blade.benchmarks.attention import (
         PASSES,
         AttentionBenchmark,
@@ -69,29 +157,31 @@ def attention(
     )
     from blade.benchmarks.attention_report import tables, write_report
 
-    if model is None:
-        lengths = _numbers("--tokens", tokens, int)
-        shapes = tuple(AttentionShape(tokens=length, heads=heads, head_dim=head_dim) for length in lengths)
+    if layer.model is None:
+        lengths = _numbers("tokens", layer.tokens, int)
+        shapes = tuple(AttentionShape(tokens=length, heads=layer.heads, head_dim=layer.head_dim) for length in lengths)
     else:
         known = model_shapes()
-        unknown = [name for name in model.split(",") if name not in known]
+        unknown = [name for name in layer.model.split(",") if name not in known]
         if unknown:
-            raise ValueError(f"`--model` must be of {', '.join(known)}, got {unknown[0]!r}.")
-        shapes = tuple(known[name] for name in model.split(","))
-    if passes is None:
-        passes = ",".join(name for name in PASSES if name != "drawn") if device.startswith("cuda") else "drawn"
+            raise ValueError(f"`model` must be of {', '.join(known)}, got {unknown[0]!r}.")
+        shapes = tuple(known[name] for name in layer.model.split(","))
+    if timing.passes is not None:
+        passes = tuple(timing.passes.split(","))
+    else:
+        passes = tuple(name for name in PASSES if name != "drawn") if timing.device.startswith("cuda") else ("drawn",)
     settings = AttentionBenchmark(
         shapes=shapes,
-        densities=_numbers("--density", density, float),
-        passes=tuple(passes.split(",")),
-        blocks=blocks,
-        block_size=block_size,
-        dtype=dtype,
-        device=device,
-        threads=threads,
-        repeats=repeats,
+        densities=_numbers("density", layer.density, float),
+        passes=passes,
+        blocks=layer.blocks,
+        block_size=layer.block_size,
+        dtype=layer.dtype,
+        device=timing.device,
+        threads=timing.threads,
+        repeats=timing.repeats,
     )
-    console, written = Console(), list[Path]()
+    written: list[Path] = []
     with progress_line() as say:
         say("dense ...")
 
@@ -102,138 +192,79 @@ def attention(
                 written[:] = write_report(report, output)
 
         report = run_attention_benchmark(settings, command=shlex.join(["blade-bench", *sys.argv[1:]]), on_case=on_case)
-    _show(console, tables(report))
-    if written:
-        console.print(*map(str, written), sep="\n")
+    print_tables(tables(report))
+    for path in written:
+        print(path)
 
 
-@app.command()
-def generate(
-    *,
-    model: Annotated[str, _option("The bundled model, a folder, or a Hub id.")] = "bundled",
-    random_weights: Annotated[
-        bool,
-        _option("Random weights: only the configuration files of a Hub id are downloaded.", "--random-weights"),
-    ] = False,
-    height: Annotated[int | None, _option("Pixels; by default the model's own, as for what follows.")] = None,
-    width: Annotated[int | None, _option("Pixels.")] = None,
-    frames: Annotated[int | None, _option("Number of frames.")] = None,
-    steps: Annotated[int | None, _option("Steps of the runs with guidance.")] = None,
-    student_steps: Annotated[str, _option("Steps of the sparse runs without guidance.")] = "8,4",
-    sparsity: Annotated[float, _option("Of every layer and step, in [0, 1).")] = 0.8,
-    pooled_tokens: Annotated[str, _option("none, all or dropped; inside the budget.")] = "all",
-    measured_passes: Annotated[
-        int | None, _option("Passes of a run that are measured, the others taken to be as long; by default all.")
-    ] = None,
-    repeats: Annotated[int, _option("Measured calls of single parts.")] = 3,
-    dtype: Annotated[str | None, _option("Of the transformer; by default bfloat16 on CUDA.")] = None,
-    device: Annotated[str | None, _option("cpu, cuda, cuda:1, ...; by default CUDA where there is one.")] = None,
-    output: Annotated[
-        Path | None, _option("Folder for generation.json and generation.md; by default nothing is written.")
-    ] = None,
-    debug: Annotated[bool, _option("Show the traceback of an error.", "--debug")] = False,
-) -> None:
+def generate(given: dict[str, Any]) -> None:
     """Time a model's videos at full size: dense with guidance, sparse with guidance, and sparse with few steps."""
-    from rich.console import Console
-
+    options = read_group(WholeRunOptions, given)
     from blade.benchmarks.generation import GenerationBenchmark, run_generation_benchmark
     from blade.benchmarks.generation_report import tables, write_report
 
-    if pooled_tokens not in ("none", "all", "dropped"):
-        raise ValueError(f"`--pooled-tokens` must be none, all or dropped, got {pooled_tokens!r}.")
     settings = GenerationBenchmark(
-        model=model,
-        random_weights=random_weights,
-        height=height,
-        width=width,
-        frames=frames,
-        steps=steps,
-        student_steps=_numbers("--student-steps", student_steps, int),
-        sparsity=sparsity,
-        pooled_tokens=pooled_tokens,  # type: ignore[arg-type]
-        measured_passes=measured_passes,
-        repeats=repeats,
-        dtype=dtype,
-        device=device,
+        **{name: given[name] for name in MODEL_AND_SIZE if name in given},
+        random_weights=options.random_weights,
+        steps=options.steps,
+        student_steps=_numbers("student_steps", options.student_steps, int),
+        sparsity=options.sparsity,
+        pooled_tokens=options.pooled_tokens,  # type: ignore[arg-type]
+        measured_passes=options.measured_passes,
+        repeats=options.repeats,
+        dtype=options.dtype,
+        device=options.device,
     )
-    console = Console()
     with progress_line() as say:
         report = run_generation_benchmark(
             settings,
             command=shlex.join(["blade-bench", *sys.argv[1:]]),
             on_stage=lambda stage: say(f"{stage} ..."),
         )
-    _show(console, tables(report))
-    if output is not None:
-        console.print(*(str(path) for path in write_report(report, output)), sep="\n")
+    print_tables(tables(report))
+    if options.output is not None:
+        for path in write_report(report, options.output):
+            print(path)
 
 
-@app.command()
-def tune(
-    *,
-    tokens: Annotated[int, _option("Length of the sequence.")] = 32760,
-    heads: Annotated[int, _option("Attention heads.")] = 12,
-    head_dim: Annotated[int, _option("64 or 128.")] = 128,
-    block_size: Annotated[int, _option("Tokens in a block: 16, 32, 64 or 128.")] = 128,
-    density: Annotated[float, _option("Share of key blocks that a row keeps, in (0, 1].")] = 0.2,
-    dtype: Annotated[str, _option("bfloat16 or float16.")] = "bfloat16",
-    device: Annotated[str, _option("cuda, cuda:1, ...")] = "cuda",
-    output: Annotated[
-        Path | None, _option("Where to keep what is faster; by default where the kernels look for it.")
-    ] = None,
-    debug: Annotated[bool, _option("Show the traceback of an error.", "--debug")] = False,
-) -> None:
+def tune(given: dict[str, Any]) -> None:
     """Time the Triton kernels' launch configurations on this GPU, and keep those that beat the shipped ones."""
+    options = read_group(TuningOptions, given)
     import torch
     from blade_kernels.block_sparse import launch_table, tuning
     from blade_kernels.triton_support import missing_triton
-    from rich.console import Console
-    from rich.table import Table
 
     from blade.models.devices import DTYPES
 
-    if dtype not in DTYPES or dtype == "float32":
-        raise ValueError(f"`--dtype` must be bfloat16 or float16, got {dtype!r}.")
+    device = options.device
     if not device.startswith("cuda") or not torch.cuda.is_available():
-        raise ValueError(f"`--device` must be a CUDA device that is there, got {device!r}.")
+        raise ValueError(f"`device` must be a CUDA device that is there, got {device!r}.")
     missing = missing_triton(device)
     if missing is not None:
-        raise ValueError(f"`--device` must run Triton's kernels, got {device!r}: {missing}.")
+        raise ValueError(f"`device` must run Triton's kernels, got {device!r}: {missing}.")
     case = tuning.TuningCase(
-        tokens=tokens,
-        heads=heads,
-        head_dim=head_dim,
-        block_size=block_size,
-        density=density,
-        dtype=DTYPES[dtype],
+        tokens=options.tokens,
+        heads=options.heads,
+        head_dim=options.head_dim,
+        block_size=options.block_size,
+        density=options.density,
+        dtype=DTYPES[options.dtype],
         device=device,
     )
-    path = output or launch_table.override_path()
-    console = Console()
+    path = options.output or launch_table.override_path()
     with progress_line() as say:
         trials = tuning.tune(
             case,
             on_trial=lambda trial: say(f"{trial.kernel}, {_launch(trial.config)}: {trial.ms or 'failed'}"),
         )
     chosen = tuning.best(trials)
-    shown = Table("kernel", "shipped", "ms", "fastest", "ms")
+    rows = []
     for kernel, trial in chosen.items():
         shipped = next(other for other in trials if other.kernel == kernel and other.shipped)
-        shown.add_row(kernel, _launch(shipped.config), f"{shipped.ms}", _launch(trial.config), f"{trial.ms}")
-    console.print(shown)
+        rows.append([kernel, _launch(shipped.config), f"{shipped.ms}", _launch(trial.config), f"{trial.ms}"])
+    print_tables([Table("Launch configurations", ["kernel", "shipped", "ms", "fastest", "ms"], rows)])
     tuning.save(chosen, case, path)
-    console.print(str(path))
-
-
-def _show(console: Any, tables: Iterable[Any]) -> None:
-    """Print a report's tables."""
-    from rich.table import Table
-
-    for table in tables:
-        shown = Table(*table.headings, title=table.title, title_justify="left")
-        for row in table.rows:
-            shown.add_row(*row)
-        console.print(shown)
+    print(path)
 
 
 def _launch(config: Any) -> str:
@@ -249,10 +280,20 @@ def _numbers(name: str, text: str, kind: type[Number]) -> tuple[Number, ...]:
         raise ValueError(f"`{name}` must be numbers separated by commas, got {text!r}.") from None
 
 
+def _application() -> typer.Typer:
+    """Return the application with its three commands."""
+    app = typer.Typer(help="Measure BLADE's kernels, and whole videos, on this machine.")
+    app.command()(make_command(attention, (LayerOptions, LayerTimingOptions, DebugOptions)))
+    names = (*MODEL_AND_SIZE, *option_names(WholeRunOptions, DebugOptions))
+    app.command()(make_command(generate, (ModelOptions, VideoOptions, WholeRunOptions, DebugOptions), names=names))
+    app.command()(make_command(tune, (TuningOptions, DebugOptions)))
+    return app
+
+
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run `blade-bench` and exit.
 
     Args:
         arguments: the command line without the program's name; None takes the process's own.
     """
-    run_command(app, arguments)
+    run_command(_application(), arguments)

@@ -11,7 +11,7 @@ import typer
 
 from blade.cli.command import run_command
 from blade.cli.options import make_command
-from blade.common.options import OptionGroup, option, option_names
+from blade.common.options import OptionGroup, option, option_names, read_group
 from blade.generation.options import GROUPS, added_groups
 
 FIRST = ("prompt", "model", "student", "sparsity", "output")
@@ -43,8 +43,9 @@ class OutputOptions(OptionGroup):
 
 def generate(given: dict[str, Any]) -> None:
     """Generate a video from a prompt with adaptive block-sparse attention."""
-    own = OutputOptions(**{name: given.pop(name) for name in option_names(OutputOptions) if name in given})
-    added = {name: given.pop(name) for name in option_names(*added_groups()) if name in given}
+    own = read_group(OutputOptions, given)
+    added = {name: given[name] for name in option_names(*added_groups()) if name in given}
+    given = {name: value for name, value in given.items() if name in option_names(*GROUPS)}
     if added:
         given["added"] = added
     # imported here, so that --help and usage errors don't wait for PyTorch

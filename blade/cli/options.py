@@ -60,14 +60,16 @@ def make_command(
 def _parameter(item: Any, hint: Any, text: str, title: str) -> inspect.Parameter:
     """Return the keyword argument of an option."""
     kind = _command_type(hint)
-    flag = "--" + (item.metadata.get("flag") or item.name.replace("_", "-"))
+    names = (item.metadata.get("flag") or item.name.replace("_", "-"), *item.metadata.get("old_flags", ()))
     choices = item.metadata.get("choices") or ()
     settings: dict[str, Any] = {"help": text, "show_default": False, "rich_help_panel": title}
     if choices:
         settings["autocompletion"] = lambda incomplete: [name for name in choices if name.startswith(incomplete)]
     is_flag = kind is bool and item.default is False
     default = False if is_flag else None
-    annotation: Any = Annotated[kind if is_flag else kind | None, typer.Option(flag, **settings)]
+    annotation: Any = Annotated[
+        kind if is_flag else kind | None, typer.Option(*(f"--{name}" for name in names), **settings)
+    ]
     return inspect.Parameter(item.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, NoReturn
 from blade.cli.command import run_command
 from blade.cli.options import make_command
 from blade.cli.progress import progress_line
-from blade.common.options import OptionGroup, option, option_names
+from blade.common.options import OptionGroup, option, option_names, read_group
 from blade.generation.options import (
     AccelerationOptions,
     ModelOptions,
@@ -89,8 +89,8 @@ def profile(given: dict[str, Any]) -> None:
     """Find a pattern for every attention head, within exactly one budget, and report what attention looks like."""
     generation = {name: given[name] for name in GENERATION_OPTIONS if name in given}
     budgets = {name: given[name] for name in OBJECTIVES if name in given}
-    own = ProfileOptions(**{name: given[name] for name in option_names(ProfileOptions) if name in given})
-    search = SearchOptions(**{name: given[name] for name in option_names(SearchOptions) if name in given})
+    own = read_group(ProfileOptions, given)
+    search = read_group(SearchOptions, given)
     # imported here, so that --help and usage errors don't wait for PyTorch
     from accelerate import PartialState
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from importlib import import_module
-from typing import Any, ClassVar, get_type_hints
+from typing import Any, ClassVar, TypeVar, get_type_hints
 
 
 def option(
@@ -20,6 +20,7 @@ def option(
     *,
     help: str | None = None,
     flag: str | None = None,
+    old_flags: Sequence[str] = (),
     choices: Sequence[str] = (),
     settled_by_student: bool = False,
     of_student: bool = False,
@@ -32,6 +33,7 @@ def option(
         default: the value where it is not given.
         help: its help, where there is no docstring: in a group that is made of a table.
         flag: its name on the command line; None takes the field's.
+        old_flags: former names, which the command line still accepts.
         choices: the values that there are, for checks and completion.
         settled_by_student: whether it says how a model itself is sampled, which a student has settled.
         of_student: whether it belongs to a student, and is forgotten with it.
@@ -42,6 +44,7 @@ def option(
     metadata = {
         "help": help,
         "flag": flag,
+        "old_flags": tuple(old_flags),
         "choices": tuple(choices),
         "settled_by_student": settled_by_student,
         "of_student": of_student,
@@ -65,6 +68,9 @@ class OptionGroup:
         """Raise a `ValueError` for a value that makes no sense by itself or beside the others of the group."""
 
 
+Group = TypeVar("Group", bound=OptionGroup)
+
+
 def option_names(*groups: type[OptionGroup], **metadata: bool) -> tuple[str, ...]:
     """Return the names of the options of groups.
 
@@ -78,6 +84,16 @@ def option_names(*groups: type[OptionGroup], **metadata: bool) -> tuple[str, ...
         for item in fields(group)
         if all(item.metadata.get(name) == value for name, value in metadata.items())
     )
+
+
+def read_group(group: type[Group], given: Mapping[str, Any]) -> Group:
+    """Make a group of those of the given options that are its own.
+
+    Args:
+        group: the group.
+        given: values by the names of options, of other groups too.
+    """
+    return group(**{name: given[name] for name in option_names(group) if name in given})
 
 
 def option_help(group: type[OptionGroup]) -> dict[str, str]:

@@ -244,7 +244,7 @@ def _compile_once() -> _Attend:
     # Their width is part of the key of PyTorch's cache, which otherwise hands code for AVX2 to a machine with AVX512,
     # where it gives wrong values.
     vector_bits = _VECTOR_BITS.get(torch.backends.cpu.get_cpu_capability())
-    options = {"cpp.vec_isa_ok": True, "cpp.simdlen": vector_bits}
+    options: dict[str, Any] = {"cpp.vec_isa_ok": True, "cpp.simdlen": vector_bits}
     compiled = torch.compile(_attend, fullgraph=True, dynamic=False, options=options)
     limited: _Attend = torch._dynamo.config.patch(recompile_limit=_RECOMPILE_LIMIT)(compiled)
     return limited

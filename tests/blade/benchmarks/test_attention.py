@@ -151,12 +151,12 @@ def test_the_command_writes_its_files(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["attention", "--tokens", "8k"], "`--tokens` must be numbers separated by commas, got '8k'."),
+        (["attention", "--tokens", "8k"], "`tokens` must be numbers separated by commas, got '8k'."),
         (["attention", "--tokens", "0"], "`tokens` must be at least 1, got 0."),
-        (["attention", "--model", "wan-1.3b,sora"], "`--model` must be of cogvideox-1.5, hunyuan-video, wan-1.3b, "),
+        (["attention", "--model", "wan-1.3b,sora"], "`model` must be of cogvideox-1.5, hunyuan-video, wan-1.3b, "),
         (["attention", "--density", "2"], "`densities` must be in (0, 1], got (2.0,)."),
         (["attention", "--device", "cuda"], "no CUDA device is available"),
-        (["tune"], "`--device` must be a CUDA device that is there, got 'cuda'."),
+        (["tune"], "`device` must be a CUDA device that is there, got 'cuda'."),
     ],
 )
 def test_bad_input_ends_in_one_line(capsys, monkeypatch, arguments, message):

@@ -110,9 +110,9 @@ def test_the_command_writes_its_report(configurations, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--pooled-tokens", "some"], "`--pooled-tokens` must be none, all or dropped, got 'some'"),
+        (["--pooled-tokens", "some"], "`pooled_tokens` must be none, all or dropped, got 'some'"),
         (["--measured-passes", "0"], "`measured_passes` must be at least 1, got 0"),
-        (["--student-steps", "8,x"], "`--student-steps` must be numbers separated by commas, got '8,x'"),
+        (["--student-steps", "8,x"], "`student_steps` must be numbers separated by commas, got '8,x'"),
         (["--student-steps", "0"], "`student_steps` must be counts of at least 1"),
         (["--height", "100"], "`height` must be a multiple of 16"),
         (["--sparsity", "0"], "`sparsity` must leave out a block, got 0.0 of 1,296 tokens in blocks of 32"),
