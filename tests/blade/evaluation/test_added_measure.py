@@ -69,7 +69,20 @@ def added(tmp_path, monkeypatch):
 
 
 def options(evaluation):
-    size = ["--height", "64", "--width", "64", "--frames", "9", "--steps", "2", "--guidance", "1", "--device", "cpu"]
+    size = [
+        "--height",
+        "64",
+        "--width",
+        "64",
+        "--frames",
+        "9",
+        "--steps",
+        "2",
+        "--guidance-scale",
+        "1",
+        "--device",
+        "cpu",
+    ]
     return ["--model", evaluation.model, "--output", str(evaluation.folder), *size]
 
 

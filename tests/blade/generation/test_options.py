@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass, fields
+from importlib import import_module
 from pathlib import Path
 from typing import ClassVar
 
@@ -81,6 +82,23 @@ def test_every_option_says_what_it_is() -> None:
         helps = option_help(group)
         assert set(helps) == set(option_names(group))
         assert all(text.endswith(".") and len(text) < 250 for text in helps.values())
+
+
+@pytest.mark.parametrize("words", ["evaluate", "profile", "bench attention", "bench generate", "bench tune"])
+def test_the_other_commands_are_made_of_groups_too(words: str, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    module = import_module(f"blade.cli.{words.split()[0]}")
+    with pytest.raises(SystemExit) as ended:
+        module.main([*words.split()[1:], "--help"])
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    groups = [group for group in vars(module).values() if isinstance(group, type) and issubclass(group, OptionGroup)]
+    own = [group for group in groups if group.__module__ == module.__name__ and f"─ {group.title} ─" in shown]
+    assert own
+    for group in own:
+        for item in fields(group):
+            assert f"--{(item.metadata['flag'] or item.name).split('/')[0].replace('_', '-')}" in shown
+        assert all(text.endswith((".", "...")) for text in option_help(group).values())
 
 
 def test_help_and_completion_do_not_wait_for_pytorch() -> None:
