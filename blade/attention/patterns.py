@@ -255,6 +255,8 @@ def _reach(pattern: HeadPattern, grid: TokenGrid, block_size: int, marked: Tenso
         together = marked.index_select(1, grid.order("token-major", marked.device))
         spread = _spread(together, half_width(pattern, grid, block_size))
         return spread.index_select(1, grid.inverse_order("token-major", marked.device))
+    if pattern.kind != "window":
+        raise NotImplementedError(f"the pairs of a {pattern.kind} pattern must be worked out here")
     # a product of conditions on single axes: what a marked token reaches, one axis after the other
     rows, size = len(marked), (grid.frames, grid.height, grid.width)
     axes = ("frame", "place") if "place" in pattern.windows else ("frame", "row", "column")

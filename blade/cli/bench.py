@@ -83,7 +83,7 @@ class LayerTimingOptions(OptionGroup):
 class WholeRunOptions(OptionGroup):
     """Runs, and how they are timed."""
 
-    title: ClassVar[str] = "Measurement"
+    title: ClassVar[str] = "Runs"
 
     random_weights: bool = option(False)
     """Random weights: only the configuration files of a Hub id are downloaded."""
