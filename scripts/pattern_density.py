@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from blade.attention.patterns import HeadPattern, Window, pattern_density
-from blade.benchmarks.attention import model_shapes
+from blade.benchmarks.layers import model_shapes
 from blade.common.machine import describe_versions
 from blade.common.tables import markdown_table, write_table
 from blade.token_grid import plain_orders

@@ -20,12 +20,11 @@ from torch.nn import functional
 
 from blade.attention.pattern_plan import PatternPlan
 from blade.benchmarks.candidates import Attend, Candidate, candidates_for, recorded_packages
+from blade.benchmarks.layers import AttentionShape
 from blade.benchmarks.patterns import PATTERN_KINDS, benchmark_patterns
 from blade.common.machine import describe_machine, describe_versions
-from blade.families.registry import benchmark_layers
 from blade.metrics.timing import time_short_calls
 from blade.models.devices import DTYPES
-from blade.token_grid import TokenGrid
 
 PACKAGES = ("blade-video", "torch", "triton")
 """Packages whose versions are recorded, in addition to those of the candidates."""
@@ -50,46 +49,6 @@ PROBE_TOKENS = 16
 
 ROTATED_INPUTS = 2
 """Number of different inputs that a CUDA measurement cycles through."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class AttentionShape:
-    """Size of one attention layer's queries, keys and values."""
-
-    tokens: int
-    """Length of the sequence."""
-    heads: int = 2
-    """Attention heads."""
-    head_dim: int = 128
-    """Channels of one head."""
-    batch: int = 1
-    """Number of sequences."""
-    model: str | None = None
-    """Name of the model with such layers."""
-    grid: TokenGrid | None = None
-    """Token grid of its videos, which head patterns need."""
-
-    def __post_init__(self) -> None:
-        for name in ("tokens", "heads", "head_dim", "batch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
-
-    def __str__(self) -> str:
-        return f"{self.model}, {self.tokens:,} tokens" if self.model else f"{self.tokens:,} tokens"
-
-
-def model_shapes() -> dict[str, AttentionShape]:
-    """Return the layers of published models at their usual sizes, by name."""
-    return {
-        name: AttentionShape(
-            model=layer.title,
-            tokens=layer.grid.sequence_length,
-            heads=layer.heads,
-            head_dim=layer.head_dim,
-            grid=layer.grid,
-        )
-        for name, layer in benchmark_layers().items()
-    }
 
 
 @dataclass(frozen=True, kw_only=True)

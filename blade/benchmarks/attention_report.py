@@ -10,7 +10,8 @@ from typing import Any
 from blade_kernels.cubin import CubinReport
 from blade_kernels.cubin import table as cubin_table
 
-from blade.benchmarks.attention import PASSES, AttentionShape
+from blade.benchmarks.attention import PASSES
+from blade.benchmarks.layers import AttentionShape
 from blade.common.files import write_files
 from blade.common.tables import Table, markdown_table
 

@@ -148,14 +148,9 @@ def attention(given: dict[str, Any]) -> None:
     if output is not None and importlib.util.find_spec("matplotlib") is None:
         raise ValueError("`output` draws a plot, and matplotlib is not installed: pip install 'blade-video[plots]'.")
     # imported here, so that --help and usage errors don't wait for PyTorch
-    from blade.benchmarks.attention import (
-        PASSES,
-        AttentionBenchmark,
-        AttentionShape,
-        model_shapes,
-        run_attention_benchmark,
-    )
+    from blade.benchmarks.attention import PASSES, AttentionBenchmark, run_attention_benchmark
     from blade.benchmarks.attention_report import tables, write_report
+    from blade.benchmarks.layers import AttentionShape, model_shapes
 
     if layer.model is None:
         lengths = _numbers("tokens", layer.tokens, int)

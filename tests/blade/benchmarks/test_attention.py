@@ -8,8 +8,9 @@ import torch
 import blade.benchmarks.candidates as candidates
 from blade import TokenGrid
 from blade.benchmarks import attention as attention_benchmark
-from blade.benchmarks.attention import AttentionBenchmark, AttentionShape, run_attention_benchmark
+from blade.benchmarks.attention import AttentionBenchmark, run_attention_benchmark
 from blade.benchmarks.attention_report import tables, write_report
+from blade.benchmarks.layers import AttentionShape
 from blade.cli.bench import main
 
 TINY = AttentionBenchmark(

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from blade.benchmarks import candidates
-from blade.benchmarks.attention import AttentionBenchmark, AttentionShape, run_attention_benchmark
+from blade.benchmarks.attention import AttentionBenchmark, run_attention_benchmark
 from blade.benchmarks.attention_report import tables, write_report
 from blade.benchmarks.candidates import Candidate, candidates_for, recorded_packages, register_candidate
+from blade.benchmarks.layers import AttentionShape
 from blade.cli.bench import main
 
 MODULE = """
