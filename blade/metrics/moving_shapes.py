@@ -32,8 +32,9 @@ def _share_of_objects(attribute: str) -> Callable[[OfObjects], float | None]:
 
 
 NOTE = (
-    "Colour to background: share of the objects or videos whose caption names it that show it. Basics: share of "
-    "videos in which every object has its colour, shape and direction; all: everything that the caption says."
+    "Colour to background: share of the objects or videos whose caption names it that show it. Count: share of videos "
+    "that show the described objects and no others. Basics: those of them in which every object has its colour, shape "
+    "and direction; all: everything that the caption says."
 )
 
 MEASURES = (
@@ -63,6 +64,14 @@ MEASURES = (
         brief=False,
         interval=False,
         compared=False,
+    ),
+    Measure(
+        name="count",
+        heading="count",
+        format="{:.1%}",
+        better="up",
+        needs=("caption",),
+        compute=lambda sample: sample.once(_score).count,
     ),
     Measure(
         name="basics",

@@ -16,6 +16,7 @@ import torch
 from . import world
 from .captions import parse_caption
 from .fitting import fit_scene
+from .scoring import unexplained_share
 from .segmentation import check_video
 
 MAX_ERROR = 1.0
@@ -29,9 +30,10 @@ def realism_error(video: torch.Tensor, prompt: str) -> float:
 
     With the fitted scene's rendering R and, for object i, the rendering R_i of the scene without it,
 
-        error^2 = mean over objects of near_i^2 + far^2,
+        error^2 = mean over objects of near_i^2 + far^2 + extra,
         near_i^2 = sum (video - R)^2 / sum (R_i - R)^2, over the pixels within `NEAR` of object i, at most 1,
-        far^2 = mean (video - R)^2 over all other pixels / mean over objects of their mean squared contrast.
+        far^2 = mean (video - R)^2 over all other pixels / mean over objects of their mean squared contrast,
+        extra = mean over frames of the largest piece that no object explains, in areas of the largest object.
 
     0 is a rendered video; 1 (`MAX_ERROR`, and never more) is a video without the objects. Shape, fill and background
     are the prompt's, so that others count as errors, and so does a colour further than `fitting.COLOUR_FREEDOM` from
@@ -65,4 +67,5 @@ def realism_error(video: torch.Tensor, prompt: str) -> float:
         far &= ~near
     contrast = sum(contrasts) / len(contrasts)
     far_error = float(residual[far].mean()) / max(contrast, 1e-6) if bool(far.any()) else 0.0
-    return min(float((sum(near_errors) / len(near_errors) + far_error) ** 0.5), MAX_ERROR)
+    squared = sum(near_errors) / len(near_errors) + far_error + unexplained_share(video, prompt)
+    return min(float(squared**0.5), MAX_ERROR)

@@ -14,7 +14,8 @@ import torch
 
 from . import world
 from .captions import SHAPES, Caption, ObjectCaption, parse_caption
-from .segmentation import REACH, Segmentation, Track, segment, smooth
+from .counting import REACHES, Explained, unexplained_area
+from .segmentation import CONTACT, REACH, Segmentation, Track, TrackPart, dilate, segment, smooth
 
 BASICS = ("colour", "shape", "direction")
 """The attributes that every caption names for every object."""
@@ -31,6 +32,14 @@ LEAST_PRESENCE = 0.9
 """Share of frames in which an object must be seen, or be hidden by another one."""
 SIZE_THRESHOLD = (world.RADIUS["small"][1] + world.RADIUS["large"][0]) / 2
 SPEED_THRESHOLD = (world.SPEED["slowly"][1] + world.SPEED["fast"][0]) / 2
+LEAST_PART_OVERLAP = 0.7
+"""Of an object with its shape in a part of the video, which is less well seen than all of it."""
+PART_MARGIN = 0.05
+"""Overlap by which another shape must be nearer in a part of the video for the shape to count as changed."""
+LEAST_PART_SPEED = LEAST_SPEED / 2
+"""Pixels a frame, along its direction, below which an object counts as at rest in a part of the video."""
+MOST_EXTRA = 0.1
+"""Share of frames in which there may be a piece that no described object explains."""
 MOST_TRACKS = 4
 """Number of the largest objects in a video that are considered."""
 
@@ -60,24 +69,27 @@ class Score:
 
     objects: tuple[ObjectScore, ...]
     """In the caption's order."""
+    count: bool
+    """True if there are as many objects as described, and nothing else: no stranger, duplicate or leftover in more
+    than `MOST_EXTRA` of the frames; see `counting`."""
     background: bool | None = None
     """True if the named background is there; None where the caption names none."""
 
     @property
     def basics(self) -> bool:
-        """True if every object has its colour, shape and direction."""
-        return all(scored.basics for scored in self.objects)
+        """True if every object has its colour, shape and direction, and nothing else is there."""
+        return self.count and all(scored.basics for scored in self.objects)
 
     @property
     def all_attributes(self) -> bool:
         """True if the video shows everything that the caption says."""
-        return self.background is not False and all(scored.all_attributes for scored in self.objects)
+        return self.count and self.background is not False and all(scored.all_attributes for scored in self.objects)
 
     @property
     def fraction(self) -> float:
         """Share of the named attributes that are right."""
         marks = [mark for scored in self.objects for mark in scored.attributes.values()]
-        marks += [] if self.background is None else [self.background]
+        marks += [self.count] if self.background is None else [self.count, self.background]
         return sum(marks) / len(marks)
 
 
@@ -100,14 +112,40 @@ def score(video: torch.Tensor, prompt: str) -> Score:
 
 def score_segmentation(seen: Segmentation, caption: Caption) -> Score:
     """`score` for a video that is already segmented."""
-    views = [_look_at(track) for track in seen.tracks[:MOST_TRACKS]]
+    tracks = seen.tracks[:MOST_TRACKS]
+    views = [_look_at(track) for track in tracks]
     matched = _match(views, caption)
+    shown = [number for number in matched if number is not None]
+    for number in shown:  # only what the caption asks for may hide an object
+        others = [tracks[other].mask for other in shown if other != number]
+        views[number] = dataclasses.replace(views[number], present=_present_throughout(tracks[number], others))
     return Score(
         objects=tuple(
             _judge(None if n is None else views[n], described) for n, described in zip(matched, caption.objects)
         ),
+        count=None not in matched
+        and _nothing_else(seen, [_explained(tracks[number], views[number]) for number in shown]),
         background=None if caption.background is None else _background_shown(seen, caption.background),
     )
+
+
+def unexplained_share(video: torch.Tensor, prompt: str) -> float:
+    """Measure what a video shows beside the objects that its caption describes.
+
+    Args:
+        video: (frames, 3, height, width) in [0, 1].
+        prompt: a caption of the grammar; see `captions`.
+
+    Returns:
+        Mean over frames of the area of the largest piece that no object explains, in areas of the largest object; see
+        `counting`. 0 where the video shows none of the objects.
+    """
+    seen = segment(video)
+    tracks = [track for track in match_objects(seen, parse_caption(prompt)) if track is not None]
+    if not tracks:
+        return 0.0
+    extra = unexplained_area(seen.amplitude, [_explained(track, _look_at(track)) for track in tracks])
+    return float(extra.mean()) / max(track.full_area for track in tracks)
 
 
 def match_objects(seen: Segmentation, caption: Caption) -> tuple[Track | None, ...]:
@@ -138,20 +176,40 @@ class _View:
     size: str
     striped: bool
     velocity: tuple[float, float]
+    part_velocities: tuple[tuple[float, float], ...]
     steady: bool
+    reach: float
 
 
 def _look_at(track: Track) -> _View:
     best = compare_shapes(track)[0]
+    keeps_shape = best.overlap >= LEAST_OVERLAP and all(_shows_shape(part, track, best) for part in track.parts)
     return _View(
-        present=_present_throughout(track),
+        present=bool((track.area > 0).any()),
         colour=nearest_colour(track.colour),
-        shape=best.shape if best.overlap >= LEAST_OVERLAP else None,
+        shape=best.shape if keeps_shape else None,
         size="small" if best.radius < SIZE_THRESHOLD else "large",
         striped=best.striped or track.striped,
         velocity=track.velocity,
+        part_velocities=tuple(part.velocity for part in track.parts),
         steady=_steady(track, tolerance=max(4.0, best.radius / 2)),
+        reach=REACHES[best.shape] * best.radius,
     )
+
+
+def _explained(track: Track, view: _View) -> Explained:
+    return Explained(track=track, reach=view.reach)
+
+
+def _nothing_else(seen: Segmentation, objects: Sequence[Explained]) -> bool:
+    extra = unexplained_area(seen.amplitude, objects) > 0
+    return float(extra.float().mean()) <= MOST_EXTRA
+
+
+def _shows_shape(part: TrackPart, track: Track, best: ShapeFit) -> bool:
+    """Return whether no other shape is clearly nearer to the object in a part of the video."""
+    fits = {shape: _fit_shape(part.appearance, track.full_area, shape, best.striped).overlap for shape in SHAPES}
+    return fits[best.shape] >= max(LEAST_PART_OVERLAP, max(fits.values()) - PART_MARGIN)
 
 
 def _match(views: list[_View], caption: Caption) -> tuple[int | None, ...]:
@@ -177,7 +235,9 @@ def _judge(view: _View | None, described: ObjectCaption) -> ObjectScore:
     verdicts = {
         "colour": view.colour == described.colour,
         "shape": view.shape == described.shape,
-        "direction": view.steady and _moves(view.velocity, described.direction),
+        "direction": view.steady
+        and _moves(view.velocity, described.direction)
+        and all(_keeps_moving(velocity, described.direction) for velocity in view.part_velocities),
         "size": view.size == described.size,
         "fill": view.striped == (described.fill == "striped"),
         "speed": ("slowly" if math.hypot(*view.velocity) < SPEED_THRESHOLD else "fast") == described.speed,
@@ -193,16 +253,18 @@ def nearest_colour(rgb: tuple[float, float, float]) -> str | None:
 
 def compare_shapes(track: Track) -> list[ShapeFit]:
     """Fit each shape, solid and striped, to what the object looks like on average; the best comes first."""
-    fits = [_fit_shape(track, shape, striped) for shape in SHAPES for striped in (False, True)]
+    fits = [
+        _fit_shape(track.appearance, track.full_area, shape, striped) for shape in SHAPES for striped in (False, True)
+    ]
     return sorted(fits, key=lambda fit: -fit.overlap)
 
 
-def _fit_shape(track: Track, shape: str, striped: bool) -> ShapeFit:
-    """Search radius, place and blur for the greatest overlap, from coarse to fine."""
-    radius, x, y = radius_of_area(shape, track.full_area), 0.0, 0.0
+def _fit_shape(whole: torch.Tensor, area: float, shape: str, striped: bool) -> ShapeFit:
+    """Search radius, place and blur for the greatest overlap with an appearance, from coarse to fine."""
+    radius, x, y = radius_of_area(shape, area), 0.0, 0.0
     reach = min(int(1.6 * world.TRIANGLE_CIRCUMRADIUS * radius) + 2, REACH)
     pixels = torch.arange(-reach, reach + 1).float()
-    appearance = track.appearance[REACH - reach : REACH + reach + 1, REACH - reach : REACH + reach + 1]
+    appearance = whole[REACH - reach : REACH + reach + 1, REACH - reach : REACH + reach + 1]
 
     def overlaps(candidates: Sequence[torch.Tensor], blurs: int) -> torch.Tensor:
         radius, x, y = (values.view(-1, 1, 1) for values in candidates)
@@ -233,10 +295,17 @@ def radius_of_area(shape: str, area: float) -> float:
     return math.sqrt(area / math.pi)
 
 
-def _present_throughout(track: Track) -> bool:
-    """Return whether at least half of what nothing hides of the object is there, in nearly all frames."""
+def _present_throughout(track: Track, others: Sequence[torch.Tensor]) -> bool:
+    """Return whether at least half of what no other object hides is there, in nearly all frames.
+
+    Args:
+        track: the object.
+        others: (frames, height, width) bool, the pixels of each object that may hide it.
+    """
     dx, dy = _offsets(track.line, track.mask)
-    expected = (math.pi * (dx.square() + dy.square()) < track.full_area) & ~track.near_other
+    expected = math.pi * (dx.square() + dy.square()) < track.full_area
+    for mask in others:
+        expected &= ~dilate(mask & ~track.mask, CONTACT)
     present = track.area >= 0.5 * expected.sum((1, 2))
     return float(present.float().mean()) >= LEAST_PRESENCE
 
@@ -254,6 +323,14 @@ def _moves(velocity: tuple[float, float], direction: str) -> bool:
     along = velocity[0] * unit[0] + velocity[1] * unit[1]
     across = velocity[0] * unit[1] - velocity[1] * unit[0]
     return along >= LEAST_SPEED and abs(across) <= along / 2
+
+
+def _keeps_moving(velocity: tuple[float, float], direction: str) -> bool:
+    """Return whether a part's velocity is more along a direction than across, and no rest."""
+    unit = world.VELOCITY[direction]
+    along = velocity[0] * unit[0] + velocity[1] * unit[1]
+    across = velocity[0] * unit[1] - velocity[1] * unit[0]
+    return along >= LEAST_PART_SPEED and abs(across) <= max(along, LEAST_SPEED)
 
 
 def _offsets(centre: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

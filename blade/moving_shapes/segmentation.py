@@ -28,6 +28,10 @@ BAND = int(world.STRIPE_PERIOD / 2)
 """Width of a striped object's dark stripes in pixels."""
 MOST_CAST = 0.06
 """Tint of the whole video, in each channel, that is taken away before colours are told apart."""
+PARTS = 3
+"""Parts of a video in each of which an object must be right."""
+LEAST_PART_FRAMES = 4
+"""Frames of a part in which nothing hides an object, fewer than which say nothing of it."""
 WHITE_CHROMA = 0.25
 """Distance from grey above which a pixel is not white."""
 BACKGROUND_TOLERANCE = (world.PATTERN_LEVEL - world.BACKGROUND_LEVEL) / 2
@@ -35,6 +39,16 @@ BACKGROUND_TOLERANCE = (world.PATTERN_LEVEL - world.BACKGROUND_LEVEL) / 2
 
 HUES = tuple(name for name in world.RGB if name != "white")
 LABELS = (*HUES, "white")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrackPart:
+    """An object during a part of the video in which nothing hides it for long."""
+
+    appearance: torch.Tensor
+    """See `Track`."""
+    velocity: tuple[float, float]
+    """(x, y) in pixels a frame."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,6 +79,8 @@ class Track:
     """(x, y) in pixels a frame of the robust straight track."""
     full_area: float
     """Area in pixels where nothing hides the object: the median over free frames, else the largest seen."""
+    parts: tuple[TrackPart, ...]
+    """Of each of `PARTS` equal parts of the video: those in which nothing hides the object for a few frames."""
 
     @property
     def line(self) -> torch.Tensor:
@@ -81,6 +97,8 @@ class Segmentation:
     """The nearest of the world's backgrounds; None is plain dark."""
     background_matches: bool
     """True if nine tenths of the pixels away from objects look like `background`."""
+    amplitude: torch.Tensor
+    """(frames, height, width), see above."""
     tracks: tuple[Track, ...]
     """Largest first."""
 
@@ -122,11 +140,12 @@ def segment(video: torch.Tensor) -> Segmentation:
     seen.sort(key=lambda outline: -int(outline.mask.sum()))
     masks = [outline.mask for outline in seen]
     everything = torch.stack(masks).any(0) if masks else torch.zeros_like(off, dtype=torch.bool)
-    away = ~_dilate(everything, 2 * CONTACT)
+    away = ~dilate(everything, 2 * CONTACT)
     return Segmentation(
         background=background,
         background_matches=bool((off[away] < BACKGROUND_TOLERANCE).float().mean() > 0.9),
-        tracks=tuple(_track(outline, _dilate(everything & ~outline.mask, CONTACT)) for outline in seen),
+        amplitude=amplitude,
+        tracks=tuple(_track(outline, dilate(everything & ~outline.mask, CONTACT)) for outline in seen),
     )
 
 
@@ -187,12 +206,7 @@ def _connected_cells(core: torch.Tensor) -> list[torch.Tensor]:
         For each object the cells (frames, rows, columns) that it touches.
     """
     cells = F.avg_pool2d(core.float(), COARSE, ceil_mode=True) > 0.15
-    labels = torch.arange(1, cells.numel() + 1, dtype=torch.float32).view(cells.shape) * cells
-    while True:
-        grown = _spread(labels, frames=1, rows=2, columns=1) * cells
-        if torch.equal(grown, labels):
-            break
-        labels = grown
+    labels = connect(cells, frames=1, rows=2, columns=1)
     parts = [labels == value for value in labels.unique() if value > 0]
     parts.sort(key=lambda part: -int(part.sum()))
     objects: list[torch.Tensor] = []
@@ -203,6 +217,26 @@ def _connected_cells(core: torch.Tensor) -> list[torch.Tensor]:
         else:
             objects.append(part)
     return objects
+
+
+def connect(cells: torch.Tensor, *, frames: int = 0, rows: int = 0, columns: int = 0) -> torch.Tensor:
+    """Number the connected parts of cells.
+
+    Args:
+        cells: (frames, rows, columns) bool.
+        frames: distance in frames at which cells are connected.
+        rows: distance in rows.
+        columns: distance in columns.
+
+    Returns:
+        (frames, rows, columns) float32, a number for each part, 0 where there is no cell.
+    """
+    labels = torch.arange(1, cells.numel() + 1, dtype=torch.float32).view(cells.shape) * cells
+    while True:
+        grown = _spread(labels, frames=frames, rows=rows, columns=columns) * cells
+        if torch.equal(grown, labels):
+            return labels
+        labels = grown
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -236,7 +270,7 @@ def _outline(
         white_canvas: For a white object the background, from which its dark stripes must be told.
     """
     height, width = amplitude.shape[1:]
-    reach = _dilate(cells, 1).float()
+    reach = dilate(cells, 1).float()
     region = F.interpolate(reach[:, None], scale_factor=COARSE)[:, 0, :height, :width] > 0
     core = region & labelled & (amplitude > 0.5)
     peak = float(amplitude[core].quantile(0.75))
@@ -250,7 +284,7 @@ def _outline(
         whole &= labelled | (amplitude < dark / 2)
     inside = ~_spread(~whole, rows=1, columns=2)  # stripes are horizontal: their rows are what must be kept
     between = (1 + world.STRIPE_SHADE) / 2 * peak
-    striped = bool((amplitude[inside] < between).float().mean() > 0.25)
+    striped = bool((amplitude[inside] < between).float().mean() > 0.2)
     mask = region & labelled & (amplitude > peak / 2)
     if striped:  # its edges lie at half of what each row has
         mask = whole & ((amplitude > peak / 2) | (_spread(amplitude, columns=3) < between))
@@ -280,11 +314,7 @@ def _track(outline: _Outline, near_other: torch.Tensor) -> Track:
     time = torch.arange(frames, dtype=torch.float32)
     chosen = free if int(free.sum()) >= max(3, frames // 8) else seen
     times, points = time[chosen], centre[chosen]
-    velocity = torch.zeros(2)
-    if len(times) > 1:
-        first, second = torch.triu_indices(len(times), len(times), 1)
-        slopes = (points[second] - points[first]) / (times[second] - times[first])[:, None]
-        velocity = slopes.median(0).values
+    velocity = _velocity(times, points)
     start = (points - times[:, None] * velocity).median(0).values
     shown = free if bool(free.any()) else seen
     middle = centre if bool(free.any()) else start + time[:, None] * velocity
@@ -301,7 +331,24 @@ def _track(outline: _Outline, near_other: torch.Tensor) -> Track:
         start=(float(start[0]), float(start[1])),
         velocity=(float(velocity[0]), float(velocity[1])),
         full_area=float(area[free].median() if bool(free.any()) else area.max()),
+        parts=tuple(
+            TrackPart(
+                appearance=_appearance(outline.amplitude[part], ~near_other[part], centre[part]),
+                velocity=tuple(_velocity(time[part], centre[part]).tolist()),
+            )
+            for part in (time[free].long()[time[free].long() * PARTS // frames == number] for number in range(PARTS))
+            if len(part) >= LEAST_PART_FRAMES
+        ),
     )
+
+
+def _velocity(times: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
+    """Theil and Sen's slope (x, y) of points over time; none of a single point."""
+    if len(times) < 2:
+        return torch.zeros(2)
+    first, second = torch.triu_indices(len(times), len(times), 1)
+    slopes = (points[second] - points[first]) / (times[second] - times[first])[:, None]
+    return slopes.median(0).values
 
 
 def _appearance(amplitude: torch.Tensor, known: torch.Tensor, centre: torch.Tensor) -> torch.Tensor:
@@ -317,7 +364,8 @@ def _appearance(amplitude: torch.Tensor, known: torch.Tensor, centre: torch.Tens
     return total / weight.clamp(min=1e-3)
 
 
-def _dilate(mask: torch.Tensor, by: int) -> torch.Tensor:
+def dilate(mask: torch.Tensor, by: int) -> torch.Tensor:
+    """Grow (frames, height, width) bool by so many pixels to each side."""
     return _spread(mask, rows=by, columns=by)
 
 

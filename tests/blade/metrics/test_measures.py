@@ -23,8 +23,8 @@ OWN = {
     "layer_density": "layer density", "run_density": "run density", "psnr": "PSNR", "ssim": "SSIM", "lpips": "LPIPS",
     "motion": "motion", "motion_ratio": "motion to dense", "colour": "colour", "shape": "shape",
     "direction": "direction", "size": "size", "fill": "fill", "speed": "speed", "background": "background",
-    "basics": "basics", "all_attributes": "all", "realism_error": "realism error", "diversity": "diversity",
-    "frechet": "Frechet", "seconds_denoising": "seconds",
+    "count": "count", "basics": "basics", "all_attributes": "all", "realism_error": "realism error",
+    "diversity": "diversity", "frechet": "Frechet", "seconds_denoising": "seconds",
 }  # fmt: skip
 FACTS = ["layer_density", "run_density", "seconds_denoising"]
 
