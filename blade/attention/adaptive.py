@@ -163,6 +163,7 @@ def keep_most_important(importance: torch.Tensor, plan: AdaptivePlan) -> BlockMa
         importance,
         (config.block_size, config.block_size),
         max_blocks=budget.text_blocks + budget.kept_blocks,
+        extra_blocks=budget.extra_blocks,
         min_blocks=plan.min_blocks,
         cumulative_mass=config.cumulative_mass,
         forced_key_blocks=plan.text_blocks,

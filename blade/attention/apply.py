@@ -135,6 +135,8 @@ def changed_configs(pipe_or_transformer: Any, config: Configs | None, changes: M
     unknown = [name for name in changes if name not in names]
     if unknown:
         raise ValueError(f"`{unknown[0]}` must be a field of BladeConfig: {', '.join(names)}.")
+    if changes.get("attention") == "asa-gt":  # which says what is pooled, whatever the configuration says of it
+        changes = {"pooled_tokens": "all", **changes}
     if isinstance(config, BladeConfig):
         return replace(config, **changes)
     configs = config or {name: _preset(part) for name, part in find_transformers(pipe_or_transformer).items()}

@@ -24,6 +24,8 @@ class BlockBudget:
     """Blocks that hold a text token, and are kept by every row."""
     kept_blocks: int
     """Blocks of video alone that a row keeps, of `blocks - text_blocks`. At least one, if there is one."""
+    extra_blocks: int
+    """Rows that keep one more, spread evenly."""
     pooled_tokens: Literal["none", "all", "dropped"]
     """Pooled tokens in force: none where every block is kept."""
     density: float
@@ -49,6 +51,7 @@ def plan_budget(
     block_size: int,
     pooled_tokens: Literal["none", "all", "dropped"],
     pooled_window: int,
+    rounding: Literal["floor", "spread"] = "floor",
 ) -> BlockBudget:
     """Spend what a sparsity leaves.
 
@@ -58,6 +61,7 @@ def plan_budget(
         block_size: tokens in a block.
         pooled_tokens: see `BladeConfig`.
         pooled_window: tokens averaged into a pooled one.
+        rounding: see `AdaptiveConfig`.
 
     Returns:
         The budget with the most kept blocks whose density is not above `1 - sparsity`, but for what is forced.
@@ -75,23 +79,27 @@ def plan_budget(
     # in "dropped" mode a block that is not kept is replaced by its pooled tokens
     pooled_in_block = block_size / pooled_window if pooled_tokens == "dropped" else 0.0
 
-    def density(kept: int) -> float:
+    def density(kept: float) -> float:
         video_row = forced + min(kept * block_size, tokens - forced) + (video_blocks - kept) * pooled_in_block
         text_row = tokens
         return (forced * text_row + (tokens - forced) * video_row) / tokens**2 + pooled_everywhere / tokens
 
-    kept = min(1, video_blocks)
+    kept, extra = min(1, video_blocks), 0
     if video_blocks:
         pairs = (1 - sparsity - pooled_everywhere / tokens) * tokens**2 - forced * tokens
         video_row = pairs / (tokens - forced) - forced - video_blocks * pooled_in_block
         whole = block_size - pooled_in_block
-        kept = max(1, min(math.floor(video_row / whole + 1e-6), video_blocks)) if whole > 0 else video_blocks
+        wanted = min(video_row / whole + 1e-6, video_blocks) if whole > 0 else float(video_blocks)
+        kept = max(1, math.floor(wanted))
+        if rounding == "spread" and kept < wanted:
+            extra = math.floor((wanted - kept) * blocks)
         # Every block kept is shorter in tokens than in blocks where the last one is cut.
         if density(video_blocks) <= 1 - sparsity + 1e-9:
             kept = video_blocks
     if kept == video_blocks:
-        pooled_tokens, pooled_everywhere = "none", 0
-    return BlockBudget(blocks, text_blocks, kept, pooled_tokens, density(kept), 1 - sparsity)
+        pooled_tokens, pooled_everywhere, extra = "none", 0, 0
+    planned = density(kept + extra / blocks)
+    return BlockBudget(blocks, text_blocks, kept, extra, pooled_tokens, planned, 1 - sparsity)
 
 
 def configured_budget(config: BladeConfig, grid: TokenGrid) -> BlockBudget:
@@ -102,4 +110,5 @@ def configured_budget(config: BladeConfig, grid: TokenGrid) -> BlockBudget:
         block_size=config.asa.block_size,
         pooled_tokens=config.pooled_tokens,
         pooled_window=config.asa.pooled_window,
+        rounding=config.asa.rounding,
     )

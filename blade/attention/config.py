@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from blade_kernels.block_selection import STATISTICS
 from blade_kernels.implementations import current_name
 
 from blade.attention.pattern_table import TABLE_NAME, PatternTable
@@ -47,6 +48,14 @@ class AdaptiveConfig:
     """Score `sampled` by a softmax with its denominator (the paper's); if false, by each weight relative to the
     largest of its row (as released)."""
 
+    statistic: Literal["max", "mean", "rms"] = "max"
+    """Statistic by which `sampled` scores a block: the largest weight (`max`, the paper's); or, of the weights that
+    sampled queries give to the whole block, the mean or the root mean square (`rms`)."""
+
+    rounding: Literal["floor", "spread"] = "floor"
+    """Use of a budget that is no whole number of blocks in a row: leave the rest (`floor`), or give some rows one
+    block more (`spread`), so that the budget is met on average."""
+
     cumulative_mass: float | None = None
     """Stop keeping blocks of a row once they hold this share of its score, in (0, 1]; the block that crosses it is
     kept. None: always keep as many as the budget allows. The paper's 0.95 hardly ever stops before its cap."""
@@ -68,6 +77,8 @@ class AdaptiveConfig:
         object.__setattr__(self, "token_order", canonical_order(self.token_order))
         find_selector(self.selector)
         check_flag("softmax_denominator", self.softmax_denominator)
+        check_choice("statistic", self.statistic, STATISTICS)
+        check_choice("rounding", self.rounding, ("floor", "spread"))
         if self.cumulative_mass is not None:
             check_number("cumulative_mass", self.cumulative_mass, "None or in (0, 1]", lambda x: 0 < x <= 1)
         check_number("min_fraction", self.min_fraction, "in [0, 1]", lambda x: 0 <= x <= 1)

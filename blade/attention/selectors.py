@@ -53,6 +53,11 @@ class SelectorOptions(Protocol):
         """Score by a softmax with its denominator."""
         ...
 
+    @property
+    def statistic(self) -> str:
+        """Statistic of the sampled weights."""
+        ...
+
 
 @dataclass(frozen=True, eq=False)
 class SelectorContext:
@@ -153,6 +158,7 @@ def _score_sampled(
         (options.block_size, options.block_size),
         key_lengths=key_lengths,
         softmax_denominator=options.softmax_denominator,
+        statistic=options.statistic,
     )
 
 

@@ -71,7 +71,8 @@ class TransformerSummary:
             lines.append(
                 f"  {grid.frames} x {grid.height} x {grid.width} tokens in {budget.blocks} blocks of "
                 f"{config.asa.block_size}; a row keeps {'at most ' if config.asa.cumulative_mass else ''}"
-                f"{budget.kept_blocks + budget.text_blocks}, pooled tokens: {budget.pooled_tokens}"
+                f"{budget.kept_blocks + budget.text_blocks + budget.extra_blocks / budget.blocks:.4g}, pooled tokens: "
+                f"{budget.pooled_tokens}"
             )
         lines.append(f"  {_densities(self.layers)}")
         used = sorted({layer.implementation for layer in self.layers if layer.implementation is not None})

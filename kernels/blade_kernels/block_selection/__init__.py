@@ -5,7 +5,14 @@ query block needs a key block. `select_blocks` turns any such tensor into a mask
 `naive`, nothing here waits for the device.
 """
 
-from blade_kernels.block_selection.importance import mean_pooled_importance, sampled_importance
+from blade_kernels.block_selection.importance import STATISTICS, mean_pooled_importance, sampled_importance
 from blade_kernels.block_selection.selection import local_blocks, random_blocks, select_blocks
 
-__all__ = ["local_blocks", "mean_pooled_importance", "random_blocks", "sampled_importance", "select_blocks"]
+__all__ = [
+    "STATISTICS",
+    "local_blocks",
+    "mean_pooled_importance",
+    "random_blocks",
+    "sampled_importance",
+    "select_blocks",
+]

@@ -10,6 +10,9 @@ from blade_kernels.block_selection.naive import naive_sampled_importance
 from blade_kernels.implementations import choose_implementation
 from blade_kernels.scratch import Scratch
 
+STATISTICS = ("max", "mean", "rms")
+"""Statistics of the weights between sampled tokens."""
+
 _CHUNK_ELEMENTS = 2**19  # logits in memory at a time
 
 
@@ -23,13 +26,14 @@ def sampled_importance(
     scale: float | None = None,
     key_lengths: Tensor | None = None,
     softmax_denominator: bool = True,
+    statistic: str = "max",
     implementation: str = "auto",
 ) -> Tensor:
-    """Score each pair of blocks by the largest attention weight between their sampled tokens.
+    """Score each pair of blocks by the attention weights between their sampled tokens.
 
     The sampled queries attend to the sampled keys only, with one softmax over all of them; the score of a pair of
-    blocks is the maximum over its part of that matrix. In a block with fewer tokens the offsets are scaled to its
-    length, and a token sampled twice counts once. Tokens past the end are never read.
+    blocks is a statistic of its part of that matrix. In a block with fewer tokens the offsets are scaled to its
+    length, and a key sampled twice counts once. Tokens past the end are never read.
 
     Args:
         q: (B, S, H, D) queries; consecutive tokens form the blocks.
@@ -42,14 +46,16 @@ def sampled_importance(
         key_lengths: (B,) integers, number of valid keys; the rest are ignored. Blocks without valid keys score 0.
         softmax_denominator: divide by the sum of the softmax, as in the paper. Without it, as in the paper's code,
             each sampled query gives its best key a score of 1, however flat its distribution.
+        statistic: "max", the largest weight, as in the paper; or, of the weight that each query gives to all sampled
+            keys of the block together, the "mean" or the root mean square, "rms", over the queries.
         implementation: "triton"; "cpu", plain PyTorch on any device; "naive", the specification; "auto" picks Triton
             on CUDA where possible, else "cpu". "reference" is an alias of "cpu".
 
     Returns:
-        (B, H, query blocks, key blocks) in float32 (float64 for float64 inputs), from 0 to 1. Not differentiable.
+        (B, H, query blocks, key blocks) in float32 (float64 for float64 inputs), not negative. Not differentiable.
 
     Raises:
-        ValueError: inconsistent shapes, or an unknown implementation.
+        ValueError: inconsistent shapes, or an unknown statistic or implementation.
         NotImplementedError: the requested implementation cannot compute this.
 
     Source: BLADE, arXiv 2508.10774, P = MaxPool(softmax(Qs Ks^T / sqrt(d))).
@@ -61,18 +67,20 @@ def sampled_importance(
                 f"`{name}` must be integers that broadcast to ({q.shape[0]}, {q.shape[2]}, samples), "
                 f"got {offsets.dtype} of shape {tuple(offsets.shape)}."
             )
+    if statistic not in STATISTICS:
+        raise ValueError(f"`statistic` must be one of {', '.join(STATISTICS)}, got {statistic!r}.")
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     problem = triton_launch.scoring_unsupported(q, k, query_offsets.shape[-1], key_offsets.shape[-1])
     chosen = choose_implementation(implementation, q.device, problem)
     with torch.no_grad():
         if chosen == "triton":
             scores: Tensor = triton_launch.sampled_importance(
-                q, k, query_offsets, key_offsets, list(block_size), scale, key_lengths, softmax_denominator
+                q, k, query_offsets, key_offsets, list(block_size), scale, key_lengths, softmax_denominator, statistic
             )
             return scores
         if chosen == "naive":
             return naive_sampled_importance(
-                q, k, query_offsets, key_offsets, block_size, scale, key_lengths, softmax_denominator
+                q, k, query_offsets, key_offsets, block_size, scale, key_lengths, softmax_denominator, statistic
             )
         qs, _ = _sample(q, query_offsets, block_size[0], None, blocks_first=True)
         # The first samples of all blocks, then the second ones, and so on: maxima over samples vectorise over blocks.
@@ -98,7 +106,7 @@ def sampled_importance(
                 logits = logits.view(*logits.shape[:2], key_samples, key_blocks)
                 if absent is not None:
                     logits[..., key_blocks - absent.shape[-1] :].masked_fill_(absent[head_slice], -torch.inf)
-                importance[head_slice, rows] = _block_maxima(logits, query_samples, softmax_denominator)
+                importance[head_slice, rows] = _block_scores(logits, query_samples, softmax_denominator, statistic)
         return importance.view(batch, heads, query_blocks, key_blocks)
 
 
@@ -133,9 +141,18 @@ def mean_pooled_importance(
         return logits.masked_fill((key_counts == 0)[:, None, None], -torch.inf).softmax(-1).nan_to_num(0.0)
 
 
-def _block_maxima(logits: Tensor, query_samples: int, softmax_denominator: bool) -> Tensor:
-    """Reduce logits (n, QB * samples, samples, KB), in place, to the largest softmax weights (n, QB, KB)."""
+def _block_scores(logits: Tensor, query_samples: int, softmax_denominator: bool, statistic: str) -> Tensor:
+    """Reduce logits (n, QB * samples, samples, KB), in place, to a statistic of softmax weights (n, QB, KB)."""
     query_blocks = (-1, query_samples)
+    if statistic != "max":
+        if softmax_denominator:
+            flat = logits.flatten(-2)
+            torch.softmax(flat, -1, out=flat)
+        else:
+            peak = logits.amax((-2, -1), keepdim=True).clamp(min=torch.finfo(logits.dtype).min)
+            logits.sub_(peak).exp_()
+        mass = torch.unflatten(logits.sum(-2), 1, query_blocks).nan_to_num_(0.0)
+        return mass.mean(2) if statistic == "mean" else mass.square().mean(2).sqrt()
     if softmax_denominator:
         flat = logits.flatten(-2)
         torch.softmax(flat, -1, out=flat)  # one pass over cached data; nan where every key is absent

@@ -17,8 +17,9 @@ def naive_sampled_importance(
     scale: float,
     key_lengths: Tensor | None,
     softmax_denominator: bool,
+    statistic: str,
 ) -> Tensor:
-    """Score every pair of blocks by the largest attention weight between its sampled tokens, from all S * T weights.
+    """Score every pair of blocks by the attention weights between its sampled tokens, from all S * T weights.
 
     Returns:
         (B, H, query blocks, key blocks) in float32 (float64 for float64 inputs).
@@ -28,26 +29,33 @@ def naive_sampled_importance(
     keys = _sampled(k, key_offsets, block_size[1], key_lengths)  # (B, H, T)
     q, k = (x.to(dtype).transpose(1, 2) for x in (q, k))
     with torch.autocast(q.device.type, enabled=False):
-        logits = (q @ k.mT * scale).masked_fill(~keys.unsqueeze(2), -torch.inf)
+        logits = (q @ k.mT * scale).masked_fill((keys == 0).unsqueeze(2), -torch.inf)
     base = logits.logsumexp(-1, keepdim=True) if softmax_denominator else logits.amax(-1, keepdim=True)
     weights = (logits - base.masked_fill(base == -torch.inf, 0.0)).exp()  # -inf - -inf would be NaN
-    weights = weights.masked_fill(~queries.unsqueeze(-1), 0.0)
+    weights = weights.masked_fill((queries == 0).unsqueeze(-1), 0.0)
     missing = (-weights.shape[2] % block_size[0], -weights.shape[3] % block_size[1])
     whole = torch.nn.functional.pad(weights, (0, missing[1], 0, missing[0]))
     by_block = torch.unflatten(torch.unflatten(whole, 3, (-1, block_size[1])), 2, (-1, block_size[0]))
-    return by_block.amax((3, 5))
+    if statistic == "max":
+        return by_block.amax((3, 5))
+    drawn = torch.nn.functional.pad(queries, (0, missing[0])).unflatten(-1, (-1, block_size[0])).unsqueeze(-1)
+    mass = by_block.sum(5)  # of every query in every key block
+    if statistic == "mean":
+        return (mass * drawn).sum(3) / query_offsets.shape[-1]
+    return ((mass.square() * drawn).sum(3) / query_offsets.shape[-1]).sqrt()
 
 
 def _sampled(x: Tensor, offsets: Tensor, size: int, lengths: Tensor | None) -> Tensor:
-    """Mark the sampled tokens of (B, tokens, H, D): (B, H, tokens) bool."""
+    """Count how often each token of (B, tokens, H, D) is sampled: (B, H, tokens) int64."""
     batch, tokens, heads, _ = x.shape
-    sampled = torch.zeros(batch, heads, tokens, dtype=torch.bool, device=x.device)
+    sampled = torch.zeros(batch, heads, tokens, dtype=torch.int64, device=x.device)
     offsets = offsets.long().expand(batch, heads, -1)
     for item in range(batch):
         length = tokens if lengths is None else min(int(lengths[item]), tokens)
         for start in range(0, length, size):
             block_tokens = min(size, length - start)  # in a short block the offsets are scaled to its length
-            sampled[item].scatter_(-1, start + offsets[item] * block_tokens // size, True)
+            places = start + offsets[item] * block_tokens // size
+            sampled[item].scatter_add_(-1, places, torch.ones_like(places))
     return sampled
 
 
@@ -55,6 +63,7 @@ def naive_selection(
     importance: Tensor,
     block_size: tuple[int, int],
     max_blocks: int,
+    extra_blocks: int,
     min_blocks: int,
     cumulative_mass: float | None,
     forced_key_blocks: Tensor | None,
@@ -67,6 +76,7 @@ def naive_selection(
         (B or 1, H or 1, query blocks, key blocks) bool.
     """
     *rows, key_blocks = importance.shape
+    query_blocks = rows[-1]
     keep = torch.zeros(importance.shape, dtype=torch.bool)
     for row in itertools.product(*map(range, rows)):
         score, first = importance[row].float().tolist(), row[-1] * block_size[0]
@@ -76,11 +86,12 @@ def naive_selection(
             nearest = first // block_size[1] - local_radius, last // block_size[1] + local_radius
             forced = [flag or nearest[0] <= block <= nearest[1] for block, flag in enumerate(forced)]
         ranking = sorted(range(key_blocks), key=lambda block: (not forced[block], -score[block], block))
-        count = max_blocks
+        extra = (row[-1] + 1) * extra_blocks // query_blocks - row[-1] * extra_blocks // query_blocks
+        count = most = min(max_blocks + extra, key_blocks)
         if cumulative_mass is not None:
             mass = list(itertools.accumulate(score[block] for block in ranking))
             count = 1 + sum(partial < cumulative_mass * mass[-1] for partial in mass)  # and the block that reaches it
-        count = max(min(max(count, min_blocks), max_blocks), sum(forced))
+        count = max(min(max(count, min_blocks), most), sum(forced))
         if forced_query_blocks is not None and forced_query_blocks[row[-1]]:
             count = key_blocks
         keep[row][ranking[:count]] = True

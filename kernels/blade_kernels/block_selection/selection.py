@@ -16,6 +16,7 @@ def select_blocks(
     block_size: tuple[int, int] = (64, 64),
     *,
     max_blocks: int | None = None,
+    extra_blocks: int = 0,
     min_blocks: int = 1,
     cumulative_mass: float | None = None,
     forced_key_blocks: Tensor | None = None,
@@ -34,6 +35,8 @@ def select_blocks(
         importance: (B or 1, H or 1, query blocks, key blocks), finite and non-negative. Compared in float32.
         block_size: tokens in a (query block, key block).
         max_blocks: maximum number of key blocks in a row. None: no limit.
+        extra_blocks: number of rows, of all n of a head, with a maximum that is larger by one: of row i the maximum is
+            larger by floor((i + 1) * extra_blocks / n) - floor(i * extra_blocks / n).
         min_blocks: minimum number of key blocks in a row.
         cumulative_mass: share of the row's importance to reach, in (0, 1]. None: every row keeps `max_blocks`.
         forced_key_blocks: (key blocks,) bool, kept by every row, for instance those with text.
@@ -54,10 +57,14 @@ def select_blocks(
 
     Source: BLADE, arXiv 2508.10774: the smallest m whose cumulative mass reaches the threshold, then clamping.
     """
-    _check(importance, max_blocks, min_blocks, cumulative_mass, forced_key_blocks, forced_query_blocks, local_radius)
+    _check(
+        importance, max_blocks, extra_blocks, min_blocks, cumulative_mass, forced_key_blocks, forced_query_blocks,
+        local_radius,
+    )  # fmt: skip
     key_blocks = importance.shape[3]
     limit = key_blocks if max_blocks is None else min(max_blocks, key_blocks)
-    capacity = limit
+    extra_blocks = 0 if limit == key_blocks else extra_blocks
+    capacity = limit + (extra_blocks > 0)
     if local_radius is not None:
         capacity = max(capacity, (block_size[0] - 2) // block_size[1] + 2 + 2 * local_radius)
     if forced_key_blocks is not None or forced_query_blocks is not None or capacity > key_blocks:
@@ -66,24 +73,25 @@ def select_blocks(
     chosen = choose_implementation(implementation, importance.device, problem)
     if chosen == "triton":
         return triton_launch.select_blocks(
-            importance, block_size, limit, min_blocks, cumulative_mass, forced_key_blocks, forced_query_blocks,
-            local_radius, capacity,
+            importance, block_size, limit, extra_blocks, min_blocks, cumulative_mass, forced_key_blocks,
+            forced_query_blocks, local_radius, capacity,
         )  # fmt: skip
     if chosen == "naive":
         keep = naive_selection(
-            importance, block_size, limit, min_blocks, cumulative_mass, forced_key_blocks, forced_query_blocks,
-            local_radius,
+            importance, block_size, limit, extra_blocks, min_blocks, cumulative_mass, forced_key_blocks,
+            forced_query_blocks, local_radius,
         )  # fmt: skip
         return BlockMask.from_dense(keep, block_size, capacity)
     return _select_on_cpu(
-        importance, block_size, limit, min_blocks, cumulative_mass, forced_key_blocks, forced_query_blocks,
-        local_radius, capacity,
+        importance, block_size, limit, extra_blocks, min_blocks, cumulative_mass, forced_key_blocks,
+        forced_query_blocks, local_radius, capacity,
     )  # fmt: skip
 
 
 def _check(
     importance: Tensor,
     max_blocks: int | None,
+    extra_blocks: int,
     min_blocks: int,
     cumulative_mass: float | None,
     forced_key_blocks: Tensor | None,
@@ -103,6 +111,8 @@ def _check(
             "`min_blocks` and `max_blocks` must satisfy 1 <= min_blocks <= max_blocks, and `min_blocks` be at most "
             f"the {key_blocks} key blocks, got {min_blocks} and {max_blocks}."
         )
+    if not 0 <= extra_blocks < query_blocks:
+        raise ValueError(f"`extra_blocks` must be from 0 to {query_blocks - 1}, less than rows, got {extra_blocks}.")
     if cumulative_mass is not None and not 0.0 < cumulative_mass <= 1.0:
         raise ValueError(f"`cumulative_mass` must be in (0, 1] or None, got {cumulative_mass}.")
     if local_radius is not None and local_radius < 0:
@@ -119,6 +129,7 @@ def _select_on_cpu(
     importance: Tensor,
     block_size: tuple[int, int],
     limit: int,
+    extra: int,
     least: int,
     cumulative_mass: float | None,
     forced_key_blocks: Tensor | None,
@@ -135,7 +146,15 @@ def _select_on_cpu(
     if forced_key_blocks is not None:
         forced = forced_key_blocks if forced is None else forced | forced_key_blocks
     ranked = importance if forced is None else importance.masked_fill(forced, torch.inf)
-    if cumulative_mass is None:
+    most: int | Tensor = limit  # blocks in a row
+    if extra:
+        rows = torch.arange(query_blocks + 1, device=importance.device) * extra // query_blocks
+        most = limit + rows.diff().unsqueeze(-1)
+    if cumulative_mass is None and extra:
+        largest = _largest(ranked, limit + 1, ordered=True)  # the last is only for rows with one more
+        kept = torch.arange(limit + 1, device=importance.device) < most
+        keep = torch.zeros_like(ranked, dtype=torch.bool).scatter_(-1, largest, kept.expand_as(largest))
+    elif cumulative_mass is None:
         largest = _largest(ranked, limit)
         if forced is None and forced_query_blocks is None:
             return BlockMask.from_lists(largest, key_blocks, block_size)
@@ -144,7 +163,7 @@ def _select_on_cpu(
         order = ranked.argsort(dim=-1, descending=True, stable=True)
         mass = importance.gather(-1, order).cumsum(-1)
         counts = (mass < cumulative_mass * mass[..., -1:]).sum(-1, keepdim=True) + 1  # and the block that reaches it
-        counts = counts.clamp(least, limit)
+        counts = counts.clamp(min=least).clamp(max=most)
         if forced is not None:
             counts = torch.maximum(counts, forced.sum(-1, keepdim=True))
         ranks = torch.arange(key_blocks, device=order.device).expand_as(order)
@@ -239,13 +258,14 @@ def _local(
     return (blocks >= first.unsqueeze(-1)) & (blocks <= last.unsqueeze(-1))
 
 
-def _largest(x: Tensor, count: int) -> Tensor:
-    """Find the `count` largest along the last dimension, (.., count) int64, unordered; ties by increasing index.
+def _largest(x: Tensor, count: int, *, ordered: bool = False) -> Tensor:
+    """Find the `count` largest along the last dimension, (.., count) int64; ties by increasing index.
 
     Args:
         x: non-negative float32. Their bits, read as integers, are ordered as they are and leave room for the index.
         count: at most the size of the last dimension.
+        ordered: return them in decreasing order.
     """
     size = x.shape[-1]
     tie_break = torch.arange(size - 1, -1, -1, device=x.device)
-    return (x.abs().view(torch.int32).long() * size + tie_break).topk(count, sorted=False).indices
+    return (x.abs().view(torch.int32).long() * size + tie_break).topk(count, sorted=ordered).indices

@@ -47,6 +47,7 @@ def sampled_importance(
     scale: float,
     key_lengths: Tensor | None,
     softmax_denominator: bool,
+    statistic: str,
 ) -> Tensor:
     """Compute `block_selection.sampled_importance` with the kernel."""
     from blade_kernels.block_selection.triton_selection import sampled_importance_kernel
@@ -68,7 +69,7 @@ def sampled_importance(
             tokens, k.shape[1], heads, scale, query_blocks, key_blocks, *q.stride()[:3], *k.stride()[:3],
             D=size, BQ=block_size[0], BK=block_size[1], ROWS=rows, QUERIES=queries,
             BLOCKS=SCORED_TOGETHER // keys, KEYS=keys, LENGTHS=key_lengths is not None,
-            DENOMINATOR=softmax_denominator, UPCAST=interpreted() and q.dtype == torch.bfloat16,
+            DENOMINATOR=softmax_denominator, STATISTIC=statistic, UPCAST=interpreted() and q.dtype == torch.bfloat16,
         )  # fmt: skip
     return importance
 
@@ -87,6 +88,7 @@ def select_blocks(
     importance: Tensor,
     block_size: tuple[int, int],
     limit: int,
+    extra: int,
     least: int,
     cumulative_mass: float | None,
     forced_key_blocks: Tensor | None,
@@ -100,6 +102,7 @@ def select_blocks(
         importance: (B or 1, H or 1, query blocks, key blocks).
         block_size: tokens in a (query block, key block).
         limit: `max_blocks`, or the number of key blocks.
+        extra: `extra_blocks`.
         least: `min_blocks`.
         cumulative_mass: see `select_blocks`.
         forced_key_blocks: (key blocks,) bool, or None.
@@ -108,7 +111,7 @@ def select_blocks(
         capacity: width of the mask's lists.
     """
     keep, counts, indices = _select(
-        importance, list(block_size), limit, least, cumulative_mass, forced_key_blocks, forced_query_blocks,
+        importance, list(block_size), limit, extra, least, cumulative_mass, forced_key_blocks, forced_query_blocks,
         local_radius, capacity,
     )  # fmt: skip
     return BlockMask(keep, counts, indices, block_size)
@@ -119,6 +122,7 @@ def _select(
     importance: Tensor,
     block_size: list[int],
     limit: int,
+    extra: int,
     least: int,
     cumulative_mass: float | None,
     forced_key_blocks: Tensor | None,
@@ -139,7 +143,7 @@ def _select(
             importance, keep, counts, indices,
             counts if forced_key_blocks is None else forced_key_blocks.contiguous(),
             counts if forced_query_blocks is None else forced_query_blocks.contiguous(),
-            heads, query_blocks, key_blocks, capacity, limit, least, cumulative_mass or 0.0,
+            heads, query_blocks, key_blocks, capacity, limit, extra, least, cumulative_mass or 0.0,
             *importance.stride()[:3], local_radius or 0,
             BQ=block_size[0], BK=block_size[1], WIDTH=width, BY_MASS=cumulative_mass is not None,
             FORCED_KEYS=forced_key_blocks is not None, FORCED_QUERIES=forced_query_blocks is not None,

@@ -19,7 +19,8 @@ def sampled_importance_kernel(
     q_batch, q_token, q_head,
     k_batch, k_token, k_head,
     D: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, ROWS: tl.constexpr, QUERIES: tl.constexpr,
-    BLOCKS: tl.constexpr, KEYS: tl.constexpr, LENGTHS: tl.constexpr, DENOMINATOR: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCKS: tl.constexpr, KEYS: tl.constexpr, LENGTHS: tl.constexpr, DENOMINATOR: tl.constexpr,
+    STATISTIC: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Compute the importance of all key blocks for `ROWS` query blocks, in two passes over the sampled keys.
 
@@ -27,6 +28,7 @@ def sampled_importance_kernel(
         importance: (B, H, query blocks, key blocks) float32, contiguous.
         query_offsets: (B, H, QUERIES) int32, sorted; likewise `key_offsets`, (B, H, KEYS).
         BLOCKS: key blocks in a tile.
+        STATISTIC: "max", "mean" or "rms".
     """
     first, head, item = tl.program_id(0) * ROWS, tl.program_id(1), tl.program_id(2)
     wide_head, wide_item = head.to(tl.int64), item.to(tl.int64)
@@ -67,12 +69,20 @@ def sampled_importance_kernel(
             q_tile, k_base, k_token, block, key_offset, previous_offset, sample, present, key_blocks, scale,
             D, BK, KEYS, UPCAST,
         )  # fmt: skip
-        best = tl.max(logits.reshape(ROWS * QUERIES, BLOCKS, KEYS), 2)
-        weights = tl.exp2(best - peak[:, None]) / divisor[:, None]
-        largest = tl.max(weights.reshape(ROWS, QUERIES, BLOCKS), 1)
+        if STATISTIC == "max":
+            best = tl.max(logits.reshape(ROWS * QUERIES, BLOCKS, KEYS), 2)
+            weights = tl.exp2(best - peak[:, None]) / divisor[:, None]
+            score = tl.max(weights.reshape(ROWS, QUERIES, BLOCKS), 1)
+        else:
+            weights = tl.exp2(logits - peak[:, None]) / divisor[:, None]
+            mass = tl.sum(weights.reshape(ROWS * QUERIES, BLOCKS, KEYS), 2).reshape(ROWS, QUERIES, BLOCKS)
+            if STATISTIC == "mean":
+                score = tl.sum(mass, 1) / QUERIES
+            else:
+                score = tl.sqrt(tl.sum(mass * mass, 1) / QUERIES)
         row, column = first + tl.arange(0, ROWS), block + tl.arange(0, BLOCKS)
         to = ((wide_item * H + wide_head) * query_blocks + row[:, None]) * key_blocks + column[None, :]
-        tl.store(importance + to, largest, mask=(row < query_blocks)[:, None] & (column < key_blocks)[None, :])
+        tl.store(importance + to, score, mask=(row < query_blocks)[:, None] & (column < key_blocks)[None, :])
 
 
 @triton.jit
@@ -98,7 +108,7 @@ def _sampled_logits(
 def select_kernel(
     importance, keep, counts, indices,
     forced_keys, forced_queries,
-    H, query_blocks, key_blocks, capacity, limit, least, mass,
+    H, query_blocks, key_blocks, capacity, limit, extra, least, mass,
     importance_batch, importance_head, importance_row, local_radius,
     BQ: tl.constexpr, BK: tl.constexpr, WIDTH: tl.constexpr,
     BY_MASS: tl.constexpr, FORCED_KEYS: tl.constexpr, FORCED_QUERIES: tl.constexpr, LOCAL: tl.constexpr,
@@ -110,7 +120,7 @@ def select_kernel(
     Args:
         importance: strided, non-negative.
         keep: (B, H, query blocks, key blocks) bool, contiguous; likewise `counts` and `indices`.
-        limit: `max_blocks`; likewise `least`, `min_blocks`.
+        limit: `max_blocks`; likewise `extra`, `extra_blocks`, and `least`, `min_blocks`.
         mass: `cumulative_mass`, if `BY_MASS`.
         WIDTH: `key_blocks` rounded up to a power of two.
     """
@@ -133,6 +143,7 @@ def select_kernel(
     bits = tl.where(forced, INFINITY_BITS, values.to(tl.int32, bitcast=True))
     bits = tl.where(inside, bits, -1)
 
+    limit += (row + 1) * extra // query_blocks - row * extra // query_blocks
     target_count = limit
     if BY_MASS:
         target = tl.sum(values, 0) * mass

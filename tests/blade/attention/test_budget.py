@@ -3,6 +3,7 @@
 import pytest
 import torch
 from blade_kernels.block_mask import BlockMask
+from blade_kernels.block_selection import select_blocks
 from blade_kernels.block_sparse.pooled import pool_tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -56,6 +57,35 @@ def test_density_is_never_above_the_request_but_for_what_is_forced(grid, sparsit
         # one more block would be too much, unless it is the shorter last one
         more = realised_density(grid, budget, budget.kept_blocks + 1, block_size, window)
         assert more > 1 - sparsity - block_size / grid.sequence_length
+
+
+@settings(max_examples=150, deadline=None)
+@given(grids, st.floats(0.05, 0.98), st.sampled_from(["none", "dropped"]), st.integers(0, 99))
+def test_a_budget_that_is_spread_is_met_on_average(grid, sparsity, mode, seed):
+    size = 4
+    budget = plan_budget(grid, sparsity, block_size=size, pooled_tokens=mode, pooled_window=size, rounding="spread")
+    floored = plan_budget(grid, sparsity, block_size=size, pooled_tokens=mode, pooled_window=size)
+    assert (budget.kept_blocks, budget.is_full) == (floored.kept_blocks, floored.is_full)
+    assert floored.extra_blocks == 0 and 0 <= budget.extra_blocks < budget.blocks
+    if budget.is_full or budget.is_exceeded:
+        assert budget.extra_blocks == 0
+        return
+    text = torch.tensor(grid.text_blocks(size))
+    mask = select_blocks(
+        torch.rand(1, 1, budget.blocks, budget.blocks, generator=torch.Generator().manual_seed(seed)),
+        (size, size),
+        max_blocks=budget.text_blocks + budget.kept_blocks,
+        extra_blocks=budget.extra_blocks,
+        forced_key_blocks=text,
+        forced_query_blocks=text,
+    )
+    video = mask.counts[0, 0][~text] - budget.text_blocks
+    rows = len(video)
+    whole = size - (mode == "dropped")  # tokens that a kept block costs more than a dropped one
+    spent = budget.kept_blocks + budget.extra_blocks / budget.blocks
+    assert abs(int(video.sum()) - spent * rows) < 1  # to one block of all
+    assert budget.density <= 1 - sparsity + 1e-6
+    assert budget.density > 1 - sparsity - whole / (budget.blocks * grid.sequence_length) - 1e-6
 
 
 @pytest.mark.parametrize(

@@ -90,9 +90,9 @@ def test_what_a_run_cost_adds_up(pipe, saved_tiny_pipeline: Path) -> None:
     stages = (made.seconds_text, made.seconds_denoising, made.seconds_decoding)
     assert all(seconds > 0 for seconds in stages)
     assert 0.5 * elapsed < sum(stages) <= elapsed
-    # one of two steps is sparse, in both layers, and a row keeps 3 of 6 blocks
-    assert made.layer_density == pytest.approx(0.5)
-    assert made.run_density == pytest.approx(0.75)
+    # one of two steps is sparse, in both layers, and a row keeps 2 or 3 of 6 blocks and a token of each other one
+    assert 0.45 < made.layer_density <= 0.5
+    assert made.run_density == pytest.approx((1 + made.layer_density) / 2)
 
 
 def test_attention_changes_the_video_and_is_taken_off_afterwards(pipe, saved_tiny_pipeline: Path) -> None:
@@ -155,7 +155,8 @@ def test_the_record_is_flat_and_says_what_it_cost(report: GenerationReport, save
     flat = {"prompt": PROMPT, "model": str(saved_tiny_pipeline), "steps": 2, "seed": 3, "attention": "asa", **SPARSE}
     assert {name: record[name] for name in flat} == {**flat, "dense_layers": []}
     assert record["versions"]["torch"] and record["versions"]["diffusers"] and record["machine"]["threads"] >= 1
-    assert record["layer_density"] == pytest.approx(0.5) and record["run_density"] == pytest.approx(0.75)
+    assert record["layer_density"] == report.generation.layer_density
+    assert record["run_density"] == report.generation.run_density
     assert min(record[name] for name in record if name.startswith("seconds")) > 0
     assert 0.01 < record["peak_memory_gib"] < 64
 

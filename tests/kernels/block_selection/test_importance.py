@@ -2,6 +2,7 @@ import blade_kernels.block_selection.importance as module
 import pytest
 import torch
 from blade_kernels.block_selection import mean_pooled_importance, sampled_importance
+from blade_kernels.block_selection.importance import STATISTICS
 
 
 def inputs(queries, keys=None, batch=2, heads=3, size=8, seed=0):
@@ -16,24 +17,28 @@ def offsets(samples, size, shape=(2, 3), seed=1):
 
 @pytest.mark.parametrize("denominator", [True, False])
 @pytest.mark.parametrize(("queries", "keys"), [(1, 1), (15, 63), (64, 64), (65, 33), (97, 127)])
-def test_matches_the_specification(queries, keys, denominator):
+@pytest.mark.parametrize("statistic", STATISTICS)
+def test_matches_the_specification(queries, keys, denominator, statistic):
     q, k = inputs(queries, keys)
     drawn = offsets(4, 16), offsets(3, 8, seed=2)
     found, exact = (
-        sampled_importance(q, k, *drawn, (16, 8), softmax_denominator=denominator, implementation=name)
+        sampled_importance(
+            q, k, *drawn, (16, 8), softmax_denominator=denominator, statistic=statistic, implementation=name
+        )
         for name in ("cpu", "naive")
     )
     torch.testing.assert_close(found, exact)
 
 
 @pytest.mark.parametrize("denominator", [True, False])
-def test_absent_keys_take_no_part(denominator):
+@pytest.mark.parametrize("statistic", STATISTICS)
+def test_absent_keys_take_no_part(denominator, statistic):
     q, k = inputs(40, 61)
     lengths = torch.tensor([37, 0])
     drawn = offsets(4, 16), offsets(3, 8, seed=2)
     k[0, 37:] = float("nan")
     k[1] = float("nan")
-    options = {"softmax_denominator": denominator, "key_lengths": lengths}
+    options = {"softmax_denominator": denominator, "key_lengths": lengths, "statistic": statistic}
     found, exact = (
         sampled_importance(q, k, *drawn, (16, 8), **options, implementation=name) for name in ("cpu", "naive")
     )
@@ -124,6 +129,7 @@ def test_no_gradients_are_kept():
         ({"block_size": (16, 0)}, r"`block_size` must be two positive numbers of tokens, got \(16, 0\)"),
         ({"key_lengths": torch.tensor([1])}, r"`key_lengths` must be of shape \(2,\), got \(1,\)"),
         ({"key_offsets": torch.zeros(3)}, r"`key_offsets` must be integers that broadcast to \(2, 3, samples\)"),
+        ({"statistic": "sum"}, "`statistic` must be one of max, mean, rms, got 'sum'"),
         ({"query_offsets": torch.zeros(0, dtype=torch.int64)}, r"`query_offsets` .* got torch.int64 of shape \(0,\)"),
     ],
 )

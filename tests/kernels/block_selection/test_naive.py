@@ -39,6 +39,15 @@ def test_the_best_of_the_sampled_queries_counts():
     torch.testing.assert_close(found, torch.stack((second, first)).unflatten(1, (2, 2)).amax(-1))
 
 
+@pytest.mark.parametrize(("statistic", "power"), [("mean", 1), ("rms", 2)])
+def test_the_mass_of_a_block_is_averaged_over_the_sampled_queries(statistic, power):
+    """Queries of 1 and of 2; of the last block's only query, another 1, both offsets are drawn."""
+    first, second = torch.tensor([3.0, 7.0]) / 10, torch.tensor([5.0, 25.0]) / 30
+    both = ((first**power + second**power) / 2) ** (1 / power)
+    found = score([1.0, 2.0, 1.0], [1.0, 2.0, 3.0, 4.0], [0, 1], [0, 1], statistic=statistic)
+    torch.testing.assert_close(found, torch.stack((both, first)))
+
+
 @pytest.mark.parametrize(("length", "expected"), [(5, [2 / 11, 4 / 11, 5 / 11]), (3, [0.4, 0.6, 0.0]), (0, [0.0] * 3)])
 def test_absent_keys_score_nothing_and_take_no_part(length, expected):
     found = score([1.0, 1.0], [1.0, 2.0, 3.0, 4.0, 5.0], [0], [1], key_lengths=torch.tensor([length]))
@@ -78,6 +87,11 @@ def test_choices_worked_out_by_hand(options, expected):
     assert torch.equal(mask.to_dense(), mask.keep)
 
 
+def test_extra_blocks_are_spread_over_the_rows():
+    mask = select_blocks(torch.rand(1, 2, 5, 9), (8, 8), max_blocks=3, extra_blocks=2, implementation="naive")
+    assert mask.counts[0].tolist() == [[3, 3, 4, 3, 4]] * 2
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     st.tuples(st.integers(1, 2), st.integers(1, 2), st.integers(1, 5), st.integers(1, 40)),
@@ -97,6 +111,7 @@ def test_cpu_chooses_what_is_specified(shape, first, second, mass, keys, queries
     importance = torch.randint(0, values, shape, generator=generator) / 4096
     options = {
         "max_blocks": max(first, second),
+        "extra_blocks": seed % shape[-2],
         "min_blocks": min(first, second, shape[-1]),
         "cumulative_mass": mass,
         "forced_key_blocks": torch.rand(shape[-1], generator=generator) < 0.2 if keys else None,

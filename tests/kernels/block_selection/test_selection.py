@@ -130,10 +130,12 @@ def test_invariants(shape, first, second, mass, force, radius, seed):
     generator = torch.Generator().manual_seed(seed)
     importance = torch.rand(shape, generator=generator)
     flags = torch.rand(shape[-1], generator=generator) < 0.3 if force else None
+    extra = seed % shape[2]
     mask = select_blocks(
         importance,
         (8, 8),
         max_blocks=most,
+        extra_blocks=extra,
         min_blocks=fewest,
         cumulative_mass=mass,
         forced_key_blocks=flags,
@@ -145,7 +147,10 @@ def test_invariants(shape, first, second, mass, force, radius, seed):
         forced |= near
     assert bool((mask.keep | ~forced).all())
     assert bool((mask.counts >= min(fewest, shape[3])).all())
-    assert bool((mask.counts <= torch.maximum(forced.sum(-1), torch.tensor(most))).all())
+    allowed = most + torch.tensor([(row + 1) * extra // shape[2] - row * extra // shape[2] for row in range(shape[2])])
+    assert bool((mask.counts <= torch.maximum(forced.sum(-1), allowed)).all())
+    if mass is None and not force and radius is None:
+        assert torch.equal(mask.counts, allowed.clamp(max=shape[3]).expand_as(mask.counts).to(torch.int32))
     assert torch.equal(mask.to_dense(), mask.keep)
     better = torch.where(mask.keep & ~forced, importance, 2.0).amin(-1)
     worse = torch.where(mask.keep, -1.0, importance).amax(-1)
@@ -157,6 +162,7 @@ def test_invariants(shape, first, second, mass, force, radius, seed):
     [
         ({"max_blocks": 0}, "got 1 and 0"),
         ({"min_blocks": 3, "max_blocks": 2}, "1 <= min_blocks <= max_blocks, .* got 3 and 2"),
+        ({"extra_blocks": 1}, "`extra_blocks` must be from 0 to 0, less than rows, got 1"),
         ({"min_blocks": 9}, "at most the 4 key blocks, got 9 and None"),
         ({"cumulative_mass": 0.0}, r"`cumulative_mass` must be in \(0, 1\] or None, got 0.0"),
         ({"cumulative_mass": 1.1}, "got 1.1"),

@@ -6,6 +6,7 @@ import pytest
 import torch
 from blade_kernels import triton_support
 from blade_kernels.block_selection import sampled_importance, select_blocks, triton_launch
+from blade_kernels.block_selection.importance import STATISTICS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -51,6 +52,7 @@ def test_selects_what_the_specification_selects(shape, first, second, mass, keys
         importance,
         (8, 16),
         max_blocks=max(first, second),
+        extra_blocks=seed % shape[-2],
         min_blocks=min(first, second, shape[-1]),
         cumulative_mass=mass,
         forced_key_blocks=torch.rand(shape[-1], generator=generator) < 0.2 if keys else None,
@@ -80,7 +82,8 @@ def test_expanded_importance_is_read_by_its_strides():
     ("dtype", "samples"), [(torch.float32, (16, 4)), (torch.bfloat16, (4, 16)), (torch.float16, (1, 2))]
 )
 @pytest.mark.parametrize(("queries", "keys"), [(1, 1), (97, 200)])
-def test_scores_what_the_specification_scores(denominator, lengths, dtype, samples, queries, keys):
+@pytest.mark.parametrize("statistic", STATISTICS)
+def test_scores_what_the_specification_scores(denominator, lengths, dtype, samples, queries, keys, statistic):
     generator = torch.Generator().manual_seed(0)
     q, k = (torch.randn(2, n, 3, 16, generator=generator).to(dtype) for n in (queries, keys))
     drawn = [torch.rand(3, 32, generator=generator).argsort(-1)[:, :count].to(torch.int16) for count in samples]
@@ -88,7 +91,7 @@ def test_scores_what_the_specification_scores(denominator, lengths, dtype, sampl
         lengths = torch.tensor(lengths).clamp(max=keys)
         for item, length in enumerate(lengths):
             k[item, length:] = float("nan")
-    options = {"softmax_denominator": denominator, "key_lengths": lengths}
+    options = {"softmax_denominator": denominator, "key_lengths": lengths, "statistic": statistic}
     expected = sampled_importance(q, k, *drawn, (32, 32), **options, implementation="naive")
     on_device = [x.to(DEVICE) for x in (q, k, *drawn)]
     options["key_lengths"] = None if lengths is None else lengths.to(DEVICE)
@@ -137,7 +140,7 @@ def test_everything_compiles_into_one_graph_and_the_operators_are_registered_sou
     for one, other in zip(expected, torch.compile(run, backend="aot_eager", fullgraph=True)(q, k)):
         assert torch.equal(one, other)
     checks = ("test_schema", "test_faketensor")
-    arguments = (q, k, offsets, offsets, [32, 32], 0.25, None, True)
+    arguments = (q, k, offsets, offsets, [32, 32], 0.25, None, True, "rms")
     torch.library.opcheck(torch.ops.blade.sampled_importance.default, arguments, test_utils=checks)
-    arguments = (expected[0], [32, 32], 2, 1, 0.9, None, None, 1, 3)
+    arguments = (expected[0], [32, 32], 2, 0, 1, 0.9, None, None, 1, 3)
     torch.library.opcheck(torch.ops.blade.select_blocks.default, arguments, test_utils=checks)
