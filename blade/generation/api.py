@@ -12,7 +12,7 @@ from blade.generation.run import Generation, run_request
 def generate(prompt: str, **options: Any) -> Generation:
     """Generate a video as `blade-generate` does, without writing files.
 
-    The bundled model, and its student of 4 steps, make it where the options name nothing else. For a pipeline of your
+    The bundled model, and its student of 8 steps, make it where the options name nothing else. For a pipeline of your
     own use `apply_blade` and call it.
 
     Args:

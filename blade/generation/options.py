@@ -162,8 +162,8 @@ class StudentOptions(OptionGroup):
     title: ClassVar[str] = "Student"
 
     student: str | None = option(of_student=True)
-    """A few-step student: a folder or Hub id, such as GYP666/VIDEO-BLADE; of the bundled model shapes-4-steps, which
-    blade-generate takes by default, or shapes-8-steps; none: the model itself."""
+    """A few-step student: a folder or Hub id, such as GYP666/VIDEO-BLADE; of the bundled model shapes-8-steps, which
+    blade-generate takes by default, or shapes-4-steps; none: the model itself."""
     student_weight: float | None = option(of_student=True, settled_by_student=True)
     """Strength of the student's LoRA; by default 1."""
     scheduler: str | None = option(of_student=True, settled_by_student=True)

@@ -22,7 +22,7 @@ from blade.generation.options import (
 )
 from blade.models.source import BUNDLED, look_up
 from blade.students.loading import parse_times
-from blade.students.source import BUNDLED_STUDENTS
+from blade.students.source import BUNDLED_STUDENTS, DEFAULT_STUDENT_STEPS
 
 SPARSE_OPTIONS = ("sparsity", "dense_steps", "dense_layers")
 """Fields of a request that change a field of the same name in the BLADE configuration."""
@@ -153,7 +153,7 @@ def default_student(given: Mapping[str, Any]) -> str | None:
     settled = ("blade_config", *option_names(*GROUPS, settled_by_student=True))
     if given.get("model", BUNDLED) != BUNDLED or any(name in given for name in settled):
         return None
-    return BUNDLED_STUDENTS.get(given.get("steps", min(BUNDLED_STUDENTS)))
+    return BUNDLED_STUDENTS.get(given.get("steps", DEFAULT_STUDENT_STEPS))
 
 
 def read_config(source: str) -> BladeConfig:

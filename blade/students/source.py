@@ -15,6 +15,9 @@ from blade.students.scheduler import FewStepScheduler
 BUNDLED_STUDENTS = {4: "shapes-4-steps", 8: "shapes-8-steps"}
 """Names of the bundled model's students, which ship with this package, by their numbers of steps."""
 
+DEFAULT_STUDENT_STEPS = 8
+"""Steps of the bundled student that is taken by default: with 4, more videos show an object twice."""
+
 WEIGHT_NAME = "pytorch_lora_weights.safetensors"
 """Name of the LoRA's file where none is given, as Diffusers saves it."""
 

@@ -213,10 +213,12 @@ def test_a_folder_without_a_configuration_or_with_a_broken_one_is_refused(tmp_pa
 def test_presets_of_the_two_kinds_are_kept_apart():
     training_free = BladeConfig.from_preset("wan2.1-t2v-1.3b")
     student = BladeConfig.from_preset("wan2.1-t2v-1.3b", kind="student")
-    assert (training_free.kind, training_free.sparsity, training_free.dense_steps) == ("training-free", 0.5, 0.2)
-    assert training_free.dense_layers == (0,)
+    assert (training_free.kind, training_free.sparsity, training_free.dense_steps) == ("training-free", 0.75, 0.2)
+    assert training_free.dense_layers == (0,) and training_free.pooled_tokens == "dropped"
+    assert training_free.asa.pooled_window == training_free.asa.block_size and training_free.asa.rounding == "spread"
     assert (student.kind, student.dense_steps, student.dense_layers) == ("student", 0, ())
     assert (student.pooled_tokens, student.asa.pooled_window, student.asa.block_size) == ("all", 30, 128)
+    assert (student.asa.probe_tokens, student.asa.softmax_denominator) == (32, False)  # as the weights were trained
     with pytest.raises(ValueError, match=r"one of the student presets .*wan, .*, got 'ltx-video'. It exists as"):
         BladeConfig.from_preset("ltx-video", kind="student")
     with pytest.raises(ValueError, match=r"one of the training-free presets .*wan, .*got 'wan3'"):

@@ -56,7 +56,8 @@ def test_a_file_of_prompts(saved_tiny_pipeline, patterns_folder, tmp_path, capsy
 def test_a_selector_of_a_temporary_module(later_selector, saved_tiny_pipeline, tmp_path, capsys):
     file, folder = tmp_path / "prompts.txt", tmp_path / "out"
     file.write_text("a cat\n")
-    runs = ["--run", "dense", "--run", "x=selector=later,dense_steps=1", "--run", "y=asa-gt,selector=later"]
+    runs = ["--run", "dense", "--run", "x=selector=later,dense_steps=1,sparsity=0.5"]
+    runs += ["--run", "y=asa-gt,selector=later"]
     assert run(["--prompts", file, *runs, *small(saved_tiny_pipeline, folder)]) == 0
     assert "x, seed 0, a cat: PSNR" in capsys.readouterr().out
     _, alone, pooled = json.loads((folder / "report.json").read_text())["runs"]

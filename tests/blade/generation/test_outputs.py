@@ -181,7 +181,8 @@ def test_the_record_makes_the_same_video_again(
     assert exit.value.code == 0
     assert torch.equal(read_mp4(output), read_mp4(report.video_path))
     printed = capsys.readouterr().out
-    assert "layer density 0.500" in printed and "run density 0.750" in printed and str(output) in printed
+    densities = [f"{name.replace('_', ' ')} {report.record[name]:.3f}" for name in ("layer_density", "run_density")]
+    assert all(text in printed for text in densities) and str(output) in printed
 
 
 def test_a_record_of_an_earlier_version_names_cpu_as_reference(report: GenerationReport, tmp_path: Path) -> None:

@@ -39,8 +39,8 @@ def pipe():
 @pytest.mark.parametrize(
     ("given", "student"),
     [
-        ({}, "shapes-4-steps"),
-        ({"seed": 3, "device": "cpu", "frames": 33}, "shapes-4-steps"),
+        ({}, "shapes-8-steps"),
+        ({"seed": 3, "device": "cpu", "frames": 33}, "shapes-8-steps"),
         ({"steps": 4}, "shapes-4-steps"),
         ({"steps": 8}, "shapes-8-steps"),
         ({"steps": 30}, None),
@@ -106,9 +106,9 @@ def test_the_command_says_which_it_took_and_how_to_do_without(tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
         main(["--prompt", PROMPT, "--device", "cpu", "--output", str(tmp_path / "student.mp4")])
     assert not end.value.code
-    assert "student     shapes-4-steps (the bundled model itself: --student none)" in capsys.readouterr().out
+    assert "student     shapes-8-steps (the bundled model itself: --student none)" in capsys.readouterr().out
     record = json.loads((tmp_path / "student.json").read_text())
-    assert (record["student"], record["steps"], record["guidance_scale"]) == ("shapes-4-steps", 4, 1.0)
+    assert (record["student"], record["steps"], record["guidance_scale"]) == ("shapes-8-steps", 8, 1.0)
     again = ["--from-json", str(tmp_path / "student.json"), "--output", str(tmp_path / "model.mp4")]
     with pytest.raises(SystemExit) as end:
         main([*again, "--student", "none", "--steps", "2"])
