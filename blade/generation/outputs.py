@@ -237,6 +237,7 @@ def describe_score(score: Mapping[str, Any]) -> str:
     for number, attributes in enumerate(score["objects"], start=1):
         marks = ", ".join(f"{name} {'right' if right else 'wrong'}" for name, right in attributes.items())
         parts.append(f"object {number}: {marks}" if len(score["objects"]) > 1 else marks)
+    parts.append(f"count {'right' if score['count'] else 'wrong'}")
     if score["background"] is not None:
         parts.append(f"background {'right' if score['background'] else 'wrong'}")
     return "; ".join(parts)
@@ -250,4 +251,5 @@ def _score(request: ResolvedRequest, generation: Generation) -> dict[str, Any] |
     from blade.moving_shapes.scoring import score
 
     seen = score(generation.video, request.prompt)
-    return {"objects": [scored.attributes for scored in seen.objects], "background": seen.background}
+    objects = [scored.attributes for scored in seen.objects]
+    return {"objects": objects, "count": seen.count, "background": seen.background}

@@ -213,7 +213,7 @@ def test_a_folder_without_a_configuration_or_with_a_broken_one_is_refused(tmp_pa
 def test_presets_of_the_two_kinds_are_kept_apart():
     training_free = BladeConfig.from_preset("wan2.1-t2v-1.3b")
     student = BladeConfig.from_preset("wan2.1-t2v-1.3b", kind="student")
-    assert (training_free.kind, training_free.sparsity, training_free.dense_steps) == ("training-free", 0.75, 0.2)
+    assert (training_free.kind, training_free.sparsity, training_free.dense_steps) == ("training-free", 0.65, 0.2)
     assert training_free.dense_layers == (0,) and training_free.pooled_tokens == "dropped"
     assert training_free.asa.pooled_window == training_free.asa.block_size and training_free.asa.rounding == "spread"
     assert (student.kind, student.dense_steps, student.dense_layers) == ("student", 0, ())
@@ -225,6 +225,15 @@ def test_presets_of_the_two_kinds_are_kept_apart():
         BladeConfig.from_preset("wan3")
     with pytest.raises(ValueError, match='`kind` must be "training-free" or "student"'):
         BladeConfig.from_preset("wan", kind="best")
+
+
+def test_a_configuration_of_version_0_1_keeps_its_settings():
+    config = BladeConfig(sparsity=0.5, asa=AdaptiveConfig(block_size=32, pooled_window=16))
+    values = config.to_dict()
+    for name in ("statistic", "rounding"):
+        del values["asa"][name]
+    read = BladeConfig.from_dict(values)
+    assert read == config and (read.asa.statistic, read.asa.rounding) == ("max", "floor")
 
 
 def test_a_field_can_be_replaced():

@@ -279,10 +279,10 @@ def test_words_that_the_bundled_model_does_not_know_are_named() -> None:
 
 
 def test_scores_are_told_for_each_object() -> None:
-    one = {"objects": [{"colour": True, "shape": False}], "background": None}
-    assert describe_score(one) == "colour right, shape wrong"
-    two = {"objects": [{"colour": True}, {"colour": False}], "background": True}
-    assert describe_score(two) == "object 1: colour right; object 2: colour wrong; background right"
+    one = {"objects": [{"colour": True, "shape": False}], "count": True, "background": None}
+    assert describe_score(one) == "colour right, shape wrong; count right"
+    two = {"objects": [{"colour": True}, {"colour": False}], "count": False, "background": True}
+    assert describe_score(two) == "object 1: colour right; object 2: colour wrong; count wrong; background right"
 
 
 def test_the_bundled_model_is_an_ordinary_pipeline_of_at_most_25_megabytes() -> None:
@@ -300,7 +300,7 @@ def test_the_bundled_model_shows_what_was_asked_for(tmp_path: Path, caplog: pyte
         report = generate_files(request, tmp_path / "video.mp4")
     assert report.record["model"] == "bundled"
     assert report.record["score"]["objects"] == [{"colour": True, "shape": True, "direction": True}]
-    assert "scorer      colour right, shape right, direction right" in str(report)
+    assert "scorer      colour right, shape right, direction right; count right" in str(report)
     assert "does not know" not in caplog.text
 
 
