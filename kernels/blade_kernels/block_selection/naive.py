@@ -40,9 +40,9 @@ def naive_sampled_importance(
         return by_block.amax((3, 5))
     drawn = torch.nn.functional.pad(queries, (0, missing[0])).unflatten(-1, (-1, block_size[0])).unsqueeze(-1)
     mass = by_block.sum(5)  # of every query in every key block
-    if statistic == "mean":
-        return (mass * drawn).sum(3) / query_offsets.shape[-1]
-    return ((mass.square() * drawn).sum(3) / query_offsets.shape[-1]).sqrt()
+    power = 1 if statistic == "mean" else 2
+    mean: Tensor = (mass.pow(power) * drawn).sum(3) / query_offsets.shape[-1]
+    return mean if statistic == "mean" else mean.sqrt()
 
 
 def _sampled(x: Tensor, offsets: Tensor, size: int, lengths: Tensor | None) -> Tensor:
