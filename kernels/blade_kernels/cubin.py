@@ -119,14 +119,15 @@ def other_variants() -> Iterator[Variant]:
         module="block_selection.triton_selection", kernel="select_kernel", case="1,024 key blocks", num_warps=1,
         constants={"BQ": 128, "BK": 128, "WIDTH": 1024, **flags},
     )  # fmt: skip
-    yield Variant(
-        module="block_selection.triton_selection", kernel="sampled_importance_kernel", num_warps=4,
-        case="heads of 128, 16 samples",
-        constants={
-            "D": 128, "BQ": 128, "BK": 128, "ROWS": 4, "QUERIES": 16, "BLOCKS": 4, "KEYS": 16, "LENGTHS": False,
-            "DENOMINATOR": True, "UPCAST": False,
-        },
-    )  # fmt: skip
+    for statistic in ("max", "rms"):
+        yield Variant(
+            module="block_selection.triton_selection", kernel="sampled_importance_kernel", num_warps=4,
+            case=f"heads of 128, 16 samples, {statistic}",
+            constants={
+                "D": 128, "BQ": 128, "BK": 128, "ROWS": 4, "QUERIES": 16, "BLOCKS": 4, "KEYS": 16, "LENGTHS": False,
+                "DENOMINATOR": True, "STATISTIC": statistic, "UPCAST": False,
+            },
+        )  # fmt: skip
     for case, heads, size, norm in (
         ("40 heads of 128, RMS over all", 64, 128, 1),
         ("48 heads of 64, LayerNorm", 64, 64, 3),
