@@ -2,9 +2,9 @@
 
 They are of the model in 30 steps and of its students of 4 and 8 steps, as these were when the labels were made, half
 of them of prompts held out from training; their colours are stored at full resolution. Each was judged from nine of
-its frames, before the scorer counted objects: `right` if it shows what the prompt says, size and speed aside, and
-`extra` if it shows an object too many, or a piece of one. One label was changed later: in 091 the purple ball moves
-right at first, which nine frames hardly show.
+its frames, before any verdict of the scorer that counts objects was seen: `right` if it shows what the prompt says,
+size and speed aside, and `extra` if it shows an object too many, or a piece of one. One label was changed later: in
+091 the purple ball moves right at first, which nine frames hardly show.
 """
 
 import json
