@@ -69,7 +69,7 @@ def unexplained_area(amplitude: torch.Tensor, objects: Sequence[Explained]) -> t
         (frames,) pixels; 0 where the largest is smaller than `LEAST_PIECE`.
     """
     areas = [
-        max((_unexplained(piece, pieces, objects, frame) for piece in pieces), default=0.0)
+        max(_unexplained(pieces, [(it.track.line[frame], it) for it in objects]), default=0.0)
         for frame, pieces in enumerate(_pieces(amplitude))
     ]
     found = torch.tensor(areas)
@@ -89,17 +89,26 @@ def _pieces(amplitude: torch.Tensor) -> list[list[_Piece]]:
     return frames
 
 
-def _unexplained(piece: _Piece, pieces: Sequence[_Piece], objects: Sequence[Explained], frame: int) -> float:
-    """The area of a piece that the objects leave unexplained."""
-    shown = 0.0
-    for explained in objects:
-        place = explained.track.line[frame]
-        distances = [other.distance(place) for other in pieces]
-        nearest = min(range(len(pieces)), key=lambda number: distances[number])
-        if pieces[nearest] is piece and distances[nearest] < explained.reach:
-            shown += explained.track.full_area
-    if shown:
-        return piece.area - GROWTH * shown
-    centre = piece.cells.mean(0)
-    inside = any(float((centre - it.track.line[frame]).norm()) < it.reach + ROOM for it in objects)
-    return 0.0 if inside else piece.area
+def _unexplained(pieces: Sequence[_Piece], objects: Sequence[tuple[torch.Tensor, Explained]]) -> list[float]:
+    """The area of each of a frame's pieces that the objects leave unexplained.
+
+    Args:
+        pieces: the pieces.
+        objects: the place (x, y) of each object in this frame, and the object.
+    """
+    shown = [0.0] * len(pieces)  # area of the objects that each piece shows
+    for place, explained in objects:
+        distances = [piece.distance(place) for piece in pieces]
+        nearest = min(distances, default=math.inf)
+        if nearest < explained.reach:
+            shown[distances.index(nearest)] += explained.track.full_area
+    areas = []
+    for piece, area in zip(pieces, shown):
+        centre = piece.cells.mean(0)
+        if area:
+            areas.append(piece.area - GROWTH * area)
+        elif any(float((centre - place).norm()) < explained.reach + ROOM for place, explained in objects):
+            areas.append(0.0)
+        else:
+            areas.append(piece.area)
+    return areas
