@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from blade_kernels.block_mask import BlockMask
-from blade_kernels.block_selection import select_blocks
+from blade_kernels.block_selection import select_blocks, value_spread
 from blade_kernels.block_sparse.api import block_sparse_attention, resolve_implementation
 from blade_kernels.block_sparse.pooled import PooledTokens, pool_tokens
 
@@ -121,7 +121,7 @@ def adaptive_attention(
         computed the output.
     """
     with torch.no_grad():
-        mask = select(query, key, plan, draw, key_lengths)
+        mask = select(query, key, value, plan, draw, key_lengths)
     pooled = _pool(key, value, plan)
     implementation = resolve_implementation(query, key, value, mask, pooled=pooled, implementation=plan.implementation)
     output = block_sparse_attention(
@@ -137,23 +137,28 @@ def adaptive_attention(
 def select(
     query: torch.Tensor,
     key: torch.Tensor,
+    value: torch.Tensor,
     plan: AdaptivePlan,
     draw: torch.Tensor,
     key_lengths: torch.Tensor | None = None,
 ) -> BlockMask:
     """Choose the key blocks of every query block. See `adaptive_attention`."""
-    return keep_most_important(block_importance(query, key, plan, draw, key_lengths), plan)
+    return keep_most_important(block_importance(query, key, value, plan, draw, key_lengths), plan)
 
 
 def block_importance(
     query: torch.Tensor,
     key: torch.Tensor,
+    value: torch.Tensor,
     plan: AdaptivePlan,
     draw: torch.Tensor,
     key_lengths: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Score the key blocks for every query block, (B or 1, H or 1, blocks, blocks). See `adaptive_attention`."""
-    return plan.selector.score(query, key, plan.context, draw, key_lengths)
+    scores = plan.selector.score(query, key, plan.context, draw, key_lengths)
+    if plan.config.value_weighting:
+        scores = scores * value_spread(value, plan.config.block_size, key_lengths=key_lengths).unsqueeze(2)
+    return scores
 
 
 def keep_most_important(importance: torch.Tensor, plan: AdaptivePlan) -> BlockMask:
@@ -168,6 +173,7 @@ def keep_most_important(importance: torch.Tensor, plan: AdaptivePlan) -> BlockMa
         cumulative_mass=config.cumulative_mass,
         forced_key_blocks=plan.text_blocks,
         forced_query_blocks=plan.text_blocks,
+        budget=config.budget,
     )
 
 

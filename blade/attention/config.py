@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from blade_kernels.block_selection import STATISTICS
+from blade_kernels.block_selection import BUDGETS, STATISTICS
 from blade_kernels.implementations import current_name
 
 from blade.attention.pattern_table import TABLE_NAME, PatternTable
@@ -48,9 +48,17 @@ class AdaptiveConfig:
     """Score `sampled` by a softmax with its denominator (the paper's); if false, by each weight relative to the
     largest of its row (as released)."""
 
-    statistic: Literal["max", "mean", "rms"] = "max"
-    """Statistic by which `sampled` scores a block: the largest weight (`max`, the paper's); or, of the weights that
-    sampled queries give to the whole block, the mean or the root mean square (`rms`)."""
+    statistic: Literal["max", "mean", "rms", "residual"] = "max"
+    """Statistic by which `sampled` scores a block: the largest weight (`max`, the paper's); of the weights that
+    sampled queries give to the whole block, the mean or the root mean square (`rms`); or the root mean square of what
+    the mean of the block's keys gets wrong (`residual`), for blocks that are pooled where they are dropped."""
+
+    value_weighting: bool = False
+    """Multiply a block's scores by how far its values are from the mean of all, as a root mean square."""
+
+    budget: Literal["row", "layer"] = "row"
+    """What the budget is for: each row of each head (`row`, the paper's), or the rows of all heads of a layer together
+    (`layer`), so that those which lose more keep more."""
 
     rounding: Literal["floor", "spread"] = "floor"
     """Use of a budget that is no whole number of blocks in a row: leave the rest (`floor`), or give some rows one
@@ -78,9 +86,15 @@ class AdaptiveConfig:
         find_selector(self.selector)
         check_flag("softmax_denominator", self.softmax_denominator)
         check_choice("statistic", self.statistic, STATISTICS)
+        check_flag("value_weighting", self.value_weighting)
+        check_choice("budget", self.budget, BUDGETS)
         check_choice("rounding", self.rounding, ("floor", "spread"))
         if self.cumulative_mass is not None:
             check_number("cumulative_mass", self.cumulative_mass, "None or in (0, 1]", lambda x: 0 < x <= 1)
+            if self.budget == "layer":
+                raise ValueError(
+                    f'`cumulative_mass` must be None where `budget` is "layer", got {self.cumulative_mass}.'
+                )
         check_number("min_fraction", self.min_fraction, "in [0, 1]", lambda x: 0 <= x <= 1)
 
     def __repr__(self) -> str:

@@ -230,9 +230,11 @@ class _Model:
                     self.forward()
         parts_ms = {name: ms / repeats for name, ms in watch.milliseconds().items()}
         layer, arguments = calls[0]
-        query, key, _, *lengths = arguments
+        query, key, value, *lengths = arguments
         draw = layer.tables[0][0]
-        selection = measure(lambda _: select(query, key, layer.plan, draw, *lengths), self.device, repeats).median
+        selection = measure(
+            lambda _: select(query, key, value, layer.plan, draw, *lengths), self.device, repeats
+        ).median
         parts_ms["block selection"] = selection * len(calls) / repeats
         parts_ms["attention"] -= parts_ms["block selection"]
         return {name: parts_ms.get(name, 0.0) for name in PARTS}

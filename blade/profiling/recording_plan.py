@@ -132,7 +132,7 @@ class RecordingPlan:
                 query,
                 key,
                 value,
-                self._candidates(layer, query, key, columns, key_lengths),
+                self._candidates(layer, query, key, value, columns, key_lengths),
                 candidates=recording.measured,
                 block_size=recording.block_size,
                 projection=self.family.output_projection(self.attentions[layer]),
@@ -169,7 +169,13 @@ class RecordingPlan:
         return [plan.budget.density for plan in self._adaptive]
 
     def _candidates(
-        self, layer: int, query: Tensor, key: Tensor, columns: Tensor, key_lengths: Tensor | None
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        columns: Tensor,
+        key_lengths: Tensor | None,
     ) -> list[Candidates]:
         recording, groups = self.recording, []
         for order, (static_numbers, static_masks) in self._groups.items():
@@ -180,15 +186,15 @@ class RecordingPlan:
                     if pattern.share is not None:
                         numbers.append(number)
                         masks.append(self._vertical(pattern, columns))
-            inputs = (query, key) if tokens is None else (x.index_select(1, tokens) for x in (query, key))
-            ordered_query, ordered_key = inputs
+            inputs = (query, key, value)
+            ordered = inputs if tokens is None else tuple(x.index_select(1, tokens) for x in inputs)
             scores: dict[AdaptiveConfig, Tensor] = {}  # shared by all sparsities
             for number, plan in enumerate(self._adaptive):
                 if plan.token_order != order:
                     continue
                 if plan.config not in scores:
                     draw = self._draw(plan.config, layer, query.shape[2])
-                    scores[plan.config] = block_importance(ordered_query, ordered_key, plan, draw, key_lengths)
+                    scores[plan.config] = block_importance(*ordered, plan, draw, key_lengths)
                 numbers.append(len(recording.candidates) + number)
                 masks.append(keep_most_important(scores[plan.config], plan).keep)
             groups.append(Candidates(numbers=tuple(numbers), masks=tuple(masks), tokens=tokens))

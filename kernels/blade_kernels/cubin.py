@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from blade_kernels.block_selection.layer_budget import CHUNK, DIGITS
 from blade_kernels.block_sparse.launch_table import BLOCK_SIZES, HEAD_SIZES, Kernel, launch_config
 from blade_kernels.block_sparse.triton_attention import DELTA_TILE, TRANSPOSE_TILE
 from blade_kernels.qk_norm_rope.operator import norm_rope_warps
@@ -28,7 +29,8 @@ MATRIX_INSTRUCTIONS = {"80": "HMMA", "89": "HMMA", "90": "HGMMA", "100": "UTCHMM
 _COUNTED = ("HMMA", "HGMMA", "UTCHMMA", "UTMALDG", "LDGSTS", "LDL", "STL")
 _TYPES = {
     "bool": "keep forced_keys forced_queries",
-    "int32": "counts indices order key_lengths pooled_block starts rows query_offsets key_offsets",
+    "int32": "counts indices order key_lengths pooled_block starts rows query_offsets key_offsets "
+    "bits histogram prefix",
     "int64": "places",
     "float32": "lse lse2 delta grad_lse pooled_bias importance weight bias cos sin grad_weight grad_bias",
     "half": "q k v out grad_out grad_q grad_k grad_v pooled_k pooled_v x grad_x",
@@ -119,7 +121,12 @@ def other_variants() -> Iterator[Variant]:
         module="block_selection.triton_selection", kernel="select_kernel", case="1,024 key blocks", num_warps=1,
         constants={"BQ": 128, "BK": 128, "WIDTH": 1024, **flags},
     )  # fmt: skip
-    for statistic in ("max", "rms"):
+    for shift, values in DIGITS:
+        yield Variant(
+            module="block_selection.triton_selection", kernel="digit_histogram_kernel", num_warps=4,
+            case=f"{values} values, above {shift} bits", constants={"SHIFT": shift, "BINS": values, "CHUNK": CHUNK},
+        )  # fmt: skip
+    for statistic in ("max", "rms", "residual"):
         yield Variant(
             module="block_selection.triton_selection", kernel="sampled_importance_kernel", num_warps=4,
             case=f"heads of 128, 16 samples, {statistic}",

@@ -5,14 +5,21 @@ query block needs a key block. `select_blocks` turns any such tensor into a mask
 `naive`, nothing here waits for the device.
 """
 
-from blade_kernels.block_selection.importance import STATISTICS, mean_pooled_importance, sampled_importance
-from blade_kernels.block_selection.selection import local_blocks, random_blocks, select_blocks
+from blade_kernels.block_selection.importance import (
+    STATISTICS,
+    mean_pooled_importance,
+    sampled_importance,
+    value_spread,
+)
+from blade_kernels.block_selection.selection import BUDGETS, local_blocks, random_blocks, select_blocks
 
 __all__ = [
+    "BUDGETS",
     "STATISTICS",
     "local_blocks",
     "mean_pooled_importance",
     "random_blocks",
     "sampled_importance",
     "select_blocks",
+    "value_spread",
 ]

@@ -10,7 +10,7 @@ from blade_kernels.block_selection.naive import naive_sampled_importance
 from blade_kernels.implementations import choose_implementation
 from blade_kernels.scratch import Scratch
 
-STATISTICS = ("max", "mean", "rms")
+STATISTICS = ("max", "mean", "rms", "residual")
 """Statistics of the weights between sampled tokens."""
 
 _CHUNK_ELEMENTS = 2**19  # logits in memory at a time
@@ -47,7 +47,9 @@ def sampled_importance(
         softmax_denominator: divide by the sum of the softmax, as in the paper. Without it, as in the paper's code,
             each sampled query gives its best key a score of 1, however flat its distribution.
         statistic: "max", the largest weight, as in the paper; or, of the weight that each query gives to all sampled
-            keys of the block together, the "mean" or the root mean square, "rms", over the queries.
+            keys of the block together, the "mean" or the root mean square, "rms", over the queries; or "residual", the
+            root mean square over the queries of what the mean of the block's keys gets wrong: the Euclidean norm of
+            the differences between the weights of the sampled keys and the weight that their mean would get.
         implementation: "triton"; "cpu", plain PyTorch on any device; "naive", the specification; "auto" picks Triton
             on CUDA where possible, else "cpu". "reference" is an alias of "cpu".
 
@@ -141,9 +143,32 @@ def mean_pooled_importance(
         return logits.masked_fill((key_counts == 0)[:, None, None], -torch.inf).softmax(-1).nan_to_num(0.0)
 
 
+def value_spread(v: Tensor, block_size: int = 64, *, key_lengths: Tensor | None = None) -> Tensor:
+    """Return how far the values of each block are from the mean of all values, as a root mean square.
+
+    Args:
+        v: (B, T, H, D) values; consecutive tokens form the blocks.
+        block_size: tokens in a block.
+        key_lengths: (B,) integers, number of valid tokens; the rest are ignored.
+
+    Returns:
+        (B, H, blocks) in float32 (float64 for float64 values), 0 for a block without tokens. Not differentiable.
+    """
+    with torch.no_grad():
+        means, counts = _block_means(v, block_size, key_lengths)  # (B, H, blocks, D), (B or 1, blocks)
+        counts = counts.unsqueeze(1)
+        norms = torch.linalg.vector_norm(v, dim=-1, dtype=means.dtype).unsqueeze(-1)
+        squares, _ = _block_means(norms.square(), block_size, key_lengths)
+        centre = (means * counts.unsqueeze(-1)).sum(2, keepdim=True) / counts.sum(-1)[..., None, None].clamp(min=1)
+        distances = squares.squeeze(-1) - 2 * (means * centre).sum(-1) + centre.square().sum(-1)
+        return distances.clamp(min=0).sqrt() * (counts > 0)
+
+
 def _block_scores(logits: Tensor, query_samples: int, softmax_denominator: bool, statistic: str) -> Tensor:
     """Reduce logits (n, QB * samples, samples, KB), in place, to a statistic of softmax weights (n, QB, KB)."""
     query_blocks = (-1, query_samples)
+    if statistic == "residual":
+        return torch.unflatten(_squared_residuals(logits, softmax_denominator), 1, query_blocks).mean(2).sqrt()
     if statistic != "max":
         if softmax_denominator:
             flat = logits.flatten(-2)
@@ -160,6 +185,26 @@ def _block_scores(logits: Tensor, query_samples: int, softmax_denominator: bool,
     best = logits.amax(-2)
     peak = best.amax(-1, keepdim=True).clamp(min=torch.finfo(best.dtype).min)  # finite where every key is absent
     return torch.unflatten((best - peak).exp_(), 1, query_blocks).amax(2)
+
+
+def _squared_residuals(logits: Tensor, softmax_denominator: bool) -> Tensor:
+    """Sum over a block's samples the squared difference of weight and weight of their mean key.
+
+    Args:
+        logits: (n, queries, samples, KB), overwritten; -inf for a sample that is absent.
+        softmax_denominator: see `sampled_importance`.
+
+    Returns:
+        (n, queries, KB).
+    """
+    peak = logits.amax((-2, -1), keepdim=True).clamp(min=torch.finfo(logits.dtype).min)  # finite where all are absent
+    absent = logits == -torch.inf
+    counts = (~absent).sum(-2).clamp(min=1)
+    mean = (logits.masked_fill(absent, 0.0).sum(-2) / counts - peak.squeeze(-2)).exp_()
+    weights = logits.sub_(peak).exp_()
+    total = weights.sum((-2, -1)).clamp(min=1.0) if softmax_denominator else None
+    squares = weights.sub_(mean.unsqueeze(-2)).masked_fill_(absent, 0.0).square_().sum(-2)
+    return squares if total is None else squares / total.square().unsqueeze(-1)
 
 
 def _sample(

@@ -39,6 +39,15 @@ def naive_sampled_importance(
     if statistic == "max":
         return by_block.amax((3, 5))
     drawn = torch.nn.functional.pad(queries, (0, missing[0])).unflatten(-1, (-1, block_size[0])).unsqueeze(-1)
+    if statistic == "residual":
+        sampled = torch.nn.functional.pad(keys, (0, missing[1])).unflatten(-1, (-1, block_size[1])) > 0
+        sampled = sampled[:, :, None, None]  # (B, H, 1, 1, key blocks, keys)
+        padded = torch.nn.functional.pad(logits - base, (0, missing[1], 0, missing[0]))
+        blocked = torch.unflatten(torch.unflatten(padded, 3, (-1, block_size[1])), 2, (-1, block_size[0]))
+        mean_logit = blocked.where(sampled, 0.0).sum(5) / sampled.sum(5).clamp(min=1)
+        differences = (by_block - mean_logit.exp().unsqueeze(5)).where(sampled, 0.0)
+        squares = differences.square().sum(5) * drawn
+        return (squares.sum(3) / query_offsets.shape[-1]).sqrt()
     mass = by_block.sum(5)  # of every query in every key block
     power = 1 if statistic == "mean" else 2
     mean: Tensor = (mass.pow(power) * drawn).sum(3) / query_offsets.shape[-1]
@@ -95,4 +104,48 @@ def naive_selection(
         if forced_query_blocks is not None and forced_query_blocks[row[-1]]:
             count = key_blocks
         keep[row][ranking[:count]] = True
+    return keep.to(importance.device)
+
+
+def naive_selection_over_heads(
+    importance: Tensor,
+    max_blocks: int,
+    extra_blocks: int,
+    min_blocks: int,
+    forced: Tensor | None,
+    forced_query_blocks: Tensor | None,
+) -> Tensor:
+    """Rank the key blocks of all rows of all heads, as `select_blocks` describes with a budget for the layer.
+
+    Args:
+        importance: (B or 1, H or 1, query blocks, key blocks).
+        max_blocks: key blocks in a row on average.
+        extra_blocks: rows with one more.
+        min_blocks: leading blocks that every row keeps.
+        forced: bool that broadcasts to (query blocks, key blocks), or None.
+        forced_query_blocks: (query blocks,) bool, or None.
+
+    Returns:
+        Bool of the shape of `importance`.
+    """
+    batch, heads, query_blocks, key_blocks = importance.shape
+    whole = [False] * query_blocks if forced_query_blocks is None else forced_query_blocks.tolist()
+    none = torch.zeros(query_blocks, key_blocks, dtype=torch.bool)
+    certain = (none if forced is None else none | forced.cpu()).tolist()
+    rows = [row for row in range(query_blocks) if not whole[row]]
+    extra = {row: (row + 1) * extra_blocks // query_blocks - row * extra_blocks // query_blocks for row in rows}
+    total = heads * sum(max_blocks + extra[row] for row in rows)
+    keep = torch.zeros(importance.shape, dtype=torch.bool)
+    keep[:, :, whole] = True
+    for item in range(batch):
+        ranking = []
+        for head, row in itertools.product(range(heads), rows):
+            score = importance[item, head, row].tolist()
+            best = sorted(range(key_blocks), key=lambda block: (not certain[row][block], -score[block], block))
+            first = {*best[:min_blocks], *(block for block in range(key_blocks) if certain[row][block])}
+            keep[item, head, row, list(first)] = True
+            ranking += [(-score[block], head, row, block) for block in range(key_blocks) if block not in first]
+        free = total - int(keep[item][:, rows].sum())
+        for _, head, row, block in sorted(ranking)[: max(free, 0)]:
+            keep[item, head, row, block] = True
     return keep.to(importance.device)

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from blade_kernels.block_mask import BlockMask
 from blade_kernels.block_selection import triton_launch
-from blade_kernels.block_selection.naive import naive_selection
+from blade_kernels.block_selection.layer_budget import keep_over_heads
+from blade_kernels.block_selection.naive import naive_selection, naive_selection_over_heads
+from blade_kernels.block_selection.ranking import largest
 from blade_kernels.implementations import choose_implementation
+
+BUDGETS = ("row", "layer")
+"""What a maximum of kept blocks is for."""
 
 
 def select_blocks(
@@ -22,6 +29,7 @@ def select_blocks(
     forced_key_blocks: Tensor | None = None,
     forced_query_blocks: Tensor | None = None,
     local_radius: int | None = None,
+    budget: Literal["row", "layer"] = "row",
     implementation: str = "auto",
 ) -> BlockMask:
     """Keep the most important key blocks of every row.
@@ -30,6 +38,9 @@ def select_blocks(
     keeps the leading blocks up to and including the one at which their importance reaches `cumulative_mass` of the
     row's total, but at least `min_blocks`, at most `max_blocks`, and never fewer than the forced ones. Forced blocks
     thus count towards `max_blocks`; a row exceeds it only if the forced blocks alone do.
+
+    With `budget="layer"` the rows of all heads of an item share their maxima: after the leading `min_blocks` of every
+    row, the most important blocks of all rows are kept, until they are as many as the maxima come to.
 
     Args:
         importance: (B or 1, H or 1, query blocks, key blocks), finite and non-negative. Compared in float32.
@@ -43,13 +54,16 @@ def select_blocks(
         forced_query_blocks: (query blocks,) bool, rows that keep every block regardless of `max_blocks`.
         local_radius: force the key blocks at the query block's own positions (radius 0) and this many more on either
             side. None: force none.
+        budget: "row", a maximum for each row; "layer", one for the rows of all heads of an item together, by which
+            importance is compared across heads.
         implementation: "triton", which does not sort; "cpu", plain PyTorch on any device; "naive", the specification,
             which waits for the device; "auto" picks Triton on CUDA where possible, else "cpu". "reference" is an alias
             of "cpu".
 
     Returns:
-        The mask. The capacity of its lists is `max_blocks`, or more if the local blocks need it. With forced key or
-        query blocks, which cannot be counted without waiting for the device, it is the number of key blocks.
+        The mask. The capacity of its lists is `max_blocks`, or more if the local blocks need it. With a budget for the
+        layer, or forced key or query blocks, which cannot be counted without waiting for the device, it is the number
+        of key blocks.
 
     Raises:
         ValueError: an argument out of range, inconsistent shapes, or an unknown implementation.
@@ -59,7 +73,7 @@ def select_blocks(
     """
     _check(
         importance, max_blocks, extra_blocks, min_blocks, cumulative_mass, forced_key_blocks, forced_query_blocks,
-        local_radius,
+        local_radius, budget,
     )  # fmt: skip
     key_blocks = importance.shape[3]
     limit = key_blocks if max_blocks is None else min(max_blocks, key_blocks)
@@ -71,6 +85,11 @@ def select_blocks(
         capacity = key_blocks
     problem = triton_launch.selection_unsupported(importance)
     chosen = choose_implementation(implementation, importance.device, problem)
+    if budget == "layer" and limit < key_blocks:
+        return _select_over_heads(
+            importance, block_size, limit, extra_blocks, min_blocks, forced_key_blocks, forced_query_blocks,
+            local_radius, chosen,
+        )  # fmt: skip
     if chosen == "triton":
         return triton_launch.select_blocks(
             importance, block_size, limit, extra_blocks, min_blocks, cumulative_mass, forced_key_blocks,
@@ -97,6 +116,7 @@ def _check(
     forced_key_blocks: Tensor | None,
     forced_query_blocks: Tensor | None,
     local_radius: int | None,
+    budget: str,
 ) -> None:
     """Raise ValueError if an argument of `select_blocks` is out of range or inconsistent with the others."""
     if importance.ndim != 4 or not importance.is_floating_point() or 0 in importance.shape:
@@ -117,6 +137,10 @@ def _check(
         raise ValueError(f"`cumulative_mass` must be in (0, 1] or None, got {cumulative_mass}.")
     if local_radius is not None and local_radius < 0:
         raise ValueError(f"`local_radius` must be at least 0 blocks or None, got {local_radius}.")
+    if budget not in BUDGETS:
+        raise ValueError(f"`budget` must be one of {', '.join(BUDGETS)}, got {budget!r}.")
+    if budget == "layer" and cumulative_mass is not None:
+        raise ValueError(f'`cumulative_mass` must be None with `budget="layer"`, got {cumulative_mass}.')
     for name, flags, blocks in (
         ("forced_key_blocks", forced_key_blocks, key_blocks),
         ("forced_query_blocks", forced_query_blocks, query_blocks),
@@ -140,25 +164,21 @@ def _select_on_cpu(
     """Select with plain PyTorch operations, on any device; for the arguments see `triton_launch.select_blocks`."""
     query_blocks, key_blocks = importance.shape[2:]
     importance = importance.to(torch.float32)
-    forced = None
-    if local_radius is not None:
-        forced = _local(query_blocks, key_blocks, block_size, local_radius, importance.device)
-    if forced_key_blocks is not None:
-        forced = forced_key_blocks if forced is None else forced | forced_key_blocks
+    forced = _forced(query_blocks, key_blocks, block_size, forced_key_blocks, local_radius, importance.device)
     ranked = importance if forced is None else importance.masked_fill(forced, torch.inf)
     most: int | Tensor = limit  # blocks in a row
     if extra:
         rows = torch.arange(query_blocks + 1, device=importance.device) * extra // query_blocks
         most = limit + rows.diff().unsqueeze(-1)
     if cumulative_mass is None and extra:
-        largest = _largest(ranked, limit + 1, ordered=True)  # the last is only for rows with one more
+        best = largest(ranked, limit + 1, ordered=True)  # the last is only for rows with one more
         kept = torch.arange(limit + 1, device=importance.device) < most
-        keep = torch.zeros_like(ranked, dtype=torch.bool).scatter_(-1, largest, kept.expand_as(largest))
+        keep = torch.zeros_like(ranked, dtype=torch.bool).scatter_(-1, best, kept.expand_as(best))
     elif cumulative_mass is None:
-        largest = _largest(ranked, limit)
+        best = largest(ranked, limit)
         if forced is None and forced_query_blocks is None:
-            return BlockMask.from_lists(largest, key_blocks, block_size)
-        keep = torch.zeros_like(ranked, dtype=torch.bool).scatter_(-1, largest, True)
+            return BlockMask.from_lists(best, key_blocks, block_size)
+        keep = torch.zeros_like(ranked, dtype=torch.bool).scatter_(-1, best, True)
     else:
         order = ranked.argsort(dim=-1, descending=True, stable=True)
         mass = importance.gather(-1, order).cumsum(-1)
@@ -173,6 +193,43 @@ def _select_on_cpu(
     if forced_query_blocks is not None:
         keep = keep | forced_query_blocks.unsqueeze(-1)
     return BlockMask.from_dense(keep, block_size, capacity)
+
+
+def _select_over_heads(
+    importance: Tensor,
+    block_size: tuple[int, int],
+    limit: int,
+    extra: int,
+    least: int,
+    forced_key_blocks: Tensor | None,
+    forced_query_blocks: Tensor | None,
+    local_radius: int | None,
+    implementation: str,
+) -> BlockMask:
+    """Select with one budget for the rows of all heads; for the arguments see `triton_launch.select_blocks`."""
+    query_blocks, key_blocks = importance.shape[2:]
+    forced = _forced(query_blocks, key_blocks, block_size, forced_key_blocks, local_radius, importance.device)
+    arguments = (importance.to(torch.float32), limit, extra, least, forced, forced_query_blocks)
+    if implementation == "naive":
+        keep = naive_selection_over_heads(*arguments)
+    else:
+        keep = keep_over_heads(*arguments, use_triton=implementation == "triton")
+    return BlockMask.from_dense(keep, block_size)
+
+
+def _forced(
+    query_blocks: int,
+    key_blocks: int,
+    block_size: tuple[int, int],
+    forced_key_blocks: Tensor | None,
+    local_radius: int | None,
+    device: torch.device,
+) -> Tensor | None:
+    """Mark the key blocks that a row must keep: bool that broadcasts to (QB, KB); None if there are none."""
+    if local_radius is None:
+        return forced_key_blocks
+    local = _local(query_blocks, key_blocks, block_size, local_radius, device)
+    return local if forced_key_blocks is None else local | forced_key_blocks
 
 
 def random_blocks(
@@ -256,16 +313,3 @@ def _local(
     last = (starts + query_size - 1) // key_size + radius
     blocks = torch.arange(key_blocks, device=device)
     return (blocks >= first.unsqueeze(-1)) & (blocks <= last.unsqueeze(-1))
-
-
-def _largest(x: Tensor, count: int, *, ordered: bool = False) -> Tensor:
-    """Find the `count` largest along the last dimension, (.., count) int64; ties by increasing index.
-
-    Args:
-        x: non-negative float32. Their bits, read as integers, are ordered as they are and leave room for the index.
-        count: at most the size of the last dimension.
-        ordered: return them in decreasing order.
-    """
-    size = x.shape[-1]
-    tie_break = torch.arange(size - 1, -1, -1, device=x.device)
-    return (x.abs().view(torch.int32).long() * size + tie_break).topk(count, sorted=ordered).indices

@@ -28,7 +28,7 @@ def sampled_importance_kernel(
         importance: (B, H, query blocks, key blocks) float32, contiguous.
         query_offsets: (B, H, QUERIES) int32, sorted; likewise `key_offsets`, (B, H, KEYS).
         BLOCKS: key blocks in a tile.
-        STATISTIC: "max", "mean" or "rms".
+        STATISTIC: "max", "mean", "rms" or "residual".
     """
     first, head, item = tl.program_id(0) * ROWS, tl.program_id(1), tl.program_id(2)
     wide_head, wide_item = head.to(tl.int64), item.to(tl.int64)
@@ -73,6 +73,14 @@ def sampled_importance_kernel(
             best = tl.max(logits.reshape(ROWS * QUERIES, BLOCKS, KEYS), 2)
             weights = tl.exp2(best - peak[:, None]) / divisor[:, None]
             score = tl.max(weights.reshape(ROWS, QUERIES, BLOCKS), 1)
+        elif STATISTIC == "residual":
+            by_block = (logits - peak[:, None]).reshape(ROWS * QUERIES, BLOCKS, KEYS)
+            drawn = by_block > float("-inf")
+            count = tl.sum(drawn.to(tl.float32), 2)
+            mean = tl.exp2(tl.sum(tl.where(drawn, by_block, 0.0), 2) / tl.maximum(count, 1.0))
+            difference = tl.where(drawn, tl.exp2(by_block) - mean[:, :, None], 0.0) / divisor[:, None, None]
+            squares = tl.sum(difference * difference, 2).reshape(ROWS, QUERIES, BLOCKS)
+            score = tl.sqrt(tl.sum(squares, 1) / QUERIES)
         else:
             weights = tl.exp2(logits - peak[:, None]) / divisor[:, None]
             mass = tl.sum(weights.reshape(ROWS * QUERIES, BLOCKS, KEYS), 2).reshape(ROWS, QUERIES, BLOCKS)
@@ -183,3 +191,26 @@ def select_kernel(
     tl.store(indices + mask_row * capacity + slots, blocks, mask=kept & (slots < capacity))
     padding = (blocks >= count) & (blocks < capacity)
     tl.store(indices + mask_row * capacity + blocks, tl.zeros((WIDTH,), tl.int32), mask=padding)
+
+
+@triton.jit
+def digit_histogram_kernel(
+    bits, histogram, prefix, size,
+    SHIFT: tl.constexpr, BINS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Count the values of one digit, `(bits >> SHIFT) % BINS`, among the bits that begin with a prefix.
+
+    Args:
+        bits: (B, size) int32, contiguous; negative ones are not counted.
+        histogram: (B, BINS) int32, zeros, to which the counts are added.
+        prefix: (B,) int32, the digits above.
+    """
+    chunk, item = tl.program_id(0), tl.program_id(1)
+    places = chunk * CHUNK + tl.arange(0, CHUNK)
+    values = tl.load(bits + item.to(tl.int64) * size + places, mask=places < size, other=-1)
+    begins = (values >= 0) & ((values >> SHIFT) // BINS == tl.load(prefix + item))
+    digits = tl.where(begins, (values >> SHIFT) % BINS, 0)
+    bins = tl.arange(0, BINS)
+    counts = tl.histogram(digits, BINS)
+    counts -= tl.where(bins == 0, CHUNK - tl.sum(begins.to(tl.int32), 0), 0)  # those that do not count fell into 0
+    tl.atomic_add(histogram + item * BINS + bins, counts, mask=counts > 0)

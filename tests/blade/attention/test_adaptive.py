@@ -41,6 +41,7 @@ configs = st.builds(
     softmax_denominator=st.booleans(),
     cumulative_mass=st.sampled_from([None, None, 0.3, 0.9, 1.0]),
     min_fraction=st.sampled_from([0.0, 0.05, 0.5]),
+    value_weighting=st.booleans(),
 )
 
 
@@ -96,7 +97,7 @@ def test_any_grid_text_and_method(grid, config):
     plan = AdaptivePlan.of(config, grid, CPU)
     draw = draw_table(config, layer=1, heads=HEADS)[3]
     query, key, value = qkv(grid)
-    mask = select(query, key, plan, draw)
+    mask = select(query, key, value, plan, draw)
     budget = plan.budget
 
     text = torch.tensor(grid.text_blocks(8))
@@ -106,7 +107,7 @@ def test_any_grid_text_and_method(grid, config):
     assert (kept <= budget.kept_blocks).all()
     if config.asa.cumulative_mass is None:
         assert (kept == budget.kept_blocks).all()
-    assert torch.equal(select(query, key, plan, draw).keep, mask.keep)
+    assert torch.equal(select(query, key, value, plan, draw).keep, mask.keep)
 
     output, density, _ = adaptive_attention(query, key, value, plan, draw)
     expected = oracle(query, key, value, mask, plan)
@@ -136,7 +137,7 @@ def test_gradients_are_those_of_the_oracle(pooled):
     assert not density.requires_grad
     weights = torch.randn(output.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
     gradients = torch.autograd.grad((output * weights).sum(), inputs)
-    expected = oracle(*inputs, select(*inputs[:2], plan, draw), plan)
+    expected = oracle(*inputs, select(*inputs, plan, draw), plan)
     for gradient, right in zip(gradients, torch.autograd.grad((expected * weights).sum(), inputs)):
         torch.testing.assert_close(gradient, right, rtol=1e-9, atol=1e-11)
 
@@ -182,8 +183,7 @@ def test_random_blocks_differ_between_rows_heads_and_steps():
     config = BladeConfig(sparsity=0.8, asa=AdaptiveConfig(block_size=8, probe_tokens=4, selector="random"))
     plan = AdaptivePlan.of(config, grid, CPU)
     table = draw_table(config, 0, HEADS)
-    query, key, _ = qkv(grid)
-    first, second = (select(query, key, plan, table[step]).keep for step in (0, 1))
+    first, second = (select(*qkv(grid), plan, table[step]).keep for step in (0, 1))
     assert not torch.equal(first, second)
     assert not torch.equal(first[0, 0], first[0, 1])
     assert len({tuple(row.tolist()) for row in first[0, 0]}) > 16
@@ -204,8 +204,46 @@ def test_sampling_every_token_finds_the_largest_weight():
     grid = TokenGrid(2, 4, 4)
     config = BladeConfig(sparsity=0.7, asa=AdaptiveConfig(block_size=8, probe_tokens=8))
     plan = AdaptivePlan.of(config, grid, CPU)
-    query, key, _ = qkv(grid)
-    mask = select(query, key, plan, draw_table(config, 0, HEADS)[0])
+    query, key, value = qkv(grid)
+    mask = select(query, key, value, plan, draw_table(config, 0, HEADS)[0])
     weights = (torch.einsum("bqhd,bkhd->bhqk", query, key) / SIZE**0.5).softmax(-1)
     scores = weights.unflatten(-1, (4, 8)).unflatten(-3, (4, 8)).amax((-1, -3))
     assert torch.equal(mask.keep, scores == scores.amax(-1, keepdim=True))
+
+
+@settings(max_examples=30, deadline=None)
+@given(grids, configs, st.sampled_from(["floor", "spread"]))
+def test_a_budget_for_the_layer_is_met_by_all_heads_together(grid, config, rounding):
+    details = dataclasses.replace(config.asa, cumulative_mass=None, min_fraction=0.0, rounding=rounding)
+    by_row, by_layer = (
+        AdaptivePlan.of(dataclasses.replace(config, asa=dataclasses.replace(details, budget=budget)), grid, CPU)
+        for budget in ("row", "layer")
+    )
+    draw = draw_table(config, layer=1, heads=HEADS)[3]
+    inputs = qkv(grid)
+    rows, layer = (select(*inputs, plan, draw) for plan in (by_row, by_layer))
+    text = torch.tensor(grid.text_blocks(8))
+    assert layer.keep[..., text].all() and layer.keep[..., text, :].all()
+    # a selector without heads or items of its own gives all the same mask
+    assert layer.keep.sum((1, 2, 3)).tolist() == rows.keep.sum((1, 2, 3)).tolist()
+    assert (layer.keep[..., ~text].sum(-1) >= min(1, int((~text).sum()))).all()
+    # short rows may leave their pairs to whole ones, and rows of text the block that `spread` counts for them
+    short = len(text) * 8 * (-grid.sequence_length % 8) + 64 * int(text.sum())
+    _, density, _ = adaptive_attention(*inputs, by_layer, draw)
+    assert density <= by_layer.budget.density + short / grid.sequence_length**2 + 1e-6
+
+
+def test_heads_that_pooling_serves_badly_get_more_of_a_layer():
+    grid = TokenGrid(2, 8, 8)
+    details = AdaptiveConfig(
+        block_size=8, probe_tokens=8, pooled_window=8, statistic="residual", value_weighting=True, budget="layer"
+    )
+    config = BladeConfig(sparsity=0.6, pooled_tokens="dropped", asa=details)
+    plan = AdaptivePlan.of(config, grid, CPU)
+    query, key, value = qkv(grid)
+    query[..., 1, :] *= 0.01  # nearly even attention, which the means reproduce
+    kept = select(query, key, value, plan, draw_table(config, 0, HEADS)[0]).keep.sum((2, 3))
+    assert (kept[:, 0] > 3 * kept[:, 1]).all()
+    value[..., 0, :] = value[:, :1, :, :][..., 0, :]  # whatever the weights, the output is the same
+    kept = select(query, key, value, plan, draw_table(config, 0, HEADS)[0]).keep.sum((2, 3))
+    assert (kept[:, 1] > 3 * kept[:, 0]).all()

@@ -230,10 +230,11 @@ def test_presets_of_the_two_kinds_are_kept_apart():
 def test_a_configuration_of_version_0_1_keeps_its_settings():
     config = BladeConfig(sparsity=0.5, asa=AdaptiveConfig(block_size=32, pooled_window=16))
     values = config.to_dict()
-    for name in ("statistic", "rounding"):
+    for name in ("statistic", "rounding", "budget", "value_weighting"):
         del values["asa"][name]
     read = BladeConfig.from_dict(values)
     assert read == config and (read.asa.statistic, read.asa.rounding) == ("max", "floor")
+    assert (read.asa.budget, read.asa.value_weighting) == ("row", False)
 
 
 def test_a_field_can_be_replaced():

@@ -50,8 +50,8 @@ def test_a_selector_of_a_temporary_module_is_applied(later_selector, make_wan, w
 def test_its_scores_decide_what_is_kept(later_selector):
     grid, config = TokenGrid(4, 4, 8), config_with("later")
     plan, drawn = AdaptivePlan.of(config, grid, CPU), draw_table(config, layer=1, heads=2)[3]
-    query = key = torch.randn(1, grid.sequence_length, 2, 16)
-    keep = select(query, key, plan, drawn).keep
+    query = key = value = torch.randn(1, grid.sequence_length, 2, 16)
+    keep = select(query, key, value, plan, drawn).keep
     places = (torch.arange(16) / 16 + drawn.unsqueeze(-1)) % 1
     expected = torch.zeros(2, 16, dtype=torch.bool).scatter_(-1, places.topk(8).indices, True)
     assert torch.equal(keep, expected[None, :, None].expand(1, 2, 16, 16))
@@ -93,7 +93,7 @@ def test_controls_alone_look_at_neither_queries_nor_keys(name):
     grid, config = TokenGrid(3, 5, 7), config_with(name)
     plan, drawn = AdaptivePlan.of(config, grid, CPU), draw_table(config, layer=0, heads=2)[0]
     first, second = (
-        block_importance(*torch.randn(2, 1, grid.sequence_length, 2, 16, generator=generator), plan, drawn)
+        block_importance(*torch.randn(3, 1, grid.sequence_length, 2, 16, generator=generator), plan, drawn)
         for generator in (torch.Generator().manual_seed(seed) for seed in (0, 1))
     )
     assert torch.equal(first, second) == SELECTORS[name].is_control

@@ -1,7 +1,7 @@
 import blade_kernels.block_selection.importance as module
 import pytest
 import torch
-from blade_kernels.block_selection import mean_pooled_importance, sampled_importance
+from blade_kernels.block_selection import mean_pooled_importance, sampled_importance, value_spread
 from blade_kernels.block_selection.importance import STATISTICS
 
 
@@ -67,6 +67,36 @@ def test_all_tokens_sampled_give_the_largest_weight_of_each_pair_of_blocks(imple
     torch.testing.assert_close(found, weights.unfold(2, 16, 16).unfold(3, 16, 16).amax((-1, -2)))
 
 
+@pytest.mark.parametrize("implementation", ["naive", "cpu"])
+def test_the_residual_is_what_a_mean_key_gets_wrong(implementation):
+    q, k = inputs(64)
+    k[:, 16:32] = k[:, 16:17]  # its mean is each of its keys
+    everything = torch.arange(16)
+    options = {"statistic": "residual", "implementation": implementation}
+    found = sampled_importance(q, k, everything, everything, (16, 16), **options)
+    logits = q.transpose(1, 2) @ k.transpose(1, 2).mT * 8**-0.5
+    base = logits.logsumexp(-1, keepdim=True)
+    means = k.transpose(1, 2).unflatten(2, (4, 16)).mean(3)
+    mean_weights = (q.transpose(1, 2) @ means.mT * 8**-0.5 - base).exp().repeat_interleave(16, -1)
+    squares = ((logits - base).exp() - mean_weights).square().unfold(2, 16, 16).unfold(3, 16, 16)
+    torch.testing.assert_close(found, (squares.sum((-1, -2)) / 16).sqrt())
+    assert float(found[..., 1].amax()) < 1e-12 < float(found[..., 0].amin())
+
+
+@pytest.mark.parametrize("lengths", [None, torch.tensor([37, 0])])
+def test_the_spread_of_values_matches_its_definition(lengths):
+    _, v = inputs(1, 61)
+    v = v + 3
+    for b, count in enumerate([61, 61] if lengths is None else lengths.tolist()):
+        v[b, count:] = float("nan")
+        found = value_spread(v, 8, key_lengths=lengths)[b]
+        distances = (v[b, :count] - v[b, :count].mean(0)).square().sum(-1)  # (tokens, heads)
+        expected = [distances[start : start + 8].mean(0).sqrt() for start in range(0, count, 8)]
+        assert found.shape == (3, 8) and not found[:, len(expected) :].any()
+        if expected:
+            torch.testing.assert_close(found[:, : len(expected)], torch.stack(expected, -1))
+
+
 @pytest.mark.parametrize("limit", [1, 300, 3000])
 def test_does_not_depend_on_how_much_is_held_at_a_time(monkeypatch, limit):
     q, k = inputs(97)
@@ -129,7 +159,7 @@ def test_no_gradients_are_kept():
         ({"block_size": (16, 0)}, r"`block_size` must be two positive numbers of tokens, got \(16, 0\)"),
         ({"key_lengths": torch.tensor([1])}, r"`key_lengths` must be of shape \(2,\), got \(1,\)"),
         ({"key_offsets": torch.zeros(3)}, r"`key_offsets` must be integers that broadcast to \(2, 3, samples\)"),
-        ({"statistic": "sum"}, "`statistic` must be one of max, mean, rms, got 'sum'"),
+        ({"statistic": "sum"}, "`statistic` must be one of max, mean, rms, residual, got 'sum'"),
         ({"query_offsets": torch.zeros(0, dtype=torch.int64)}, r"`query_offsets` .* got torch.int64 of shape \(0,\)"),
     ],
 )

@@ -200,3 +200,49 @@ def test_random_blocks_are_drawn_in_every_row_by_themselves():
 def test_local_blocks_keep_as_many_at_the_ends():
     assert kept(local_blocks(5, 5, 3, (8, 8))) == [[0, 1, 2], [0, 1, 2], [1, 2, 3], [2, 3, 4], [2, 3, 4]]
     assert kept(local_blocks(2, 4, 2, (16, 8))) == [[0, 1], [2, 3]]
+
+
+def test_with_a_budget_for_the_layer_rows_and_heads_compete():
+    importance = torch.tensor([[[9, 8, 7, 0], [1, 0, 0, 0]], [[2, 1, 0, 0], [6, 5, 0, 3]]], dtype=torch.float32)
+    mask = select_blocks(importance[None], max_blocks=2, budget="layer")
+    assert [[row.nonzero().flatten().tolist() for row in head] for head in mask.keep[0]] == [
+        [[0, 1, 2], [0]],
+        [[0], [0, 1, 3]],
+    ]
+    assert torch.equal(mask.to_dense(), mask.keep)
+
+
+@given(
+    st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 6), st.integers(2, 20)),
+    st.integers(1, 19),
+    st.booleans(),
+    st.booleans(),
+    st.none() | st.integers(0, 1),
+    st.sampled_from([1, 3, 4096]),
+    st.integers(0, 99),
+)
+def test_a_layer_keeps_what_the_specification_keeps(shape, blocks, keys, queries, radius, values, seed):
+    generator = torch.Generator().manual_seed(seed)
+    importance = torch.randint(0, values, shape, generator=generator) / 4096
+    limit = min(blocks, shape[-1] - 1)
+    options = {
+        "max_blocks": limit,
+        "extra_blocks": seed % shape[-2],
+        "min_blocks": 1 + seed % limit,
+        "forced_key_blocks": torch.rand(shape[-1], generator=generator) < 0.2 if keys else None,
+        "forced_query_blocks": torch.rand(shape[-2], generator=generator) < 0.2 if queries else None,
+        "local_radius": radius,
+        "budget": "layer",
+    }
+    masks = [select_blocks(importance, (8, 8), **options, implementation=name) for name in ("cpu", "naive")]
+    assert torch.equal(masks[0].keep, masks[1].keep) and torch.equal(masks[0].indices, masks[1].indices)
+    if not keys and not queries and radius is None:
+        asked = shape[1] * (limit * shape[2] + options["extra_blocks"])
+        assert masks[0].counts.sum((1, 2)).tolist() == [asked] * shape[0]
+
+
+def test_a_budget_for_the_layer_needs_no_mass():
+    with pytest.raises(ValueError, match=r'`cumulative_mass` must be None with `budget="layer"`, got 0.9'):
+        select_blocks(rows([1, 2]), cumulative_mass=0.9, budget="layer")
+    with pytest.raises(ValueError, match="`budget` must be one of row, layer, got 'head'"):
+        select_blocks(rows([1, 2]), budget="head")

@@ -76,6 +76,25 @@ def test_expanded_importance_is_read_by_its_strides():
     assert_same(*both(importance, max_blocks=3))
 
 
+@pytest.mark.parametrize("forced", [False, True])
+@pytest.mark.parametrize("values", [1, 3, 2**20])
+def test_a_layer_keeps_what_the_specification_keeps(forced, values):
+    generator = torch.Generator().manual_seed(values)
+    importance = torch.randint(0, values, (2, 3, 37, 53), generator=generator) / 7
+    flags = [torch.rand(blocks, generator=generator) < 0.1 for blocks in (53, 37)]
+    found, expected = both(
+        importance,
+        (8, 8),
+        max_blocks=9,
+        extra_blocks=5,
+        min_blocks=2,
+        forced_key_blocks=flags[0] if forced else None,
+        forced_query_blocks=flags[1] if forced else None,
+        budget="layer",
+    )
+    assert_same(found, expected)
+
+
 @pytest.mark.parametrize("denominator", [True, False])
 @pytest.mark.parametrize("lengths", [None, (50, 0)])
 @pytest.mark.parametrize(
@@ -144,3 +163,5 @@ def test_everything_compiles_into_one_graph_and_the_operators_are_registered_sou
     torch.library.opcheck(torch.ops.blade.sampled_importance.default, arguments, test_utils=checks)
     arguments = (expected[0], [32, 32], 2, 0, 1, 0.9, None, None, 1, 3)
     torch.library.opcheck(torch.ops.blade.select_blocks.default, arguments, test_utils=checks)
+    arguments = (expected[0].flatten(1).view(torch.int32), torch.zeros(1, dtype=torch.int32, device=DEVICE), 20, 2048)
+    torch.library.opcheck(torch.ops.blade.digit_histogram.default, arguments, test_utils=checks)
