@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 DEFAULT_RUNS = ("dense", "preset")
 """Runs that are compared where none is given."""
 
-GENERATION_OPTIONS = ("model", "height", "width", "frames", "device", "dtype")
+GENERATION_OPTIONS = ("model", "height", "width", "frames", "device", "dtype", "vae_tiling")
 """Options of a generation that the command has."""
 
-FIRST = ("run", "prompts", "shapes", "model", "output")
+FIRST = ("run", "prompts", "shapes", "protocol", "model", "output")
 """Options that most people need first."""
 
 
@@ -58,7 +58,7 @@ class PromptSetOptions(OptionGroup):
     prompts: Path | None = option()
     """File of prompts, one a line; lines that begin with # don't count."""
     seeds: str | None = option()
-    """With --prompts: seeds such as 0-3,7, each with every prompt. By default 0."""
+    """With --prompts: seeds such as 0-3,7, each with every prompt. By default 0, or the protocol's."""
     shapes: bool = option(False)
     """Instead of --prompts: captions that the training of moving-shapes models never saw."""
     single: int | None = option()
@@ -67,10 +67,17 @@ class PromptSetOptions(OptionGroup):
     """With --shapes: captions with two objects. By default 64."""
     repeats: int | None = option()
     """With --shapes: videos of each caption, of which diversity is measured. By default 1."""
+    protocol: str | None = option()
+    """Compare with dense attention as publications do, such as wan14b-720p; an unknown name lists them all. It sets
+    model, size, steps, guidance, dtype and seeds, and makes each sparse --run with 0, 20 and 30 % dense steps unless
+    it names them; --prompts takes the file that it selects from. The last line is a row of the common table. Other
+    options override it, and are named in the row."""
 
     def check(self) -> None:
         """Check that there is one source of prompts, and nothing that belongs to the other."""
-        if (self.prompts is None) == (not self.shapes):
+        if self.protocol is not None and self.shapes:
+            raise ValueError(f"`shapes` must not be given with `protocol` {self.protocol}, which has its own prompts.")
+        if self.protocol is None and (self.prompts is None) == (not self.shapes):
             raise ValueError("either `prompts` or `shapes` must be given, and not both.")
         missing, names = ("prompts", ("seeds",)) if self.shapes else ("shapes", ("single", "two", "repeats"))
         for name in names:
@@ -88,8 +95,9 @@ class ResultOptions(OptionGroup):
     """NAME of a measure to take and to report, such as psnr or all_attributes, beside densities and times; repeatable.
     By default all, those of installed packages among them; an unknown name lists them. Videos that are there already
     are not measured again."""
-    output: Path = option(Path("outputs/evaluate"))
-    """Folder of records, videos and report, by default outputs/evaluate; what is there is not made again."""
+    output: Path | None = option()
+    """Folder of records, videos and report, by default outputs/evaluate, or outputs/ and the protocol's name; what is
+    there is not made again."""
     shard: str = option("1/1")
     """i/n: take every n-th prompt, so that n processes share the work, best with one thread each."""
     debug: bool = option(False)
@@ -107,20 +115,19 @@ def evaluate(given: dict[str, Any]) -> None:
     # imported here, so that --help and usage errors don't wait for PyTorch
     from blade.evaluation.pages import write_report
     from blade.evaluation.plan import Evaluation, plan_evaluation
-    from blade.evaluation.report import make_report, tables
-    from blade.evaluation.runs import parse_run
+    from blade.evaluation.protocol_rows import protocol_lines
+    from blade.evaluation.report import has_protocol_rows, make_report, tables
     from blade.evaluation.videos import lay_out_videos
     from blade.evaluation.worker import evaluate_videos
 
+    folder = Path("outputs") / (chosen.protocol or "evaluate") if results.output is None else results.output
     evaluation = Evaluation(
-        runs=tuple(parse_run(text, steps=compared.steps, guidance=compared.guidance_scale) for text in compared.run),
-        prompts=_prompts(chosen),
-        folder=results.output,
+        folder=folder,
         of_shapes=chosen.shapes,
         baseline=compared.baseline,
         measures=tuple(results.measure) or None,
         shard=_parse_shard(results.shard),
-        **{name: given[name] for name in GENERATION_OPTIONS if name in given},
+        **_videos(compared, chosen) | {name: given[name] for name in GENERATION_OPTIONS if name in given},
     )
     plan = plan_evaluation(evaluation)
     with progress_line() as say:
@@ -131,8 +138,29 @@ def evaluate(given: dict[str, Any]) -> None:
         return
     print_tables(tables(report, brief=True))
     laid_out = lay_out_videos(plan)
-    for path in write_report(report, results.output, laid_out):
+    for path in write_report(report, folder, laid_out):
         print(path)
+    if has_protocol_rows(report):
+        print("", *protocol_lines(report["protocol"]), sep="\n")
+
+
+def _videos(compared: RunOptions, chosen: PromptSetOptions) -> dict[str, Any]:
+    """Return the fields of an evaluation that say which videos it makes, with the values of the protocol if any."""
+    from blade.evaluation.protocols import protocol_generation, protocol_prompts, protocol_runs
+    from blade.evaluation.runs import parse_run
+    from blade.families.registry import find_comparison_protocol
+
+    settings: dict[str, Any] = {"steps": compared.steps, "guidance": compared.guidance_scale}
+    if chosen.protocol is None:
+        runs = tuple(parse_run(text, **settings) for text in compared.run)
+        return {"runs": runs, "prompts": _prompts(chosen)}
+    protocol = find_comparison_protocol(chosen.protocol)
+    return {
+        "protocol": protocol,
+        "runs": protocol_runs(protocol, compared.run, **settings),
+        "prompts": protocol_prompts(protocol, chosen.prompts, chosen.seeds),
+        **protocol_generation(protocol),
+    }
 
 
 def _prompts(chosen: PromptSetOptions) -> tuple[EvaluationPrompt, ...]:

@@ -11,6 +11,7 @@ import torch
 from blade.attention.applied import AppliedBlade
 from blade.evaluation.prompts import EvaluationPrompt
 from blade.evaluation.runs import RunSettings
+from blade.families.data import ComparisonProtocol
 from blade.generation.fingerprint import model_fingerprint
 from blade.generation.request import GenerationRequest, ResolvedRequest
 from blade.generation.resolve import resolve_request
@@ -56,6 +57,11 @@ class Evaluation:
     """See `blade.models.devices.resolve_device`."""
     dtype: str | None = None
     """See `blade.models.devices.resolve_dtype`."""
+    vae_tiling: bool = False
+    """Decode in tiles, which takes less memory."""
+    protocol: ComparisonProtocol | None = None
+    """The protocol that the evaluation follows, by which the report has rows of the common table; values of its own
+    that differ from the protocol's are named in them."""
 
     def __post_init__(self) -> None:
         names = [run.name for run in self.runs]
@@ -134,11 +140,13 @@ def plan_evaluation(evaluation: Evaluation) -> EvaluationPlan:
         evaluation: The options.
 
     Raises:
-        ValueError: If a run is impossible, such as one with a pattern table that was made for other settings.
+        ValueError: If a run is impossible, such as one with a pattern table that was made for other settings, or the
+            model is of another family than the protocol's.
         ModelError: If the model does not exist.
     """
     device = resolve_device(evaluation.device)
     model = load_empty_model(evaluation.model, dtype=resolve_dtype(evaluation.dtype, device))
+    _check_protocol(evaluation, model)
     requests = {}
     for run in evaluation.runs:
         try:
@@ -187,8 +195,27 @@ def _request(evaluation: Evaluation, run: RunSettings, model: LoadedModel) -> Ge
         model=evaluation.model,
         attention="dense" if config is None else None,
         blade_config=config,
+        vae_tiling=evaluation.vae_tiling,
         **values,
     )
+
+
+def _check_protocol(evaluation: Evaluation, model: LoadedModel) -> None:
+    """Raise a `ValueError` if the protocol is of another family than the model, or the model needs more than text."""
+    protocol = evaluation.protocol
+    if protocol is None:
+        return
+    if protocol.name not in model.family.data.protocols:
+        raise ValueError(
+            f"`model` must be of the family of `protocol` {protocol.name}, such as {protocol.model}; "
+            f"{evaluation.model} is a {model.family.name}."
+        )
+    image = model.parameters.get("image")
+    if image is not None and image.default is image.empty:
+        raise ValueError(
+            f"`model` must make videos from text alone with `protocol` {protocol.name}, such as {protocol.model}; "
+            f"{evaluation.model} is a {type(model.pipe).__name__}, which needs an image."
+        )
 
 
 def _check(request: ResolvedRequest, model: LoadedModel) -> None:

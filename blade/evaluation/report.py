@@ -12,6 +12,7 @@ from typing import Any, get_args
 from blade.common.tables import Table
 from blade.evaluation.plan import EvaluationPlan
 from blade.evaluation.prompts import GROUPS, groups_of, is_in
+from blade.evaluation.protocol_rows import PROTOCOL_NOTE, protocol_result, protocol_table
 from blade.evaluation.records import Record, Records, read_records
 from blade.evaluation.runs import RunSettings, selector_notes
 from blade.evaluation.videos import video_path
@@ -32,7 +33,7 @@ def make_report(plan: EvaluationPlan, command: str) -> dict[str, Any]:
         prompts: in `groups`, an `Estimate` of each measure that has a value; in `by_frame`, the means over videos of
         each frame's values, such as PSNR; and in `differences`, an `Estimate` of the difference to the `baseline` by
         each compared measure, over the videos that both have. Distances between distributions are to the videos of
-        `reference`.
+        `reference`. `protocol` has the rows of the common table, see `protocol_result`; None without a protocol.
     """
     evaluation, records = plan.evaluation, read_records(plan)
     chosen, baseline, present = evaluation.chosen_measures, evaluation.baseline_run, groups_of(evaluation.prompts)
@@ -67,11 +68,13 @@ def make_report(plan: EvaluationPlan, command: str) -> dict[str, Any]:
         "baseline": baseline.name,
         "reference": plan.reference_run.name,
         "runs": runs,
+        "protocol": protocol_result(plan, runs, records),
     }
 
 
 def tables(report: dict[str, Any], *, brief: bool = False) -> list[Table]:
-    """Return a report's tables: the measures of each group of prompts, and the differences to the baseline.
+    """Return a report's tables: the measures of each group of prompts, the differences to the baseline, and the rows
+    of a protocol.
 
     Args:
         report: The result of `make_report`.
@@ -85,6 +88,8 @@ def tables(report: dict[str, Any], *, brief: bool = False) -> list[Table]:
         compared = [run for run in report["runs"] if group in run["differences"]]
         if compared and not brief:
             tables_of_groups.append(_differences_table(compared, group, report["baseline"]))
+    if has_protocol_rows(report) and not brief:
+        tables_of_groups.append(protocol_table(report["protocol"]))
     return tables_of_groups
 
 
@@ -103,6 +108,8 @@ def notes(report: dict[str, Any]) -> list[str]:
         for measure in declared
         if measure.note and measure.name in estimated
     ]
+    if has_protocol_rows(report):
+        lines.append(PROTOCOL_NOTE)
     if report["unscored"]:
         lines.append(f"Not scored, as their prompts are no captions of moving shapes: {report['unscored']} videos.")
     lines += [
@@ -128,6 +135,11 @@ def facts(report: dict[str, Any]) -> list[str]:
     if report["missing"]:
         lines.append(f"{report['missing']} videos are still missing.")
     return lines
+
+
+def has_protocol_rows(report: dict[str, Any]) -> bool:
+    """Return whether a report has rows of a protocol; those of earlier versions have none."""
+    return bool((report.get("protocol") or {}).get("rows"))
 
 
 def _general_note() -> str:

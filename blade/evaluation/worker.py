@@ -11,6 +11,7 @@ import io
 import time
 from collections import defaultdict
 from collections.abc import Callable, Hashable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -32,12 +33,13 @@ from blade.media.video import encode_mp4
 from blade.metrics.measures import VideoSample, record_video
 from blade.metrics.registry import measures
 from blade.models.acceleration import merge_loras
+from blade.models.dense_kernel import watch_dense_kernel
 from blade.models.devices import resolve_dtype
 from blade.models.loading import load_model
 from blade.moving_shapes.captions import Caption, parse_caption
 from blade.students.loading import load_student
 
-KEPT_FIELDS = ("model", "device", "dtype", "blade_config", "fps", "machine", "versions")
+KEPT_FIELDS = ("model", "device", "dtype", "vae_tiling", "blade_config", "fps", "machine", "versions")
 """Fields of a generation's record that are copied into an evaluation's record."""
 
 COSTS = ("layer_density", "run_density", "seconds", "seconds_denoising")
@@ -134,13 +136,17 @@ class _Worker:
         if run.student is not None:
             load_student(self.model.pipe, run.student, noise_kept=run.noise_kept)
             merge_loras(self.model)
+        first.prepare(self.model)
         self.loaded = (run.student, run.noise_kept)
         self.seconds_loading = time.perf_counter() - began
         self.model.pipe.set_progress_bar_config(disable=True)
 
     def make(self, prompt: EvaluationPrompt, run: RunSettings) -> Record:
         """Generate a video, measure it and write it."""
-        request, generation = self._generate(prompt, run)
+        if (run.student, run.noise_kept) != self.loaded:
+            self._load(run)
+        with watch_dense_kernel(self.model) if run.is_dense else nullcontext() as kernel:
+            request, generation = self._generate(prompt, run)
         video = generation.video
         if run.is_dense and self.compares:
             self._save_reference(prompt, run, video)
@@ -162,6 +168,7 @@ class _Worker:
             **self.plan.size,
             **{name: getattr(generation, name) for name in COSTS},
             **{name: generation_record[name] for name in KEPT_FIELDS},
+            "dense_kernel": None if kernel is None else str(kernel),
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
         }
         measured = record_video(self.measures, sample)
@@ -174,8 +181,6 @@ class _Worker:
 
     def _generate(self, prompt: EvaluationPrompt, run: RunSettings) -> tuple[ResolvedRequest, Generation]:
         request = replace(self.plan.requests[run.name], prompt=prompt.text, seed=prompt.seed)
-        if (run.student, run.noise_kept) != self.loaded:
-            self._load(run)
         return request, run_request(self.model, request)
 
     def _reference_path(self, prompt: EvaluationPrompt, run: RunSettings) -> Path:

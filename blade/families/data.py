@@ -1,8 +1,9 @@
-"""The data of a model family: presets, released students, benchmark sizes; a YAML file beside its adapter."""
+"""The data of a model family: presets, released students, sizes, protocols; a YAML file beside its adapter."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -60,6 +61,84 @@ class BenchmarkLayer:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PromptSuite:
+    """A selection of a published file's prompts. The prompts themselves are not part of BLADE."""
+
+    name: str
+    """Name of the selection, for messages."""
+    license: str
+    """Licence of the file."""
+    address: str
+    """Address of the file at a fixed commit: one prompt a line."""
+    every: int
+    """Every n-th prompt is taken, from the first."""
+    count: int
+    """Prompts taken."""
+    sha256: str
+    """SHA-256 of the selected prompts, joined by newlines."""
+
+    def select(self, texts: Sequence[str]) -> tuple[str, ...] | None:
+        """Return the selection out of the prompts of the file, or of the selection itself; None of any others.
+
+        Args:
+            texts: prompts, each once.
+        """
+        for selected in (tuple(texts[:: self.every][: self.count]), tuple(texts)):
+            if hashlib.sha256("\n".join(selected).encode()).hexdigest() == self.sha256:
+                return selected
+        return None
+
+
+VBENCH = PromptSuite(
+    name="20 prompts of VBench (every 47th of all_dimension.txt)",
+    license="Apache-2.0",
+    address="https://raw.githubusercontent.com/Vchitect/VBench/45e79ec14e69a2187202c675d2dbce1a71843d53/prompts/"
+    "all_dimension.txt",
+    every=47,  # 944 different prompts // 20, so that they are spread over the whole file
+    count=20,
+    sha256="e236fa0716e548038e641ba03d6da40a5a3deb18837733063119aa8b6d187185",
+)
+"""Prompts that most comparisons of sparse attention draw from. Source: VBench, arXiv 2311.17982."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparisonProtocol:
+    """How sparse attention is compared with dense on one model, so that figures of different cards go together.
+
+    The defaults are what publications agree on, or are nearest to: 50 steps, bfloat16, no dense layers, and 0, 20 and
+    30 % of the steps dense at the start, on which similarity to dense depends more than on the method. Source: the
+    evaluations of Sparse VideoGen 2 (arXiv 2505.18875; 30 %), SVOO (2603.18636; 20 %) and AdaSpa (2502.21079; 20 %).
+    """
+
+    name: str
+    """Value of `blade-evaluate --protocol`."""
+    model: str
+    """Hub id."""
+    height: int
+    """Pixels."""
+    width: int
+    """Pixels."""
+    frames: int
+    """Number of frames."""
+    guidance_scale: float
+    """Official guidance scale."""
+    steps: int = 50
+    """Denoising steps."""
+    dtype: str = "bfloat16"
+    """Dtype of the transformer and the text encoder."""
+    vae_tiling: bool = False
+    """Decode in tiles, where a whole video does not fit a card."""
+    seeds: str = "0-4"
+    """Seeds of the noise, each with every prompt."""
+    dense_steps: tuple[float, ...] = (0, 0.2, 0.3)
+    """Settings of dense steps from the start, as fractions of all steps; a sparse run for each."""
+    dense_layers: tuple[int, ...] = ()
+    """Layers that stay dense in sparse runs."""
+    prompts: PromptSuite = VBENCH
+    """Prompts."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class FamilyData:
     """Everything about a model family that is data."""
 
@@ -71,6 +150,8 @@ class FamilyData:
     """Published students."""
     benchmark_layers: Mapping[str, BenchmarkLayer] = field(default_factory=dict)
     """Sizes by name."""
+    protocols: Mapping[str, ComparisonProtocol] = field(default_factory=dict)
+    """Protocols of comparisons by name."""
     ddim_scheduler: str | None = None
     """Diffusers' deterministic sampler of this family's v-prediction models."""
 
@@ -81,7 +162,8 @@ class FamilyData:
         Args:
             path: a YAML file with the fields of this class. `presets` holds one mapping of names for each kind,
                 `released_students` a list for each Hub id, `benchmark_layers` a mapping of names whose `grid` has the
-                fields of `TokenGrid`. Keys that begin with a dot are ignored, so that they can hold shared values.
+                fields of `TokenGrid`, `protocols` a mapping of names to the other fields of `ComparisonProtocol`. Keys
+                that begin with a dot are ignored, so that they can hold shared values.
 
         Raises:
             ValueError: if the file has a field that does not exist, or lacks one that must be there.
@@ -106,9 +188,13 @@ class FamilyData:
                 name: BenchmarkLayer(**{**layer, "grid": TokenGrid(**layer["grid"])})
                 for name, layer in values.pop("benchmark_layers", {}).items()
             }
+            protocols = {
+                name: ComparisonProtocol(name=name, **settings)
+                for name, settings in values.pop("protocols", {}).items()
+            }
         except (TypeError, KeyError) as error:
             raise ValueError(f"`{path}` has an entry with a wrong or missing field: {error}.") from error
-        return cls(released_students=students, benchmark_layers=layers, **values)
+        return cls(released_students=students, benchmark_layers=layers, protocols=protocols, **values)
 
 
 def _released_student(source: str, values: Mapping[str, Any]) -> ReleasedStudent:

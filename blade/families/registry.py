@@ -19,7 +19,14 @@ from typing import Any
 
 from torch import nn
 
-from blade.families.data import PRESET_KINDS, BenchmarkLayer, FamilyData, PresetKind, ReleasedStudent
+from blade.families.data import (
+    PRESET_KINDS,
+    BenchmarkLayer,
+    ComparisonProtocol,
+    FamilyData,
+    PresetKind,
+    ReleasedStudent,
+)
 from blade.families.protocol import ModelFamily
 
 OWN_FAMILIES = "blade_pipelines"
@@ -82,6 +89,18 @@ def released_students() -> tuple[ReleasedStudent, ...]:
 def benchmark_layers() -> dict[str, BenchmarkLayer]:
     """Return the sizes of published models' self-attention layers by name."""
     return {name: layer for data in _data() for name, layer in data.benchmark_layers.items()}
+
+
+def find_comparison_protocol(name: str) -> ComparisonProtocol:
+    """Return the protocol of comparisons that has a name.
+
+    Raises:
+        ValueError: if there is none; the message lists those that exist.
+    """
+    protocols = {known: protocol for data in _data() for known, protocol in data.protocols.items()}
+    if name not in protocols:
+        raise ValueError(f"`protocol` must be one of {', '.join(protocols)}, got {name!r}.")
+    return protocols[name]
 
 
 def example_model() -> str:

@@ -85,6 +85,7 @@ def lpips(video: torch.Tensor, reference: torch.Tensor) -> float | None:
     network = _lpips_network()
     if network is None:
         return None
+    network.to(video.device)
     with torch.no_grad():
         return fmean(float(network(first[None] / 127.5 - 1, second[None] / 127.5 - 1)) for first, second in pairs)
 

@@ -122,6 +122,7 @@ def test_data_is_found_by_name() -> None:
         ("example: x\n", "must hold fields of FamilyData, got 'example'"),
         ("presets: {trained: {}}\n", "`presets` of .* must be of the kinds training-free, student"),
         ("benchmark_layers: {a: {title: A, grid: {frames: 1}, heads: 2}}\n", "wrong or missing field"),
+        ("protocols: {a: {model: a/b, height: 480}}\n", "wrong or missing field"),
         ("released_students: {a/b: [{preset: x, steps: [8]}]}\n", "wrong or missing field"),
     ],
 )

@@ -66,12 +66,16 @@ def test_lpips_is_none_where_it_is_not_installed(fresh_lpips, monkeypatch, patte
 
 
 def test_lpips_gives_its_network_pairs_of_frames_from_minus_one_to_one(fresh_lpips, monkeypatch):
-    seen = []
+    seen, devices = [], []
 
     class Network(torch.nn.Module):
         def __init__(self, net, verbose):
             super().__init__()
             assert net == "alex"
+
+        def to(self, device):
+            devices.append(device)
+            return super().to(device)
 
         def forward(self, first, second):
             seen.append((first.shape, float(first.min()), float(second.max())))
@@ -82,6 +86,7 @@ def test_lpips_gives_its_network_pairs_of_frames_from_minus_one_to_one(fresh_lpi
     video[0] = 1
     assert lpips(video, reference) == pytest.approx(2 / 3)
     assert seen == [((1, 3, 64, 64), 1, -1), ((1, 3, 64, 64), -1, -1), ((1, 3, 64, 64), -1, -1)]
+    assert devices == [video.device]
 
 
 @pytest.mark.parametrize("measure", [psnr, ssim, lpips, psnr_by_frame, ssim_by_frame])
