@@ -17,10 +17,20 @@ from blade.common.options import OptionGroup, option, option_names, read_group
 from blade.generation.options import AccelerationOptions, ModelOptions, VideoOptions
 
 if TYPE_CHECKING:
+    from blade.evaluation.plan import Evaluation, EvaluationPlan
     from blade.evaluation.prompts import EvaluationPrompt
 
 DEFAULT_RUNS = ("dense", "preset")
 """Runs that are compared where none is given."""
+
+SEARCHED_RUN = ("preset",)
+"""Run whose sparsity is searched where none is given."""
+
+CAPTIONS = 64
+"""Captions with one object, and with two, where no number is given."""
+
+SEARCH_CAPTIONS = 4
+"""Captions with one object, and with two, of a search where no number is given."""
 
 GENERATION_OPTIONS = ("model", "height", "width", "frames", "device", "dtype")
 """Options of a generation that the command has."""
@@ -63,9 +73,9 @@ class PromptSetOptions(OptionGroup):
     shapes: bool = option(False)
     """Instead of --prompts: captions that the training of moving-shapes models never saw."""
     single: int | None = option()
-    """With --shapes: captions with one object. By default 64."""
+    """With --shapes: captions with one object. By default 64, with --find-sparsity 4."""
     two: int | None = option()
-    """With --shapes: captions with two objects. By default 64."""
+    """With --shapes: captions with two objects. By default 64, with --find-sparsity 4."""
     repeats: int | None = option()
     """With --shapes: videos of each caption, of which diversity is measured. By default 1."""
 
@@ -77,6 +87,26 @@ class PromptSetOptions(OptionGroup):
         for name in names:
             if getattr(self, name) is not None:
                 raise ValueError(f"`{name}` must not be given without `{missing}`.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchOptions(OptionGroup):
+    """The search for a sparsity."""
+
+    title: ClassVar[str] = "Search for a sparsity"
+
+    find_sparsity: bool = option(False)
+    """Instead of comparing runs, find the highest sparsity, in steps of 0.05, whose mean PSNR to dense is at least
+    --psnr: of the model's preset, or of the one --run. Makes the videos of at most five sparsities; resumes."""
+    psnr: float | None = option()
+    """With --find-sparsity: PSNR to dense in dB, such as 30."""
+
+    def check(self) -> None:
+        """Check that a search has its target, and that there is none without."""
+        if self.find_sparsity and self.psnr is None:
+            raise ValueError("`psnr` must be given with `find_sparsity`, such as --psnr 30.")
+        if self.psnr is not None and not self.find_sparsity:
+            raise ValueError("`psnr` must not be given without `find_sparsity`.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,18 +134,17 @@ def evaluate(given: dict[str, Any]) -> None:
     """
     compared = read_group(RunOptions, given)
     chosen = read_group(PromptSetOptions, given)
+    searched = read_group(SearchOptions, given)
     results = read_group(ResultOptions, given)
     # imported here, so that --help and usage errors don't wait for PyTorch
-    from blade.evaluation.pages import write_report
     from blade.evaluation.plan import Evaluation, plan_evaluation
-    from blade.evaluation.report import make_report, tables
     from blade.evaluation.runs import parse_run
-    from blade.evaluation.videos import lay_out_videos
     from blade.evaluation.worker import evaluate_videos
 
+    runs = SEARCHED_RUN if searched.find_sparsity and "run" not in given else compared.run
     evaluation = Evaluation(
-        runs=tuple(parse_run(text, steps=compared.steps, guidance=compared.guidance_scale) for text in compared.run),
-        prompts=_prompts(chosen),
+        runs=tuple(parse_run(text, steps=compared.steps, guidance=compared.guidance_scale) for text in runs),
+        prompts=_prompts(chosen, SEARCH_CAPTIONS if searched.find_sparsity else CAPTIONS),
         folder=results.output,
         of_shapes=chosen.shapes,
         baseline=compared.baseline,
@@ -123,20 +152,44 @@ def evaluate(given: dict[str, Any]) -> None:
         shard=_parse_shard(results.shard),
         **{name: given[name] for name in GENERATION_OPTIONS if name in given},
     )
+    if searched.psnr is not None:
+        _search(evaluation, searched.psnr)
+        return
     plan = plan_evaluation(evaluation)
     with progress_line() as say:
         evaluate_videos(plan, on_video=lambda progress: say.log(str(progress)))
-    report = make_report(plan, command=shlex.join(["blade-evaluate", *sys.argv[1:]]))
+    _report(plan)
+
+
+def _search(evaluation: Evaluation, psnr: float) -> None:
+    """Find a sparsity, and report it with all that were tried."""
+    from blade.evaluation.sparsity_search import find_sparsity
+
+    with progress_line() as say:
+        found = find_sparsity(evaluation, psnr, on_video=lambda progress: say.log(str(progress)), on_candidate=print)
+    found.save_config()
+    _report(found.plan, sparsity_search=found.to_dict())
+    print(found)
+
+
+def _report(plan: EvaluationPlan, **added: Any) -> None:
+    """Print and write the report of a plan whose videos are made, with more values in its JSON."""
+    from blade.evaluation.pages import write_report
+    from blade.evaluation.report import make_report, tables
+    from blade.evaluation.videos import lay_out_videos
+
+    report = make_report(plan, command=shlex.join(["blade-evaluate", *sys.argv[1:]])) | added
     if report["missing"]:
         print(f"{report['missing']} videos of other shards are still missing; the one that ends last reports.")
         return
     print_tables(tables(report, brief=True))
     laid_out = lay_out_videos(plan)
-    for path in write_report(report, results.output, laid_out):
+    for path in write_report(report, plan.evaluation.folder, laid_out):
         print(path)
 
 
-def _prompts(chosen: PromptSetOptions) -> tuple[EvaluationPrompt, ...]:
+def _prompts(chosen: PromptSetOptions, captions: int) -> tuple[EvaluationPrompt, ...]:
+    """Return the prompts, with so many captions of each kind where no number is given."""
     from blade.evaluation.prompts import held_out_prompts, parse_seeds, prompts_with_seeds
     from blade.generation.prompts import read_prompts
 
@@ -146,7 +199,7 @@ def _prompts(chosen: PromptSetOptions) -> tuple[EvaluationPrompt, ...]:
         )
     single, two, repeats = chosen.single, chosen.two, chosen.repeats
     return held_out_prompts(
-        64 if single is None else single, 64 if two is None else two, 1 if repeats is None else repeats
+        captions if single is None else single, captions if two is None else two, 1 if repeats is None else repeats
     )
 
 
@@ -163,6 +216,14 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     Args:
         arguments: the command line without the program's name; None takes the process's own.
     """
-    groups = (RunOptions, PromptSetOptions, ModelOptions, VideoOptions, AccelerationOptions, ResultOptions)
-    names = (*GENERATION_OPTIONS, *option_names(RunOptions, PromptSetOptions, ResultOptions))
+    groups = (
+        RunOptions,
+        PromptSetOptions,
+        ModelOptions,
+        VideoOptions,
+        AccelerationOptions,
+        SearchOptions,
+        ResultOptions,
+    )
+    names = (*GENERATION_OPTIONS, *option_names(RunOptions, PromptSetOptions, SearchOptions, ResultOptions))
     run_command(make_command(evaluate, groups, names=names, first=FIRST), arguments)

@@ -101,7 +101,7 @@ def _data() -> list[FamilyData]:
     return list({id(family.data): family.data for family in model_families()}.values())
 
 
-def _presets(kind: str) -> dict[str, Mapping[str, Any]]:
+def _presets(kind: PresetKind) -> dict[str, Mapping[str, Any]]:
     """Return the presets of a kind by name."""
     check_choice("kind", kind, PRESET_KINDS)
     return {name: values for data in _data() for name, values in data.presets.get(kind, {}).items()}
