@@ -1,11 +1,9 @@
 """Compare runs of an evaluation in pairs: python scripts/compare_runs.py outputs/evaluate new=old --measure psnr."""
 
 import json
-import math
 import shlex
 import sys
 from collections import defaultdict
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -13,10 +11,7 @@ import typer
 
 from blade.cli.command import run_command
 from blade.common.tables import markdown_table, write_table
-from blade.metrics.estimates import bootstrap, paired_difference
-
-WORST = 0.1
-"""Share of the videos whose mean is the worst tenth."""
+from blade.metrics.estimates import bootstrap, mean_of_worst, paired_difference
 
 
 def main(
@@ -69,13 +64,6 @@ def read_values(folder: Path, measure: str) -> dict[str, dict[tuple[str, int], f
     if not values:
         raise ValueError(f"`folder` must hold records with `{measure}` of `blade-evaluate`, got {folder}.")
     return dict(values)
-
-
-def mean_of_worst(values: Iterable[float]) -> float:
-    """Return the mean of the smallest tenth of values, at least one."""
-    ordered = sorted(values)
-    count = max(1, math.ceil(WORST * len(ordered)))
-    return sum(ordered[:count]) / count
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,14 +14,17 @@ from torch import nn
 from blade.attention.applied import AppliedBlade, applied_to
 from blade.attention.config import AdaptiveConfig, BladeConfig
 from blade.attention.pattern_table import PatternTable
-from blade.families.registry import find_family
+from blade.families.kinds import PresetKind
+from blade.families.registry import available_kind, find_family
 from blade.families.transformers import find_transformers
+
+logger = logging.getLogger("blade")
 
 Target = TypeVar("Target")
 
 
 STUDENT_ATTRIBUTE = "_blade_student"
-"""Attribute of a pipeline that a student was loaded onto."""
+"""Attribute of a pipeline that a student was loaded onto; its `student` is a `blade.students.description.Student`."""
 
 
 Configs = BladeConfig | Mapping[str, BladeConfig]
@@ -44,7 +48,11 @@ class ConfigChanges(TypedDict, total=False):
 
 
 def apply_blade(
-    pipe_or_transformer: Target, config: Configs | None = None, **changes: Unpack[ConfigChanges]
+    pipe_or_transformer: Target,
+    config: Configs | None = None,
+    *,
+    kind: PresetKind | None = None,
+    **changes: Unpack[ConfigChanges],
 ) -> Target:
     """Make the self-attention of a pipeline's transformers block-sparse.
 
@@ -57,30 +65,39 @@ def apply_blade(
         pipe_or_transformer: a Diffusers pipeline, of which every transformer is changed in place, or one transformer.
             With a pipeline, steps are counted by its scheduler.
         config: the configuration, or one for each transformer of a pipeline by name, such as `{"transformer_2": ...}`;
-            those not named stay without BLADE. None recognises the model and takes its training-free preset.
+            those not named stay without BLADE. None recognises the model and takes its preset.
+        kind: the kind of the preset. By default `training-free`, or `few-step` after `load_student` of a student that
+            has no sparse attention of its own.
         changes: fields of `BladeConfig` to change in the configuration, or in the preset.
 
     Returns:
         The same object. A second call replaces the first.
 
     Raises:
-        ValueError: if the model is of no family that BLADE knows, `dense_layers` names a layer that it doesn't have,
-            a change is no field of `BladeConfig`, it is split by a parallelism, a cache that wraps the whole
-            transformer is enabled, or, with `strict`, a layer cannot be made sparse. Nothing is changed then.
+        ValueError: if the model is of no family that BLADE knows, has no preset of the `kind`, is split by a
+            parallelism, or has a cache around the whole transformer; if `dense_layers` names a layer that it doesn't
+            have, a change is no field of `BladeConfig`, or both `config` and `kind` are given; or, with `strict`, if a
+            layer cannot be made sparse. Nothing is changed then.
     """
     given = list(config.values()) if isinstance(config, Mapping) else [] if config is None else [config]
     for one in given:
         if not isinstance(one, BladeConfig):
             raise ValueError(f"`config` must be a BladeConfig, or several by name, or None, got {type(one).__name__}.")
-    if any(one.kind == "student" for one in given) and not hasattr(pipe_or_transformer, STUDENT_ATTRIBUTE):
+    kinds = [kind, *(one.kind for one in given)]
+    if "student" in kinds and not hasattr(pipe_or_transformer, STUDENT_ATTRIBUTE):
         warnings.warn(
             "These are a student's values, for weights that were trained with them; on ordinary weights the video "
             'suffers badly. Use a preset of `kind="training-free"` instead.',
             UserWarning,
             stacklevel=2,
         )
-    configs = changed_configs(pipe_or_transformer, config, changes)
-    _warn_of_lost_presets(find_transformers(pipe_or_transformer), configs, changes)
+    configs = changed_configs(pipe_or_transformer, config, changes, kind)
+    if config is None and kind is None and isinstance(configs, Mapping):
+        for name, taken in configs.items():
+            if taken.kind == "few-step":
+                source = _student(pipe_or_transformer).source
+                logger.info(f"{name} takes the few-step preset: the student {source} has no sparse attention.")
+    _warn_of_lost_presets(pipe_or_transformer, configs, changes)
     install_blade(pipe_or_transformer, configs)
     return pipe_or_transformer
 
@@ -106,18 +123,23 @@ def remove_blade(pipe_or_transformer: Target) -> Target:
 
 @contextmanager
 def use_blade(
-    pipe_or_transformer: Target, config: Configs | None = None, **changes: Unpack[ConfigChanges]
+    pipe_or_transformer: Target,
+    config: Configs | None = None,
+    *,
+    kind: PresetKind | None = None,
+    **changes: Unpack[ConfigChanges],
 ) -> Iterator[Target]:
     """Apply BLADE inside a `with` block; what was applied before is put back at its end.
 
     Args:
         pipe_or_transformer: see `apply_blade`.
         config: see `apply_blade`.
+        kind: see `apply_blade`.
         changes: see `apply_blade`.
     """
     transformers = find_transformers(pipe_or_transformer)
     before = {name: applied_to(transformer) for name, transformer in transformers.items()}
-    apply_blade(pipe_or_transformer, config, **changes)
+    apply_blade(pipe_or_transformer, config, kind=kind, **changes)
     try:
         yield pipe_or_transformer
     finally:
@@ -125,12 +147,16 @@ def use_blade(
         _install(transformers, before)
 
 
-def changed_configs(pipe_or_transformer: Any, config: Configs | None, changes: Mapping[str, Any]) -> Configs:
+def changed_configs(
+    pipe_or_transformer: Any, config: Configs | None, changes: Mapping[str, Any], kind: PresetKind | None = None
+) -> Configs:
     """Return configurations with changes, those of the presets where none is given.
 
     Raises:
-        ValueError: if a change is no field of `BladeConfig`.
+        ValueError: if a change is no field of `BladeConfig`, there is no such preset, or both are given.
     """
+    if kind is not None and config is not None:
+        raise ValueError(f"`kind` must not be given with `config`: it names a preset of the model's, got {kind!r}.")
     names = [item.name for item in fields(BladeConfig)]
     unknown = [name for name in changes if name not in names]
     if unknown:
@@ -139,26 +165,36 @@ def changed_configs(pipe_or_transformer: Any, config: Configs | None, changes: M
         changes = {"pooled_tokens": "all", **changes}
     if isinstance(config, BladeConfig):
         return replace(config, **changes)
-    configs = config or {name: _preset(part) for name, part in find_transformers(pipe_or_transformer).items()}
+    configs = config or {
+        name: _preset(part, pipe_or_transformer, kind) for name, part in find_transformers(pipe_or_transformer).items()
+    }
     return {name: replace(one, **changes) for name, one in configs.items()}
 
 
-def _preset(transformer: nn.Module) -> BladeConfig:
-    """Return the training-free preset of a transformer."""
-    return BladeConfig.from_preset(find_family(transformer).preset_name(transformer))
+def _student(pipe: Any) -> Any:
+    """Return the student that is loaded onto a pipeline, or None."""
+    return getattr(getattr(pipe, STUDENT_ATTRIBUTE, None), "student", None)
 
 
-def _warn_of_lost_presets(transformers: Mapping[str, nn.Module], configs: Configs, changes: Mapping[str, Any]) -> None:
+def _preset(transformer: nn.Module, pipe: Any, kind: PresetKind | None = None) -> BladeConfig:
+    """Return a transformer's preset of a kind; None: of the one that suits the weights of its pipeline."""
+    name, student = find_family(transformer).preset_name(transformer), _student(pipe)
+    if kind is None:
+        kind = "training-free" if student is None else available_kind(name, student.preset_kind)
+    return BladeConfig.from_preset(name, kind)
+
+
+def _warn_of_lost_presets(pipe_or_transformer: Any, configs: Configs, changes: Mapping[str, Any]) -> None:
     """Warn of a configuration that keeps nothing dense where the model's preset does."""
     if "dense_steps" in changes or "dense_layers" in changes:
         return
-    for name, transformer in transformers.items():
+    for name, transformer in find_transformers(pipe_or_transformer).items():
         config = configs if isinstance(configs, BladeConfig) else configs.get(name)
         if config is None or config.kind != "training-free" or config.attention != "asa" or config.sparsity == 0:
             continue
         if config.dense_steps or config.dense_layers:
             continue
-        preset = _preset(transformer)
+        preset = _preset(transformer, pipe_or_transformer)
         warnings.warn(
             "This BladeConfig keeps no steps or layers dense, while the model's preset has dense_steps="
             f"{preset.dense_steps}, dense_layers={preset.dense_layers} and blocks of {preset.asa.block_size} tokens. "
@@ -185,7 +221,7 @@ def install_blade(pipe_or_transformer: Any, config: Configs | None) -> None:
                 continue
             family = find_family(transformer)
             own_config = config[name] if isinstance(config, Mapping) else config
-            own_config = own_config or _preset(transformer)
+            own_config = own_config or _preset(transformer, pipe_or_transformer)
             new[name] = AppliedBlade(transformer, family, own_config, pipe)
     except Exception:
         _install(transformers, before)

@@ -18,7 +18,7 @@ from blade.attention.pattern_table import TABLE_NAME, PatternTable
 from blade.attention.selectors import DEFAULT_SELECTOR, find_selector
 from blade.common.checks import check_choice, check_flag, check_integer, check_number, parse_ranges
 from blade.common.representation import repr_changes
-from blade.families.data import PRESET_KINDS, PresetKind
+from blade.families.kinds import PRESET_KINDS, PresetKind
 from blade.token_grid import canonical_order
 
 CONFIG_NAME = "blade_config.json"
@@ -136,7 +136,8 @@ class BladeConfig:
     """Seed of the probe offsets and of the `random` selector, together with layer and step."""
 
     kind: PresetKind = "training-free"
-    """Weights that the values are for: ordinary ones, or only those that were trained with them."""
+    """Weights that the values are for: ordinary ones, few-step students that were trained dense, or only those that
+    were trained with them."""
 
     asa: AdaptiveConfig = field(default_factory=AdaptiveConfig)
     """Details of the adaptive method. With `patterns`, its block size and token order are the table's."""
@@ -205,8 +206,8 @@ class BladeConfig:
 
         Args:
             name: a model, such as "wan2.1-t2v-1.3b".
-            kind: `training-free` values work on ordinary weights; `student` values only on weights that were trained
-                with them.
+            kind: `training-free` values work on ordinary weights; `few-step` values are for students of few steps that
+                were trained dense; `student` values work only on weights that were trained with them.
 
         Raises:
             ValueError: if there is no such preset; the message lists those that exist.

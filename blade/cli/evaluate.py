@@ -17,10 +17,20 @@ from blade.common.options import OptionGroup, option, option_names, read_group
 from blade.generation.options import AccelerationOptions, ModelOptions, VideoOptions
 
 if TYPE_CHECKING:
+    from blade.evaluation.plan import Evaluation, EvaluationPlan
     from blade.evaluation.prompts import EvaluationPrompt
 
 DEFAULT_RUNS = ("dense", "preset")
 """Runs that are compared where none is given."""
+
+SEARCHED_RUN = ("preset",)
+"""Run whose sparsity is searched where none is given."""
+
+CAPTIONS = 64
+"""Captions with one object, and with two, where no number is given."""
+
+SEARCH_CAPTIONS = 4
+"""Captions with one object, and with two, of a search where no number is given."""
 
 GENERATION_OPTIONS = ("model", "height", "width", "frames", "device", "dtype", "vae_tiling")
 """Options of a generation that the command has."""
@@ -36,11 +46,12 @@ class RunOptions(OptionGroup):
     title: ClassVar[str] = "Runs"
 
     run: tuple[str, ...] = option(DEFAULT_RUNS)
-    """NAME=dense, NAME=preset (the model's training-free preset) or NAME=DIR (a folder or Hub id with a BLADE
-    configuration), each with ,KEY=VALUE,... or without, or NAME=KEY=VALUE,...; repeatable. Keys: steps, guidance,
-    attention (dense, preset, asa, asa-gt, asa-dropped, or a selector), selector (a name such as random; a wrong one
-    lists them all), config (a DIR), student (a DIR), noise_kept, sparsity, dense_steps, dense_layers (such as 0-1+5,
-    or none). By default dense and preset."""
+    """NAME=dense, NAME=preset (the model's training-free preset; few-step with a student that was trained dense) or
+    NAME=DIR (a folder or Hub id with a BLADE configuration), each with ,KEY=VALUE,... or without, or
+    NAME=KEY=VALUE,...; repeatable. Keys: steps, guidance, attention (dense, preset, asa, asa-gt, asa-dropped, or a
+    selector), preset (training-free, few-step, student), selector (a name such as random; a wrong one lists them all),
+    config (a DIR), student (a DIR), noise_kept, sparsity, dense_steps, dense_layers (such as 0-1+5, or none). By
+    default dense and preset."""
     steps: int | None = option()
     """Denoising steps of runs that name none; by default the model's."""
     guidance_scale: float | None = option(old_flags=("guidance",))
@@ -62,9 +73,9 @@ class PromptSetOptions(OptionGroup):
     shapes: bool = option(False)
     """Instead of --prompts: captions that the training of moving-shapes models never saw."""
     single: int | None = option()
-    """With --shapes: captions with one object. By default 64."""
+    """With --shapes: captions with one object. By default 64, with --find-sparsity 4."""
     two: int | None = option()
-    """With --shapes: captions with two objects. By default 64."""
+    """With --shapes: captions with two objects. By default 64, with --find-sparsity 4."""
     repeats: int | None = option()
     """With --shapes: videos of each caption, of which diversity is measured. By default 1."""
     protocol: str | None = option()
@@ -83,6 +94,26 @@ class PromptSetOptions(OptionGroup):
         for name in names:
             if getattr(self, name) is not None:
                 raise ValueError(f"`{name}` must not be given without `{missing}`.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchOptions(OptionGroup):
+    """The search for a sparsity."""
+
+    title: ClassVar[str] = "Search for a sparsity"
+
+    find_sparsity: bool = option(False)
+    """Instead of comparing runs, find the highest sparsity, in steps of 0.05, whose mean PSNR to dense is at least
+    --psnr: of the model's preset, or of the one --run. Makes the videos of at most five sparsities; resumes."""
+    psnr: float | None = option()
+    """With --find-sparsity: PSNR to dense in dB, such as 30."""
+
+    def check(self) -> None:
+        """Check that a search has its target, and that there is none without."""
+        if self.find_sparsity and self.psnr is None:
+            raise ValueError("`psnr` must be given with `find_sparsity`, such as --psnr 30.")
+        if self.psnr is not None and not self.find_sparsity:
+            raise ValueError("`psnr` must not be given without `find_sparsity`.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,15 +142,16 @@ def evaluate(given: dict[str, Any]) -> None:
     """
     compared = read_group(RunOptions, given)
     chosen = read_group(PromptSetOptions, given)
+    searched = read_group(SearchOptions, given)
     results = read_group(ResultOptions, given)
     # imported here, so that --help and usage errors don't wait for PyTorch
-    from blade.evaluation.pages import write_report
     from blade.evaluation.plan import Evaluation, plan_evaluation
-    from blade.evaluation.protocol_rows import protocol_lines
-    from blade.evaluation.report import has_protocol_rows, make_report, tables
-    from blade.evaluation.videos import lay_out_videos
     from blade.evaluation.worker import evaluate_videos
 
+    if searched.find_sparsity and chosen.protocol is not None:
+        raise ValueError(f"`protocol` must not be given with `find_sparsity`, got {chosen.protocol}.")
+    runs = SEARCHED_RUN if searched.find_sparsity and "run" not in given else compared.run
+    videos = _videos(runs, compared, chosen, SEARCH_CAPTIONS if searched.find_sparsity else CAPTIONS)
     folder = Path("outputs") / (chosen.protocol or "evaluate") if results.output is None else results.output
     evaluation = Evaluation(
         folder=folder,
@@ -127,24 +159,48 @@ def evaluate(given: dict[str, Any]) -> None:
         baseline=compared.baseline,
         measures=tuple(results.measure) or None,
         shard=_parse_shard(results.shard),
-        **_videos(compared, chosen) | {name: given[name] for name in GENERATION_OPTIONS if name in given},
+        **videos | {name: given[name] for name in GENERATION_OPTIONS if name in given},
     )
+    if searched.psnr is not None:
+        _search(evaluation, searched.psnr)
+        return
     plan = plan_evaluation(evaluation)
     with progress_line() as say:
         evaluate_videos(plan, on_video=lambda progress: say.log(str(progress)))
-    report = make_report(plan, command=shlex.join(["blade-evaluate", *sys.argv[1:]]))
+    _report(plan)
+
+
+def _search(evaluation: Evaluation, psnr: float) -> None:
+    """Find a sparsity, and report it with all that were tried."""
+    from blade.evaluation.sparsity_search import find_sparsity
+
+    with progress_line() as say:
+        found = find_sparsity(evaluation, psnr, on_video=lambda progress: say.log(str(progress)), on_candidate=print)
+    found.save_config()
+    _report(found.plan, sparsity_search=found.to_dict())
+    print(found)
+
+
+def _report(plan: EvaluationPlan, **added: Any) -> None:
+    """Print and write the report of a plan whose videos are made, with more values in its JSON."""
+    from blade.evaluation.pages import write_report
+    from blade.evaluation.protocol_rows import protocol_lines
+    from blade.evaluation.report import has_protocol_rows, make_report, tables
+    from blade.evaluation.videos import lay_out_videos
+
+    report = make_report(plan, command=shlex.join(["blade-evaluate", *sys.argv[1:]])) | added
     if report["missing"]:
         print(f"{report['missing']} videos of other shards are still missing; the one that ends last reports.")
         return
     print_tables(tables(report, brief=True))
     laid_out = lay_out_videos(plan)
-    for path in write_report(report, folder, laid_out):
+    for path in write_report(report, plan.evaluation.folder, laid_out):
         print(path)
     if has_protocol_rows(report):
         print("", *protocol_lines(report["protocol"]), sep="\n")
 
 
-def _videos(compared: RunOptions, chosen: PromptSetOptions) -> dict[str, Any]:
+def _videos(described: Sequence[str], compared: RunOptions, chosen: PromptSetOptions, captions: int) -> dict[str, Any]:
     """Return the fields of an evaluation that say which videos it makes, with the values of the protocol if any."""
     from blade.evaluation.protocols import protocol_generation, protocol_prompts, protocol_runs
     from blade.evaluation.runs import parse_run
@@ -152,18 +208,19 @@ def _videos(compared: RunOptions, chosen: PromptSetOptions) -> dict[str, Any]:
 
     settings: dict[str, Any] = {"steps": compared.steps, "guidance": compared.guidance_scale}
     if chosen.protocol is None:
-        runs = tuple(parse_run(text, **settings) for text in compared.run)
-        return {"runs": runs, "prompts": _prompts(chosen)}
+        runs = tuple(parse_run(text, **settings) for text in described)
+        return {"runs": runs, "prompts": _prompts(chosen, captions)}
     protocol = find_comparison_protocol(chosen.protocol)
     return {
         "protocol": protocol,
-        "runs": protocol_runs(protocol, compared.run, **settings),
+        "runs": protocol_runs(protocol, described, **settings),
         "prompts": protocol_prompts(protocol, chosen.prompts, chosen.seeds),
         **protocol_generation(protocol),
     }
 
 
-def _prompts(chosen: PromptSetOptions) -> tuple[EvaluationPrompt, ...]:
+def _prompts(chosen: PromptSetOptions, captions: int) -> tuple[EvaluationPrompt, ...]:
+    """Return the prompts, with so many captions of each kind where no number is given."""
     from blade.evaluation.prompts import held_out_prompts, parse_seeds, prompts_with_seeds
     from blade.generation.prompts import read_prompts
 
@@ -173,7 +230,7 @@ def _prompts(chosen: PromptSetOptions) -> tuple[EvaluationPrompt, ...]:
         )
     single, two, repeats = chosen.single, chosen.two, chosen.repeats
     return held_out_prompts(
-        64 if single is None else single, 64 if two is None else two, 1 if repeats is None else repeats
+        captions if single is None else single, captions if two is None else two, 1 if repeats is None else repeats
     )
 
 
@@ -190,6 +247,14 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     Args:
         arguments: the command line without the program's name; None takes the process's own.
     """
-    groups = (RunOptions, PromptSetOptions, ModelOptions, VideoOptions, AccelerationOptions, ResultOptions)
-    names = (*GENERATION_OPTIONS, *option_names(RunOptions, PromptSetOptions, ResultOptions))
+    groups = (
+        RunOptions,
+        PromptSetOptions,
+        ModelOptions,
+        VideoOptions,
+        AccelerationOptions,
+        SearchOptions,
+        ResultOptions,
+    )
+    names = (*GENERATION_OPTIONS, *option_names(RunOptions, PromptSetOptions, SearchOptions, ResultOptions))
     run_command(make_command(evaluate, groups, names=names, first=FIRST), arguments)

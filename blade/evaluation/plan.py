@@ -12,6 +12,7 @@ from blade.attention.applied import AppliedBlade
 from blade.evaluation.prompts import EvaluationPrompt
 from blade.evaluation.runs import RunSettings
 from blade.families.data import ComparisonProtocol
+from blade.families.registry import available_kind
 from blade.generation.fingerprint import model_fingerprint
 from blade.generation.request import GenerationRequest, ResolvedRequest
 from blade.generation.resolve import resolve_request
@@ -22,6 +23,7 @@ from blade.models.loaded import LoadedModel
 from blade.models.loading import load_empty_model
 from blade.models.source import BUNDLED
 from blade.moving_shapes.bundled import BUNDLED_DEFAULTS
+from blade.students.description import preset_kind
 from blade.students.source import student_settings
 
 
@@ -176,9 +178,10 @@ def plan_evaluation(evaluation: Evaluation) -> EvaluationPlan:
 
 
 def _request(evaluation: Evaluation, run: RunSettings, model: LoadedModel) -> GenerationRequest:
-    config, steps, guidance = run.blade_config(lambda: model.preset), run.steps, run.guidance
-    if run.student is not None:
-        settings = student_settings(run.student)
+    settings = None if run.student is None else student_settings(run.student)
+    suited = "training-free" if settings is None else available_kind(model.preset_name, preset_kind(settings.config))
+    config, steps, guidance = run.blade_config(lambda: model.preset_of(run.preset or suited)), run.steps, run.guidance
+    if settings is not None:
         steps = steps or (settings.steps[-1] if settings.steps else None)
         guidance = 1.0 if guidance is None else guidance
     values = {

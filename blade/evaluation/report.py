@@ -134,6 +134,13 @@ def facts(report: dict[str, Any]) -> list[str]:
     ]
     if report["missing"]:
         lines.append(f"{report['missing']} videos are still missing.")
+    if found := report.get("sparsity_search"):
+        best = found["best"]
+        lines.append(
+            f"Sparsity search: {best['sparsity']:g} is the highest sparsity, in steps of 0.05, at which PSNR to dense "
+            f"is at least {found['target']:g} dB in the mean ({best['psnr']:.2f} dB, worst tenth "
+            f"{best['worst_tenth']:.2f} dB). {found['command']}"
+        )
     return lines
 
 

@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 from blade.attention.config import BladeConfig, parse_dense_layers, parse_dense_steps
 from blade.attention.selectors import DEFAULT_SELECTOR, find_selector, has_selector, selector_names
+from blade.common.checks import check_choice
+from blade.families.kinds import PRESET_KINDS, PresetKind
 from blade.generation.request import read_config
 from blade.students.source import student_settings
 
@@ -20,8 +22,8 @@ POOLED_TOKENS: dict[str, Literal["none", "all", "dropped"]] = {
 """Pooled tokens in addition to the kept blocks, by kind of attention with the paper's selector."""
 
 ATTENTION = ("dense", "preset", *POOLED_TOKENS)
-"""Kinds of attention, in addition to those named like a selector: dense, the model's training-free preset, and the
-preset with the paper's selector and other pooled tokens."""
+"""Kinds of attention, in addition to those named like a selector: dense, the model's preset, and the preset with the
+paper's selector and other pooled tokens."""
 
 
 def attention_kinds() -> tuple[str, ...]:
@@ -45,7 +47,11 @@ class RunSettings:
     guidance: float | None = None
     """Guidance scale, where at most 1 means no guidance; None takes the model's default."""
     attention: str | None = None
-    """One of `attention_kinds`; None takes that of `config`, of `student`, or of `selector`, and otherwise "dense"."""
+    """One of `attention_kinds`; None takes "preset" with `preset`, that of `config`, of `student`, or of `selector`,
+    and otherwise "dense"."""
+    preset: PresetKind | None = None
+    """Kind of the model's preset; None takes `few-step` with a student that brings no sparse attention, and otherwise
+    `training-free`."""
     config: str | None = None
     """A folder, file or Hub id that holds a BLADE configuration."""
     student: str | None = None
@@ -65,6 +71,7 @@ class RunSettings:
     def __post_init__(self) -> None:
         if not re.fullmatch(r"\w[\w.-]*", self.name):
             raise ValueError(f"`name` must be of letters, digits, dots, underscores and hyphens, got {self.name!r}.")
+        self._name_preset()
         if self.attention is None and self.config is None and self.student is None:
             object.__setattr__(self, "attention", "dense" if self.selector is None else "asa")
         if self.attention is not None and self.config is not None:
@@ -82,6 +89,17 @@ class RunSettings:
         if self.is_dense and changes:
             raise ValueError(f'`{next(iter(changes))}` must not be given where `attention` is "dense".')
         BladeConfig(**{name: value for name, value in changes.items() if name != "selector"})
+
+    def _name_preset(self) -> None:
+        """Check the kind of preset, and let it become the attention where there is no other."""
+        if self.preset is None:
+            return
+        check_choice("preset", self.preset, PRESET_KINDS)
+        if self.config is not None or self.is_dense:
+            other = "`config`" if self.config is not None else '`attention` "dense"'
+            raise ValueError(f"`preset` must not be given with {other}, got {self.preset!r}.")
+        if self.attention is None:
+            object.__setattr__(self, "attention", "preset")
 
     def _name_selector(self) -> None:
         """Check the selector, and let a selector by itself become the kind of attention of that name."""
@@ -108,7 +126,7 @@ class RunSettings:
         """Return the configuration to apply; None for dense attention.
 
         Args:
-            preset: Returns the model's training-free preset; called only if it is needed.
+            preset: Returns the model's preset; called only if it is needed.
 
         Raises:
             ValueError: If `config` names no configuration, or its values contradict the run's.
@@ -149,6 +167,7 @@ READERS: dict[str, Callable[[str], Any]] = {
     "steps": int,
     "guidance": float,
     "attention": str,
+    "preset": str,
     "config": str,
     "student": str,
     "noise_kept": float,

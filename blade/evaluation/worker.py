@@ -10,7 +10,7 @@ import gc
 import io
 import time
 from collections import defaultdict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -73,49 +73,55 @@ class Progress:
 
 
 def evaluate_videos(plan: EvaluationPlan, on_video: Callable[[Progress], None] | None = None) -> None:
-    """Make and measure every video of this shard that has no record yet.
-
-    A killed process loses only the video that it was making.
-
-    Args:
-        plan: The plan of the evaluation.
-        on_video: Called after each video.
-
-    Raises:
-        ValueError: If the folder holds records of the same names with other settings or another model.
-        OutputError: If a file cannot be written.
-    """
-    evaluation = plan.evaluation
-    done, prompts = set(read_records(plan)), evaluation.own_prompts
-    # dense runs first: the others are compared with them
-    runs = sorted(evaluation.runs, key=lambda run: not run.is_dense)
-    missing = [(prompt, run) for prompt in prompts for run in runs if (run.name, *prompt.key) not in done]
-    # grouped by student, since loading one takes time
-    missing.sort(key=lambda pair: (pair[1].student or "", pair[1].noise_kept or 0.0))
-    if not missing:
-        return
-    worker = _Worker(plan, missing[0][1])
-    evaluation.folder.mkdir(parents=True, exist_ok=True)
-    total, began = len(prompts) * len(runs), time.monotonic()
-    for finished, (prompt, run) in enumerate(missing, start=1):
-        record = worker.make(prompt, run)
-        append_record(evaluation.folder / "records-{}-of-{}.jsonl".format(*evaluation.shard), record)
-        if on_video is not None:
-            remaining = len(missing) - finished
-            seconds_left = (time.monotonic() - began) / finished * remaining
-            on_video(Progress(done=total - remaining, total=total, seconds_left=seconds_left, record=record))
+    """Make and measure every video of this shard that has no record yet; see `VideoWorker.make_missing`."""
+    VideoWorker(plan).make_missing(plan.evaluation.runs, on_video)
 
 
-class _Worker:
-    """A loaded model or student, and the reference frames in the folder."""
+class VideoWorker:
+    """A model or student, loaded for the first video and kept, and the reference frames in the folder."""
 
-    def __init__(self, plan: EvaluationPlan, first: RunSettings) -> None:
+    def __init__(self, plan: EvaluationPlan) -> None:
+        """Make a worker; nothing is loaded yet."""
         self.plan, self.evaluation = plan, plan.evaluation
         self.measures = plan.evaluation.chosen_measures
         self.compares = any("reference" in measure.needs for measure in self.measures)
         self.reference_caches = defaultdict[Path, dict[Hashable, Any]](dict)
         self.device = torch.device(self._first_request.device)
-        self._load(first)
+        self.model: Any = None
+        self.loaded: tuple[str | None, float | None] | None = None
+        self.seconds_loading = 0.0
+
+    def make_missing(self, runs: Iterable[RunSettings], on_video: Callable[[Progress], None] | None = None) -> None:
+        """Make and measure every video of runs, of this shard, that has no record yet.
+
+        A killed process loses only the video that it was making.
+
+        Args:
+            runs: Runs of the plan.
+            on_video: Called after each video.
+
+        Raises:
+            ValueError: If the folder holds records of the same names with other settings or another model.
+            OutputError: If a file cannot be written.
+        """
+        done, prompts = set(read_records(self.plan)), self.evaluation.own_prompts
+        # dense runs first: the others are compared with them
+        runs = sorted(runs, key=lambda run: not run.is_dense)
+        missing = [(prompt, run) for prompt in prompts for run in runs if (run.name, *prompt.key) not in done]
+        # grouped by student, since loading one takes time
+        missing.sort(key=lambda pair: (pair[1].student or "", pair[1].noise_kept or 0.0))
+        if not missing:
+            return
+        self.evaluation.folder.mkdir(parents=True, exist_ok=True)
+        path = self.evaluation.folder / "records-{}-of-{}.jsonl".format(*self.evaluation.shard)
+        total, began = len(prompts) * len(runs), time.monotonic()
+        for finished, (prompt, run) in enumerate(missing, start=1):
+            record = self.make(prompt, run)
+            append_record(path, record)
+            if on_video is not None:
+                remaining = len(missing) - finished
+                seconds_left = (time.monotonic() - began) / finished * remaining
+                on_video(Progress(done=total - remaining, total=total, seconds_left=seconds_left, record=record))
 
     @property
     def _first_request(self) -> ResolvedRequest:
@@ -125,7 +131,7 @@ class _Worker:
     def _load(self, run: RunSettings) -> None:
         """Load a run's model and merge its student into the weights, so that LoRA layers do not slow the run."""
         began, first = time.perf_counter(), self._first_request
-        self.model: Any = None  # frees its memory before the next one is loaded
+        self.model = None  # frees its memory before the next one is loaded
         gc.collect()
         self.model = load_model(
             self.evaluation.model,

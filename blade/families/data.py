@@ -6,16 +6,12 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import yaml
 
+from blade.families.kinds import PRESET_KINDS, PresetKind
 from blade.token_grid import TokenGrid
-
-PresetKind = Literal["training-free", "student"]
-"""Kinds of presets: values for ordinary weights, and values for weights that were trained with them."""
-
-PRESET_KINDS: tuple[PresetKind, ...] = get_args(PresetKind)
 
 
 @dataclass(frozen=True, kw_only=True)

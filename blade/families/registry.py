@@ -19,14 +19,9 @@ from typing import Any
 
 from torch import nn
 
-from blade.families.data import (
-    PRESET_KINDS,
-    BenchmarkLayer,
-    ComparisonProtocol,
-    FamilyData,
-    PresetKind,
-    ReleasedStudent,
-)
+from blade.common.checks import check_choice
+from blade.families.data import BenchmarkLayer, ComparisonProtocol, FamilyData, ReleasedStudent
+from blade.families.kinds import PRESET_KINDS, PresetKind
 from blade.families.protocol import ModelFamily
 
 OWN_FAMILIES = "blade_pipelines"
@@ -65,6 +60,11 @@ def find_family(transformer: nn.Module) -> ModelFamily:
 def preset_names(kind: PresetKind = "training-free") -> tuple[str, ...]:
     """Return the names of the presets of a kind."""
     return tuple(_presets(kind))
+
+
+def available_kind(name: str, kind: PresetKind) -> PresetKind:
+    """Return a kind of preset, or `training-free` where the model of this name has none of it."""
+    return kind if name in preset_names(kind) else "training-free"
 
 
 def preset_values(name: str, kind: PresetKind = "training-free") -> dict[str, Any]:
@@ -113,10 +113,9 @@ def _data() -> list[FamilyData]:
     return list({id(family.data): family.data for family in model_families()}.values())
 
 
-def _presets(kind: str) -> dict[str, Mapping[str, Any]]:
+def _presets(kind: PresetKind) -> dict[str, Mapping[str, Any]]:
     """Return the presets of a kind by name."""
-    if kind not in PRESET_KINDS:
-        raise ValueError(f'`kind` must be "training-free" or "student", got {kind!r}.')
+    check_choice("kind", kind, PRESET_KINDS)
     return {name: values for data in _data() for name, values in data.presets.get(kind, {}).items()}
 
 

@@ -12,7 +12,9 @@ from functools import cache
 from importlib.metadata import entry_points
 from typing import ClassVar, Literal
 
+from blade.common.checks import check_choice
 from blade.common.options import OptionGroup, option, option_choices, option_names
+from blade.families.kinds import PRESET_KINDS, PresetKind
 from blade.models.choices import CACHES, DTYPE_NAMES, OFFLOADS, QUANTIZATIONS, parse_cache, split_lora
 from blade.models.source import BUNDLED
 
@@ -136,7 +138,7 @@ class SamplingOptions(OptionGroup):
 
 @dataclass(frozen=True, kw_only=True)
 class SparseOptions(OptionGroup):
-    """Sparse attention, over a configuration or the model's training-free preset."""
+    """Sparse attention, over a configuration or a preset of the model's."""
 
     title: ClassVar[str] = "Sparse attention"
 
@@ -149,10 +151,22 @@ class SparseOptions(OptionGroup):
     configuration)."""
     config: str | None = option(settled_by_student=True)
     """A folder or Hub id with a blade_config.json; by default the model's preset."""
+    preset: PresetKind | None = option(choices=PRESET_KINDS, settled_by_student=True)
+    """Kind of the model's preset: training-free (the default), few-step (for students trained dense, the default if a
+    student brings no sparse attention) or student (for weights trained with it)."""
     dense_steps: int | float | None = option(settled_by_student=True)
     """Steps from the start that stay dense: a count, or a fraction below 1."""
     dense_layers: str | tuple[int, ...] | None = option(settled_by_student=True)
     """Layers that stay dense, such as "0-1,39"."""
+
+    def check(self) -> None:
+        """Check that there is such a preset, and nothing that it contradicts."""
+        if self.preset is None:
+            return
+        check_choice("preset", self.preset, PRESET_KINDS)
+        if self.config is not None or self.attention in ("dense", "patterns"):
+            other = "`config`" if self.config is not None else f'`attention` "{self.attention}"'
+            raise ValueError(f"`preset` must not be given with {other}, got {self.preset!r}.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,7 @@ from blade.generation.prepare import prepare_model
 from blade.generation.prompts import file_stem
 from blade.generation.record import make_record
 from blade.generation.request import NO_STUDENT, GenerationRequest, ResolvedRequest
+from blade.generation.resolve import describe_student
 from blade.generation.run import Generation, run_request
 from blade.media.pictures import side_by_side
 from blade.media.video import encode_mp4
@@ -63,7 +64,7 @@ class GenerationReport:
         if record["student"] in BUNDLED_STUDENTS.values():
             lines.append(f"student     {record['student']} (the bundled model itself: --student {NO_STUDENT})")
         elif record["student"] is not None:
-            lines.append(f"student     {record['student']}")
+            lines.append(f"student     {describe_student(record['student'], _kind(record))}")
         for source in self.published_students:
             lines.append(f"student     none; there is one for this model, for fewer steps: --student {source}")
         if record["score"] is not None:
@@ -228,7 +229,14 @@ def describe_attention(record: Mapping[str, Any]) -> str:
     layer = record["layer_density"]
     sparse = "no layer was sparse" if layer is None else f"layer density {layer:.3f} (sparse layers and steps)"
     asked = "" if record["attention"] == "patterns" else f", requested sparsity {record['sparsity']:g}"
-    return f"{record['attention']}{asked}; {sparse}, run density {record['run_density']:.3f} (dense ones included)"
+    preset = " (few-step preset)" if _kind(record) == "few-step" else ""
+    method = f"{record['attention']}{preset}{asked}"
+    return f"{method}; {sparse}, run density {record['run_density']:.3f} (dense ones included)"
+
+
+def _kind(record: Mapping[str, Any]) -> str | None:
+    """Return the kind of a record's configuration; None: dense."""
+    return (record.get("blade_config") or {}).get("kind")
 
 
 def describe_score(score: Mapping[str, Any]) -> str:

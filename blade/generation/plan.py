@@ -17,7 +17,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from blade.common.machine import GIB
 from blade.generation.request import GenerationRequest, ResolvedRequest
-from blade.generation.resolve import resolve_request
+from blade.generation.resolve import describe_student, resolve_request
 from blade.models.conditions import model_for
 from blade.models.costs import RunCost, forward_cost, run_cost
 from blade.models.devices import resolve_device, resolve_dtype
@@ -56,11 +56,12 @@ class RunPlan:
 
     def __str__(self) -> str:
         request, cost, grid = self.request, self.cost, self.cost.forward.grid
+        kind = request.blade_config.kind if request.blade_config else None
         text = f" and {grid.text_tokens:,} of text" if grid.text_tokens else ""
         lines = [
             f"video       {request.frames} frames of {request.width}x{request.height}, {request.steps} steps, "
             f"guidance {request.guidance_scale:g}",
-            *([] if request.student is None else [f"student     {request.student}"]),
+            *([] if request.student is None else [f"student     {describe_student(request.student, kind)}"]),
             f"tokens      {grid.frames} x {grid.height} x {grid.width} = {grid.video_tokens:,}{text}, "
             f"in {cost.forward.layers} layers of {cost.forward.heads} heads",
             f"attention   {request.attention}"

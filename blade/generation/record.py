@@ -35,7 +35,7 @@ def make_record(request: ResolvedRequest, generation: Generation, *, seconds_loa
         First the fields of the request, by name, then what it cost (`seconds_...`, densities, `peak_memory_gib`), then
         `machine` and `versions`.
     """
-    record = {name: getattr(request, name) for name in REQUEST_FIELDS if name != "config"}
+    record = {name: getattr(request, name) for name in REQUEST_FIELDS if name not in ("config", "preset")}
     config, device = request.blade_config, torch.device(request.device)
     record["blade_config"] = None if config is None else config.to_dict()
     record["dense_layers"] = None if config is None else list(config.dense_layers)
@@ -58,8 +58,8 @@ def read_request(path: str | Path, changes: Mapping[str, Any] | None = None) -> 
 
     Args:
         path: the JSON.
-        changes: fields of the request to change. A changed `model`, `student`, `attention` or `config` takes the
-            recorded values that belong to the old one along only where they still make sense.
+        changes: fields of the request to change. A changed `model`, `student`, `attention`, `config` or `preset`
+            takes the recorded values that belong to the old one along only where they still make sense.
 
     Raises:
         ValueError: if this is no such record.
@@ -78,7 +78,7 @@ def read_request(path: str | Path, changes: Mapping[str, Any] | None = None) -> 
     forgotten: tuple[str, ...] = ()
     other_model = _differs("model", changes, values)
     other_student = values.get("student") is not None if other_model else _differs("student", changes, values)
-    if "config" in changes or other_model or other_student:
+    if "config" in changes or "preset" in changes or other_model or other_student:
         forgotten = ("blade_config", "attention", *SPARSE_OPTIONS)
     if other_student:
         forgotten += ("steps", "guidance_scale", *of_student)

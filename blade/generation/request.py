@@ -56,6 +56,8 @@ class GenerationRequest(
             parse_times(self.scheduler)
         if self.config is not None and self.blade_config is not None:
             raise ValueError("`config` and `blade_config` must not both be given.")
+        if self.preset is not None and self.blade_config is not None:
+            raise ValueError("`preset` and `blade_config` must not both be given.")
         given = self._given(*SPARSE_OPTIONS)
         BladeConfig(attention="asa" if self.attention in (None, "patterns") else self.attention, **given)
         if self.attention == "dense" and given:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from blade.attention.config import BladeConfig
+from blade.families.registry import available_kind
 from blade.generation.request import SPARSE_OPTIONS, GenerationRequest, ResolvedRequest
 from blade.models.conditions import read_frames, read_image, size_like
 from blade.models.loaded import LoadedModel
 from blade.models.source import BUNDLED, hub_commit
 from blade.moving_shapes.bundled import BUNDLED_DEFAULTS
-from blade.students.loading import Student, loaded_student
+from blade.students.description import Student
+from blade.students.loading import loaded_student
 from blade.students.source import BUNDLED_STUDENTS
+
+logger = logging.getLogger("blade")
 
 FPS = 16
 """Frames a second of a model that does not say its own: that of the Wan models."""
@@ -42,7 +47,7 @@ def resolve_request(
         ValueError: if the model cannot make a video of this size, or no configuration can be had.
     """
     student = student or loaded_student(model.pipe)
-    config = request.sparse_config(lambda: student.config if student and student.config else model.preset)
+    config = request.sparse_config(lambda: _attention(request, model, student))
     defaults = _defaults(model, request)
     if student is not None:
         steps = {} if student.steps is None else {"steps": student.steps[-1]}
@@ -64,6 +69,7 @@ def resolve_request(
         "revision": hub_commit(request.model, request.revision),
         "student": request.student if request.student in BUNDLED_STUDENTS.values() else _absolute(request.student),
         "config": None,
+        "preset": None,
         "blade_config": config,
         "image": _absolute(request.image),
         "last_image": _absolute(request.last_image),
@@ -73,6 +79,30 @@ def resolve_request(
         "dtype": str(model.transformer.dtype).removeprefix("torch."),
     }
     return ResolvedRequest(**values)
+
+
+def describe_student(source: str, kind: str | None) -> str:
+    """Return a student with the preset of its attention, where that is the model's few-step one.
+
+    Args:
+        source: folder or Hub id.
+        kind: of the run's configuration; None: dense attention.
+    """
+    return f"{source} (attention of the few-step preset, for students trained dense)" if kind == "few-step" else source
+
+
+def _attention(request: GenerationRequest, model: LoadedModel, student: Student | None) -> BladeConfig:
+    """Return the attention that a request starts from where it brings no configuration."""
+    if request.preset is not None:
+        return model.preset_of(request.preset)
+    if student is None:
+        return model.preset
+    asks = request.attention is not None or any(getattr(request, name) is not None for name in SPARSE_OPTIONS)
+    if student.config is not None and (student.config.attention != "dense" or not asks):
+        return student.config
+    kind = available_kind(model.preset_name, student.preset_kind)
+    logger.info(f"Attention starts from the {kind} preset: the student {student.source} has no sparse attention.")
+    return model.preset_of(kind)
 
 
 def _defaults(model: LoadedModel, request: GenerationRequest) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+import math
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, Self, TypeVar
 
@@ -10,6 +11,9 @@ import numpy as np
 
 Video = TypeVar("Video", bound=Hashable)
 """Key of a video."""
+
+WORST = 0.1
+"""Share of the videos whose mean is the worst tenth."""
 
 RESAMPLES = 2000
 """Bootstrap resamples of a confidence interval."""
@@ -38,6 +42,13 @@ def bootstrap(values: Sequence[float], seed: int = 0) -> Estimate:
     picks = np.random.default_rng(seed).integers(len(array), size=(RESAMPLES, len(array)))
     low, high = np.percentile(array[picks].mean(1), [2.5, 97.5])
     return Estimate(mean=float(array.mean()), low=float(low), high=float(high), videos=len(array))
+
+
+def mean_of_worst(values: Iterable[float]) -> float:
+    """The mean of the smallest tenth of values, at least one."""
+    ordered = sorted(values)
+    count = max(1, math.ceil(WORST * len(ordered)))
+    return sum(ordered[:count]) / count
 
 
 def paired_difference(values: Mapping[Video, float], baseline: Mapping[Video, float]) -> Estimate | None:

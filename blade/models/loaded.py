@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from blade.attention.config import BladeConfig
+from blade.families.kinds import PresetKind
 from blade.families.protocol import Inputs, ModelFamily
 from blade.families.registry import find_family, preset_names
 from blade.families.sampling_defaults import SamplingDefaults
@@ -60,11 +61,19 @@ class LoadedModel:
         """The model's values for ordinary weights."""
         return BladeConfig.from_preset(self.preset_name)
 
+    def preset_of(self, kind: PresetKind) -> BladeConfig:
+        """Return the model's values of a kind.
+
+        Raises:
+            ValueError: if it has none of this kind.
+        """
+        return BladeConfig.from_preset(self.preset_name, kind)
+
     @cached_property
     def student_preset(self) -> BladeConfig | None:
         """The model's values for students; None if none are known."""
         known = self.preset_name in preset_names("student")
-        return BladeConfig.from_preset(self.preset_name, "student") if known else None
+        return self.preset_of("student") if known else None
 
     @cached_property
     def parameters(self) -> Mapping[str, inspect.Parameter]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from blade.common.errors import first_line
 from blade.families.registry import released_students
 from blade.families.transformers import Transformer, find_transformers
 from blade.models.loaded import LoadedModel
+from blade.students.description import Student
 from blade.students.scheduler import FewStepScheduler
 from blade.students.source import CONDITION_NAME, STUDENT_FILES, TRANSFORMER_FOLDER, WEIGHT_NAME, StudentFiles
 from blade.students.step_condition import StepCondition
@@ -25,38 +27,10 @@ from blade.students.step_condition import StepCondition
 if TYPE_CHECKING:
     from blade.families.data import ReleasedStudent
 
+logger = logging.getLogger("blade")
+
 ADAPTER = "blade_student"
 """Name of the student's adapter."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Student:
-    """A loaded student; `print` it."""
-
-    source: str
-    """Folder or Hub id."""
-    subfolder: str | None
-    """Subfolder of the source."""
-    steps: tuple[int, ...] | None
-    """Numbers of steps that it is trained for; None if unknown."""
-    guidance_scale: float
-    """Weight of guidance that it is trained for: 1 is none."""
-    config: BladeConfig | None
-    """Its attention; None leaves the pipeline's as it was."""
-
-    def check_steps(self, steps: int) -> None:
-        """Raise a `ValueError` if this is no number of steps that it is trained for."""
-        if self.steps is not None and steps not in self.steps:
-            counts = " or ".join(str(count) for count in self.steps)
-            raise ValueError(f"`steps` must be {counts}, as the student {self.source} is trained, got {steps}.")
-
-    def __str__(self) -> str:
-        where = self.source if self.subfolder is None else f"{self.source}/{self.subfolder}"
-        steps = "steps unknown" if self.steps is None else f"{' or '.join(map(str, self.steps))} steps"
-        attention = "attention as it was" if self.config is None else "dense attention"
-        if self.config is not None and self.config.attention != "dense":
-            attention = f"{self.config.attention} at sparsity {self.config.sparsity:g}"
-        return f"student {where}: {steps}, guidance {self.guidance_scale:g}, {attention}"
 
 
 @dataclass(frozen=True)
@@ -118,7 +92,8 @@ def load_student(
 ) -> Student:
     """Load a student onto a pipeline: its LoRA, its attention and its scheduler.
 
-    LoRAs that are active already stay active beside it. A student that is loaded already is unloaded first.
+    LoRAs that are active already stay active beside it. A student that is loaded already is unloaded first. One
+    that brings no attention leaves it as it was, and says so; `apply_blade(pipe)` then takes the few-step preset.
 
     Args:
         pipe: the pipeline of the model that the student was trained from.
@@ -173,6 +148,8 @@ def load_student(
         unload_student(pipe)
         raise
     loaded.student = found.student
+    if found.student.config is None:
+        logger.info(str(found.student))
     return found.student
 
 

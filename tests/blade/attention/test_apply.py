@@ -382,6 +382,21 @@ def test_changes_start_from_the_preset(pipe):
         assert applied_config(pipe) == replace(preset, dense_layers=(0, 1), pooled_tokens="all")
 
 
+def test_a_kind_of_preset_is_named(pipe):
+    apply_blade(pipe, kind="few-step", sparsity=0.6)
+    assert applied_config(pipe) == replace(BladeConfig.from_preset("shapes", "few-step"), sparsity=0.6)
+    with use_blade(pipe.transformer, kind="training-free"):
+        assert applied_config(pipe) == BladeConfig.from_preset("shapes")
+    with pytest.warns(UserWarning, match="These are a student's values"):
+        apply_blade(pipe, kind="student")
+    before = applied_to(pipe.transformer)
+    with pytest.raises(ValueError, match=r"`kind` must not be given with `config`: .* got 'few-step'"):
+        apply_blade(pipe, CONFIG, kind="few-step")
+    with pytest.raises(ValueError, match='`kind` must be one of "training-free", "few-step", "student", got \'fast\''):
+        apply_blade(pipe, kind="fast")
+    assert applied_to(pipe.transformer) is before
+
+
 def test_changes_are_made_to_a_given_configuration(pipe):
     config = replace(CONFIG, dense_steps=1)
     apply_blade(pipe, config, sparsity=0.75)

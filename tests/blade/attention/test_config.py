@@ -35,7 +35,7 @@ configs = st.builds(
     dense_layers=st.lists(st.integers(0, 60), max_size=5),
     strict=st.booleans(),
     seed=st.integers(0, 2**31),
-    kind=st.sampled_from(["training-free", "student"]),
+    kind=st.sampled_from(["training-free", "few-step", "student"]),
     asa=adaptive,
 )
 
@@ -167,7 +167,7 @@ def test_dense_steps_are_a_count_or_a_fraction_rounded_up(dense_steps, total, co
         ("dense_steps", 1.5, "a count of steps or a fraction in [0, 1)"),
         ("seed", -1, "an integer of at least 0"),
         ("strict", 1, "True or False"),
-        ("kind", "other", 'one of "training-free", "student"'),
+        ("kind", "other", 'one of "training-free", "few-step", "student"'),
         ("implementation", "", 'a name such as "auto"'),
         ("asa", None, "an AdaptiveConfig"),
     ],
@@ -223,7 +223,7 @@ def test_presets_of_the_two_kinds_are_kept_apart():
         BladeConfig.from_preset("ltx-video", kind="student")
     with pytest.raises(ValueError, match=r"one of the training-free presets .*wan, .*got 'wan3'"):
         BladeConfig.from_preset("wan3")
-    with pytest.raises(ValueError, match='`kind` must be "training-free" or "student"'):
+    with pytest.raises(ValueError, match='`kind` must be one of "training-free", "few-step", "student", got'):
         BladeConfig.from_preset("wan", kind="best")
 
 

@@ -45,6 +45,12 @@ def test_keys_and_values_are_read():
         ("paper=selector=sampled", RunSettings(name="paper", attention="asa")),
         ("x=asa-gt,selector=random", RunSettings(name="x", attention="asa-gt", selector="random")),
         ("x=folder,selector=local", RunSettings(name="x", config="folder", selector="local")),
+        ("few=preset=few-step", RunSettings(name="few", attention="preset", preset="few-step")),
+        ("few=asa,preset=few-step", RunSettings(name="few", attention="asa", preset="few-step")),
+        (
+            "few=student=a/b,preset=few-step",
+            RunSettings(name="few", attention="preset", student="a/b", preset="few-step"),
+        ),
     ],
 )
 def test_short_forms_are_read(text, run):
@@ -79,6 +85,9 @@ def test_defaults_fill_in_what_a_run_leaves_open():
         ("x=selector=best", '`selector` must be one of "sampled", "mean-pooled"'),
         ("x=dense,selector=local", '`selector` must not be given where `attention` is "dense"'),
         ("x=random,selector=local", "`selector` must not be given where `attention` is one, got 'random'"),
+        ("x=preset=fast", '`preset` must be one of "training-free", "few-step", "student", got \'fast\''),
+        ("x=dense,preset=few-step", "`preset` must not be given with `attention` \"dense\", got 'few-step'"),
+        ("x=folder,preset=few-step", "`preset` must not be given with `config`, got 'few-step'"),
         ("x=noise_kept=0.5", "`noise_kept` must not be given without `student`"),
     ],
 )

@@ -4,13 +4,22 @@ import os
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from blade import BladeConfig
 from blade.families.data import FamilyData
-from blade.families.registry import benchmark_layers, example_model, model_families, preset_names, released_students
+from blade.families.kinds import PRESET_KINDS
+from blade.families.registry import (
+    available_kind,
+    benchmark_layers,
+    example_model,
+    model_families,
+    preset_names,
+    released_students,
+)
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -101,11 +110,28 @@ def test_a_third_party_is_found_by_its_entry_point(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("error::UserWarning")
-@pytest.mark.parametrize("kind", ["training-free", "student"])
+@pytest.mark.parametrize("kind", PRESET_KINDS)
 def test_every_preset_is_a_configuration_of_its_kind(kind) -> None:
     for name in preset_names(kind):
         config = BladeConfig.from_preset(name, kind)
         assert config.kind == kind and config.attention == "asa" and 0 < config.sparsity < 1
+
+
+def test_every_family_has_values_for_dense_few_step_students() -> None:
+    assert preset_names("few-step") == preset_names("training-free")
+    for name in preset_names("few-step"):
+        config, ordinary = BladeConfig.from_preset(name, "few-step"), BladeConfig.from_preset(name)
+        assert config == replace(ordinary, kind="few-step", sparsity=0.5, dense_steps=1), name
+        assert isinstance(config.dense_steps, int), name
+        assert [config.dense_step_count(steps) for steps in (1, 4, 8)] == [1, 1, 1], name
+        assert (config.pooled_tokens, config.dense_layers, config.asa.rounding) == ("dropped", (0,), "spread"), name
+        assert config.asa.pooled_window == config.asa.block_size, name
+    assert BladeConfig.from_preset("wan").dense_step_count(8) == 2  # a fraction
+
+
+def test_a_family_without_a_kind_of_preset_has_training_free_ones() -> None:
+    assert available_kind("ltx-video", "few-step") == "few-step"
+    assert available_kind("ltx-video", "student") == "training-free"
 
 
 def test_data_is_found_by_name() -> None:
@@ -120,7 +146,7 @@ def test_data_is_found_by_name() -> None:
     ("text", "message"),
     [
         ("example: x\n", "must hold fields of FamilyData, got 'example'"),
-        ("presets: {trained: {}}\n", "`presets` of .* must be of the kinds training-free, student"),
+        ("presets: {trained: {}}\n", "`presets` of .* must be of the kinds training-free, few-step, student"),
         ("benchmark_layers: {a: {title: A, grid: {frames: 1}, heads: 2}}\n", "wrong or missing field"),
         ("protocols: {a: {model: a/b, height: 480}}\n", "wrong or missing field"),
         ("released_students: {a/b: [{preset: x, steps: [8]}]}\n", "wrong or missing field"),

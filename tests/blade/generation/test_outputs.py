@@ -106,7 +106,7 @@ def test_attention_changes_the_video_and_is_taken_off_afterwards(pipe, saved_tin
 
 def test_a_resolved_request_leaves_nothing_to_defaults(pipe, saved_tiny_pipeline: Path) -> None:
     resolved = resolve_request(tiny_request(saved_tiny_pipeline), LoadedModel(pipe))
-    may_be_none = {"negative_prompt", "config", "revision", "quantize"}
+    may_be_none = {"negative_prompt", "config", "preset", "revision", "quantize"}
     may_be_none |= {*option_names(*GROUPS, of_student=True), *option_names(*GROUPS, of_model=True)}
     assert {name for name, value in vars(resolved).items() if value is None} <= may_be_none
     assert resolved.blade_config == BladeConfig.from_preset("shapes")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from blade.evaluation.worker import evaluate_videos
 from blade.generation.outputs import generate_files
 from blade.generation.plan import plan_run
 from blade.generation.record import read_request
-from blade.generation.request import GenerationRequest
+from blade.generation.request import GenerationRequest, default_student
 from blade.media.video import read_mp4
 from blade.models.loading import load_model
 from blade.students.scheduler import FewStepScheduler
@@ -155,12 +156,109 @@ def test_times_make_a_sampler_for_a_lora_that_brings_none(saved_tiny_pipeline, s
     assert read_request(output.with_suffix(".json"), {"student": "another"}).noise_kept is None
 
 
+@pytest.fixture(scope="module")
+def foreign(student: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA that brings no attention and no sampler."""
+    folder = tmp_path_factory.mktemp("foreign")
+    name = "pytorch_lora_weights.safetensors"
+    (folder / name).write_bytes((student / name).read_bytes())
+    return folder
+
+
+FEW_STEP = BladeConfig.from_preset("shapes", "few-step")
+
+
+def test_a_student_trained_dense_takes_the_few_step_preset_and_says_why(
+    saved_tiny_pipeline, foreign, tmp_path, caplog
+):
+    caplog.set_level("INFO", logger="blade")
+    request = GenerationRequest(model=str(saved_tiny_pipeline), student=str(foreign), scheduler="1000,800,400", **TINY)
+    report = generate_files(request, tmp_path / "video.mp4")
+    record = json.loads(report.record_path.read_text())
+    assert record["blade_config"] == FEW_STEP.to_dict() and record["blade_config"]["dense_steps"] == 1
+    assert record["blade_config"]["kind"] == "few-step" and "preset" not in record
+    assert 0.5 < record["run_density"] < 1  # in one of two layers, at two of three steps
+    assert caplog.messages[1] == (
+        f"Attention starts from the few-step preset: the student {foreign} has no sparse attention."
+    )
+    lines = str(report).splitlines()
+    assert f"student     {foreign} (attention of the few-step preset, for students trained dense)" in lines
+    assert any(line.startswith("attention   asa (few-step preset), requested sparsity 0.5; ") for line in lines)
+    again = read_request(report.record_path)
+    assert again.blade_config == FEW_STEP and again.preset is None
+    other = read_request(report.record_path, {"preset": "training-free"})
+    assert (other.preset, other.blade_config, other.sparsity, other.steps) == ("training-free", None, None, 3)
+    planned = plan_run(replace(request, sparsity=0.4))
+    assert planned.request.blade_config == replace(FEW_STEP, sparsity=0.4)
+    assert f"student     {foreign} (attention of the few-step preset" in str(planned)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"attention": "asa"}, FEW_STEP),
+        ({"preset": "training-free"}, BladeConfig.from_preset("shapes")),
+        ({"attention": "dense"}, None),
+    ],
+)
+def test_what_is_asked_for_comes_before_the_few_step_preset(saved_tiny_pipeline, foreign, options, expected):
+    request = GenerationRequest(model=str(saved_tiny_pipeline), student=str(foreign), steps=4, **TINY, **options)
+    assert plan_run(request).request.blade_config == expected
+
+
+def test_a_dense_student_of_this_project_is_dense_unless_sparsity_is_asked_for(saved_tiny_pipeline, foreign, tmp_path):
+    folder = Path(shutil.copytree(foreign, tmp_path / "dense"))
+    BladeConfig(attention="dense", kind="student").save_pretrained(folder)
+    request = GenerationRequest(model=str(saved_tiny_pipeline), student=str(folder), steps=4, **TINY)
+    assert plan_run(request).request.blade_config is None
+    assert plan_run(replace(request, sparsity=0.3)).request.blade_config == replace(FEW_STEP, sparsity=0.3)
+
+
+def test_few_step_weights_without_a_student_take_their_preset_by_name(saved_tiny_pipeline):
+    request = GenerationRequest(model=str(saved_tiny_pipeline), preset="few-step", steps=4, **TINY)
+    assert plan_run(request).request.blade_config == FEW_STEP
+    assert default_student({"prompt": "a cat", "preset": "few-step"}) is None
+    assert default_student({"prompt": "a cat"}) is not None
+
+
+def test_an_evaluation_names_the_few_step_preset(saved_tiny_pipeline, student, foreign):
+    settings = {name: TINY[name] for name in ("height", "width", "frames", "device")}
+    runs = {
+        "alone": f"student={foreign},steps=4",
+        "few": f"student={foreign},preset=few-step,steps=4",
+        "sparse": f"preset,student={foreign},steps=4,sparsity=0.3",
+        "old": f"student={foreign},preset=training-free,steps=4",
+        "joint": f"student={student},attention=preset",
+        "model": "preset=few-step,steps=4,guidance=1",
+    }
+    evaluation = Evaluation(
+        runs=tuple(parse_run(f"{name}={text}") for name, text in runs.items()),
+        prompts=prompts_with_seeds([TINY["prompt"]], (0,)),
+        folder=None,
+        model=str(saved_tiny_pipeline),
+        **settings,
+    )
+    requests, training_free = plan_evaluation(evaluation).requests, BladeConfig.from_preset("shapes")
+    assert {name: request.blade_config for name, request in requests.items()} == {
+        "alone": None,
+        "few": FEW_STEP,
+        "sparse": replace(FEW_STEP, sparsity=0.3),
+        "old": training_free,
+        "joint": training_free,
+        "model": FEW_STEP,
+    }
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"scheduler": "999,500"}, "`scheduler` must not be given without `student`"),
         ({"noise_kept": 0.5}, "`noise_kept` must not be given without `student`"),
         ({"student": "x", "noise_kept": 1.5}, r"`noise_kept` must be in \[0, 1\], got 1.5"),
+        ({"preset": "fast"}, '`preset` must be one of "training-free", "few-step", "student", got \'fast\''),
+        ({"preset": "few-step", "config": "x"}, "`preset` must not be given with `config`, got 'few-step'"),
+        ({"preset": "few-step", "attention": "dense"}, '`preset` must not be given with `attention` "dense"'),
+        ({"preset": "few-step", "blade_config": CONFIG}, "`preset` and `blade_config` must not both be given"),
         ({"student": "x", "scheduler": "fast"}, "`scheduler` must be times separated by commas, .* got 'fast'"),
     ],
 )

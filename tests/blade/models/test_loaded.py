@@ -34,6 +34,7 @@ def test_presets(model: LoadedModel) -> None:
     assert model.preset_name == "shapes"
     assert model.preset == BladeConfig.from_preset("shapes")
     assert model.student_preset == BladeConfig.from_preset("shapes", "student")
+    assert model.preset_of("few-step") == BladeConfig.from_preset("shapes", "few-step")
 
 
 def test_a_family_without_students_has_no_preset_of_them(small_pipelines) -> None:

@@ -155,13 +155,52 @@ def test_any_few_step_lora_with_times_or_a_scheduler(pipe, tmp_path):
         pipe, tmp_path, weight_name="lightning.safetensors", scheduler=(1000.0, 937.5, 833.3, 625.0)
     )
     assert student.steps == (4,) and student.config is None and applied_to(pipe.transformer) is None
-    assert str(student).endswith("4 steps, guidance 1, attention as it was")
+    assert str(student).endswith(
+        "4 steps, guidance 1, attention as it was, since it brings none; the few-step preset is meant for it"
+    )
     assert run(pipe).isfinite().all()
     own = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0)
     student = load_student(pipe, tmp_path, weight_name="lightning.safetensors", scheduler=own, steps=8)
     assert pipe.scheduler is own and student.steps == (8,)
     with pytest.raises(ValueError, match="`scheduler` must be a Diffusers scheduler or times, got 8"):
         load_student(pipe, tmp_path, weight_name="lightning.safetensors", scheduler=8)
+
+
+def test_a_student_trained_dense_says_which_preset_it_takes(pipe, tmp_path, caplog):
+    caplog.set_level("INFO", logger="blade")
+    save_file(lora(pipe.transformer), tmp_path / "pytorch_lora_weights.safetensors")
+    scheduler, expected = (1000.0, 937.5, 833.3, 625.0), BladeConfig.from_preset("shapes", "few-step")
+    student = load_student(pipe, tmp_path, scheduler=scheduler)
+    assert caplog.messages == [str(student)] and "since it brings none; the few-step preset" in str(student)
+    dense = run(pipe)
+    apply_blade(pipe)
+    assert caplog.messages[1:] == [
+        f"transformer takes the few-step preset: the student {tmp_path} has no sparse attention."
+    ]
+    assert applied_to(pipe.transformer).config == expected
+    apply_blade(pipe, sparsity=0.4, asa=CONFIG.asa, pooled_tokens="none")
+    assert not torch.equal(run(pipe), dense)
+    assert [layer.sparse_calls for layer in blade_summary(pipe).transformers[0].layers] == [0, 3]  # of 4 steps
+    apply_blade(pipe, kind="training-free")
+    assert applied_to(pipe.transformer).config == BladeConfig.from_preset("shapes")
+    unload_student(pipe)
+    apply_blade(pipe)
+    assert applied_to(pipe.transformer).config == BladeConfig.from_preset("shapes")
+    assert len(caplog.messages) == 3  # apply_blade spoke of the preset twice
+
+    BladeConfig(attention="dense", kind="student").save_pretrained(tmp_path)  # this project's own, trained dense
+    student = load_student(pipe, tmp_path, scheduler=scheduler)
+    assert str(student).endswith("dense attention; the few-step preset is meant for it")
+    apply_blade(pipe, kind="few-step")
+    assert applied_to(pipe.transformer).config == expected
+
+
+def test_a_student_with_sparse_attention_leaves_the_presets_kind(pipe, folder, caplog):
+    caplog.set_level("INFO", logger="blade")
+    load_student(pipe, folder)
+    assert caplog.messages == []
+    apply_blade(pipe)
+    assert applied_to(pipe.transformer).config == BladeConfig.from_preset("shapes")
 
 
 def hub(monkeypatch, repository: Path):
