@@ -1,4 +1,4 @@
-"""Compare ways to choose key blocks by the error of attention: python scripts/compare_selectors.py docs/results/selectors.
+"""Compare ways to choose key blocks: python scripts/compare_selectors.py docs/results/selectors.
 
 Queries, keys and values are captured from the bundled model in dense generations, or made up (attention_heads.py); the
 methods are in selector_methods.py. Nothing is generated sparsely: see compare_runs.py for videos.
@@ -18,7 +18,7 @@ from attention_heads import SYNTHETIC, Heads, captured_heads, synthetic_heads
 from selector_methods import METHODS, Method
 
 from blade.cli.command import run_command
-from blade.common.environment import versions
+from blade.common.machine import describe_versions
 from blade.common.tables import markdown_table, write_table
 
 DENSITIES = (0.5, 0.3, 0.2, 0.1, 0.05)
@@ -148,7 +148,12 @@ def main(
         "counts pooled pairs, or at equal operations, those of choosing included. Empty: the choice alone costs more. "
         "Bold: the least of those that are no oracle. Milliseconds are of one layer on a CPU that other work shared."
     )
-    found = {"command": command, "threads": torch.get_num_threads(), "versions": versions(), "results": values}
+    found = {
+        "command": command,
+        "threads": torch.get_num_threads(),
+        "versions": describe_versions(("blade-video", "torch")),
+        "results": values,
+    }
     write_table(output, "selectors", title="Selectors by the error of attention", note=note, lines=lines, values=found)
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from attention_heads import Heads
-from blade_kernels.block_selection import sampled_importance, select_blocks, value_spread
+from blade_kernels.block_selection import largest_key_offsets, sampled_importance, select_blocks, value_spread
 from torch import Tensor
 
 
@@ -76,29 +76,31 @@ def bisect(choose: Callable[[float], Tensor], pairs: float, low: float, high: fl
 
 
 def sampled_scores(
-    heads: Heads, statistic: str, *, share: int = 2, values: bool = False, most: int = 16, seed: int = 0
+    heads: Heads, statistic: str, *, share: int = 2, values: bool = False, largest: bool = False, seed: int = 0
 ) -> Tensor:
     """Score the blocks by the attention of sampled tokens."""
     generator = torch.Generator().manual_seed(seed)
-    samples = probe_tokens(heads, share, most)
-    offsets = torch.rand(2, heads.q.shape[0], heads.block, generator=generator).argsort(-1)[..., :samples]
+    samples = probe_tokens(heads, share)
+    of_queries, of_keys = torch.rand(2, heads.q.shape[0], heads.block, generator=generator).argsort(-1)[..., :samples]
     q, k = (x.transpose(0, 1)[None] for x in (heads.q, heads.k))
-    scores = sampled_importance(q, k, *offsets, (heads.block, heads.block), statistic=statistic)[0]
+    if largest:
+        of_keys = largest_key_offsets(k, of_keys, samples // 2, heads.block)
+    scores = sampled_importance(q, k, of_queries, of_keys, (heads.block, heads.block), statistic=statistic)[0]
     if values:
         scores = scores * value_spread(heads.v.transpose(0, 1)[None], heads.block)[0].unsqueeze(1)
     return scores
 
 
-def probe_tokens(heads: Heads, share: int, most: int = 16) -> int:
+def probe_tokens(heads: Heads, share: int) -> int:
     """Return the tokens of a block that are sampled: a share of it, or the paper's 16 if that is fewer."""
-    return min(heads.block // share, most)
+    return min(heads.block, 32) // share
 
 
 def _sampled(
-    name: str, statistic: str, *, values: bool = False, pooled: bool = True, layer: bool = False, share: int = 2
+    name: str, statistic: str, *, ours: bool = False, pooled: bool = True, layer: bool = False, share: int = 2
 ) -> Method:
     def choose(heads: Heads, pairs: float) -> Tensor:
-        scores = sampled_scores(heads, statistic, share=share, values=values)
+        scores = sampled_scores(heads, statistic, share=share, values=ours, largest=ours)
         return by_rank(heads, scores, pairs, pooled=pooled, layer=layer)
 
     def operations(heads: Heads) -> float:
@@ -155,7 +157,7 @@ def guarded_mean_pooling(heads: Heads, pairs: float, least: float = 0.3) -> Tens
 
 
 def cumulative_mass(heads: Heads, pairs: float) -> Tensor:
-    """Keep the blocks of a row until they hold a share of its mass, the same in all. Source: NABLA, arXiv 2507.13546."""
+    """Keep the blocks of a row until they hold a share of its mass. Source: NABLA, arXiv 2507.13546."""
     weights = mean_logits(heads).softmax(-1)
     order = weights.argsort(dim=-1, descending=True)
     before = weights.gather(-1, order).cumsum(-1) - weights.gather(-1, order)
@@ -246,9 +248,9 @@ def _least_error(heads: Heads, pairs: float) -> Tensor:
 METHODS = (
     _sampled("ASA, as published", "max", pooled=False),
     _sampled("ASA, dropped blocks pooled", "max"),
-    _sampled("ours: residual, by row", "residual", values=True),
-    _sampled("ours (preset): residual, by layer", "residual", values=True, layer=True),
-    _sampled("ours, half the probe", "residual", values=True, layer=True, share=4),
+    _sampled("ours, a budget for each row", "residual", ours=True),
+    _sampled("ours: the preset", "residual", ours=True, layer=True),
+    _sampled("ours, with half the probe", "residual", ours=True, layer=True, share=4),
     Method("mean pooling", mean_pooling, mean_operations),
     Method("XAttention, antidiagonals", antidiagonals, lambda heads: 2.0 * heads.size * heads.tokens**2 / 8),
     Method("SpargeAttn, guard", guarded_mean_pooling, mean_operations),
@@ -259,7 +261,9 @@ METHODS = (
         lambda heads: 2.0 * heads.size * (2 * 10 * heads.tokens * heads.blocks + heads.blocks**2),
     ),
     Method("BLASST, skipped softmax", running_maximum, lambda heads: 2.0 * heads.size * heads.tokens**2),
-    Method("oracle: true mass", lambda heads, pairs: _true_mass(heads, pairs, False), lambda heads: 0.0, is_oracle=True),
+    Method(
+        "oracle: true mass", lambda heads, pairs: _true_mass(heads, pairs, False), lambda heads: 0.0, is_oracle=True,
+    ),
     Method(
         "oracle: true mass, pooled", lambda heads, pairs: _true_mass(heads, pairs, True), lambda heads: 0.0,
         pooled=True, is_oracle=True,

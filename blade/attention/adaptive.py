@@ -156,7 +156,7 @@ def block_importance(
 ) -> torch.Tensor:
     """Score the key blocks for every query block, (B or 1, H or 1, blocks, blocks). See `adaptive_attention`."""
     scores = plan.selector.score(query, key, plan.context, draw, key_lengths)
-    if plan.config.value_weighting:
+    if plan.config.value_weighting and not plan.selector.is_control:
         scores = scores * value_spread(value, plan.config.block_size, key_lengths=key_lengths).unsqueeze(2)
     return scores
 

@@ -44,6 +44,10 @@ class AdaptiveConfig:
     probe_tokens: int = 16
     """Tokens sampled in each block by the `sampled` selector (paper: 16; both released variants: 32)."""
 
+    probe_keys: Literal["drawn", "half-largest"] = "drawn"
+    """Keys of a block that `sampled` looks at: all drawn by lot (the paper's), or half of them those furthest from the
+    mean of all keys, so that keys of large norm, which many queries attend to, are not missed."""
+
     softmax_denominator: bool = True
     """Score `sampled` by a softmax with its denominator (the paper's); if false, by each weight relative to the
     largest of its row (as released)."""
@@ -84,6 +88,7 @@ class AdaptiveConfig:
             )
         object.__setattr__(self, "token_order", canonical_order(self.token_order))
         find_selector(self.selector)
+        check_choice("probe_keys", self.probe_keys, ("drawn", "half-largest"))
         check_flag("softmax_denominator", self.softmax_denominator)
         check_choice("statistic", self.statistic, STATISTICS)
         check_flag("value_weighting", self.value_weighting)

@@ -15,7 +15,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from blade_kernels.block_selection import mean_pooled_importance, sampled_importance
+from blade_kernels.block_selection import largest_key_offsets, mean_pooled_importance, sampled_importance
 from torch import Tensor
 
 from blade.common.checks import check_choice
@@ -46,6 +46,11 @@ class SelectorOptions(Protocol):
     @property
     def probe_tokens(self) -> int:
         """Tokens sampled in each block."""
+        ...
+
+    @property
+    def probe_keys(self) -> str:
+        """Choice of the keys among them."""
         ...
 
     @property
@@ -150,6 +155,10 @@ def _score_sampled(
 ) -> Tensor:
     options = context.options
     query_offsets, key_offsets = drawn.unbind(0)
+    if options.probe_keys == "half-largest":
+        key_offsets = largest_key_offsets(
+            key, key_offsets, options.probe_tokens // 2, options.block_size, key_lengths=key_lengths
+        )
     return sampled_importance(
         query,
         key,

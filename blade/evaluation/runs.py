@@ -21,6 +21,11 @@ POOLED_TOKENS: dict[str, Literal["none", "all", "dropped"]] = {
 }
 """Pooled tokens in addition to the kept blocks, by kind of attention with the paper's selector."""
 
+PAPER_SCORES: dict[str, Any] = {
+    "statistic": "max", "probe_keys": "drawn", "value_weighting": False, "budget": "row",
+}  # fmt: skip
+"""The paper's values of the fields of `AdaptiveConfig` that the presets have others of, whatever is pooled."""
+
 ATTENTION = ("dense", "preset", *POOLED_TOKENS)
 """Kinds of attention, in addition to those named like a selector: dense, the model's preset, and the preset with the
 paper's selector and other pooled tokens."""
@@ -143,7 +148,7 @@ class RunSettings:
             if self.attention != "preset":
                 selector = DEFAULT_SELECTOR if self.attention in POOLED_TOKENS else self.attention
                 pooled_tokens = POOLED_TOKENS.get(self.attention, "none")
-                details = replace(config.asa, selector=selector)
+                details = replace(config.asa, selector=selector, **PAPER_SCORES)
                 config = replace(config, attention="asa", pooled_tokens=pooled_tokens, asa=details)
         changes = self._changes()
         if "selector" in changes:

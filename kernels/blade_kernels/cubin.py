@@ -131,7 +131,8 @@ def other_variants() -> Iterator[Variant]:
             module="block_selection.triton_selection", kernel="sampled_importance_kernel", num_warps=4,
             case=f"heads of 128, 16 samples, {statistic}",
             constants={
-                "D": 128, "BQ": 128, "BK": 128, "ROWS": 4, "QUERIES": 16, "BLOCKS": 4, "KEYS": 16, "LENGTHS": False,
+                "D": 128, "BQ": 128, "BK": 128, "ROWS": 4, "QUERIES": 16, "BLOCKS": 4, "KEYS": 16,
+                "BY_BLOCK": statistic == "residual", "LENGTHS": False,
                 "DENOMINATOR": True, "STATISTIC": statistic, "UPCAST": False,
             },
         )  # fmt: skip

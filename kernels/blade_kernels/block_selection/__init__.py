@@ -7,6 +7,7 @@ query block needs a key block. `select_blocks` turns any such tensor into a mask
 
 from blade_kernels.block_selection.importance import (
     STATISTICS,
+    largest_key_offsets,
     mean_pooled_importance,
     sampled_importance,
     value_spread,
@@ -16,6 +17,7 @@ from blade_kernels.block_selection.selection import BUDGETS, local_blocks, rando
 __all__ = [
     "BUDGETS",
     "STATISTICS",
+    "largest_key_offsets",
     "local_blocks",
     "mean_pooled_importance",
     "random_blocks",

@@ -40,7 +40,9 @@ def sampled_importance(
         k: (B, T, H, D) keys.
         query_offsets: integers that broadcast to (B, H, samples): distinct offsets within a query block, from 0 to
             its size - 1, shared by all blocks.
-        key_offsets: likewise for key blocks; the number of samples may differ.
+        key_offsets: likewise for key blocks; the number of samples may differ. Or (B, H, key blocks, samples), places
+            in each block, in ascending order and below its length, as `largest_key_offsets` finds them; a block with
+            fewer tokens than samples repeats a place, which counts once.
         block_size: tokens in a (query block, key block).
         scale: factor of the logits. None means 1 / sqrt(D).
         key_lengths: (B,) integers, number of valid keys; the rest are ignored. Blocks without valid keys score 0.
@@ -63,7 +65,10 @@ def sampled_importance(
     Source: BLADE, arXiv 2508.10774, P = MaxPool(softmax(Qs Ks^T / sqrt(d))).
     """
     _check(q, k, block_size, key_lengths)
+    by_block = (q.shape[0], q.shape[2], -(-k.shape[1] // block_size[1]))
     for name, offsets in (("query_offsets", query_offsets), ("key_offsets", key_offsets)):
+        if name == "key_offsets" and offsets.shape[:-1] == by_block and offsets.shape[-1]:
+            continue
         if offsets.is_floating_point() or not 1 <= offsets.ndim <= 3 or not offsets.shape[-1]:
             raise ValueError(
                 f"`{name}` must be integers that broadcast to ({q.shape[0]}, {q.shape[2]}, samples), "
@@ -143,6 +148,55 @@ def mean_pooled_importance(
         return logits.masked_fill((key_counts == 0)[:, None, None], -torch.inf).softmax(-1).nan_to_num(0.0)
 
 
+def largest_key_offsets(
+    k: Tensor, offsets: Tensor, largest: int, block_size: int = 64, *, key_lengths: Tensor | None = None
+) -> Tensor:
+    """Choose the keys of each block to sample: those furthest from the mean of all keys, and others as drawn.
+
+    A few keys of large norm (sinks) can take much of the attention of every query; a sample that is only drawn misses
+    most of them.
+
+    Args:
+        k: (B, T, H, D) keys; consecutive tokens form the blocks.
+        offsets: integers that broadcast to (B, H, samples): distinct offsets in a block of `block_size`; those that
+            come first are taken first.
+        largest: samples of a block that are those furthest from the mean, at most as many as `offsets` has.
+        block_size: tokens in a block.
+        key_lengths: (B,) integers, number of valid keys; the rest are ignored.
+
+    Returns:
+        (B, H, blocks, samples) int32, ascending places in each block; a block of fewer tokens repeats its first one.
+
+    Raises:
+        ValueError: `largest` is out of range.
+    """
+    batch, tokens, heads, _ = k.shape
+    samples = offsets.shape[-1]
+    if not 0 <= largest <= samples:
+        raise ValueError(f"`largest` must be from 0 to the {samples} offsets of a block, got {largest}.")
+    with torch.no_grad():
+        means, counts = _block_means(k, block_size, key_lengths)
+        weights = counts.to(means.dtype)[:, None, :, None]
+        centre = (means * weights).sum(2) / weights.sum(2).clamp(min=1)  # (B, H, D)
+        norms = torch.linalg.vector_norm(k, dim=-1, dtype=means.dtype).square()
+        inner = (k * centre.to(k.dtype).unsqueeze(1)).sum(-1, dtype=means.dtype)
+        distances = (norms - 2 * inner).transpose(1, 2)  # (B, H, T), less what is the same for all keys
+        distances = torch.nn.functional.pad(distances, (0, -tokens % block_size), value=-torch.inf)
+        distances = distances.unflatten(-1, (-1, block_size))
+        present = torch.arange(block_size, device=k.device) < counts[:, None, :, None]
+        rank = torch.arange(2 * samples, samples, -1, device=k.device, dtype=torch.int32)
+        priority = torch.zeros(batch, heads, block_size, dtype=torch.int32, device=k.device)
+        priority.scatter_(-1, offsets.long().expand(batch, heads, -1), rank.expand(batch, heads, -1))
+        # tokens that were not drawn come last, for short blocks
+        priority = priority.unsqueeze(2).expand_as(distances).clone()
+        if largest:
+            furthest = distances.masked_fill(~present, -torch.inf).topk(largest).indices
+            priority.scatter_(-1, furthest, 3 * samples)
+        chosen = priority.masked_fill_(~present, -1).topk(samples)
+        first = chosen.indices[..., :1] * (counts > 0)[:, None, :, None]
+        return chosen.indices.where(chosen.values >= 0, first).sort(-1).values.to(torch.int32)
+
+
 def value_spread(v: Tensor, block_size: int = 64, *, key_lengths: Tensor | None = None) -> Tensor:
     """Return how far the values of each block are from the mean of all values, as a root mean square.
 
@@ -218,10 +272,12 @@ def _sample(
         is None, or None if every sample is a distinct token.
     """
     batch, tokens, heads, width = x.shape
+    by_block = offsets.ndim == 4
     whole = lengths is None and tokens % size == 0
-    within = offsets.long().expand(batch, heads, -1).unsqueeze(2)  # (B, H, 1, samples)
-    if not whole:
+    within = offsets.long() if by_block else offsets.long().expand(batch, heads, -1).unsqueeze(2)
+    if not whole:  # (B, H, 1 or blocks, samples)
         counts = _token_counts(tokens, size, x.device, lengths)  # (B or 1, blocks)
+    if not whole and not by_block:
         within = within.sort(-1).values * counts[:, None, :, None] // size
     blocks = -(-tokens // size)
     # Row indices into (B * T * H, D).

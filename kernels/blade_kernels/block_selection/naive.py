@@ -58,12 +58,14 @@ def _sampled(x: Tensor, offsets: Tensor, size: int, lengths: Tensor | None) -> T
     """Count how often each token of (B, tokens, H, D) is sampled: (B, H, tokens) int64."""
     batch, tokens, heads, _ = x.shape
     sampled = torch.zeros(batch, heads, tokens, dtype=torch.int64, device=x.device)
-    offsets = offsets.long().expand(batch, heads, -1)
+    by_block = offsets.ndim == 4
+    offsets = offsets.long() if by_block else offsets.long().expand(batch, heads, -1)
     for item in range(batch):
         length = tokens if lengths is None else min(int(lengths[item]), tokens)
         for start in range(0, length, size):
             block_tokens = min(size, length - start)  # in a short block the offsets are scaled to its length
-            places = start + offsets[item] * block_tokens // size
+            places = offsets[item, :, start // size] if by_block else offsets[item] * block_tokens // size
+            places = start + places
             sampled[item].scatter_add_(-1, places, torch.ones_like(places))
     return sampled
 

@@ -54,8 +54,11 @@ def sampled_importance(
 
     batch, tokens, heads, size = q.shape
     q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
+    by_block = key_offsets.ndim == 4
     query_offsets, key_offsets = (
-        offsets.to(torch.int32).expand(batch, heads, -1).sort(-1).values.contiguous()
+        offsets.to(torch.int32).contiguous()
+        if offsets.ndim == 4
+        else offsets.to(torch.int32).expand(batch, heads, -1).sort(-1).values.contiguous()
         for offsets in (query_offsets, key_offsets)
     )
     queries, keys = query_offsets.shape[-1], key_offsets.shape[-1]
@@ -68,7 +71,7 @@ def sampled_importance(
             query_offsets if key_lengths is None else key_lengths.to(q.device).contiguous(),
             tokens, k.shape[1], heads, scale, query_blocks, key_blocks, *q.stride()[:3], *k.stride()[:3],
             D=size, BQ=block_size[0], BK=block_size[1], ROWS=rows, QUERIES=queries,
-            BLOCKS=SCORED_TOGETHER // keys, KEYS=keys, LENGTHS=key_lengths is not None,
+            BLOCKS=SCORED_TOGETHER // keys, KEYS=keys, BY_BLOCK=by_block, LENGTHS=key_lengths is not None,
             DENOMINATOR=softmax_denominator, STATISTIC=statistic, UPCAST=interpreted() and q.dtype == torch.bfloat16,
         )  # fmt: skip
     return importance

@@ -19,14 +19,15 @@ def sampled_importance_kernel(
     q_batch, q_token, q_head,
     k_batch, k_token, k_head,
     D: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, ROWS: tl.constexpr, QUERIES: tl.constexpr,
-    BLOCKS: tl.constexpr, KEYS: tl.constexpr, LENGTHS: tl.constexpr, DENOMINATOR: tl.constexpr,
-    STATISTIC: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCKS: tl.constexpr, KEYS: tl.constexpr, BY_BLOCK: tl.constexpr, LENGTHS: tl.constexpr,
+    DENOMINATOR: tl.constexpr, STATISTIC: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Compute the importance of all key blocks for `ROWS` query blocks, in two passes over the sampled keys.
 
     Args:
         importance: (B, H, query blocks, key blocks) float32, contiguous.
-        query_offsets: (B, H, QUERIES) int32, sorted; likewise `key_offsets`, (B, H, KEYS).
+        query_offsets: (B, H, QUERIES) int32, sorted; likewise `key_offsets`, (B, H, KEYS), or with `BY_BLOCK`
+            (B, H, key blocks, KEYS), places below the block's length.
         BLOCKS: key blocks in a tile.
         STATISTIC: "max", "mean", "rms" or "residual".
     """
@@ -47,18 +48,15 @@ def sampled_importance_kernel(
         other=0.0,
     )
     sample = tl.arange(0, BLOCKS * KEYS)
-    key_offset = tl.load(key_offsets + (item * H + head) * KEYS + sample % KEYS)
-    previous_offset = tl.load(
-        key_offsets + (item * H + head) * KEYS + sample % KEYS - 1, mask=sample % KEYS > 0, other=0
-    )
+    key_offsets += (wide_item * H + wide_head) * KEYS * (key_blocks if BY_BLOCK else 1)
     k_base = k + wide_item * k_batch + wide_head * k_head
 
     peak = tl.full((ROWS * QUERIES,), -3.0e38, tl.float32)
     total = tl.zeros((ROWS * QUERIES,), tl.float32)
     for block in range(0, key_blocks, BLOCKS):
         logits = _sampled_logits(
-            q_tile, k_base, k_token, block, key_offset, previous_offset, sample, present, key_blocks, scale,
-            D, BK, KEYS, UPCAST,
+            q_tile, k_base, k_token, block, key_offsets, sample, present, key_blocks, scale,
+            D, BK, KEYS, BY_BLOCK, UPCAST,
         )  # fmt: skip
         higher = tl.maximum(peak, tl.max(logits, 1))
         total = total * tl.exp2(peak - higher) + tl.sum(tl.exp2(logits - higher[:, None]), 1)
@@ -66,8 +64,8 @@ def sampled_importance_kernel(
     divisor = tl.maximum(total, 1.0) if DENOMINATOR else tl.full((ROWS * QUERIES,), 1.0, tl.float32)
     for block in range(0, key_blocks, BLOCKS):
         logits = _sampled_logits(
-            q_tile, k_base, k_token, block, key_offset, previous_offset, sample, present, key_blocks, scale,
-            D, BK, KEYS, UPCAST,
+            q_tile, k_base, k_token, block, key_offsets, sample, present, key_blocks, scale,
+            D, BK, KEYS, BY_BLOCK, UPCAST,
         )  # fmt: skip
         if STATISTIC == "max":
             best = tl.max(logits.reshape(ROWS * QUERIES, BLOCKS, KEYS), 2)
@@ -95,14 +93,22 @@ def sampled_importance_kernel(
 
 @triton.jit
 def _sampled_logits(
-    q, k_base, k_token, block, offset, previous_offset, sample, present, key_blocks, scale,
-    D: tl.constexpr, BK: tl.constexpr, KEYS: tl.constexpr, UPCAST: tl.constexpr,
+    q, k_base, k_token, block, key_offsets, sample, present, key_blocks, scale,
+    D: tl.constexpr, BK: tl.constexpr, KEYS: tl.constexpr, BY_BLOCK: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Compute base-2 logits over the samples of some key blocks; -inf for duplicates and samples past the end."""
     blocks = block + sample // KEYS
     length = tl.minimum(tl.maximum(present - blocks * BK, 0), BK)
-    within = offset * length // BK
-    distinct = (sample % KEYS == 0) | (within != previous_offset * length // BK)
+    places = sample % KEYS
+    if BY_BLOCK:
+        places = block * KEYS + sample
+    inside = blocks < key_blocks
+    within = tl.load(key_offsets + places, mask=inside, other=0)
+    previous = tl.load(key_offsets + places - 1, mask=inside & (sample % KEYS > 0), other=0)
+    if not BY_BLOCK:
+        within = within * length // BK
+        previous = previous * length // BK
+    distinct = (sample % KEYS == 0) | (within != previous)
     valid = (blocks < key_blocks) & (length > 0) & distinct
     pointers = k_base + (blocks * BK + within).to(tl.int64)[:, None] * k_token + tl.arange(0, D)[None, :]
     k = tl.load(pointers, mask=valid[:, None], other=0.0)

@@ -1,7 +1,12 @@
 import blade_kernels.block_selection.importance as module
 import pytest
 import torch
-from blade_kernels.block_selection import mean_pooled_importance, sampled_importance, value_spread
+from blade_kernels.block_selection import (
+    largest_key_offsets,
+    mean_pooled_importance,
+    sampled_importance,
+    value_spread,
+)
 from blade_kernels.block_selection.importance import STATISTICS
 
 
@@ -81,6 +86,40 @@ def test_the_residual_is_what_a_mean_key_gets_wrong(implementation):
     squares = ((logits - base).exp() - mean_weights).square().unfold(2, 16, 16).unfold(3, 16, 16)
     torch.testing.assert_close(found, (squares.sum((-1, -2)) / 16).sqrt())
     assert float(found[..., 1].amax()) < 1e-12 < float(found[..., 0].amin())
+
+
+@pytest.mark.parametrize("statistic", STATISTICS)
+@pytest.mark.parametrize(("keys", "lengths"), [(64, None), (61, None), (57, None), (61, torch.tensor([37, 0]))])
+def test_the_largest_keys_are_sampled_and_others_as_drawn(keys, lengths, statistic):
+    q, k = inputs(40, keys)
+    k[:, 5, 0] += 100  # a sink in the first block
+    drawn = offsets(4, 16), offsets(4, 8, seed=2)
+    places = largest_key_offsets(k, drawn[1], 2, 8, key_lengths=lengths)
+    assert places.shape == (2, 3, 8, 4) and (places[:1, 0, 0] == 5).any()
+    lasting = [keys, keys] if lengths is None else lengths.tolist()
+    for item, length in enumerate(lasting):
+        centre = k[item, :length].mean(0) if length else 0
+        for head in range(3):
+            for block in range(-(-length // 8)):
+                tokens = k[item, 8 * block : min(8 * block + 8, length), head]
+                distances = (tokens - (centre[head] if length else 0)).norm(dim=-1)
+                found = places[item, head, block].tolist()
+                assert found == sorted(found) and max(found) < len(tokens)
+                assert len({*found}) == min(4, len(tokens))
+                assert {*distances.topk(min(2, len(tokens))).indices.tolist()} <= {*found}
+                others = [place for place in drawn[1][item, head].tolist() if place < len(tokens)]
+                assert len({*found} & {*others}) >= min(2, len(others))
+    options = {"key_lengths": lengths, "statistic": statistic}
+    found, exact = (
+        sampled_importance(q, k, drawn[0], places, (16, 8), **options, implementation=name)
+        for name in ("cpu", "naive")
+    )
+    torch.testing.assert_close(found, exact)
+
+
+def test_a_number_of_largest_keys_out_of_range_is_refused():
+    with pytest.raises(ValueError, match="`largest` must be from 0 to the 4 offsets of a block, got 5"):
+        largest_key_offsets(inputs(8)[0], offsets(4, 8), 5, 8)
 
 
 @pytest.mark.parametrize("lengths", [None, torch.tensor([37, 0])])

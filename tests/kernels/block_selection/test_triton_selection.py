@@ -5,7 +5,7 @@ import importlib.util
 import pytest
 import torch
 from blade_kernels import triton_support
-from blade_kernels.block_selection import sampled_importance, select_blocks, triton_launch
+from blade_kernels.block_selection import largest_key_offsets, sampled_importance, select_blocks, triton_launch
 from blade_kernels.block_selection.importance import STATISTICS
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -101,8 +101,8 @@ def test_a_layer_keeps_what_the_specification_keeps(forced, values):
     ("dtype", "samples"), [(torch.float32, (16, 4)), (torch.bfloat16, (4, 16)), (torch.float16, (1, 2))]
 )
 @pytest.mark.parametrize(("queries", "keys"), [(1, 1), (97, 200)])
-@pytest.mark.parametrize("statistic", STATISTICS)
-def test_scores_what_the_specification_scores(denominator, lengths, dtype, samples, queries, keys, statistic):
+@pytest.mark.parametrize(("statistic", "largest"), [*((name, False) for name in STATISTICS), ("residual", True)])
+def test_scores_what_the_specification_scores(denominator, lengths, dtype, samples, queries, keys, statistic, largest):
     generator = torch.Generator().manual_seed(0)
     q, k = (torch.randn(2, n, 3, 16, generator=generator).to(dtype) for n in (queries, keys))
     drawn = [torch.rand(3, 32, generator=generator).argsort(-1)[:, :count].to(torch.int16) for count in samples]
@@ -111,6 +111,8 @@ def test_scores_what_the_specification_scores(denominator, lengths, dtype, sampl
         for item, length in enumerate(lengths):
             k[item, length:] = float("nan")
     options = {"softmax_denominator": denominator, "key_lengths": lengths, "statistic": statistic}
+    if largest:
+        drawn[1] = largest_key_offsets(k, drawn[1], samples[1] // 2, 32, key_lengths=lengths)
     expected = sampled_importance(q, k, *drawn, (32, 32), **options, implementation="naive")
     on_device = [x.to(DEVICE) for x in (q, k, *drawn)]
     options["key_lengths"] = None if lengths is None else lengths.to(DEVICE)
