@@ -5,6 +5,7 @@ import shutil
 import statistics
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -57,36 +58,26 @@ def main(
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     chosen = [TransformerSize(), *(map(TransformerSize.parse, sizes) if sizes else [LARGER_SIZE])]
-    seconds: list[list[tuple[float, float]]] = [[] for _ in chosen]
+    taken: list[list[tuple[float, float, float]]] = [[] for _ in chosen]
     with tempfile.TemporaryDirectory() as folder:
         prepared: list[Any] = [
             prepare_model(write_random_model(Path(folder) / str(number), size)) for number, size in enumerate(chosen)
         ]
         for repeat in range(repeats + 1):  # the first warms up
-            for number, ((model, request), taken) in enumerate(zip(prepared, seconds, strict=True)):
+            for number, (model, request) in enumerate(prepared):
+                began = time.process_time()
                 made = run_request(model, request)
-                print(
-                    f"{number} {made.seconds:.2f} s, of them {made.seconds_denoising:.2f} s denoising", file=sys.stderr
-                )
+                figures = (made.seconds, made.seconds_denoising, time.process_time() - began)
+                print(f"{chosen[number]}: {made.seconds:.2f} s", file=sys.stderr, flush=True)
                 if repeat:
-                    taken.append((made.seconds, made.seconds_denoising))
+                    taken[number].append(figures)
         weights = [sum(p.numel() for p in model.pipe.transformer.parameters()) for model, _ in prepared]
-    base = statistics.median(whole for whole, _ in seconds[0])
+    medians = [[statistics.median(values) for values in zip(*figures, strict=True)] for figures in taken]
     rows = []
-    for size, count, taken in zip(chosen, weights, seconds, strict=True):
-        whole, denoising = (statistics.median(values) for values in zip(*taken, strict=True))
-        least = min(whole for whole, _ in taken) / min(whole for whole, _ in seconds[0])
-        rows.append(
-            [
-                str(size),
-                f"{count / 1e6:.2f}",
-                f"{whole:.2f}",
-                f"{denoising:.2f}",
-                f"{whole / base:.2f}",
-                f"{least:.2f}",
-            ]
-        )
-    headings = ["transformer", "million weights", "seconds", "of them denoising", "factor", "factor of the fastest"]
+    for size, count, (whole, denoising, cpu) in zip(chosen, weights, medians, strict=True):
+        figures = (count / 1e6, whole, denoising, whole / medians[0][0], cpu, cpu / medians[0][2])
+        rows.append([str(size), *(f"{figure:.2f}" for figure in figures)])
+    headings = ["transformer", "million weights", "seconds", "denoising", "factor", "CPU seconds", "factor of them"]
     print("\n".join(markdown_table(headings, rows)))
     print(f"Medians of {repeats}; {describe_machine(torch.device('cpu'))}; load {os.getloadavg()[0]:.1f}.")
 

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import torch
@@ -55,6 +56,7 @@ def train_shapes_model(
     Raises:
         ValueError: If `start_from` has been trained for all of the steps already, or is missing with `timed`.
     """
+    began = monotonic()
     if timed is not None and start_from is None:
         raise ValueError("`start_from` must be given with `timed`, which trains no VAE, got None.")
     decoder, transformer = decoder or DecoderTraining(), transformer or TransformerTraining()
@@ -74,12 +76,12 @@ def train_shapes_model(
         if timed is None:
             model = train_transformer(run, trained_vae, transformer, device, start)
         else:
-            model = train_in_time(run, trained_vae, timed, torch.device(device), start)
+            model = train_in_time(run, trained_vae, timed, torch.device(device), start, began)
     pipe = model.to("cpu").pipeline(trained_vae.to("cpu"))
     pipe.to(torch.float32)
     pipe.vae.to(torch.float16)  # to save space: `from_pretrained` makes both float32 again
     if timed is not None:
-        pipe.transformer.to(torch.float16)
+        torch.nn.Module.to(pipe.transformer, torch.float16)
     with replaced_whole(output) as temporary:
         pipe.save_pretrained(temporary, max_shard_size=SHARD_BYTES)
         shutil.copy(run / "log.jsonl", temporary / LOG)

@@ -93,8 +93,8 @@ def transformer_size(transformer: WanTransformer3DModel) -> TransformerSize:
 class _Clock:
     """Seconds of training, those of the runs before included."""
 
-    def __init__(self) -> None:
-        self.before, self._began = 0.0, monotonic()
+    def __init__(self, began: float) -> None:
+        self.before, self._began = 0.0, began
 
     def elapsed(self) -> float:
         return self.before + monotonic() - self._began
@@ -106,6 +106,7 @@ def train_in_time(
     config: TimedTraining,
     device: torch.device,
     start_from: tuple[WanPipeline, int],
+    began: float,
 ) -> TextConditionedTransformer:
     """Train, or go on training, until the time ends; returns text encoder and transformer with averaged weights.
 
@@ -119,12 +120,13 @@ def train_in_time(
         start_from: Where the run has no checkpoint: a pipeline, and the number of steps that it has been trained for.
             Its text encoder and a transformer of the same size go on from their weights; one of another size starts
             anew, at step 0.
+        began: When the time began, by `time.monotonic`.
 
     Raises:
         ValueError: If the checkpoint is of another size.
         FloatingPointError: If the loss is not finite.
     """
-    clock = _Clock()
+    clock = _Clock(began)
     torch.manual_seed(config.seed)
     if device.type == "cuda":  # shapes never change; TensorFloat-32 is exact enough where bfloat16 is
         torch.backends.cudnn.benchmark = True
@@ -149,8 +151,9 @@ def train_in_time(
     while pool.held < config.first_videos and clock.elapsed() < filled_by:
         pool.add()
     log = TrainingLog(run / "log.jsonl", stage="transformer", start=training.step, total=None)
-    logged = saved = clock.elapsed()
-    while (elapsed := clock.elapsed()) < config.seconds:
+    logged = saved = before = clock.elapsed()
+    while 2 * (elapsed := clock.elapsed()) - before < config.seconds:  # there is time for a step like the last one
+        before = elapsed
         training.take_step(pool, elapsed / config.seconds)
         if elapsed - logged > config.log_seconds:
             log.write(training.step, share=elapsed / config.seconds, loss=training.mean_loss(), videos=pool.drawn)

@@ -79,7 +79,7 @@ def rates(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 def train(run: Path, start: Path, config: timed.TimedTraining = CONFIG) -> timed.TextConditionedTransformer:
     pipe = WanPipeline.from_pretrained(start)
-    return timed.train_in_time(run, pipe.vae.eval().requires_grad_(False), config, CPU, (pipe, 7))
+    return timed.train_in_time(run, pipe.vae.eval().requires_grad_(False), config, CPU, (pipe, 7), timed.monotonic())
 
 
 def records(run: Path) -> list[dict]:
@@ -100,9 +100,9 @@ def test_the_rate_ends_near_nothing_at_any_speed(
 ) -> None:
     clock[0] = seconds
     train(tmp_path, start, dataclasses.replace(CONFIG, steady=0.5))
-    assert len(rates) == pytest.approx(CONFIG.seconds / seconds - 4, abs=1)
+    assert len(rates) == pytest.approx(CONFIG.seconds / seconds - 5, abs=1)
     assert rates[0] == 1.0 and rates == sorted(rates, reverse=True)
-    assert 0 < rates[-1] <= seconds / (0.5 * CONFIG.seconds) + 1e-9  # of the last step that begins in time
+    assert 0 < rates[-1] <= 2 * seconds / (0.5 * CONFIG.seconds) + 1e-9  # the last step ends in time
     assert [record["step"] for record in records(tmp_path)][-1] == 7 + len(rates)
 
 
@@ -129,7 +129,7 @@ def test_a_killed_run_goes_on_at_its_step_and_time(
     after = len(rates) - before
     assert [record["step"] for record in records(tmp_path)] == list(range(8, 7 + 4 + after + 1))
     assert after <= (CONFIG.seconds - state["elapsed"]) / 3.0  # the time before counts
-    assert rates[before] < rates[0] and rates[-1] < 0.1
+    assert rates[before] < rates[0] and rates[-1] < 0.2
     ended = torch.load(tmp_path / timed.CHECKPOINT)
     assert ended["step"] == 7 + 4 + after and ended["drawn"] > state["drawn"]
     again = train(tmp_path, start, config)
