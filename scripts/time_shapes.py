@@ -21,6 +21,7 @@ from blade.generation.prepare import prepare_model
 from blade.generation.request import DEFAULT_STUDENT_STEPS, GenerationRequest
 from blade.generation.run import run_request
 from blade.models.source import bundled_model_path
+from blade.moving_shapes.bundled import BUNDLED_DEFAULTS
 from blade.moving_shapes.training.components import LARGER_SIZE, TransformerSize, build_pipeline, build_transformer
 from blade.students.source import BUNDLED_STUDENTS, WEIGHT_NAME, bundled_student_path
 
@@ -44,7 +45,15 @@ def write_random_model(folder: Path, size: TransformerSize) -> GenerationRequest
             for part, shape in (("A", (weights.rank, module.in_features)), ("B", (module.out_features, weights.rank))):
                 lora[f"transformer.{name}.lora_{part}.weight"] = 0.01 * torch.randn(shape).half()
     save_file(lora, student / WEIGHT_NAME)
-    return GenerationRequest(prompt=PROMPT, model=str(folder / "model"), student=str(student), device="cpu")
+    return GenerationRequest(
+        prompt=PROMPT,
+        model=str(folder / "model"),
+        student=str(student),
+        device="cpu",
+        height=BUNDLED_DEFAULTS["height"],
+        width=BUNDLED_DEFAULTS["width"],
+        frames=BUNDLED_DEFAULTS["frames"],
+    )
 
 
 def main(

@@ -87,7 +87,8 @@ def velocity_loss(
         noise: As `latents`.
     """
     noisy = latents + sigma[:, None, None, None, None] * (noise - latents)
-    return (model(noisy, 1000 * sigma, ids).float() - (noise - latents)).square().mean()
+    velocity: torch.Tensor = model(noisy, 1000 * sigma, ids)
+    return (velocity.float() - (noise - latents)).square().mean()
 
 
 def flow_matching_loss(
