@@ -19,6 +19,7 @@ from blade.evaluation.held_out import GroupScore, score_held_out
 from blade.evaluation.prompts import held_out_prompts
 from blade.models.devices import resolve_device
 from blade.models.source import bundled_model_path
+from blade.moving_shapes.bundled import BUNDLED_DEFAULTS
 from blade.moving_shapes.training.components import LARGER_SIZE, TransformerSize
 from blade.moving_shapes.training.decoder import DecoderTraining
 from blade.moving_shapes.training.shapes_model import train_shapes_model, write_card
@@ -26,23 +27,26 @@ from blade.moving_shapes.training.timed import TimedTraining
 from blade.moving_shapes.training.transformer import TransformerTraining
 from blade.moving_shapes.training.vae import VAETraining
 
-CPU_BATCH, CPU_PROMPTS = 4, 1
-"""Batch and prompts of a trial on a CPU."""
+CPU_BATCH, CPU_PROMPTS, CPU_STEPS = 4, 1, 4
+"""Videos a step of training, prompts of each kind, and steps of a generation, in a trial on a CPU."""
 
 
-def compare(folders: dict[str, Path], prompts: int, device: torch.device) -> dict[str, tuple[GroupScore, ...]]:
+def compare(
+    folders: dict[str, Path], prompts: int, steps: int, device: torch.device
+) -> dict[str, tuple[GroupScore, ...]]:
     """Score models on held-out captions, and print their counts.
 
     Args:
         folders: Models by name.
         prompts: Number of captions with one object, and with two.
+        steps: Steps of a generation.
         device: Where to generate.
     """
     rows, scores = [], {}
     for name, folder in folders.items():
         began = time.monotonic()
         pipe = WanPipeline.from_pretrained(folder).to(device)
-        scores[name] = score_held_out(pipe, held_out_prompts(prompts, prompts))
+        scores[name] = score_held_out(pipe, held_out_prompts(prompts, prompts), steps=steps)
         for it in scores[name]:
             counts = [f"{count}/{it.videos}" for count in (it.basics, it.all_attributes)]
             rows.append([name, it.group, *counts, f"{it.fraction:.3f}", f"{time.monotonic() - began:.0f}"])
@@ -60,9 +64,10 @@ def train_for(
     size = sum(path.stat().st_size for path in output.rglob("*.safetensors"))
     print(f"{output} written after {time.monotonic() - began:.1f} s, {size / 1e6:.1f} MB of weights", flush=True)
     if prompts:
-        scores = compare({"bundled": bundled_model_path(), "trained": output}, prompts, device)["trained"]
+        steps = CPU_STEPS if device.type == "cpu" else BUNDLED_DEFAULTS["steps"]
+        scores = compare({"bundled": bundled_model_path(), "trained": output}, prompts, int(steps), device)["trained"]
         names = {"single": "one object", "two": "two objects"}
-        rows = [{"name": names[it.group], "videos": it.videos, "right": it.basics} for it in scores]
+        rows = [{"name": names[it.group], "videos": it.videos, "right": it.basics, "steps": steps} for it in scores]
         write_card(output, config.size, config, rows)
 
 

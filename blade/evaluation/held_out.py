@@ -27,19 +27,22 @@ class GroupScore:
     """Mean share of the named attributes that are right."""
 
 
-def score_held_out(pipe: Any, prompts: Sequence[EvaluationPrompt], *, batch_size: int = 16) -> tuple[GroupScore, ...]:
-    """Generate a video of every prompt with the bundled model's defaults, and score them.
+def score_held_out(
+    pipe: Any, prompts: Sequence[EvaluationPrompt], *, steps: int, batch_size: int = 16
+) -> tuple[GroupScore, ...]:
+    """Generate a video of every prompt with the bundled model's size and guidance, and score them.
 
     Args:
         pipe: A pipeline, on its device.
         prompts: Captions with their seeds and groups.
+        steps: Steps of a generation.
         batch_size: Videos generated at once.
 
     Returns:
         The counts of every group, in the order of the prompts.
     """
     groups: dict[str, list[Score]] = {}
-    for prompt, video in zip(prompts, _generate(pipe, prompts, batch_size), strict=True):
+    for prompt, video in zip(prompts, _generate(pipe, prompts, steps, batch_size), strict=True):
         groups.setdefault(prompt.group, []).append(score(video, prompt.text))
     return tuple(
         GroupScore(
@@ -53,7 +56,7 @@ def score_held_out(pipe: Any, prompts: Sequence[EvaluationPrompt], *, batch_size
     )
 
 
-def _generate(pipe: Any, prompts: Sequence[EvaluationPrompt], batch_size: int) -> Iterator[torch.Tensor]:
+def _generate(pipe: Any, prompts: Sequence[EvaluationPrompt], steps: int, batch_size: int) -> Iterator[torch.Tensor]:
     """Yield a video of every prompt, (frames, 3, height, width) on the CPU."""
     pipe.set_progress_bar_config(disable=True)
     for first in range(0, len(prompts), batch_size):
@@ -64,7 +67,7 @@ def _generate(pipe: Any, prompts: Sequence[EvaluationPrompt], batch_size: int) -
             height=BUNDLED_DEFAULTS["height"],
             width=BUNDLED_DEFAULTS["width"],
             num_frames=BUNDLED_DEFAULTS["frames"],
-            num_inference_steps=BUNDLED_DEFAULTS["steps"],
+            num_inference_steps=steps,
             guidance_scale=BUNDLED_DEFAULTS["guidance_scale"],
             generator=[torch.Generator().manual_seed(prompt.seed) for prompt in batch],
             output_type="pt",

@@ -97,7 +97,7 @@ def write_card(
         folder: Folder of the model, with its log.
         size: Size of its transformer.
         timed: How it was trained, if for a given time.
-        scores: Results on held-out captions, if any: `name`, `videos` and `right` of every kind of caption.
+        scores: Results on held-out captions, if any: `name`, `videos`, `right` and `steps` of every kind of caption.
     """
     template = Environment(undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True).from_string(
         MODEL_CARD.read_text("utf-8")

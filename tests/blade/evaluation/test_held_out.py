@@ -21,7 +21,8 @@ class Renderer:
     def set_progress_bar_config(self, **options: Any) -> None:
         """Take what a pipeline takes."""
 
-    def __call__(self, prompts, *, generator, height, width, num_frames, **options: Any):
+    def __call__(self, prompts, *, generator, height, width, num_frames, num_inference_steps, **options: Any):
+        assert num_inference_steps == 3
         self.calls.append(len(prompts))
         assert [it.initial_seed() for it in generator] == [0, 1, 0][sum(self.calls[:-1]) :][: len(prompts)]
         size = {"frames": num_frames, "height": height, "width": width}
@@ -34,7 +35,7 @@ class Renderer:
 
 def test_counts_are_by_group() -> None:
     pipe = Renderer()
-    single, two = score_held_out(pipe, held_out_prompts(2, 1), batch_size=2)
+    single, two = score_held_out(pipe, held_out_prompts(2, 1), steps=3, batch_size=2)
     assert pipe.calls == [2, 1]
     assert (single.group, single.videos, single.basics, single.all_attributes, single.fraction) == (
         "single",

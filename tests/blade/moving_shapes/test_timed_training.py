@@ -245,7 +245,7 @@ def test_a_few_seconds_of_training_make_an_ordinary_pipeline(start: Path, tmp_pa
     card = (tmp_path / "model" / "README.md").read_text()
     assert "2 layers, 1 heads of 64, FFN 64, a token a latent; stored in float16" in card
     assert "for 0.03 minutes in all" in card and "were not scored" in card
-    write_card(tmp_path / "model", TINY, config, [{"name": "one object", "videos": 16, "right": 15}])
+    write_card(tmp_path / "model", TINY, config, [{"name": "one object", "videos": 16, "right": 15, "steps": 30}])
     assert "one object: 15 of 16." in (tmp_path / "model" / "README.md").read_text()
     with pytest.raises(ValueError, match="`start_from` must be given with `timed`"):
         train_shapes_model(tmp_path / "run", tmp_path / "other", timed=config)
