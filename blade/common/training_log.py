@@ -45,7 +45,7 @@ def torch_rng(seed: int, *stream: int, device: str = "cpu") -> torch.Generator:
 
 
 class TrainingLog:
-    """Appends a JSON line a record and shows it with the time left.
+    """Appends a JSON line a record and shows it, with the time left where the number of steps is known.
 
     A resumed run drops the records that its checkpoint had not reached, so that steps appear once and in order.
     """
@@ -56,7 +56,7 @@ class TrainingLog:
         *,
         stage: str,
         start: int,
-        total: int,
+        total: int | None,
         show: Callable[[str], None] = lambda text: print(text, flush=True),
     ) -> None:
         self.path, self.stage, self.total, self.show = path, stage, total, show
@@ -72,8 +72,11 @@ class TrainingLog:
         record = {"stage": self.stage, "step": step, "seconds": round(seconds, 1), **values}
         with self.path.open("a") as file:
             file.write(json.dumps(record) + "\n")
-        left = seconds / max(step - self._start, 1) * (self.total - step)
         shown = " ".join(f"{name}={value:.4g}" for name, value in values.items() if isinstance(value, float))
+        if self.total is None:
+            self.show(f"{self.stage} {step} {shown}")
+            return
+        left = seconds / max(step - self._start, 1) * (self.total - step)
         self.show(f"{self.stage} {step}/{self.total} {shown} ({left / 60:.0f} min left)")
 
 

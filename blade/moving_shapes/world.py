@@ -178,7 +178,7 @@ def draw_background(name: str | None, x: torch.Tensor, y: torch.Tensor) -> torch
     Returns:
         (1, 1, height, width).
     """
-    plain = torch.full((1, 1, y.shape[1], x.shape[2]), BACKGROUND_LEVEL)
+    plain = torch.full((1, 1, y.shape[1], x.shape[2]), BACKGROUND_LEVEL, device=x.device)
     if name is None:
         return plain
     columns = _bands(x, 2 * PATTERN_CELL)

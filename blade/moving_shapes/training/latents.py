@@ -19,6 +19,29 @@ ENCODED_TOGETHER = 8
 """Videos encoded in one batch: almost twice as fast on a CPU as one by one."""
 
 
+def draw_video(
+    seed: int, index: int, *, frames: int, size: int, two_objects: float, striped: float
+) -> tuple[Caption, Scene]:
+    """Draw training video number `index`; see `LatentStore` for the arguments."""
+    rng = numpy_rng(seed, LATENT_STREAM, frames, index)
+    while True:
+        objects = 2 if rng.random() < two_objects else 1
+        caption = sample_caption(rng, objects=objects, striped=striped)
+        try:
+            return caption, sample_scene(caption, rng, frames=frames, height=size, width=size)
+        except ValueError:  # a small canvas has no room for what is large and fast
+            continue
+
+
+def latent_statistics(vae: AutoencoderKLWan, device: torch.device | str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return mean and standard deviation of a VAE's latents, both (channels, 1, 1, 1)."""
+    mean, std = (
+        torch.tensor(values, device=device)[:, None, None, None]
+        for values in (vae.config.latents_mean, vae.config.latents_std)
+    )
+    return mean, std
+
+
 class LatentStore:
     """Training video number i is drawn from (seed, i) alone, so that a store can be filled again as it was.
 
@@ -58,10 +81,7 @@ class LatentStore:
         else:
             self._latents = np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=shape)
         self._captions: list[Caption] = []
-        self._mean, self._std = (
-            torch.tensor(values, device=device)[:, None, None, None]
-            for values in (vae.config.latents_mean, vae.config.latents_std)
-        )
+        self._mean, self._std = latent_statistics(vae, device)
 
     def fill(self, count: int) -> None:
         """Make at least `count` videos available, encoding those that the file does not hold yet."""
@@ -85,14 +105,14 @@ class LatentStore:
         return latents.to(self.device), [str(self._captions[index]) for index in np.sort(chosen)]
 
     def _draw(self, index: int) -> tuple[Caption, Scene]:
-        rng = numpy_rng(self.seed, LATENT_STREAM, self.frames, index)
-        while True:
-            objects = 2 if rng.random() < self.two_objects else 1
-            caption = sample_caption(rng, objects=objects, striped=self.striped)
-            try:
-                return caption, sample_scene(caption, rng, frames=self.frames, height=self.size, width=self.size)
-            except ValueError:  # a small canvas has no room for what is large and fast
-                continue
+        return draw_video(
+            self.seed,
+            index,
+            frames=self.frames,
+            size=self.size,
+            two_objects=self.two_objects,
+            striped=self.striped,
+        )
 
     @torch.no_grad()
     def _encode(self, scenes: Sequence[Scene]) -> np.ndarray:

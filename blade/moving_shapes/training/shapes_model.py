@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from time import monotonic
+from typing import Any
 
 import torch
 from diffusers import WanPipeline
+from jinja2 import Environment, StrictUndefined
 
-from blade.common.files import replaced_whole
+from blade.common.files import replaced_whole, write_files
 
+from .components import TransformerSize
 from .decoder import DecoderTraining, needs_wider_decoder, train_decoder
+from .timed import TimedTraining, train_in_time
 from .transformer import TransformerTraining, train_transformer
 from .vae import VAETraining, train_vae
 
-MODEL_CARD = Path(__file__).with_name("model_card.md")
+MODEL_CARD = Path(__file__).with_name("model_card.md.jinja")
+CARD = "README.md"
 LOG = "training_log.jsonl"
+SHARD_BYTES = 14_500_000
+"""Most bytes of the tensors in a file of the transformer; with its header it stays below 15 MB."""
 
 
 def train_shapes_model(
@@ -26,6 +35,7 @@ def train_shapes_model(
     vae: VAETraining | None = None,
     decoder: DecoderTraining | None = None,
     transformer: TransformerTraining | None = None,
+    timed: TimedTraining | None = None,
     device: str = "cpu",
     start_from: Path | None = None,
 ) -> None:
@@ -37,14 +47,18 @@ def train_shapes_model(
         vae: How the VAE is trained.
         decoder: How its wider decoder is trained.
         transformer: How text encoder and transformer are trained.
+        timed: How they are trained for a given time instead.
         device: Where to train.
         start_from: Folder of a model that this function has written. Its VAE is kept, but for a decoder that is
             still the narrow one; text encoder and transformer go on from its weights, at the step after the last one
             in its log.
 
     Raises:
-        ValueError: If `start_from` has been trained for all of the steps already.
+        ValueError: If `start_from` has been trained for all of the steps already, or is missing with `timed`.
     """
+    began = monotonic()
+    if timed is not None and start_from is None:
+        raise ValueError("`start_from` must be given with `timed`, which trains no VAE, got None.")
     decoder, transformer = decoder or DecoderTraining(), transformer or TransformerTraining()
     if start_from is None:
         trained_vae = train_vae(run, vae or VAETraining(), device)
@@ -58,14 +72,38 @@ def train_shapes_model(
             shutil.copy(start_from / LOG, run / "log.jsonl")
         if needs_wider_decoder(trained_vae):
             trained_vae = train_decoder(run, trained_vae, decoder, device)
-        model = train_transformer(run, trained_vae, transformer, device, (pipe, _steps_trained(start_from / LOG)))
+        start = (pipe, _steps_trained(start_from / LOG))
+        if timed is None:
+            model = train_transformer(run, trained_vae, transformer, device, start)
+        else:
+            model = train_in_time(run, trained_vae, timed, torch.device(device), start, began)
     pipe = model.to("cpu").pipeline(trained_vae.to("cpu"))
     pipe.to(torch.float32)
-    pipe.vae.to(torch.float16)  # to save space: `from_pretrained` makes it float32 again
+    pipe.vae.to(torch.float16)  # to save space: `from_pretrained` makes both float32 again
+    if timed is not None:
+        torch.nn.Module.to(pipe.transformer, torch.float16)
     with replaced_whole(output) as temporary:
-        pipe.save_pretrained(temporary)
+        pipe.save_pretrained(temporary, max_shard_size=SHARD_BYTES)
         shutil.copy(run / "log.jsonl", temporary / LOG)
-        shutil.copy(MODEL_CARD, temporary / "README.md")
+        write_card(temporary, model.size, timed)
+
+
+def write_card(
+    folder: Path, size: TransformerSize, timed: TimedTraining | None, scores: Sequence[Mapping[str, Any]] = ()
+) -> None:
+    """Write the model card.
+
+    Args:
+        folder: Folder of the model, with its log.
+        size: Size of its transformer.
+        timed: How it was trained, if for a given time.
+        scores: Results on held-out captions, if any: `name`, `videos`, `right` and `steps` of every kind of caption.
+    """
+    template = Environment(undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True).from_string(
+        MODEL_CARD.read_text("utf-8")
+    )
+    text = template.render(size=size, timed=timed, scores=scores, steps=_steps_trained(folder / LOG))
+    write_files({folder / CARD: text.encode()})
 
 
 def _steps_trained(log: Path) -> int:

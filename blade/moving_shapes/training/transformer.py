@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
+from diffusers import AutoencoderKLWan, WanPipeline
 from diffusers.training_utils import EMAModel
-from torch import nn
-from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
 from blade.common.training_log import TrainingLog, load_checkpoint, numpy_rng, save_checkpoint, torch_rng
 
 from ..captions import OPTIONAL, sample_caption
 from ..realism import realism_error
 from ..scoring import score
-from .components import FLOW_SHIFT, build_pipeline, build_text_encoder, build_tokenizer, build_transformer
+from .components import FLOW_SHIFT, build_tokenizer
+from .conditioned import TextConditionedTransformer, descend, flow_matching_loss
 from .latents import LatentStore
 from .muon import muon_and_adamw, set_learning_rate
-from .padding import PaddedCrossAttention, padding_bias
 
 BATCH_STREAM, NOISE_STREAM, SCORE_STREAM = 4, 5, 6
-CAPTION_TOKENS = 24
-"""The longest caption has 22 tokens; at least one of padding must be left."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -167,73 +162,10 @@ class TransformerTraining:
         return sum(phase.steps for phase in self.phases)
 
 
-class TextConditionedTransformer(nn.Module):
-    """Text encoder and transformer as they are trained: captions in, velocity out."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
-        super().__init__()
-        self.tokenizer = tokenizer
-        self.text_encoder: UMT5EncoderModel = build_text_encoder()
-        self.transformer: WanTransformer3DModel = build_transformer()
-        _initialise(self.transformer)
-        self._cross_attention = PaddedCrossAttention()
-        for block in self.transformer.blocks:
-            block.attn2.set_processor(self._cross_attention)
-
-    def forward(self, latents: torch.Tensor, timestep: torch.Tensor, captions: list[str]) -> torch.Tensor:
-        """Predict the velocity.
-
-        Args:
-            latents: (B, C, F, H, W) noisy latents.
-            timestep: (B,) in [0, 1000].
-            captions: B texts; the empty one for no caption.
-
-        Returns:
-            (B, C, F, H, W).
-        """
-        tokens = self.tokenizer(captions, padding="max_length", max_length=CAPTION_TOKENS, return_tensors="pt")
-        ids, mask = tokens.input_ids.to(latents.device), tokens.attention_mask.to(latents.device)
-        text = self.text_encoder(ids, mask).last_hidden_state * mask[..., None]
-        self._cross_attention.bias = padding_bias(mask.sum(dim=1), CAPTION_TOKENS)
-        velocity: torch.Tensor = self.transformer(latents, timestep, text, return_dict=False)[0]
-        return velocity
-
-    def pipeline(self, vae: AutoencoderKLWan) -> WanPipeline:
-        """An ordinary pipeline of copies of the present weights."""
-        text_encoder, transformer = build_text_encoder(), build_transformer()
-        text_encoder.load_state_dict(self.text_encoder.state_dict())
-        transformer.load_state_dict(self.transformer.state_dict())
-        return build_pipeline(vae, text_encoder.eval(), transformer.eval())
-
-
 def phase_rate(phase: Phase, step: int) -> float:
     """Learning rate at a step of a phase, as a share of the whole one."""
     start, end = phase.rate
     return start + (end - start) * step / phase.steps
-
-
-def shifted_sigmas(u: torch.Tensor, shift: float = FLOW_SHIFT) -> torch.Tensor:
-    """The sampler's noise levels for u in [0, 1]: sigma = s u / (1 + (s - 1) u)."""
-    return shift * u / (1 + (shift - 1) * u)
-
-
-def flow_matching_loss(
-    model: TextConditionedTransformer,
-    latents: torch.Tensor,
-    captions: list[str],
-    rng: np.random.Generator,
-    generator: torch.Generator,
-    caption_dropout: float,
-    shift: float = FLOW_SHIFT,
-) -> torch.Tensor:
-    """Mean squared error of the predicted velocity noise - latents, at noise levels spread as a sampler's."""
-    batch_size = len(captions)
-    u = torch.from_numpy((rng.permutation(batch_size) + rng.random(batch_size)) / batch_size).float()
-    sigma = shifted_sigmas(u, shift).to(latents.device)[:, None, None, None, None]
-    noise = torch.randn(latents.shape, generator=generator).to(latents.device)
-    kept = ["" if rng.random() < caption_dropout else caption for caption in captions]
-    velocity: torch.Tensor = model(latents + sigma * (noise - latents), 1000 * sigma.flatten(), kept)
-    return (velocity.float() - (noise - latents)).square().mean()
 
 
 def _start_from(model: TextConditionedTransformer, pipe: WanPipeline, start: int, steps: int) -> int:
@@ -258,15 +190,6 @@ def _open_store(run: Path, vae: AutoencoderKLWan, phase: Phase, capacity: int, s
         seed=seed,
         device=device,
     )
-
-
-def _descend(model: nn.Module, loss: torch.Tensor, optimizers: Sequence[torch.optim.Optimizer]) -> None:
-    """Take one step down the gradient of a loss."""
-    model.zero_grad(set_to_none=True)
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    for optimizer in optimizers:
-        optimizer.step()
 
 
 def train_transformer(
@@ -326,7 +249,7 @@ def train_transformer(
             noise = torch_rng(config.seed, NOISE_STREAM, step)
             with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=config.autocast):
                 loss = flow_matching_loss(model, latents, captions, rng, noise, config.caption_dropout, phase.shift)
-            _descend(model, loss, optimizers)
+            descend(model, loss, optimizers)
             ema.step(model.parameters())
             recent.append(loss.item())
             done = step + 1
@@ -378,18 +301,3 @@ def sample_scores(pipe: WanPipeline, phase: Phase, rng: np.random.Generator, pro
         scores.append(score(video, prompt).fraction)
         errors.append(realism_error(video, prompt))
     return {"score": float(np.mean(scores)), "realism_error": float(np.mean(errors))}
-
-
-def _initialise(transformer: WanTransformer3DModel) -> None:
-    """Start from a zero prediction, and from cross-attention that can see the caption among the padding."""
-    nn.init.zeros_(transformer.proj_out.weight)
-    nn.init.zeros_(transformer.proj_out.bias)
-    for linear in (
-        transformer.condition_embedder.text_embedder.linear_1,
-        transformer.condition_embedder.text_embedder.linear_2,
-    ):
-        nn.init.zeros_(linear.bias)
-    for block in transformer.blocks:
-        nn.init.zeros_(block.attn2.to_k.bias)
-        nn.init.constant_(block.attn2.norm_q.weight, 2.0)
-        nn.init.constant_(block.attn2.norm_k.weight, 2.0)

@@ -10,7 +10,7 @@ from diffusers import WanPipeline
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
 from blade.moving_shapes.captions import HELD_OUT, parse_caption
-from blade.moving_shapes.training import decoder, latents, shapes_model, transformer, vae
+from blade.moving_shapes.training import conditioned, decoder, latents, shapes_model, transformer, vae
 from blade.moving_shapes.training.components import build_tokenizer
 from blade.moving_shapes.training.muon import orthogonalise
 from blade.moving_shapes.training.padding import TEXT_LENGTH
@@ -170,7 +170,7 @@ def test_a_small_canvas_draws_what_has_room(tmp_path):
 
 def test_short_padding_equals_the_pipelines(finished):
     torch.manual_seed(0)
-    model = transformer.TextConditionedTransformer(build_tokenizer()).eval()
+    model = conditioned.TextConditionedTransformer(build_tokenizer()).eval()
     for parameter in model.parameters():
         parameter.data.add_(0.05 * torch.randn_like(parameter))
     pipe = model.pipeline(vae.build_vae())
@@ -185,7 +185,7 @@ def test_short_padding_equals_the_pipelines(finished):
     with torch.no_grad():
         text, _ = pipe.encode_prompt(captions, do_classifier_free_guidance=False, max_sequence_length=TEXT_LENGTH)
         expected = pipe.transformer(noisy, timestep, text, return_dict=False)[0]
-        actual = model(noisy, timestep, captions)
+        actual = model(noisy, timestep, conditioned.tokenise(model.tokenizer, captions))
     assert isinstance(pipe.transformer.blocks[0].attn2.processor, WanAttnProcessor)
     assert expected.abs().max() > 0.1
     torch.testing.assert_close(actual, expected, atol=1e-6, rtol=1e-6)
