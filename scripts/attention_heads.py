@@ -148,7 +148,7 @@ class _Capture(TorchFunctionMode):
 
 
 def captured_heads(
-    prompts: Sequence[str], *, block: int, token_order: str, steps: int = 30, at: Sequence[int] = (8, 16, 26)
+    prompts: Sequence[str], *, block: int, token_order: str, steps: int = 30, at: Sequence[int] = (12, 26)
 ) -> list[Heads]:
     """Capture the layers of the bundled model, but the first, in dense generations with guidance.
 

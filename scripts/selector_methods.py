@@ -62,17 +62,29 @@ def expand(heads: Heads, keep: Tensor) -> Tensor:
     return keep[:, rows][..., heads.block_of]
 
 
-def bisect(choose: Callable[[float], Tensor], pairs: float, low: float, high: float, rounds: int = 24) -> Tensor:
-    """Find the keep of a threshold that keeps at most so many pairs per query; more is kept towards `low`."""
+def by_threshold(
+    heads: Heads, choose: Callable[[float], Tensor], pairs: float, low: float, high: float, rounds: int = 24
+) -> Tensor:
+    """Keep what a threshold keeps, the one by bisection at which a query has so many pairs on average.
+
+    Args:
+        heads: the heads.
+        choose: returns the blocks that a threshold keeps, (H, blocks or compared rows, blocks) bool, fewer the higher
+            it is.
+        pairs: pairs per query.
+        low: a threshold that keeps too much.
+        high: one that keeps no more than may be.
+        rounds: halvings.
+    """
     best = choose(high)
     for _ in range(rounds):
         middle = (low + high) / 2
         keep = choose(middle)
-        if float(keep.sum(-1, dtype=torch.float32).mean()) <= pairs:
+        if float((keep * heads.sizes).sum(-1, dtype=torch.float32).mean()) <= pairs:
             best, high = keep, middle
         else:
             low = middle
-    return best
+    return expand(heads, best)
 
 
 def sampled_scores(
@@ -162,7 +174,7 @@ def cumulative_mass(heads: Heads, pairs: float) -> Tensor:
     order = weights.argsort(dim=-1, descending=True)
     before = weights.gather(-1, order).cumsum(-1) - weights.gather(-1, order)
     before = torch.empty_like(before).scatter_(-1, order, before)  # the mass of the blocks that are better
-    return bisect(lambda threshold: expand(heads, before <= 1 - threshold), pairs, 0.0, 1.0)
+    return by_threshold(heads, lambda threshold: before <= 1 - threshold, pairs, 0.0, 1.0)
 
 
 def mean_and_deviation(heads: Heads, pairs: float) -> Tensor:
@@ -171,7 +183,7 @@ def mean_and_deviation(heads: Heads, pairs: float) -> Tensor:
     standard = (logits - logits.mean(-1, keepdim=True)) / logits.std(-1, keepdim=True)
     best = standard == standard.amax(-1, keepdim=True)
     blocks = whole_blocks(heads, pairs, True) * heads.block
-    return bisect(lambda tau: expand(heads, best | (standard > tau)), blocks, -10.0, 10.0)
+    return by_threshold(heads, lambda tau: best | (standard > tau), blocks, -10.0, 10.0)
 
 
 def clusters(x: Tensor, count: int, rounds: int = 10) -> tuple[Tensor, Tensor]:
@@ -212,13 +224,13 @@ def running_maximum(heads: Heads, pairs: float) -> Tensor:
     Logits are computed in any case; blocks of keys come in the order of the sequence, and a block is skipped if that
     holds for all queries of the block.
     """
-    compared = heads.block_of[heads.compared]
+    compared = torch.searchsorted(heads.rows, heads.block_of[heads.compared])
     best = torch.full((heads.q.shape[0], len(heads.compared), heads.blocks), -torch.inf)
     best.scatter_reduce_(2, heads.block_of.expand_as(heads.logits), heads.logits, "amax")
     margin = best - best.cummax(-1).values  # 0 where the block holds the maximum so far
-    rows = torch.full((heads.q.shape[0], heads.blocks, heads.blocks), -torch.inf)
+    rows = torch.full((heads.q.shape[0], len(heads.rows), heads.blocks), -torch.inf)
     rows.scatter_reduce_(1, compared[None, :, None].expand_as(margin), margin, "amax")
-    return bisect(lambda threshold: expand(heads, rows >= threshold), pairs, -60.0, 0.0)
+    return by_threshold(heads, lambda threshold: rows >= threshold, pairs, -60.0, 0.0)
 
 
 def _per_row_of_blocks(heads: Heads, x: Tensor) -> Tensor:

@@ -1,0 +1,73 @@
+"""Plot quality against work: draw_quality.py docs/results/shapes-default docs/images/quality.png --line new=preset."""
+
+import io
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from matplotlib import pyplot as plt
+
+from blade import BladeConfig
+from blade.cli.command import run_command
+from blade.common.files import write_files
+from blade.models.costs import ForwardCost, forward_cost, run_cost
+from blade.models.loading import load_empty_model
+
+COLOURS = ("#0072B2", "#7F7F7F", "#D55E00", "#009E73")
+MARKERS = ("o", "s", "^", "D")
+
+
+def main(
+    folder: Annotated[Path, typer.Argument(help="Folder of `blade-evaluate`, of sparse runs of the bundled model.")],
+    output: Annotated[Path, typer.Argument(help="The PNG.")],
+    line: Annotated[list[str], typer.Option(help="PREFIX=LABEL: joins the runs whose names begin with PREFIX-.")],
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Plot the PSNR to dense of each run against the operations of its self-attention, those of choosing included."""
+    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    model = load_empty_model()
+    size = model.latent_size(*(report["size"][name] for name in ("height", "width", "frames")))
+    forward = forward_cost(model.transformer, size)
+    labels = dict(text.split("=", 1) for text in line)
+    points = defaultdict(list)
+    for run in report["runs"]:
+        prefix, _, _ = run["name"].rpartition("-")
+        if prefix in labels and run["blade_config"]:
+            config = BladeConfig.from_dict(run["blade_config"])
+            share = attention_share(forward, run["steps"], run["guidance"] > 1, config)
+            points[prefix].append((share, config.sparsity, run["groups"]["all"]["psnr"]))
+    missing = sorted(set(labels) - set(points))
+    if missing:
+        raise ValueError(f"`line` must name runs of the report, got {missing[0]}, which begins none.")
+    figure, axes = plt.subplots(figsize=(7, 4.4), layout="constrained")
+    for (prefix, label), colour, marker in zip(labels.items(), COLOURS, MARKERS):
+        shares, sparsities, psnrs = zip(*sorted(points[prefix], key=lambda point: point[0]))
+        means = [psnr["mean"] for psnr in psnrs]
+        below = [psnr["mean"] - psnr["low"] for psnr in psnrs]
+        above = [psnr["high"] - psnr["mean"] for psnr in psnrs]
+        axes.errorbar(shares, means, yerr=[below, above], color=colour, marker=marker, capsize=3, label=label)
+        for share, sparsity, mean in zip(shares, sparsities, means):
+            axes.annotate(
+                f"{sparsity:g}", (share, mean), (6, -12), textcoords="offset points", fontsize=8, color=colour
+            )
+    axes.set_xlabel("operations of self-attention, the choice of blocks included, of dense attention's")
+    axes.set_ylabel("PSNR to dense, dB")
+    axes.xaxis.set_major_formatter("{x:.0%}")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, title="labels: sparsity")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_files({output: buffer.getvalue()})
+
+
+def attention_share(forward: ForwardCost, steps: int, guidance: bool, config: BladeConfig) -> float:
+    """Return the operations of self-attention and of choosing blocks in a run, of those of a dense one."""
+    sparse, dense = (run_cost(forward, steps, guidance=guidance, config=given).flops for given in (config, None))
+    return (sparse["self-attention"] + sparse.get("block selection", 0.0)) / dense["self-attention"]
+
+
+if __name__ == "__main__":
+    run_command(main)
