@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from blade_kernels.block_mask import BlockMask
@@ -79,7 +79,9 @@ class PatternPlan:
                 masks.append(keep)
         adaptive = is_adaptive = None
         if None in densities:
-            adaptive = AdaptivePlan.of(config, grid, device)
+            # a budget for the layer would be shared with heads that do not choose
+            by_row = replace(config, asa=replace(config.asa, budget="row"))
+            adaptive = AdaptivePlan.of(by_row, grid, device)
             is_adaptive = torch.tensor([density is None for density in densities], device=device)
         orders = list(dict.fromkeys(pattern.order or order for pattern in table.patterns))
         order_of = places = None
@@ -175,7 +177,7 @@ class PatternPlan:
         with torch.no_grad():
             chosen = None
             if self.adaptive is not None:
-                chosen = select(query, key, self.adaptive, rows[1], key_lengths)
+                chosen = select(query, key, value, self.adaptive, rows[1], key_lengths)
             mask = self.mask(ids, chosen)
             density = mask.density(query.shape[1], query.shape[1])
         implementation = resolve_implementation(query, key, value, mask, implementation=self.implementation)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from blade_pipelines.shared.patches import permute_patches
 from diffusers import FirstBlockCacheConfig
+from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -152,7 +153,8 @@ def test_the_dense_fallback_keeps_its_attention_backend(make_wan):
     transformer = make_wan()
     previous = transformer.blocks[1].attn1.processor
     apply_blade(transformer, BladeConfig(asa=DETAILS))
-    transformer.set_attention_backend("_native_math")
+    with attention_backend(AttentionBackendName.NATIVE):  # restores the default, which the next line also changes
+        transformer.set_attention_backend("_native_math")
     assert transformer.blocks[1].attn1.processor._attention_backend == "_native_math"
     assert previous._attention_backend == "_native_math"
     transformer.reset_attention_backend()

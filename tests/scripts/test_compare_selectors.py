@@ -61,7 +61,7 @@ def test_chance_is_far_behind_and_the_error_is_the_better_oracle(scripts):
     assert errors["oracle: true mass, pooled"] < errors["oracle: true mass"]
     scores = torch.rand(1, heads.blocks, heads.blocks, generator=torch.Generator().manual_seed(0))
     chance = scripts[1].by_rank(heads, scores, 0.2 * heads.tokens, pooled=True)
-    assert float(heads.errors(heads.attend(chance, True))) > 3 * errors["ours: the preset"]
+    assert float(heads.errors(heads.attend(chance, True))) > 2 * errors["ours: the preset"]
 
 
 def test_sinks_are_found(scripts):

@@ -81,10 +81,10 @@ def sampled_importance(
     chosen = choose_implementation(implementation, q.device, problem)
     with torch.no_grad():
         if chosen == "triton":
-            scores: Tensor = triton_launch.sampled_importance(
+            found: Tensor = triton_launch.sampled_importance(
                 q, k, query_offsets, key_offsets, list(block_size), scale, key_lengths, softmax_denominator, statistic
             )
-            return scores
+            return found
         if chosen == "naive":
             return naive_sampled_importance(
                 q, k, query_offsets, key_offsets, block_size, scale, key_lengths, softmax_denominator, statistic
@@ -97,6 +97,7 @@ def sampled_importance(
         key_samples, key_blocks = ks.shape[2:4]
         qs, ks = qs.flatten(0, 1), ks.flatten(0, 1).flatten(1, 2)  # (B * H, keys, D)
         absent = None if absent is None else absent.flatten(0, 1).mT.unsqueeze(1)  # (B * H, 1, samples, blocks)
+        mean_keys = _sample_means(ks, key_blocks, absent) if statistic == "residual" else None
 
         importance = qs.new_empty(batch * heads, query_blocks, key_blocks)
         row_logits = query_samples * ks.shape[1]
@@ -113,7 +114,14 @@ def sampled_importance(
                 logits = logits.view(*logits.shape[:2], key_samples, key_blocks)
                 if absent is not None:
                     logits[..., key_blocks - absent.shape[-1] :].masked_fill_(absent[head_slice], -torch.inf)
-                importance[head_slice, rows] = _block_scores(logits, query_samples, softmax_denominator, statistic)
+                if mean_keys is None:
+                    scores = _block_scores(logits, query_samples, softmax_denominator, statistic)
+                else:
+                    mean_logits = sampled @ mean_keys[head_slice].mT
+                    hidden = None if absent is None else absent[head_slice]
+                    squares = _squared_residuals(logits, mean_logits, hidden, softmax_denominator)
+                    scores = torch.unflatten(squares, 1, (-1, query_samples)).mean(2).sqrt()
+                importance[head_slice, rows] = scores
         return importance.view(batch, heads, query_blocks, key_blocks)
 
 
@@ -221,8 +229,6 @@ def value_spread(v: Tensor, block_size: int = 64, *, key_lengths: Tensor | None 
 def _block_scores(logits: Tensor, query_samples: int, softmax_denominator: bool, statistic: str) -> Tensor:
     """Reduce logits (n, QB * samples, samples, KB), in place, to a statistic of softmax weights (n, QB, KB)."""
     query_blocks = (-1, query_samples)
-    if statistic == "residual":
-        return torch.unflatten(_squared_residuals(logits, softmax_denominator), 1, query_blocks).mean(2).sqrt()
     if statistic != "max":
         if softmax_denominator:
             flat = logits.flatten(-2)
@@ -241,24 +247,38 @@ def _block_scores(logits: Tensor, query_samples: int, softmax_denominator: bool,
     return torch.unflatten((best - peak).exp_(), 1, query_blocks).amax(2)
 
 
-def _squared_residuals(logits: Tensor, softmax_denominator: bool) -> Tensor:
+def _sample_means(ks: Tensor, blocks: int, absent: Tensor | None) -> Tensor:
+    """Average the sampled keys of each block: (n, blocks, D), of keys (n, samples * blocks, D)."""
+    ks = ks.unflatten(1, (-1, blocks))
+    means = ks.mean(1)
+    if absent is not None:
+        first, absent = blocks - absent.shape[-1], absent.squeeze(1).unsqueeze(-1)  # (n, samples, blocks, 1)
+        sums = ks[:, :, first:].masked_fill(absent, 0.0).sum(1)
+        means[:, first:] = sums / (~absent).sum(1).clamp(min=1)
+    return means
+
+
+def _squared_residuals(
+    logits: Tensor, mean_logits: Tensor, absent: Tensor | None, softmax_denominator: bool
+) -> Tensor:
     """Sum over a block's samples the squared difference of weight and weight of their mean key.
 
     Args:
         logits: (n, queries, samples, KB), overwritten; -inf for a sample that is absent.
+        mean_logits: (n, queries, KB), of the mean keys.
+        absent: (n, 1, samples, blocks) bool, of the last blocks; None if none is.
         softmax_denominator: see `sampled_importance`.
 
     Returns:
         (n, queries, KB).
     """
     peak = logits.amax((-2, -1), keepdim=True).clamp(min=torch.finfo(logits.dtype).min)  # finite where all are absent
-    absent = logits == -torch.inf
-    counts = (~absent).sum(-2).clamp(min=1)
-    mean = (logits.masked_fill(absent, 0.0).sum(-2) / counts - peak.squeeze(-2)).exp_()
     weights = logits.sub_(peak).exp_()
-    total = weights.sum((-2, -1)).clamp(min=1.0) if softmax_denominator else None
-    squares = weights.sub_(mean.unsqueeze(-2)).masked_fill_(absent, 0.0).square_().sum(-2)
-    return squares if total is None else squares / total.square().unsqueeze(-1)
+    total = weights.sum((-2, -1)).clamp(min=1.0).unsqueeze(-1) if softmax_denominator else 1.0
+    differences = weights.sub_((mean_logits - peak.squeeze(-2)).exp_().unsqueeze(-2))
+    if absent is not None:
+        differences[..., differences.shape[-1] - absent.shape[-1] :].masked_fill_(absent, 0.0)
+    return differences.square_().sum(-2).div_(total * total)
 
 
 def _sample(

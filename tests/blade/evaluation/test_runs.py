@@ -99,8 +99,11 @@ def test_bad_runs_are_refused(text, message):
 def test_every_kind_of_attention_has_its_configuration():
     configs = {name: RunSettings(name=name, attention=name).blade_config(shapes_preset) for name in attention_kinds()}
     assert configs.pop("dense") is None
-    assert configs["preset"] == configs["asa-dropped"] == shapes_preset()
-    assert configs["asa"] == replace(shapes_preset(), pooled_tokens="none")
+    preset = shapes_preset()
+    assert configs["preset"] == preset
+    paper = replace(preset.asa, statistic="max", probe_keys="drawn", value_weighting=False, budget="row")
+    assert configs["asa-dropped"] == replace(preset, asa=paper) != preset
+    assert configs["asa"] == replace(preset, pooled_tokens="none", asa=paper)
     assert configs["asa-gt"].pooled_tokens == "all"
     assert configs["asa-dropped"].pooled_tokens == "dropped"
     assert {name: config.asa.selector for name, config in configs.items() if name != "preset"} == {
