@@ -96,12 +96,20 @@ class Heads:
         """Sum (H, n, S) over the key blocks: (H, n, blocks)."""
         return x.new_zeros(*x.shape[:2], self.blocks).index_add_(2, self.block_of, x)
 
-    def attend(self, keep: Tensor, pooled: bool) -> Tensor:
+    @cached_property
+    def logit_variances(self) -> Tensor:
+        """(H, compared, blocks) variance of each query's logits in a block."""
+        means = self.block_sums(self.logits) / self.sizes
+        return (self.block_sums(self.logits.square()) / self.sizes - means.square()).clamp(min=0)
+
+    def attend(self, keep: Tensor, pooled: bool, *, second_order: bool = False) -> Tensor:
         """Attend to what is kept.
 
         Args:
             keep: (H, compared, S) bool.
             pooled: put the means of the blocks that are dropped whole beside it.
+            second_order: add half the variance of a query's logits in a block to the logit of its mean, which makes
+                the block's mass right to second order; exactly, as no kernel would.
 
         Returns:
             (H, compared, D).
@@ -109,7 +117,8 @@ class Heads:
         logits, values = self.logits.masked_fill(~keep, -torch.inf), self.v
         if pooled:
             dropped = self.block_sums(keep.float()) == 0
-            logits = torch.cat([logits, self.pooled_logits.masked_fill(~dropped, -torch.inf)], -1)
+            pooled_logits = self.pooled_logits + (self.logit_variances / 2 if second_order else 0)
+            logits = torch.cat([logits, pooled_logits.masked_fill(~dropped, -torch.inf)], -1)
             values = torch.cat([values, self.mean_values], 1)
         return logits.softmax(-1) @ values
 

@@ -57,7 +57,8 @@ def measure(method: Method, sets: Sequence[Heads], density: float, *, with_selec
         if pairs < least:
             return None
         keep = method.choose(heads, pairs)
-        errors.append(heads.errors(heads.attend(keep, method.pooled)))
+        output = heads.attend(keep, method.pooled, second_order=method.second_order)
+        errors.append(heads.errors(output))
         recalls.append((heads.weights * keep).sum(-1).mean())
         densities.append(heads.density(keep, method.pooled))
     error = torch.cat(errors).sort(descending=True).values

@@ -29,6 +29,8 @@ class Method:
     """Put the means of dropped blocks beside what is kept; the choice then pays for them."""
     is_oracle: bool = False
     """True if it looks at all of attention."""
+    second_order: bool = False
+    """See `Heads.attend`; makes it an oracle."""
 
 
 def whole_blocks(heads: Heads, pairs: float, pooled: bool) -> float:
@@ -134,6 +136,17 @@ def mean_operations(heads: Heads) -> float:
 def mean_pooling(heads: Heads, pairs: float) -> Tensor:
     """Keep the blocks of the largest attention between means."""
     return by_rank(heads, mean_logits(heads).softmax(-1), pairs)
+
+
+def sub_block_means(heads: Heads, pairs: float, parts: int = 4) -> Tensor:
+    """Score blocks by the means of their parts: the logarithm of the summed exponentials of all pairs of parts."""
+    part = heads.block // parts
+    finer = Heads(heads.q, heads.k, heads.v, part, torch.arange(-(-heads.tokens // part)))
+    logits = mean_logits(finer)
+    missing = -logits.shape[-1] % parts
+    logits = torch.nn.functional.pad(logits, (0, missing, 0, missing), value=-torch.inf)
+    whole = logits.unflatten(2, (-1, parts)).unflatten(1, (-1, parts))  # (H, blocks, parts, blocks, parts)
+    return by_rank(heads, whole.logsumexp((2, 4)).softmax(-1), pairs, pooled=True, layer=True)
 
 
 def antidiagonals(heads: Heads, pairs: float, stride: int = 8) -> Tensor:
@@ -257,12 +270,18 @@ def _least_error(heads: Heads, pairs: float) -> Tensor:
     return by_rank(heads, _per_row_of_blocks(heads, squares), pairs, pooled=True, layer=True)
 
 
+PRESET = _sampled("ours: the preset", "residual", ours=True, layer=True)
+
 METHODS = (
     _sampled("ASA, as published", "max", pooled=False),
     _sampled("ASA, dropped blocks pooled", "max"),
     _sampled("ours, a budget for each row", "residual", ours=True),
-    _sampled("ours: the preset", "residual", ours=True, layer=True),
+    PRESET,
     _sampled("ours, with half the probe", "residual", ours=True, layer=True, share=4),
+    Method(
+        "means of quarter blocks, pooled, by layer", sub_block_means,
+        lambda heads: 2.0 * heads.size * (4 * heads.blocks) ** 2, pooled=True,
+    ),
     Method("mean pooling", mean_pooling, mean_operations),
     Method("XAttention, antidiagonals", antidiagonals, lambda heads: 2.0 * heads.size * heads.tokens**2 / 8),
     Method("SpargeAttn, guard", guarded_mean_pooling, mean_operations),
@@ -279,6 +298,10 @@ METHODS = (
     Method(
         "oracle: true mass, pooled", lambda heads, pairs: _true_mass(heads, pairs, True), lambda heads: 0.0,
         pooled=True, is_oracle=True,
+    ),
+    Method(
+        "oracle: the preset, second-order means", PRESET.choose, PRESET.operations,
+        pooled=True, is_oracle=True, second_order=True,
     ),
     Method(
         "oracle: output error, pooled, by layer", _least_error, lambda heads: 0.0, pooled=True, is_oracle=True,

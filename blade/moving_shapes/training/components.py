@@ -51,7 +51,7 @@ class TransformerSize:
 
 HEAD_DIM = 64
 LARGER_SIZE = TransformerSize(layers=8, heads=4, ffn_dim=768)
-"""Its default generation takes less than 1.9 times as long as the bundled one's; see `scripts/time_shapes.py`."""
+"""Meant to take less than twice as long as the bundled one by default; `scripts/time_shapes.py` times them."""
 
 
 def build_vae(decoder_width: int = DECODER_WIDTHS[0]) -> AutoencoderKLWan:
