@@ -14,7 +14,7 @@ from blade.benchmarks.layers import AttentionShape
 from blade.cli.bench import main
 
 TINY = AttentionBenchmark(
-    shapes=(AttentionShape(tokens=44, head_dim=8), AttentionShape(tokens=80, head_dim=8, model="Tiny")),
+    shapes=(AttentionShape(tokens=44, head_dim=32), AttentionShape(tokens=80, head_dim=32, model="Tiny")),
     densities=(1.0, 0.3),
     block_size=8,
     repeats=2,
@@ -164,7 +164,8 @@ def test_bad_input_ends_in_one_line(capsys, monkeypatch, arguments, message):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit) as ended:
         main(arguments)
-    shown = capsys.readouterr().err.splitlines()
+    # Diffusers' first import of a broken torchao says so
+    shown = [line for line in capsys.readouterr().err.splitlines() if "torchao" not in line]
     assert ended.value.code == 1 and len(shown) == 1 and message in shown[0]
 
 
