@@ -1,8 +1,10 @@
-"""Plot quality against work: draw_quality.py docs/results/shapes-default docs/images/quality.png --line new=preset."""
+"""Plot quality against work.
+
+python scripts/draw_quality.py docs/images/quality.png --line docs/results/shapes-default/new=preset
+"""
 
 import io
 import json
-from collections import defaultdict
 from pathlib import Path
 from typing import Annotated
 
@@ -20,30 +22,21 @@ MARKERS = ("o", "s", "^", "D")
 
 
 def main(
-    folder: Annotated[Path, typer.Argument(help="Folder of `blade-evaluate`, of sparse runs of the bundled model.")],
     output: Annotated[Path, typer.Argument(help="The PNG.")],
-    line: Annotated[list[str], typer.Option(help="PREFIX=LABEL: joins the runs whose names begin with PREFIX-.")],
+    line: Annotated[
+        list[str],
+        typer.Option(
+            help="FOLDER/PREFIX=LABEL: joins the runs of `blade-evaluate` in FOLDER whose names begin with PREFIX-; "
+            "sparse runs of the bundled model."
+        ),
+    ],
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Plot the PSNR to dense of each run against the operations of its self-attention, those of choosing included."""
-    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-    model = load_empty_model()
-    size = model.latent_size(*(report["size"][name] for name in ("height", "width", "frames")))
-    forward = forward_cost(model.transformer, size)
-    labels = dict(text.split("=", 1) for text in line)
-    points = defaultdict(list)
-    for run in report["runs"]:
-        prefix, _, _ = run["name"].rpartition("-")
-        if prefix in labels and run["blade_config"]:
-            config = BladeConfig.from_dict(run["blade_config"])
-            share = attention_share(forward, run["steps"], run["guidance"] > 1, config)
-            points[prefix].append((share, config.sparsity, run["groups"]["all"]["psnr"]))
-    missing = sorted(set(labels) - set(points))
-    if missing:
-        raise ValueError(f"`line` must name runs of the report, got {missing[0]}, which begins none.")
+    points = {label: read_points(Path(source)) for source, _, label in (text.partition("=") for text in line)}
     figure, axes = plt.subplots(figsize=(7, 4.4), layout="constrained")
-    for (prefix, label), colour, marker in zip(labels.items(), COLOURS, MARKERS):
-        shares, sparsities, psnrs = zip(*sorted(points[prefix], key=lambda point: point[0]))
+    for (label, found), colour, marker in zip(points.items(), COLOURS, MARKERS):
+        shares, sparsities, psnrs = zip(*found)
         means = [psnr["mean"] for psnr in psnrs]
         below = [psnr["mean"] - psnr["low"] for psnr in psnrs]
         above = [psnr["high"] - psnr["mean"] for psnr in psnrs]
@@ -61,6 +54,23 @@ def main(
     figure.savefig(buffer, format="png", dpi=110)
     output.parent.mkdir(parents=True, exist_ok=True)
     write_files({output: buffer.getvalue()})
+
+
+def read_points(source: Path) -> list[tuple[float, float, dict[str, float]]]:
+    """Read the runs of a line, by rising operations: their share of dense attention's, sparsity, and PSNR."""
+    report = json.loads((source.parent / "report.json").read_text(encoding="utf-8"))
+    model = load_empty_model()
+    size = model.latent_size(*(report["size"][name] for name in ("height", "width", "frames")))
+    forward = forward_cost(model.transformer, size)
+    points = []
+    for run in report["runs"]:
+        if run["name"].rpartition("-")[0] == source.name and run["blade_config"]:
+            config = BladeConfig.from_dict(run["blade_config"])
+            share = attention_share(forward, run["steps"], run["guidance"] > 1, config)
+            points.append((share, config.sparsity, run["groups"]["all"]["psnr"]))
+    if not points:
+        raise ValueError(f"`line` must name runs of {source.parent}, got {source.name}, which begins none.")
+    return sorted(points, key=lambda point: point[0])
 
 
 def attention_share(forward: ForwardCost, steps: int, guidance: bool, config: BladeConfig) -> float:

@@ -213,7 +213,7 @@ def test_a_folder_without_a_configuration_or_with_a_broken_one_is_refused(tmp_pa
 def test_presets_of_the_two_kinds_are_kept_apart():
     training_free = BladeConfig.from_preset("wan2.1-t2v-1.3b")
     student = BladeConfig.from_preset("wan2.1-t2v-1.3b", kind="student")
-    assert (training_free.kind, training_free.sparsity, training_free.dense_steps) == ("training-free", 0.8, 0.2)
+    assert (training_free.kind, training_free.sparsity, training_free.dense_steps) == ("training-free", 0.7, 0.2)
     assert training_free.dense_layers == (0,) and training_free.pooled_tokens == "dropped"
     assert training_free.asa.pooled_window == training_free.asa.block_size and training_free.asa.rounding == "spread"
     assert (student.kind, student.dense_steps, student.dense_layers) == ("student", 0, ())

@@ -126,7 +126,7 @@ def test_a_stopped_protocol_makes_only_what_is_missing(command, report_of, tmp_p
     assert capsys.readouterr().out.count(", seed 3, a cat") == 2
     assert records.read_text().startswith(before) and len(records.read_text().splitlines()) == 4
     (row,) = report_of()["protocol"]["rows"]
-    assert row["videos"] == 1 and row["method"] == "preset, sparsity 0.8"
+    assert row["videos"] == 1 and row["method"] == "preset, sparsity 0.7"
     assert run(command) == 0
     assert ", seed 3, a cat" not in capsys.readouterr().out  # nothing is left to make
     assert report_of()["protocol"]["rows"] == [row]
@@ -140,7 +140,7 @@ def test_each_method_has_a_row_that_names_its_changes(command, report_of):
     assert second["changes"] == shared
     assert first["changes"] == [*shared, "dense steps", "dense layers 0"]
     assert first["dense_steps"] == [1] and len(second["dense_steps"]) == len(second["psnr"]) == 3
-    assert (first["method"], second["method"]) == ("asa, sparsity 0.5", "random, sparsity 0.8")
+    assert (first["method"], second["method"]) == ("asa, sparsity 0.5", "random, sparsity 0.7")
 
 
 @pytest.fixture
