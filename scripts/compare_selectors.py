@@ -4,6 +4,7 @@ Queries, keys and values are captured from the bundled model in dense generation
 methods are in selector_methods.py. Nothing is generated sparsely: see compare_runs.py for videos.
 """
 
+import json
 import shlex
 import sys
 import time
@@ -23,6 +24,9 @@ from blade.common.tables import markdown_table, write_table
 
 DENSITIES = (0.5, 0.3, 0.2, 0.1, 0.05)
 """Shares of all pairs that attention may compute, pooled ones included."""
+
+EXCESS = 1.05
+"""Realised density over the asked one from which on a result is left out of the tables."""
 
 WORST = 0.1
 """Share of the heads whose mean error is the worst tenth's."""
@@ -82,6 +86,11 @@ def selection_cost(method: Method, heads: Heads, repeats: int = 3) -> dict[str, 
     return {"operations": share, "milliseconds": 1000 * median(seconds)}
 
 
+def fits(found: dict[str, Any] | None, density: float) -> bool:
+    """Return whether a method met a density."""
+    return found is not None and found["density"] <= EXCESS * density
+
+
 def table(title: str, results: dict[str, dict[str, Any]], costs: dict[str, dict[str, float]] | None) -> list[str]:
     """Return a table of methods and densities, with the least error of a density in bold, oracles apart."""
     rows = []
@@ -89,11 +98,12 @@ def table(title: str, results: dict[str, dict[str, Any]], costs: dict[str, dict[
         row = [method.name]
         for density in DENSITIES:
             found = results[method.name][str(density)]
-            if found is None:
+            if not fits(found, density):
                 row.append("")
                 continue
             others = (results[other.name][str(density)] for other in METHODS if not other.is_oracle)
-            is_least = not method.is_oracle and found["error"] == min(other["error"] for other in others if other)
+            least = min(other["error"] for other in others if fits(other, density))
+            is_least = not method.is_oracle and found["error"] == least
             mean = f"**{found['error']:.3f}**" if is_least else f"{found['error']:.3f}"
             row.append(f"{mean} / {found['worst_tenth']:.2f}")
         if costs is not None:
@@ -108,26 +118,53 @@ def table(title: str, results: dict[str, dict[str, Any]], costs: dict[str, dict[
     return [f"## {title}", "", *markdown_table(headings, rows), ""]
 
 
+def all_tables(results: dict[str, Any]) -> list[str]:
+    """Return the tables of all sets of heads."""
+    lines: list[str] = []
+    for name, values in results.items():
+        lines += table(f"{name}: equal density", values["density"], values["choice"])
+        lines += table(f"{name}: equal operations, the choice included", values["operations"], None)
+    return lines
+
+
 def main(
     output: Annotated[Path, typer.Argument(help="Folder for selectors.json and selectors.md.")],
     tokens: Annotated[int, typer.Option(help="Length of the synthetic sequences.")] = 8192,
     prompts: Annotated[int, typer.Option(help="Captions to capture from, of three.")] = len(PROMPTS),
     steps: Annotated[int, typer.Option(help="Denoising steps of the captured generations.")] = 30,
     block: Annotated[int, typer.Option(help="Tokens in a block of the captured heads.")] = 16,
+    tables_only: Annotated[bool, typer.Option(help="Write the tables of an existing selectors.json again.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Measure all methods on captured and synthetic heads, at equal density and at equal operations."""
-    torch.manual_seed(0)
+    if tables_only:
+        found = json.loads((output / "selectors.json").read_text(encoding="utf-8"))
+    else:
+        command = shlex.join(["python", "scripts/compare_selectors.py", *sys.argv[1:]])
+        results = measure_all(tokens, prompts, steps, block)
+        versions = describe_versions(("blade-video", "torch"))
+        found = {"command": command, "threads": torch.get_num_threads(), "versions": versions, "results": results}
+    note = (
+        "Relative error of a head's output, mean / worst tenth of the heads. At equal density, which counts pooled "
+        "pairs, or at equal operations, those of choosing included. Empty: the choice alone costs more, or the method "
+        "keeps more than it may. Bold: the least of those that are no oracle. Milliseconds are of one layer on a CPU "
+        "that other work shared."
+    )
+    lines = all_tables(found["results"])
+    write_table(output, "selectors", title="Selectors by the error of attention", note=note, lines=lines, values=found)
+
+
+def measure_all(tokens: int, prompts: int, steps: int, block: int) -> dict[str, Any]:
+    """Measure all methods on all sets of heads, and print their tables; for the arguments see `main`."""
     at = [round(steps * share) for share in (0.4, 0.87)]
     sets = {
         "the bundled model": captured_heads(PROMPTS[:prompts], block=block, token_order="gilbert", steps=steps, at=at)
     }
     for kind in SYNTHETIC:
         sets[f"synthetic, {kind.replace('_', '-')}"] = [synthetic_heads(kind, tokens=tokens)]
-    lines: list[str] = []
-    values: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for name, layers in sets.items():
-        values[name] = {
+        results[name] = {
             budget: {
                 method.name: {
                     str(density): measure(method, layers, density, with_selection=budget == "operations")
@@ -137,23 +174,9 @@ def main(
             }
             for budget in ("density", "operations")
         }
-        costs = values[name]["choice"] = {method.name: selection_cost(method, layers[0]) for method in METHODS}
-        lines += table(f"{name}: equal density", values[name]["density"], costs)
-        lines += table(f"{name}: equal operations, the choice included", values[name]["operations"], None)
-        print("\n".join(lines[-2 * (len(METHODS) + 5) :]), flush=True)
-    command = shlex.join(["python", "scripts/compare_selectors.py", *sys.argv[1:]])
-    note = (
-        f"`{command}`: relative error of a head's output, mean / worst tenth of the heads. At equal density, which "
-        "counts pooled pairs, or at equal operations, those of choosing included. Empty: the choice alone costs more. "
-        "Bold: the least of those that are no oracle. Milliseconds are of one layer on a CPU that other work shared."
-    )
-    found = {
-        "command": command,
-        "threads": torch.get_num_threads(),
-        "versions": describe_versions(("blade-video", "torch")),
-        "results": values,
-    }
-    write_table(output, "selectors", title="Selectors by the error of attention", note=note, lines=lines, values=found)
+        results[name]["choice"] = {method.name: selection_cost(method, layers[0]) for method in METHODS}
+        print("\n".join(all_tables({name: results[name]})), flush=True)
+    return results
 
 
 if __name__ == "__main__":
