@@ -156,7 +156,7 @@ def main(
 
 def measure_all(tokens: int, prompts: int, steps: int, block: int) -> dict[str, Any]:
     """Measure all methods on all sets of heads, and print their tables; for the arguments see `main`."""
-    at = [round(steps * share) for share in (0.4, 0.87)]
+    at = [int(steps * share) for share in (0.4, 0.87)]
     sets = {
         "the bundled model": captured_heads(PROMPTS[:prompts], block=block, token_order="gilbert", steps=steps, at=at)
     }

@@ -187,14 +187,14 @@ class RecordingPlan:
                         numbers.append(number)
                         masks.append(self._vertical(pattern, columns))
             inputs = (query, key, value)
-            ordered = inputs if tokens is None else tuple(x.index_select(1, tokens) for x in inputs)
+            q, k, v = inputs if tokens is None else (x.index_select(1, tokens) for x in inputs)
             scores: dict[AdaptiveConfig, Tensor] = {}  # shared by all sparsities
             for number, plan in enumerate(self._adaptive):
                 if plan.token_order != order:
                     continue
                 if plan.config not in scores:
                     draw = self._draw(plan.config, layer, query.shape[2])
-                    scores[plan.config] = block_importance(*ordered, plan, draw, key_lengths)
+                    scores[plan.config] = block_importance(q, k, v, plan, draw, key_lengths)
                 numbers.append(len(recording.candidates) + number)
                 masks.append(keep_most_important(scores[plan.config], plan).keep)
             groups.append(Candidates(numbers=tuple(numbers), masks=tuple(masks), tokens=tokens))

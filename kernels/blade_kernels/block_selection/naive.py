@@ -47,7 +47,8 @@ def naive_sampled_importance(
         mean_logit = blocked.where(sampled, 0.0).sum(5) / sampled.sum(5).clamp(min=1)
         differences = (by_block - mean_logit.exp().unsqueeze(5)).where(sampled, 0.0)
         squares = differences.square().sum(5) * drawn
-        return (squares.sum(3) / query_offsets.shape[-1]).sqrt()
+        residual: Tensor = (squares.sum(3) / query_offsets.shape[-1]).sqrt()
+        return residual
     mass = by_block.sum(5)  # of every query in every key block
     power = 1 if statistic == "mean" else 2
     mean: Tensor = (mass.pow(power) * drawn).sum(3) / query_offsets.shape[-1]
