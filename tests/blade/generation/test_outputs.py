@@ -233,7 +233,7 @@ def test_everything_works_without_a_compiler(saved_tiny_pipeline: Path, tmp_path
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert "layer density 0.3" in done.stdout
+    assert "layer density 0.273" in done.stdout  # the preset asks for 0.3; a row keeps whole blocks
     assert read_mp4(output).shape == (9, 3, 64, 64)
     assert sum("/nowhere" in line for line in done.stderr.splitlines()) <= 1
 
