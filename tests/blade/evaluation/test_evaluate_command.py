@@ -6,6 +6,8 @@ import pytest
 
 from blade.cli.evaluate import main
 
+PROTOCOL = ["--protocol", "wan1.3b-480p"]
+
 
 def run(arguments) -> int:
     with pytest.raises(SystemExit) as ended:
@@ -88,6 +90,13 @@ def test_a_selector_of_a_temporary_module(later_selector, saved_tiny_pipeline, t
         (["--shapes", "--baseline", "x"], "`baseline` must be one of the runs dense, preset"),
         (["--shapes", "--single", "0", "--two", "0"], "not both 0"),
         (["--shapes", "--model", "no/such/model"], "no/such/model"),
+        (["--protocol", "wan1.3b"], "must be one of hunyuan-720p, wan1.3b-480p, wan14b-720p, got 'wan1.3b'"),
+        ([*PROTOCOL, "--shapes"], "`shapes` must not be given with `protocol`"),
+        (PROTOCOL, "curl -LO https://raw.githubusercontent.com/Vchitect/VBench/"),
+        ([*PROTOCOL, "--prompts", "none.txt"], "`prompts` must be a text file"),
+        ([*PROTOCOL, "--run", "x=preset,steps=8"], "`run` must not name `steps` with `protocol`"),
+        ([*PROTOCOL, "--run", "x=student=dir"], "`run` must not name `student` with `protocol`"),
+        ([*PROTOCOL, "--find-sparsity", "--psnr", "30"], "`protocol` must not be given with `find_sparsity`"),
     ],
 )
 def test_bad_input_ends_with_one_line(arguments, message, tmp_path, monkeypatch, capsys):

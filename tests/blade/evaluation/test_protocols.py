@@ -241,28 +241,6 @@ def test_prompts_are_selected_by_rule_and_checked(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (
-            ["--protocol", "wan1.3b"],
-            "must be one of hunyuan-720p, wan1.3b-480p, wan14b-720p, got 'wan1.3b'",
-        ),
-        (["--protocol", PROTOCOL, "--shapes"], "`shapes` must not be given with `protocol`"),
-        (["--protocol", PROTOCOL], "curl -LO https://raw.githubusercontent.com/Vchitect/VBench/"),
-        (["--protocol", PROTOCOL, "--prompts", "none.txt"], "`prompts` must be a text file"),
-        (["--protocol", PROTOCOL, "--run", "x=preset,steps=8"], "`run` must not name `steps` with `protocol`"),
-        (["--protocol", PROTOCOL, "--run", "x=student=dir"], "`run` must not name `student` with `protocol`"),
-    ],
-)
-def test_what_a_protocol_does_not_take_ends_with_one_line(arguments, message, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    assert run(arguments) == 1
-    error = capsys.readouterr().err.strip()
-    assert message in error and "\n" not in error
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(
     ("name", "pipeline", "message"),
     [
         ("hunyuan-720p", "WanPipeline", "must be of the family of `protocol` hunyuan-720p"),
