@@ -35,10 +35,12 @@ def main(
         lost = sum(values[name][video] < value for video, value in values[base].items())
         means = [bootstrap([*values[run].values()]).mean for run in (base, name)]
         worst = [mean_of_worst(values[run].values()) for run in (base, name)]
+        known = difference.low is not None
+        interval = [f"({difference.low:+.2f} to {difference.high:+.2f})"] if known else []
         rows.append(
             [
                 name, base, *(f"{mean:.2f}" for mean in (*means, *worst)),
-                f"{difference.mean:+.2f} ({difference.low:+.2f} to {difference.high:+.2f})",
+                " ".join([f"{difference.mean:+.2f}", *interval]),
                 f"{lost} of {difference.videos}",
             ]
         )  # fmt: skip

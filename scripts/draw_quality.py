@@ -14,6 +14,7 @@ from matplotlib import pyplot as plt
 from blade import BladeConfig
 from blade.cli.command import run_command
 from blade.common.files import write_files
+from blade.evaluation.plot import interval_reach
 from blade.models.costs import ForwardCost, forward_cost, run_cost
 from blade.models.loading import load_empty_model
 
@@ -38,9 +39,8 @@ def main(
     for (label, found), colour, marker in zip(points.items(), COLOURS, MARKERS):
         shares, sparsities, psnrs = zip(*found)
         means = [psnr["mean"] for psnr in psnrs]
-        below = [psnr["mean"] - psnr["low"] for psnr in psnrs]
-        above = [psnr["high"] - psnr["mean"] for psnr in psnrs]
-        axes.errorbar(shares, means, yerr=[below, above], color=colour, marker=marker, capsize=3, label=label)
+        reaches = [*zip(*(interval_reach(psnr) for psnr in psnrs))]
+        axes.errorbar(shares, means, yerr=reaches, color=colour, marker=marker, capsize=3, label=label)
         for share, sparsity, mean in zip(shares, sparsities, means):
             axes.annotate(
                 f"{sparsity:g}", (share, mean), (6, -12), textcoords="offset points", fontsize=8, color=colour

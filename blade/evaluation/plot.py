@@ -114,7 +114,8 @@ def _draw(axes: Axes, runs: list[dict[str, Any]], group: str, measure: str, by_d
             estimate = estimates[0][measure]
             style = (":", "--", "-.")[index % 3]
             axes.axhline(estimate["mean"], color=colour, linestyle=style, linewidth=1.3, label=label)
-            axes.axhspan(estimate["low"], estimate["high"], color=colour, alpha=0.06)
+            if estimate["low"] is not None:
+                axes.axhspan(estimate["low"], estimate["high"], color=colour, alpha=0.06)
             continue
         offset = APART * (index - (len(series) - 1) / 2)
         positions = [
@@ -125,10 +126,7 @@ def _draw(axes: Axes, runs: list[dict[str, Any]], group: str, measure: str, by_d
         axes.errorbar(
             [x for x, _ in points],
             [value["mean"] for _, value in points],
-            yerr=[
-                [value["mean"] - value["low"] for _, value in points],
-                [value["high"] - value["mean"] for _, value in points],
-            ],
+            yerr=[*zip(*(interval_reach(value) for _, value in points))],
             color=colour,
             marker=MARKERS[index % len(MARKERS)],
             markersize=5,
@@ -136,3 +134,9 @@ def _draw(axes: Axes, runs: list[dict[str, Any]], group: str, measure: str, by_d
             capsize=3,
             label=label,
         )
+
+
+def interval_reach(estimate: dict[str, Any]) -> tuple[float, float]:
+    """Return how far an interval reaches below and above the mean; 0 where there is none."""
+    mean, low, high = (estimate[name] for name in ("mean", "low", "high"))
+    return (0.0, 0.0) if low is None else (mean - low, high - mean)

@@ -16,7 +16,7 @@ from blade.evaluation.protocol_rows import PROTOCOL_NOTE, protocol_result, proto
 from blade.evaluation.records import Record, Records, read_records
 from blade.evaluation.runs import RunSettings, selector_notes
 from blade.evaluation.videos import video_path
-from blade.metrics.estimates import Result
+from blade.metrics.estimates import LEAST_VIDEOS, Result
 from blade.metrics.measures import Measure, Scope, VideoSet
 from blade.metrics.registry import measures
 
@@ -159,8 +159,9 @@ def _general_note() -> str:
             others.append(f"{measure.heading[:1].upper()}{measure.heading[1:]}: {measure.detail}.")
     *first, last = similarities
     return (
-        f"In brackets 95 % bootstrap intervals over videos. {', '.join(first)} and {last} are against the "
-        f"dense run of the same steps and guidance. {' '.join(others)}"
+        f"In brackets 95 % intervals over videos, from {LEAST_VIDEOS} videos on: Wilson's of shares of videos and "
+        f"Newcombe's of their differences, else by bootstrap. {', '.join(first)} and {last} "
+        f"are against the dense run of the same steps and guidance. {' '.join(others)}"
     )
 
 
@@ -273,11 +274,18 @@ def _differences_table(compared: list[dict[str, Any]], group: str, baseline: str
     return Table(title, ["run", *(measure.heading for measure in shown)], rows)
 
 
-def _cell(measure: Measure, estimate: dict[str, float] | None, *, interval: bool = True, signed: bool = False) -> str:
+def _cell(
+    measure: Measure, estimate: dict[str, float | None] | None, *, interval: bool = True, signed: bool = False
+) -> str:
     if estimate is None:
         return ""
-    mean, low, high = (measure.shown(estimate[name], signed=signed) for name in ("mean", "low", "high"))
-    return f"{mean} ({low} to {high})" if interval else mean
+    shown = [
+        measure.shown(value, signed=signed)
+        for name in ("mean", "low", "high")
+        if (value := estimate[name]) is not None
+    ]
+    mean, *ends = shown
+    return f"{mean} ({' to '.join(ends)})" if interval and ends else mean
 
 
 def _distinct(values: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

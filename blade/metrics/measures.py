@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar, get_args
 
 import torch
 
-from blade.metrics.estimates import Result, Values
+from blade.metrics.estimates import Marks, Result, Values
 from blade.models.loaded import LoadedModel
 from blade.moving_shapes.captions import Caption
 
@@ -131,9 +131,10 @@ class Measure:
     needs: tuple[str, ...] = ()
     """Names of `NEEDS`. Without a reference, None is recorded; without a caption, nothing."""
     compute: Callable[[Any], Any] | None = None
-    """Per video: takes a `VideoSample`, and returns a JSON value, which is recorded, or None. Per prompt: takes the
-    MP4 files of one prompt's videos, and returns a number. Per set: takes a `VideoSet`, and returns a `Result` or
-    None. Without it, the measure reads what every record has, such as times, and is reported in any case."""
+    """Per video: takes a `VideoSample`, and returns a JSON value, which is recorded, or None; of bools the share is
+    reported. Per prompt: takes the MP4 files of one prompt's videos, and returns a number. Per set: takes a
+    `VideoSet`, and returns a `Result` or None. Without it, the measure reads what every record has, such as times, and
+    is reported in any case."""
     observe: Callable[[VideoSample], Any] | None = None
     """Per prompt or set: what is recorded of each video, for `compute`."""
     by_frame: Callable[[VideoSample], list[float]] | None = None
@@ -199,7 +200,10 @@ class Measure:
     def result(self, videos: VideoSet) -> Result | None:
         """Return what the measure comes to over videos, None if none has a value."""
         if self.per == "video":
-            of_each = {video: self.read(recorded) for video, recorded in videos.recorded(self.record_key).items()}
+            recorded = videos.recorded(self.record_key)
+            if recorded and all(isinstance(mark, bool) for mark in recorded.values()):
+                return Marks(recorded)
+            of_each = {video: self.read(value) for video, value in recorded.items()}
             values = {video: value for video, value in of_each.items() if value is not None}
             return Values(values) if values else None
         assert self.compute is not None

@@ -118,7 +118,7 @@ def test_it_is_measured_and_reported_by_default(evaluation, added):
     page = paths["report.html"].read_text()
     assert '<th scope="col">Brightness</th>' in page and "Brightness of dense stands beside it." in page
     mean = f"{sparse['groups']['single']['brightness']['mean']:.4f}"
-    assert f"<td>{mean} <span" in page
+    assert f"<td>{mean}</td>" in page
 
 
 def test_it_is_drawn(evaluation, added, monkeypatch):

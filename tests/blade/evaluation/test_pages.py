@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 import re
 from dataclasses import replace
@@ -90,8 +91,16 @@ def test_page_shows_every_run_and_its_numbers(written):
     for run in report["runs"]:
         assert run["name"] in cells
     estimate = next(run for run in report["runs"] if run["name"] == "asa")["groups"]["single"]["psnr"]
-    low, high = estimate["low"], estimate["high"]
-    assert f"{estimate['mean']:.2f} ({low:.2f} to {high:.2f})" in cells
+    assert f"{estimate['mean']:.2f}" in cells
+    assert estimate["low"] is None  # of so few videos
+
+
+def test_an_interval_stands_beside_its_mean(written):
+    report = copy.deepcopy(written[1])
+    run = next(run for run in report["runs"] if run["name"] == "asa")
+    run["groups"]["single"]["psnr"] = {"mean": 30.5, "low": 29.25, "high": 31.75, "videos": 8}
+    page = html(report, pictures={}, videos={})
+    assert "30.50 (29.25 to 31.75)" in Page(page).cells and '<span class="interval">(29.25 to 31.75)</span>' in page
 
 
 def test_names_of_videos_are_quoted(written):
