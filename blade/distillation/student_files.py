@@ -19,8 +19,9 @@ from blade.distillation.trajectory import SMALLEST
 from blade.families.protocol import ModelFamily
 from blade.families.registry import find_family
 from blade.families.transformers import Transformer
+from blade.models.untrusted import check_files
 from blade.students.scheduler import FewStepScheduler
-from blade.students.source import CONDITION_NAME, SCHEDULER_FOLDER, TRANSFORMER_FOLDER, WEIGHT_NAME
+from blade.students.source import CONDITION_NAME, FULL_WEIGHT_NAME, SCHEDULER_FOLDER, TRANSFORMER_FOLDER, WEIGHT_NAME
 from blade.students.step_condition import ATTRIBUTE
 
 CONFIG_NAME = "distillation.yaml"
@@ -28,9 +29,6 @@ CONFIG_NAME = "distillation.yaml"
 
 CARD_NAME = "README.md"
 """File of the model card."""
-
-FULL_WEIGHT_NAME = "diffusion_pytorch_model.safetensors"
-"""Diffusers' file name for the weights of a transformer."""
 
 
 def write_student(
@@ -90,7 +88,9 @@ def read_weights(folder: Path, config: WeightsConfig) -> dict[str, torch.Tensor]
     Raises:
         ValueError: if the folder has no weights of this kind or rank.
     """
-    path = folder / (f"{TRANSFORMER_FOLDER}/{FULL_WEIGHT_NAME}" if config.full else WEIGHT_NAME)
+    name = f"{TRANSFORMER_FOLDER}/{FULL_WEIGHT_NAME}" if config.full else WEIGHT_NAME
+    path = folder / name
+    check_files(folder, name, f"`weights.start_from` {folder}")
     if not path.is_file():
         raise ValueError(f"`weights.start_from` must be a student's folder with a {path.name}, got {folder}.")
     weights = {name.removeprefix("transformer."): weight.float() for name, weight in load_file(path).items()}
