@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
@@ -14,11 +15,13 @@ from safetensors.torch import load_file, save_file
 
 from blade.attention.config import BladeConfig
 from blade.common.files import folder_updated
+from blade.common.tables import markdown_code, markdown_text
 from blade.distillation.config import DistillationConfig, WeightsConfig
 from blade.distillation.trajectory import SMALLEST
 from blade.families.protocol import ModelFamily
 from blade.families.registry import find_family
 from blade.families.transformers import Transformer
+from blade.models.source import BUNDLED
 from blade.models.untrusted import check_files
 from blade.students.scheduler import FewStepScheduler
 from blade.students.source import CONDITION_NAME, FULL_WEIGHT_NAME, SCHEDULER_FOLDER, TRANSFORMER_FOLDER, WEIGHT_NAME
@@ -121,10 +124,14 @@ def _card(
     environment = Environment(
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
+    environment.filters |= {"text": markdown_text, "code": markdown_code}
+    options = [] if config.model == BUNDLED else ["--model", config.model]
+    command = shlex.join([*options, "--student", facts["source"]])
     template = environment.from_string((files("blade.distillation") / "student_card.md.jinja").read_text("utf-8"))
     stock, reason = stock_sampler(config, sampler, family.data.ddim_scheduler)
     return template.render(
         config=config,
+        command=f'blade-generate --prompt "..." {command}',
         attention=attention,
         grids=[[round(time, 2) for time in grid] for grid in sampler.config.grids],
         steps=" or ".join(str(count) for count in sampler.step_counts),

@@ -155,9 +155,9 @@ class StudentFiles:
     def fetch(self, subfolder: str | None, name: str) -> Path | None:
         """The path of a file here; None if there is none."""
         name = name if subfolder is None else f"{subfolder}/{name}"
-        if name not in self.names:
-            return None
         folder = self.folder
+        if name not in self.names and (folder is None or not (folder / name).exists()):  # there are none below links
+            return None
         if folder is None:
             from huggingface_hub import hf_hub_download
 
