@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import io
+import re
 import shutil
 import sys
 import zipfile
@@ -23,6 +25,8 @@ from blade.models.source import ModelError
 from blade.models.untrusted import check_files, find_component_class, leads_out
 from blade.students.scheduler import FewStepScheduler
 from blade.students.source import student_settings
+
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture
@@ -241,3 +245,77 @@ def test_a_class_that_needs_a_package_names_it(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(transformers, "MissingTokenizer", Missing, raising=False)
     with pytest.raises(ModelError, match="it needs MissingTokenizer, for which this must be installed: sentencepiece"):
         find_component_class("transformers", "MissingTokenizer", "it")
+
+
+@pytest.fixture
+def downloads(tiny_pipeline_copy: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of what is downloaded of a Hub id, `owner/model`, which is the copy of the tiny pipeline."""
+    asked: list[str] = []
+
+    def download(name: str, *_: object, **options: object) -> str:
+        assert name == "owner/model" and options["revision"] == "main"
+        asked.append("pipeline")
+        assert options["use_safetensors"] is True and options["trust_remote_code"] is False
+        return str(tiny_pipeline_copy)
+
+    def download_file(name: str, file: str, **options: object) -> str:
+        asked.append(file)
+        return str(tiny_pipeline_copy / file)
+
+    monkeypatch.setattr(
+        "blade.models.loading.locate", lambda *_: ("owner/model", {"local_files_only": False, "revision": "main"})
+    )
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download_file)
+    monkeypatch.setattr("diffusers.DiffusionPipeline.download", download)
+    return asked
+
+
+def test_of_a_hub_id_the_index_is_checked_before_the_rest_is_downloaded(
+    downloads: list[str], marker: Path, tiny_pipeline_copy: Path
+) -> None:
+    assert type(load_model("owner/model").pipe) is WanPipeline
+    assert downloads == ["model_index.json", "pipeline"]
+    hostile.index(_class_name=["evil", "EvilPipeline"])(tiny_pipeline_copy, marker)
+    refused(lambda: load_model("owner/model"), hostile.PIPELINE)
+    assert downloads[2:] == ["model_index.json"]
+
+
+LOADERS = {
+    "from_pretrained": {
+        "blade/models/loading.py": 3,
+        "blade/students/loading.py": 1,
+        "blade/students/source.py": 1,
+    },
+    "load_lora_weights": {"blade/models/acceleration.py": 1, "blade/students/loading.py": 1},
+    "download": {"blade/models/loading.py": 1},
+}
+"""Calls that load what others wrote, by name and file: each follows the checks of `blade.models.untrusted`."""
+
+OWN_FORMATS = ("BladeConfig", "blade.BladeConfig", "cls")
+"""Classes of this project whose `from_pretrained` reads JSON alone."""
+
+
+def _calls(path: Path) -> Iterator[tuple[str, str, dict[str, object]]]:
+    """Yield what a file's calls are made on, their names, and their constant arguments by keyword."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            constants = {word.arg: getattr(word.value, "value", None) for word in node.keywords if word.arg}
+            yield ast.unparse(node.func.value), node.func.attr, constants
+
+
+def test_nothing_is_loaded_elsewhere() -> None:
+    found: dict[str, dict[str, int]] = {name: {} for name in LOADERS}
+    for folder in ("blade", "kernels", "pipelines", "scripts"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            name = path.relative_to(ROOT).as_posix()
+            text = path.read_text(encoding="utf-8")
+            assert not re.search(r"^\s*(import|from) (pickle|cloudpickle|dill|joblib|marshal|shelve)\b", text, re.M), (
+                name
+            )
+            for owner, call, words in _calls(path):
+                if call in LOADERS and owner not in OWN_FORMATS:
+                    found[call][name] = found[call].get(name, 0) + 1
+                assert (owner, call) != ("torch", "load") or words.get("weights_only") is True, name
+                assert (owner, call) != ("yaml", "load") and words.get("allow_pickle") is not True, name
+                assert words.get("trust_remote_code") in (None, False), name
+    assert found == LOADERS
