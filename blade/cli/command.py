@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 import typer
 
-from blade.common.terminal import print_line, printable
+from blade.common.terminal import print_line, printable, printable_records
 
 USAGE_EXIT_CODE = 2
 INTERRUPTED_EXIT_CODE = 130
@@ -50,7 +50,7 @@ def run_command(function: Callable[..., Any] | typer.Typer, arguments: Sequence[
         app = typer.Typer()
         app.command()(function)
     try:
-        with _plain_messages():
+        with _plain_messages(), printable_records():
             code = typer.main.get_command(app).main(arguments, standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED_EXIT_CODE

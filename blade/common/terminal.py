@@ -8,7 +8,9 @@ from __future__ import annotations
 import logging
 import sys
 import unicodedata
-from typing import TextIO
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, TextIO
 
 OBEYED = ("Cc", "Cs", "Zl", "Zp")
 """Unicode categories of what terminals and encoders act upon: control characters, surrogates, line separators."""
@@ -41,6 +43,24 @@ def print_line(text: object = "", *, file: TextIO | None = None) -> None:
 
 def _is_obeyed(character: str) -> bool:
     return character in DIRECTIONS or unicodedata.category(character) in OBEYED
+
+
+@contextmanager
+def printable_records() -> Iterator[None]:
+    """Make what any package logs printable: Diffusers, for one, logs the end of a prompt that is too long."""
+    before = logging.getLogRecordFactory()
+
+    def make(*args: Any, **options: Any) -> logging.LogRecord:
+        record = before(*args, **options)
+        with suppress(TypeError, ValueError):  # arguments that do not fit: whoever shows the record reports them
+            record.msg, record.args = printable(record.getMessage(), kept="\n\t"), ()
+        return record
+
+    logging.setLogRecordFactory(make)
+    try:
+        yield
+    finally:
+        logging.setLogRecordFactory(before)
 
 
 class _Printable(logging.Filter):

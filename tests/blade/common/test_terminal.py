@@ -83,6 +83,22 @@ def test_every_way_to_the_terminal_is_harmless() -> None:
     assert "\nmade        forged" not in output.getvalue()
 
 
+def test_what_other_packages_log_is_harmless() -> None:
+    stream = io.StringIO()
+    handler, other = logging.StreamHandler(stream), logging.getLogger("another_package")
+    other.addHandler(handler)
+
+    def command() -> None:
+        other.warning("this part was truncated: %s", [HOSTILE])
+        other.warning("this part was truncated: %s", HOSTILE)
+
+    with redirect_stderr(io.StringIO()), pytest.raises(SystemExit):
+        run_command(command, [])
+    other.removeHandler(handler)
+    assert stream.getvalue().count(r"\x1b[31mred") == 2 and not OBEYED.search(stream.getvalue())
+    assert logging.getLogRecordFactory() is logging.LogRecord
+
+
 def test_progress_on_a_terminal_is_harmless(monkeypatch: pytest.MonkeyPatch) -> None:
     class Terminal(io.StringIO):
         def isatty(self) -> bool:

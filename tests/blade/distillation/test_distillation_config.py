@@ -86,7 +86,6 @@ def test_the_students_attention(tmp_path):
         "${${model}:TOKEN}",
         "${own_resolver:1}",
         r"\${oc.env:TOKEN}",
-        "${oc.env:",
     ],
 )
 @pytest.mark.parametrize("in_file", [True, False], ids=["file", "setting"])

@@ -271,7 +271,7 @@ def test_no_file_from_elsewhere_is_pushed(name, small_student, uploaded, tmp_pat
 
 
 def test_what_others_have_named_is_text_in_the_model_card(pipe, tmp_path):
-    hostile = 'a/<script>alert(1)</script>](javascript:alert(1)) `x` "|\n\n```\n# b: !!python'
+    hostile = 'a/<script>alert(1)</script>[b](https://example.com)](javascript:alert(1)) `x` "|\n\n```\n# b: !!python'
     folder = tmp_path / "student"
     facts = {
         "base": hostile, "source": hostile, "updates": 3, "batch": 1, "prompts": "4", "size": "9 frames of 64x64",

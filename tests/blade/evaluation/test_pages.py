@@ -114,7 +114,7 @@ def test_without_anything_to_draw_there_is_no_picture(written, evaluation, monke
     assert names == ["report.json", "report.md", "report.html"]
 
 
-HOSTILE = "a/<script>alert(1)</script>](javascript:alert(1)) `x` | \"onload='y'\n\n# b"
+HOSTILE = "a/<script>alert(1)</script>[b](https://example.com)](javascript:alert(1)) `x` | \"onload='y'\n\n# b"
 
 
 def test_what_others_have_named_is_text_in_both_pages(written):
@@ -138,4 +138,4 @@ def test_what_others_have_named_is_text_in_both_pages(written):
     assert not {"html_block", "html_inline", "link_open", "image", "code_inline"} & {token.type for token in found}
     for kind in ("heading_open", "code_block", "td_open", "paragraph_open"):
         assert sum(token.type == kind for token in found) == sum(token.type == kind for token in usual)
-    assert any("<script>alert(1)</script>](javascript:alert(1))" in token.content for token in found)
+    assert any("](javascript:alert(1))" in token.content for token in found)
