@@ -127,6 +127,7 @@ def load_empty_model(
             source = snapshot_download(source, allow_patterns=patterns, **options)
         folder = Path(source)
         kind, arguments = check_model_folder(folder, f"`model` {model} cannot be read: it")
+        part: Any
         for name, part in arguments.items():
             if not inspect.isclass(part):
                 continue

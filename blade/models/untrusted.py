@@ -96,7 +96,7 @@ def find_scheduler_class(name: Any, what: str) -> type:
     return kind
 
 
-def find_pipeline_class(name: Any, what: str) -> type:
+def find_pipeline_class(name: Any, what: str) -> Any:
     """Return a pipeline's class.
 
     Args:
@@ -108,7 +108,7 @@ def find_pipeline_class(name: Any, what: str) -> type:
     """
     import diffusers
 
-    kind = getattr(diffusers, name, None) if isinstance(name, str) else None
+    kind: Any = getattr(diffusers, name, None) if isinstance(name, str) else None
     if not inspect.isclass(kind) or not issubclass(kind, diffusers.DiffusionPipeline):
         raise ModelError(f"{what} names {name!r} as its pipeline, which must be one of Diffusers' pipelines.")
     if kind._load_connected_pipes:  # from whatever repository the model's README names
@@ -116,7 +116,7 @@ def find_pipeline_class(name: Any, what: str) -> type:
     return kind
 
 
-def read_model_index(path: Path, what: str) -> tuple[type, dict[str, Any]]:
+def read_model_index(path: Path, what: str) -> tuple[Any, dict[str, Any]]:
     """Read a `model_index.json`.
 
     Args:
@@ -131,7 +131,7 @@ def read_model_index(path: Path, what: str) -> tuple[type, dict[str, Any]]:
         ModelError: if it is not JSON, or names what is no pipeline or no component.
     """
     values = read_json(path, what)
-    kind: Any = find_pipeline_class(values.get("_class_name"), what)
+    kind = find_pipeline_class(values.get("_class_name"), what)
     components = {*kind._get_signature_keys(kind)[0], *kind._optional_components}
     arguments: dict[str, Any] = {}
     for name, value in values.items():
@@ -139,13 +139,14 @@ def read_model_index(path: Path, what: str) -> tuple[type, dict[str, Any]]:
             # nothing but a list: Diffusers also takes the two letters of a string apart, and the two keys of an object
             if not isinstance(value, list) or len(value) != 2:
                 raise ModelError(f"{what} must name the library and class of its {name}, got {value!r}.")
-            value = None if value[0] is None else find_component_class(*value, what)
+            library, class_name = value
+            value = None if library is None else find_component_class(library, class_name, what)
         if not name.startswith("_"):
             arguments[name] = value
     return kind, arguments
 
 
-def check_model_folder(folder: Path, what: str) -> tuple[type, dict[str, Any]]:
+def check_model_folder(folder: Path, what: str) -> tuple[Any, dict[str, Any]]:
     """Check a folder in Diffusers format; a part of its files is enough.
 
     Args:
