@@ -127,10 +127,8 @@ def load_empty_model(
             source = snapshot_download(source, allow_patterns=patterns, **options)
         folder = Path(source)
         kind, arguments = check_model_folder(folder, f"`model` {model} cannot be read: it")
-        part: Any
-        for name, part in arguments.items():
-            if not inspect.isclass(part):
-                continue
+        parts: dict[str, Any] = {name: value for name, value in arguments.items() if inspect.isclass(value)}
+        for name, part in parts.items():
             arguments[name], is_model = None, issubclass(part, (ModelMixin, PreTrainedModel))
             if not is_model and any((folder / name / file).exists() for file in SMALL_PARTS):
                 arguments[name] = part.from_pretrained(folder, subfolder=name)

@@ -108,12 +108,13 @@ def find_pipeline_class(name: Any, what: str) -> Any:
     """
     import diffusers
 
-    kind: Any = getattr(diffusers, name, None) if isinstance(name, str) else None
+    kind = getattr(diffusers, name, None) if isinstance(name, str) else None
     if not inspect.isclass(kind) or not issubclass(kind, diffusers.DiffusionPipeline):
         raise ModelError(f"{what} names {name!r} as its pipeline, which must be one of Diffusers' pipelines.")
-    if kind._load_connected_pipes:  # from whatever repository the model's README names
+    pipeline: Any = kind
+    if pipeline._load_connected_pipes:  # from whatever repository the model's README names
         raise ModelError(f"{what} is a {name}, which loads further models and makes no video.")
-    return kind
+    return pipeline
 
 
 def read_model_index(path: Path, what: str) -> tuple[Any, dict[str, Any]]:

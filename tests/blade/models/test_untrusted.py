@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import io
+import os
 import re
 import shutil
 import sys
@@ -54,6 +55,8 @@ def refused(load: Callable[[], object], problem: str) -> None:
 def test_a_hostile_model_is_refused(
     case, marker: Path, tiny_pipeline_copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if case.name == "pipe" and not hasattr(os, "mkfifo"):
+        pytest.skip("this system has no pipes among its files")
     monkeypatch.syspath_prepend(tiny_pipeline_copy)
     case.spoil(tiny_pipeline_copy, marker)
     refused(lambda: load_model(tiny_pipeline_copy), case.problem)
