@@ -297,14 +297,15 @@ def _check_config(path: Path, name: str, what: str) -> None:
     for key, value in values.items():
         is_file = key.endswith(("_file", "_files")) or key == "transformers_weights"
         for named in value if isinstance(value, list) else [value]:
-            if is_file and key not in HARMLESS_FILES and isinstance(named, str) and _is_elsewhere(named):
+            if is_file and key not in HARMLESS_FILES and isinstance(named, str) and _is_elsewhere(named, path.parent):
                 raise ModelError(f"{what} names in {name} a file outside of its folder as `{key}`, {named}.")
 
 
-def _is_elsewhere(name: str) -> bool:
-    """Return whether a file's name, on any system, leads out of the folder that it is looked for in."""
+def _is_elsewhere(name: str, folder: Path) -> bool:
+    """Return whether a file's name, on any system, leads out of its folder to a file; some name one of their author."""
     path = PureWindowsPath(name)
-    return bool(path.anchor) or ".." in path.parts
+    leads_away = bool(path.anchor) or ".." in path.parts
+    return leads_away and (os.path.exists(name) or os.path.exists(folder / name))
 
 
 def _all_items(values: Any) -> Iterator[tuple[str, Any]]:

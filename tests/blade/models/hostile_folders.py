@@ -88,6 +88,8 @@ def config(file: str, **values: Any) -> Callable[[Path, Path], None]:
         change(folder / file, **values)
         module(f"{Path(file).parent}/evil", "Evil")(folder, marker)
         (folder / Path(file).parent / "evil.py").rename(folder / "evil.py")
+        for name in ("outside.json", "outside.safetensors"):
+            (folder.parent / name).write_text("{}")
 
     return spoil
 

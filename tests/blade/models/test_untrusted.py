@@ -215,6 +215,15 @@ def test_a_linked_folder_is_itself(saved_tiny_pipeline: Path, tmp_path: Path) ->
     assert type(load_model(tmp_path / "link").pipe) is WanPipeline
 
 
+def test_places_of_its_author_that_are_not_here_are_no_reason(tiny_pipeline_copy: Path) -> None:
+    """Published tokenizers hold such leftovers."""
+    config = tiny_pipeline_copy / "tokenizer" / "tokenizer_config.json"
+    hostile.change(config, tokenizer_file="/fsx/author/tokenizer.json", special_tokens_map_file=str(config))
+    check_files(tiny_pipeline_copy, "tokenizer", "it")
+    hostile.change(config, tokenizer_file=str(tiny_pipeline_copy / "model_index.json"))
+    refused(lambda: check_files(tiny_pipeline_copy, "tokenizer", "it"), "a file outside of its folder")
+
+
 def test_a_loop_of_links_leads_nowhere(tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     assert not leads_out(tmp_path / "loop", tmp_path)
