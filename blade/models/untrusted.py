@@ -302,7 +302,7 @@ def _check_config(path: Path, name: str, what: str) -> None:
 
 
 def _is_elsewhere(name: str, folder: Path) -> bool:
-    """Return whether a file's name, on any system, leads out of its folder to a file; some name one of their author."""
+    """Return whether a file's name, on any system, leads to a file out of its folder; many lead to none, their authors'."""
     path = PureWindowsPath(name)
     leads_away = bool(path.anchor) or ".." in path.parts
     return leads_away and (os.path.exists(name) or os.path.exists(folder / name))
