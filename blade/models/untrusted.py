@@ -302,7 +302,7 @@ def _check_config(path: Path, name: str, what: str) -> None:
 
 
 def _is_elsewhere(name: str, folder: Path) -> bool:
-    """Return whether a file's name, on any system, leads to a file out of its folder; many lead to none, their authors'."""
+    """Return whether a file's name, on any system, leads to a file elsewhere; leftovers of authors do not."""
     path = PureWindowsPath(name)
     leads_away = bool(path.anchor) or ".." in path.parts
     return leads_away and (os.path.exists(name) or os.path.exists(folder / name))
