@@ -48,7 +48,7 @@ test-long: $(VENV)/.installed-dev
 
 test-oldest: $(VENV)-oldest/.oldest
 	OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest -n $(WORKERS) tests/pipelines tests/blade/attention \
-	  tests/blade/students
+	  tests/blade/students tests/blade/models/test_untrusted.py
 
 test-report: $(VENV)/.installed-browser | $(CHROMIUM)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser tests/report

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from blade.cli.command import run_command
-from blade.common.tables import markdown_table, write_table
+from blade.common.tables import markdown_code, markdown_table, write_table
 from blade.metrics.estimates import bootstrap, mean_of_worst, paired_difference
 
 
@@ -51,7 +51,7 @@ def main(
     if output is not None:
         command = shlex.join(["python", "scripts/compare_runs.py", *sys.argv[1:]])
         values_written = {"command": command, "measure": measure, "pairs": records}
-        note = f"`{command}`: {measure}, with 95 % paired bootstrap intervals."
+        note = f"{markdown_code(command)}: {measure}, with 95 % paired bootstrap intervals."
         write_table(output, "pairs", title="Runs in pairs", note=note, lines=lines, values=values_written)
 
 

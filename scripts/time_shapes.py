@@ -11,7 +11,6 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from diffusers import WanPipeline
 from safetensors.torch import save_file
 
 from blade.common.machine import describe_machine
@@ -20,6 +19,7 @@ from blade.distillation.config import WeightsConfig
 from blade.generation.prepare import prepare_model
 from blade.generation.request import DEFAULT_STUDENT_STEPS, GenerationRequest
 from blade.generation.run import run_request
+from blade.models.loading import load_pipeline
 from blade.models.source import bundled_model_path
 from blade.moving_shapes.bundled import BUNDLED_DEFAULTS
 from blade.moving_shapes.training.components import LARGER_SIZE, TransformerSize, build_pipeline, build_transformer
@@ -34,7 +34,7 @@ def write_random_model(folder: Path, size: TransformerSize) -> GenerationRequest
     Returns:
         The request that generates with both as the default command does with the bundled ones.
     """
-    bundled = WanPipeline.from_pretrained(bundled_model_path())
+    bundled = load_pipeline(bundled_model_path(), "the bundled model", torch.float32)
     transformer = build_transformer(size)
     build_pipeline(bundled.vae, bundled.text_encoder, transformer).save_pretrained(folder / "model")
     student = Path(shutil.copytree(bundled_student_path(BUNDLED_STUDENTS[DEFAULT_STUDENT_STEPS]), folder / "student"))

@@ -12,12 +12,12 @@ from typing import Annotated
 
 import torch
 import typer
-from diffusers import WanPipeline
 
 from blade.common.tables import markdown_table
 from blade.evaluation.held_out import GroupScore, score_held_out
 from blade.evaluation.prompts import held_out_prompts
 from blade.models.devices import resolve_device
+from blade.models.loading import load_pipeline
 from blade.models.source import bundled_model_path
 from blade.moving_shapes.bundled import BUNDLED_DEFAULTS
 from blade.moving_shapes.training.components import LARGER_SIZE, TransformerSize
@@ -45,7 +45,7 @@ def compare(
     rows, scores = [], {}
     for name, folder in folders.items():
         began = time.monotonic()
-        pipe = WanPipeline.from_pretrained(folder).to(device)
+        pipe = load_pipeline(folder, f"model {folder}", torch.float32).to(device)
         scores[name] = score_held_out(pipe, held_out_prompts(prompts, prompts), steps=steps)
         for it in scores[name]:
             counts = [f"{count}/{it.videos}" for count in (it.basics, it.all_attributes)]

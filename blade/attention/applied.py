@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,11 +19,10 @@ from blade.attention.config import BladeConfig
 from blade.attention.layer import Plan, SparseLayer
 from blade.attention.methods import Method, method_of
 from blade.attention.steps import ASSUMED_STEPS, StepResolver
+from blade.common.terminal import logger
 from blade.families.protocol import Inputs, ModelFamily
 from blade.families.transformers import Transformer
 from blade.token_grid import TokenGrid
-
-logger = logging.getLogger("blade")
 
 HOOK_NAME = "blade"
 """Name of BLADE's hook in the transformer's registry of Diffusers hooks."""

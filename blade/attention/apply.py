@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,11 +13,10 @@ from torch import nn
 from blade.attention.applied import AppliedBlade, applied_to
 from blade.attention.config import AdaptiveConfig, BladeConfig
 from blade.attention.pattern_table import PatternTable
+from blade.common.terminal import logger
 from blade.families.kinds import PresetKind
 from blade.families.registry import available_kind, find_family
 from blade.families.transformers import find_transformers
-
-logger = logging.getLogger("blade")
 
 Target = TypeVar("Target")
 

@@ -13,7 +13,7 @@ from blade_kernels.cubin import table as cubin_table
 from blade.benchmarks.attention import PASSES
 from blade.benchmarks.layers import AttentionShape
 from blade.common.files import write_files
-from blade.common.tables import Table, markdown_table
+from blade.common.tables import Table, markdown_block, markdown_table
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 """A colour for each size, from Okabe and Ito's palette, which is safe for colour blindness."""
@@ -64,7 +64,7 @@ def write_report(report: dict[str, Any], folder: Path) -> list[Path]:
         "brackets: how many times as fast as the fastest dense attention, and its speed per pair of query and key, as "
         "a share of dense attention's." + (f" Matrix products reach {peak} TFLOP/s." if peak else ""),
         "",
-        f"    {report['command']}",
+        markdown_block(report["command"]),
     ]
     for table in tables(report):
         lines += ["", f"## {table.title}", "", *markdown_table(table.headings, table.rows)]

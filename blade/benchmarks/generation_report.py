@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from blade.common.files import write_files
-from blade.common.tables import Table, markdown_table
+from blade.common.tables import Table, markdown_block, markdown_code, markdown_table
 
 
 def tables(report: dict[str, Any]) -> list[Table]:
@@ -55,9 +55,9 @@ def markdown(report: dict[str, Any]) -> str:
         "",
         f"{report['date']}, {report['machine']['device']}, {versions}.",
         "",
-        f"    {report['command']}",
+        markdown_block(report["command"]),
         "",
-        f"`{settings['model']}` with {weights}, {settings['dtype']}: {report['frames']} frames of "
+        f"{markdown_code(settings['model'])} with {weights}, {settings['dtype']}: {report['frames']} frames of "
         f"{report['width']}x{report['height']}, {report['tokens']:,} tokens, {report['layers']} layers of "
         f"{report['heads']} heads. Every "
         f"layer and step at sparsity {settings['sparsity']} with pooled tokens {settings['pooled_tokens']} inside, "

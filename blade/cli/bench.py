@@ -18,6 +18,7 @@ from blade.cli.progress import progress_line
 from blade.cli.tables import print_tables
 from blade.common.options import OptionGroup, option, option_names, read_group
 from blade.common.tables import Table
+from blade.common.terminal import print_line
 from blade.generation.options import ModelOptions, VideoOptions
 from blade.models.choices import DTYPE_NAMES
 
@@ -189,7 +190,7 @@ def attention(given: dict[str, Any]) -> None:
         report = run_attention_benchmark(settings, command=shlex.join(["blade-bench", *sys.argv[1:]]), on_case=on_case)
     print_tables(tables(report))
     for path in written:
-        print(path)
+        print_line(path)
 
 
 def generate(given: dict[str, Any]) -> None:
@@ -219,7 +220,7 @@ def generate(given: dict[str, Any]) -> None:
     print_tables(tables(report))
     if options.output is not None:
         for path in write_report(report, options.output):
-            print(path)
+            print_line(path)
 
 
 def tune(given: dict[str, Any]) -> None:
@@ -259,7 +260,7 @@ def tune(given: dict[str, Any]) -> None:
         rows.append([kernel, _launch(shipped.config), f"{shipped.ms}", _launch(trial.config), f"{trial.ms}"])
     print_tables([Table("Launch configurations", ["kernel", "shipped", "ms", "fastest", "ms"], rows)])
     tuning.save(chosen, case, path)
-    print(path)
+    print_line(path)
 
 
 def _launch(config: Any) -> str:

@@ -5,12 +5,16 @@ from __future__ import annotations
 import ctypes
 import logging
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from types import TracebackType
 from typing import Any, NoReturn
 
 import typer
+
+from blade.common.terminal import print_line, printable, printable_records
 
 USAGE_EXIT_CODE = 2
 INTERRUPTED_EXIT_CODE = 130
@@ -46,7 +50,7 @@ def run_command(function: Callable[..., Any] | typer.Typer, arguments: Sequence[
         app = typer.Typer()
         app.command()(function)
     try:
-        with _plain_messages():
+        with _plain_messages(), printable_records():
             code = typer.main.get_command(app).main(arguments, standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED_EXIT_CODE
@@ -55,6 +59,7 @@ def run_command(function: Callable[..., Any] | typer.Typer, arguments: Sequence[
         if hasattr(error, "format_message"):
             _fail(error.format_message(), USAGE_EXIT_CODE)
         if DEBUG in arguments:
+            sys.excepthook = _print_traceback
             raise
         _fail(describe(error), 1)
     if code == INTERRUPTED_EXIT_CODE:  # newer versions of Typer return it instead of raising
@@ -83,8 +88,13 @@ def describe(error: Exception) -> str:
     return f"{type(error).__name__}: {message} ({DEBUG} shows where)".replace(": (", " (")
 
 
+def _print_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Print the traceback of an error that ends the process."""
+    print_line("".join(traceback.format_exception(kind, error, trace)).rstrip(), file=sys.stderr)
+
+
 def _fail(message: str, code: int) -> NoReturn:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    print_line(f"error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(code)
 
 
@@ -92,7 +102,7 @@ class _StderrHandler(logging.Handler):
     """Prints to what is stderr at the time, which is another stream while a line of progress is shown."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(self.format(record), file=sys.stderr, flush=True)
+        print_line(self.format(record), file=sys.stderr)
 
 
 @contextmanager
@@ -102,7 +112,7 @@ def _plain_messages() -> Iterator[None]:
     handler.setFormatter(logging.Formatter("%(message)s"))
     loggers = [logging.getLogger(name) for name in ("blade", "blade_kernels", "blade_pipelines")]
     format_before = warnings.formatwarning
-    warnings.formatwarning = lambda message, category, *where: f"{category.__name__}: {message}\n"
+    warnings.formatwarning = lambda message, category, *where: f"{category.__name__}: {printable(str(message))}\n"
     for logger in loggers:
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)

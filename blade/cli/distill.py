@@ -14,6 +14,7 @@ import typer
 
 from blade.cli.command import run_command
 from blade.cli.progress import progress_line
+from blade.common.terminal import print_line
 
 
 def distill(
@@ -49,7 +50,7 @@ def distill(
         found = distill(read, dry_run=dry_run, random_weights=random_weights, on_progress=say, on_update=say.log)
     if not PartialState().is_main_process:
         return
-    print(found)
+    print_line(found)
     if report is not None:
         assert isinstance(found, Estimate)
         now = datetime.now(UTC).isoformat(timespec="seconds")

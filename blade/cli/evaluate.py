@@ -14,6 +14,7 @@ from blade.cli.options import make_command
 from blade.cli.progress import progress_line
 from blade.cli.tables import print_tables
 from blade.common.options import OptionGroup, option, option_names, read_group
+from blade.common.terminal import print_line
 from blade.generation.options import AccelerationOptions, ModelOptions, VideoOptions
 
 if TYPE_CHECKING:
@@ -175,10 +176,12 @@ def _search(evaluation: Evaluation, psnr: float) -> None:
     from blade.evaluation.sparsity_search import find_sparsity
 
     with progress_line() as say:
-        found = find_sparsity(evaluation, psnr, on_video=lambda progress: say.log(str(progress)), on_candidate=print)
+        found = find_sparsity(
+            evaluation, psnr, on_video=lambda progress: say.log(str(progress)), on_candidate=print_line
+        )
     found.save_config()
     _report(found.plan, sparsity_search=found.to_dict())
-    print(found)
+    print_line(found)
 
 
 def _report(plan: EvaluationPlan, **added: Any) -> None:
@@ -190,14 +193,14 @@ def _report(plan: EvaluationPlan, **added: Any) -> None:
 
     report = make_report(plan, command=shlex.join(["blade-evaluate", *sys.argv[1:]])) | added
     if report["missing"]:
-        print(f"{report['missing']} videos of other shards are still missing; the one that ends last reports.")
+        print_line(f"{report['missing']} videos of other shards are still missing; the one that ends last reports.")
         return
     print_tables(tables(report, brief=True))
     laid_out = lay_out_videos(plan)
     for path in write_report(report, plan.evaluation.folder, laid_out):
-        print(path)
+        print_line(path)
     if has_protocol_rows(report):
-        print("", *protocol_lines(report["protocol"]), sep="\n")
+        print_line("\n".join(["", *protocol_lines(report["protocol"])]))
 
 
 def _videos(described: Sequence[str], compared: RunOptions, chosen: PromptSetOptions, captions: int) -> dict[str, Any]:

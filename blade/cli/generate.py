@@ -12,6 +12,7 @@ import typer
 from blade.cli.command import run_command
 from blade.cli.options import make_command
 from blade.common.options import OptionGroup, option, option_names, read_group
+from blade.common.terminal import print_line
 from blade.generation.options import GROUPS, added_groups
 
 FIRST = ("prompt", "model", "student", "sparsity", "output")
@@ -74,7 +75,7 @@ def generate(given: dict[str, Any]) -> None:
     if own.dry_run:
         from blade.generation.plan import plan_run
 
-        print(plan_run(request))
+        print_line(plan_run(request))
         return
     if request.model == BUNDLED:
         # loaded in a moment, so that progress bars would only hide what follows
@@ -82,11 +83,11 @@ def generate(given: dict[str, Any]) -> None:
         transformers.utils.logging.disable_progress_bar()
     if own.prompts is not None:
         report = generate_list(request, listed, own.output or OUTPUT_FOLDER, compare=own.compare)
-        print(report)
+        print_line(report)
         if report.failed:
             raise typer.Exit(FAILED_EXIT_CODE)
         return
-    print(generate_files(request, own.output, compare=own.compare))
+    print_line(generate_files(request, own.output, compare=own.compare))
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

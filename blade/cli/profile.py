@@ -13,6 +13,7 @@ from blade.cli.command import run_command
 from blade.cli.options import make_command
 from blade.cli.progress import progress_line
 from blade.common.options import OptionGroup, option, option_names, read_group
+from blade.common.terminal import print_line
 from blade.generation.options import (
     AccelerationOptions,
     ModelOptions,
@@ -128,8 +129,8 @@ def profile(given: dict[str, Any]) -> None:
         report = profile_attention(request, on_progress=say)
     assert report is not None
     path = write_attention_report(report, command=shlex.join(["blade-profile", *sys.argv[1:]]))
-    print(report)
-    print(f"report      {path}")
+    print_line(report)
+    print_line(f"report      {path}")
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from blade.common.terminal import print_line, printable
+
 if TYPE_CHECKING:
     from rich.progress import Progress
 
@@ -43,10 +45,11 @@ class ProgressLine:
         """Show a text in place of the one before; in a file, one in every `SECONDS_BETWEEN_LINES`."""
         if self._is_quiet:
             return
+        text = printable(text)
         if self._on_terminal:
             self._change(text)
         elif time.monotonic() - self._shown >= SECONDS_BETWEEN_LINES:
-            print(text, file=sys.stderr, flush=True)
+            print_line(text, file=sys.stderr)
             self._shown = time.monotonic()
 
     def log(self, text: str) -> None:
@@ -54,7 +57,7 @@ class ProgressLine:
         if self._on_terminal:
             self(text)
         if not (self._on_terminal and sys.stdout.isatty()):
-            print(text, flush=True)
+            print_line(text)
 
     def close(self) -> None:
         """Take the line away."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from blade.common.files import write_files
+from blade.common.terminal import printable
 
 
 @dataclass(frozen=True)
@@ -20,10 +22,29 @@ class Table:
     rows: list[list[str]]
 
 
+def markdown_text(text: str) -> str:
+    """Return a text of any origin as Markdown that shows it, on one line: no link, code, cell or HTML begins in it."""
+    return re.sub(r"[\\`\[\]|]", r"\\\g<0>", printable(text)).replace("<", "&lt;")
+
+
+def markdown_code(text: str) -> str:
+    """Return a text of any origin as code within a line of Markdown."""
+    text = printable(text)
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    space = " " if "`" in text else ""
+    return f"{fence}{space}{text}{space}{fence}"
+
+
+def markdown_block(text: str) -> str:
+    """Return a text of any origin as a block of code in Markdown, whose lines are indented."""
+    return "    " + printable(text, kept="\n").replace("\n", "\n    ")
+
+
 def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """The lines of a table, its first column to the left and the others to the right."""
     rule = ["---", *["---:"] * (len(headings) - 1)]
-    return ["| " + " | ".join(cells) + " |" for cells in (headings, rule, *rows)]
+    cells = [[markdown_text(cell) for cell in row] for row in (headings, *rows)]
+    return ["| " + " | ".join(row) + " |" for row in (cells[0], rule, *cells[1:])]
 
 
 def write_table(
@@ -42,7 +63,7 @@ def write_table(
     Raises:
         OutputError: a file cannot be written.
     """
-    text = "\n".join([f"# {title}", "", note, "", f"    {values['command']}", "", *lines, ""])
+    text = "\n".join([f"# {title}", "", note, "", markdown_block(values["command"]), "", *lines, ""])
     folder.mkdir(parents=True, exist_ok=True)
     write_files(
         {

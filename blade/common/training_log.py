@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from blade.common.files import replaced_whole
+from blade.common.terminal import print_line
 
 
 def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
@@ -57,7 +58,7 @@ class TrainingLog:
         stage: str,
         start: int,
         total: int | None,
-        show: Callable[[str], None] = lambda text: print(text, flush=True),
+        show: Callable[[str], None] = print_line,
     ) -> None:
         self.path, self.stage, self.total, self.show = path, stage, total, show
         path.parent.mkdir(parents=True, exist_ok=True)

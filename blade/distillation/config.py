@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
@@ -317,6 +318,10 @@ class DistillationConfig:
         return asdict(self)
 
 
+FIELD = re.compile(r"\$\{[\w.\[\]-]+\}")
+"""A value that is another field's."""
+
+
 def recipe_names() -> tuple[str, ...]:
     """Return the names of the recipes that ship with the package."""
     folder = files("blade") / RECIPES
@@ -331,21 +336,23 @@ def load_config(source: str | Path | None = None, overrides: Sequence[str] = ())
         overrides: `key=value`, such as `trajectory.steps=[4,8]`, which override the file.
 
     Raises:
-        ValueError: if the file does not exist, or a key or a value is invalid.
+        ValueError: if the file does not exist, or a key or a value is invalid. A value may name another field, as in
+            `${video.frames}`, but no resolver: what it reads, such as an environment variable, would go into the
+            student's files.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
     try:
-        merged = OmegaConf.structured(DistillationConfig)
-        if source is not None:
-            merged = OmegaConf.merge(merged, OmegaConf.load(_find(source)))
+        given = [] if source is None else [OmegaConf.load(_find(source))]
         for override in overrides:
             if "=" not in override:
                 raise ValueError(f"Overrides of the configuration must be `key=value`, got {override!r}.")
-        merged = OmegaConf.merge(merged, OmegaConf.from_dotlist(list(overrides)))
-        config = OmegaConf.to_object(merged)
+        given.append(OmegaConf.from_dotlist(list(overrides)))
+        for values in given:
+            _check_interpolations(OmegaConf.to_container(values, resolve=False))
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(DistillationConfig), *given))
     except (OmegaConfBaseException, YAMLError, OSError) as error:
         reason = " ".join(str(error).split("\n    ")[0].split())
         key = getattr(error, "full_key", None)
@@ -353,6 +360,18 @@ def load_config(source: str | Path | None = None, overrides: Sequence[str] = ())
         raise ValueError(f"{subject} is not right: {reason}") from error
     assert isinstance(config, DistillationConfig)
     return config
+
+
+def _check_interpolations(value: Any, name: str = "the configuration") -> None:
+    """Refuse every `${...}` in a value, and in what it holds, that does more than name another field."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            _check_interpolations(item, str(key) if name == "the configuration" else f"{name}.{key}")
+    elif isinstance(value, list):
+        for item in value:
+            _check_interpolations(item, name)
+    elif isinstance(value, str) and "${" in FIELD.sub("", value):
+        raise ValueError(f"`{name}` must name nothing but fields, as ${{video.frames}} does, got {value!r}.")
 
 
 def _find(source: str | Path) -> Path:

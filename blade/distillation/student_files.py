@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
@@ -14,13 +15,16 @@ from safetensors.torch import load_file, save_file
 
 from blade.attention.config import BladeConfig
 from blade.common.files import folder_updated
+from blade.common.tables import markdown_code, markdown_text
 from blade.distillation.config import DistillationConfig, WeightsConfig
 from blade.distillation.trajectory import SMALLEST
 from blade.families.protocol import ModelFamily
 from blade.families.registry import find_family
 from blade.families.transformers import Transformer
+from blade.models.source import BUNDLED
+from blade.models.untrusted import check_files
 from blade.students.scheduler import FewStepScheduler
-from blade.students.source import CONDITION_NAME, SCHEDULER_FOLDER, TRANSFORMER_FOLDER, WEIGHT_NAME
+from blade.students.source import CONDITION_NAME, FULL_WEIGHT_NAME, SCHEDULER_FOLDER, TRANSFORMER_FOLDER, WEIGHT_NAME
 from blade.students.step_condition import ATTRIBUTE
 
 CONFIG_NAME = "distillation.yaml"
@@ -28,9 +32,6 @@ CONFIG_NAME = "distillation.yaml"
 
 CARD_NAME = "README.md"
 """File of the model card."""
-
-FULL_WEIGHT_NAME = "diffusion_pytorch_model.safetensors"
-"""Diffusers' file name for the weights of a transformer."""
 
 
 def write_student(
@@ -90,7 +91,9 @@ def read_weights(folder: Path, config: WeightsConfig) -> dict[str, torch.Tensor]
     Raises:
         ValueError: if the folder has no weights of this kind or rank.
     """
-    path = folder / (f"{TRANSFORMER_FOLDER}/{FULL_WEIGHT_NAME}" if config.full else WEIGHT_NAME)
+    name = f"{TRANSFORMER_FOLDER}/{FULL_WEIGHT_NAME}" if config.full else WEIGHT_NAME
+    path = folder / name
+    check_files(folder, name, f"`weights.start_from` {folder}")
     if not path.is_file():
         raise ValueError(f"`weights.start_from` must be a student's folder with a {path.name}, got {folder}.")
     weights = {name.removeprefix("transformer."): weight.float() for name, weight in load_file(path).items()}
@@ -121,10 +124,14 @@ def _card(
     environment = Environment(
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
+    environment.filters |= {"text": markdown_text, "code": markdown_code}
+    options = [] if config.model == BUNDLED else ["--model", config.model]
+    command = shlex.join([*options, "--student", facts["source"]])
     template = environment.from_string((files("blade.distillation") / "student_card.md.jinja").read_text("utf-8"))
     stock, reason = stock_sampler(config, sampler, family.data.ddim_scheduler)
     return template.render(
         config=config,
+        command=f'blade-generate --prompt "..." {command}',
         attention=attention,
         grids=[[round(time, 2) for time in grid] for grid in sampler.config.grids],
         steps=" or ".join(str(count) for count in sampler.step_counts),

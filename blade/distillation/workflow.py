@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -17,6 +16,7 @@ from torch import nn
 
 from blade.attention.config import BladeConfig
 from blade.common.machine import describe_machine, describe_versions
+from blade.common.terminal import logger, print_line
 from blade.common.training_log import TrainingLog, load_checkpoint, save_checkpoint
 from blade.distillation.conditioning import (
     ExampleConditions,
@@ -44,8 +44,6 @@ from blade.models.loading import load_empty_model, load_model
 from blade.models.source import BUNDLED
 from blade.students.scheduler import FewStepScheduler
 
-logger = logging.getLogger("blade")
-
 VALIDATION, EMBEDDINGS, TRAJECTORIES, LOG_NAME = "validation", "embeddings", "trajectories", "log.jsonl"
 """Parts of a student's folder besides the student itself."""
 
@@ -65,7 +63,7 @@ def distill(
     dry_run: bool = False,
     random_weights: bool = False,
     on_progress: Callable[[str], None] = lambda text: None,
-    on_update: Callable[[str], None] = lambda text: print(text, flush=True),
+    on_update: Callable[[str], None] = print_line,
 ) -> DistillationReport | Estimate:
     """Train a student, or resume an interrupted training bit-exactly.
 

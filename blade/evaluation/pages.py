@@ -10,7 +10,7 @@ from typing import Any
 from urllib.parse import quote
 
 from blade.common.files import write_files
-from blade.common.tables import markdown_table
+from blade.common.tables import markdown_block, markdown_table, markdown_text
 from blade.evaluation.report import facts, notes, tables
 from blade.evaluation.videos import VideoLayout
 
@@ -21,9 +21,9 @@ TEMPLATE = "report.html.jinja"
 def markdown(report: dict[str, Any]) -> str:
     """Render the report as a Markdown page."""
     summary, *details = facts(report)
-    lines = ["# Evaluation", "", summary, "", f"    {report['command']}", ""]
+    lines = ["# Evaluation", "", markdown_text(summary), "", markdown_block(report["command"]), ""]
     for line in details:
-        lines += [line, ""]
+        lines += [markdown_text(line), ""]
     for table in tables(report):
         lines += [f"## {table.title}", "", *markdown_table(table.headings, table.rows), ""]
     for note in notes(report):

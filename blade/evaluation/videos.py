@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import shutil
 from collections import Counter
@@ -14,12 +13,11 @@ import torch
 from torch.nn import functional
 
 from blade.common.files import write_files
+from blade.common.terminal import logger
 from blade.evaluation.plan import EvaluationPlan
 from blade.evaluation.prompts import EvaluationPrompt
 from blade.media.pictures import contact_sheet, encode_png, side_by_side
 from blade.media.video import encode_mp4, mp4_frames
-
-logger = logging.getLogger("blade")
 
 SHEET_PROMPTS = 8
 """Most rows of the contact sheet, evenly spaced over the prompts."""

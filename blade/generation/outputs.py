@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,6 +11,7 @@ from typing import Any
 
 from blade.common.errors import first_line
 from blade.common.files import check_writable, write_files
+from blade.common.terminal import logger, printable
 from blade.generation.prepare import prepare_model
 from blade.generation.prompts import file_stem
 from blade.generation.record import make_record
@@ -26,8 +26,6 @@ from blade.models.source import BUNDLED
 from blade.moving_shapes.bundled import BUNDLED_DEFAULTS, prompt_warning
 from blade.students.loading import published_students
 from blade.students.source import BUNDLED_STUDENTS
-
-logger = logging.getLogger("blade")
 
 OUTPUT_FOLDER = Path("outputs")
 """Folder of videos that are given no path."""
@@ -75,7 +73,7 @@ class GenerationReport:
                 f"to dense    {describe_comparison(record)}; "
                 f"dense denoising {record['seconds_denoising_dense']:.2f} s",
             ]
-        return "\n".join(lines)
+        return "\n".join(map(printable, lines))
 
 
 def generate_files(
@@ -115,7 +113,7 @@ class ListReport:
         lines = [f"{len(self.made)} made, {len(self.skipped)} there before, {len(self.failed)} failed"]
         lines += [f"made        {report.video_path}" for report in self.made]
         lines += [f"failed      {prompt}: {reason}" for prompt, reason in self.failed.items()]
-        return "\n".join(lines)
+        return "\n".join(map(printable, lines))
 
 
 def generate_list(

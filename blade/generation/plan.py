@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from blade.common.machine import GIB
+from blade.common.terminal import printable
 from blade.generation.request import GenerationRequest, ResolvedRequest
 from blade.generation.resolve import describe_student, resolve_request
 from blade.models.conditions import model_for
@@ -86,7 +87,7 @@ class RunPlan:
         if self.fits is not None:
             verdict = "it fits" if self.fits else "it does not fit: take --offload auto, or a smaller video"
             lines.append(f"device      {self.device_gib:.1f} GiB: {verdict}")
-        return "\n".join(lines)
+        return "\n".join(map(printable, lines))
 
 
 def plan_run(request: GenerationRequest) -> RunPlan:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from blade.attention.config import BladeConfig
+from blade.common.terminal import logger
 from blade.families.registry import available_kind
 from blade.generation.request import SPARSE_OPTIONS, GenerationRequest, ResolvedRequest
 from blade.models.conditions import read_frames, read_image, size_like
@@ -17,8 +17,6 @@ from blade.moving_shapes.bundled import BUNDLED_DEFAULTS
 from blade.students.description import Student
 from blade.students.loading import loaded_student
 from blade.students.source import BUNDLED_STUDENTS
-
-logger = logging.getLogger("blade")
 
 FPS = 16
 """Frames a second of a model that does not say its own: that of the Wan models."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import nn
 from blade.common.errors import first_line
 from blade.models.choices import OFFLOADS, parse_cache, split_lora
 from blade.models.loaded import LoadedModel
+from blade.models.untrusted import find_lora
 
 HEADROOM = 0.92
 """Share of a device's memory that weights and activations may fill."""
@@ -25,15 +25,14 @@ def load_loras(model: LoadedModel, loras: Sequence[str]) -> None:
         loras: folders, files or Hub ids, each with "=STRENGTH" or without.
 
     Raises:
-        ValueError: if one cannot be loaded onto this model.
+        ValueError: if one cannot be loaded onto this model, or is pickled.
     """
     names, weights = [], []
     for number, text in enumerate(loras):
         source, weight = split_lora(text)
-        path, name = Path(source).expanduser(), f"lora_{number}"
-        place: dict[str, Any] = {"weight_name": path.name} if path.is_file() else {}
+        name, place = f"lora_{number}", find_lora(source, f"`loras` {source}")
         try:
-            model.pipe.load_lora_weights(str(path.parent) if path.is_file() else source, adapter_name=name, **place)
+            model.pipe.load_lora_weights(**place, adapter_name=name)
         except Exception as error:  # whatever Diffusers, PEFT, safetensors and the Hub's client raise
             raise ValueError(f"`loras` {source} cannot be loaded onto this model: {first_line(error)}") from error
         if not any(name in getattr(one, "peft_config", {}) for one in model.transformers.values()):

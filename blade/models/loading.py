@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from blade.families.registry import example_model
 from blade.models.cpu_convolutions import use_onednn_conv3d
 from blade.models.loaded import LoadedModel
 from blade.models.source import BUNDLED, INDEX_NAME, ModelError, locate
+from blade.models.untrusted import check_model_folder, read_model_index
 
 INPUTS = ("prompt", "image", "video")
 """Arguments of a pipeline's call that a generation can give."""
@@ -46,15 +46,12 @@ def load_model(
     Raises:
         ModelError: if there is no such model, it cannot be read, or it makes no video.
     """
-    import diffusers
-    from packaging.version import Version
-
     source, options = locate(model, revision)
-    # named `torch_dtype` before Diffusers 0.40, which warns about that name
-    dtype_argument = "dtype" if Version(diffusers.__version__) >= Version("0.40") else "torch_dtype"
-    options[dtype_argument] = {"default": dtype, "vae": torch.float32}
     try:
-        pipe = diffusers.DiffusionPipeline.from_pretrained(source, **options)
+        source = _fetch(model, source, options)
+        pipe = load_pipeline(source, f"`model` {model} cannot be loaded: it", {"default": dtype, "vae": torch.float32})
+    except ModelError:
+        raise
     except Exception as error:  # whatever Diffusers, Transformers and safetensors raise for a broken model
         raise ModelError(f"`model` {model} cannot be loaded: {_reason(source, error)}") from error
     loaded = _checked(model, pipe)
@@ -62,6 +59,40 @@ def load_model(
     if device is not None:
         pipe.to(device)
     return loaded
+
+
+def load_pipeline(folder: str | Path, what: str, dtype: torch.dtype | Mapping[str, torch.dtype]) -> Any:
+    """Load a pipeline from a folder in Diffusers format by others: none of its code runs, and nothing is unpickled.
+
+    Args:
+        folder: the folder.
+        what: the subject of the error's message, such as "`model` folder".
+        dtype: dtype of all parts, or of each by name.
+
+    Raises:
+        ModelError: see `blade.models.untrusted.check_model_folder`.
+    """
+    import diffusers
+    from packaging.version import Version
+
+    kind, _ = check_model_folder(Path(folder), what)
+    if Version(diffusers.__version__) >= Version("0.40"):
+        options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": False}
+    else:  # which takes the first by another name, and knows the second for downloads alone
+        options = {"torch_dtype": dtype}
+    return kind.from_pretrained(folder, use_safetensors=True, local_files_only=True, **options)
+
+
+def _fetch(model: str | Path, source: str, options: Mapping[str, Any]) -> str:
+    """Download the pipeline of a Hub id into the local cache, and return its folder."""
+    if Path(source).is_dir():
+        return source
+    from diffusers import DiffusionPipeline
+    from huggingface_hub import hf_hub_download
+
+    # before anything else: Diffusers looks at its classes while it downloads
+    read_model_index(Path(hf_hub_download(source, INDEX_NAME, **options)), f"`model` {model} cannot be loaded: it")
+    return str(DiffusionPipeline.download(source, use_safetensors=True, trust_remote_code=False, **options))
 
 
 def load_empty_model(
@@ -85,9 +116,9 @@ def load_empty_model(
     Raises:
         ModelError: if there is no such model, it cannot be read, or it makes no video.
     """
-    import diffusers
-    import transformers
+    from diffusers import ModelMixin
     from huggingface_hub import snapshot_download
+    from transformers import PreTrainedModel
 
     source, options = locate(model, revision, announce=False)
     try:
@@ -95,33 +126,37 @@ def load_empty_model(
             patterns = [INDEX_NAME, "*/config.json", *(f"*/{file}" for file in SMALL_PARTS)]
             source = snapshot_download(source, allow_patterns=patterns, **options)
         folder = Path(source)
-        index = json.loads((folder / INDEX_NAME).read_text(encoding="utf-8"))
-        parts: dict[str, Any] = {}
-        for name, value in index.items():
-            if name.startswith("_"):
-                continue
-            if not isinstance(value, list):
-                parts[name] = value
-            elif value[0] == "diffusers" and any((folder / name / file).exists() for file in SMALL_PARTS):
-                parts[name] = getattr(diffusers, value[1]).from_pretrained(folder, subfolder=name)
-            elif value[0] in ("diffusers", "transformers") and (folder / name / "config.json").exists():
+        kind, arguments = check_model_folder(folder, f"`model` {model} cannot be read: it")
+        parts: dict[str, Any] = {name: value for name, value in arguments.items() if inspect.isclass(value)}
+        for name, part in parts.items():
+            arguments[name], is_model = None, issubclass(part, (ModelMixin, PreTrainedModel))
+            if not is_model and any((folder / name / file).exists() for file in SMALL_PARTS):
+                arguments[name] = part.from_pretrained(folder, subfolder=name)
+            elif is_model and (folder / name / "config.json").exists():
                 wanted = torch.float32 if name == "vae" else dtype
                 # a second transformer is as large, and would only take memory
-                first = name in RANDOM_PARTS and not any(parts.get(other) for other in RANDOM_PARTS)
+                made = any(isinstance(arguments.get(other), nn.Module) for other in RANDOM_PARTS)
+                first = name in RANDOM_PARTS and not made
                 real = random_weights_on is not None and (first or name == "vae")
                 with _making(random_weights_on if real else None, wanted):
-                    if value[0] == "diffusers":
-                        kind = getattr(diffusers, value[1])
-                        part = kind.from_config(kind.load_config(folder, subfolder=name))
-                    else:
-                        part = getattr(transformers, value[1])(transformers.AutoConfig.from_pretrained(folder / name))
-                parts[name] = nn.Module.to(part.eval(), wanted)
-            else:
-                parts[name] = None
-        pipe = getattr(diffusers, index["_class_name"])(**parts)
+                    arguments[name] = _without_weights(part, folder / name)
+                nn.Module.to(arguments[name].eval(), wanted)
+        pipe = kind(**arguments)
+    except ModelError:
+        raise
     except Exception as error:  # whatever Diffusers, Transformers and the Hub's client raise for a broken model
         raise ModelError(f"`model` {model} cannot be read: {first_line(error)}") from error
     return _checked(model, pipe)
+
+
+def _without_weights(kind: Any, folder: Path) -> nn.Module:
+    """Make a model of Diffusers or Transformers from its configuration."""
+    if hasattr(kind, "load_config"):
+        part: nn.Module = kind.from_config(kind.load_config(folder))
+        return part
+    import transformers
+
+    return kind(transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False))  # type: ignore[no-any-return]
 
 
 @contextmanager

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from blade.common.errors import first_line
+from blade.common.terminal import logger
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import ModelInfo
@@ -24,8 +24,6 @@ LARGE_DOWNLOAD = 50_000_000
 
 HUB_TIMEOUT = 10.0
 """Seconds to wait for the Hub before the local cache is taken."""
-
-logger = logging.getLogger("blade")
 
 
 class ModelError(ValueError):

@@ -15,6 +15,7 @@ from blade.attention.pattern_plan import PatternPlan
 from blade.attention.pattern_table import uniform_table
 from blade.common.checks import check_integer
 from blade.common.files import check_writable
+from blade.common.terminal import printable
 from blade.generation.prepare import prepare_model
 from blade.generation.request import GenerationRequest, ResolvedRequest
 from blade.generation.run import run_request
@@ -171,7 +172,8 @@ class ProfileReport:
                 f"asa         {condition}: sparsity {self.adaptive.config.sparsity:g}, run density "
                 f"{self.adaptive.density:.3f} ({folder / ADAPTIVE_NAME})"
             )
-        return "\n".join([*lines, f"written     {folder} (blade-generate --config {folder})"])
+        lines.append(f"written     {folder} (blade-generate --config {folder})")
+        return "\n".join(map(printable, lines))
 
 
 def profile_attention(

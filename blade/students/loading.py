@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,18 +15,18 @@ from blade.attention.applied import applied_to
 from blade.attention.apply import STUDENT_ATTRIBUTE, install_blade, remove_blade
 from blade.attention.config import BladeConfig
 from blade.common.errors import first_line
+from blade.common.terminal import logger
 from blade.families.registry import released_students
 from blade.families.transformers import Transformer, find_transformers
 from blade.models.loaded import LoadedModel
+from blade.models.untrusted import check_files
 from blade.students.description import Student
 from blade.students.scheduler import FewStepScheduler
-from blade.students.source import CONDITION_NAME, STUDENT_FILES, TRANSFORMER_FOLDER, WEIGHT_NAME, StudentFiles
+from blade.students.source import CONDITION_NAME, TRANSFORMER_FOLDER, WEIGHT_NAME, StudentFiles, student_files
 from blade.students.step_condition import StepCondition
 
 if TYPE_CHECKING:
     from blade.families.data import ReleasedStudent
-
-logger = logging.getLogger("blade")
 
 ADAPTER = "blade_student"
 """Name of the student's adapter."""
@@ -114,7 +113,8 @@ def load_student(
         The student; run the pipeline with its `steps` and `guidance_scale`.
 
     Raises:
-        ValueError: if the source has no such LoRA, or more than one that fits, or it is of another model.
+        ValueError: if the source has no such LoRA, or more than one that fits, or it is of another model; if loading
+            it would run code or read files elsewhere.
     """
     unload_student(pipe, missing_ok=True)
     transformers = find_transformers(pipe)
@@ -213,21 +213,24 @@ def push_student(
         token: access token for the Hub; by default the one that is logged in.
 
     Raises:
-        ValueError: if the folder holds no student.
+        ValueError: if the folder holds no student, or one of its files is a link that leads out of it.
     """
     # not by a mixin: those push an object that they save first, with a model card of their own; a student is a folder,
     # has its own card, and only some of its files are uploaded
     from huggingface_hub import HfApi
 
     folder = Path(folder)
-    if not any((folder / name).exists() for name in (WEIGHT_NAME, TRANSFORMER_FOLDER)):
+    names = student_files(folder)
+    if not any(name.endswith(".safetensors") and name != CONDITION_NAME for name in names):
         raise ValueError(
             f"`folder` must hold a student, with a {WEIGHT_NAME} or a {TRANSFORMER_FOLDER}, got {folder}."
         )
+    for name in names:  # a link would upload a file from elsewhere
+        check_files(folder, name, f"`folder` {folder}")
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     commit = api.upload_folder(
-        repo_id=repo_id, folder_path=folder, allow_patterns=list(STUDENT_FILES), commit_message="Upload a student"
+        repo_id=repo_id, folder_path=folder, allow_patterns=names, commit_message="Upload a student"
     )
     return str(commit.commit_url)
 
@@ -324,11 +327,9 @@ def _load_weights(
 def _replace_transformer(pipe: Any, files: StudentFiles, subfolder: str | None) -> None:
     """Put a student of whole weights in the transformer's place."""
     before = LoadedModel(pipe).transformer
-    prefix = f"{TRANSFORMER_FOLDER}/"
-    paths = [files.fetch(subfolder, name) for name in files.inside(subfolder) if name.startswith(prefix)]
-    folder = next(path.parent for path in paths if path is not None)
+    folder = files.fetch_transformer(subfolder)
     try:
-        transformer = type(before).from_pretrained(folder)
+        transformer = type(before).from_pretrained(folder, use_safetensors=True, local_files_only=True)
     except Exception as error:  # whatever Diffusers and safetensors raise for a broken model
         raise ValueError(f"`source` {files.source}: the transformer cannot be loaded: {first_line(error)}") from error
     differing = [key for key, value in before.config.items() if key[0] != "_" and transformer.config.get(key) != value]

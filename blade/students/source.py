@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import json
+import re
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from blade.attention.config import CONFIG_NAME, BladeConfig
+from blade.attention.pattern_table import TABLE_NAME
+from blade.common.errors import first_line
 from blade.models.source import look_up
+from blade.models.untrusted import check_files, find_scheduler_class, read_json
 from blade.students.scheduler import FewStepScheduler
 
 BUNDLED_STUDENTS = {4: "shapes-4-steps", 8: "shapes-8-steps"}
@@ -30,16 +33,47 @@ TRANSFORMER_FOLDER = "transformer"
 SCHEDULER_FOLDER = "scheduler"
 """Folder of a student's `scheduler_config.json`, beside its LoRA."""
 
+SCHEDULER_NAME = f"{SCHEDULER_FOLDER}/scheduler_config.json"
+"""File of a student's sampler."""
+
+FULL_WEIGHT_NAME = "diffusion_pytorch_model.safetensors"
+"""Diffusers' file name for the weights of a transformer."""
+
 STUDENT_FILES = (
     WEIGHT_NAME,
     CONDITION_NAME,
     CONFIG_NAME,
+    TABLE_NAME,
     "README.md",
     "distillation.yaml",
-    f"{SCHEDULER_FOLDER}/*",
-    f"{TRANSFORMER_FOLDER}/*",
+    SCHEDULER_NAME,
+    f"{TRANSFORMER_FOLDER}/config.json",
+    f"{TRANSFORMER_FOLDER}/{FULL_WEIGHT_NAME}",
+    f"{TRANSFORMER_FOLDER}/{FULL_WEIGHT_NAME}.index.json",
 )
-"""Files of a student's folder that belong to the student, and not to its training."""
+"""Files of a student's folder that belong to the student, and not to its training; see `is_student_file`."""
+
+SHARD = re.compile(rf"{TRANSFORMER_FOLDER}/diffusion_pytorch_model-\d{{5}}-of-\d{{5}}\.safetensors")
+"""Names of the files of a transformer's weights where there are several."""
+
+
+def is_student_file(name: str) -> bool:
+    """Return whether a file belongs to a student.
+
+    Args:
+        name: its path in the student's folder, with slashes.
+    """
+    return name in STUDENT_FILES or SHARD.fullmatch(name) is not None
+
+
+def student_files(folder: Path) -> list[str]:
+    """Return the names of the files in a folder that belong to a student.
+
+    Args:
+        folder: the student's folder, in which a training may have left other files.
+    """
+    names = (path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file())
+    return [name for name in names if is_student_file(name)]
 
 
 @dataclass(frozen=True)
@@ -121,26 +155,40 @@ class StudentFiles:
     def fetch(self, subfolder: str | None, name: str) -> Path | None:
         """The path of a file here; None if there is none."""
         name = name if subfolder is None else f"{subfolder}/{name}"
-        if name not in self.names:
+        folder = self.folder
+        if name not in self.names and (folder is None or not (folder / name).exists()):  # there are none below links
             return None
-        if self.folder is not None:
-            return self.folder / name
-        from huggingface_hub import hf_hub_download
+        if folder is None:
+            from huggingface_hub import hf_hub_download
 
-        return Path(hf_hub_download(self.source, name))
+            folder = Path(hf_hub_download(self.source, name)).parents[name.count("/")]
+        check_files(folder, name, f"`source` {self.source}")
+        return folder / name
+
+    def fetch_transformer(self, subfolder: str | None) -> Path | None:
+        """The folder of the whole transformer here; None if there is none."""
+        names = [name for name in self.inside(subfolder) if name.startswith(f"{TRANSFORMER_FOLDER}/")]
+        paths = [self.fetch(subfolder, name) for name in names if is_student_file(name)]
+        folder = next((path.parent for path in paths if path is not None), None)
+        if folder is not None:  # all that is there, the files that are not read among it
+            check_files(folder.parent, TRANSFORMER_FOLDER, f"`source` {self.source}")
+        return folder
 
     def read_config(self, subfolder: str | None) -> BladeConfig | None:
         """The attention that the student was trained with, if it says so."""
         path = self.fetch(subfolder, CONFIG_NAME)
+        self.fetch(subfolder, TABLE_NAME)  # which is read along with it
         return None if path is None else BladeConfig.from_pretrained(path.parent)
 
     def read_scheduler(self, subfolder: str | None) -> Any:
         """The sampler that the student brings, if it does."""
-        path = self.fetch(subfolder, f"{SCHEDULER_FOLDER}/scheduler_config.json")
+        path = self.fetch(subfolder, SCHEDULER_NAME)
         if path is None:
             return None
-        import diffusers
-
-        name = json.loads(path.read_text(encoding="utf-8"))["_class_name"]
-        kind = FewStepScheduler if name == FewStepScheduler.__name__ else getattr(diffusers, name)
-        return kind.from_pretrained(path.parent)
+        what = f"`source` {self.source}"
+        name = read_json(path, what).get("_class_name")
+        kind: Any = FewStepScheduler if name == FewStepScheduler.__name__ else find_scheduler_class(name, what)
+        try:
+            return kind.from_pretrained(path.parent, local_files_only=True)
+        except Exception as error:  # whatever Diffusers raises for values that make no scheduler
+            raise ValueError(f"{what} has a {SCHEDULER_NAME} that cannot be read: {first_line(error)}") from error

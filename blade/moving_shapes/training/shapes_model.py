@@ -10,10 +10,10 @@ from time import monotonic
 from typing import Any
 
 import torch
-from diffusers import WanPipeline
 from jinja2 import Environment, StrictUndefined
 
 from blade.common.files import replaced_whole, write_files
+from blade.models.loading import load_pipeline
 
 from .components import TransformerSize
 from .decoder import DecoderTraining, needs_wider_decoder, train_decoder
@@ -65,7 +65,7 @@ def train_shapes_model(
         trained_vae = train_decoder(run, trained_vae, decoder, device)
         model = train_transformer(run, trained_vae, transformer, device)
     else:
-        pipe = WanPipeline.from_pretrained(start_from).to(device)
+        pipe = load_pipeline(start_from, f"`start_from` {start_from}", torch.float32).to(device)
         trained_vae = pipe.vae.eval().requires_grad_(False)
         if not (run / "log.jsonl").exists():
             run.mkdir(parents=True, exist_ok=True)

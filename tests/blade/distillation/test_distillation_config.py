@@ -1,5 +1,7 @@
 """A configuration says what is wrong with it."""
 
+import json
+
 import pytest
 from omegaconf import OmegaConf
 
@@ -72,3 +74,45 @@ def test_the_students_attention(tmp_path):
     BladeConfig(sparsity=0.3).save_pretrained(tmp_path)
     found = student_attention(AttentionConfig(config=str(tmp_path)), PRESET)
     assert (found.sparsity, found.kind) == (0.3, "student")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "${oc.env:TOKEN}",
+        "x ${oc.env:TOKEN,none} y",
+        "${oc.decode:${oc.env:TOKEN}}",
+        "${oc.env:${run.seed}}",
+        "${${model}:TOKEN}",
+        "${own_resolver:1}",
+        r"\${oc.env:TOKEN}",
+    ],
+)
+@pytest.mark.parametrize("in_file", [True, False], ids=["file", "setting"])
+def test_no_resolver_is_asked(value, in_file, tmp_path, monkeypatch):
+    """What it reads would go into the files that `push_student` uploads."""
+    monkeypatch.setenv("TOKEN", "hf_secret")
+    path = tmp_path / "mine.yaml"
+    path.write_text(json.dumps({"embeddings": value} if in_file else {}))
+    with pytest.raises(ValueError, match=r"`embeddings` must name nothing but fields") as caught:
+        load_config(path, [] if in_file else [f"embeddings={value}"])
+    assert "hf_secret" not in str(caught.value)
+
+
+def test_no_resolver_is_asked_deep_inside(tmp_path, monkeypatch):
+    monkeypatch.setenv("TOKEN", "7")
+    (tmp_path / "mine.yaml").write_text("trajectory:\n  steps: ['${oc.env:TOKEN}']\n")
+    with pytest.raises(ValueError, match=r"`trajectory.steps` must name nothing but fields"):
+        load_config(tmp_path / "mine.yaml")
+
+
+def test_a_name_that_is_put_together_is_not_resolved(monkeypatch):
+    monkeypatch.setenv("TOKEN", "hf_secret")
+    config = load_config(None, ["model=$", "embeddings=${model}{oc.env:TOKEN}"])
+    assert config.embeddings == "${oc.env:TOKEN}"
+
+
+def test_fields_may_name_others(tmp_path):
+    (tmp_path / "mine.yaml").write_text("run:\n  updates: 7\nvalidation:\n  every: ${run.updates}\n")
+    config = load_config(tmp_path / "mine.yaml", ["output=outputs/${model}-${run.updates}"])
+    assert (config.validation.every, config.output) == (7, "outputs/bundled-7")

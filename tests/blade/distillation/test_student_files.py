@@ -1,18 +1,23 @@
 """What a distillation leaves is a student that everything takes."""
 
+import ast
 import json
 import warnings
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from diffusers import DPMSolverMultistepScheduler
+from markdown_it import MarkdownIt
 from safetensors.torch import load_file
 
 from blade import BladeConfig, load_student, push_student, unload_student
 from blade.cli.evaluate import main as evaluate
 from blade.cli.generate import main as generate
-from blade.distillation.config import load_config
+from blade.distillation.config import DistillationConfig, load_config
+from blade.distillation.student_files import write_student
 from blade.distillation.workflow import distill
 from blade.media.video import read_mp4
 from blade.models.loading import load_model
@@ -185,8 +190,10 @@ def test_the_commands_take_it(settings, saved_tiny_pipeline, tmp_path):
     assert groups["student"]["diversity"]["videos"] == 2
 
 
-def test_it_is_pushed_without_what_its_training_left(settings, tmp_path, monkeypatch):
-    folder, uploaded = trained(settings("out")), {}
+@pytest.fixture
+def uploaded(monkeypatch):
+    """What is uploaded to a Hub that accepts everything."""
+    uploaded = {}
 
     class Api:
         def __init__(self, token):
@@ -200,17 +207,92 @@ def test_it_is_pushed_without_what_its_training_left(settings, tmp_path, monkeyp
             return type("Commit", (), {"commit_url": "https://huggingface.co/me/x/commit/1"})
 
     monkeypatch.setattr("huggingface_hub.HfApi", Api)
-    assert push_student(folder, "x", token="t") == "https://huggingface.co/me/x/commit/1"
-    from fnmatch import fnmatch
+    return uploaded
 
+
+def sent(uploaded):
+    """The files that the Hub's client takes for the patterns that it is given."""
+    folder = uploaded["folder_path"]
     files = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
-    sent = {name for name in files if any(fnmatch(name, pattern) for pattern in uploaded["allow_patterns"])}
-    assert sent == {
-        "pytorch_lora_weights.safetensors", "blade_config.json", "README.md", "distillation.yaml",
-        "scheduler/scheduler_config.json",
-    }  # fmt: skip
+    return {name for name in files if any(fnmatch(name, pattern) for pattern in uploaded["allow_patterns"])}
+
+
+STUDENT = {
+    "pytorch_lora_weights.safetensors", "blade_config.json", "README.md", "distillation.yaml",
+    "scheduler/scheduler_config.json",
+}  # fmt: skip
+
+
+def test_it_is_pushed_without_what_its_training_left(settings, tmp_path, uploaded):
+    folder = trained(settings("out"))
+    assert push_student(folder, "x", token="t") == "https://huggingface.co/me/x/commit/1"
+    assert sent(uploaded) == STUDENT
     with pytest.raises(ValueError, match="`folder` must hold a student"):
         push_student(tmp_path / "nothing", "x")
+
+
+@pytest.fixture
+def small_student(tmp_path):
+    """The files of a student, without any weights in them."""
+    folder = tmp_path / "student"
+    for name in STUDENT:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("{}")
+    return folder
+
+
+def test_only_its_own_files_are_pushed(small_student, uploaded):
+    for name in (
+        "scheduler/notes.txt", "scheduler/.env", "scheduler/more/scheduler_config.json", "transformer/token.json",
+        "transformer/checkpoint.pt", "transformer/diffusion_pytorch_model-00001-of-00002.safetensors.bak",
+        "transformer/more/config.json", "log.jsonl", "more/README.md", "pytorch_lora_weights.bin",
+    ):  # fmt: skip
+        (small_student / name).parent.mkdir(parents=True, exist_ok=True)
+        (small_student / name).write_text("hf_secret")
+    own = {
+        "pattern_table.json", "step_condition.safetensors", "transformer/config.json",
+        "transformer/diffusion_pytorch_model-00001-of-00002.safetensors",
+        "transformer/diffusion_pytorch_model.safetensors.index.json",
+    }  # fmt: skip
+    for name in own:
+        (small_student / name).write_text('{"weight_map": {}}' if name.endswith("index.json") else "{}")
+    push_student(small_student, "x")
+    assert sent(uploaded) == STUDENT | own
+
+
+@pytest.mark.parametrize("name", ["README.md", "distillation.yaml", "scheduler/scheduler_config.json"])
+def test_no_file_from_elsewhere_is_pushed(name, small_student, uploaded, tmp_path):
+    (tmp_path / "secret").write_text("hf_secret")
+    (small_student / name).unlink()
+    (small_student / name).symlink_to(tmp_path / "secret")
+    with pytest.raises(ValueError, match=f"holds {name}, a link to"):
+        push_student(small_student, "x")
+    assert not uploaded
+
+
+def test_what_others_have_named_is_text_in_the_model_card(pipe, tmp_path):
+    hostile = 'a/<script>alert(1)</script>[b](https://example.com)](javascript:alert(1)) `x` "|\n\n```\n# b: !!python'
+    folder = tmp_path / "student"
+    facts = {
+        "base": hostile, "source": hostile, "updates": 3, "batch": 1, "prompts": "4", "size": "9 frames of 64x64",
+        "guidance_scale": 3.0, "trained": "a LoRA of rank 4", "scores": f"{hostile}: 1.000", "machine": hostile,
+        "versions": hostile, "hours": 1.0,
+    }  # fmt: skip
+    write_student(
+        folder, transformer=pipe.transformer, weights={}, config=DistillationConfig(model=hostile),
+        sampler=FewStepScheduler.like(pipe.scheduler, [(999.0, 500.0)]), attention=None, facts=facts,
+        dtype=torch.float32,
+    )  # fmt: skip
+    _, front, page = (folder / "README.md").read_text().split("---\n", 2)
+    assert yaml.safe_load(front)["base_model"] == hostile
+    tokens = [part for token in MarkdownIt("commonmark").parse(page) for part in (token, *(token.children or []))]
+    kinds = [token.type for token in tokens]
+    assert not {"html_block", "html_inline", "link_open", "image"} & set(kinds) and kinds.count("heading_open") == 4
+    python = "\n".join(token.content for token in tokens if token.type == "fence")
+    assert kinds.count("fence") == 2 and compile(python, "card", "exec")
+    assert [node.value for node in ast.walk(ast.parse(python)) if getattr(node, "value", None) == hostile]
+    command = next(token.content for token in tokens if token.content.startswith("blade-generate --prompt"))
+    assert "\n" not in command and "<script>" in command
 
 
 def test_the_files_say_what_it_is(settings):

@@ -9,6 +9,7 @@ from pathlib import PurePosixPath
 from urllib.parse import unquote
 
 import pytest
+from markdown_it import MarkdownIt
 
 from blade.evaluation.pages import html, markdown, write_report
 from blade.evaluation.plan import plan_evaluation
@@ -27,10 +28,12 @@ class Page(HTMLParser):
         self.sources: list[str] = []
         self.cells: list[str] = []
         self.open: list[str] = []
+        self.tags: list[str] = []
         self.feed(text)
         self.close()
 
     def handle_starttag(self, tag, attributes):
+        self.tags.append(f"{tag} {sorted(name for name, _ in attributes)}")
         self.sources += [value for name, value in attributes if name in ("src", "href", "poster", "srcset", "data")]
         if tag not in self.VOID:
             self.open.append(tag)
@@ -118,3 +121,30 @@ def test_without_anything_to_draw_there_is_no_picture(written, evaluation, monke
     plan = plan_evaluation(replace(evaluation, prompts=evaluation.prompts[:1]))
     names = [path.name for path in write_report(report, evaluation.folder, lay_out_videos(plan))]
     assert names == ["report.json", "report.md", "report.html"]
+
+
+HOSTILE = "a/<script>alert(1)</script>[b](https://example.com)](javascript:alert(1)) `x` | \"onload='y'\n\n# b"
+
+
+def test_what_others_have_named_is_text_in_both_pages(written):
+    _, report = written
+    machine = report["machines"][0] | {"device": HOSTILE}
+    hostile = report | {"model": HOSTILE, "command": f"blade-evaluate --prompt {HOSTILE}", "machines": [machine]}
+    clean, page = (
+        Page(html(values, pictures={HOSTILE: b"x"}, videos={HOSTILE: PurePosixPath(f"compare/{name}.mp4")}))
+        for values, name in ((report, "a"), (hostile, HOSTILE))
+    )
+    assert not page.open and page.tags == clean.tags and len(page.sources) == len(clean.sources)
+    assert not any(":" in source for source in page.sources if not source.startswith("data:"))
+    found, usual = (
+        [
+            part
+            for token in MarkdownIt("commonmark").enable("table").parse(text)
+            for part in (token, *(token.children or []))
+        ]
+        for text in (markdown(hostile), markdown(report))
+    )
+    assert not {"html_block", "html_inline", "link_open", "image", "code_inline"} & {token.type for token in found}
+    for kind in ("heading_open", "code_block", "td_open", "paragraph_open"):
+        assert sum(token.type == kind for token in found) == sum(token.type == kind for token in usual)
+    assert any("](javascript:alert(1))" in token.content for token in found)

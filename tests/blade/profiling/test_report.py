@@ -196,3 +196,21 @@ def test_it_is_written_whole_or_not_at_all(data, text, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
     with pytest.raises(OutputError, match="cannot be written"):
         write_report(data, tmp_path / "missing" / "report.html")
+
+
+def test_what_others_have_named_is_text(data, text):
+    hostile = "<script>alert(1)</script></script><!--](javascript:x) `x` | \"onload='y' {{ data }} \\u003c\n\u2028"
+    named = replace(
+        data,
+        title=hostile, model=hostile, command=hostile, video=hostile, grid=hostile, budget=hostile, date=hostile,
+        notes=(hostile,) * len(data.notes),
+        prompts=(hostile,) * len(data.prompts),
+        machine={name: hostile for name in data.machine},
+        versions={name: hostile for name in data.versions},
+        candidates=tuple(replace(candidate, name=hostile) for candidate in data.candidates),
+    )  # fmt: skip
+    written = render_report(named)
+    elements = [(tag, sorted(attributes)) for tag, attributes in Page(written).elements]
+    assert elements == [(tag, sorted(attributes)) for tag, attributes in Page(text).elements]
+    assert drawn(written)[0]["candidates"][0]["name"] == hostile
+    assert hostile in Page(written).text["li"]
