@@ -12,11 +12,13 @@ import torch
 
 from blade.common.checks import kebab_case
 from blade.common.declared import declare
+from blade.common.documented import documented
 
 # An axis-aligned integer vector: its signed length and the (positive) raster stride of its axis.
 _Vector = tuple[int, int]
 
 
+@documented
 @dataclass(frozen=True)
 class TokenGrid:
     """Video tokens in a frames x height x width box, with text tokens before or after them.

@@ -6,13 +6,12 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, replace
-from typing import Any, Literal, TypedDict, TypeVar, Unpack
+from typing import Any, TypeVar, Unpack
 
 from torch import nn
 
 from blade.attention.applied import AppliedBlade, applied_to
-from blade.attention.config import AdaptiveConfig, BladeConfig
-from blade.attention.pattern_table import PatternTable
+from blade.attention.config import BladeConfig, ConfigChanges
 from blade.common.terminal import logger
 from blade.families.kinds import PresetKind
 from blade.families.registry import available_kind, find_family
@@ -27,22 +26,6 @@ STUDENT_ATTRIBUTE = "_blade_student"
 
 Configs = BladeConfig | Mapping[str, BladeConfig]
 """One configuration for every transformer, or one for each by its name in the pipeline."""
-
-
-class ConfigChanges(TypedDict, total=False):
-    """Fields of a `BladeConfig` that a call changes."""
-
-    attention: Literal["dense", "asa", "asa-gt", "patterns"]
-    sparsity: float
-    pooled_tokens: Literal["none", "all", "dropped"]
-    dense_steps: int | float
-    dense_layers: str | tuple[int, ...]
-    implementation: str
-    strict: bool
-    seed: int
-    asa: AdaptiveConfig
-    patterns: PatternTable | None
-    adapt_patterns: bool
 
 
 def apply_blade(

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
 
 from blade_kernels.block_selection import BUDGETS, STATISTICS
 from blade_kernels.implementations import current_name
@@ -17,6 +17,7 @@ from blade_kernels.implementations import current_name
 from blade.attention.pattern_table import TABLE_NAME, PatternTable
 from blade.attention.selectors import DEFAULT_SELECTOR, find_selector
 from blade.common.checks import check_choice, check_flag, check_integer, check_number, parse_ranges
+from blade.common.documented import documented
 from blade.common.representation import repr_changes
 from blade.families.kinds import PRESET_KINDS, PresetKind
 from blade.token_grid import canonical_order
@@ -25,6 +26,7 @@ CONFIG_NAME = "blade_config.json"
 """File name of a saved configuration."""
 
 
+@documented
 @dataclass(frozen=True, kw_only=True, repr=False)
 class AdaptiveConfig:
     """Details of adaptive block-sparse attention (ASA). Source: BLADE, arXiv 2508.10774, section on ASA."""
@@ -107,6 +109,29 @@ class AdaptiveConfig:
         return repr_changes(self)
 
 
+class ConfigChanges(TypedDict, total=False):
+    """Fields of a `BladeConfig` that a call changes, in all types in which they can be given."""
+
+    attention: Literal["dense", "asa", "asa-gt", "patterns"]
+    sparsity: float
+    pooled_tokens: Literal["none", "all", "dropped"]
+    dense_steps: int | float
+    dense_layers: str | int | Iterable[int]
+    implementation: str
+    strict: bool
+    seed: int
+    asa: AdaptiveConfig
+    patterns: PatternTable | None
+    adapt_patterns: bool
+
+
+class ConfigFields(ConfigChanges, total=False):
+    """All fields of a `BladeConfig`."""
+
+    kind: PresetKind
+
+
+@documented
 @dataclass(frozen=True, kw_only=True, repr=False)
 class BladeConfig:
     """Configuration of a video transformer's sparse self-attention."""
@@ -152,6 +177,10 @@ class BladeConfig:
 
     adapt_patterns: bool = False
     """Use a table of patterns for runs of another length or size than it was found for, as far as it applies."""
+
+    if TYPE_CHECKING:  # which knows no field that is given as a string and holds numbers
+
+        def __init__(self, **values: Unpack[ConfigFields]) -> None: ...
 
     def __post_init__(self) -> None:
         check_choice("attention", self.attention, ("dense", "asa", "asa-gt", "patterns"))

@@ -12,6 +12,7 @@ import numpy as np
 
 from blade.attention.patterns import HeadPattern
 from blade.common.checks import check_integer
+from blade.common.documented import documented
 from blade.common.files import replaced_whole
 from blade.token_grid import TokenGrid, canonical_order
 
@@ -22,6 +23,7 @@ FORMAT = 1
 """Version of the file's layout."""
 
 
+@documented
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class PatternTable:
     """A pattern for every head, found for one model, number of steps and size of video.

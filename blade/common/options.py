@@ -6,13 +6,12 @@ nothing heavy, so that a command's help does not wait for PyTorch.
 
 from __future__ import annotations
 
-import ast
-import inspect
-import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from importlib import import_module
 from typing import Any, ClassVar, TypeVar, get_type_hints
+
+from blade.common.documented import field_docstrings
 
 
 def option(
@@ -101,13 +100,7 @@ def option_help(group: type[OptionGroup]) -> dict[str, str]:
     given = {item.name: item.metadata.get("help") for item in fields(group)}
     if all(given.values()):
         return {name: str(text) for name, text in given.items()}
-    (tree,) = ast.parse(textwrap.dedent(inspect.getsource(group))).body
-    assert isinstance(tree, ast.ClassDef)
-    texts = {}
-    for item, following in zip(tree.body, tree.body[1:]):
-        if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name) and isinstance(following, ast.Expr):
-            texts[item.target.id] = " ".join(str(ast.literal_eval(following.value)).split())
-    return texts
+    return {name: " ".join(text.split()) for name, text in field_docstrings(group).items()}
 
 
 def option_types(group: type[OptionGroup]) -> dict[str, Any]:

@@ -15,7 +15,17 @@ from typing import ClassVar, Literal
 from blade.common.checks import check_choice
 from blade.common.options import OptionGroup, option, option_choices, option_names
 from blade.families.kinds import PRESET_KINDS, PresetKind
-from blade.models.choices import CACHES, DTYPE_NAMES, OFFLOADS, QUANTIZATIONS, parse_cache, split_lora
+from blade.models.choices import (
+    CACHES,
+    DTYPE_NAMES,
+    OFFLOADS,
+    QUANTIZATIONS,
+    DtypeName,
+    Offload,
+    Quantization,
+    parse_cache,
+    split_lora,
+)
 from blade.models.source import BUNDLED
 
 ATTENTIONS = ("dense", "asa", "asa-gt", "patterns")
@@ -202,12 +212,12 @@ class AccelerationOptions(OptionGroup):
 
     device: str | None = option()
     """cpu, cuda, cuda:1, ...; by default CUDA if there is one."""
-    dtype: str | None = option(choices=DTYPE_NAMES)
+    dtype: DtypeName | None = option(choices=DTYPE_NAMES)
     """float32, bfloat16 or float16; by default bfloat16 on CUDA and float32 elsewhere."""
-    offload: str = option("none", choices=OFFLOADS)
+    offload: Offload = option("none", choices=OFFLOADS)
     """Offloading of weights to the CPU while they are not needed: none, model, sequential, group, or auto for the
     fastest way that fits."""
-    quantize: str | None = option(choices=QUANTIZATIONS, prepare="blade.models.acceleration:quantize")
+    quantize: Quantization | None = option(choices=QUANTIZATIONS, prepare="blade.models.acceleration:quantize")
     """Store the transformer's weights as int8 or fp8 (torchao)."""
     cache: str | None = option(
         settled_by_student=True, of_model=True, choices=tuple(CACHES), prepare="blade.models.acceleration:enable_cache"

@@ -20,6 +20,7 @@ from blade.generation.options import (
     VideoOptions,
     added_groups,
 )
+from blade.models.choices import DtypeName
 from blade.models.source import BUNDLED, look_up
 from blade.students.loading import parse_times
 from blade.students.source import BUNDLED_STUDENTS, DEFAULT_STUDENT_STEPS
@@ -125,7 +126,7 @@ class ResolvedRequest(GenerationRequest):
     """Weight of classifier-free guidance; at most 1: none."""
     device: str = field()
     """A torch device."""
-    dtype: str = field()
+    dtype: DtypeName = field()
     """A name of `blade.models.devices.DTYPES`."""
 
     def __post_init__(self) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from blade.common.errors import first_line
-from blade.models.choices import OFFLOADS, parse_cache, split_lora
+from blade.models.choices import OFFLOADS, Offload, parse_cache, split_lora
 from blade.models.loaded import LoadedModel
 from blade.models.untrusted import find_lora
 
@@ -145,7 +145,7 @@ def place(model: LoadedModel, device: torch.device, offload: str) -> None:
         model.pipe.enable_group_offload(device, offload_type="leaf_level", use_stream=stream, non_blocking=stream)
 
 
-def choose_offload(weights: dict[str, float], activations: dict[str, float], device_gib: float) -> str:
+def choose_offload(weights: dict[str, float], activations: dict[str, float], device_gib: float) -> Offload:
     """Return the fastest way of offloading whose memory a device has.
 
     Args:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-DTYPE_NAMES = ("float32", "bfloat16", "float16")
+from typing import Literal, get_args
+
+DtypeName = Literal["float32", "bfloat16", "float16"]
+Offload = Literal["none", "model", "sequential", "group", "auto"]
+Quantization = Literal["int8", "fp8"]
+
+DTYPE_NAMES = get_args(DtypeName)
 """Dtypes that the transformer and the text encoder can run in."""
 
-OFFLOADS = ("none", "model", "sequential", "group", "auto")
+OFFLOADS = get_args(Offload)
 """Ways of keeping weights on the CPU while they are not needed, fastest first; "auto" takes the fastest that fits."""
 
-QUANTIZATIONS = ("int8", "fp8")
+QUANTIZATIONS = get_args(Quantization)
 """Types that the weights of the transformers' linear layers can be stored in."""
 
 CACHES = {"first-block": 0.05, "pyramid": 2}
