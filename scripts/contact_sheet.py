@@ -26,7 +26,7 @@ def main(
     for path in videos:
         record = path.with_suffix(".json")
         label = json.loads(record.read_text(encoding="utf-8"))["prompt"] if record.exists() else path.stem
-        rows[f"{label} ({path.stem})" if label in rows else label] = read_mp4(path)
+        rows[f"{label} ({path})" if label in rows else label] = read_mp4(path)
     output.parent.mkdir(parents=True, exist_ok=True)
     if output.suffix in ANIMATION_EXTENSIONS:
         picture = encode_animation(side_by_side(rows), fps, output.suffix)

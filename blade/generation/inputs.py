@@ -1,0 +1,37 @@
+"""The local files that a request names, and a mark of their state."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from blade.generation.request import GenerationRequest
+from blade.models.choices import split_lora
+
+FILE_FIELDS = ("image", "last_image", "video", "model", "student", "config")
+"""Fields of a request that may name a file or folder here."""
+
+DECISIVE = ("*.safetensors", "*.bin", "*config.json")
+"""Files in a folder of a model, student or LoRA that decide a video."""
+
+
+def input_paths(request: GenerationRequest) -> dict[Path, str]:
+    """Return the files and folders here that a request names, with the options that name them."""
+    named = [(getattr(request, field), field) for field in FILE_FIELDS]
+    named += [(split_lora(lora)[0], "loras") for lora in request.loras]
+    paths = {Path(source).expanduser(): field for source, field in named if source is not None}
+    return {path: field for path, field in paths.items() if path.exists()}
+
+
+def input_state(request: GenerationRequest) -> str | None:
+    """Return 12 hexadecimal digits that change when a file that a request names is replaced; None if it names none.
+
+    Sizes and dates stand for the contents, since reading a large model would take longer than many a generation.
+    """
+    digest, paths = hashlib.sha256(), sorted(input_paths(request))
+    for path in paths:
+        inside = [item for pattern in DECISIVE for item in path.rglob(pattern)] if path.is_dir() else [path]
+        for item in sorted(inside):
+            state = item.stat()
+            digest.update(f"{item.resolve()} {state.st_size} {state.st_mtime_ns}\n".encode(errors="surrogatepass"))
+    return digest.hexdigest()[:12] if paths else None
