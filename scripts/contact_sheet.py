@@ -8,6 +8,7 @@ import torch
 import typer
 
 from blade.common.files import write_files
+from blade.common.names import check_no_input
 from blade.media.pictures import ANIMATION_EXTENSIONS, contact_sheet, encode_animation, encode_png, side_by_side
 from blade.media.video import read_mp4
 
@@ -22,6 +23,7 @@ def main(
 
     A .png has a row of evenly spaced frames for each video; an animation shows the videos side by side.
     """
+    check_no_input([output], dict.fromkeys(videos, "videos"))
     rows: dict[str, torch.Tensor] = {}
     for path in videos:
         record = path.with_suffix(".json")

@@ -79,12 +79,13 @@ def check_name_lengths(paths: Iterable[Path]) -> None:
             raise ValueError(f"`output` must make names of at most {most} bytes, got {length} of {path.name}.")
 
 
-def check_no_input(written: Iterable[Path], inputs: Mapping[Path, str]) -> None:
-    """Check that no file that will be written is one of the inputs, whatever links lead to it.
+def check_no_input(written: Iterable[Path], inputs: Mapping[Path, str], option: str = "output") -> None:
+    """Check that nothing that will be written is one of the inputs, whatever links lead to it.
 
     Args:
-        written: files that will be written.
+        written: files or folders that will be written.
         inputs: the options that name the inputs, by path.
+        option: the option that names what will be written.
 
     Raises:
         ValueError: naming both.
@@ -92,7 +93,7 @@ def check_no_input(written: Iterable[Path], inputs: Mapping[Path, str]) -> None:
     for path in written:
         for source, field in inputs.items():
             if is_same_file(path, source):
-                raise ValueError(f"`output` must not replace an input, got {path}, which is `{field}` {source}.")
+                raise ValueError(f"`{option}` must not replace an input, got {path}, which is `{field}` {source}.")
 
 
 def is_same_file(one: Path, other: Path) -> bool:

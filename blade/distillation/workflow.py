@@ -17,7 +17,7 @@ from torch import nn
 
 from blade.attention.config import BladeConfig
 from blade.common.machine import describe_machine, describe_versions
-from blade.common.names import is_same_file
+from blade.common.names import check_no_input
 from blade.common.training_log import TrainingLog, load_checkpoint, save_checkpoint
 from blade.distillation.conditioning import (
     ExampleConditions,
@@ -99,7 +99,7 @@ def distill(
     if random_weights and not dry_run:
         raise ValueError("`random_weights` requires `dry_run`.")
     prompts = ["none"] if random_weights else training_prompts(config)
-    _check_start(config, output)
+    _check_output(config, output)
     with ExitStack() as stack:
         if not dry_run:
             stack.enter_context(processes.locked(output, "output"))
@@ -136,11 +136,10 @@ def training_prompts(config: DistillationConfig) -> list[str]:
     return [str(sample_caption(rng, objects=1 + number % 2)) for number in range(BUNDLED_PROMPTS)]
 
 
-def _check_start(config: DistillationConfig, output: Path) -> None:
-    """Raise a `ValueError` if the student would replace the one that it starts from."""
-    start = config.weights.start_from
-    if start is not None and is_same_file(Path(start).expanduser(), output):
-        raise ValueError(f"`output` must be another folder than `weights.start_from`, got {output} for both.")
+def _check_output(config: DistillationConfig, output: Path) -> None:
+    """Raise a `ValueError` if the student would replace the model or the student that it is made from."""
+    sources = {"model": config.model, "weights.start_from": config.weights.start_from}
+    check_no_input([output], {Path(source).expanduser(): field for field, source in sources.items() if source})
 
 
 class _Job:

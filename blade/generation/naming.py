@@ -147,7 +147,7 @@ def claim_path(
                 raise
             stack.enter_context(file_locked(path, note=note, wait=True))
         if _may_be_written(path, request, inputs):
-            if path != plain:
+            if path != plain and not path.exists():
                 logger.info(f"{plain} stays: {_reason(plain, request, inputs)}; this video is {path.name}")
             return path
         stack.close()  # another process was quicker

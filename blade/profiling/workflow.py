@@ -16,6 +16,8 @@ from blade.attention.pattern_table import uniform_table
 from blade.common.checks import check_integer
 from blade.common.files import check_writable
 from blade.common.locks import folder_locked
+from blade.common.names import check_no_input
+from blade.generation.inputs import input_paths
 from blade.generation.prepare import prepare_model
 from blade.generation.request import GenerationRequest, ResolvedRequest
 from blade.generation.run import run_request
@@ -196,6 +198,7 @@ def profile_attention(
         InUseError: if another process profiles into the same folder.
         OutputError: if the folder cannot be written.
     """
+    check_no_input([request.output], input_paths(request.generation))
     check_writable(request.output / PROFILE_NAME)
     with folder_locked(request.output, share=request.share):
         return _profiled(request, on_progress or (lambda line: None))

@@ -90,6 +90,22 @@ def test_a_base_that_is_distilled_draws_a_warning(settings, capsys, saved_tiny_p
     assert code == 0 and "seems to be distilled for few steps already" in err
 
 
+@pytest.mark.parametrize("field", ["model", "weights.start_from"])
+def test_a_student_does_not_replace_what_it_is_made_from(settings, capsys, tmp_path, field):
+    source = tmp_path / "source"
+    source.mkdir()
+    (tmp_path / "out").symlink_to(source)
+    code, _, err = run(capsys, "shapes", *settings("out", f"{field}={source}"))
+    assert code == 1 and f"`output` must not replace an input, got {tmp_path / 'out'}, which is `{field}`" in err
+    assert not list(source.iterdir())
+
+
+def test_a_report_does_not_replace_the_prompts(settings, capsys, prompt_file):
+    before = prompt_file.read_text()
+    code, _, err = run(capsys, "shapes", *settings("out"), "--dry-run", f"--report={prompt_file}")
+    assert code == 1 and "`report` must not replace an input, got" in err and prompt_file.read_text() == before
+
+
 @pytest.mark.slow
 def test_a_rank_that_dies_ends_the_run_which_then_resumes(settings, start, tmp_path):
     """One of two processes is killed: the other one does not wait for ever, and its checkpoints are whole."""
