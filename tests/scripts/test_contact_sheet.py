@@ -45,6 +45,6 @@ def test_videos_of_one_prompt_and_one_name_all_have_a_row(script, videos, tmp_pa
 
 def test_a_video_is_not_replaced_by_its_picture(script, videos) -> None:
     before = videos[1].read_bytes()
-    with pytest.raises(ValueError, match="`output` must not replace an input, got .*, which is `videos`"):
+    with pytest.raises(ValueError, match=r"`output` must not replace an input, got .*, which is `videos`"):
         script.main(videos, videos[1], columns=1, fps=8)
     assert videos[1].read_bytes() == before

@@ -136,3 +136,14 @@ def test_a_rank_that_dies_ends_the_run_which_then_resumes(settings, start, tmp_p
     assert process.returncode == 0, output
     assert not list((tmp_path / "out").rglob("*.tmp"))  # a kill may leave them; the next write overwrites them
     assert max(load_checkpoint(path)["trainer"]["update"] for path in checkpoints.glob("*.pt")) == reached + 2
+
+
+@pytest.mark.slow
+def test_several_processes_are_refused_a_folder_in_use(settings, start, hold, tmp_path):
+    """The first process says so, and the others, which wait for it, end too."""
+    other = hold(tmp_path / "out")
+    process = start("-m", "blade.cli.distill", "shapes", *settings("out"), processes=2)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert output.count(f"error: `output` {tmp_path / 'out'} is in use by process {other.pid} on ") == 1
+    assert not (tmp_path / "out" / "embeddings").exists()
