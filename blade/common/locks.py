@@ -21,7 +21,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from blade.common.files import OutputError
+from blade.common.files import OutputError, write_files
 from blade.common.names import short_hash
 
 logger = logging.getLogger("blade")
@@ -191,7 +191,7 @@ class _Lock:
         now = f"{datetime.now():%Y-%m-%d %H:%M:%S}"
         holder = Holder(pid=os.getpid(), host=socket.gethostname(), since=now, note=note)
         with suppress(OSError):  # the lock counts without it
-            self.facts.write_text(json.dumps(asdict(holder)) + "\n", encoding="utf-8")
+            write_files({self.facts: (json.dumps(asdict(holder)) + "\n").encode()})
 
     def _free(self) -> None:
         """Remove the files while the lock is held: `filelock` takes no lock on a file that is no longer there."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 
 from blade.generation.request import GenerationRequest
@@ -19,8 +20,8 @@ def input_paths(request: GenerationRequest) -> dict[Path, str]:
     """Return the files and folders here that a request names, with the options that name them."""
     named = [(getattr(request, field), field) for field in FILE_FIELDS]
     named += [(split_lora(lora)[0], "loras") for lora in request.loras]
-    paths = {Path(source).expanduser(): field for source, field in named if source is not None}
-    return {path: field for path, field in paths.items() if path.exists()}
+    paths = {os.path.expanduser(source): field for source, field in named if source is not None}
+    return {Path(path): field for path, field in paths.items() if os.path.exists(path)}
 
 
 def input_state(request: GenerationRequest) -> str | None:
@@ -30,8 +31,18 @@ def input_state(request: GenerationRequest) -> str | None:
     """
     digest, paths = hashlib.sha256(), sorted(input_paths(request))
     for path in paths:
-        inside = [item for pattern in DECISIVE for item in path.rglob(pattern)] if path.is_dir() else [path]
-        for item in sorted(inside):
-            state = item.stat()
+        for item in _decisive_files(path):
+            try:
+                state = item.stat()
+            except OSError:  # a training replaces it right now
+                continue
             digest.update(f"{item.resolve()} {state.st_size} {state.st_mtime_ns}\n".encode(errors="surrogatepass"))
     return digest.hexdigest()[:12] if paths else None
+
+
+def _decisive_files(path: Path) -> list[Path]:
+    """Return a file itself, or the files in a folder that count, without hidden ones, which are being written."""
+    if not path.is_dir():
+        return [path]
+    found = [item for pattern in DECISIVE for item in path.rglob(pattern)]
+    return sorted(item for item in found if not any(part[0] == "." for part in item.relative_to(path).parts))

@@ -13,7 +13,6 @@ import torch
 from blade.attention.config import BladeConfig
 from blade.common.machine import describe_machine, describe_versions, peak_memory_gib
 from blade.common.options import option_names
-from blade.generation.inputs import input_state
 from blade.generation.options import GROUPS
 from blade.generation.request import SPARSE_OPTIONS, GenerationRequest, ResolvedRequest
 from blade.generation.run import Generation
@@ -47,7 +46,7 @@ def make_record(request: ResolvedRequest, generation: Generation, *, seconds_loa
     """
     device = torch.device(request.device)
     return _recorded_fields(request) | {
-        "inputs": input_state(request),
+        "inputs": request.input_state,
         "layer_density": generation.layer_density,
         "run_density": generation.run_density,
         "seconds_loading": round(seconds_loading, 4),
@@ -74,7 +73,7 @@ def _recorded_fields(request: ResolvedRequest) -> dict[str, Any]:
 def deciding_fields(request: ResolvedRequest) -> dict[str, Any]:
     """Return what decides a video: the fields of its request but `PLACE_FIELDS`, and the state of its inputs."""
     decisive = {name: value for name, value in _recorded_fields(request).items() if name not in PLACE_FIELDS}
-    return decisive | {"inputs": input_state(request)}
+    return decisive | {"inputs": request.input_state}
 
 
 def changed_fields(record: Mapping[str, Any], request: ResolvedRequest) -> list[str]:

@@ -13,6 +13,7 @@ from PIL import Image
 
 from blade.common.locks import InUseError, file_locked
 from blade.generation import outputs
+from blade.generation.inputs import input_state
 from blade.generation.naming import default_output, settings_hash
 from blade.generation.outputs import generate_files, generate_list
 from blade.generation.plan import resolve_unloaded
@@ -239,3 +240,21 @@ def test_the_same_video_is_made_by_one_process(tiny) -> None:
     with file_locked(Path("given.mp4")), pytest.raises(InUseError, match=r"given\.mp4 is being made by process"):
         generate_files(tiny(), "given.mp4")
     assert not names(".blade-*") and not names(".blade-*", ".")
+
+
+def test_what_is_being_written_beside_a_student_does_not_count(tmp_path) -> None:
+    weights = tmp_path / "student" / "pytorch_lora_weights.safetensors"
+    weights.parent.mkdir()
+    weights.write_bytes(b"weights")
+    request = GenerationRequest(prompt=PROMPT, student=str(weights.parent))
+    before = input_state(request)
+    for other in (".tmp/pytorch_lora_weights.safetensors", "log.jsonl", "videos/a.json", "videos/a.mp4"):
+        path = weights.parent / other
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"x")
+    (weights.parent / "gone.safetensors").symlink_to(tmp_path / "nowhere")
+    assert input_state(request) == before is not None
+    weights.write_bytes(b"other weights")
+    assert input_state(request) != before
+    assert input_state(GenerationRequest(prompt=PROMPT)) is None
+    assert input_state(GenerationRequest(prompt=PROMPT, image="https://nowhere/" + "long" * 100)) is None
