@@ -8,6 +8,7 @@ import torch
 import typer
 
 from blade.common.files import write_files
+from blade.common.names import check_no_input
 from blade.media.pictures import ANIMATION_EXTENSIONS, contact_sheet, encode_animation, encode_png, side_by_side
 from blade.media.video import read_mp4
 
@@ -22,11 +23,12 @@ def main(
 
     A .png has a row of evenly spaced frames for each video; an animation shows the videos side by side.
     """
+    check_no_input([output], dict.fromkeys(videos, "videos"))
     rows: dict[str, torch.Tensor] = {}
     for path in videos:
         record = path.with_suffix(".json")
         label = json.loads(record.read_text(encoding="utf-8"))["prompt"] if record.exists() else path.stem
-        rows[f"{label} ({path.stem})" if label in rows else label] = read_mp4(path)
+        rows[f"{label} ({path})" if label in rows else label] = read_mp4(path)
     output.parent.mkdir(parents=True, exist_ok=True)
     if output.suffix in ANIMATION_EXTENSIONS:
         picture = encode_animation(side_by_side(rows), fps, output.suffix)

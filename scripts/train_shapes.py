@@ -13,6 +13,7 @@ from typing import Annotated
 import torch
 import typer
 
+from blade.cli.command import run_command
 from blade.common.tables import markdown_table
 from blade.evaluation.held_out import GroupScore, score_held_out
 from blade.evaluation.prompts import held_out_prompts
@@ -101,6 +102,7 @@ def main(
     prompts: Annotated[
         int | None, typer.Option(help="With --minutes: captions of each kind scored afterwards; 16, on a CPU 1.")
     ] = None,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Train the shapes model's VAE, text encoder and transformer."""
     if threads is not None:
@@ -131,4 +133,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_command(main)

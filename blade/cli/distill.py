@@ -39,6 +39,7 @@ def distill(
     from accelerate import PartialState
 
     from blade.common.files import write_files
+    from blade.common.names import check_no_input
     from blade.distillation.config import load_config
     from blade.distillation.reports import Estimate
     from blade.distillation.workflow import distill
@@ -46,6 +47,8 @@ def distill(
     if report is not None and not dry_run:
         raise ValueError("`report` must not be given without `dry_run`; a training writes a log.")
     read = load_config(config, settings or ())
+    if report is not None:
+        check_no_input([report], {Path(config): "config", Path(read.prompts or config): "prompts"}, "report")
     with progress_line() as say:
         found = distill(read, dry_run=dry_run, random_weights=random_weights, on_progress=say, on_update=say.log)
     if not PartialState().is_main_process:

@@ -186,21 +186,26 @@ def _search(evaluation: Evaluation, psnr: float) -> None:
 
 def _report(plan: EvaluationPlan, **added: Any) -> None:
     """Print and write the report of a plan whose videos are made, with more values in its JSON."""
+    from blade.common.locks import file_locked
     from blade.evaluation.pages import write_report
     from blade.evaluation.protocol_rows import protocol_lines
     from blade.evaluation.report import has_protocol_rows, make_report, tables
     from blade.evaluation.videos import lay_out_videos
 
-    report = make_report(plan, command=shlex.join(["blade-evaluate", *sys.argv[1:]])) | added
-    if report["missing"]:
-        print_line(f"{report['missing']} videos of other shards are still missing; the one that ends last reports.")
-        return
-    print_tables(tables(report, brief=True))
-    laid_out = lay_out_videos(plan)
-    for path in write_report(report, plan.evaluation.folder, laid_out):
-        print_line(path)
-    if has_protocol_rows(report):
-        print_line("\n".join(["", *protocol_lines(report["protocol"])]))
+    # shards that end together both report, one after the other, so that the last has seen all records
+    with file_locked(plan.evaluation.folder / "report.html", wait=True):
+        report = make_report(plan, command=shlex.join(["blade-evaluate", *sys.argv[1:]])) | added
+        if report["missing"]:
+            print_line(
+                f"{report['missing']} videos of other shards are still missing; the one that ends last reports."
+            )
+            return
+        print_tables(tables(report, brief=True))
+        laid_out = lay_out_videos(plan)
+        for path in write_report(report, plan.evaluation.folder, laid_out):
+            print_line(path)
+        if has_protocol_rows(report):
+            print_line("\n".join(["", *protocol_lines(report["protocol"])]))
 
 
 def _videos(described: Sequence[str], compared: RunOptions, chosen: PromptSetOptions, captions: int) -> dict[str, Any]:

@@ -29,11 +29,13 @@ class OutputOptions(OptionGroup):
     title: ClassVar[str] = "Output"
 
     output: Path | None = option()
-    """The MP4; a JSON goes beside it. By default outputs/PROMPT-SEED.mp4."""
+    """The MP4; a JSON goes beside it. By default outputs/PROMPT-SEED.mp4, with digits added where a video of another
+    prompt or other settings has that name."""
     compare: bool = option(False)
     """Also generate with dense attention, and write both side by side with PSNR and SSIM."""
     prompts: Path | None = option()
-    """A text file, one prompt a line; the output is then a folder. Videos that exist are skipped."""
+    """A text file, one prompt a line; the output is then a folder. Videos of the same settings that are there are
+    skipped; several processes share the work."""
     from_json: Path | None = option()
     """Make the video of this JSON again; options given beside it change it."""
     dry_run: bool = option(False)
@@ -53,7 +55,8 @@ def generate(given: dict[str, Any]) -> None:
     import diffusers
     import transformers
 
-    from blade.generation.outputs import OUTPUT_FOLDER, generate_files, generate_list
+    from blade.generation.naming import OUTPUT_FOLDER
+    from blade.generation.outputs import generate_files, generate_list
     from blade.generation.prompts import read_prompts
     from blade.generation.record import read_request
     from blade.generation.request import NO_STUDENT, GenerationRequest, default_student
@@ -82,12 +85,14 @@ def generate(given: dict[str, Any]) -> None:
         diffusers.utils.logging.disable_progress_bar()
         transformers.utils.logging.disable_progress_bar()
     if own.prompts is not None:
-        report = generate_list(request, listed, own.output or OUTPUT_FOLDER, compare=own.compare)
+        folder = own.output or OUTPUT_FOLDER
+        report = generate_list(request, listed, folder, compare=own.compare, inputs={own.prompts: "prompts"})
         print_line(report)
         if report.failed:
             raise typer.Exit(FAILED_EXIT_CODE)
         return
-    print_line(generate_files(request, own.output, compare=own.compare))
+    inputs = {} if own.from_json is None else {own.from_json: "from_json"}
+    print_line(generate_files(request, own.output, compare=own.compare, inputs=inputs))
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

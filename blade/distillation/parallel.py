@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from accelerate.utils import reduce
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from blade.common.locks import folder_locked
 from blade.distillation.roles import Network
 from blade.families.protocol import ModelFamily
 
@@ -53,6 +55,19 @@ class Processes:
     def wait(self) -> None:
         """Wait for all processes."""
         self._state.wait_for_everyone()
+
+    @contextmanager
+    def locked(self, folder: Path, field: str, *, wait: bool = False) -> Iterator[None]:
+        """Keep other trainings out of a folder; the first process holds the lock for all, which wait for it.
+
+        Args:
+            folder: see `folder_locked`.
+            field: see `folder_locked`.
+            wait: see `folder_locked`; several processes do not, as those that wait for the first would time out.
+        """
+        with folder_locked(folder, field, wait=wait and self.count == 1) if self.is_first else nullcontext():
+            self.wait()
+            yield
 
     def wrap(self, networks: Sequence[Network], family: ModelFamily) -> None:
         """Make trained networks average their gradients or, with `fsdp`, shard the weights of all networks too.

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from blade.common.files import write_files
+from blade.common.names import file_name
 from blade.distillation.parallel import Processes
 from blade.distillation.roles import STUDENT
 from blade.distillation.trainer import Trainer
-from blade.generation.prompts import file_stem
 from blade.generation.request import ResolvedRequest
 from blade.generation.run import run_request
 from blade.media.video import encode_mp4
@@ -61,7 +61,7 @@ def validate(
                 with torch.no_grad(), roles.acting(STUDENT):
                     roles.networks[STUDENT].numbers = (STUDENT, torch.tensor([trainer.trajectory_number(steps)]))
                     video = run_request(trainer.model, sampled, attention=nullcontext()).video
-                stem = f"{file_stem(sampled.prompt)[:60]}-{number}-steps-{steps}"
+                stem = f"{file_name(sampled.prompt)}-{number}-steps-{steps}"
                 record = {"prompt": sampled.prompt, "seed": number, "steps": steps, **_scores(sampled, video)}
                 write_files(
                     {

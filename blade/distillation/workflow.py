@@ -16,6 +16,7 @@ from torch import nn
 
 from blade.attention.config import BladeConfig
 from blade.common.machine import describe_machine, describe_versions
+from blade.common.names import check_no_input
 from blade.common.terminal import logger, print_line
 from blade.common.training_log import TrainingLog, load_checkpoint, save_checkpoint
 from blade.distillation.conditioning import (
@@ -83,6 +84,7 @@ def distill(
         ValueError: for an impossible configuration, embeddings of another model, or a checkpoint of another
             configuration.
         ArithmeticError: if training diverges.
+        InUseError: if another training writes to the same `output`.
         OSError: if a file cannot be written; the last checkpoint then stays intact.
     """
     from accelerate import PartialState
@@ -95,11 +97,14 @@ def distill(
     if random_weights and not dry_run:
         raise ValueError("`random_weights` requires `dry_run`.")
     prompts = ["none"] if random_weights else training_prompts(config)
-    checkpoint = None if dry_run else newest_checkpoint(output)
-    saved = None if checkpoint is None else load_checkpoint(checkpoint)
-    if saved is not None:
-        check_resumable(saved, config, processes, checkpoint)
+    _check_output(config, output)
     with ExitStack() as stack:
+        if not dry_run:
+            stack.enter_context(processes.locked(output, "output"))
+        checkpoint = None if dry_run else newest_checkpoint(output)
+        saved = None if checkpoint is None else load_checkpoint(checkpoint)
+        if saved is not None:
+            check_resumable(saved, config, processes, checkpoint)
         folder = Path(config.embeddings).expanduser() if config.embeddings else output / EMBEDDINGS
         if dry_run:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -127,6 +132,12 @@ def training_prompts(config: DistillationConfig) -> list[str]:
 
     rng = np.random.default_rng(BUNDLED_SEED)
     return [str(sample_caption(rng, objects=1 + number % 2)) for number in range(BUNDLED_PROMPTS)]
+
+
+def _check_output(config: DistillationConfig, output: Path) -> None:
+    """Raise a `ValueError` if the student would replace the model or the student that it is made from."""
+    sources = {"model": config.model, "weights.start_from": config.weights.start_from}
+    check_no_input([output], {Path(source).expanduser(): field for field, source in sources.items() if source})
 
 
 class _Job:
@@ -229,8 +240,10 @@ class _Job:
             batch = config.run.batch_size * config.run.accumulation * processes.count
             prompts = prompts[: 2 * batch]
         share = (processes.index, processes.count)
-        encode_prompts(self.model, self.request, prompts, folder, share=share, on_progress=on_progress)
-        processes.wait()
+        # trainings with other outputs may share the folder
+        with processes.locked(folder, "embeddings", wait=True):
+            encode_prompts(self.model, self.request, prompts, folder, share=share, on_progress=on_progress)
+            processes.wait()
         return PromptEmbeddings(folder, prompts)
 
     def make_trajectories(self, output: Path, on_progress: Callable[[str], None]) -> None:
@@ -246,7 +259,8 @@ class _Job:
             "size": [self.request.height, self.request.width, self.request.frames],
         }
         trajectories = TeacherTrajectories(folder, self.prompts, generator.trajectories)
-        self.trainer.make_trajectories(trajectories, facts, on_progress)
+        with self.processes.locked(folder, "trajectories", wait=True):
+            self.trainer.make_trajectories(trajectories, facts, on_progress)
 
     def run(self, output: Path, on_update: Callable[[str], None]) -> DistillationReport:
         """Train to the end."""

@@ -69,9 +69,12 @@ class Evaluation:
         names = [run.name for run in self.runs]
         if not names:
             raise ValueError("`runs` must hold at least one run.")
-        duplicates = [name for name in names if names.count(name) > 1]
-        if duplicates:
-            raise ValueError(f"`runs` must have different names, got {duplicates[0]!r} twice.")
+        folders: dict[str, str] = {}  # capitals make no difference on some systems
+        for name in names:
+            other = folders.setdefault(name.casefold(), name)
+            if other != name or names.count(name) > 1:
+                twice = f"{name!r} twice" if other == name else f"{other!r} and {name!r}"
+                raise ValueError(f"`runs` must have different names, got {twice}.")
         if not self.prompts:
             raise ValueError("`prompts` must hold at least one prompt.")
         if len({prompt.key for prompt in self.prompts}) < len(self.prompts):

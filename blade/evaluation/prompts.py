@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from blade.common.checks import parse_ranges
+from blade.common.names import file_name
 from blade.generation.options import MAXIMUM_SEED
-from blade.generation.prompts import file_stem
 from blade.moving_shapes.captions import sample_caption
 
 PROMPT_SEED = 20250
@@ -22,8 +21,8 @@ GROUPS = {"single": "single-object prompts", "two": "two-object prompts", "all":
 MOST_SEEDS = 10_000
 """Most seeds that a range may name; more are taken for a mistake."""
 
-STEM_LENGTH = 60
-"""Most letters of a prompt in the names of its files, which file systems limit to 255 bytes."""
+STEM_BYTES = 60
+"""Most bytes of a prompt in the names of its files."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,11 +42,8 @@ class EvaluationPrompt:
 
     @property
     def stem(self) -> str:
-        """Name of its files, without suffix; with six digits of a hash if the name does not show the whole text."""
-        words = file_stem(self.text)[:STEM_LENGTH].rstrip("-")
-        if words.replace("-", " ") != self.text:
-            words += f"-{hashlib.sha256(self.text.encode()).hexdigest()[:6]}"
-        return f"{words}-{self.seed}"
+        """Name of its files, without suffix; unique for text and seed."""
+        return f"{file_name(self.text, limit=STEM_BYTES)}-{self.seed}"
 
 
 def is_in(prompt: EvaluationPrompt, group: str) -> bool:

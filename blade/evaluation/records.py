@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from blade.attention.config import BladeConfig
+from blade.generation.record import is_same_config
 
 if TYPE_CHECKING:
     from blade.evaluation.plan import EvaluationPlan
@@ -52,7 +52,7 @@ def read_records(plan: EvaluationPlan) -> Records:
                 if recorded.get(field) != value:
                     different = f"`{field}`, {recorded.get(field)!r} instead of {value!r}"
                     raise ValueError(f"{path} holds run `{name}` with another {different}; {ADVICE}")
-            if not _is_same(record["blade_config"], plan.requests[name].blade_config):
+            if not is_same_config(record["blade_config"], plan.requests[name].blade_config):
                 raise ValueError(f"{path} holds run `{name}` with another `blade_config`; {ADVICE}")
             records.setdefault((name, *key), record)
     return records
@@ -72,13 +72,6 @@ def append_record(path: Path, record: Record) -> None:
 def _settings(run: dict[str, Any]) -> dict[str, Any]:
     """Return a run's settings without the paths of configuration and student, whose contents are compared instead."""
     return {name: value for name, value in run.items() if name not in ("config", "student")}
-
-
-def _is_same(recorded: dict[str, Any] | None, config: BladeConfig | None) -> bool:
-    """Return whether a recorded configuration equals `config`; fields that it lacks take their defaults."""
-    if recorded is None or config is None:
-        return recorded is None and config is None
-    return recorded == config.to_dict() or BladeConfig.from_dict(recorded) == config
 
 
 def _read_lines(path: Path) -> list[Record]:

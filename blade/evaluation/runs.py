@@ -10,9 +10,13 @@ from typing import Any, Literal
 from blade.attention.config import BladeConfig, parse_dense_layers, parse_dense_steps
 from blade.attention.selectors import DEFAULT_SELECTOR, find_selector, has_selector, selector_names
 from blade.common.checks import check_choice
+from blade.common.names import is_portable
 from blade.families.kinds import PRESET_KINDS, PresetKind
 from blade.generation.request import read_config
 from blade.students.source import student_settings
+
+NAME_BYTES = 100
+"""Most bytes of a run's name, which is that of its folders."""
 
 POOLED_TOKENS: dict[str, Literal["none", "all", "dropped"]] = {
     "asa": "none",
@@ -46,7 +50,7 @@ class RunSettings:
     """One way to generate the same videos."""
 
     name: str
-    """Name in tables and files: letters, digits, dots, underscores and hyphens."""
+    """Name in tables and folders: letters, digits, dots, underscores and hyphens."""
     steps: int | None = None
     """Denoising steps; None takes the model's default."""
     guidance: float | None = None
@@ -76,6 +80,10 @@ class RunSettings:
     def __post_init__(self) -> None:
         if not re.fullmatch(r"\w[\w.-]*", self.name):
             raise ValueError(f"`name` must be of letters, digits, dots, underscores and hyphens, got {self.name!r}.")
+        if not is_portable(self.name) or len(self.name.encode()) > NAME_BYTES:
+            raise ValueError(
+                f"`name` must be a folder's name on every system, of at most {NAME_BYTES} bytes, got {self.name!r}."
+            )
         self._name_preset()
         if self.attention is None and self.config is None and self.student is None:
             object.__setattr__(self, "attention", "dense" if self.selector is None else "asa")

@@ -11,6 +11,7 @@ from typing import Any
 
 from blade.attention.config import BladeConfig
 from blade.common.files import folder_updated
+from blade.common.locks import folder_locked
 from blade.evaluation.plan import Evaluation, EvaluationPlan, plan_evaluation
 from blade.evaluation.records import read_records
 from blade.evaluation.runs import RunSettings
@@ -179,10 +180,23 @@ def find_sparsity(
     Raises:
         ValueError: If an option makes no sense, or no sparsity reaches the target.
         ModelError: If the model does not exist.
+        InUseError: If another process makes videos in the folder.
         OutputError: If a file cannot be written.
     """
     check_target(psnr)
     plan = plan_search(evaluation)
+    with folder_locked(evaluation.folder):
+        return _found(evaluation, plan, psnr, on_video, on_candidate)
+
+
+def _found(
+    evaluation: Evaluation,
+    plan: EvaluationPlan,
+    psnr: float,
+    on_video: Callable[[Progress], None] | None,
+    on_candidate: Callable[[Candidate], None] | None,
+) -> FoundSparsity:
+    """Search, in a folder that no other process uses."""
     (run,), runs = evaluation.runs, {one.name: one for one in plan.evaluation.runs}
     dense, worker = runs["dense"], VideoWorker(plan)
     candidates: list[Candidate] = []

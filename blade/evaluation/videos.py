@@ -13,6 +13,7 @@ import torch
 from torch.nn import functional
 
 from blade.common.files import write_files
+from blade.common.names import literal_name
 from blade.common.terminal import logger
 from blade.evaluation.plan import EvaluationPlan
 from blade.evaluation.prompts import EvaluationPrompt
@@ -25,8 +26,8 @@ SHEET_PROMPTS = 8
 SHEET_WIDTH = 320
 """Largest width of a frame in the contact sheet, in pixels; wider frames are shrunk."""
 
-NAME_BYTES = 240
-"""Most bytes of a prompt in a file's name; file systems allow 255 for the whole name."""
+PROMPT_BYTES = 240
+"""Most bytes of a prompt in the name of VBench's layout; file systems allow 255 for the whole name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,14 +111,14 @@ def _shrunk(frame: torch.Tensor) -> torch.Tensor:
 def _write_vbench(folder: Path, names: Sequence[str], complete: Mapping[EvaluationPrompt, Mapping[str, Path]]) -> None:
     """Link each run's videos under the names from which VBench reads prompts, "{prompt}-{index}.mp4".
 
-    The index counts the videos of a prompt from 0, by seed. Characters that a file system does not allow are replaced.
+    The index counts the videos of a prompt from 0, by seed. Characters that a file system may not allow are replaced.
     Source: VBench, arXiv 2311.17982, the layout of its prompt suite.
     """
     for name in names:
         (folder / name).mkdir(parents=True, exist_ok=True)
     counts = Counter[str]()
     for prompt in sorted(complete, key=lambda prompt: prompt.seed):
-        text = prompt.text.replace("/", "_").encode()[:NAME_BYTES].decode(errors="ignore")
+        text = literal_name(prompt.text, PROMPT_BYTES)
         for name in names:
             link = folder / name / f"{text}-{counts[text]}.mp4"
             link.unlink(missing_ok=True)

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from blade.common.files import write_files
+from blade.common.locks import folder_locked
 from blade.evaluation.plan import EvaluationPlan
 from blade.evaluation.prompts import EvaluationPrompt
 from blade.evaluation.records import Record, append_record, read_records
@@ -73,8 +74,13 @@ class Progress:
 
 
 def evaluate_videos(plan: EvaluationPlan, on_video: Callable[[Progress], None] | None = None) -> None:
-    """Make and measure every video of this shard that has no record yet; see `VideoWorker.make_missing`."""
-    VideoWorker(plan).make_missing(plan.evaluation.runs, on_video)
+    """Make and measure every video of this shard that has no record yet; see `VideoWorker.make_missing`.
+
+    Raises:
+        InUseError: If another process makes videos of this shard, or of others by another number of shards.
+    """
+    with folder_locked(plan.evaluation.folder, share=plan.evaluation.shard):
+        VideoWorker(plan).make_missing(plan.evaluation.runs, on_video)
 
 
 class VideoWorker:

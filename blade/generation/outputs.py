@@ -5,15 +5,29 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from blade.common.errors import first_line
-from blade.common.files import check_writable, write_files
+from blade.common.files import write_files
+from blade.common.locks import InUseError, file_locked
 from blade.common.terminal import logger, printable
+from blade.generation.inputs import input_paths
+from blade.generation.naming import (
+    OUTPUT_FOLDER,
+    check_output,
+    claim_path,
+    comparison_path,
+    default_output,
+    is_made,
+    possible_paths,
+    record_path,
+)
+from blade.generation.plan import resolve_unloaded
 from blade.generation.prepare import prepare_model
-from blade.generation.prompts import file_stem
+from blade.generation.prompts import without_repetitions
 from blade.generation.record import make_record
 from blade.generation.request import NO_STUDENT, GenerationRequest, ResolvedRequest
 from blade.generation.resolve import describe_student
@@ -26,9 +40,6 @@ from blade.models.source import BUNDLED
 from blade.moving_shapes.bundled import BUNDLED_DEFAULTS, prompt_warning
 from blade.students.loading import published_students
 from blade.students.source import BUNDLED_STUDENTS
-
-OUTPUT_FOLDER = Path("outputs")
-"""Folder of videos that are given no path."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,25 +88,38 @@ class GenerationReport:
 
 
 def generate_files(
-    request: GenerationRequest, output: str | Path | None = None, *, compare: bool = False
+    request: GenerationRequest,
+    output: str | Path | None = None,
+    *,
+    compare: bool = False,
+    inputs: Mapping[Path, str] | None = None,
 ) -> GenerationReport:
     """Make a video, and write it with its record: all files or none.
 
     Args:
         request: the request.
-        output: path of the MP4; the record has the same name with ".json". None: see `default_output`.
+        output: path of the MP4, which is replaced if it is there; the record has the same name with ".json". None: see
+            `default_output`; a video of other settings that is there stays, and the new one has digits in its name.
         compare: also make it with dense attention and the same seed, and write both side by side.
+        inputs: files that are read beside those that the request names, with the options that name them.
 
     Raises:
-        ValueError: for a request that cannot be met; found before the model runs.
+        ValueError: for a request that cannot be met, or an output that is an input; found before the model runs.
+        InUseError: if another process makes the same video.
         OutputError: if a file cannot be written.
         NonFiniteError: see `blade.generation.run.generate`.
     """
-    path = _checked_output(default_output(request) if output is None else Path(output))
+    inputs = {**(inputs or {}), **input_paths(request)}
+    plain = default_output(request) if output is None else Path(output)
+    check_output(plain, compare, None if output is None else inputs)
     start = time.perf_counter()
-    model, resolved = prepare_model(request)
-    _check_comparable(resolved, compare)
-    return _make_files(model, resolved, path, compare=compare, seconds_loading=time.perf_counter() - start)
+    with ExitStack() as stack:
+        if output is not None:
+            stack.enter_context(file_locked(plain))
+        model, resolved = prepare_model(request)
+        _check_comparable(resolved, compare)
+        path = plain if output is not None else claim_path(stack, plain, resolved, inputs)
+        return _make_files(model, resolved, path, compare=compare, seconds_loading=time.perf_counter() - start)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +129,7 @@ class ListReport:
     made: tuple[GenerationReport, ...]
     """The new videos."""
     skipped: tuple[Path, ...]
-    """Videos that were there before."""
+    """Videos of the same settings that were there before, or that another process made meanwhile."""
     failed: Mapping[str, str]
     """By prompt, why it has no video."""
 
@@ -117,15 +141,24 @@ class ListReport:
 
 
 def generate_list(
-    request: GenerationRequest, prompts: Sequence[str], folder: str | Path = OUTPUT_FOLDER, *, compare: bool = False
+    request: GenerationRequest,
+    prompts: Sequence[str],
+    folder: str | Path = OUTPUT_FOLDER,
+    *,
+    compare: bool = False,
+    inputs: Mapping[Path, str] | None = None,
 ) -> ListReport:
-    """Make a video of every prompt, each as soon as it is there; videos that exist are left as they are.
+    """Make a video of every prompt, each as soon as it is there; those that are there with the same settings stay.
+
+    Several processes share the work on one folder: each video is made by one of them.
 
     Args:
         request: everything but the prompts; its own prompt is not used.
-        prompts: the prompts.
-        folder: where the videos go, each under the name of its prompt and the seed.
+        prompts: the prompts; repeated ones are made once.
+        folder: where the videos go, each under the name of its prompt and the seed, and of its settings where a video
+            of others has that name.
         compare: see `generate_files`.
+        inputs: see `generate_files`.
 
     Returns:
         The outcome. One failing prompt does not stop the rest.
@@ -134,38 +167,69 @@ def generate_list(
         ValueError: for a request that cannot be met with any prompt.
         OutputError: if the folder cannot be written.
     """
-    paths = {prompt: Path(folder) / default_output(replace(request, prompt=prompt)).name for prompt in prompts}
-    waiting = {prompt: path for prompt, path in paths.items() if not _is_there(path)}
-    skipped = tuple(path for prompt, path in paths.items() if prompt not in waiting)
-    if not waiting:
-        return ListReport(made=(), skipped=skipped, failed={})
-    for path in waiting.values():
-        _checked_output(path)
+    inputs = {**(inputs or {}), **input_paths(request)}
+    paths = {
+        prompt: Path(folder) / default_output(replace(request, prompt=prompt)).name
+        for prompt in without_repetitions(prompts)
+    }
+    for path in paths.values():
+        check_output(path, compare)
+    if all(record_path(path).is_file() for path in paths.values()):
+        resolved = resolve_unloaded(replace(request, prompt=next(iter(paths))))
+        owns = [(path, replace(resolved, prompt=prompt)) for prompt, path in paths.items()]
+        there = [next(possible_paths(path, own, inputs)) for path, own in owns]
+        if all(is_made(path, own, compare) for path, (_, own) in zip(there, owns, strict=True)):
+            return ListReport(made=(), skipped=tuple(there), failed={})
     start = time.perf_counter()
-    model, resolved = prepare_model(replace(request, prompt=next(iter(waiting))))
+    model, resolved = prepare_model(replace(request, prompt=next(iter(paths))))
     _check_comparable(resolved, compare)
-    seconds_loading = time.perf_counter() - start
-    made, failed = [], {}
-    for number, (prompt, path) in enumerate(waiting.items(), start=1):
-        logger.info(f"{number}/{len(waiting)} {prompt}")
+    work = _ListWork(model, resolved, inputs, compare, time.perf_counter() - start)
+    elsewhere = []
+    for number, (prompt, path) in enumerate(paths.items(), start=1):
         try:
-            own = replace(resolved, prompt=prompt)
-            made.append(_make_files(model, own, path, compare=compare, seconds_loading=seconds_loading))
-        except Exception as error:  # whatever a prompt does to the model; the others have nothing to do with it
-            failed[prompt] = first_line(error)
-            logger.warning(f"failed: {failed[prompt]}")
-    return ListReport(made=tuple(made), skipped=skipped, failed=failed)
+            work.make(prompt, path, f"{number}/{len(paths)} {prompt}")
+        except InUseError:
+            elsewhere.append(prompt)
+    for prompt in elsewhere:
+        work.make(prompt, paths[prompt], prompt, wait=True)
+    return ListReport(made=tuple(work.made), skipped=tuple(work.skipped), failed=work.failed)
 
 
-def _is_there(path: Path) -> bool:
-    return path.is_file() and path.with_suffix(".json").is_file()
+class _ListWork:
+    """The videos of a list with one model."""
 
+    def __init__(
+        self,
+        model: LoadedModel,
+        resolved: ResolvedRequest,
+        inputs: Mapping[Path, str],
+        compare: bool,
+        seconds_loading: float,
+    ) -> None:
+        self.model, self.resolved, self.inputs, self.compare = model, resolved, inputs, compare
+        self.seconds_loading = seconds_loading
+        self.made: list[GenerationReport] = []
+        self.skipped: list[Path] = []
+        self.failed: dict[str, str] = {}
 
-def _checked_output(path: Path) -> Path:
-    if path.suffix.lower() != ".mp4":
-        raise ValueError(f"`output` must end in .mp4, got {path}.")
-    check_writable(path)
-    return path
+    def make(self, prompt: str, plain: Path, announced: str, *, wait: bool = False) -> None:
+        """Make the video of a prompt unless it is there; see `claim_path`."""
+        own = replace(self.resolved, prompt=prompt)
+        with ExitStack() as stack:
+            try:
+                path = claim_path(stack, plain, own, self.inputs, wait=wait)
+                if is_made(path, own, self.compare):
+                    self.skipped.append(path)
+                    return
+                logger.info(announced)
+                self.made.append(
+                    _make_files(self.model, own, path, compare=self.compare, seconds_loading=self.seconds_loading)
+                )
+            except InUseError:
+                raise
+            except Exception as error:  # whatever a prompt does to the model; the others have nothing to do with it
+                self.failed[prompt] = first_line(error)
+                logger.warning(f"failed: {self.failed[prompt]}")
 
 
 def _check_comparable(resolved: ResolvedRequest, compare: bool) -> None:
@@ -183,7 +247,7 @@ def _make_files(
     record = make_record(resolved, generation, seconds_loading=seconds_loading)
     record["score"] = _score(resolved, generation)
     files = {path: encode_mp4(generation.video, record["fps"])}
-    comparison_path = None
+    compared_path = None
     if compare:
         model.pipe.set_progress_bar_config(desc="denoising, dense")
         dense = run_request(model, resolved.dense())
@@ -193,16 +257,15 @@ def _make_files(
             "dense": dense.video,
             f"{resolved.attention}, density {generation.run_density:.2f}": generation.video,
         }
-        comparison_path = path.with_name(f"{path.stem}-compare.mp4")
-        files[comparison_path] = encode_mp4(side_by_side(videos), record["fps"])
-    record_path = path.with_suffix(".json")
-    files[record_path] = (json.dumps(record, indent=2) + "\n").encode()
+        compared_path = comparison_path(path)
+        files[compared_path] = encode_mp4(side_by_side(videos), record["fps"])
+    files[record_path(path)] = (json.dumps(record, indent=2) + "\n").encode()
     write_files(files)
     return GenerationReport(
         generation=generation,
         video_path=path,
-        record_path=record_path,
-        comparison_path=comparison_path,
+        record_path=record_path(path),
+        comparison_path=compared_path,
         record=record,
         published_students=_other_students(model, resolved),
     )
@@ -213,11 +276,6 @@ def _other_students(model: LoadedModel, resolved: ResolvedRequest) -> tuple[str,
     if resolved.student is not None:
         return ()
     return tuple(BUNDLED_STUDENTS.values()) if resolved.model == BUNDLED else published_students(model)
-
-
-def default_output(request: GenerationRequest) -> Path:
-    """Return the path of a video that is given none: prompt and seed, in `OUTPUT_FOLDER`."""
-    return OUTPUT_FOLDER / f"{file_stem(request.prompt)}-{request.seed}.mp4"
 
 
 def describe_attention(record: Mapping[str, Any]) -> str:

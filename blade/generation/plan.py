@@ -22,6 +22,7 @@ from blade.generation.resolve import describe_student, resolve_request
 from blade.models.conditions import model_for
 from blade.models.costs import RunCost, forward_cost, run_cost
 from blade.models.devices import resolve_device, resolve_dtype
+from blade.models.loaded import LoadedModel
 from blade.models.loading import load_empty_model
 from blade.students.loading import read_student
 
@@ -100,14 +101,8 @@ def plan_run(request: GenerationRequest) -> RunPlan:
         ValueError: for a request that cannot be met, or a model whose operations cannot be counted.
         ModelError: if there is no such model.
     """
-    device = resolve_device(request.device)
-    dtype = resolve_dtype(request.dtype, device)
-    model = model_for(load_empty_model(request.model, revision=request.revision, dtype=dtype), request.condition)
-    pipe = model.pipe
-    student = None
-    if request.student is not None:
-        student = read_student(pipe, request.student, scheduler=request.scheduler, noise_kept=request.noise_kept)
-    resolved = replace(resolve_request(request, model, student=student), device=str(device))
+    model, resolved = _resolved_unloaded(request)
+    pipe, device = model.pipe, torch.device(resolved.device)
     latent = model.latent_size(*resolved.size)
     transformer, family = model.transformer, model.family
     guidance = resolved.guidance_scale > 1 and family.guidance_takes_two_passes
@@ -136,6 +131,29 @@ def plan_run(request: GenerationRequest) -> RunPlan:
         },
         device_gib=torch.cuda.get_device_properties(device).total_memory / GIB if device.type == "cuda" else None,
     )
+
+
+def resolve_unloaded(request: GenerationRequest) -> ResolvedRequest:
+    """Fill in a request as loading its model would, from configuration files alone; but for an `offload` of auto.
+
+    Args:
+        request: the request.
+
+    Raises:
+        ValueError: for a request that cannot be met.
+        ModelError: if there is no such model.
+    """
+    return _resolved_unloaded(request)[1]
+
+
+def _resolved_unloaded(request: GenerationRequest) -> tuple[LoadedModel, ResolvedRequest]:
+    device = resolve_device(request.device)
+    dtype = resolve_dtype(request.dtype, device)
+    model = model_for(load_empty_model(request.model, revision=request.revision, dtype=dtype), request.condition)
+    student = None
+    if request.student is not None:
+        student = read_student(model.pipe, request.student, scheduler=request.scheduler, noise_kept=request.noise_kept)
+    return model, replace(resolve_request(request, model, student=student), device=str(device))
 
 
 def peak_bytes(function: Callable[[], object]) -> int:

@@ -1,10 +1,12 @@
-"""Lists of prompts, and the file names that prompts give."""
+"""Lists of prompts."""
 
 from __future__ import annotations
 
 import json
-import re
+from collections.abc import Sequence
 from pathlib import Path
+
+from blade.common.terminal import logger
 
 
 def read_prompts(path: str | Path) -> list[str]:
@@ -28,7 +30,16 @@ def read_prompts(path: str | Path) -> list[str]:
         prompts = [line for line in lines if not line.startswith("#")]
     if not prompts:
         raise ValueError(f"`prompts` must be a text file with one prompt a line, but {path} has none.")
-    return list(dict.fromkeys(prompts))
+    return without_repetitions(prompts)
+
+
+def without_repetitions(prompts: Sequence[str]) -> list[str]:
+    """Return the prompts, each once, and say how many were repeated."""
+    different = list(dict.fromkeys(prompts))
+    repeated = len(prompts) - len(different)
+    if repeated:
+        logger.info(f"`prompts`: {repeated} of {len(prompts)} repeat another one and count once")
+    return different
 
 
 def _prompt_of(line: str, path: str | Path) -> str:
@@ -40,8 +51,3 @@ def _prompt_of(line: str, path: str | Path) -> str:
     if not prompt:
         raise ValueError(f"`prompts` must have an object with a `prompt` in each line, but {path} has {line!r}.")
     return str(prompt)
-
-
-def file_stem(prompt: str) -> str:
-    """Return the beginning of a prompt as it can stand in a file's name: lower case, words joined by hyphens."""
-    return re.sub(r"[^\w]+", "-", prompt.lower()).strip("-")[:80] or "video"

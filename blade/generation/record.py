@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,15 @@ PACKAGES = ("blade-video", "torch", "diffusers", "transformers", "av")
 
 REQUEST_FIELDS = tuple(item.name for item in fields(GenerationRequest))
 
+PLACE_FIELDS = ("device", "offload")
+"""Fields that say where a video is made, and not what it is: processes on several devices share a list."""
+
+DEFAULTS = {item.name: None if item.default is MISSING else item.default for item in fields(GenerationRequest)} | {
+    "loras": [],
+    "added": {},
+}
+"""Values of the fields of a request that are not given, as plain JSON."""
+
 
 def make_record(request: ResolvedRequest, generation: Generation, *, seconds_loading: float) -> dict[str, Any]:
     """Return the record of a generation, plain JSON values.
@@ -32,15 +41,12 @@ def make_record(request: ResolvedRequest, generation: Generation, *, seconds_loa
         seconds_loading: how long loading the pipeline took.
 
     Returns:
-        First the fields of the request, by name, then what it cost (`seconds_...`, densities, `peak_memory_gib`), then
-        `machine` and `versions`.
+        First the fields of the request, by name, and the state of the files that it names (`inputs`), then what it
+        cost (`seconds_...`, densities, `peak_memory_gib`), then `machine` and `versions`.
     """
-    record = {name: getattr(request, name) for name in REQUEST_FIELDS if name not in ("config", "preset")}
-    config, device = request.blade_config, torch.device(request.device)
-    record["blade_config"] = None if config is None else config.to_dict()
-    record["dense_layers"] = None if config is None else list(config.dense_layers)
-    record["loras"] = list(request.loras)
-    return record | {
+    device = torch.device(request.device)
+    return _recorded_fields(request) | {
+        "inputs": request.input_state,
         "layer_density": generation.layer_density,
         "run_density": generation.run_density,
         "seconds_loading": round(seconds_loading, 4),
@@ -51,6 +57,50 @@ def make_record(request: ResolvedRequest, generation: Generation, *, seconds_loa
         "machine": describe_machine(device),
         "versions": describe_versions(PACKAGES),
     }
+
+
+def _recorded_fields(request: ResolvedRequest) -> dict[str, Any]:
+    """Return the fields of a request as plain JSON values."""
+    fields_ = {name: getattr(request, name) for name in REQUEST_FIELDS if name not in ("config", "preset")}
+    config = request.blade_config
+    fields_["blade_config"] = None if config is None else config.to_dict()
+    fields_["dense_layers"] = None if config is None else list(config.dense_layers)
+    fields_["loras"] = list(request.loras)
+    plain: dict[str, Any] = json.loads(json.dumps(fields_))
+    return plain
+
+
+def deciding_fields(request: ResolvedRequest) -> dict[str, Any]:
+    """Return what decides a video: the fields of its request but `PLACE_FIELDS`, and the state of its inputs."""
+    decisive = {name: value for name, value in _recorded_fields(request).items() if name not in PLACE_FIELDS}
+    return decisive | {"inputs": request.input_state}
+
+
+def changed_fields(record: Mapping[str, Any], request: ResolvedRequest) -> list[str]:
+    """Return the fields in which the request of a record differs from another one; none if the videos are the same.
+
+    Fields that a record of an earlier version lacks count as left at their defaults, and the state of inputs that it
+    does not tell as the same.
+    """
+    now = deciding_fields(request)
+    before = {**DEFAULTS, "inputs": now["inputs"], **record}
+    return [
+        name
+        for name, value in now.items()
+        if not (
+            is_same_config(before[name], request.blade_config) if name == "blade_config" else before.get(name) == value
+        )
+    ]
+
+
+def is_same_config(recorded: dict[str, Any] | None, config: BladeConfig | None) -> bool:
+    """Return whether a recorded configuration equals `config`; fields that it lacks take their defaults."""
+    if recorded is None or config is None:
+        return recorded is None and config is None
+    try:
+        return recorded == config.to_dict() or BladeConfig.from_dict(recorded) == config
+    except (ValueError, TypeError, AttributeError):  # of a version that has other values
+        return False
 
 
 def read_request(path: str | Path, changes: Mapping[str, Any] | None = None) -> GenerationRequest:

@@ -128,6 +128,8 @@ class ResolvedRequest(GenerationRequest):
     """A torch device."""
     dtype: DtypeName = field()
     """A name of `blade.models.devices.DTYPES`."""
+    input_state: str | None = None
+    """See `blade.generation.inputs.input_state`, when the request was resolved; None: it names no files here."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

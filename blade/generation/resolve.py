@@ -9,6 +9,7 @@ from typing import Any, Literal
 from blade.attention.config import BladeConfig
 from blade.common.terminal import logger
 from blade.families.registry import available_kind
+from blade.generation.inputs import input_state
 from blade.generation.request import SPARSE_OPTIONS, GenerationRequest, ResolvedRequest
 from blade.models.conditions import read_frames, read_image, size_like
 from blade.models.loaded import LoadedModel
@@ -76,7 +77,7 @@ def resolve_request(
         "device": str(model.device),
         "dtype": str(model.transformer.dtype).removeprefix("torch."),
     }
-    return ResolvedRequest(**values)
+    return ResolvedRequest(**values, input_state=input_state(request))
 
 
 def describe_student(source: str, kind: str | None) -> str:

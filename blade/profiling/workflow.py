@@ -15,7 +15,10 @@ from blade.attention.pattern_plan import PatternPlan
 from blade.attention.pattern_table import uniform_table
 from blade.common.checks import check_integer
 from blade.common.files import check_writable
+from blade.common.locks import folder_locked
+from blade.common.names import check_no_input
 from blade.common.terminal import printable
+from blade.generation.inputs import input_paths
 from blade.generation.prepare import prepare_model
 from blade.generation.request import GenerationRequest, ResolvedRequest
 from blade.generation.run import run_request
@@ -194,10 +197,17 @@ def profile_attention(
     Raises:
         ValueError: for a request that cannot be met; an infeasible budget is found once the errors are measured.
         ModelError: if the model does not exist or cannot be used.
+        InUseError: if another process profiles into the same folder.
         OutputError: if the folder cannot be written.
     """
-    say = on_progress or (lambda line: None)
+    check_no_input([request.output], input_paths(request.generation))
     check_writable(request.output / PROFILE_NAME)
+    with folder_locked(request.output, share=request.share):
+        return _profiled(request, on_progress or (lambda line: None))
+
+
+def _profiled(request: ProfileRequest, say: Callable[[str], None]) -> ProfileReport | None:
+    """Profile, in a folder that no other process uses."""
     model, resolved = prepare_model(replace(request.generation, prompt=request.prompts[0], attention="dense"))
     model.pipe.set_progress_bar_config(disable=True)
     requests = [

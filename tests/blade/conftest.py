@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -137,3 +138,41 @@ LATER = Selector(
 def later_selector(import_temporary: Callable[[str, str], ModuleType]) -> Any:
     """The selector of a temporary module, registered."""
     return import_temporary("later_selector", f"{LATER}\nregister_selector(LATER)\n").LATER
+
+
+HOLDER = """
+import sys
+from pathlib import Path
+
+from blade.common.locks import folder_locked
+
+with folder_locked(Path(sys.argv[1]), share=(int(sys.argv[2]), int(sys.argv[3]))):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+"""A process that keeps a folder until its input ends."""
+
+
+@pytest.fixture
+def hold() -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Return a function that starts a process which holds the lock of a folder; what still runs is killed."""
+    started = []
+
+    def run(folder: Path, share: tuple[int, int] = (1, 1)) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, "-c", HOLDER, str(folder), *map(str, share)],
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        started.append(process)
+        assert process.stdout is not None and process.stdout.readline() == "held\n"
+        return process
+
+    yield run
+    for process in started:
+        process.kill()
+        process.wait()
+        for pipe in (process.stdin, process.stdout):
+            if pipe is not None:
+                pipe.close()

@@ -13,6 +13,7 @@ import torch
 from jinja2 import Environment, StrictUndefined
 
 from blade.common.files import replaced_whole, write_files
+from blade.common.locks import file_locked, folder_locked
 from blade.models.loading import load_pipeline
 
 from .components import TransformerSize
@@ -55,10 +56,27 @@ def train_shapes_model(
 
     Raises:
         ValueError: If `start_from` has been trained for all of the steps already, or is missing with `timed`.
+        InUseError: If another training uses the run's folder, or writes the same model.
     """
     began = monotonic()
     if timed is not None and start_from is None:
         raise ValueError("`start_from` must be given with `timed`, which trains no VAE, got None.")
+    with folder_locked(run, "run"), file_locked(output):
+        _train(run, output, vae, decoder, transformer, timed, device, start_from, began)
+
+
+def _train(
+    run: Path,
+    output: Path,
+    vae: VAETraining | None,
+    decoder: DecoderTraining | None,
+    transformer: TransformerTraining | None,
+    timed: TimedTraining | None,
+    device: str,
+    start_from: Path | None,
+    began: float,
+) -> None:
+    """Train, in folders that no other process uses."""
     decoder, transformer = decoder or DecoderTraining(), transformer or TransformerTraining()
     if start_from is None:
         trained_vae = train_vae(run, vae or VAETraining(), device)

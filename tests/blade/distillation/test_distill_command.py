@@ -90,6 +90,22 @@ def test_a_base_that_is_distilled_draws_a_warning(settings, capsys, saved_tiny_p
     assert code == 0 and "seems to be distilled for few steps already" in err
 
 
+@pytest.mark.parametrize("field", ["model", "weights.start_from"])
+def test_a_student_does_not_replace_what_it_is_made_from(settings, capsys, tmp_path, field):
+    source = tmp_path / "source"
+    source.mkdir()
+    (tmp_path / "out").symlink_to(source)
+    code, _, err = run(capsys, "shapes", *settings("out", f"{field}={source}"))
+    assert code == 1 and f"`output` must not replace an input, got {tmp_path / 'out'}, which is `{field}`" in err
+    assert not list(source.iterdir())
+
+
+def test_a_report_does_not_replace_the_prompts(settings, capsys, prompt_file):
+    before = prompt_file.read_text()
+    code, _, err = run(capsys, "shapes", *settings("out"), "--dry-run", f"--report={prompt_file}")
+    assert code == 1 and "`report` must not replace an input, got" in err and prompt_file.read_text() == before
+
+
 @pytest.mark.slow
 def test_a_rank_that_dies_ends_the_run_which_then_resumes(settings, start, tmp_path):
     """One of two processes is killed: the other one does not wait for ever, and its checkpoints are whole."""
@@ -120,3 +136,14 @@ def test_a_rank_that_dies_ends_the_run_which_then_resumes(settings, start, tmp_p
     assert process.returncode == 0, output
     assert not list((tmp_path / "out").rglob("*.tmp"))  # a kill may leave them; the next write overwrites them
     assert max(load_checkpoint(path)["trainer"]["update"] for path in checkpoints.glob("*.pt")) == reached + 2
+
+
+@pytest.mark.slow
+def test_several_processes_are_refused_a_folder_in_use(settings, start, hold, tmp_path):
+    """The first process says so, and the others, which wait for it, end too."""
+    other = hold(tmp_path / "out")
+    process = start("-m", "blade.cli.distill", "shapes", *settings("out"), processes=2)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert output.count(f"error: `output` {tmp_path / 'out'} is in use by process {other.pid} on ") == 1
+    assert not (tmp_path / "out" / "embeddings").exists()

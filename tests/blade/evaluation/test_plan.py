@@ -69,6 +69,10 @@ def test_the_baseline_is_the_first_run_that_is_not_dense():
     [
         ({"runs": ()}, "at least one run"),
         ({"runs": (RunSettings(name="x"), RunSettings(name="x", steps=3))}, "different names, got 'x' twice"),
+        (
+            {"runs": (RunSettings(name="Asa"), RunSettings(name="b"), RunSettings(name="asa", steps=3))},
+            "different names, got 'Asa' and 'asa'",
+        ),
         ({"prompts": ()}, "`prompts` must hold"),
         ({"prompts": PROMPTS * 2}, "`prompts` must be different"),
         ({"shard": (3, 2)}, "`shard`"),

@@ -20,7 +20,7 @@ from blade.attention.config import AdaptiveConfig, BladeConfig
 from blade.cli.generate import main
 from blade.common.options import option_names
 from blade.generation.options import GROUPS
-from blade.generation.outputs import GenerationReport, default_output, describe_score, generate_files
+from blade.generation.outputs import GenerationReport, describe_score, generate_files
 from blade.generation.record import read_request
 from blade.generation.request import GenerationRequest
 from blade.generation.resolve import resolve_request
@@ -260,13 +260,6 @@ def test_a_video_from_the_hub_is_recorded_with_its_commit(
     assert read_request(tmp_path / "video.json", {"model": "other/model"}).revision is None
     generate_files(again, tmp_path / "again.mp4")
     assert torch.equal(read_mp4(tmp_path / "again.mp4"), read_mp4(tmp_path / "video.mp4"))
-
-
-def test_the_default_output_names_prompt_and_seed() -> None:
-    request = GenerationRequest(prompt="A red ball, moving  right!", seed=4)
-    assert default_output(request) == Path("outputs/a-red-ball-moving-right-4.mp4")
-    assert default_output(GenerationRequest(prompt="?")) == Path("outputs/video-0.mp4")
-    assert len(default_output(GenerationRequest(prompt="word " * 100)).name) < 100
 
 
 def test_words_that_the_bundled_model_does_not_know_are_named() -> None:

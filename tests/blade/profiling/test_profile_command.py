@@ -127,6 +127,14 @@ def test_bad_input_ends_in_one_line(arguments, more, message, capsys):
     assert len(lines) == 1 and re.search(message, lines[0]), error
 
 
+def test_a_profile_does_not_replace_its_model(arguments, tiny_pipeline_copy, capsys):
+    before = sorted(path.name for path in tiny_pipeline_copy.rglob("*"))
+    folder = f"--output={tiny_pipeline_copy}"
+    assert run([*arguments, f"--model={tiny_pipeline_copy}", folder, "--target-density", "0.6"]) == 1
+    assert f"`output` must not replace an input, got {tiny_pipeline_copy}, which is `model`" in capsys.readouterr().err
+    assert sorted(path.name for path in tiny_pipeline_copy.rglob("*")) == before
+
+
 def test_prompt_files_are_read_and_refused(tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_bytes("\ufeffein roter Ball\r\n\r\n  noch einer \n".encode())

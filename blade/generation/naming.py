@@ -1,0 +1,162 @@
+"""Paths of videos: unique for what was asked for, and never an input."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from itertools import chain, count
+from pathlib import Path
+from typing import Any
+
+from blade.common.files import check_writable
+from blade.common.locks import InUseError, file_locked
+from blade.common.names import check_name_lengths, check_no_input, file_name, is_same_file, short_hash
+from blade.common.terminal import logger
+from blade.generation.record import changed_fields, deciding_fields
+from blade.generation.request import GenerationRequest, ResolvedRequest
+
+OUTPUT_FOLDER = Path("outputs")
+"""Folder of videos that are given no path."""
+
+SETTINGS_DIGITS = 8
+"""Hexadecimal digits of a request's hash in the name of a video beside one of other settings."""
+
+
+def default_output(request: GenerationRequest) -> Path:
+    """Return the path of a video that is given none: prompt and seed, in `OUTPUT_FOLDER`."""
+    return OUTPUT_FOLDER / f"{file_name(request.prompt)}-{request.seed}.mp4"
+
+
+def record_path(path: Path) -> Path:
+    """Return the path of a video's record."""
+    return path.with_suffix(".json")
+
+
+def comparison_path(path: Path) -> Path:
+    """Return the path of the comparison of a video with a dense one."""
+    return path.with_name(f"{path.stem}-compare.mp4")
+
+
+def files_of(path: Path, compare: bool) -> list[Path]:
+    """Return the files that go with a video, itself first."""
+    return [path, record_path(path), *([comparison_path(path)] if compare else [])]
+
+
+def check_output(path: Path, compare: bool, inputs: Mapping[Path, str] | None = None) -> None:
+    """Check, before anything is loaded, that a video and its files can be written.
+
+    Args:
+        path: of the MP4.
+        compare: see `files_of`.
+        inputs: the options that name files, by path, where this path was asked for and has to be taken.
+
+    Raises:
+        ValueError: for another extension, a name that is too long, an input, or a file in the record's place that is
+            none.
+        OutputError: if they cannot be written.
+    """
+    if path.suffix.lower() != ".mp4":
+        raise ValueError(f"`output` must end in .mp4, got {path}.")
+    files = files_of(path, compare)
+    check_name_lengths(files)
+    for file in files:
+        check_writable(file)
+    if inputs is None:
+        return
+    check_no_input(files, inputs)
+    other = record_path(path)
+    if other.exists() and read_record(path) is None:
+        raise ValueError(f"`output` {path} would replace {other}, which is not a video's record; take another name.")
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """Return the record of a video; None if there is none."""
+    try:
+        record = json.loads(record_path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) and {"prompt", "seed", "steps"} <= record.keys() else None
+
+
+def is_made(path: Path, request: ResolvedRequest, compare: bool) -> bool:
+    """Return whether a video is there whose record says this request, with all of its files."""
+    if not all(file.is_file() for file in files_of(path, compare)):
+        return False
+    record = read_record(path)
+    return record is not None and not changed_fields(record, request)
+
+
+def settings_hash(request: ResolvedRequest) -> str:
+    """Return digits that change with anything that decides a video."""
+    return short_hash(json.dumps(deciding_fields(request), sort_keys=True), SETTINGS_DIGITS)
+
+
+def possible_paths(plain: Path, request: ResolvedRequest, inputs: Mapping[Path, str]) -> Iterator[Path]:
+    """Yield the paths that a video may have: the first of them that is free, or has this very video.
+
+    Args:
+        plain: the first.
+        request: its request, whose hash is in the others.
+        inputs: paths that must not be written.
+    """
+    stem = f"{plain.stem}-{settings_hash(request)}"
+    others = (plain.with_name(f"{stem}{'' if number == 1 else f'-{number}'}{plain.suffix}") for number in count(1))
+    for path in chain((plain,), others):
+        if _may_be_written(path, request, inputs):
+            yield path
+
+
+def _may_be_written(path: Path, request: ResolvedRequest, inputs: Mapping[Path, str]) -> bool:
+    """Return whether nothing is in a video's place but the same video, and none of its files is an input."""
+    files = files_of(path, True)
+    if any(is_same_file(file, source) for file in files for source in inputs):
+        return False
+    record = read_record(path)
+    if record is not None:
+        return not changed_fields(record, request)
+    return not any(os.path.lexists(file) for file in files)
+
+
+def claim_path(
+    stack: ExitStack, plain: Path, request: ResolvedRequest, inputs: Mapping[Path, str], *, wait: bool = False
+) -> Path:
+    """Return the path of a video, locked until the stack is closed.
+
+    Args:
+        stack: takes the lock.
+        plain: the path, unless a video of other settings or an input is there.
+        request: its request.
+        inputs: see `possible_paths`.
+        wait: wait for another process that makes this very video.
+
+    Raises:
+        InUseError: if another process makes this very video.
+    """
+    note = settings_hash(request)
+    for path in possible_paths(plain, request, inputs):
+        try:
+            stack.enter_context(file_locked(path, note=note))
+        except InUseError as error:
+            if error.holder is not None and error.holder.note != note:
+                continue  # the other one is of other settings
+            if not wait:
+                raise
+            stack.enter_context(file_locked(path, note=note, wait=True))
+        if _may_be_written(path, request, inputs):
+            if path != plain and not path.exists():
+                logger.info(f"{plain} stays: {_reason(plain, request, inputs)}; this video is {path.name}")
+            return path
+        stack.close()  # another process was quicker
+    raise AssertionError("there are numbers without end")
+
+
+def _reason(plain: Path, request: ResolvedRequest, inputs: Mapping[Path, str]) -> str:
+    """Say why a video does not take its plain path."""
+    if any(is_same_file(file, source) for file in files_of(plain, True) for source in inputs):
+        return "it is an input"
+    if _may_be_written(plain, request, inputs):
+        return "another process is making one of other settings"
+    record = read_record(plain)
+    return "it has no record" if record is None else f"it was made with another `{changed_fields(record, request)[0]}`"
