@@ -7,6 +7,7 @@ from typing import Annotated
 import torch
 import typer
 
+from blade.cli.command import run_script
 from blade.common.files import write_files
 from blade.media.pictures import ANIMATION_EXTENSIONS, contact_sheet, encode_animation, encode_png, side_by_side
 from blade.media.video import read_mp4
@@ -27,7 +28,6 @@ def main(
         record = path.with_suffix(".json")
         label = json.loads(record.read_text(encoding="utf-8"))["prompt"] if record.exists() else path.stem
         rows[f"{label} ({path.stem})" if label in rows else label] = read_mp4(path)
-    output.parent.mkdir(parents=True, exist_ok=True)
     if output.suffix in ANIMATION_EXTENSIONS:
         picture = encode_animation(side_by_side(rows), fps, output.suffix)
     else:
@@ -36,4 +36,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

@@ -15,6 +15,7 @@ from torch import nn
 from blade import BladeConfig
 from blade.attention.pattern_table import uniform_table
 from blade.attention.patterns import HeadPattern, diagonal_density, pattern_density
+from blade.cli.command import run_script
 from blade.common.machine import describe_versions
 from blade.common.tables import markdown_table, write_table
 from blade.families.registry import find_family
@@ -196,4 +197,4 @@ def widest_diagonal(grid: TokenGrid) -> HeadPattern:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

@@ -21,7 +21,7 @@ import typer
 import yaml
 from safetensors.torch import load_file, save
 
-from blade.cli.command import keep_freed_memory
+from blade.cli.command import keep_freed_memory, run_script
 from blade.cli.evaluate import main as evaluate
 from blade.cli.progress import progress_line
 from blade.common.files import write_files
@@ -29,7 +29,7 @@ from blade.distillation.config import DistillationConfig, load_config
 from blade.distillation.student_files import CARD_NAME, CONFIG_NAME
 from blade.distillation.validation import means
 from blade.distillation.workflow import VALIDATION, distill
-from blade.students.source import BUNDLED_STUDENTS, STUDENT_FILES, WEIGHT_NAME, bundled_student_path
+from blade.students.source import BUNDLED_STUDENTS, WEIGHT_NAME, bundled_student_path, student_files
 
 RECIPE = "shapes"
 
@@ -185,16 +185,10 @@ def average(
     config = load_config(str(sources[0] / CONFIG_NAME))
     mean, norm_share = mean_lora(weights, config.weights.rank)
     target = folder / f"{row}-{AVERAGE}"
-    contents = {
-        target / path.relative_to(sources[0]): path.read_bytes()
-        for pattern in STUDENT_FILES
-        for path in sources[0].glob(pattern)
-    }
+    contents = {target / path.relative_to(sources[0]): path.read_bytes() for path in student_files(sources[0])}
     contents[target / WEIGHT_NAME] = save({name: weight.contiguous() for name, weight in mean.items()})
     card = contents[target / CARD_NAME].decode().replace(sources[0].name, target.name)
     contents[target / CARD_NAME] = _average_card(card, config.weights.rank, seeds).encode()
-    for path in contents:
-        path.parent.mkdir(parents=True, exist_ok=True)
     write_files(contents)
     print(f"{target}: rank {config.weights.rank} holds {norm_share:.2%} of the mean's squared norm")
 
@@ -246,14 +240,13 @@ def ship(folder: Folder) -> None:
     for student, name in SHIPPED.items():
         source, target = folder / student, bundled_student_path(name)
         contents: dict[Path, bytes] = {}
-        for path in sorted(match for pattern in STUDENT_FILES for match in source.glob(pattern)):
+        for path in student_files(source):
             content = path.read_bytes()
             if path.suffix == ".yaml":
                 content = _with_default_folders(content, f"outputs/{name}")
             elif path.suffix == ".md":
                 content = _with_package_name(content.decode(), source.name, name).encode()
             contents[target / path.relative_to(source)] = content
-            (target / path.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
         write_files(contents)
         print(target)
 
@@ -301,4 +294,4 @@ def _with_default_folders(content: bytes, output: str) -> bytes:
 
 if __name__ == "__main__":
     keep_freed_memory()
-    app()
+    run_script(app)

@@ -13,6 +13,7 @@ import torch
 import typer
 from diffusers import WanTransformer3DModel
 
+from blade.cli.command import run_script
 from blade.common.machine import GIB, describe_versions
 from blade.common.tables import markdown_table, write_table
 from blade.distillation.roles import TRAINED, Lora, adapter_roles, separate_roles
@@ -102,4 +103,4 @@ def main(output: Annotated[Path, typer.Argument(help="Folder of the results.")],
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

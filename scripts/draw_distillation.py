@@ -9,6 +9,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patches import FancyBboxPatch
 
+from blade.cli.command import run_script
 from blade.common.files import write_files
 from blade.distillation.trajectory import flow_times
 
@@ -24,7 +25,6 @@ def main(output: Annotated[Path, typer.Argument(help="The PNG.")]) -> None:
     figure.tight_layout()
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
-    output.parent.mkdir(parents=True, exist_ok=True)
     write_files({output: buffer.getvalue()})
 
 
@@ -124,4 +124,4 @@ def draw_update(axes: Axes) -> None:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

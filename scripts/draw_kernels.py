@@ -11,6 +11,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
+from blade.cli.command import run_script
 from blade.common.files import write_files
 
 KEPT, CHOSEN, PALE, POOLED = "#9db8d9", "#d1495b", "#f2f2f2", "#edae49"
@@ -30,7 +31,6 @@ def main(output: Annotated[Path, typer.Argument(help="The PNG.")]) -> None:
     figure.tight_layout()
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
-    output.parent.mkdir(parents=True, exist_ok=True)
     write_files({output: buffer.getvalue()})
 
 
@@ -110,4 +110,4 @@ def draw_transposed(axes: Axes, keep: torch.Tensor) -> None:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

@@ -52,7 +52,6 @@ def main(
     axes.legend(frameon=False, title="labels: sparsity")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
-    output.parent.mkdir(parents=True, exist_ok=True)
     write_files({output: buffer.getvalue()})
 
 

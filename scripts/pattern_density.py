@@ -9,6 +9,7 @@ import typer
 
 from blade.attention.patterns import HeadPattern, Window, pattern_density
 from blade.benchmarks.layers import model_shapes
+from blade.cli.command import run_script
 from blade.common.machine import describe_versions
 from blade.common.tables import markdown_table, write_table
 from blade.token_grid import plain_orders
@@ -65,4 +66,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 from playwright.sync_api import sync_playwright
 
+from blade.cli.command import run_script
 from blade.common.files import write_files
 
 OPTIONS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
@@ -33,9 +34,8 @@ def main(
             page.locator(f"#{name}").dispatch_event("change")
         picture = page.locator("section[aria-labelledby=heads-title]").screenshot()
         browser.close()
-    output.parent.mkdir(parents=True, exist_ok=True)
     write_files({output: picture})
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

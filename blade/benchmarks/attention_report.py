@@ -73,7 +73,6 @@ def write_report(report: dict[str, Any], folder: Path) -> list[Path]:
         folder / "attention.md": ("\n".join(lines) + "\n").encode(),
         folder / "attention.png": plot(report),
     }
-    folder.mkdir(parents=True, exist_ok=True)
     write_files(files)
     return list(files)
 

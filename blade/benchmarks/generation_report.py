@@ -87,6 +87,5 @@ def write_report(report: dict[str, Any], folder: Path) -> list[Path]:
         folder / "generation.json": (json.dumps(report, indent=2) + "\n").encode(),
         folder / "generation.md": markdown(report).encode(),
     }
-    folder.mkdir(parents=True, exist_ok=True)
     write_files(files)
     return list(files)

@@ -55,7 +55,6 @@ def distill(
         now = datetime.now(UTC).isoformat(timespec="seconds")
         command = shlex.join(["blade-distill", *sys.argv[1:]])
         values = {"date": now, "command": command, **found.to_dict(), "config": read.to_dict()}
-        report.parent.mkdir(parents=True, exist_ok=True)
         write_files({report: (json.dumps(values, indent=2) + "\n").encode()})
 
 

@@ -43,7 +43,6 @@ def write_table(
         OutputError: a file cannot be written.
     """
     text = "\n".join([f"# {title}", "", note, "", f"    {values['command']}", "", *lines, ""])
-    folder.mkdir(parents=True, exist_ok=True)
     write_files(
         {
             folder / f"{name}.json": (json.dumps(values, indent=2) + "\n").encode(),

@@ -292,7 +292,6 @@ def encode_prompts(
     }
     others = {"encoders": "other text encoders", "size": "videos of another size", "pipeline": "another pipeline"}
     check_index(folder / INDEX_NAME, expected, "embeddings", others)
-    folder.mkdir(parents=True, exist_ok=True)
     if process == 0 and not (folder / INDEX_NAME).exists():
         conditions = capture(model, request, prompts[0])
         tensors, plain = _split(conditions.shared)

@@ -99,7 +99,6 @@ class TeacherTrajectories:
         missing = [batch for batch in batches if not all(map(self._exists, batch))]
         processes.wait()  # until all have seen which are missing
         if processes.is_first:
-            self.folder.mkdir(parents=True, exist_ok=True)
             write_files({self.folder / INDEX_NAME: (json.dumps(dict(facts), indent=2) + "\n").encode()})
         processes.wait()
         for first in range(0, len(missing), processes.count):

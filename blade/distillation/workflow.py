@@ -17,7 +17,7 @@ from torch import nn
 
 from blade.attention.config import BladeConfig
 from blade.common.machine import describe_machine, describe_versions
-from blade.common.training_log import TrainingLog, load_checkpoint, save_checkpoint
+from blade.common.training_log import TrainingLog, save_checkpoint
 from blade.distillation.conditioning import (
     ExampleConditions,
     PromptEmbeddings,
@@ -29,7 +29,7 @@ from blade.distillation.config import DistillationConfig, student_attention
 from blade.distillation.dry_run import estimate
 from blade.distillation.parallel import Processes
 from blade.distillation.reports import PACKAGES, DistillationReport, Estimate
-from blade.distillation.resuming import CHECKPOINTS, check_resumable, flat, newest_checkpoint
+from blade.distillation.resuming import check_resumable, checkpoint_path, flat, newest_checkpoint, remove_checkpoints
 from blade.distillation.student_files import read_weights, write_student
 from blade.distillation.teacher_trajectories import TeacherTrajectories
 from blade.distillation.trainer import Trainer
@@ -97,10 +97,9 @@ def distill(
     if random_weights and not dry_run:
         raise ValueError("`random_weights` requires `dry_run`.")
     prompts = ["none"] if random_weights else training_prompts(config)
-    checkpoint = None if dry_run else newest_checkpoint(output)
-    saved = None if checkpoint is None else load_checkpoint(checkpoint)
-    if saved is not None:
-        check_resumable(saved, config, processes, checkpoint)
+    found = None if dry_run else newest_checkpoint(output)
+    if found is not None:
+        check_resumable(found[1], config, processes, found[0])
     with ExitStack() as stack:
         folder = Path(config.embeddings).expanduser() if config.embeddings else output / EMBEDDINGS
         if dry_run:
@@ -108,7 +107,8 @@ def distill(
         job = _Job(config, processes, prompts, folder, on_progress, dry_run=dry_run, random_weights=random_weights)
         if dry_run:
             return estimate(job.trainer, 0 if random_weights else len(prompts))
-        if saved is not None:
+        if found is not None:
+            saved = found[1]
             job.trainer.load_state_dict(saved["trainer"])
             job.hours_before, job.scores = saved["hours"], saved.get("scores", {})
         job.make_trajectories(output, on_progress)
@@ -316,7 +316,6 @@ class _Job:
         trainer, config = self.trainer, self.config
         state = trainer.state_dict()
         if self.processes.is_first:
-            folder = output / CHECKPOINTS
             content = {
                 "trainer": state,
                 "hours": hours,
@@ -324,9 +323,8 @@ class _Job:
                 "config": config.to_dict(),
                 "batch_size": trainer.batch_size,
             }
-            save_checkpoint(folder / f"update-{trainer.update:06d}.pt", content)
-            for old in sorted(folder.glob("update-*.pt"))[: -config.run.checkpoints_kept]:
-                old.unlink()
+            save_checkpoint(checkpoint_path(output, trainer.update), content)
+            remove_checkpoints(output, trainer.update, config.run.checkpoints_kept)
         self._write_student(output, hours)
 
     def _write_student(self, output: Path, hours: float) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +11,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional
 
-from blade.common.files import write_files
+from blade.common.files import link_or_copy, write_files
 from blade.evaluation.plan import EvaluationPlan
 from blade.evaluation.prompts import EvaluationPrompt
 from blade.media.pictures import contact_sheet, encode_png, side_by_side
@@ -72,7 +70,6 @@ def lay_out_videos(plan: EvaluationPlan) -> VideoLayout:
         logger.info(f"writing {len(complete)} videos of {len(names)} runs side by side")
         shown = {prompt: evaluation.folder / "compare" / f"{prompt.stem}.mp4" for prompt in complete}
         for prompt, paths in complete.items():
-            shown[prompt].parent.mkdir(parents=True, exist_ok=True)
             write_files({shown[prompt]: encode_mp4(_frames_side_by_side(paths), plan.size["fps"])})
     sheet = _sheet(complete, plan.size["frames"]) if complete else None
     if sheet is not None:
@@ -115,21 +112,10 @@ def _write_vbench(folder: Path, names: Sequence[str], complete: Mapping[Evaluati
     The index counts the videos of a prompt from 0, by seed. Characters that a file system does not allow are replaced.
     Source: VBench, arXiv 2311.17982, the layout of its prompt suite.
     """
-    for name in names:
-        (folder / name).mkdir(parents=True, exist_ok=True)
     counts = Counter[str]()
     for prompt in sorted(complete, key=lambda prompt: prompt.seed):
         text = prompt.text.replace("/", "_").encode()[:NAME_BYTES].decode(errors="ignore")
         for name in names:
             link = folder / name / f"{text}-{counts[text]}.mp4"
-            link.unlink(missing_ok=True)
-            _link(complete[prompt][name], link)
+            link_or_copy(complete[prompt][name], link)
         counts[text] += 1
-
-
-def _link(source: Path, target: Path) -> None:
-    """Link a file to a second path, or copy it if the file system has no hard links."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from blade.common.errors import first_line
+from blade.common.leftovers import is_temporary
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import ModelInfo
@@ -194,7 +195,7 @@ def locate(model: str | Path, revision: str | None, *, announce: bool = True) ->
     if path.is_file():
         raise ModelError(f"`model` must be a folder in Diffusers format or a Hub id, got the file {name}.")
     if path.is_dir():
-        files = [item.name for item in path.iterdir()]
+        files = [item.name for item in path.iterdir() if not is_temporary(item.name)]
         options: dict[str, Any] = {}
     else:
         info = repository_info(name, "model", INDEX_NAME, revision)

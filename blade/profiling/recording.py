@@ -54,7 +54,6 @@ def saved_passes(
     Raises:
         OSError: if a file cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     parameters = tuple(inspect.signature(type(transformer).forward).parameters)[1:]
     inner, count = transformer.forward, 0
 

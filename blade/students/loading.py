@@ -21,7 +21,7 @@ from blade.families.transformers import Transformer, find_transformers
 from blade.models.loaded import LoadedModel
 from blade.students.description import Student
 from blade.students.scheduler import FewStepScheduler
-from blade.students.source import CONDITION_NAME, STUDENT_FILES, TRANSFORMER_FOLDER, WEIGHT_NAME, StudentFiles
+from blade.students.source import CONDITION_NAME, TRANSFORMER_FOLDER, WEIGHT_NAME, StudentFiles, student_files
 from blade.students.step_condition import StepCondition
 
 if TYPE_CHECKING:
@@ -227,7 +227,10 @@ def push_student(
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     commit = api.upload_folder(
-        repo_id=repo_id, folder_path=folder, allow_patterns=list(STUDENT_FILES), commit_message="Upload a student"
+        repo_id=repo_id,
+        folder_path=folder,
+        allow_patterns=[path.relative_to(folder).as_posix() for path in student_files(folder)],
+        commit_message="Upload a student",
     )
     return str(commit.commit_url)
 

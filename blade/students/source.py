@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from blade.attention.config import CONFIG_NAME, BladeConfig
+from blade.common.leftovers import files_in, is_temporary
 from blade.models.source import look_up
 from blade.students.scheduler import FewStepScheduler
 
@@ -40,6 +41,12 @@ STUDENT_FILES = (
     f"{TRANSFORMER_FOLDER}/*",
 )
 """Files of a student's folder that belong to the student, and not to its training."""
+
+
+def student_files(folder: Path) -> list[Path]:
+    """Return the files of a student's folder that belong to the student, sorted."""
+    found = (path for pattern in STUDENT_FILES for path in folder.glob(pattern))
+    return sorted(path for path in found if path.is_file() and not is_temporary(path.relative_to(folder)))
 
 
 @dataclass(frozen=True)
@@ -87,12 +94,12 @@ class StudentFiles:
             names = look_up(source, "source", WEIGHT_NAME)
             self.folder = None
             if names is not None:
-                self.names = list(names)
+                self.names = [name for name in names if not is_temporary(name)]
                 return
             from huggingface_hub import snapshot_download  # the Hub cannot be reached: what its cache has
 
             self.folder = Path(snapshot_download(source, local_files_only=True))
-        self.names = [path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*") if path.is_file()]
+        self.names = [path.relative_to(self.folder).as_posix() for path in files_in(self.folder)]
 
     def find_subfolder(self, subfolder: str | None, weight_name: str, family: str | None) -> str | None:
         """The subfolder that holds the LoRA, None for the top."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 from diffusers import WanPipeline
 from jinja2 import Environment, StrictUndefined
 
-from blade.common.files import replaced_whole, write_files
+from blade.common.files import read_json_lines, replaced_whole, write_files
 
 from .components import TransformerSize
 from .decoder import DecoderTraining, needs_wider_decoder, train_decoder
@@ -68,8 +67,7 @@ def train_shapes_model(
         pipe = WanPipeline.from_pretrained(start_from).to(device)
         trained_vae = pipe.vae.eval().requires_grad_(False)
         if not (run / "log.jsonl").exists():
-            run.mkdir(parents=True, exist_ok=True)
-            shutil.copy(start_from / LOG, run / "log.jsonl")
+            write_files({run / "log.jsonl": (start_from / LOG).read_bytes()})
         if needs_wider_decoder(trained_vae):
             trained_vae = train_decoder(run, trained_vae, decoder, device)
         start = (pipe, _steps_trained(start_from / LOG))
@@ -108,5 +106,4 @@ def write_card(
 
 def _steps_trained(log: Path) -> int:
     """Steps of the transformer that a log records."""
-    records = [json.loads(line) for line in log.read_text().splitlines()]
-    return max((record["step"] for record in records if record["stage"] == "transformer"), default=0)
+    return max((record["step"] for record in read_json_lines(log) if record["stage"] == "transformer"), default=0)
