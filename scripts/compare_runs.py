@@ -10,7 +10,7 @@ import typer
 
 from blade.cli.command import run_command
 from blade.common.files import read_json_lines
-from blade.common.tables import markdown_table, write_table
+from blade.common.tables import check_table, markdown_table, write_table
 from blade.metrics.estimates import bootstrap, mean_of_worst, paired_difference
 
 
@@ -22,6 +22,8 @@ def main(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Print for each pair the means, those of the worst tenth, the difference with its interval, and how many lose."""
+    if output is not None:
+        check_table(output, "pairs")
     values = read_values(folder, measure)
     rows, records = [], []
     for pair in pairs:

@@ -8,7 +8,7 @@ import torch
 import typer
 
 from blade.cli.command import run_script
-from blade.common.files import write_files
+from blade.common.files import check_writable, write_files
 from blade.media.pictures import ANIMATION_EXTENSIONS, contact_sheet, encode_animation, encode_png, side_by_side
 from blade.media.video import read_mp4
 
@@ -23,6 +23,7 @@ def main(
 
     A .png has a row of evenly spaced frames for each video; an animation shows the videos side by side.
     """
+    check_writable(output)
     rows: dict[str, torch.Tensor] = {}
     for path in videos:
         record = path.with_suffix(".json")

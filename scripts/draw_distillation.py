@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import FancyBboxPatch
 
 from blade.cli.command import run_script
-from blade.common.files import write_files
+from blade.common.files import check_writable, write_files
 from blade.distillation.trajectory import flow_times
 
 STUDENT, FAKE, TEACHER, PALE = "#d1495b", "#edae49", "#5b83b8", "#f2f2f2"
@@ -19,6 +19,7 @@ STEPS, SHIFT, SHOWN = 4, 3.0, 2
 
 def main(output: Annotated[Path, typer.Argument(help="The PNG.")]) -> None:
     """Write the figure: a trajectory with one of its steps, and the networks of one update."""
+    check_writable(output)
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5.2), width_ratios=(1, 1.15))
     draw_trajectory(left)
     draw_update(right)

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
 from blade.cli.command import run_script
-from blade.common.files import write_files
+from blade.common.files import check_writable, write_files
 
 KEPT, CHOSEN, PALE, POOLED = "#9db8d9", "#d1495b", "#f2f2f2", "#edae49"
 ROW, COLUMN, BLOCKS = 3, 5, 8
@@ -20,6 +20,7 @@ ROW, COLUMN, BLOCKS = 3, 5, 8
 
 def main(output: Annotated[Path, typer.Argument(help="The PNG.")]) -> None:
     """Write the figure: a mask, the iteration over one of its rows, and the transposed list of one of its columns."""
+    check_writable(output)
     generator = torch.Generator().manual_seed(5)
     keep = torch.rand(BLOCKS, BLOCKS, generator=generator) < 0.3
     keep |= torch.eye(BLOCKS, dtype=torch.bool)

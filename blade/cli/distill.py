@@ -37,7 +37,7 @@ def distill(
     # imported here, so that --help and usage errors don't wait for PyTorch
     from accelerate import PartialState
 
-    from blade.common.files import write_files
+    from blade.common.files import check_writable, write_files
     from blade.distillation.config import load_config
     from blade.distillation.reports import Estimate
     from blade.distillation.workflow import distill
@@ -45,6 +45,8 @@ def distill(
     if report is not None and not dry_run:
         raise ValueError("`report` must not be given without `dry_run`; a training writes a log.")
     read = load_config(config, settings or ())
+    if report is not None:
+        check_writable(report)
     with progress_line() as say:
         found = distill(read, dry_run=dry_run, random_weights=random_weights, on_progress=say, on_update=say.log)
     if not PartialState().is_main_process:

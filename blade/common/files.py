@@ -28,7 +28,7 @@ FULL = tuple(getattr(errno, name) for name in ("ENOSPC", "EDQUOT") if hasattr(er
 FULL_TEXT = re.compile(r"No space left|Disk quota exceeded|os error (28|122|112)\b")
 """What libraries that lose the number say of it."""
 
-ALMOST_NOTHING = 2**20
+ALMOST_NOTHING = 2**16
 """Free bytes up to which a disk on which PyTorch's writer failed is full: it says no reason."""
 
 _swept: set[Path] = set()
@@ -39,37 +39,54 @@ class OutputError(OSError):
 
 
 def check_writable(*paths: str | Path, needed: int = 0, purpose: str = "it") -> None:
-    """Check, before hours are spent on them, that files can be written here; their folders are made if missing.
+    """Check, before hours are spent on them, that files can be written here.
 
-    What killed processes left in these folders is removed.
+    Nothing is made, and none of the files is touched; what killed processes left in their folders is removed.
 
     Args:
-        paths: of the files; none of them is touched.
+        paths: of the files; their folders may be missing.
         needed: bytes that will certainly be written, to the first one's disk.
         purpose: what needs them, for the error.
 
     Raises:
         OutputError: saying why a file cannot be written, or that there is too little room on the disk.
     """
-    longest: dict[Path, Path] = {}
+    by_folder: dict[Path, list[Path]] = {}
     for path in map(Path, paths):
         if os.path.isdir(path):
             raise OutputError(f"`output` {path} is a folder; name a file in it.")
-        longest[path.parent] = max(longest.get(path.parent, path), path, key=_name_bytes)
-    for folder, path in longest.items():
-        with _explained(path):
-            folder.mkdir(parents=True, exist_ok=True)
-            sweep_leftovers(folder)
+        by_folder.setdefault(path.parent, []).append(path)
+    for folder, files in by_folder.items():
+        sweep_leftovers(folder)
+        with _explained(files[0]):
+            existing = _existing(folder)
+            _probe(existing)
+        longest = max(files, key=_name_bytes)
+        with _explained(longest):
+            missing = folder.absolute().parts[len(existing.parts) :]
+            for name in (longest.name, *missing):
+                _probe(existing, len(os.fsencode(name)))
             with suppress(FileNotFoundError):
-                path.lstat()  # asks for the name itself, which the system may refuse
-            for length in (0, _name_bytes(path)):
-                probe = temporary_path(path, length)
-                try:
-                    probe.touch(exist_ok=False)
-                finally:
-                    probe.unlink(missing_ok=True)
-    if longest:
-        _check_room(next(iter(longest)), needed, purpose)
+                longest.lstat()  # asks for the whole path, which the system may refuse
+    if by_folder:
+        _check_room(next(iter(by_folder)), needed, purpose)
+
+
+def _existing(folder: Path) -> Path:
+    """Return the nearest folder above, or this one, that exists."""
+    nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
+    if not nearest.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(nearest))
+    return nearest
+
+
+def _probe(folder: Path, length: int = 0) -> None:
+    """Make and remove a temporary file whose name has so many bytes."""
+    probe = temporary_path(folder / "probe", length)
+    try:
+        probe.touch(exist_ok=False)
+    finally:
+        probe.unlink(missing_ok=True)
 
 
 def _name_bytes(path: Path) -> int:
@@ -77,7 +94,7 @@ def _name_bytes(path: Path) -> int:
 
 
 def _check_room(folder: Path, needed: int, purpose: str) -> None:
-    usage = shutil.disk_usage(folder)
+    usage = shutil.disk_usage(_existing(folder))
     if usage.total and usage.free < needed:  # some file systems of networks do not tell
         raise OutputError(
             f"`output` {folder} has {_size(usage.free)} free on its disk, but {purpose} needs about {_size(needed)}."
@@ -88,7 +105,8 @@ def _size(count: int) -> str:
     """Return a number of bytes in a unit that suits it."""
     for unit, bytes_each in (("GB", 1e9), ("MB", 1e6)):
         if count >= bytes_each:
-            return f"{count / bytes_each:.3g} {unit}"
+            value = count / bytes_each
+            return f"{value:,.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}"
     return f"{count / 1e3:.3g} kB"
 
 
@@ -139,6 +157,19 @@ def _move(sources: Mapping[Path, Path]) -> None:
             backup.unlink(missing_ok=True)
 
 
+def take_room(path: Path) -> None:
+    """Take the room on the disk of a file that is being written, and that has its size, but holes instead of zeros.
+
+    It can be mapped into memory and filled then; for one with holes, a full disk would kill the process.
+
+    Raises:
+        OSError: if there is not enough room.
+    """
+    if hasattr(os, "posix_fallocate"):
+        with path.open("rb+") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+
+
 def link_or_copy(source: Path, target: Path) -> None:
     """Put a file at a second path, as a hard link where the file system has them; what is there is replaced.
 
@@ -166,7 +197,7 @@ def replaced_whole(path: Path) -> Iterator[Path]:
     Raises:
         OutputError: if it cannot be written.
     """
-    with _explained(path), _temporary(path) as temporary:
+    with _temporary(path) as temporary:
         yield temporary
         _sync_all(temporary)
         if not path.is_dir():
@@ -191,7 +222,7 @@ def folder_updated(folder: Path) -> Iterator[Path]:
     Raises:
         OutputError: if they cannot be written.
     """
-    with _explained(folder), _temporary(folder / "update") as temporary:
+    with _temporary(folder / "update", folder) as temporary:
         temporary.mkdir()
         yield temporary
         _sync_all(temporary)
@@ -266,11 +297,13 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 
 
 @contextmanager
-def _temporary(path: Path) -> Iterator[Path]:
-    """Yield a path beside another one at which nothing is, neither before nor after."""
-    temporary = _fresh(path)
+def _temporary(path: Path, named: Path | None = None) -> Iterator[Path]:
+    """Yield a path beside another one at which nothing is, neither before nor after; errors name `path` or `named`."""
+    with _explained(named or path):
+        temporary = _fresh(path)
     try:
-        yield temporary
+        with _explained(named or path):  # while the disk is still full
+            yield temporary
     finally:
         remove(temporary)
 
@@ -323,7 +356,7 @@ def _is_full(error: Exception, path: Path) -> bool:
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno in FULL
     if "inline_container" in str(error):  # PyTorch's writer
-        return shutil.disk_usage(path.parent).free <= ALMOST_NOTHING
+        return shutil.disk_usage(path if path.is_dir() else path.parent).free <= ALMOST_NOTHING
     return FULL_TEXT.search(str(error)) is not None
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from blade.common.files import write_files
+from blade.common.files import check_writable, write_files
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,15 @@ def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> li
     """The lines of a table, its first column to the left and the others to the right."""
     rule = ["---", *["---:"] * (len(headings) - 1)]
     return ["| " + " | ".join(cells) + " |" for cells in (headings, rule, *rows)]
+
+
+def check_table(folder: Path, name: str) -> None:
+    """Check, before anything is measured, that `write_table` will be able to write; see there for the arguments.
+
+    Raises:
+        OutputError: a file cannot be written.
+    """
+    check_writable(folder / f"{name}.json", folder / f"{name}.md")
 
 
 def write_table(

@@ -27,6 +27,14 @@ from blade.distillation.conditioning import (
 )
 from blade.distillation.config import DistillationConfig, student_attention
 from blade.distillation.dry_run import estimate
+from blade.distillation.output_files import (
+    EMBEDDINGS,
+    LOG_NAME,
+    TRAJECTORIES,
+    VALIDATION,
+    check_output_files,
+    teacher_request,
+)
 from blade.distillation.parallel import Processes
 from blade.distillation.reports import PACKAGES, DistillationReport, Estimate
 from blade.distillation.resuming import check_resumable, checkpoint_path, flat, newest_checkpoint, remove_checkpoints
@@ -36,7 +44,6 @@ from blade.distillation.trainer import Trainer
 from blade.distillation.trajectory import make_sampler
 from blade.distillation.validation import validate
 from blade.generation.prompts import read_prompts
-from blade.generation.request import GenerationRequest, ResolvedRequest
 from blade.generation.resolve import resolve_request
 from blade.models.devices import DTYPES, resolve_device
 from blade.models.loaded import LoadedModel
@@ -45,9 +52,6 @@ from blade.models.source import BUNDLED
 from blade.students.scheduler import FewStepScheduler
 
 logger = logging.getLogger("blade")
-
-VALIDATION, EMBEDDINGS, TRAJECTORIES, LOG_NAME = "validation", "embeddings", "trajectories", "log.jsonl"
-"""Parts of a student's folder besides the student itself."""
 
 BUNDLED_PROMPTS, BUNDLED_SEED = 4096, 606
 """Number of captions with which the bundled model is distilled by default, and the seed of their sampling."""
@@ -100,6 +104,8 @@ def distill(
     found = None if dry_run else newest_checkpoint(output)
     if found is not None:
         check_resumable(found[1], config, processes, found[0])
+    if not dry_run:
+        check_output_files(config, output, prompts[0], processes.device, found)
     with ExitStack() as stack:
         folder = Path(config.embeddings).expanduser() if config.embeddings else output / EMBEDDINGS
         if dry_run:
@@ -151,7 +157,7 @@ class _Job:
         self.base_dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         self.model = self._load(random_weights)
         transformer = self.model.transformer
-        self.request = self._resolve()
+        self.request = resolve_request(teacher_request(config, prompts[0], processes.device), self.model)
         self.sampler = self._make_sampler(config.trajectory.noise_kept)
         noise_kept = config.trajectory.sampling_noise_kept
         self.student_sampler = self.sampler if noise_kept is None else self._make_sampler(noise_kept)
@@ -192,23 +198,6 @@ class _Job:
         check_text_alone(model)
         _warn_of_distilled(config.model, model.transformer)
         return model
-
-    def _resolve(self) -> ResolvedRequest:
-        """Return the teacher's request, with the model's defaults for unset values."""
-        config, video = self.config, self.config.video
-        request = GenerationRequest(
-            prompt=self.prompts[0],
-            negative_prompt=config.generator.negative_prompt,
-            model=config.model,
-            revision=config.revision,
-            attention="dense",
-            height=video.height,
-            width=video.width,
-            frames=video.frames,
-            guidance_scale=config.generator.guidance_scale,
-            device=str(self.processes.device),
-        )
-        return resolve_request(request, self.model)
 
     def _make_sampler(self, noise_kept: float) -> FewStepScheduler:
         """Make a sampler of the student's times; an unset flow shift takes the recommended one for the video size."""

@@ -44,6 +44,11 @@ def video_path(folder: Path, run: str, prompt: EvaluationPrompt) -> Path:
     return folder / "videos" / run / f"{prompt.stem}.mp4"
 
 
+def comparison_path(folder: Path, prompt: EvaluationPrompt) -> Path:
+    """Return the path of all runs' videos of a prompt side by side, in an evaluation's folder."""
+    return folder / "compare" / f"{prompt.stem}.mp4"
+
+
 def lay_out_videos(plan: EvaluationPlan) -> VideoLayout:
     """Make or replace `compare/`, `contact-sheet.png` and `vbench/` from the videos in an evaluation's folder.
 
@@ -68,7 +73,7 @@ def lay_out_videos(plan: EvaluationPlan) -> VideoLayout:
     shown = {prompt: next(iter(paths.values())) for prompt, paths in complete.items()}
     if len(names) > 1:
         logger.info(f"writing {len(complete)} videos of {len(names)} runs side by side")
-        shown = {prompt: evaluation.folder / "compare" / f"{prompt.stem}.mp4" for prompt in complete}
+        shown = {prompt: comparison_path(evaluation.folder, prompt) for prompt in complete}
         for prompt, paths in complete.items():
             write_files({shown[prompt]: encode_mp4(_frames_side_by_side(paths), plan.size["fps"])})
     sheet = _sheet(complete, plan.size["frames"]) if complete else None

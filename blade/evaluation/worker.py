@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from blade.common.files import append_json_line, write_files
+from blade.evaluation.output_files import check_output_files, records_path, reference_path
 from blade.evaluation.plan import EvaluationPlan
 from blade.evaluation.prompts import EvaluationPrompt
 from blade.evaluation.records import Record, read_records
@@ -112,7 +113,8 @@ class VideoWorker:
         missing.sort(key=lambda pair: (pair[1].student or "", pair[1].noise_kept or 0.0))
         if not missing:
             return
-        path = self.evaluation.folder / "records-{}-of-{}.jsonl".format(*self.evaluation.shard)
+        check_output_files(self.plan, missing, compares=self.compares)
+        path = records_path(self.evaluation.folder, self.evaluation.shard)
         total, began = len(prompts) * len(runs), time.monotonic()
         for finished, (prompt, run) in enumerate(missing, start=1):
             record = self.make(prompt, run)
@@ -188,7 +190,7 @@ class VideoWorker:
         return request, run_request(self.model, request)
 
     def _reference_path(self, prompt: EvaluationPrompt, run: RunSettings) -> Path:
-        return self.evaluation.folder / "references" / run.name / f"{prompt.stem}.npz"
+        return reference_path(self.evaluation.folder, run.name, prompt)
 
     def _reference(self, prompt: EvaluationPrompt, run: RunSettings) -> VideoSample | None:
         """Return the dense video that a sparse one is measured against; None if there is none."""

@@ -19,7 +19,7 @@ from blade.generation.request import NO_STUDENT, GenerationRequest, ResolvedRequ
 from blade.generation.resolve import describe_student
 from blade.generation.run import Generation, run_request
 from blade.media.pictures import side_by_side
-from blade.media.video import encode_mp4
+from blade.media.video import encode_mp4, least_mp4_bytes
 from blade.metrics.registry import compare_videos, describe_comparison
 from blade.models.loaded import LoadedModel
 from blade.models.source import BUNDLED
@@ -93,7 +93,8 @@ def generate_files(
         OutputError: if a file cannot be written.
         NonFiniteError: see `blade.generation.run.generate`.
     """
-    path = _checked_output(default_output(request) if output is None else Path(output))
+    path = default_output(request) if output is None else Path(output)
+    _check_outputs(request, [path], compare)
     start = time.perf_counter()
     model, resolved = prepare_model(request)
     _check_comparable(resolved, compare)
@@ -141,8 +142,7 @@ def generate_list(
     skipped = tuple(path for prompt, path in paths.items() if prompt not in waiting)
     if not waiting:
         return ListReport(made=(), skipped=skipped, failed={})
-    for path in waiting.values():
-        _checked_output(path)
+    _check_outputs(request, list(waiting.values()), compare)
     start = time.perf_counter()
     model, resolved = prepare_model(replace(request, prompt=next(iter(waiting))))
     _check_comparable(resolved, compare)
@@ -163,11 +163,25 @@ def _is_there(path: Path) -> bool:
     return path.is_file() and path.with_suffix(".json").is_file()
 
 
-def _checked_output(path: Path) -> Path:
-    if path.suffix.lower() != ".mp4":
-        raise ValueError(f"`output` must end in .mp4, got {path}.")
-    check_writable(path)
-    return path
+def _check_outputs(request: GenerationRequest, paths: Sequence[Path], compare: bool) -> None:
+    """Check that these videos and what belongs to them can be written, before the model is loaded."""
+    files = []
+    for path in paths:
+        if path.suffix.lower() != ".mp4":
+            raise ValueError(f"`output` must end in .mp4, got {path}.")
+        files += [path, path.with_suffix(".json"), *([_comparison_path(path)] if compare else [])]
+    size = (request.frames, request.height, request.width)
+    known = [BUNDLED_DEFAULTS[name] if request.model == BUNDLED else 1 for name in ("frames", "height", "width")]
+    frames, height, width = (int(default if given is None else given) for given, default in zip(size, known))
+    videos = 3 if compare else 1  # a comparison shows two
+    check_writable(
+        *files, needed=len(paths) * videos * least_mp4_bytes(frames, height, width), purpose=f"{len(paths)} video(s)"
+    )
+
+
+def _comparison_path(path: Path) -> Path:
+    """Return the path of the comparison beside a video."""
+    return path.with_name(f"{path.stem}-compare.mp4")
 
 
 def _check_comparable(resolved: ResolvedRequest, compare: bool) -> None:
@@ -195,7 +209,7 @@ def _make_files(
             "dense": dense.video,
             f"{resolved.attention}, density {generation.run_density:.2f}": generation.video,
         }
-        comparison_path = path.with_name(f"{path.stem}-compare.mp4")
+        comparison_path = _comparison_path(path)
         files[comparison_path] = encode_mp4(side_by_side(videos), record["fps"])
     record_path = path.with_suffix(".json")
     files[record_path] = (json.dumps(record, indent=2) + "\n").encode()

@@ -21,6 +21,7 @@ from blade.generation.resolve import describe_student, resolve_request
 from blade.models.conditions import model_for
 from blade.models.costs import RunCost, forward_cost, run_cost
 from blade.models.devices import resolve_device, resolve_dtype
+from blade.models.loaded import LoadedModel
 from blade.models.loading import load_empty_model
 from blade.students.loading import read_student
 
@@ -89,6 +90,22 @@ class RunPlan:
         return "\n".join(lines)
 
 
+def resolve_without_weights(request: GenerationRequest) -> tuple[LoadedModel, ResolvedRequest]:
+    """Return a request's model without its weights, and the request with the model's defaults filled in.
+
+    Raises:
+        ValueError: for a request that cannot be met.
+        ModelError: if there is no such model.
+    """
+    device = resolve_device(request.device)
+    dtype = resolve_dtype(request.dtype, device)
+    model = model_for(load_empty_model(request.model, revision=request.revision, dtype=dtype), request.condition)
+    student = None
+    if request.student is not None:
+        student = read_student(model.pipe, request.student, scheduler=request.scheduler, noise_kept=request.noise_kept)
+    return model, replace(resolve_request(request, model, student=student), device=str(device))
+
+
 def plan_run(request: GenerationRequest) -> RunPlan:
     """Work out the operations and the memory of a request.
 
@@ -99,14 +116,8 @@ def plan_run(request: GenerationRequest) -> RunPlan:
         ValueError: for a request that cannot be met, or a model whose operations cannot be counted.
         ModelError: if there is no such model.
     """
-    device = resolve_device(request.device)
-    dtype = resolve_dtype(request.dtype, device)
-    model = model_for(load_empty_model(request.model, revision=request.revision, dtype=dtype), request.condition)
-    pipe = model.pipe
-    student = None
-    if request.student is not None:
-        student = read_student(pipe, request.student, scheduler=request.scheduler, noise_kept=request.noise_kept)
-    resolved = replace(resolve_request(request, model, student=student), device=str(device))
+    model, resolved = resolve_without_weights(request)
+    pipe, device = model.pipe, torch.device(resolved.device)
     latent = model.latent_size(*resolved.size)
     transformer, family = model.transformer, model.family
     guidance = resolved.guidance_scale > 1 and family.guidance_takes_two_passes

@@ -12,7 +12,9 @@ import torch
 from diffusers import WanPipeline
 from jinja2 import Environment, StrictUndefined
 
-from blade.common.files import read_json_lines, replaced_whole, write_files
+from blade.common.files import check_writable, read_json_lines, replaced_whole, write_files
+from blade.common.leftovers import files_in
+from blade.models.source import bundled_model_path
 
 from .components import TransformerSize
 from .decoder import DecoderTraining, needs_wider_decoder, train_decoder
@@ -54,11 +56,18 @@ def train_shapes_model(
 
     Raises:
         ValueError: If `start_from` has been trained for all of the steps already, or is missing with `timed`.
+        OutputError: If a file cannot be written, or the disk has too little room.
     """
     began = monotonic()
     if timed is not None and start_from is None:
         raise ValueError("`start_from` must be given with `timed`, which trains no VAE, got None.")
     decoder, transformer = decoder or DecoderTraining(), transformer or TransformerTraining()
+    check_writable(
+        output / LOG if output.is_dir() else output,
+        run / "log.jsonl",
+        needed=sum(path.stat().st_size for path in files_in(bundled_model_path())),
+        purpose="the training",
+    )
     if start_from is None:
         trained_vae = train_vae(run, vae or VAETraining(), device)
         trained_vae = train_decoder(run, trained_vae, decoder, device)
