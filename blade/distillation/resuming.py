@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from blade.common.leftovers import remove
 from blade.common.training_log import load_checkpoint
 from blade.distillation.config import DistillationConfig
 from blade.distillation.parallel import Processes
@@ -90,7 +91,7 @@ def remove_checkpoints(output: Path, update: int, kept: int) -> None:
     valid = [path for path in paths if _updates(path) <= update]
     for path in paths:
         if path not in valid[-kept:]:
-            path.unlink(missing_ok=True)
+            remove(path)
 
 
 def flat(config: DistillationConfig | Mapping[str, Any]) -> dict[str, Any]:

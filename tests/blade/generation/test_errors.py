@@ -247,7 +247,7 @@ def test_a_full_disk_during_writing(
 
     monkeypatch.setattr(os, "fsync", full)
     line = command.fails(*OK, "--model", str(saved_tiny_pipeline), *SIZE)
-    assert "cannot be written: No space left on device" in line
+    assert f"No space left: the disk of {command.output} is full." in line
 
 
 def test_ctrl_c_during_encoding(
