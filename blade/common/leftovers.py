@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
 import itertools
 import os
@@ -50,7 +51,10 @@ def is_temporary(path: str | PurePath) -> bool:
 
 def files_in(folder: Path, pattern: str = "*") -> list[Path]:
     """Return the files in a folder and its folders, sorted, without what is being written or was when killed."""
-    found = (path for path in folder.rglob(pattern) if not is_temporary(path.relative_to(folder)))
+    found = []
+    for root, folders, names in os.walk(folder):  # which passes over a folder that cannot be read
+        folders[:] = [name for name in folders if not is_temporary(name)]
+        found += [Path(root, name) for name in fnmatch.filter(names, pattern) if not is_temporary(name)]
     return sorted(path for path in found if path.is_file())
 
 

@@ -18,9 +18,10 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 from blade.common.files import write_files
-from blade.distillation.conditioning import PROMPTS_KEY, ExampleConditions, PromptEmbeddings, check_index
+from blade.distillation.conditioning import ExampleConditions, PromptEmbeddings, check_index
 from blade.distillation.draws import START, Draws
 from blade.distillation.parallel import Processes
+from blade.distillation.prompt_files import PROMPTS_KEY, written_prompts
 
 INDEX_NAME = "trajectories.json"
 """File of the settings that all trajectories share."""
@@ -124,11 +125,7 @@ class TeacherTrajectories:
 
     def _exists(self, number: int) -> bool:
         """Return whether a trajectory exists and is of its prompt."""
-        path = self._path(number)
-        if not path.exists():
-            return False
-        with safe_open(path, framework="pt") as file:
-            return bool((file.metadata() or {}).get(PROMPTS_KEY) == self._prompt(number))
+        return written_prompts(self._path(number)) == self._prompt(number)
 
 
 class ExampleTrajectories:

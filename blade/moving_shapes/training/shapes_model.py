@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -63,7 +64,7 @@ def train_shapes_model(
         raise ValueError("`start_from` must be given with `timed`, which trains no VAE, got None.")
     decoder, transformer = decoder or DecoderTraining(), transformer or TransformerTraining()
     check_writable(
-        output / LOG if output.is_dir() else output,
+        output / LOG if os.path.isdir(output) else output,
         run / "log.jsonl",
         needed=sum(path.stat().st_size for path in files_in(bundled_model_path())),
         purpose="the training",

@@ -173,3 +173,17 @@ def test_the_size_of_checkpoints_is_known_beforehand(settings, tmp_path, others)
     distill(config)
     size = checkpoint_path(tmp_path / "out", 1).stat().st_size
     assert 0.8 * size < expected <= size
+
+
+def test_broken_files_of_the_preparation_are_made_again(settings, tmp_path, caplog):
+    others = ("generator.ode_updates=1", "generator.trajectories=2", "run.updates=1")
+    trained(settings("whole", *others))
+    files = [tmp_path / "whole" / name for name in ("trajectories/000001.safetensors", "embeddings/00000.safetensors")]
+    before = [path.read_bytes() for path in files]
+    for path in files:
+        truncate(path)
+    trained(settings("again", *others, *(f"{path.parent.name}={path.parent}" for path in files)))
+    assert [path.read_bytes() for path in files] == before
+    for path in files:
+        assert f"{path} cannot be read, and is made again" in caplog.text
+    assert_equal(tmp_path / "whole", tmp_path / "again")
