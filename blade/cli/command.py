@@ -15,6 +15,8 @@ from typing import Any, NoReturn
 
 import typer
 
+from blade.common.files import FULL
+
 USAGE_EXIT_CODE = 2
 INTERRUPTED_EXIT_CODE = 130
 """128 + SIGINT, as shells have it."""
@@ -132,6 +134,8 @@ def keep_freed_memory() -> None:
 
 def describe(error: Exception) -> str:
     """Return one line for an error: its message alone where that is meant to be read, else with its class."""
+    if isinstance(error, OSError) and error.errno in FULL:  # of what others write, such as downloads
+        return f"No space left: the disk of {error.filename or 'a folder that the system does not name'} is full."
     message = " ".join(str(error).split())
     if isinstance(error, READABLE) and message:
         return message

@@ -1,5 +1,7 @@
 """What every command does before its own work."""
 
+import errno
+import os
 import platform
 import signal
 import subprocess
@@ -9,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from blade.cli.command import ended_by_sigterm, run_command
+from blade.cli.command import describe, ended_by_sigterm, run_command
 
 TOUCHING = """
 import resource
@@ -140,3 +142,9 @@ def test_other_threads_run_commands_without_a_handler() -> None:
     thread.start()
     thread.join()
     assert codes == [0]
+
+
+def test_a_disk_that_others_filled_is_named() -> None:
+    error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/cache/model.safetensors")
+    assert describe(error) == "No space left: the disk of /cache/model.safetensors is full."
+    assert describe(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))).startswith("No space left: the disk of a folder")
