@@ -77,7 +77,8 @@ def _is_in_use(match: re.Match[str], modified: float) -> bool:
     if match["host"] != _host():
         return time.time() - modified < STALE_SECONDS
     try:
-        return psutil.Process(int(match["process"])).create_time() <= modified + CLOCK_SECONDS
+        began: float = psutil.Process(int(match["process"])).create_time()
+        return began <= modified + CLOCK_SECONDS
     except (psutil.NoSuchProcess, OverflowError):
         return False
     except psutil.Error:  # it is there, and another user's
