@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from blade.attention.config import BladeConfig
+from blade.common.files import check_writable
 from blade.common.machine import describe_machine, describe_versions
 from blade.common.training_log import TrainingLog, save_checkpoint
 from blade.distillation.conditioning import (
@@ -101,6 +102,8 @@ def distill(
     if random_weights and not dry_run:
         raise ValueError("`random_weights` requires `dry_run`.")
     prompts = ["none"] if random_weights else training_prompts(config)
+    if not dry_run:
+        check_writable(output / LOG_NAME)
     found = None if dry_run else newest_checkpoint(output)
     if found is not None:
         check_resumable(found[1], config, processes, found[0])

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from blade.common.files import append_json_line, write_files
+from blade.common.files import append_json_line, check_writable, write_files
 from blade.evaluation.output_files import check_output_files, records_path, reference_path
 from blade.evaluation.plan import EvaluationPlan
 from blade.evaluation.prompts import EvaluationPrompt
@@ -105,6 +105,8 @@ class VideoWorker:
             ValueError: If the folder holds records of the same names with other settings or another model.
             OutputError: If a file cannot be written.
         """
+        path = records_path(self.evaluation.folder, self.evaluation.shard)
+        check_writable(path)
         done, prompts = set(read_records(self.plan)), self.evaluation.own_prompts
         # dense runs first: the others are compared with them
         runs = sorted(runs, key=lambda run: not run.is_dense)
@@ -114,7 +116,6 @@ class VideoWorker:
         if not missing:
             return
         check_output_files(self.plan, missing, compares=self.compares)
-        path = records_path(self.evaluation.folder, self.evaluation.shard)
         total, began = len(prompts) * len(runs), time.monotonic()
         for finished, (prompt, run) in enumerate(missing, start=1):
             record = self.make(prompt, run)

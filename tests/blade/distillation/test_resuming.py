@@ -187,3 +187,10 @@ def test_broken_files_of_the_preparation_are_made_again(settings, tmp_path, capl
     for path in files:
         assert f"{path} cannot be read, and is made again" in caplog.text
     assert_equal(tmp_path / "whole", tmp_path / "again")
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "file/out"])
+def test_an_output_that_cannot_be_written_is_named(settings, tmp_path, name):
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match=r"`output` .*log\.jsonl cannot be written: (File name|Not a directory)"):
+        trained(settings(name))
