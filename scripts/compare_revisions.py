@@ -14,7 +14,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -22,11 +21,12 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import FrameType
-from typing import Annotated, NamedTuple, NoReturn
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import typer
+
+from blade.cli.command import run_script
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -220,10 +220,6 @@ def _parse_cases(text: str | None) -> tuple[str, ...]:
     return names
 
 
-def _exit_on_sigterm(number: int, frame: FrameType | None) -> NoReturn:
-    sys.exit(128 + number)
-
-
 def main(
     old: Annotated[str, typer.Argument(help="A revision, or WORKTREE or . for the files as they are.")],
     new: Annotated[str, typer.Argument(help="Another one, or the same.")],
@@ -237,7 +233,6 @@ def main(
     cases = _parse_cases(only)
     if keep is not None and keep.exists() and any(keep.iterdir()):
         raise typer.BadParameter(f"`--keep` must be a new or an empty folder, got {keep}.")
-    signal.signal(signal.SIGTERM, _exit_on_sigterm)  # so that worktrees are removed
     with ExitStack() as stack:
         temporary = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="compare-revisions-")))
         results = temporary / "runs" if keep is None else keep.resolve()
@@ -261,4 +256,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

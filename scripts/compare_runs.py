@@ -1,6 +1,5 @@
 """Compare runs of an evaluation in pairs: python scripts/compare_runs.py outputs/evaluate new=old --measure psnr."""
 
-import json
 import shlex
 import sys
 from collections import defaultdict
@@ -10,7 +9,8 @@ from typing import Annotated
 import typer
 
 from blade.cli.command import run_command
-from blade.common.tables import markdown_code, markdown_table, write_table
+from blade.common.files import read_json_lines
+from blade.common.tables import check_table, markdown_code, markdown_table, write_table
 from blade.metrics.estimates import bootstrap, mean_of_worst, paired_difference
 
 
@@ -22,6 +22,8 @@ def main(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Print for each pair the means, those of the worst tenth, the difference with its interval, and how many lose."""
+    if output is not None:
+        check_table(output, "pairs")
     values = read_values(folder, measure)
     rows, records = [], []
     for pair in pairs:
@@ -59,8 +61,7 @@ def read_values(folder: Path, measure: str) -> dict[str, dict[tuple[str, int], f
     """Read a measure of every video, by run, and by prompt and seed."""
     values: dict[str, dict[tuple[str, int], float]] = defaultdict(dict)
     for path in sorted(folder.glob("records*.jsonl")):
-        for line in path.read_text(encoding="utf-8").splitlines():
-            record = json.loads(line)
+        for record in read_json_lines(path):
             if record.get(measure) is not None:
                 values[record["run"]["name"]][record["prompt"], record["seed"]] = float(record[measure])
     if not values:

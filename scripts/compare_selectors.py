@@ -20,7 +20,7 @@ from selector_methods import METHODS, Method
 
 from blade.cli.command import run_command
 from blade.common.machine import describe_versions
-from blade.common.tables import markdown_table, write_table
+from blade.common.tables import check_table, markdown_table, write_table
 
 DENSITIES = (0.5, 0.3, 0.2, 0.1, 0.05)
 """Shares of all pairs that attention may compute, pooled ones included."""
@@ -137,6 +137,7 @@ def main(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Measure all methods on captured and synthetic heads, at equal density and at equal operations."""
+    check_table(output, "selectors")
     if tables_only:
         found = json.loads((output / "selectors.json").read_text(encoding="utf-8"))
     else:

@@ -7,7 +7,8 @@ from typing import Annotated
 import torch
 import typer
 
-from blade.common.files import write_files
+from blade.cli.command import run_script
+from blade.common.files import check_writable, write_files
 from blade.common.names import check_no_input
 from blade.media.pictures import ANIMATION_EXTENSIONS, contact_sheet, encode_animation, encode_png, side_by_side
 from blade.media.video import read_mp4
@@ -24,12 +25,12 @@ def main(
     A .png has a row of evenly spaced frames for each video; an animation shows the videos side by side.
     """
     check_no_input([output], dict.fromkeys(videos, "videos"))
+    check_writable(output)
     rows: dict[str, torch.Tensor] = {}
     for path in videos:
         record = path.with_suffix(".json")
         label = json.loads(record.read_text(encoding="utf-8"))["prompt"] if record.exists() else path.stem
         rows[f"{label} ({path})" if label in rows else label] = read_mp4(path)
-    output.parent.mkdir(parents=True, exist_ok=True)
     if output.suffix in ANIMATION_EXTENSIONS:
         picture = encode_animation(side_by_side(rows), fps, output.suffix)
     else:
@@ -38,4 +39,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

@@ -15,8 +15,9 @@ from torch import nn
 from blade import BladeConfig
 from blade.attention.pattern_table import uniform_table
 from blade.attention.patterns import HeadPattern, diagonal_density, pattern_density
+from blade.cli.command import run_script
 from blade.common.machine import describe_versions
-from blade.common.tables import markdown_table, write_table
+from blade.common.tables import check_table, markdown_table, write_table
 from blade.families.registry import find_family
 from blade.models.costs import PARTS, ForwardCost, forward_cost, run_cost
 from blade.profiling.candidates import pattern_of_density
@@ -68,6 +69,8 @@ def main(
     output: Annotated[Path | None, typer.Argument(help="Folder for flops.json and flops.md.")] = None,
 ) -> None:
     """Print two tables and write them."""
+    if output is not None:
+        check_table(output, "flops")
     costs = {}
     for name, (make, latent, guidance, _) in RUNS.items():
         with torch.device("meta"):
@@ -196,4 +199,4 @@ def widest_diagonal(grid: TokenGrid) -> HeadPattern:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

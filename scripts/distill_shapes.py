@@ -21,7 +21,7 @@ import typer
 import yaml
 from safetensors.torch import load_file, save
 
-from blade.cli.command import keep_freed_memory
+from blade.cli.command import keep_freed_memory, run_script
 from blade.cli.evaluate import main as evaluate
 from blade.cli.progress import progress_line
 from blade.common.files import write_files
@@ -189,8 +189,6 @@ def average(
     contents[target / WEIGHT_NAME] = save({name: weight.contiguous() for name, weight in mean.items()})
     card = contents[target / CARD_NAME].decode().replace(sources[0].name, target.name)
     contents[target / CARD_NAME] = _average_card(card, config.weights.rank, seeds).encode()
-    for path in contents:
-        path.parent.mkdir(parents=True, exist_ok=True)
     write_files(contents)
     print(f"{target}: rank {config.weights.rank} holds {norm_share:.2%} of the mean's squared norm")
 
@@ -249,7 +247,6 @@ def ship(folder: Folder) -> None:
             elif path.suffix == ".md":
                 content = _with_package_name(content.decode(), source.name, name).encode()
             contents[target / path.relative_to(source)] = content
-            (target / path.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
         write_files(contents)
         print(target)
 
@@ -297,4 +294,4 @@ def _with_default_folders(content: bytes, output: str) -> bytes:
 
 if __name__ == "__main__":
     keep_freed_memory()
-    app()
+    run_script(app)

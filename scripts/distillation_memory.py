@@ -13,8 +13,9 @@ import torch
 import typer
 from diffusers import WanTransformer3DModel
 
+from blade.cli.command import run_script
 from blade.common.machine import GIB, describe_versions
-from blade.common.tables import markdown_table, write_table
+from blade.common.tables import check_table, markdown_table, write_table
 from blade.distillation.roles import TRAINED, Lora, adapter_roles, separate_roles
 from blade.models.loading import load_model
 
@@ -66,6 +67,7 @@ def _count(make: Callable[[], torch.nn.Module], dtype: torch.dtype, kind: str, r
 
 def main(output: Annotated[Path, typer.Argument(help="Folder of the results.")], rank: int = 64) -> None:
     """Count with LoRAs as roles, and with three networks."""
+    check_table(output, "memory")
     rows, records = [], []
     for name, (make, dtype) in MODELS.items():
         for kind in KINDS:
@@ -102,4 +104,4 @@ def main(output: Annotated[Path, typer.Argument(help="Folder of the results.")],
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

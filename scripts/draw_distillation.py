@@ -9,7 +9,8 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patches import FancyBboxPatch
 
-from blade.common.files import write_files
+from blade.cli.command import run_script
+from blade.common.files import check_writable, write_files
 from blade.distillation.trajectory import flow_times
 
 STUDENT, FAKE, TEACHER, PALE = "#d1495b", "#edae49", "#5b83b8", "#f2f2f2"
@@ -18,13 +19,13 @@ STEPS, SHIFT, SHOWN = 4, 3.0, 2
 
 def main(output: Annotated[Path, typer.Argument(help="The PNG.")]) -> None:
     """Write the figure: a trajectory with one of its steps, and the networks of one update."""
+    check_writable(output)
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5.2), width_ratios=(1, 1.15))
     draw_trajectory(left)
     draw_update(right)
     figure.tight_layout()
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
-    output.parent.mkdir(parents=True, exist_ok=True)
     write_files({output: buffer.getvalue()})
 
 
@@ -124,4 +125,4 @@ def draw_update(axes: Axes) -> None:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

@@ -11,7 +11,8 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
-from blade.common.files import write_files
+from blade.cli.command import run_script
+from blade.common.files import check_writable, write_files
 
 KEPT, CHOSEN, PALE, POOLED = "#9db8d9", "#d1495b", "#f2f2f2", "#edae49"
 ROW, COLUMN, BLOCKS = 3, 5, 8
@@ -19,6 +20,7 @@ ROW, COLUMN, BLOCKS = 3, 5, 8
 
 def main(output: Annotated[Path, typer.Argument(help="The PNG.")]) -> None:
     """Write the figure: a mask, the iteration over one of its rows, and the transposed list of one of its columns."""
+    check_writable(output)
     generator = torch.Generator().manual_seed(5)
     keep = torch.rand(BLOCKS, BLOCKS, generator=generator) < 0.3
     keep |= torch.eye(BLOCKS, dtype=torch.bool)
@@ -30,7 +32,6 @@ def main(output: Annotated[Path, typer.Argument(help="The PNG.")]) -> None:
     figure.tight_layout()
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
-    output.parent.mkdir(parents=True, exist_ok=True)
     write_files({output: buffer.getvalue()})
 
 
@@ -110,4 +111,4 @@ def draw_transposed(axes: Axes, keep: torch.Tensor) -> None:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

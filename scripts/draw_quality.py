@@ -13,7 +13,7 @@ from matplotlib import pyplot as plt
 
 from blade import BladeConfig
 from blade.cli.command import run_command
-from blade.common.files import write_files
+from blade.common.files import check_writable, write_files
 from blade.evaluation.plot import interval_reach
 from blade.models.costs import ForwardCost, forward_cost, run_cost
 from blade.models.loading import load_empty_model
@@ -34,6 +34,7 @@ def main(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Plot the PSNR to dense of each run against the operations of its self-attention, those of choosing included."""
+    check_writable(output)
     points = {label: read_points(Path(source)) for source, _, label in (text.partition("=") for text in line)}
     figure, axes = plt.subplots(figsize=(7, 4.4), layout="constrained")
     for (label, found), colour, marker in zip(points.items(), COLOURS, MARKERS):
@@ -52,7 +53,6 @@ def main(
     axes.legend(frameon=False, title="labels: sparsity")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
-    output.parent.mkdir(parents=True, exist_ok=True)
     write_files({output: buffer.getvalue()})
 
 

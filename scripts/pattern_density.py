@@ -9,8 +9,9 @@ import typer
 
 from blade.attention.patterns import HeadPattern, Window, pattern_density
 from blade.benchmarks.layers import model_shapes
+from blade.cli.command import run_script
 from blade.common.machine import describe_versions
-from blade.common.tables import markdown_table, write_table
+from blade.common.tables import check_table, markdown_table, write_table
 from blade.token_grid import plain_orders
 
 BLOCK_SIZE = 128
@@ -36,6 +37,8 @@ def main(
     output: Annotated[Path | None, typer.Argument(help="Folder for density.json and density.md.")] = None,
 ) -> None:
     """Print a table and write it."""
+    if output is not None:
+        check_table(output, "density")
     rows, records = [], []
     for model, frames in HALF_WIDTHS.items():
         shape = model_shapes()[model]
@@ -65,4 +68,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 from playwright.sync_api import sync_playwright
 
-from blade.common.files import write_files
+from blade.cli.command import run_script
+from blade.common.files import check_writable, write_files
 
 OPTIONS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 """The sandbox does not start for root."""
@@ -24,6 +25,7 @@ def main(
     chromium: Annotated[Path, typer.Option(help="The browser.")] = Path("/usr/bin/chromium"),
 ) -> None:
     """Write a screenshot of the map of heads and the selected head next to it."""
+    check_writable(output)
     with sync_playwright() as running:
         browser = running.chromium.launch(executable_path=chromium, args=OPTIONS)
         page = browser.new_page(viewport={"width": 1280, "height": 800}, device_scale_factor=1.25)
@@ -33,9 +35,8 @@ def main(
             page.locator(f"#{name}").dispatch_event("change")
         picture = page.locator("section[aria-labelledby=heads-title]").screenshot()
         browser.close()
-    output.parent.mkdir(parents=True, exist_ok=True)
     write_files({output: picture})
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

@@ -13,6 +13,7 @@ import torch
 import typer
 from safetensors.torch import save_file
 
+from blade.cli.command import run_script
 from blade.common.machine import describe_machine
 from blade.common.tables import markdown_table
 from blade.distillation.config import WeightsConfig
@@ -92,4 +93,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

@@ -13,7 +13,8 @@ from typing import Annotated
 import torch
 import typer
 
-from blade.cli.command import run_command
+from blade.cli.command import run_script
+from blade.common.leftovers import files_in
 from blade.common.tables import markdown_table
 from blade.evaluation.held_out import GroupScore, score_held_out
 from blade.evaluation.prompts import held_out_prompts
@@ -62,7 +63,7 @@ def train_for(
     """Train for a given time, then score the model and the bundled one, and note the result on the model's card."""
     began = time.monotonic()
     train_shapes_model(run, output, timed=config, device=str(device), start_from=start_from)
-    size = sum(path.stat().st_size for path in output.rglob("*.safetensors"))
+    size = sum(path.stat().st_size for path in files_in(output, "*.safetensors"))
     print(f"{output} written after {time.monotonic() - began:.1f} s, {size / 1e6:.1f} MB of weights", flush=True)
     if prompts:
         steps = CPU_STEPS if device.type == "cpu" else BUNDLED_DEFAULTS["steps"]
@@ -133,4 +134,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_script(main)

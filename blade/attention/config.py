@@ -18,6 +18,7 @@ from blade.attention.pattern_table import TABLE_NAME, PatternTable
 from blade.attention.selectors import DEFAULT_SELECTOR, find_selector
 from blade.common.checks import check_choice, check_flag, check_integer, check_number, parse_ranges
 from blade.common.documented import documented
+from blade.common.files import write_files
 from blade.common.representation import repr_changes
 from blade.families.kinds import PRESET_KINDS, PresetKind
 from blade.token_grid import canonical_order
@@ -277,14 +278,16 @@ class BladeConfig:
 
         Returns:
             The path of `blade_config.json`.
+
+        Raises:
+            OutputError: if one cannot be written; both are then as they were before.
         """
         path = Path(directory) / CONFIG_NAME
-        path.parent.mkdir(parents=True, exist_ok=True)
-        values = self.to_dict()
+        values, contents = self.to_dict(), {}
         if self.patterns is not None:
-            self.patterns.save(path.with_name(TABLE_NAME))
+            contents[path.with_name(TABLE_NAME)] = self.patterns.to_bytes()
             values["patterns"] = TABLE_NAME
-        path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        write_files({**contents, path: (json.dumps(values, indent=2) + "\n").encode()})
         return path
 
     @classmethod

@@ -13,7 +13,7 @@ import numpy as np
 from blade.attention.patterns import HeadPattern
 from blade.common.checks import check_integer
 from blade.common.documented import documented
-from blade.common.files import replaced_whole
+from blade.common.files import write_files
 from blade.token_grid import TokenGrid, canonical_order
 
 TABLE_NAME = "pattern_table.json"
@@ -182,10 +182,13 @@ class PatternTable:
         except (TypeError, KeyError) as problem:
             raise ValueError(f"the table of patterns lacks or has a wrong value: {problem}.") from None
 
+    def to_bytes(self) -> bytes:
+        """Return the content of the file that `load` reads."""
+        return (json.dumps(self.to_dict()) + "\n").encode()
+
     def save(self, path: Path) -> None:
         """Write the table to a file; a file that was there is replaced as a whole."""
-        with replaced_whole(path) as temporary:
-            temporary.write_text(json.dumps(self.to_dict()) + "\n", encoding="utf-8")
+        write_files({path: self.to_bytes()})
 
     @classmethod
     def load(cls, path: Path) -> PatternTable:

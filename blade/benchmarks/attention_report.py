@@ -15,6 +15,9 @@ from blade.benchmarks.layers import AttentionShape
 from blade.common.files import write_files
 from blade.common.tables import Table, markdown_block, markdown_table
 
+FILES = ("attention.json", "attention.md", "attention.png")
+"""The report's files."""
+
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 """A colour for each size, from Okabe and Ito's palette, which is safe for colour blindness."""
 
@@ -68,12 +71,12 @@ def write_report(report: dict[str, Any], folder: Path) -> list[Path]:
     ]
     for table in tables(report):
         lines += ["", f"## {table.title}", "", *markdown_table(table.headings, table.rows)]
-    files = {
-        folder / "attention.json": (json.dumps(report, indent=2) + "\n").encode(),
-        folder / "attention.md": ("\n".join(lines) + "\n").encode(),
-        folder / "attention.png": plot(report),
-    }
-    folder.mkdir(parents=True, exist_ok=True)
+    contents = (
+        (json.dumps(report, indent=2) + "\n").encode(),
+        ("\n".join(lines) + "\n").encode(),
+        plot(report),
+    )
+    files = {folder / name: content for name, content in zip(FILES, contents, strict=True)}
     write_files(files)
     return list(files)
 

@@ -9,6 +9,9 @@ from typing import Any
 from blade.common.files import write_files
 from blade.common.tables import Table, markdown_block, markdown_code, markdown_table
 
+FILES = ("generation.json", "generation.md")
+"""The report's files."""
+
 
 def tables(report: dict[str, Any]) -> list[Table]:
     """Return a report's tables: whole runs, a sparse pass by part, dense attention by backend, and peak memory."""
@@ -83,10 +86,7 @@ def write_report(report: dict[str, Any], folder: Path) -> list[Path]:
     Raises:
         OutputError: a file cannot be written.
     """
-    files = {
-        folder / "generation.json": (json.dumps(report, indent=2) + "\n").encode(),
-        folder / "generation.md": markdown(report).encode(),
-    }
-    folder.mkdir(parents=True, exist_ok=True)
+    contents = ((json.dumps(report, indent=2) + "\n").encode(), markdown(report).encode())
+    files = {folder / name: content for name, content in zip(FILES, contents, strict=True)}
     write_files(files)
     return list(files)

@@ -150,7 +150,7 @@ def attention(given: dict[str, Any]) -> None:
         raise ValueError("`output` draws a plot, and matplotlib is not installed: pip install 'blade-video[plots]'.")
     # imported here, so that --help and usage errors don't wait for PyTorch
     from blade.benchmarks.attention import PASSES, AttentionBenchmark, run_attention_benchmark
-    from blade.benchmarks.attention_report import tables, write_report
+    from blade.benchmarks.attention_report import FILES, tables, write_report
     from blade.benchmarks.layers import AttentionShape, model_shapes
 
     if layer.model is None:
@@ -177,6 +177,7 @@ def attention(given: dict[str, Any]) -> None:
         threads=timing.threads,
         repeats=timing.repeats,
     )
+    _check_writable(output, FILES)
     written: list[Path] = []
     with progress_line() as say:
         say("dense ...")
@@ -197,8 +198,9 @@ def generate(given: dict[str, Any]) -> None:
     """Time a model's videos at full size: dense with guidance, sparse with guidance, and sparse with few steps."""
     options = read_group(WholeRunOptions, given)
     from blade.benchmarks.generation import GenerationBenchmark, run_generation_benchmark
-    from blade.benchmarks.generation_report import tables, write_report
+    from blade.benchmarks.generation_report import FILES, tables, write_report
 
+    _check_writable(options.output, FILES)
     settings = GenerationBenchmark(
         **{name: given[name] for name in MODEL_AND_SIZE if name in given},
         random_weights=options.random_weights,
@@ -248,6 +250,7 @@ def tune(given: dict[str, Any]) -> None:
         device=device,
     )
     path = options.output or launch_table.override_path()
+    _check_writable(path.parent, (path.name,))
     with progress_line() as say:
         trials = tuning.tune(
             case,
@@ -261,6 +264,14 @@ def tune(given: dict[str, Any]) -> None:
     print_tables([Table("Launch configurations", ["kernel", "shipped", "ms", "fastest", "ms"], rows)])
     tuning.save(chosen, case, path)
     print_line(path)
+
+
+def _check_writable(folder: Path | None, names: Sequence[str]) -> None:
+    """Check, before hours of measurements, that their files can be written, if any are to be."""
+    from blade.common.files import check_writable
+
+    if folder is not None:
+        check_writable(*(folder / name for name in names))
 
 
 def _launch(config: Any) -> str:

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import signal
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
 import typer
 
+from blade.common.files import FULL
 from blade.common.terminal import print_line, printable, printable_records
 
 USAGE_EXIT_CODE = 2
 INTERRUPTED_EXIT_CODE = 130
 """128 + SIGINT, as shells have it."""
+
+TERMINATED_EXIT_CODE = 143
+"""128 + SIGTERM."""
 
 DEBUG = "--debug"
 
@@ -39,9 +45,14 @@ def run_command(function: Callable[..., Any] | typer.Typer, arguments: Sequence[
         arguments: the command line without the program's name; None takes the process's own.
 
     Raises:
-        SystemExit: always; 0 if the function returned, 2 for a command line that makes no sense, 130 for Ctrl-C, and
-            1 for everything else.
+        SystemExit: always; 0 if the function returned, 2 for a command line that makes no sense, 130 for Ctrl-C, 143
+            for SIGTERM, and 1 for everything else.
     """
+    with ended_by_sigterm():
+        _run(function, arguments)
+
+
+def _run(function: Callable[..., Any] | typer.Typer, arguments: Sequence[str] | None) -> NoReturn:
     keep_freed_memory()
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if isinstance(function, typer.Typer):
@@ -52,8 +63,8 @@ def run_command(function: Callable[..., Any] | typer.Typer, arguments: Sequence[
     try:
         with _plain_messages(), printable_records():
             code = typer.main.get_command(app).main(arguments, standalone_mode=False)
-    except (KeyboardInterrupt, typer.Abort):
-        code = INTERRUPTED_EXIT_CODE
+    except typer.Abort:
+        raise KeyboardInterrupt from None
     except Exception as error:
         # Typer brings its own copy of Click in newer versions, so that usage errors have no one class
         if hasattr(error, "format_message"):
@@ -63,8 +74,52 @@ def run_command(function: Callable[..., Any] | typer.Typer, arguments: Sequence[
             raise
         _fail(describe(error), 1)
     if code == INTERRUPTED_EXIT_CODE:  # newer versions of Typer return it instead of raising
-        _fail("interrupted", INTERRUPTED_EXIT_CODE)
+        raise KeyboardInterrupt
     sys.exit(code or 0)
+
+
+def run_script(function: Callable[..., Any] | typer.Typer) -> None:
+    """Run a function or an application as the command line of a script, whose errors keep their traceback.
+
+    Raises:
+        SystemExit: always; see `run_command`.
+    """
+    with ended_by_sigterm():
+        if isinstance(function, typer.Typer):
+            function()
+        else:
+            typer.run(function)
+
+
+@contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """Let SIGTERM end what is inside as Ctrl-C does, so that nothing half-written is left.
+
+    Raises:
+        SystemExit: 143 after SIGTERM, 130 after Ctrl-C.
+    """
+    received = []
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        raise KeyboardInterrupt
+
+    # only the main thread may set a handler; one that ignores the signal was set on purpose
+    is_handled = threading.current_thread() is threading.main_thread()
+    is_handled = is_handled and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    if is_handled:
+        signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit) as end:
+        if received:
+            _fail("terminated", TERMINATED_EXIT_CODE)
+        if isinstance(end, KeyboardInterrupt):
+            _fail("interrupted", INTERRUPTED_EXIT_CODE)
+        raise
+    finally:
+        if is_handled:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def keep_freed_memory() -> None:
@@ -82,6 +137,8 @@ def keep_freed_memory() -> None:
 
 def describe(error: Exception) -> str:
     """Return one line for an error: its message alone where that is meant to be read, else with its class."""
+    if isinstance(error, OSError) and error.errno in FULL:  # of what others write, such as downloads
+        return f"No space left: the disk of {error.filename or 'a folder that the system does not name'} is full."
     message = " ".join(str(error).split())
     if isinstance(error, READABLE) and message:
         return message

@@ -38,7 +38,7 @@ def distill(
     # imported here, so that --help and usage errors don't wait for PyTorch
     from accelerate import PartialState
 
-    from blade.common.files import write_files
+    from blade.common.files import check_writable, write_files
     from blade.common.names import check_no_input
     from blade.distillation.config import load_config
     from blade.distillation.reports import Estimate
@@ -49,6 +49,7 @@ def distill(
     read = load_config(config, settings or ())
     if report is not None:
         check_no_input([report], {Path(config): "config", Path(read.prompts or config): "prompts"}, "report")
+        check_writable(report)
     with progress_line() as say:
         found = distill(read, dry_run=dry_run, random_weights=random_weights, on_progress=say, on_update=say.log)
     if not PartialState().is_main_process:
@@ -59,7 +60,6 @@ def distill(
         now = datetime.now(UTC).isoformat(timespec="seconds")
         command = shlex.join(["blade-distill", *sys.argv[1:]])
         values = {"date": now, "command": command, **found.to_dict(), "config": read.to_dict()}
-        report.parent.mkdir(parents=True, exist_ok=True)
         write_files({report: (json.dumps(values, indent=2) + "\n").encode()})
 
 

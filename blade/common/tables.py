@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from blade.common.files import write_files
+from blade.common.files import check_writable, write_files
 from blade.common.terminal import printable
 
 
@@ -47,6 +47,15 @@ def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> li
     return ["| " + " | ".join(row) + " |" for row in (cells[0], rule, *cells[1:])]
 
 
+def check_table(folder: Path, name: str) -> None:
+    """Check, before anything is measured, that `write_table` will be able to write; see there for the arguments.
+
+    Raises:
+        OutputError: a file cannot be written.
+    """
+    check_writable(folder / f"{name}.json", folder / f"{name}.md")
+
+
 def write_table(
     folder: Path, name: str, *, title: str, note: str, lines: Sequence[str], values: Mapping[str, Any]
 ) -> None:
@@ -64,7 +73,6 @@ def write_table(
         OutputError: a file cannot be written.
     """
     text = "\n".join([f"# {title}", "", note, "", markdown_block(values["command"]), "", *lines, ""])
-    folder.mkdir(parents=True, exist_ok=True)
     write_files(
         {
             folder / f"{name}.json": (json.dumps(values, indent=2) + "\n").encode(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,7 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from blade.common.files import replaced_whole
+from blade.common.errors import first_line
+from blade.common.files import OutputError, append_json_line, read_json_lines, replaced_whole, write_files
 from blade.common.terminal import print_line
 
 
@@ -19,19 +21,30 @@ def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
     """Write a checkpoint under a temporary name, then rename it, so that a kill leaves the old or the new one.
 
     Raises:
-        OSError: if it cannot be written, for example on a full disk; the old one stays as it is.
+        OutputError: if it cannot be written, for example on a full disk; the old one stays as it is.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with replaced_whole(path) as temporary:
             torch.save(dict(state), temporary)
-    except (OSError, RuntimeError) as error:  # PyTorch's writer has a RuntimeError for a full disk
-        raise OSError(f"The checkpoint {path} cannot be written, so that the one before it stays: {error}") from error
+    except RuntimeError as error:  # PyTorch's writer has no other one
+        raise OutputError(f"The checkpoint {path} cannot be written: {first_line(error)}") from error
 
 
 def load_checkpoint(path: Path) -> dict[str, Any] | None:
-    """The checkpoint at `path`, on the CPU, or None if there is none."""
-    return torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
+    """Return the checkpoint at `path`, on the CPU, or None if there is none.
+
+    Raises:
+        ValueError: if it cannot be read, as it is truncated or is something else.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        return None
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        raise ValueError(f"the checkpoint {path} cannot be read: {first_line(error)}") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"the checkpoint {path} must hold a dict, got a {type(state).__name__}.")
+    return state
 
 
 def numpy_rng(seed: int, *stream: int) -> np.random.Generator:
@@ -61,25 +74,19 @@ class TrainingLog:
         show: Callable[[str], None] = print_line,
     ) -> None:
         self.path, self.stage, self.total, self.show = path, stage, total, show
-        path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [line for line in _lines(path) if not (line["stage"] == stage and line["step"] > start)]
-        with replaced_whole(path) as temporary:
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        lines = read_json_lines(path)
+        kept = [line for line in lines if not (line.get("stage") == stage and line.get("step", 0) > start)]
+        write_files({path: "".join(json.dumps(line) + "\n" for line in kept).encode()})
         self._start, self._began = start, time.monotonic()
 
     def write(self, step: int, **values: Any) -> None:
         """Record values reached after `step` steps."""
         seconds = time.monotonic() - self._began
         record = {"stage": self.stage, "step": step, "seconds": round(seconds, 1), **values}
-        with self.path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        append_json_line(self.path, record)
         shown = " ".join(f"{name}={value:.4g}" for name, value in values.items() if isinstance(value, float))
         if self.total is None:
             self.show(f"{self.stage} {step} {shown}")
             return
         left = seconds / max(step - self._start, 1) * (self.total - step)
         self.show(f"{self.stage} {step}/{self.total} {shown} ({left / 60:.0f} min left)")
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

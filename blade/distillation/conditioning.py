@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 from blade.common.files import write_files
+from blade.distillation.prompt_files import PROMPTS_KEY, written_prompts
 from blade.families.protocol import Inputs
 from blade.families.registry import find_family
 from blade.generation.request import ResolvedRequest
@@ -42,9 +43,6 @@ SHARED = "shared"
 
 CONSTANT_CHANNELS = "constant_channels"
 """Name of the latent's channels besides the noise, which are the same for every prompt."""
-
-PROMPTS_KEY = "prompts"
-"""Key of a shard's metadata for the list of its prompts."""
 
 VARIABLE = ("hidden_states", "timestep", "return_dict")
 """Arguments of the transformer that are not conditions."""
@@ -292,7 +290,6 @@ def encode_prompts(
     }
     others = {"encoders": "other text encoders", "size": "videos of another size", "pipeline": "another pipeline"}
     check_index(folder / INDEX_NAME, expected, "embeddings", others)
-    folder.mkdir(parents=True, exist_ok=True)
     if process == 0 and not (folder / INDEX_NAME).exists():
         conditions = capture(model, request, prompts[0])
         tensors, plain = _split(conditions.shared)
@@ -343,10 +340,7 @@ def check_index(path: Path, expected: Mapping[str, Any], field: str, others: Map
 
 def _holds(path: Path, prompts: Sequence[str]) -> bool:
     """Return whether a shard exists and holds these prompts."""
-    if not path.exists():
-        return False
-    with safe_open(path, framework="pt") as file:
-        return (file.metadata() or {}).get(PROMPTS_KEY) == json.dumps(list(prompts))
+    return written_prompts(path) == json.dumps(list(prompts))
 
 
 def _save(tensors: Mapping[str, torch.Tensor], path: Path, prompts: Sequence[str]) -> None:

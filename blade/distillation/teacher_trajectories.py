@@ -18,9 +18,10 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 from blade.common.files import write_files
-from blade.distillation.conditioning import PROMPTS_KEY, ExampleConditions, PromptEmbeddings, check_index
+from blade.distillation.conditioning import ExampleConditions, PromptEmbeddings, check_index
 from blade.distillation.draws import START, Draws
 from blade.distillation.parallel import Processes
+from blade.distillation.prompt_files import PROMPTS_KEY, written_prompts
 
 INDEX_NAME = "trajectories.json"
 """File of the settings that all trajectories share."""
@@ -99,7 +100,6 @@ class TeacherTrajectories:
         missing = [batch for batch in batches if not all(map(self._exists, batch))]
         processes.wait()  # until all have seen which are missing
         if processes.is_first:
-            self.folder.mkdir(parents=True, exist_ok=True)
             write_files({self.folder / INDEX_NAME: (json.dumps(dict(facts), indent=2) + "\n").encode()})
         processes.wait()
         for first in range(0, len(missing), processes.count):
@@ -125,11 +125,7 @@ class TeacherTrajectories:
 
     def _exists(self, number: int) -> bool:
         """Return whether a trajectory exists and is of its prompt."""
-        path = self._path(number)
-        if not path.exists():
-            return False
-        with safe_open(path, framework="pt") as file:
-            return bool((file.metadata() or {}).get(PROMPTS_KEY) == self._prompt(number))
+        return written_prompts(self._path(number)) == self._prompt(number)
 
 
 class ExampleTrajectories:

@@ -48,7 +48,6 @@ def validate(
     pipe, roles = trainer.model.pipe, trainer.roles
     scheduler = pipe.scheduler
     pipe.scheduler = FewStepScheduler.from_config(sampler.config)
-    folder.mkdir(parents=True, exist_ok=True)
     trainer.use_averaged()
     try:
         # the same number for each process, since with sharded weights all must take part in every forward pass

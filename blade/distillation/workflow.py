@@ -15,10 +15,11 @@ import torch
 from torch import nn
 
 from blade.attention.config import BladeConfig
+from blade.common.files import check_writable
 from blade.common.machine import describe_machine, describe_versions
 from blade.common.names import check_no_input
 from blade.common.terminal import logger, print_line
-from blade.common.training_log import TrainingLog, load_checkpoint, save_checkpoint
+from blade.common.training_log import TrainingLog, save_checkpoint
 from blade.distillation.conditioning import (
     ExampleConditions,
     PromptEmbeddings,
@@ -28,25 +29,29 @@ from blade.distillation.conditioning import (
 )
 from blade.distillation.config import DistillationConfig, student_attention
 from blade.distillation.dry_run import estimate
+from blade.distillation.output_files import (
+    EMBEDDINGS,
+    LOG_NAME,
+    TRAJECTORIES,
+    VALIDATION,
+    check_output_files,
+    teacher_request,
+)
 from blade.distillation.parallel import Processes
 from blade.distillation.reports import PACKAGES, DistillationReport, Estimate
-from blade.distillation.resuming import CHECKPOINTS, check_resumable, flat, newest_checkpoint
+from blade.distillation.resuming import check_resumable, checkpoint_path, flat, newest_checkpoint, remove_checkpoints
 from blade.distillation.student_files import read_weights, write_student
 from blade.distillation.teacher_trajectories import TeacherTrajectories
 from blade.distillation.trainer import Trainer
 from blade.distillation.trajectory import make_sampler
 from blade.distillation.validation import validate
 from blade.generation.prompts import read_prompts
-from blade.generation.request import GenerationRequest, ResolvedRequest
 from blade.generation.resolve import resolve_request
 from blade.models.devices import DTYPES, resolve_device
 from blade.models.loaded import LoadedModel
 from blade.models.loading import load_empty_model, load_model
 from blade.models.source import BUNDLED
 from blade.students.scheduler import FewStepScheduler
-
-VALIDATION, EMBEDDINGS, TRAJECTORIES, LOG_NAME = "validation", "embeddings", "trajectories", "log.jsonl"
-"""Parts of a student's folder besides the student itself."""
 
 BUNDLED_PROMPTS, BUNDLED_SEED = 4096, 606
 """Number of captions with which the bundled model is distilled by default, and the seed of their sampling."""
@@ -98,20 +103,24 @@ def distill(
         raise ValueError("`random_weights` requires `dry_run`.")
     prompts = ["none"] if random_weights else training_prompts(config)
     _check_output(config, output)
+    if not dry_run:
+        check_writable(output / LOG_NAME)
     with ExitStack() as stack:
+        found = None
         if not dry_run:
             stack.enter_context(processes.locked(output, "output"))
-        checkpoint = None if dry_run else newest_checkpoint(output)
-        saved = None if checkpoint is None else load_checkpoint(checkpoint)
-        if saved is not None:
-            check_resumable(saved, config, processes, checkpoint)
+            found = newest_checkpoint(output)
+            if found is not None:
+                check_resumable(found[1], config, processes, found[0])
+            check_output_files(config, output, prompts[0], processes.device, found)
         folder = Path(config.embeddings).expanduser() if config.embeddings else output / EMBEDDINGS
         if dry_run:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         job = _Job(config, processes, prompts, folder, on_progress, dry_run=dry_run, random_weights=random_weights)
         if dry_run:
             return estimate(job.trainer, 0 if random_weights else len(prompts))
-        if saved is not None:
+        if found is not None:
+            saved = found[1]
             job.trainer.load_state_dict(saved["trainer"])
             job.hours_before, job.scores = saved["hours"], saved.get("scores", {})
         job.make_trajectories(output, on_progress)
@@ -160,7 +169,7 @@ class _Job:
         self.base_dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         self.model = self._load(random_weights)
         transformer = self.model.transformer
-        self.request = self._resolve()
+        self.request = resolve_request(teacher_request(config, prompts[0], processes.device), self.model)
         self.sampler = self._make_sampler(config.trajectory.noise_kept)
         noise_kept = config.trajectory.sampling_noise_kept
         self.student_sampler = self.sampler if noise_kept is None else self._make_sampler(noise_kept)
@@ -201,23 +210,6 @@ class _Job:
         check_text_alone(model)
         _warn_of_distilled(config.model, model.transformer)
         return model
-
-    def _resolve(self) -> ResolvedRequest:
-        """Return the teacher's request, with the model's defaults for unset values."""
-        config, video = self.config, self.config.video
-        request = GenerationRequest(
-            prompt=self.prompts[0],
-            negative_prompt=config.generator.negative_prompt,
-            model=config.model,
-            revision=config.revision,
-            attention="dense",
-            height=video.height,
-            width=video.width,
-            frames=video.frames,
-            guidance_scale=config.generator.guidance_scale,
-            device=str(self.processes.device),
-        )
-        return resolve_request(request, self.model)
 
     def _make_sampler(self, noise_kept: float) -> FewStepScheduler:
         """Make a sampler of the student's times; an unset flow shift takes the recommended one for the video size."""
@@ -328,7 +320,6 @@ class _Job:
         trainer, config = self.trainer, self.config
         state = trainer.state_dict()
         if self.processes.is_first:
-            folder = output / CHECKPOINTS
             content = {
                 "trainer": state,
                 "hours": hours,
@@ -336,9 +327,8 @@ class _Job:
                 "config": config.to_dict(),
                 "batch_size": trainer.batch_size,
             }
-            save_checkpoint(folder / f"update-{trainer.update:06d}.pt", content)
-            for old in sorted(folder.glob("update-*.pt"))[: -config.run.checkpoints_kept]:
-                old.unlink()
+            save_checkpoint(checkpoint_path(output, trainer.update), content)
+            remove_checkpoints(output, trainer.update, config.run.checkpoints_kept)
         self._write_student(output, hours)
 
     def _write_student(self, output: Path, hours: float) -> None:

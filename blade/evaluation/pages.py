@@ -94,6 +94,5 @@ def write_report(report: dict[str, Any], folder: Path, laid_out: VideoLayout) ->
     }
     if plot is not None:
         files[folder / "report.png"] = plot
-    folder.mkdir(parents=True, exist_ok=True)
     write_files(files)
     return list(files)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from blade.common.files import read_json_lines
 from blade.generation.record import is_same_config
 
 if TYPE_CHECKING:
@@ -43,7 +41,7 @@ def read_records(plan: EvaluationPlan) -> Records:
     }
     records: Records = {}
     for path in sorted(plan.evaluation.folder.glob("records-*.jsonl")):
-        for record in _read_lines(path):
+        for record in read_json_lines(path):
             name, key = record["run"]["name"], (record["prompt"], record["seed"])
             if name not in expected or key not in prompt_keys:
                 continue
@@ -58,23 +56,6 @@ def read_records(plan: EvaluationPlan) -> Records:
     return records
 
 
-def append_record(path: Path, record: Record) -> None:
-    """Append a record to a file, after removing an incomplete line that a killed process may have left."""
-    with path.open("a+b") as file:
-        file.seek(0)
-        complete = file.read().rfind(b"\n") + 1
-        file.truncate(complete)
-        file.write(json.dumps(record).encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def _settings(run: dict[str, Any]) -> dict[str, Any]:
     """Return a run's settings without the paths of configuration and student, whose contents are compared instead."""
     return {name: value for name, value in run.items() if name not in ("config", "student")}
-
-
-def _read_lines(path: Path) -> list[Record]:
-    """Read the complete lines of a file."""
-    text = path.read_text(encoding="utf-8")
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +10,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional
 
-from blade.common.files import write_files
+from blade.common.files import link_or_copy, write_files
 from blade.common.names import literal_name
 from blade.common.terminal import logger
 from blade.evaluation.plan import EvaluationPlan
@@ -45,6 +43,11 @@ def video_path(folder: Path, run: str, prompt: EvaluationPrompt) -> Path:
     return folder / "videos" / run / f"{prompt.stem}.mp4"
 
 
+def comparison_path(folder: Path, prompt: EvaluationPrompt) -> Path:
+    """Return the path of all runs' videos of a prompt side by side, in an evaluation's folder."""
+    return folder / "compare" / f"{prompt.stem}.mp4"
+
+
 def lay_out_videos(plan: EvaluationPlan) -> VideoLayout:
     """Make or replace `compare/`, `contact-sheet.png` and `vbench/` from the videos in an evaluation's folder.
 
@@ -69,9 +72,8 @@ def lay_out_videos(plan: EvaluationPlan) -> VideoLayout:
     shown = {prompt: next(iter(paths.values())) for prompt, paths in complete.items()}
     if len(names) > 1:
         logger.info(f"writing {len(complete)} videos of {len(names)} runs side by side")
-        shown = {prompt: evaluation.folder / "compare" / f"{prompt.stem}.mp4" for prompt in complete}
+        shown = {prompt: comparison_path(evaluation.folder, prompt) for prompt in complete}
         for prompt, paths in complete.items():
-            shown[prompt].parent.mkdir(parents=True, exist_ok=True)
             write_files({shown[prompt]: encode_mp4(_frames_side_by_side(paths), plan.size["fps"])})
     sheet = _sheet(complete, plan.size["frames"]) if complete else None
     if sheet is not None:
@@ -114,21 +116,10 @@ def _write_vbench(folder: Path, names: Sequence[str], complete: Mapping[Evaluati
     The index counts the videos of a prompt from 0, by seed. Characters that a file system may not allow are replaced.
     Source: VBench, arXiv 2311.17982, the layout of its prompt suite.
     """
-    for name in names:
-        (folder / name).mkdir(parents=True, exist_ok=True)
     counts = Counter[str]()
     for prompt in sorted(complete, key=lambda prompt: prompt.seed):
         text = literal_name(prompt.text, PROMPT_BYTES)
         for name in names:
             link = folder / name / f"{text}-{counts[text]}.mp4"
-            link.unlink(missing_ok=True)
-            _link(complete[prompt][name], link)
+            link_or_copy(complete[prompt][name], link)
         counts[text] += 1
-
-
-def _link(source: Path, target: Path) -> None:
-    """Link a file to a second path, or copy it if the file system has no hard links."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)

@@ -20,11 +20,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from blade.common.files import write_files
+from blade.common.files import append_json_line, check_writable, write_files
 from blade.common.locks import folder_locked
+from blade.evaluation.output_files import check_output_files, records_path, reference_path
 from blade.evaluation.plan import EvaluationPlan
 from blade.evaluation.prompts import EvaluationPrompt
-from blade.evaluation.records import Record, append_record, read_records
+from blade.evaluation.records import Record, read_records
 from blade.evaluation.runs import RunSettings
 from blade.evaluation.videos import video_path
 from blade.generation.record import make_record
@@ -110,6 +111,8 @@ class VideoWorker:
             ValueError: If the folder holds records of the same names with other settings or another model.
             OutputError: If a file cannot be written.
         """
+        path = records_path(self.evaluation.folder, self.evaluation.shard)
+        check_writable(path)
         done, prompts = set(read_records(self.plan)), self.evaluation.own_prompts
         # dense runs first: the others are compared with them
         runs = sorted(runs, key=lambda run: not run.is_dense)
@@ -118,12 +121,11 @@ class VideoWorker:
         missing.sort(key=lambda pair: (pair[1].student or "", pair[1].noise_kept or 0.0))
         if not missing:
             return
-        self.evaluation.folder.mkdir(parents=True, exist_ok=True)
-        path = self.evaluation.folder / "records-{}-of-{}.jsonl".format(*self.evaluation.shard)
+        check_output_files(self.plan, missing, compares=self.compares)
         total, began = len(prompts) * len(runs), time.monotonic()
         for finished, (prompt, run) in enumerate(missing, start=1):
             record = self.make(prompt, run)
-            append_record(path, record)
+            append_json_line(path, record)
             if on_video is not None:
                 remaining = len(missing) - finished
                 seconds_left = (time.monotonic() - began) / finished * remaining
@@ -187,7 +189,6 @@ class VideoWorker:
         if clashing := record.keys() & measured.keys():
             raise ValueError(f"`measures` must not write `{clashing.pop()}`, which every record has.")
         path = video_path(self.evaluation.folder, run.name, prompt)
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_files({path: encode_mp4(video, generation_record["fps"])})
         return record | measured
 
@@ -196,7 +197,7 @@ class VideoWorker:
         return request, run_request(self.model, request)
 
     def _reference_path(self, prompt: EvaluationPrompt, run: RunSettings) -> Path:
-        return self.evaluation.folder / "references" / run.name / f"{prompt.stem}.npz"
+        return reference_path(self.evaluation.folder, run.name, prompt)
 
     def _reference(self, prompt: EvaluationPrompt, run: RunSettings) -> VideoSample | None:
         """Return the dense video that a sparse one is measured against; None if there is none."""
@@ -212,7 +213,6 @@ class VideoWorker:
 
     def _save_reference(self, prompt: EvaluationPrompt, run: RunSettings, video: torch.Tensor) -> None:
         path = self._reference_path(prompt, run)
-        path.parent.mkdir(parents=True, exist_ok=True)
         buffer = io.BytesIO()
         np.savez_compressed(buffer, frames=(255 * video.clamp(0, 1)).round().to(torch.uint8).numpy())
         write_files({path: buffer.getvalue()})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+from blade.common.leftovers import files_in
 from blade.models.source import BUNDLED, bundled_model_path
 from blade.students.source import BUNDLED_STUDENTS, bundled_student_path
 
@@ -19,7 +20,7 @@ def model_fingerprint(model: str) -> str | None:
     if not folder.is_dir():
         return None
     digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*.safetensors")):
+    for path in files_in(folder, "*.safetensors"):
         digest.update(path.relative_to(folder).as_posix().encode())
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import chain, count
 from pathlib import Path
@@ -16,6 +16,9 @@ from blade.common.names import check_name_lengths, check_no_input, file_name, is
 from blade.common.terminal import logger
 from blade.generation.record import changed_fields, deciding_fields
 from blade.generation.request import GenerationRequest, ResolvedRequest
+from blade.media.video import least_mp4_bytes
+from blade.models.source import BUNDLED
+from blade.moving_shapes.bundled import BUNDLED_DEFAULTS
 
 OUTPUT_FOLDER = Path("outputs")
 """Folder of videos that are given no path."""
@@ -44,31 +47,45 @@ def files_of(path: Path, compare: bool) -> list[Path]:
     return [path, record_path(path), *([comparison_path(path)] if compare else [])]
 
 
-def check_output(path: Path, compare: bool, inputs: Mapping[Path, str] | None = None) -> None:
-    """Check, before anything is loaded, that a video and its files can be written.
+def check_outputs(
+    request: GenerationRequest, paths: Sequence[Path], compare: bool, inputs: Mapping[Path, str] | None = None
+) -> None:
+    """Check, before anything is loaded, that videos and their files can be written.
 
     Args:
-        path: of the MP4.
+        request: the request that makes them, but for the prompt.
+        paths: of the MP4s.
         compare: see `files_of`.
-        inputs: the options that name files, by path, where this path was asked for and has to be taken.
+        inputs: the options that name files, by path, where these paths were asked for and have to be taken.
 
     Raises:
         ValueError: for another extension, a name that is too long, an input, or a file in the record's place that is
             none.
-        OutputError: if they cannot be written.
+        OutputError: if they cannot be written, or there is too little room on the disk.
     """
-    if path.suffix.lower() != ".mp4":
-        raise ValueError(f"`output` must end in .mp4, got {path}.")
-    files = files_of(path, compare)
+    for path in paths:
+        if path.suffix.lower() != ".mp4":
+            raise ValueError(f"`output` must end in .mp4, got {path}.")
+    files = [file for path in paths for file in files_of(path, compare)]
     check_name_lengths(files)
-    for file in files:
-        check_writable(file)
+    needed = len(paths) * _least_bytes(request) * (3 if compare else 1)  # a comparison shows two
+    check_writable(*files, needed=needed, purpose=f"{len(paths)} video(s)")
     if inputs is None:
         return
     check_no_input(files, inputs)
-    other = record_path(path)
-    if other.exists() and read_record(path) is None:
-        raise ValueError(f"`output` {path} would replace {other}, which is not a video's record; take another name.")
+    for path in paths:
+        other = record_path(path)
+        if other.exists() and read_record(path) is None:
+            raise ValueError(
+                f"`output` {path} would replace {other}, which is not a video's record; take another name."
+            )
+
+
+def _least_bytes(request: GenerationRequest) -> int:
+    """Return the bytes that a video will certainly take; next to nothing where its size is not known yet."""
+    sizes = {name: getattr(request, name) for name in ("frames", "height", "width")}
+    known = {name: BUNDLED_DEFAULTS[name] if request.model == BUNDLED else 1 for name in sizes}
+    return least_mp4_bytes(**{name: int(known[name] if size is None else size) for name, size in sizes.items()})
 
 
 def read_record(path: Path) -> dict[str, Any] | None:

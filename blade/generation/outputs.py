@@ -17,7 +17,7 @@ from blade.common.terminal import logger, printable
 from blade.generation.inputs import input_paths
 from blade.generation.naming import (
     OUTPUT_FOLDER,
-    check_output,
+    check_outputs,
     claim_path,
     comparison_path,
     default_output,
@@ -25,7 +25,7 @@ from blade.generation.naming import (
     possible_paths,
     record_path,
 )
-from blade.generation.plan import resolve_unloaded
+from blade.generation.plan import resolve_without_weights
 from blade.generation.prepare import prepare_model
 from blade.generation.prompts import without_repetitions
 from blade.generation.record import make_record
@@ -111,7 +111,7 @@ def generate_files(
     """
     inputs = {**(inputs or {}), **input_paths(request)}
     plain = default_output(request) if output is None else Path(output)
-    check_output(plain, compare, None if output is None else inputs)
+    check_outputs(request, [plain], compare, None if output is None else inputs)
     start = time.perf_counter()
     with ExitStack() as stack:
         if output is not None:
@@ -172,10 +172,9 @@ def generate_list(
         prompt: Path(folder) / default_output(replace(request, prompt=prompt)).name
         for prompt in without_repetitions(prompts)
     }
-    for path in paths.values():
-        check_output(path, compare)
+    check_outputs(request, [*paths.values()], compare)
     if all(record_path(path).is_file() for path in paths.values()):
-        resolved = resolve_unloaded(replace(request, prompt=next(iter(paths))))
+        resolved = resolve_without_weights(replace(request, prompt=next(iter(paths))))[1]
         owns = [(path, replace(resolved, prompt=prompt)) for prompt, path in paths.items()]
         there = [next(possible_paths(path, own, inputs)) for path, own in owns]
         if all(is_made(path, own, compare) for path, (_, own) in zip(there, owns, strict=True)):

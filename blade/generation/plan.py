@@ -91,6 +91,22 @@ class RunPlan:
         return "\n".join(map(printable, lines))
 
 
+def resolve_without_weights(request: GenerationRequest) -> tuple[LoadedModel, ResolvedRequest]:
+    """Return a request's model without its weights, and the request with the model's defaults filled in.
+
+    Raises:
+        ValueError: for a request that cannot be met.
+        ModelError: if there is no such model.
+    """
+    device = resolve_device(request.device)
+    dtype = resolve_dtype(request.dtype, device)
+    model = model_for(load_empty_model(request.model, revision=request.revision, dtype=dtype), request.condition)
+    student = None
+    if request.student is not None:
+        student = read_student(model.pipe, request.student, scheduler=request.scheduler, noise_kept=request.noise_kept)
+    return model, replace(resolve_request(request, model, student=student), device=str(device))
+
+
 def plan_run(request: GenerationRequest) -> RunPlan:
     """Work out the operations and the memory of a request.
 
@@ -101,7 +117,7 @@ def plan_run(request: GenerationRequest) -> RunPlan:
         ValueError: for a request that cannot be met, or a model whose operations cannot be counted.
         ModelError: if there is no such model.
     """
-    model, resolved = _resolved_unloaded(request)
+    model, resolved = resolve_without_weights(request)
     pipe, device = model.pipe, torch.device(resolved.device)
     latent = model.latent_size(*resolved.size)
     transformer, family = model.transformer, model.family
@@ -131,29 +147,6 @@ def plan_run(request: GenerationRequest) -> RunPlan:
         },
         device_gib=torch.cuda.get_device_properties(device).total_memory / GIB if device.type == "cuda" else None,
     )
-
-
-def resolve_unloaded(request: GenerationRequest) -> ResolvedRequest:
-    """Fill in a request as loading its model would, from configuration files alone; but for an `offload` of auto.
-
-    Args:
-        request: the request.
-
-    Raises:
-        ValueError: for a request that cannot be met.
-        ModelError: if there is no such model.
-    """
-    return _resolved_unloaded(request)[1]
-
-
-def _resolved_unloaded(request: GenerationRequest) -> tuple[LoadedModel, ResolvedRequest]:
-    device = resolve_device(request.device)
-    dtype = resolve_dtype(request.dtype, device)
-    model = model_for(load_empty_model(request.model, revision=request.revision, dtype=dtype), request.condition)
-    student = None
-    if request.student is not None:
-        student = read_student(model.pipe, request.student, scheduler=request.scheduler, noise_kept=request.noise_kept)
-    return model, replace(resolve_request(request, model, student=student), device=str(device))
 
 
 def peak_bytes(function: Callable[[], object]) -> int:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from blade.common.errors import first_line
+from blade.common.leftovers import files_in
 from blade.families.registry import example_model
 from blade.models.cpu_convolutions import use_onednn_conv3d
 from blade.models.loaded import LoadedModel
@@ -192,7 +193,7 @@ def _reason(source: str, error: Exception) -> str:
     """Name the weight file that cannot be read, if it is that; else the first line of the error."""
     from safetensors import SafetensorError, safe_open
 
-    for path in sorted(Path(source).rglob("*.safetensors")) if Path(source).is_dir() else ():
+    for path in files_in(Path(source), "*.safetensors") if Path(source).is_dir() else ():
         try:
             with safe_open(path, framework="pt"):
                 pass

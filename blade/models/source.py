@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from blade.common.errors import first_line
+from blade.common.leftovers import is_temporary
 from blade.common.terminal import logger
 
 if TYPE_CHECKING:
@@ -192,7 +193,7 @@ def locate(model: str | Path, revision: str | None, *, announce: bool = True) ->
     if path.is_file():
         raise ModelError(f"`model` must be a folder in Diffusers format or a Hub id, got the file {name}.")
     if path.is_dir():
-        files = [item.name for item in path.iterdir()]
+        files = [item.name for item in path.iterdir() if not is_temporary(item.name)]
         options: dict[str, Any] = {}
     else:
         info = repository_info(name, "model", INDEX_NAME, revision)

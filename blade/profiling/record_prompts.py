@@ -131,7 +131,6 @@ def _check_folder(folder: Path, source: ProfileSource, recording: Recording, req
     options = {"recording": _plain(recording), **{name: getattr(request, name) for name in SAME_FIELDS}}
     settings = source.to_dict() | json.loads(json.dumps(options))
     path = folder / SOURCE_NAME
-    folder.mkdir(parents=True, exist_ok=True)
     if not path.is_file():
         write_files({path: (json.dumps(settings, indent=1) + "\n").encode()})
         return

@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from blade.attention.applied import AppliedBlade, applied_to
 from blade.attention.config import BladeConfig
+from blade.common.errors import first_line
 from blade.common.files import replaced_whole
+from blade.common.terminal import logger
 from blade.families.registry import find_family
 from blade.profiling.measure import LayerMeasurement
 from blade.profiling.recording_plan import Recording, RecordingMethod, RecordingPlan
@@ -54,7 +57,6 @@ def saved_passes(
     Raises:
         OSError: if a file cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     parameters = tuple(inspect.signature(type(transformer).forward).parameters)[1:]
     inner, count = transformer.forward, 0
 
@@ -63,9 +65,9 @@ def saved_passes(
         inputs = {**dict(zip(parameters, args)), **kwargs}
         number, path = count, folder / f"pass-{count:05d}.safetensors"
         count += 1
-        resumed = path.is_file()
-        if resumed:
-            saved = load_file(path)
+        read = _read(path)
+        if read is not None:
+            saved = read
             output = saved["output"].to(inputs["hidden_states"].device)
             applied = applied_to(transformer)
             if applied is not None:
@@ -77,7 +79,7 @@ def saved_passes(
             with replaced_whole(path) as temporary:
                 save_file({"output": output.detach().cpu().contiguous(), **saved}, temporary)
         if on_pass is not None:
-            on_pass(number, resumed, int(saved["step"]) if "step" in saved else None)
+            on_pass(number, read is not None, int(saved["step"]) if "step" in saved else None)
         if kwargs.get("return_dict", True):
             from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
@@ -89,6 +91,15 @@ def saved_passes(
         yield
     finally:
         transformer.forward = inner
+
+
+def _read(path: Path) -> dict[str, Tensor] | None:
+    """Return what was saved of a pass; None if nothing was, or, with a warning, if it cannot be read."""
+    try:
+        return load_file(path) if path.is_file() else None
+    except (SafetensorError, OSError) as error:
+        logger.warning(f"{path} cannot be read, and is made again: {first_line(error)}")
+        return None
 
 
 @contextmanager

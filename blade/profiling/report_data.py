@@ -18,11 +18,8 @@ from blade.profiling.candidates import USUAL_DENSITY, natural_order
 from blade.profiling.profile import AttentionProfile, ProfileSource
 from blade.profiling.report import Candidate, ReportData, write_report
 from blade.profiling.search import PatternSearch, prompt_dependence
-from blade.profiling.workflow import ProfileReport
+from blade.profiling.workflow import REPORT_NAME, ProfileReport
 from blade.token_grid import plain_orders
-
-REPORT_NAME = "report.html"
-"""File name of the report."""
 
 MOST_USUAL = 1.2 * USUAL_DENSITY
 """Largest density of the patterns that count toward the attention weight that a kind explains."""

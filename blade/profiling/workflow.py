@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,15 +11,17 @@ from typing import Any
 import torch
 
 from blade.attention.budget import configured_budget
-from blade.attention.config import BladeConfig
+from blade.attention.config import CONFIG_NAME, BladeConfig
 from blade.attention.pattern_plan import PatternPlan
-from blade.attention.pattern_table import uniform_table
+from blade.attention.pattern_table import TABLE_NAME, uniform_table
 from blade.common.checks import check_integer
 from blade.common.files import check_writable
+from blade.common.leftovers import files_in
 from blade.common.locks import folder_locked
 from blade.common.names import check_no_input
 from blade.common.terminal import printable
 from blade.generation.inputs import input_paths
+from blade.generation.plan import resolve_without_weights
 from blade.generation.prepare import prepare_model
 from blade.generation.request import GenerationRequest, ResolvedRequest
 from blade.generation.run import run_request
@@ -31,6 +34,7 @@ from blade.profiling.assignment import GreedyRule
 from blade.profiling.candidates import default_candidates
 from blade.profiling.costs import AttentionCosts
 from blade.profiling.influence import generate_resumable, measure_influences
+from blade.profiling.measure import MAP_SIZE
 from blade.profiling.objectives import Budget, density_objectives
 from blade.profiling.profile import PROFILE_NAME, AttentionProfile, ProfileSource
 from blade.profiling.published import START_NAME, published_candidates, published_search
@@ -46,6 +50,9 @@ ADAPTIVE_NAME = "asa"
 
 ADAPTIVE_SPARSITIES = (0.5, 0.65, 0.8, 0.9)
 """Sparsities at which ASA is measured in addition to the patterns."""
+
+REPORT_NAME = "report.html"
+"""File name of the report."""
 
 METHODS = ("budgeted", "published")
 """Search methods: the least error within the budget, or the published rule for every head independently."""
@@ -201,7 +208,7 @@ def profile_attention(
         OutputError: if the folder cannot be written.
     """
     check_no_input([request.output], input_paths(request.generation))
-    check_writable(request.output / PROFILE_NAME)
+    _check_output_files(request)
     with folder_locked(request.output, share=request.share):
         return _profiled(request, on_progress or (lambda line: None))
 
@@ -237,6 +244,29 @@ def _profiled(request: ProfileRequest, say: Callable[[str], None]) -> ProfileRep
     adaptive = adaptive_at_error(profile, choice.error, search.influences)
     adaptive.config.save_pretrained(request.output / ADAPTIVE_NAME)
     return _finished(request, model, requests, search, choice, adaptive, None, folder, say)
+
+
+def _check_output_files(request: ProfileRequest) -> None:
+    """Check, before the model is loaded, that files can be written, and that there is room for a prompt's passes."""
+    empty, resolved = resolve_without_weights(replace(request.generation, prompt=request.prompts[0]))
+    latent = empty.latent_size(*resolved.size)
+    forward = forward_cost(empty.transformer, latent)
+    blocks = math.ceil(forward.grid.sequence_length / empty.preset.asa.block_size)
+    map_and_columns = 8 * min(MAP_SIZE, blocks) ** 2 + 4 * blocks
+    # the passes of a prompt are kept until its last
+    needed = resolved.steps * (
+        forward.layers * forward.heads * map_and_columns + 2 * empty.empty_latent(latent).numel()
+    )
+    folder, recordings = request.output, request.output / RECORDINGS_NAME
+    needed -= sum(path.stat().st_size for path in files_in(recordings))
+    names = (PROFILE_NAME, CONFIG_NAME, TABLE_NAME, REPORT_NAME)
+    check_writable(
+        *(folder / name for name in names),
+        folder / ADAPTIVE_NAME / CONFIG_NAME,
+        recordings / "prompt-000.safetensors",
+        needed=max(needed, 0),
+        purpose="the recording",
+    )
 
 
 def _published(

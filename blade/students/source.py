@@ -11,6 +11,7 @@ from typing import Any
 from blade.attention.config import CONFIG_NAME, BladeConfig
 from blade.attention.pattern_table import TABLE_NAME
 from blade.common.errors import first_line
+from blade.common.leftovers import files_in, is_temporary
 from blade.models.source import look_up
 from blade.models.untrusted import check_files, find_scheduler_class, read_json
 from blade.students.scheduler import FewStepScheduler
@@ -72,7 +73,7 @@ def student_files(folder: Path) -> list[str]:
     Args:
         folder: the student's folder, in which a training may have left other files.
     """
-    names = (path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file())
+    names = (path.relative_to(folder).as_posix() for path in files_in(folder))
     return [name for name in names if is_student_file(name)]
 
 
@@ -121,12 +122,12 @@ class StudentFiles:
             names = look_up(source, "source", WEIGHT_NAME)
             self.folder = None
             if names is not None:
-                self.names = list(names)
+                self.names = [name for name in names if not is_temporary(name)]
                 return
             from huggingface_hub import snapshot_download  # the Hub cannot be reached: what its cache has
 
             self.folder = Path(snapshot_download(source, local_files_only=True))
-        self.names = [path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*") if path.is_file()]
+        self.names = [path.relative_to(self.folder).as_posix() for path in files_in(self.folder)]
 
     def find_subfolder(self, subfolder: str | None, weight_name: str, family: str | None) -> str | None:
         """The subfolder that holds the LoRA, None for the top."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import shutil
 import subprocess
 import sys
@@ -72,6 +73,29 @@ def saved_tiny_ti2v(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_pipeline_copy(saved_tiny_pipeline: Path, tmp_path: Path) -> Path:
     """A copy of the folder, to be damaged."""
     return Path(shutil.copytree(saved_tiny_pipeline, tmp_path / "tiny-wan"))
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """Return a function that makes a disk of so many KiB; skipped where nothing may be mounted."""
+    mounted = []
+
+    def mount(kibibytes: int) -> Path:
+        folder = tmp_path / f"disk-{len(mounted)}"
+        folder.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={kibibytes}k", "tmpfs", str(folder)]
+        if (
+            sys.platform != "linux"
+            or os.geteuid()
+            or subprocess.run(command, capture_output=True, check=False).returncode
+        ):
+            pytest.skip("nothing may be mounted here")
+        mounted.append(folder)
+        return folder
+
+    yield mount
+    for folder in mounted:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 @pytest.fixture

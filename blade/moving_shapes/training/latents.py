@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKLWan
 
+from blade.common.files import replaced_whole, take_room
 from blade.common.training_log import numpy_rng
 
 from ..captions import Caption, sample_caption
@@ -73,13 +74,13 @@ class LatentStore:
         self.vae, self.frames, self.size, self.seed, self.device = vae, frames, size, seed, device
         self.two_objects, self.striped = two_objects, striped
         shape = (capacity, vae.config.z_dim, (frames - 1) // 4 + 1, size // 8, size // 8)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            self._latents = np.lib.format.open_memmap(path, mode="r+")
-            if self._latents.shape != shape:
-                raise ValueError(f"`path` holds latents of shape {self._latents.shape}, expected {shape}: {path}.")
-        else:
-            self._latents = np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=shape)
+        if not path.exists():
+            with replaced_whole(path) as temporary:
+                np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float16, shape=shape)
+                take_room(temporary)
+        self._latents = np.lib.format.open_memmap(path, mode="r+")
+        if self._latents.shape != shape:
+            raise ValueError(f"`path` holds latents of shape {self._latents.shape}, expected {shape}: {path}.")
         self._captions: list[Caption] = []
         self._mean, self._std = latent_statistics(vae, device)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from jinja2 import Environment, StrictUndefined
 
-from blade.common.files import replaced_whole, write_files
+from blade.common.files import check_writable, read_json_lines, replaced_whole, write_files
+from blade.common.leftovers import files_in
 from blade.common.locks import file_locked, folder_locked
 from blade.models.loading import load_pipeline
+from blade.models.source import bundled_model_path
 
 from .components import TransformerSize
 from .decoder import DecoderTraining, needs_wider_decoder, train_decoder
@@ -57,6 +59,7 @@ def train_shapes_model(
     Raises:
         ValueError: If `start_from` has been trained for all of the steps already, or is missing with `timed`.
         InUseError: If another training uses the run's folder, or writes the same model.
+        OutputError: If a file cannot be written, or the disk has too little room.
     """
     began = monotonic()
     if timed is not None and start_from is None:
@@ -78,6 +81,12 @@ def _train(
 ) -> None:
     """Train, in folders that no other process uses."""
     decoder, transformer = decoder or DecoderTraining(), transformer or TransformerTraining()
+    check_writable(
+        output / LOG if os.path.isdir(output) else output,
+        run / "log.jsonl",
+        needed=sum(path.stat().st_size for path in files_in(bundled_model_path())),
+        purpose="the training",
+    )
     if start_from is None:
         trained_vae = train_vae(run, vae or VAETraining(), device)
         trained_vae = train_decoder(run, trained_vae, decoder, device)
@@ -86,8 +95,7 @@ def _train(
         pipe = load_pipeline(start_from, f"`start_from` {start_from}", torch.float32).to(device)
         trained_vae = pipe.vae.eval().requires_grad_(False)
         if not (run / "log.jsonl").exists():
-            run.mkdir(parents=True, exist_ok=True)
-            shutil.copy(start_from / LOG, run / "log.jsonl")
+            write_files({run / "log.jsonl": (start_from / LOG).read_bytes()})
         if needs_wider_decoder(trained_vae):
             trained_vae = train_decoder(run, trained_vae, decoder, device)
         start = (pipe, _steps_trained(start_from / LOG))
@@ -126,5 +134,4 @@ def write_card(
 
 def _steps_trained(log: Path) -> int:
     """Steps of the transformer that a log records."""
-    records = [json.loads(line) for line in log.read_text().splitlines()]
-    return max((record["step"] for record in records if record["stage"] == "transformer"), default=0)
+    return max((record["step"] for record in read_json_lines(log) if record["stage"] == "transformer"), default=0)

@@ -192,9 +192,12 @@ def save(chosen: dict[Kernel, Trial], case: TuningCase, path: Path) -> None:
         else:
             rows[str(case.block_size)] = asdict(trial.config)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
     measured_configs.cache_clear()
 
 

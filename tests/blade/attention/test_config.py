@@ -1,8 +1,11 @@
 """BladeConfig defends itself, and survives the way to JSON and back."""
 
 import dataclasses
+import errno
 import json
+import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,7 @@ from hypothesis import strategies as st
 from blade.attention.config import CONFIG_NAME, AdaptiveConfig, BladeConfig, parse_dense_layers
 from blade.attention.pattern_table import uniform_table
 from blade.attention.patterns import HeadPattern
+from blade.common.files import OutputError
 
 fractions = st.floats(0, 0.99, allow_nan=False)
 
@@ -53,6 +57,25 @@ def test_save_and_load(tmp_path):
     assert BladeConfig.from_pretrained(path.parent) == config
     assert BladeConfig.from_pretrained(str(path)) == config
     assert BladeConfig.from_pretrained(tmp_path, subfolder="new/folder") == config
+
+
+def test_saving_that_fails_keeps_what_was_saved_before(tmp_path, monkeypatch):
+    table = uniform_table(HeadPattern(kind="diagonal", frames=0.5), 2, 2, block_size=32)
+    BladeConfig(attention="patterns", patterns=table).save_pretrained(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    calls = []
+
+    def full(descriptor):
+        calls.append(descriptor)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OutputError, match=r"No space left: the disk of .* is full"):
+        BladeConfig(attention="patterns", patterns=replace(table, block_size=64)).save_pretrained(tmp_path)
+    with pytest.raises(OutputError, match=r"No space left: the disk of .*blade_config\.json is full"):
+        BladeConfig(sparsity=0.9).save_pretrained(tmp_path)
+    assert len(calls) == 2
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_load_from_the_hub(tmp_path, monkeypatch):

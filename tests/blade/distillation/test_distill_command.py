@@ -134,7 +134,7 @@ def test_a_rank_that_dies_ends_the_run_which_then_resumes(settings, start, tmp_p
     process = begin(reached + 2)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
-    assert not list((tmp_path / "out").rglob("*.tmp"))  # a kill may leave them; the next write overwrites them
+    assert not list((tmp_path / "out").rglob("*.tmp"))  # a kill may leave them; the next start removes them
     assert max(load_checkpoint(path)["trainer"]["update"] for path in checkpoints.glob("*.pt")) == reached + 2
 
 

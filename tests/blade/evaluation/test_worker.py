@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from blade.attention.config import BladeConfig
 from blade.attention.pattern_table import uniform_table
 from blade.attention.patterns import HeadPattern
+from blade.common.files import OutputError
 from blade.evaluation import worker as evaluation_worker
 from blade.evaluation.plan import Evaluation, plan_evaluation
 from blade.evaluation.prompts import held_out_prompts, prompts_with_seeds
@@ -146,3 +148,61 @@ def test_other_settings_under_the_same_name_are_refused(evaluation):
     plan = replace(plan_evaluation(evaluation), fingerprint="0123456789abcdef")
     with pytest.raises(ValueError, match="with another `fingerprint`"):
         read_records(plan)
+
+
+def refuse_to_load(*arguments, **options):
+    pytest.fail("the model was loaded first")
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "long", "videos"])
+def test_what_cannot_be_written_is_found_before_the_model_is_loaded(evaluation, monkeypatch, name):
+    monkeypatch.setattr(evaluation_worker, "load_model", refuse_to_load)
+    folder = evaluation.folder
+    message = "cannot be written: File name too long"
+    if name == "long":
+        folder /= name
+        evaluation = replace(evaluation, runs=(replace(evaluation.runs[0], name="r" * 260), evaluation.runs[1]))
+    elif name == "videos":
+        folder.mkdir()
+        (folder / "videos").touch()
+        message = "cannot be written: Not a directory"
+    else:
+        folder /= name
+    plan = plan_evaluation(replace(evaluation, folder=folder))
+    with pytest.raises(OutputError, match=message):
+        evaluate_videos(plan)
+
+
+def test_too_little_room_is_found_before_the_model_is_loaded(evaluation, monkeypatch):
+    monkeypatch.setattr(evaluation_worker, "load_model", refuse_to_load)
+    usage = shutil.disk_usage(".")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=20_000))
+    with pytest.raises(OutputError, match=r"has 20 kB free on its disk, but an evaluation of 4 video\(s\) needs"):
+        evaluate_videos(plan_evaluation(evaluation))
+    assert not evaluation.folder.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("left", [0, 4, 12])
+def test_an_evaluation_that_filled_the_disk_resumes_equally(evaluation, small_disk, left):
+    """Whether it is the reference, the video or the record that has no room."""
+    disk = small_disk(2048)
+    filled = []
+
+    def fill(progress):
+        filled.append(progress)
+        if len(filled) == 2:
+            (disk / "other").write_bytes(bytes(shutil.disk_usage(disk).free - 1024 * left))
+
+    plan = plan_evaluation(replace(evaluation, folder=disk / "evaluation"))
+    with pytest.raises(OutputError, match=r"^No space left: the disk of .* is full\.$"):
+        evaluate_videos(plan, fill)
+    assert len(read_records(plan)) >= 2
+    assert not list(disk.rglob(".*.tmp"))
+    (disk / "other").unlink()
+    evaluate_videos(plan)
+    whole = evaluate(evaluation)
+    resumed = read_records(plan)
+    assert resumed.keys() == whole.keys()
+    for key, record in whole.items():
+        assert resumed[key]["psnr"] == record["psnr"] and resumed[key]["all_attributes"] == record["all_attributes"]

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import time
 from pathlib import Path
 
@@ -217,6 +218,14 @@ def test_an_output_that_cannot_be_written(
     assert f"`output` {tmp_path / name} " in line
 
 
+def test_too_little_room_is_found_before_loading(command: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("blade.generation.prepare.load_model", refuse_to_load)
+    usage = shutil.disk_usage(".")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100_000))
+    line = command.fails(*OK, "--model", "nobody/nothing", "--height", "480", "--width", "832", "--frames", "81")
+    assert line == f"error: `output` {command.folder} has 100 kB free on its disk, but 1 video(s) needs about 163 kB."
+
+
 def test_non_finite_latents_name_step_and_layer_and_are_not_decoded(
     command: CommandLine, tiny_pipeline_copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -247,7 +256,7 @@ def test_a_full_disk_during_writing(
 
     monkeypatch.setattr(os, "fsync", full)
     line = command.fails(*OK, "--model", str(saved_tiny_pipeline), *SIZE)
-    assert "cannot be written: No space left on device" in line
+    assert f"No space left: the disk of {command.output} is full." in line
 
 
 def test_ctrl_c_during_encoding(

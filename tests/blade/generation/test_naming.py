@@ -16,7 +16,7 @@ from blade.generation import outputs
 from blade.generation.inputs import input_state
 from blade.generation.naming import default_output, settings_hash
 from blade.generation.outputs import generate_files, generate_list
-from blade.generation.plan import resolve_unloaded
+from blade.generation.plan import resolve_without_weights
 from blade.generation.request import GenerationRequest
 from blade.media.video import encode_mp4, read_mp4
 
@@ -232,7 +232,7 @@ def test_a_folder_in_the_records_place_is_refused_before_anything_is_loaded(tiny
 
 def test_the_same_video_is_made_by_one_process(tiny) -> None:
     first = generate_files(tiny())
-    note = settings_hash(resolve_unloaded(tiny()))
+    note = settings_hash(resolve_without_weights(tiny())[1])
     with file_locked(first.video_path, note=note), pytest.raises(InUseError, match="is being made by process"):
         generate_files(tiny())
     with file_locked(first.video_path, note="another"):

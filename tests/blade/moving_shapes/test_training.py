@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 from diffusers import WanPipeline
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
+from blade.common.files import OutputError
 from blade.moving_shapes.captions import HELD_OUT, parse_caption
 from blade.moving_shapes.training import conditioned, decoder, latents, shapes_model, transformer, vae
 from blade.moving_shapes.training.components import build_tokenizer
@@ -213,3 +215,26 @@ def test_orthogonalise_brings_singular_values_near_one():
 def _steps(model):
     lines = (model / "training_log.jsonl").read_text().splitlines()
     return [(record["stage"], record["step"], record["loss"]) for record in map(json.loads, lines)]
+
+
+def test_a_store_takes_its_room_at_once(small_disk):
+    """Filling it on a full disk would end in a bus error."""
+    disk = small_disk(1024)
+    options = {"frames": 33, "size": 64, "two_objects": 0.5, "striped": 0.3, "seed": 0}
+    with pytest.raises(OutputError, match=r"^No space left: the disk of .*store\.npy is full\.$"):
+        latents.LatentStore(disk / "store.npy", vae.build_vae().eval(), capacity=100_000, **options)
+    assert list(disk.iterdir()) == []
+    store = latents.LatentStore(disk / "store.npy", vae.build_vae().eval(), capacity=2, **options)
+    assert (disk / "store.npy").stat().st_blocks * 512 >= store._latents.nbytes
+
+
+def test_what_cannot_be_written_is_found_before_anything_is_trained(tmp_path, monkeypatch):
+    monkeypatch.setattr(shapes_model, "train_vae", lambda *args: pytest.fail("training began first"))
+    (tmp_path / "file").touch()
+    for run, output in (("file/run", "out"), ("run", "file/out"), ("run", "x" * 300), ("y" * 300, "out")):
+        with pytest.raises(OutputError, match="cannot be written"):
+            shapes_model.train_shapes_model(tmp_path / run, tmp_path / output)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(OutputError, match="free on its disk, but the training needs about"):
+        shapes_model.train_shapes_model(tmp_path / "run", tmp_path / "out")

@@ -9,11 +9,12 @@ import torch
 
 from blade.attention.config import BladeConfig
 from blade.attention.patterns import HeadPattern
+from blade.common.files import OutputError
 from blade.generation.prepare import prepare_model
 from blade.generation.run import run_request
 from blade.models.loaded import LoadedModel
 from blade.models.loading import load_model
-from blade.profiling import recording
+from blade.profiling import recording, workflow
 from blade.profiling.assignment import GreedyRule
 from blade.profiling.influence import _ratios
 from blade.profiling.objectives import Budget
@@ -194,10 +195,10 @@ def test_two_transformers_are_refused(request_for, monkeypatch):
         return TwoTransformers(model.pipe), resolved
 
     request = request_for(influence_prompts=0)
-    monkeypatch.setattr("blade.profiling.workflow.prepare_model", prepared)
+    monkeypatch.setattr(workflow, "prepare_model", prepared)
     with pytest.raises(ValueError, match="`model` must have one transformer to be profiled, but a WanPipeline has 2"):
         profile_attention(request)
-    shutil.rmtree(request.output)
+    assert not request.output.exists()
 
 
 @pytest.mark.parametrize("budget", [Budget(target_speedup=1.001), Budget(max_error=0.05)])
@@ -236,3 +237,53 @@ def test_parts_without_an_error_of_their_own_count_like_the_others():
     found = _ratios(np.array([0.3, 1e-8, 0.2]), expected, places)
     assert found == pytest.approx([0.1, np.sqrt(0.1 * 0.025), 0.025])
     assert (_ratios(np.full(3, 1e-8), np.zeros((3, 2)), places) == 1).all()
+
+
+def test_what_cannot_be_written_is_found_before_the_model_is_loaded(request_for, monkeypatch, tmp_path):
+    monkeypatch.setattr(workflow, "prepare_model", lambda *args: pytest.fail("the model was loaded first"))
+    (tmp_path / "file").touch()
+    for folder, message in (("file", "Not a directory"), ("x" * 300, "File name too long")):
+        with pytest.raises(OutputError, match=message):
+            profile_attention(request_for(folder))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(OutputError, match="has 1 kB free on its disk, but the recording needs about"):
+        profile_attention(request_for())
+
+
+@pytest.mark.slow
+def test_the_room_that_is_asked_for_is_needed(request_for, monkeypatch):
+    asked, real, request = [], recording.save_file, request_for(influence_prompts=0)
+    monkeypatch.setattr(workflow, "check_writable", lambda *paths, needed, purpose: asked.append(needed))
+    most = []
+
+    def save(tensors, path):
+        real(tensors, path)
+        most.append(sum(file.stat().st_size for file in (request.output / "recordings").rglob("*") if file.is_file()))
+
+    monkeypatch.setattr(recording, "save_file", save)
+    profile_attention(request)
+    assert 0 < asked[0] <= max(most)
+
+
+@pytest.mark.slow
+def test_a_disk_that_was_full_and_a_broken_pass_change_nothing(request_for, small_disk, caplog, monkeypatch):
+    whole = profile_attention(request_for("whole"))
+    disk, lines = small_disk(8192), []
+
+    def fill(line):
+        lines.append(line)
+        if "step 3/4" in line:
+            (disk / "other").write_bytes(bytes(shutil.disk_usage(disk).free - 8192))
+
+    request = replace(request_for(), output=disk / "profile")
+    with pytest.raises(OutputError, match=r"^No space left: the disk of .*pass-0000\d\.safetensors is full\.$"):
+        profile_attention(request, fill)
+    assert not list(disk.rglob(".*.tmp"))
+    (disk / "other").unlink()
+    broken = disk / "profile" / "recordings" / "prompt-000" / "pass-00001.safetensors"
+    broken.write_bytes(broken.read_bytes()[:5000])
+    resumed = profile_attention(request)
+    assert f"{broken} cannot be read, and is made again" in caplog.text
+    assert_same(whole.profile, resumed.profile)
+    assert whole.config == resumed.config

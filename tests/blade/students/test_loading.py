@@ -19,8 +19,10 @@ from safetensors.torch import save_file
 from blade import BladeConfig, apply_blade, blade_summary, load_student, unload_student
 from blade.attention.applied import applied_to
 from blade.attention.config import AdaptiveConfig
+from blade.generation.fingerprint import model_fingerprint
 from blade.models.source import ModelError
 from blade.students.scheduler import FewStepScheduler
+from blade.students.source import WEIGHT_NAME, StudentFiles, student_files
 
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
 CONFIG = BladeConfig(sparsity=0.5, asa=AdaptiveConfig(block_size=8, probe_tokens=4), kind="student")
@@ -270,3 +272,22 @@ def test_what_does_not_fit_changes_nothing(pipe, tmp_path):
         load_student(pipe, tmp_path, subfolder="second")
     assert pipe.scheduler is scheduler and applied_to(pipe.transformer) is None
     assert torch.equal(run(pipe), plain)
+
+
+@pytest.mark.parametrize("name", [".blade-0123abcd-0000-77-0.tmp", ".student.77.tmp", ".tmp"])
+def test_what_a_kill_left_is_no_student(pipe, tmp_path, name):
+    """Neither where it is looked for, nor in its fingerprint, nor where it is pushed."""
+    folder = tmp_path / "student"
+    save_file(lora(pipe.transformer), make(folder) / WEIGHT_NAME)
+    before = student_files(folder), model_fingerprint(str(folder))
+    for leftover in (folder / name, folder / "scheduler" / name, tmp_path / name):
+        save_file(lora(pipe.transformer, seed=1), make(leftover) / WEIGHT_NAME)
+    (folder / "scheduler" / f"{name}x").with_suffix(".tmp").touch()
+    assert (student_files(folder), model_fingerprint(str(folder))) == before
+    assert StudentFiles(str(folder)).names == [WEIGHT_NAME]
+    assert StudentFiles(str(tmp_path)).find_subfolder(None, WEIGHT_NAME, None) == "student"
+
+
+def make(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    return folder
