@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import os
 import signal
 import sys
 import threading
@@ -32,6 +33,17 @@ GLIBC_SIZES = {-3: 2**30, -1: 2**31 - 1, -2: 2**26}
 """Of glibc's allocator, in bytes: M_MMAP_THRESHOLD, from which on memory comes from the kernel by itself,
 M_TRIM_THRESHOLD, how much free memory is kept, and M_TOP_PAD, how much is asked for at a time."""
 
+SPIN_COUNT_VARIABLE = "GOMP_SPINCOUNT"
+
+SPIN_COUNT = 5000
+"""Rounds that a waiting thread of GNU's OpenMP spins before it sleeps: some microseconds, instead of milliseconds."""
+
+WAITING = {SPIN_COUNT_VARIABLE, "OMP_WAIT_POLICY"}
+"""Variables of the environment that say how threads wait."""
+
+TORCHAO = ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao")
+"""Loggers of what torchao's import says. Diffusers and Transformers import it wherever it is installed."""
+
 READABLE = (ValueError, OSError, ArithmeticError, NotImplementedError, MemoryError)
 """Errors whose message says by itself what is wrong."""
 
@@ -54,6 +66,7 @@ def run_command(function: Callable[..., Any] | typer.Typer, arguments: Sequence[
 
 def _run(function: Callable[..., Any] | typer.Typer, arguments: Sequence[str] | None) -> NoReturn:
     keep_freed_memory()
+    wait_asleep()
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if isinstance(function, typer.Typer):
         app = function
@@ -135,6 +148,16 @@ def keep_freed_memory() -> None:
         mallopt(option, size)
 
 
+def wait_asleep() -> None:
+    """Let threads of OpenMP that wait for others sleep soon, unless the environment says how they wait.
+
+    They would spin for milliseconds, and beside other busy processes keep those from running that they wait for. Does
+    nothing once PyTorch is loaded.
+    """
+    if not os.environ.keys() & WAITING:
+        os.environ[SPIN_COUNT_VARIABLE] = str(SPIN_COUNT)
+
+
 def describe(error: Exception) -> str:
     """Return one line for an error: its message alone where that is meant to be read, else with its class."""
     if isinstance(error, OSError) and error.errno in FULL:  # of what others write, such as downloads
@@ -164,19 +187,24 @@ class _StderrHandler(logging.Handler):
 
 @contextmanager
 def _plain_messages() -> Iterator[None]:
-    """Show warnings, and what BLADE logs, as plain lines on stderr."""
+    """Show warnings, and what BLADE logs, as plain lines on stderr, and not what an import of torchao says."""
     handler = _StderrHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
     loggers = [logging.getLogger(name) for name in ("blade", "blade_kernels", "blade_pipelines")]
     format_before = warnings.formatwarning
     warnings.formatwarning = lambda message, category, *where: f"{category.__name__}: {printable(str(message))}\n"
+    silenced = {logger: logger.level for logger in map(logging.getLogger, TORCHAO)}
     for logger in loggers:
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)
+    for logger in silenced:
+        logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
         warnings.formatwarning = format_before
+        for logger, level in silenced.items():
+            logger.setLevel(level)
         for logger in loggers:
             logger.removeHandler(handler)
             logger.setLevel(logging.NOTSET)

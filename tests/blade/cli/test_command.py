@@ -3,6 +3,7 @@
 import errno
 import os
 import platform
+import re
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from blade.cli.command import describe, ended_by_sigterm, run_command
+from blade.cli.command import WAITING, describe, ended_by_sigterm, run_command
 
 TOUCHING = """
 import resource
@@ -39,6 +40,27 @@ def test_memory_that_is_freed_is_used_again_without_the_kernel():
         for keeps in (False, True)
     ]
     assert faults[1] < faults[0] / 2
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another OpenMP")
+@pytest.mark.parametrize(
+    ("given", "count"), [({}, "5000"), ({"GOMP_SPINCOUNT": "77"}, "77"), ({"OMP_WAIT_POLICY": "active"}, None)]
+)
+def test_threads_that_wait_sleep_soon_unless_the_user_says_how_they_wait(given: dict[str, str], count: str | None):
+    kept = {name: value for name, value in os.environ.items() if name not in WAITING}
+    code = "from blade.cli.command import wait_asleep; wait_asleep(); import torch"
+    environment = kept | {"OMP_DISPLAY_ENV": "verbose", **given}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    (shown,) = re.findall(r"GOMP_SPINCOUNT = '(\d+)'", done.stderr)
+    assert shown == count if count else int(shown) > 300_000
+
+
+@pytest.mark.slow
+def test_an_installed_torchao_is_not_heard_of(tmp_path: Path):
+    pytest.importorskip("torchao")
+    code = "from blade.cli.generate import main; main(['--prompt', 'a red ball moving right', '--dry-run'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert "tokens" in done.stdout and "torchao" not in done.stderr and "_pytree" not in done.stderr
 
 
 WRITING = """
