@@ -12,12 +12,6 @@ from pathlib import Path
 STEM_BYTES = 80
 """Most bytes of a text in a file's name."""
 
-NAME_BYTES = 255
-"""Most bytes of a whole name in the usual file systems."""
-
-TEMPORARY_BYTES = 16
-"""Bytes by which the temporary name of a file may be longer than its own."""
-
 TEXT_DIGITS = 6
 """Hexadecimal digits of a text's hash in a name that does not show the whole text."""
 
@@ -64,19 +58,6 @@ def short_hash(text: str, digits: int) -> str:
 def is_portable(name: str) -> bool:
     """Return whether files and folders can have a name on every system, and have no other by it."""
     return not (RESERVED.fullmatch(name) or FORBIDDEN.search(name) or name.endswith((".", " ")))
-
-
-def check_name_lengths(paths: Iterable[Path]) -> None:
-    """Check that names leave room for the temporary name under which a file is written.
-
-    Raises:
-        ValueError: naming the first that is too long.
-    """
-    most = NAME_BYTES - TEMPORARY_BYTES
-    for path in paths:
-        length = len(os.fsencode(path.name))
-        if length > most:
-            raise ValueError(f"`output` must make names of at most {most} bytes, got {length} of {path.name}.")
 
 
 def check_no_input(written: Iterable[Path], inputs: Mapping[Path, str], option: str = "output") -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from blade.common.files import check_writable
 from blade.common.locks import InUseError, file_locked
-from blade.common.names import check_name_lengths, check_no_input, file_name, is_same_file, short_hash
+from blade.common.names import check_no_input, file_name, is_same_file, short_hash
 from blade.common.terminal import logger
 from blade.generation.record import changed_fields, deciding_fields
 from blade.generation.request import GenerationRequest, ResolvedRequest
@@ -59,15 +59,14 @@ def check_outputs(
         inputs: the options that name files, by path, where these paths were asked for and have to be taken.
 
     Raises:
-        ValueError: for another extension, a name that is too long, an input, or a file in the record's place that is
-            none.
-        OutputError: if they cannot be written, or there is too little room on the disk.
+        ValueError: for another extension, an input, or a file in the record's place that is none.
+        OutputError: if they cannot be written, such as for the length of a name, or there is too little room on the
+            disk.
     """
     for path in paths:
         if path.suffix.lower() != ".mp4":
             raise ValueError(f"`output` must end in .mp4, got {path}.")
     files = [file for path in paths for file in files_of(path, compare)]
-    check_name_lengths(files)
     needed = len(paths) * _least_bytes(request) * (3 if compare else 1)  # a comparison shows two
     check_writable(*files, needed=needed, purpose=f"{len(paths)} video(s)")
     if inputs is None:
