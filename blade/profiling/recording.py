@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from blade.attention.applied import AppliedBlade, applied_to
 from blade.attention.config import BladeConfig
 from blade.common.files import replaced_whole
+from blade.common.rollback import unchanged_on_error
 from blade.families.registry import find_family
 from blade.profiling.measure import LayerMeasurement
 from blade.profiling.recording_plan import Recording, RecordingMethod, RecordingPlan
@@ -113,15 +114,11 @@ def recorded(
     """
     family, previous = find_family(transformer), applied_to(transformer)
     method = RecordingMethod(recording, family, transformer)
-    if previous is not None:
-        previous.uninstall(transformer)
-    try:
-        applied = AppliedBlade(transformer, family, BladeConfig(strict=True), pipe, method)
-    except ValueError:
+    with unchanged_on_error(transformer):
         if previous is not None:
-            previous.install(transformer)
-        raise
-    applied.install(transformer)
+            previous.uninstall(transformer)
+        applied = AppliedBlade(transformer, family, BladeConfig(strict=True), pipe, method)
+        applied.install(transformer)
 
     def look() -> dict[str, Tensor]:
         assert method.latest is not None
