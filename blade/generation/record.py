@@ -32,8 +32,8 @@ def make_record(request: ResolvedRequest, generation: Generation, *, seconds_loa
         seconds_loading: how long loading the pipeline took.
 
     Returns:
-        First the fields of the request, by name, then what it cost (`seconds_...`, densities, `peak_memory_gib`), then
-        `machine` and `versions`.
+        First the fields of the request, by name, then what it cost (`seconds_...`, densities, `peak_memory_gib`), how
+        many modules of each transformer LoRAs and a student change (`changed_modules`), `machine` and `versions`.
     """
     record = {name: getattr(request, name) for name in REQUEST_FIELDS if name not in ("config", "preset")}
     config, device = request.blade_config, torch.device(request.device)
@@ -43,6 +43,7 @@ def make_record(request: ResolvedRequest, generation: Generation, *, seconds_loa
     return record | {
         "layer_density": generation.layer_density,
         "run_density": generation.run_density,
+        "changed_modules": {source: dict(reach) for source, reach in generation.changes.items()},
         "seconds_loading": round(seconds_loading, 4),
         "seconds_text": round(generation.seconds_text, 4),
         "seconds_denoising": round(generation.seconds_denoising, 4),
