@@ -21,7 +21,7 @@ def main(model: str = MODEL, source: str = STUDENT, output: str = "outputs/stude
     pipe = WanPipeline.from_pretrained(model)
     student = load_student(pipe, source)
     print(student)
-    sampling = {"num_inference_steps": student.steps[0], "guidance_scale": student.guidance_scale}
+    sampling = {"num_inference_steps": student.steps, "guidance_scale": student.guidance_scale}
     video = pipe(PROMPT, output_type="pt", **sampling, **SIZE).frames[0]
     print(blade_summary(pipe))
     unload_student(pipe)  # the model itself again

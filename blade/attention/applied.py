@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from blade_kernels.block_sparse import IMPLEMENTATIONS
@@ -18,8 +18,10 @@ from blade.attention.adaptive import AdaptivePlan
 from blade.attention.config import BladeConfig
 from blade.attention.layer import Plan, SparseLayer
 from blade.attention.methods import Method, method_of
-from blade.attention.steps import ASSUMED_STEPS, StepResolver
+from blade.attention.steps import ASSUMED_STEPS, SHARED_TRANSFORMER, StepResolver
+from blade.common.rollback import unchanged_on_error
 from blade.common.terminal import logger
+from blade.common.turns import Turn
 from blade.families.protocol import Inputs, ModelFamily
 from blade.families.transformers import Transformer
 from blade.token_grid import TokenGrid
@@ -91,6 +93,7 @@ class AppliedBlade(ModelHook):  # type: ignore[misc]  # Diffusers has no types
         self._rows = 0
         self._parameters = tuple(inspect.signature(type(transformer).forward).parameters)[1:]
         self._handles: Sequence[Any] = ()
+        self._turn = Turn(SHARED_TRANSFORMER)
 
         _refuse_parallelism(transformer)
         _refuse_caches_around(transformer)
@@ -109,12 +112,16 @@ class AppliedBlade(ModelHook):  # type: ignore[misc]  # Diffusers has no types
         self.method.check(len(self.attentions), family.heads(self.attentions[0]))
 
     def install(self, transformer: Transformer) -> None:
-        """Put the processors and hooks in place."""
-        for layer, attention in zip(self.layers, self.attentions):
-            attention.set_processor(self.family.make_processor(layer, attention.processor))
-        self._handles = self.family.hook_positions(transformer, lambda: self.permutation)
-        with _beneath_offloading(transformer):
-            HookRegistry.check_if_exists_or_initialize(transformer).register_hook(self, HOOK_NAME)
+        """Put the processors and hooks in place, all of them or, if that fails, none."""
+        with unchanged_on_error(transformer):
+            for layer, attention in zip(self.layers, self.attentions):
+                attention.set_processor(self.family.make_processor(layer, attention.processor))
+            self._handles = (
+                *self.family.hook_positions(transformer, lambda: self.permutation),
+                transformer.register_forward_hook(self._after_forward, always_call=True),
+            )
+            with _beneath_offloading(transformer):
+                HookRegistry.check_if_exists_or_initialize(transformer).register_hook(self, HOOK_NAME)
 
     def uninstall(self, transformer: Transformer) -> None:
         """Put the previous processors back and take the hooks away.
@@ -137,6 +144,8 @@ class AppliedBlade(ModelHook):  # type: ignore[misc]  # Diffusers has no types
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], Inputs]:
         """Put the tokens in order and tell the layers what to do."""
+        if not torch.compiler.is_compiling():
+            self._turn.take()
         self._end_pass()  # which an error may have left open
         _refuse_parallelism(module)
         _refuse_skipped_scores(self.attentions)
@@ -157,10 +166,26 @@ class AppliedBlade(ModelHook):  # type: ignore[misc]  # Diffusers has no types
         self._end_pass()
         return output if inverse is None else self.family.restore_output(module, output, inverse)
 
+    def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
+        """End the pass, after an error too; not that of another thread, which was the error."""
+        if not torch.compiler.is_compiling() and self._turn.leave():
+            self._end_pass()
+
     def _end_pass(self) -> None:
         self.permutation = self._inverse = None
         for layer in self.layers:
             layer.running = False
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        """Refuse copies: Diffusers' hooks, and those of the positions, would go on running the original.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError(
+            "A transformer with BLADE cannot be copied or pickled: call `remove_blade` first, and `apply_blade` "
+            "again, on each copy."
+        )
 
     def reset_state(self, module: nn.Module) -> nn.Module:
         """Forget where the last run stood; Diffusers calls it when a pipeline ends."""

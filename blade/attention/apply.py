@@ -12,6 +12,7 @@ from torch import nn
 
 from blade.attention.applied import AppliedBlade, applied_to
 from blade.attention.config import BladeConfig, ConfigChanges
+from blade.common.rollback import unchanged_on_error
 from blade.common.terminal import logger
 from blade.families.kinds import PresetKind
 from blade.families.registry import available_kind, find_family
@@ -21,7 +22,7 @@ Target = TypeVar("Target")
 
 
 STUDENT_ATTRIBUTE = "_blade_student"
-"""Attribute of a pipeline that a student was loaded onto; its `student` is a `blade.students.description.Student`."""
+"""Attribute of pipelines and transformers with a student; its `student` is a `blade.students.description.Student`."""
 
 
 Configs = BladeConfig | Mapping[str, BladeConfig]
@@ -78,7 +79,8 @@ def apply_blade(
             if taken.kind == "few-step":
                 source = _student(pipe_or_transformer).source
                 logger.info(f"{name} takes the few-step preset: the student {source} has no sparse attention.")
-    _warn_of_lost_presets(pipe_or_transformer, configs, changes)
+    if not _warn_of_lost_training(pipe_or_transformer, configs):
+        _warn_of_lost_presets(pipe_or_transformer, configs, changes)
     install_blade(pipe_or_transformer, configs)
     return pipe_or_transformer
 
@@ -95,10 +97,12 @@ def remove_blade(pipe_or_transformer: Target) -> Target:
     Raises:
         ValueError: if a cache that wraps the whole transformer (FasterCache) was enabled since.
     """
-    for transformer in find_transformers(pipe_or_transformer).values():
-        applied = applied_to(transformer)
-        if applied is not None:
-            applied.uninstall(transformer)
+    transformers = find_transformers(pipe_or_transformer).values()
+    with unchanged_on_error(*transformers):
+        for transformer in transformers:
+            applied = applied_to(transformer)
+            if applied is not None:
+                applied.uninstall(transformer)
     return pipe_or_transformer
 
 
@@ -125,7 +129,10 @@ def use_blade(
         yield pipe_or_transformer
     finally:
         remove_blade(pipe_or_transformer)
-        _install(transformers, before)
+        with unchanged_on_error(*transformers.values()):
+            for name, applied in before.items():
+                if applied is not None:
+                    applied.install(transformers[name])
 
 
 def changed_configs(
@@ -152,9 +159,9 @@ def changed_configs(
     return {name: replace(one, **changes) for name, one in configs.items()}
 
 
-def _student(pipe: Any) -> Any:
-    """Return the student that is loaded onto a pipeline, or None."""
-    return getattr(getattr(pipe, STUDENT_ATTRIBUTE, None), "student", None)
+def _student(pipe_or_transformer: Any) -> Any:
+    """Return the student that is loaded onto a pipeline or transformer, or None."""
+    return getattr(getattr(pipe_or_transformer, STUDENT_ATTRIBUTE, None), "student", None)
 
 
 def _preset(transformer: nn.Module, pipe: Any, kind: PresetKind | None = None) -> BladeConfig:
@@ -163,6 +170,26 @@ def _preset(transformer: nn.Module, pipe: Any, kind: PresetKind | None = None) -
     if kind is None:
         kind = "training-free" if student is None else available_kind(name, student.preset_kind)
     return BladeConfig.from_preset(name, kind)
+
+
+def _warn_of_lost_training(pipe_or_transformer: Any, configs: Configs) -> bool:
+    """Warn of sparse attention in place of the one that a loaded student was trained with; return whether it is."""
+    student = _student(pipe_or_transformer)
+    trained = None if student is None else student.config
+    if trained is None or trained.attention == "dense":
+        return False
+    for config in [configs] if isinstance(configs, BladeConfig) else configs.values():
+        same = {name: getattr(config, name) for name in ("kind", "implementation", "strict", "seed")}
+        if config.attention != "dense" and config != replace(trained, **same):
+            warnings.warn(
+                f"The student {student.source} was trained with {trained.attention} at sparsity {trained.sparsity:g}, "
+                "which this attention replaces. `apply_blade(pipe, student.config)` puts it back, with the `student` "
+                "that `load_student` returned.",
+                UserWarning,
+                stacklevel=3,
+            )
+            return True
+    return False
 
 
 def _warn_of_lost_presets(pipe_or_transformer: Any, configs: Configs, changes: Mapping[str, Any]) -> None:
@@ -191,27 +218,13 @@ def install_blade(pipe_or_transformer: Any, config: Configs | None) -> None:
     """Apply BLADE as `apply_blade` does, without asking whether the weights suit the configuration."""
     transformers = find_transformers(pipe_or_transformer)
     pipe = None if isinstance(pipe_or_transformer, nn.Module) else pipe_or_transformer
-    before = {name: applied_to(transformer) for name, transformer in transformers.items()}
     if isinstance(config, Mapping) and (unknown := [name for name in config if name not in transformers]):
         raise ValueError(f"`config` must be for {' and '.join(transformers)}, got one for {unknown[0]!r}.")
-    remove_blade(pipe_or_transformer)
-    new: dict[str, AppliedBlade | None] = dict.fromkeys(transformers)
-    try:
+    with unchanged_on_error(*transformers.values()):
+        remove_blade(pipe_or_transformer)
         for name, transformer in transformers.items():
             if isinstance(config, Mapping) and name not in config:
                 continue
-            family = find_family(transformer)
             own_config = config[name] if isinstance(config, Mapping) else config
             own_config = own_config or _preset(transformer, pipe_or_transformer)
-            new[name] = AppliedBlade(transformer, family, own_config, pipe)
-    except Exception:
-        _install(transformers, before)
-        raise
-    _install(transformers, new)
-
-
-def _install(transformers: dict[str, nn.Module], applied: dict[str, AppliedBlade | None]) -> None:
-    for name, transformer in transformers.items():
-        hook = applied[name]
-        if hook is not None:
-            hook.install(transformer)
+            AppliedBlade(transformer, find_family(transformer), own_config, pipe).install(transformer)

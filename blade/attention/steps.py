@@ -8,6 +8,15 @@ from typing import Any
 import torch
 from diffusers.hooks.hooks import BaseState, StateManager
 
+from blade.common.turns import Turn
+
+SHARED_TRANSFORMER = (
+    "Another thread is running this transformer, on which BLADE keeps the step and the token order of one run. Give "
+    "each thread a pipeline with a transformer of its own, or let them take turns: a `threading.Lock` around the "
+    "pipeline's call."
+)
+"""Error of two threads that run a transformer at the same time."""
+
 ASSUMED_STEPS = 50
 """Length of a run whose length is nowhere to be read (Diffusers' default for Wan)."""
 
@@ -22,9 +31,18 @@ class ContextRecorder(StateManager):  # type: ignore[misc]  # Diffusers has no t
     def __init__(self) -> None:
         super().__init__(BaseState)
         self.latest: Any = None
+        self._turn = Turn(SHARED_TRANSFORMER)
 
     def set_context(self, context: Any) -> None:
-        """Remember the context, or None after its end."""
+        """Remember the context, or None after its end.
+
+        Raises:
+            RuntimeError: if another thread is in a context.
+        """
+        if context is not None:
+            self._turn.take()
+        elif not self._turn.leave():
+            return
         super().set_context(context)
         self.latest = context
 

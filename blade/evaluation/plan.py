@@ -185,7 +185,7 @@ def _request(evaluation: Evaluation, run: RunSettings, model: LoadedModel) -> Ge
     suited = "training-free" if settings is None else available_kind(model.preset_name, preset_kind(settings.config))
     config, steps, guidance = run.blade_config(lambda: model.preset_of(run.preset or suited)), run.steps, run.guidance
     if settings is not None:
-        steps = steps or (settings.steps[-1] if settings.steps else None)
+        steps = steps or (max(settings.step_counts) if settings.step_counts else None)
         guidance = 1.0 if guidance is None else guidance
     values = {
         "steps": steps,

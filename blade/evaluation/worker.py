@@ -148,7 +148,8 @@ class VideoWorker:
             dtype=resolve_dtype(first.dtype, self.device),
         )
         if run.student is not None:
-            load_student(self.model.pipe, run.student, noise_kept=run.noise_kept)
+            student = load_student(self.model.pipe, run.student, noise_kept=run.noise_kept)
+            self.model.changes[student.source] = student.reach
             merge_loras(self.model)
         first.prepare(self.model)
         self.loaded = (run.student, run.noise_kept)

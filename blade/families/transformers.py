@@ -13,17 +13,21 @@ Transformer: TypeAlias = Any
 def find_transformers(pipe_or_transformer: Any) -> dict[str, Transformer]:
     """Return the transformers of a pipeline by their component's name, or the one given as "transformer".
 
+    One that a pipeline holds under both names is returned once, under the first.
+
     Raises:
         ValueError: if this is neither a transformer nor a pipeline that holds one.
     """
     if isinstance(pipe_or_transformer, nn.Module):
         # what `torch.compile` returns stands around the transformer
         return {"transformer": getattr(pipe_or_transformer, "_orig_mod", pipe_or_transformer)}
-    found = {}
+    found: dict[str, Transformer] = {}
     for name in ("transformer", "transformer_2"):
         transformer = getattr(pipe_or_transformer, name, None)
         if isinstance(transformer, nn.Module):
-            found[name] = getattr(transformer, "_orig_mod", transformer)
+            transformer = getattr(transformer, "_orig_mod", transformer)
+            if not any(transformer is other for other in found.values()):
+                found[name] = transformer
     if not found:
         raise ValueError(
             "`pipe_or_transformer` must be a Diffusers pipeline with a `transformer`, or a transformer, got "

@@ -41,12 +41,13 @@ def prepare_model(request: GenerationRequest) -> tuple[LoadedModel, ResolvedRequ
         offload = choose_offload(plan.weights_gib, plan.activations_gib, plan.device_gib)
     model = load_model(request.model, revision=request.revision, device=None, dtype=dtype)
     model = model_for(model, request.condition)
-    load_loras(model, request.loras)
+    model.changes.update(load_loras(model, request.loras))
     if request.student is not None:
         weight = 1.0 if request.student_weight is None else request.student_weight
-        load_student(
+        student = load_student(
             model.pipe, request.student, scheduler=request.scheduler, weight=weight, noise_kept=request.noise_kept
         )
+        model.changes[student.source] = student.reach
     resolved = replace(resolve_request(request, model), offload=offload, device=str(device))
     merge_loras(model)
     request.prepare(model)

@@ -49,7 +49,7 @@ def resolve_request(
     config = request.sparse_config(lambda: _attention(request, model, student))
     defaults = _defaults(model, request)
     if student is not None:
-        steps = {} if student.steps is None else {"steps": student.steps[-1]}
+        steps = {} if student.steps is None else {"steps": student.steps}
         defaults |= {**steps, "guidance_scale": student.guidance_scale, "flow_shift": None}
     settings: dict[str, Any] = {name: getattr(request, name) for name in DEFAULTED}
     settings = {name: defaults.get(name) if value is None else value for name, value in settings.items()}

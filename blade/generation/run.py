@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +18,7 @@ from blade.common.errors import first_line
 from blade.generation.finite import NonFiniteError, watch_finite
 from blade.generation.request import ResolvedRequest
 from blade.models.acceleration import advise
+from blade.models.adapters import Reach
 from blade.models.conditions import cover, read_frames, read_image
 from blade.models.loaded import LoadedModel
 from blade.students.scheduler import set_flow_shift
@@ -37,6 +38,8 @@ class Generation:
     """From there to the finished frames."""
     summary: BladeSummary | None
     """Densities as realised; None if the run was dense."""
+    changes: Mapping[str, Reach]
+    """Number of modules that LoRAs and a student change in each transformer, by their sources."""
     layer_density: float | None = field(init=False)
     """Mean density over sparse layers and steps; None if there was none."""
     run_density: float = field(init=False)
@@ -113,6 +116,7 @@ def run_request(
         seconds_denoising=clock.decoding - clock.denoising,
         seconds_decoding=clock.end - clock.decoding,
         summary=summary,
+        changes=dict(model.changes),
     )
 
 

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 from blade.common.errors import first_line
+from blade.common.rollback import unchanged_on_error
+from blade.models.adapters import Reach, adapter_layers, check_reach
 from blade.models.choices import OFFLOADS, Offload, parse_cache, split_lora
 from blade.models.loaded import LoadedModel
 from blade.models.untrusted import find_lora
@@ -16,31 +18,43 @@ from blade.models.untrusted import find_lora
 HEADROOM = 0.92
 """Share of a device's memory that weights and activations may fill."""
 
+BOTH_LORAS = (
+    "In Python, give each transformer its own file: `pipe.load_lora_weights(FILE, adapter_name=NAME)`, then "
+    "`pipe.load_lora_weights(FILE_2, adapter_name=NAME, load_into_transformer_2=True)`, and `pipe.set_adapters(NAME)`."
+)
+"""Advice for a LoRA that is for one of two transformers."""
 
-def load_loras(model: LoadedModel, loras: Sequence[str]) -> None:
-    """Load LoRAs onto a pipeline, all active together.
+
+def load_loras(model: LoadedModel, loras: Sequence[str]) -> dict[str, Reach]:
+    """Load LoRAs onto a pipeline, all active together, or none if one of them fails.
 
     Args:
         model: the model.
         loras: folders, files or Hub ids, each with "=STRENGTH" or without.
 
+    Returns:
+        By source, the number of modules that it changes in each transformer.
+
     Raises:
-        ValueError: if one cannot be loaded onto this model, or is pickled.
+        ValueError: if one cannot be loaded onto this model, is pickled, or is for one of two transformers only.
     """
-    names, weights = [], []
-    for number, text in enumerate(loras):
-        source, weight = split_lora(text)
-        name, place = f"lora_{number}", find_lora(source, f"`loras` {source}")
-        try:
-            model.pipe.load_lora_weights(**place, adapter_name=name)
-        except Exception as error:  # whatever Diffusers, PEFT, safetensors and the Hub's client raise
-            raise ValueError(f"`loras` {source} cannot be loaded onto this model: {first_line(error)}") from error
-        if not any(name in getattr(one, "peft_config", {}) for one in model.transformers.values()):
-            raise ValueError(f"`loras` {source} holds no weights for this model's transformer.")
-        names.append(name)
-        weights.append(weight)
-    if names:
-        model.pipe.set_adapters(names, weights)
+    names, weights, reached = [], [], dict[str, Reach]()
+    with unchanged_on_error(model.pipe):
+        for number, text in enumerate(loras):
+            source, weight = split_lora(text)
+            name, place = f"lora_{number}", find_lora(source, f"`loras` {source}")
+            try:
+                model.pipe.load_lora_weights(**place, adapter_name=name)
+            except Exception as error:  # whatever Diffusers, PEFT, safetensors and the Hub's client raise
+                raise ValueError(f"`loras` {source} cannot be loaded onto this model: {first_line(error)}") from error
+            reach = {part: len(adapter_layers(one, name)) for part, one in model.transformers.items()}
+            check_reach(f"`loras` {source}", reach, BOTH_LORAS)
+            reached[source] = reach
+            names.append(name)
+            weights.append(weight)
+        if names:
+            model.pipe.set_adapters(names, weights)
+    return reached
 
 
 def merge_loras(model: LoadedModel) -> None:
@@ -49,10 +63,10 @@ def merge_loras(model: LoadedModel) -> None:
     Args:
         model: the model, its LoRAs loaded.
     """
-    for transformer in model.transformers.values():
-        if getattr(transformer, "peft_config", None):
-            transformer.fuse_lora()
-            transformer.unload_lora()
+    names = [name for name, transformer in model.transformers.items() if getattr(transformer, "peft_config", None)]
+    if names:  # by the pipeline, which notes what it has merged
+        model.pipe.fuse_lora(components=names)
+        model.pipe.unload_lora_weights()
 
 
 def quantize(model: LoadedModel, kind: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -17,6 +17,7 @@ from blade.families.protocol import Inputs, ModelFamily
 from blade.families.registry import find_family, preset_names
 from blade.families.sampling_defaults import SamplingDefaults
 from blade.families.transformers import Transformer, find_transformers
+from blade.models.adapters import Reach
 from blade.token_grid import TokenGrid
 
 LatentSize = tuple[int, int, int]
@@ -29,6 +30,8 @@ class LoadedModel:
 
     pipe: Any
     """A Diffusers pipeline with a video transformer, with its weights or on the meta device."""
+    changes: dict[str, Reach] = field(default_factory=dict)
+    """Number of modules that the loaded LoRAs and student change in each transformer, by their sources."""
 
     @property
     def transformers(self) -> dict[str, Transformer]:

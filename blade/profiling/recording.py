@@ -18,6 +18,7 @@ from blade.attention.applied import AppliedBlade, applied_to
 from blade.attention.config import BladeConfig
 from blade.common.errors import first_line
 from blade.common.files import replaced_whole
+from blade.common.rollback import unchanged_on_error
 from blade.common.terminal import logger
 from blade.families.registry import find_family
 from blade.profiling.measure import LayerMeasurement
@@ -124,15 +125,11 @@ def recorded(
     """
     family, previous = find_family(transformer), applied_to(transformer)
     method = RecordingMethod(recording, family, transformer)
-    if previous is not None:
-        previous.uninstall(transformer)
-    try:
-        applied = AppliedBlade(transformer, family, BladeConfig(strict=True), pipe, method)
-    except ValueError:
+    with unchanged_on_error(transformer):
         if previous is not None:
-            previous.install(transformer)
-        raise
-    applied.install(transformer)
+            previous.uninstall(transformer)
+        applied = AppliedBlade(transformer, family, BladeConfig(strict=True), pipe, method)
+        applied.install(transformer)
 
     def look() -> dict[str, Tensor]:
         assert method.latest is not None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from blade.attention.config import BladeConfig
 from blade.families.kinds import PresetKind
@@ -28,12 +29,19 @@ class Student:
     """Folder or Hub id."""
     subfolder: str | None
     """Subfolder of the source."""
-    steps: tuple[int, ...] | None
+    step_counts: tuple[int, ...] | None
     """Numbers of steps that it is trained for; None if unknown."""
     guidance_scale: float
     """Weight of guidance that it is trained for: 1 is none."""
     config: BladeConfig | None
     """Its attention; None leaves the pipeline's as it was."""
+    reach: Mapping[str, int] = field(default_factory=dict)
+    """Number of modules that it changes, by transformer; nothing before it is loaded."""
+
+    @property
+    def steps(self) -> int | None:
+        """Number of steps to run it with, the largest that it is trained for; None if unknown."""
+        return None if self.step_counts is None else max(self.step_counts)
 
     @property
     def preset_kind(self) -> PresetKind:
@@ -42,13 +50,14 @@ class Student:
 
     def check_steps(self, steps: int) -> None:
         """Raise a `ValueError` if this is no number of steps that it is trained for."""
-        if self.steps is not None and steps not in self.steps:
-            counts = " or ".join(str(count) for count in self.steps)
+        if self.step_counts is not None and steps not in self.step_counts:
+            counts = " or ".join(str(count) for count in self.step_counts)
             raise ValueError(f"`steps` must be {counts}, as the student {self.source} is trained, got {steps}.")
 
     def __str__(self) -> str:
         where = self.source if self.subfolder is None else f"{self.source}/{self.subfolder}"
-        steps = "steps unknown" if self.steps is None else f"{' or '.join(map(str, self.steps))} steps"
+        counts = self.step_counts
+        steps = "steps unknown" if counts is None else f"{' or '.join(map(str, counts))} steps"
         if self.config is None:
             attention = "attention as it was, since it brings none"
         elif self.config.attention == "dense":

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from diffusers import SchedulerMixin
 from torch import nn
 
@@ -15,21 +15,30 @@ from blade.attention.applied import applied_to
 from blade.attention.apply import STUDENT_ATTRIBUTE, install_blade, remove_blade
 from blade.attention.config import BladeConfig
 from blade.common.errors import first_line
+from blade.common.rollback import unchanged_on_error
 from blade.common.terminal import logger
 from blade.families.registry import released_students
 from blade.families.transformers import Transformer, find_transformers
+from blade.models.adapters import Reach, activate_adapters, active_adapters, adapter_layers, check_reach
 from blade.models.loaded import LoadedModel
 from blade.models.untrusted import check_files
 from blade.students.description import Student
 from blade.students.scheduler import FewStepScheduler
 from blade.students.source import CONDITION_NAME, TRANSFORMER_FOLDER, WEIGHT_NAME, StudentFiles, student_files
-from blade.students.step_condition import StepCondition
+from blade.students.step_condition import StepCondition, load_condition
+from blade.students.watch import StudentWatch
 
 if TYPE_CHECKING:
     from blade.families.data import ReleasedStudent
 
 ADAPTER = "blade_student"
 """Name of the student's adapter."""
+
+BOTH_STUDENTS = (
+    "Give both LoRAs, in Python: `load_student(pipe, source, weight_name=FILE, weight_name_2=FILE_2)`, the second for "
+    "transformer_2."
+)
+"""Advice for a student that is for one of two transformers."""
 
 
 @dataclass(frozen=True)
@@ -39,16 +48,18 @@ class _Before:
     scheduler: Any
     configs: dict[str, BladeConfig | None]
     adapters: dict[str, list[str]]
-    transformers: dict[str, nn.Module]
+    transformers: dict[str, Transformer]
+    trained: list[nn.Parameter]
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Loaded:
-    """State that a pipeline keeps of its student."""
+    """State that a pipeline and its transformers keep of their student."""
 
     before: _Before
-    student: Student | None = None
-    condition: StepCondition | None = None
+    student: Student
+    condition: StepCondition | None
+    watch: StudentWatch
 
 
 def loaded_student(pipe: Any) -> Student | None:
@@ -91,8 +102,12 @@ def load_student(
 ) -> Student:
     """Load a student onto a pipeline: its LoRA, its attention and its scheduler.
 
-    LoRAs that are active already stay active beside it. A student that is loaded already is unloaded first. One
-    that brings no attention leaves it as it was, and says so; `apply_blade(pipe)` then takes the few-step preset.
+    LoRAs that are active already stay active beside it. A student that is loaded already is replaced. One that brings
+    no attention leaves it as it was, and says so; `apply_blade(pipe)` then takes the few-step preset. If anything
+    fails, the pipeline stays as it was.
+
+    When the pipeline runs, a warning says so, once, if the student has been switched off since, as Diffusers'
+    `load_lora_weights` does, or runs with guidance.
 
     Args:
         pipe: the pipeline of the model that the student was trained from.
@@ -113,44 +128,13 @@ def load_student(
         The student; run the pipeline with its `steps` and `guidance_scale`.
 
     Raises:
-        ValueError: if the source has no such LoRA, or more than one that fits, or it is of another model; if loading
-            it would run code or read files elsewhere.
+        ValueError: if the source has no such LoRA, or more than one that fits, or it is of another model, or for one
+            of two transformers only; if loading it would run code or read files elsewhere.
     """
-    unload_student(pipe, missing_ok=True)
-    transformers = find_transformers(pipe)
-    found = _find(pipe, str(source), subfolder, weight_name, scheduler, steps, noise_kept)
-    if found.is_whole and weight != 1.0:
-        raise ValueError(f"`weight` must be 1: {source} is a whole transformer and no LoRA, got {weight}.")
-    before = _Before(
-        pipe.scheduler,
-        {name: applied.config if (applied := applied_to(one)) else None for name, one in transformers.items()},
-        {name: _active_adapters(one) for name, one in transformers.items()},
-        transformers,
-    )
-    if found.is_whole and any(before.adapters.values()):
-        raise ValueError(f"`source` {source} is a whole transformer, which the loaded LoRAs are not for; unload them.")
-
-    loaded = _Loaded(before)
-    setattr(pipe, STUDENT_ATTRIBUTE, loaded)
-    try:
-        if found.is_whole:
-            _replace_transformer(pipe, found.files, found.student.subfolder)
-        else:
-            _load_weights(pipe, found.files, found.student.subfolder, weight_name, weight_name_2)
-            for name, transformer in transformers.items():
-                _activate(transformer, [*before.adapters[name], ADAPTER], weight)
-        loaded.condition = _load_condition(pipe, found.files, found.student.subfolder, found.sampler)
-        if found.student.config is not None:
-            install_blade(pipe, found.student.config)
-        if found.sampler is not None:
-            pipe.scheduler = found.sampler
-    except BaseException:
-        unload_student(pipe)
-        raise
-    loaded.student = found.student
-    if found.student.config is None:
-        logger.info(str(found.student))
-    return found.student
+    with unchanged_on_error(pipe):
+        unload_student(pipe, missing_ok=True)
+        found = _find(pipe, str(source), subfolder, weight_name, scheduler, steps, noise_kept)
+        return _load(pipe, found, weight, (weight_name or WEIGHT_NAME, weight_name_2))
 
 
 def read_student(pipe: Any, source: str | Path, *, scheduler: Any = None, noise_kept: float | None = None) -> Student:
@@ -184,21 +168,24 @@ def unload_student(pipe: Any, *, missing_ok: bool = False) -> None:
             return
         raise ValueError("No student is loaded here; call `load_student` first.")
     before = loaded.before
-    if loaded.condition is not None:
-        loaded.condition.remove()
-    remove_blade(pipe)
-    for name, transformer in before.transformers.items():
-        setattr(pipe, name, transformer)
-    transformers = before.transformers
-    for name, transformer in transformers.items():
-        if ADAPTER in getattr(transformer, "peft_config", {}):
-            _activate(transformer, before.adapters[name] or [ADAPTER])
-            transformer.delete_adapters(ADAPTER)
-            if not getattr(transformer, "peft_config", None):
-                transformer.unload_lora()
-    install_blade(pipe, {name: config for name, config in before.configs.items() if config is not None})
-    pipe.scheduler = before.scheduler
-    delattr(pipe, STUDENT_ATTRIBUTE)
+    with unchanged_on_error(pipe, *before.transformers.values()):
+        loaded.watch.remove()
+        if loaded.condition is not None:
+            loaded.condition.remove()
+        for owner in (pipe, *find_transformers(pipe).values()):
+            delattr(owner, STUDENT_ATTRIBUTE)
+        remove_blade(pipe)
+        for name, transformer in before.transformers.items():
+            setattr(pipe, name, transformer)
+            if ADAPTER in getattr(transformer, "peft_config", {}):
+                activate_adapters(transformer, before.adapters[name] or [ADAPTER], {})
+                transformer.delete_adapters(ADAPTER)
+                if not getattr(transformer, "peft_config", None):
+                    transformer.unload_lora()
+        for parameter in before.trained:
+            parameter.requires_grad_(True)
+        install_blade(pipe, {name: config for name, config in before.configs.items() if config is not None})
+        pipe.scheduler = before.scheduler
 
 
 def push_student(
@@ -260,6 +247,10 @@ def _find(
     files = StudentFiles(source)
     released = _released(files, LoadedModel(pipe))
     is_whole = weight_name is None and files.fetch(subfolder, f"{TRANSFORMER_FOLDER}/config.json") is not None
+    if is_whole and len(names := find_transformers(pipe)) > 1:
+        raise ValueError(
+            f"`source` {source} is one whole transformer, and this model has {' and '.join(names)}; give LoRAs."
+        )
     if not is_whole:
         subfolder = files.find_subfolder(
             subfolder, weight_name or WEIGHT_NAME, released.folder_word if released else None
@@ -285,7 +276,7 @@ def _find(
     if isinstance(sampler, FewStepScheduler):
         steps = sampler.step_counts
     counts = (steps,) if isinstance(steps, int) else None if steps is None else tuple(steps)
-    student = Student(source=source, subfolder=subfolder, steps=counts, guidance_scale=1.0, config=config)
+    student = Student(source=source, subfolder=subfolder, step_counts=counts, guidance_scale=1.0, config=config)
     return _Found(files=files, is_whole=is_whole, sampler=sampler, student=student)
 
 
@@ -303,25 +294,75 @@ def _released(files: StudentFiles, model: LoadedModel) -> ReleasedStudent | None
     return fitting[0]
 
 
+def _load(pipe: Any, found: _Found, weight: float, weight_names: tuple[str, str | None]) -> Student:
+    """Load a student onto a pipeline without one; see `load_student`."""
+    source, subfolder = found.student.source, found.student.subfolder
+    transformers = find_transformers(pipe)
+    if found.is_whole and weight != 1.0:
+        raise ValueError(f"`weight` must be 1: {source} is a whole transformer and no LoRA, got {weight}.")
+    before = _Before(
+        pipe.scheduler,
+        {name: applied.config if (applied := applied_to(one)) else None for name, one in transformers.items()},
+        {name: active_adapters(one) for name, one in transformers.items()},
+        transformers,
+        [parameter for one in transformers.values() for parameter in one.parameters() if parameter.requires_grad],
+    )
+    if found.is_whole:
+        if any(before.adapters.values()):
+            raise ValueError(
+                f"`source` {source} is a whole transformer, which the loaded LoRAs are not for; unload them."
+            )
+        _replace_transformer(pipe, found.files, subfolder)
+        transformers = find_transformers(pipe)
+        reach: Reach = {
+            name: sum(1 for part in one.modules() if part._parameters) for name, one in transformers.items()
+        }
+    else:
+        reach = _load_weights(pipe, found.files, subfolder, *weight_names)
+        for name, transformer in transformers.items():
+            activate_adapters(transformer, [*before.adapters[name], ADAPTER], {ADAPTER: weight})
+    path = found.files.fetch(subfolder, CONDITION_NAME)
+    condition = None if path is None else load_condition(pipe, path, found.sampler, ADAPTER, f"`source` {source}")
+    if found.student.config is not None:
+        install_blade(pipe, found.student.config)
+    if found.sampler is not None:
+        pipe.scheduler = found.sampler
+    student = replace(found.student, reach=reach)
+    watch = StudentWatch(pipe, student, transformers, None if found.is_whole else ADAPTER)
+    for owner in (pipe, *transformers.values()):
+        setattr(owner, STUDENT_ATTRIBUTE, _Loaded(before, student, condition, watch))
+    if student.config is None:
+        logger.info(str(student))
+    return student
+
+
 def _load_weights(
-    pipe: Any, files: StudentFiles, subfolder: str | None, weight_name: str | None, weight_name_2: str | None
-) -> None:
+    pipe: Any, files: StudentFiles, subfolder: str | None, weight_name: str, weight_name_2: str | None
+) -> Reach:
+    """Load a student's LoRAs, and return how many modules they change in each transformer."""
     from safetensors.torch import load_file
 
-    for name, options in ((weight_name or WEIGHT_NAME, {}), (weight_name_2, {"load_into_transformer_2": True})):
+    transformers = find_transformers(pipe)
+    if weight_name_2 is not None and len(transformers) == 1:
+        raise ValueError(f"`weight_name_2` must not be given: this model has one transformer, got {weight_name_2!r}.")
+    for field, name, options in (
+        ("weight_name", weight_name, {}),
+        ("weight_name_2", weight_name_2, {"load_into_transformer_2": True}),
+    ):
         if name is None:
             continue
         path = files.fetch(subfolder, name)
         if path is None:
-            raise ValueError(f"`weight_name` must be a file of {files.source}, got {name!r}.")
+            raise ValueError(f"`{field}` must be a file of {files.source}, got {name!r}.")
         try:
             pipe.load_lora_weights(load_file(path), adapter_name=ADAPTER, **options)
         except Exception as error:  # whatever Diffusers, PEFT and safetensors raise for weights that do not fit
             raise ValueError(
                 f"`source` {files.source}: {name} cannot be loaded onto this model: {first_line(error)}"
             ) from error
-    if not any(ADAPTER in getattr(one, "peft_config", {}) for one in find_transformers(pipe).values()):
-        raise ValueError(f"`source` {files.source} holds no weights for this model's transformer.")
+    reach = {name: len(adapter_layers(transformer, ADAPTER)) for name, transformer in transformers.items()}
+    check_reach(f"`source` {files.source}", reach, BOTH_STUDENTS)
+    return reach
 
 
 def _replace_transformer(pipe: Any, files: StudentFiles, subfolder: str | None) -> None:
@@ -332,48 +373,13 @@ def _replace_transformer(pipe: Any, files: StudentFiles, subfolder: str | None) 
         transformer = type(before).from_pretrained(folder, use_safetensors=True, local_files_only=True)
     except Exception as error:  # whatever Diffusers and safetensors raise for a broken model
         raise ValueError(f"`source` {files.source}: the transformer cannot be loaded: {first_line(error)}") from error
-    differing = [key for key, value in before.config.items() if key[0] != "_" and transformer.config.get(key) != value]
+    # as JSON: a model that was not read from a file may have tuples where the file has lists
+    mine, theirs = (json.loads(model.to_json_string()) for model in (before, transformer))
+    differing = [key for key, value in mine.items() if key[0] != "_" and theirs.get(key) != value]
     if differing:
         raise ValueError(
             f"`source` {files.source} is a student of another model: its `{differing[0]}` is "
-            f"{transformer.config.get(differing[0])} instead of {before.config[differing[0]]}."
+            f"{theirs.get(differing[0])} instead of {mine[differing[0]]}."
         )
     like = next(before.parameters())
     pipe.transformer = transformer.to(like.device, like.dtype).eval().requires_grad_(False)
-
-
-def _load_condition(pipe: Any, files: StudentFiles, subfolder: str | None, sampler: Any) -> StepCondition | None:
-    """Load the vectors that tell a student for several numbers of steps how many there are."""
-    path = files.fetch(subfolder, CONDITION_NAME)
-    if path is None:
-        return None
-    from safetensors.torch import load_file
-
-    weight = load_file(path)["weight"]
-    model, counts = LoadedModel(pipe), [len(grid) for grid in sampler.config.grids]
-    embedding = model.family.time_embedding(model.transformer)
-    condition = StepCondition(embedding, {ADAPTER: len(weight)})
-    condition.vectors[ADAPTER].get_parameter("weight").data.copy_(weight)
-    condition.requires_grad_(False)
-
-    def choose() -> tuple[str, torch.Tensor] | None:
-        count = len(pipe.scheduler.timesteps)
-        return (ADAPTER, torch.tensor([counts.index(count)])) if count in counts else None
-
-    condition.choose = choose
-    return condition
-
-
-def _active_adapters(transformer: Transformer) -> list[str]:
-    return list(transformer.active_adapters()) if getattr(transformer, "peft_config", None) else []
-
-
-def _activate(transformer: Transformer, names: list[str], weight: float | None = None) -> None:
-    """Make these adapters active together; Diffusers' own way would set the strength of all of them anew."""
-    from peft.tuners.lora import LoraLayer
-
-    for layer in transformer.modules():
-        if isinstance(layer, LoraLayer):
-            layer.set_adapter([name for name in names if name in layer.scaling])
-            if weight is not None and ADAPTER in layer.scaling:
-                layer.set_scale(ADAPTER, weight)

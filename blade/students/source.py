@@ -83,8 +83,8 @@ class StudentSettings:
 
     config: BladeConfig | None
     """Its attention."""
-    steps: tuple[int, ...] | None
-    """Its numbers of steps."""
+    step_counts: tuple[int, ...] | None
+    """Numbers of steps that it is trained for; None if unknown."""
     noise_kept: float | None
     """The share of the noise that its steps keep; None if another scheduler than `FewStepScheduler` samples it."""
 

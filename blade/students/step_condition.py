@@ -6,9 +6,15 @@ Source: TDM, arXiv 2503.06674, steps as a condition. The vectors begin at zero, 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
+
+from blade.common.errors import first_line
+from blade.models.loaded import LoadedModel
+from blade.students.scheduler import FewStepScheduler
 
 ATTRIBUTE = "step_condition"
 """Name under which it is a part of the module that embeds the time."""
@@ -51,3 +57,43 @@ class StepCondition(nn.Module):
         added: torch.Tensor = self.vectors[role](index.to(output.device))
         # with a time for each token, the rows of the embedding are tokens
         return output + added.repeat_interleave(len(output) // len(added), dim=0).to(output.dtype)
+
+
+def load_condition(pipe: Any, path: Path, sampler: Any, role: str, what: str) -> StepCondition:
+    """Load the vectors that tell a student for several numbers of steps how many there are.
+
+    Args:
+        pipe: the pipeline, whose scheduler says how many there are.
+        path: the file.
+        sampler: the student's.
+        role: the student's.
+        what: the subject of the errors' messages, such as "`source` FOLDER".
+
+    Raises:
+        ValueError: if it cannot be loaded onto this model, or is not sampled by a `FewStepScheduler`.
+    """
+    from safetensors.torch import load_file
+
+    model = LoadedModel(pipe)
+    if len(model.transformers) > 1:
+        raise ValueError(f"{what} has a {path.name}, which is for models with one transformer; this one has two.")
+    if not isinstance(sampler, FewStepScheduler):
+        kind = type(pipe.scheduler if sampler is None else sampler).__name__
+        raise ValueError(f"{what} has a {path.name}, which is for a FewStepScheduler; it is sampled by a {kind}.")
+    counts = [len(grid) for grid in sampler.config.grids]
+    condition = StepCondition(model.family.time_embedding(model.transformer), {role: len(counts)})
+    vectors = condition.vectors[role].get_parameter("weight").requires_grad_(False)
+    try:
+        weight = load_file(path)["weight"]
+        if weight.shape != vectors.shape:
+            raise ValueError(f"`weight` must be of shape {tuple(vectors.shape)}, got {tuple(weight.shape)}")
+        vectors.copy_(weight)
+    except Exception as error:  # whatever safetensors raises for a broken file
+        raise ValueError(f"{what} has a {path.name} that cannot be loaded: {first_line(error)}") from error
+
+    def choose() -> tuple[str, torch.Tensor] | None:
+        count = len(pipe.scheduler.timesteps)
+        return (role, torch.tensor([counts.index(count)])) if count in counts else None
+
+    condition.choose = choose
+    return condition

@@ -56,6 +56,7 @@ def test_a_student_decides_steps_guidance_attention_and_sampler(saved_tiny_pipel
     record = json.loads(report.record_path.read_text())
     assert (record["steps"], record["guidance_scale"], record["student"]) == (3, 1.0, str(student))
     assert record["blade_config"] == CONFIG.to_dict() and record["layer_density"] < 0.7
+    assert record["changed_modules"] == {str(student): {"transformer": 8}}
     assert record["psnr"] < 60  # the comparison is dense, with the same student
     assert f"student     {student}" in str(report)
     generate_files(read_request(report.record_path), tmp_path / "again.mp4")

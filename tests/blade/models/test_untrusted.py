@@ -113,7 +113,7 @@ def test_a_hostile_student_of_whole_weights_is_refused(
 
 
 def test_good_students_are_loaded(pipe: WanPipeline, whole_student: Path) -> None:
-    assert load_student(pipe, whole_student).steps == (2,)
+    assert load_student(pipe, whole_student).steps == 2
 
 
 @pytest.mark.parametrize("name", hostile.LORAS)

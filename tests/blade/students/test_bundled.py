@@ -59,7 +59,7 @@ def test_a_student_is_taken_unless_something_calls_for_the_model_itself(given, s
 @pytest.mark.parametrize(("steps", "name"), BUNDLED_STUDENTS.items())
 def test_each_brings_its_steps_and_its_attention(pipe, steps, name):
     student = load_student(pipe, name)
-    assert (student.source, student.steps, student.guidance_scale) == (name, (steps,), 1.0)
+    assert (student.source, student.steps, student.guidance_scale) == (name, steps, 1.0)
     assert student.config.sparsity == 0.8 and student.config.pooled_tokens == "all"
     resolved = resolve_request(GenerationRequest(prompt=PROMPT, student=name), LoadedModel(pipe))
     assert (resolved.student, resolved.steps, resolved.attention) == (name, steps, "asa-gt")

@@ -10,78 +10,25 @@ from diffusers import (
     CogVideoXPipeline,
     CogVideoXTransformer3DModel,
     EulerDiscreteScheduler,
-    FlowMatchEulerDiscreteScheduler,
     UniPCMultistepScheduler,
-    WanPipeline,
 )
 from safetensors.torch import save_file
+from tiny_students import CONFIG, TIMES, lora, run
 
 from blade import BladeConfig, apply_blade, blade_summary, load_student, unload_student
 from blade.attention.applied import applied_to
-from blade.attention.config import AdaptiveConfig
 from blade.generation.fingerprint import model_fingerprint
 from blade.models.source import ModelError
 from blade.students.scheduler import FewStepScheduler
 from blade.students.source import WEIGHT_NAME, StudentFiles, student_files
 
-PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
-CONFIG = BladeConfig(sparsity=0.5, asa=AdaptiveConfig(block_size=8, probe_tokens=4), kind="student")
-TIMES = (999.0, 749.0, 499.0, 249.0)
-
-
-@pytest.fixture(autouse=True)
-def quiet():
-    with warnings.catch_warnings():
-        for message in ("Adapter .* was active which is now", "These are a student's values", "Already found a `peft"):
-            warnings.filterwarnings("ignore", message=message, category=UserWarning)
-        yield
-
-
-@pytest.fixture
-def pipe(make_wan):
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    pipe = WanPipeline(
-        tokenizer=None, text_encoder=None, vae=None, transformer=make_wan(layers=2), scheduler=scheduler
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def lora(transformer, seed=0, rank=64, scale=0.02):
-    """Weights in the format that `save_lora_weights` writes: every attention's projections."""
-    generator = torch.Generator().manual_seed(seed)
-    state = {}
-    for name, module in transformer.named_modules():
-        if name.endswith(PROJECTIONS) and isinstance(module, torch.nn.Linear):
-            rows, columns = module.weight.shape
-            state[f"transformer.{name}.lora_A.weight"] = torch.randn(rank, columns, generator=generator) * scale
-            state[f"transformer.{name}.lora_B.weight"] = torch.randn(rows, rank, generator=generator)
-    return state
-
-
-def run(pipe, steps=4, guidance_scale=1.0):
-    embeds = torch.randn(1, 6, 8, generator=torch.Generator().manual_seed(3))
-    return pipe(
-        prompt_embeds=embeds, negative_prompt_embeds=embeds, height=80, width=112, num_frames=9,
-        num_inference_steps=steps, guidance_scale=guidance_scale, generator=torch.Generator().manual_seed(4),
-        output_type="latent",
-    ).frames  # fmt: skip
-
-
-@pytest.fixture
-def folder(pipe, tmp_path):
-    """A student as this project writes it."""
-    save_file(lora(pipe.transformer), tmp_path / "pytorch_lora_weights.safetensors")
-    CONFIG.save_pretrained(tmp_path)
-    FewStepScheduler.like(pipe.scheduler, [TIMES], noise_kept=0.9).save_pretrained(tmp_path / "scheduler")
-    return tmp_path
-
 
 def test_a_folder_brings_lora_attention_and_sampler_and_takes_them_away(pipe, folder):
     scheduler, plain = pipe.scheduler, run(pipe)
     student = load_student(pipe, folder)
-    assert (student.steps, student.guidance_scale, student.config) == ((4,), 1.0, CONFIG)
+    assert (student.steps, student.guidance_scale, student.config) == (4, 1.0, CONFIG)
     assert str(student) == f"student {folder}: 4 steps, guidance 1, asa at sparsity 0.5"
+    assert student.reach == {"transformer": 16} and student.step_counts == (4,)
     assert isinstance(pipe.scheduler, FewStepScheduler) and applied_to(pipe.transformer).config == CONFIG
     output = run(pipe)
     assert (output - plain).abs().max() > 0.1
@@ -156,14 +103,14 @@ def test_any_few_step_lora_with_times_or_a_scheduler(pipe, tmp_path):
     student = load_student(
         pipe, tmp_path, weight_name="lightning.safetensors", scheduler=(1000.0, 937.5, 833.3, 625.0)
     )
-    assert student.steps == (4,) and student.config is None and applied_to(pipe.transformer) is None
+    assert student.steps == 4 and student.config is None and applied_to(pipe.transformer) is None
     assert str(student).endswith(
         "4 steps, guidance 1, attention as it was, since it brings none; the few-step preset is meant for it"
     )
     assert run(pipe).isfinite().all()
     own = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0)
     student = load_student(pipe, tmp_path, weight_name="lightning.safetensors", scheduler=own, steps=8)
-    assert pipe.scheduler is own and student.steps == (8,)
+    assert pipe.scheduler is own and student.steps == 8
     with pytest.raises(ValueError, match="`scheduler` must be a Diffusers scheduler or times, got 8"):
         load_student(pipe, tmp_path, weight_name="lightning.safetensors", scheduler=8)
 
@@ -199,10 +146,22 @@ def test_a_student_trained_dense_says_which_preset_it_takes(pipe, tmp_path, capl
 
 def test_a_student_with_sparse_attention_leaves_the_presets_kind(pipe, folder, caplog):
     caplog.set_level("INFO", logger="blade")
-    load_student(pipe, folder)
+    student = load_student(pipe, folder)
     assert caplog.messages == []
-    apply_blade(pipe)
+    with pytest.warns(UserWarning, match="was trained with asa at sparsity 0.5, which this attention replaces"):
+        apply_blade(pipe)
     assert applied_to(pipe.transformer).config == BladeConfig.from_preset("shapes")
+    for target in (pipe, pipe.transformer):
+        with pytest.warns(UserWarning, match=r"`apply_blade\(pipe, student.config\)` puts it back") as told:
+            apply_blade(target, BladeConfig(sparsity=0.5))
+        assert len(told) == 1  # and nothing of the model's preset
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        apply_blade(pipe, student.config)
+        apply_blade(pipe.transformer, student.config, seed=3)
+        apply_blade(pipe, attention="dense")  # which nobody does without meaning it
+        unload_student(pipe)
+        apply_blade(pipe, sparsity=0.6)
 
 
 def hub(monkeypatch, repository: Path):
@@ -224,7 +183,7 @@ def test_the_released_wan_student_gets_its_attention_and_sampler(pipe, tmp_path,
         load_student(pipe, "GYP666/VIDEO-BLADE")
     monkeypatch.setattr("blade_pipelines.wan.WanFamily.preset_name", lambda *_: "wan2.1-t2v-1.3b")
     student = load_student(pipe, "GYP666/VIDEO-BLADE")
-    assert (student.subfolder, student.steps) == ("wanx/checkpoint", (8,))
+    assert (student.subfolder, student.steps) == ("wanx/checkpoint", 8)
     assert student.config == BladeConfig.from_preset("wan2.1-t2v-1.3b", "student")
     assert isinstance(pipe.scheduler, UniPCMultistepScheduler) and pipe.scheduler.config.flow_shift == 3.0
     assert run(pipe, steps=8).isfinite().all()

@@ -1,0 +1,79 @@
+"""LoRAs reach every transformer of a model, or are refused; a failed one leaves none."""
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
+from safetensors.torch import save_file
+
+from blade.models.acceleration import load_loras, merge_loras
+from blade.models.adapters import adapter_layers, adapter_weight
+from blade.models.loaded import LoadedModel
+
+
+@pytest.fixture
+def model(make_wan):
+    pipe = WanPipeline(
+        tokenizer=None,
+        text_encoder=None,
+        vae=None,
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        transformer=make_wan(),
+    )
+    return LoadedModel(pipe)
+
+
+@pytest.fixture
+def two(make_wan, model):
+    pipe = WanPipeline(**model.pipe.components | {"transformer_2": make_wan(seed=1)}, boundary_ratio=0.5)
+    return LoadedModel(pipe)
+
+
+def lora(transformer, layers=("to_q", "to_v"), rank=2):
+    generator = torch.Generator().manual_seed(0)
+    return {
+        f"transformer.{name}.lora_{side}.weight": torch.randn(shape, generator=generator)
+        for name, module in transformer.named_modules()
+        if name.endswith(layers)
+        for side, shape in (("A", (rank, module.in_features)), ("B", (module.out_features, rank)))
+    }
+
+
+def test_the_modules_that_each_lora_changes_are_counted(model, tmp_path):
+    sources = [str(tmp_path / name) for name in ("queries.safetensors", "both.safetensors")]
+    save_file(lora(model.transformer, layers="attn1.to_q"), sources[0])
+    save_file(lora(model.transformer), sources[1])
+    reach = load_loras(model, [sources[0], f"{sources[1]}=0.5"])
+    assert reach == {sources[0]: {"transformer": 3}, sources[1]: {"transformer": 12}}
+    assert [adapter_weight(model.transformer, name) for name in ("lora_0", "lora_1")] == [1.0, 0.5]
+
+
+def test_a_lora_for_one_of_two_transformers_is_refused(two, tmp_path):
+    source = str(tmp_path / "one.safetensors")
+    save_file(lora(two.transformer), source)
+    with pytest.raises(
+        ValueError,
+        match=r"one.safetensors changes 12 modules of transformer and nothing in transformer_2. In Python, give .*"
+        r"load_into_transformer_2=True",
+    ):
+        load_loras(two, [source])
+    assert not any(getattr(one, "peft_config", None) for one in two.transformers.values())
+    # as the message says
+    two.pipe.load_lora_weights(source, adapter_name="style")
+    two.pipe.load_lora_weights(source, adapter_name="style", load_into_transformer_2=True)
+    two.pipe.set_adapters("style")
+    assert [len(adapter_layers(one, "style")) for one in two.transformers.values()] == [12, 12]
+    before = [one.blocks[0].attn1.to_q.base_layer.weight.clone() for one in two.transformers.values()]
+    merge_loras(two)
+    for one, weight in zip(two.transformers.values(), before):
+        assert not getattr(one, "peft_config", None) and not torch.equal(one.blocks[0].attn1.to_q.weight, weight)
+
+
+def test_a_second_lora_that_fails_takes_the_first_along(model, tmp_path):
+    good, bad = str(tmp_path / "good.safetensors"), str(tmp_path / "bad.safetensors")
+    save_file(lora(model.transformer), good)
+    save_file({"unrelated.weight": torch.zeros(2, 2)}, bad)
+    before = [name for name, _ in model.transformer.named_modules()]
+    with pytest.raises(ValueError, match=r"bad.safetensors cannot be loaded onto this model"):
+        load_loras(model, [good, bad])
+    assert [name for name, _ in model.transformer.named_modules()] == before
+    assert not getattr(model.transformer, "peft_config", None)
