@@ -59,8 +59,9 @@ class RunPlan:
         request, cost, grid = self.request, self.cost, self.cost.forward.grid
         kind = request.blade_config.kind if request.blade_config else None
         text = f" and {grid.text_tokens:,} of text" if grid.text_tokens else ""
+        skipped = f" (the first {request.skipped_steps} skipped)" if request.skipped_steps else ""
         lines = [
-            f"video       {request.frames} frames of {request.width}x{request.height}, {request.steps} steps, "
+            f"video       {request.frames} frames of {request.width}x{request.height}, {request.steps} steps{skipped}, "
             f"guidance {request.guidance_scale:g}",
             *([] if request.student is None else [f"student     {describe_student(request.student, kind)}"]),
             f"tokens      {grid.frames} x {grid.height} x {grid.width} = {grid.video_tokens:,}{text}, "
@@ -112,7 +113,13 @@ def plan_run(request: GenerationRequest) -> RunPlan:
     transformer, family = model.transformer, model.family
     guidance = resolved.guidance_scale > 1 and family.guidance_takes_two_passes
     forward = forward_cost(transformer, latent)
-    cost = run_cost(forward, resolved.steps, guidance=guidance, config=resolved.blade_config)
+    cost = run_cost(
+        forward,
+        resolved.steps,
+        skipped_steps=resolved.skipped_steps,
+        guidance=guidance,
+        config=resolved.blade_config,
+    )
     models = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
     inputs = model.example_inputs(latent)
     vae, sample = pipe.vae, model.empty_latent(latent)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -133,6 +134,16 @@ class ResolvedRequest(GenerationRequest):
         for name in ("height", "width", "frames", "fps", "steps", "guidance_scale", "device", "dtype"):
             if getattr(self, name) is None:
                 raise ValueError(f"`{name}` must be given in a resolved request, got None.")
+        if self.skipped_steps == self.steps:
+            raise ValueError(
+                f"`strength` must be at least {math.ceil(1000 / self.steps) / 1000:g} with {self.steps} steps, so that one is taken, "
+                f"got {self.strength:g}."
+            )
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps from the start of the schedule that are not taken, since the video to change stands for them."""
+        return 0 if self.strength is None else self.steps - int(self.steps * self.strength)  # as Diffusers rounds
 
     @property
     def size(self) -> tuple[int, int, int]:

@@ -72,6 +72,7 @@ def resolve_request(
         "image": _absolute(request.image),
         "last_image": _absolute(request.last_image),
         "video": _absolute(request.video),
+        "strength": _strength(request, model),
         "loras": tuple(_absolute_lora(lora) for lora in request.loras),
         "device": str(model.device),
         "dtype": str(model.transformer.dtype).removeprefix("torch."),
@@ -123,6 +124,16 @@ def _defaults(model: LoadedModel, request: GenerationRequest) -> dict[str, Any]:
         step, _ = model.compression
         defaults["frames"] = (len(read_frames(request.video, None)) - 1) // step * step + 1
     return defaults
+
+
+def _strength(request: GenerationRequest, model: LoadedModel) -> float | None:
+    """Return the share of a video that is changed; None where no video is."""
+    parameter = model.parameters.get("strength")
+    if request.strength is not None and parameter is None:
+        raise ValueError(f"`strength` must not be given: a {type(model.pipe).__name__} does not take it.")
+    if request.strength is not None or request.video is None or parameter is None:
+        return request.strength
+    return float(parameter.default)
 
 
 def _method(config: BladeConfig | None) -> Literal["dense", "asa", "asa-gt", "patterns"]:

@@ -15,6 +15,7 @@ from blade.attention.config import AdaptiveConfig, BladeConfig
 from blade.cli.generate import main
 from blade.generation import outputs
 from blade.generation.outputs import generate_files, generate_list
+from blade.generation.plan import plan_run
 from blade.generation.prepare import prepare_model
 from blade.generation.prompts import read_prompts
 from blade.generation.record import read_request
@@ -101,6 +102,35 @@ def test_a_video_is_changed_as_far_as_asked(saved_tiny_pipeline: Path, tmp_path:
     assert not torch.equal(little, much)
     with pytest.raises(ValueError, match="`frames` must be at most the 14 that `video`"):
         make(tiny(saved_tiny_pipeline, video=str(path), frames=17))
+
+
+def test_dense_steps_of_a_changed_video_are_those_of_the_whole_schedule(
+    saved_tiny_pipeline: Path, tmp_path: Path
+) -> None:
+    """Which begins at the fifth step of eight; counted as the plan says."""
+    path = tmp_path / "before.mp4"
+    path.write_bytes(encode_mp4(torch.rand(9, 3, 64, 64, generator=torch.Generator().manual_seed(0)), 8))
+    options = {"video": str(path), "strength": 0.5, "steps": 8, "guidance_scale": 1.0}
+    for dense_steps, dense in ((0.2, 0), (2, 0), (5, 1), (0.9, 4)):
+        request = tiny(saved_tiny_pipeline, dense_steps=dense_steps, **options)
+        model, resolved = prepare_model(request)
+        model.pipe.set_progress_bar_config(disable=True)
+        made = run_request(model, resolved)
+        layers = made.summary.transformers[0].layers
+        assert [(layer.dense_calls, layer.sparse_calls) for layer in layers] == [(dense, 4 - dense)] * 2
+        cost = plan_run(request).cost
+        assert (cost.passes, cost.sparse_passes) == (4, 4 - dense)
+
+
+def test_the_strength_of_a_change_is_recorded_and_leaves_a_step(saved_tiny_pipeline: Path, tmp_path: Path) -> None:
+    path = tmp_path / "before.mp4"
+    path.write_bytes(encode_mp4(torch.rand(9, 3, 64, 64, generator=torch.Generator().manual_seed(0)), 8))
+    plan = plan_run(tiny(saved_tiny_pipeline, video=str(path), steps=10))
+    assert plan.request.strength == 0.8 and plan.request.skipped_steps == 2  # the pipeline's own
+    assert "10 steps (the first 2 skipped)" in str(plan)
+    with pytest.raises(ValueError, match=r"`strength` must be at least 0.125 with 8 steps, .*got 0.1"):
+        plan_run(tiny(saved_tiny_pipeline, video=str(path), steps=8, strength=0.1))
+    assert plan_run(tiny(saved_tiny_pipeline)).request.strength is None
 
 
 def test_conditions_that_a_model_does_not_take_are_refused(
