@@ -124,9 +124,9 @@ class BladeConfig:
     those of the blocks that a row dropped (so that nothing counts twice)."""
 
     dense_steps: int | float = 0
-    """Denoising steps that stay dense: a count from the start of the scheduler's schedule, or a fraction of it below 1,
-    rounded up. A run that begins later has fewer of them, or none: with 8 steps and `dense_steps=2`, video to video at
-    strength 0.5 begins at the fifth step, whose noise is that of sparse steps from text."""
+    """Denoising steps that stay dense: a count from the start of the scheduler's schedule, or a fraction of it, below
+    1, rounded up. A run that begins later has fewer of them, or none: of 8 steps, video to video at strength 0.5 takes
+    those from the fifth on, so that none is dense with `dense_steps=2`."""
 
     dense_layers: tuple[int, ...] = ()
     """Layers that stay dense. Also accepts a string such as "0-1,39"."""

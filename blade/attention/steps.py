@@ -1,7 +1,7 @@
 """The denoising step of a forward pass, found without waiting for the device where that is possible.
 
-A step is numbered by its place in the scheduler's whole schedule, and so by its noise, also in a run that begins later:
-video to video with a strength below 1 leaves the first steps out, and begins with step 4 of 8, say.
+A step is numbered by its place in the scheduler's whole schedule, and so by its noise, also in a run that begins
+later: video to video with a strength below 1 leaves the first steps out, and begins with step 4 of 8, say.
 """
 
 from __future__ import annotations

@@ -83,7 +83,7 @@ class VideoOptions(OptionGroup):
     last_image: str | None = option(of_model=True)
     """The last frame, beside the first."""
     video: str | None = option(of_model=True)
-    """A video to change."""
+    """A video to change; its frames are taken by their times at --fps."""
     strength: float | None = option(of_model=True)
     """Share of the video that is changed, above 0 and at most 1; by default the pipeline's own."""
 

@@ -15,7 +15,7 @@ from blade.common.terminal import logger, printable
 from blade.generation.prepare import prepare_model
 from blade.generation.prompts import file_stem
 from blade.generation.record import make_record
-from blade.generation.request import NO_STUDENT, GenerationRequest, ResolvedRequest
+from blade.generation.request import NO_STUDENT, GenerationRequest, ResolvedRequest, refused_prompts
 from blade.generation.resolve import describe_student
 from blade.generation.run import Generation, run_request
 from blade.media.pictures import side_by_side
@@ -35,8 +35,8 @@ OUTPUT_FOLDER = Path("outputs")
 class GenerationReport:
     """A video that was made, its files and its cost; `print` it."""
 
-    generation: Generation
-    """The video itself."""
+    generation: Generation | None
+    """The video itself; None in a list's report, as the videos of all its prompts would fill the memory."""
     video_path: Path
     """The MP4."""
     record_path: Path
@@ -47,6 +47,10 @@ class GenerationReport:
     """The content of the JSON."""
     published_students: tuple[str, ...] = ()
     """Students of this model that could have been taken, where none was."""
+
+    def without_video(self) -> GenerationReport:
+        """Return the report without the video itself, whose memory is then free."""
+        return replace(self, generation=None)
 
     def __str__(self) -> str:
         record = self.record
@@ -121,6 +125,8 @@ def generate_list(
 ) -> ListReport:
     """Make a video of every prompt, each as soon as it is there; videos that exist are left as they are.
 
+    A prompt that the model cannot draw, as far as that is known beforehand, is a failed one.
+
     Args:
         request: everything but the prompts; its own prompt is not used.
         prompts: the prompts.
@@ -134,23 +140,26 @@ def generate_list(
         ValueError: for a request that cannot be met with any prompt.
         OutputError: if the folder cannot be written.
     """
+    failed = refused_prompts(request, prompts)
+    prompts = [prompt for prompt in prompts if prompt not in failed]
     paths = {prompt: Path(folder) / default_output(replace(request, prompt=prompt)).name for prompt in prompts}
     waiting = {prompt: path for prompt, path in paths.items() if not _is_there(path)}
     skipped = tuple(path for prompt, path in paths.items() if prompt not in waiting)
     if not waiting:
-        return ListReport(made=(), skipped=skipped, failed={})
+        return ListReport(made=(), skipped=skipped, failed=failed)
     for path in waiting.values():
         _checked_output(path)
     start = time.perf_counter()
     model, resolved = prepare_model(replace(request, prompt=next(iter(waiting))))
     _check_comparable(resolved, compare)
     seconds_loading = time.perf_counter() - start
-    made, failed = [], {}
+    made = []
     for number, (prompt, path) in enumerate(waiting.items(), start=1):
         logger.info(f"{number}/{len(waiting)} {prompt}")
         try:
             own = replace(resolved, prompt=prompt)
-            made.append(_make_files(model, own, path, compare=compare, seconds_loading=seconds_loading))
+            report = _make_files(model, own, path, compare=compare, seconds_loading=seconds_loading)
+            made.append(report.without_video())
         except Exception as error:  # whatever a prompt does to the model; the others have nothing to do with it
             failed[prompt] = first_line(error)
             logger.warning(f"failed: {failed[prompt]}")

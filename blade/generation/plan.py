@@ -17,7 +17,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from blade.common.machine import GIB
 from blade.common.terminal import printable
-from blade.generation.request import GenerationRequest, ResolvedRequest
+from blade.generation.request import GenerationRequest, ResolvedRequest, check_known
 from blade.generation.resolve import describe_student, resolve_request
 from blade.models.conditions import model_for
 from blade.models.costs import RunCost, forward_cost, run_cost
@@ -61,8 +61,8 @@ class RunPlan:
         text = f" and {grid.text_tokens:,} of text" if grid.text_tokens else ""
         skipped = f" (the first {request.skipped_steps} skipped)" if request.skipped_steps else ""
         lines = [
-            f"video       {request.frames} frames of {request.width}x{request.height}, {request.steps} steps{skipped}, "
-            f"guidance {request.guidance_scale:g}",
+            f"video       {request.frames} frames of {request.width}x{request.height}, {request.steps} steps"
+            f"{skipped}, guidance {request.guidance_scale:g}",
             *([] if request.student is None else [f"student     {describe_student(request.student, kind)}"]),
             f"tokens      {grid.frames} x {grid.height} x {grid.width} = {grid.video_tokens:,}{text}, "
             f"in {cost.forward.layers} layers of {cost.forward.heads} heads",
@@ -101,6 +101,7 @@ def plan_run(request: GenerationRequest) -> RunPlan:
         ValueError: for a request that cannot be met, or a model whose operations cannot be counted.
         ModelError: if there is no such model.
     """
+    check_known(request)
     device = resolve_device(request.device)
     dtype = resolve_dtype(request.dtype, device)
     model = model_for(load_empty_model(request.model, revision=request.revision, dtype=dtype), request.condition)

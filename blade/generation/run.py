@@ -137,7 +137,8 @@ def call_arguments(model: LoadedModel, request: ResolvedRequest) -> dict[str, An
         if (path := getattr(request, name)) is not None:
             arguments[name] = cover(read_image(path, name), *size)
     if request.video is not None:
-        arguments["video"] = [cover(frame, *size) for frame in read_frames(request.video, request.frames)]
+        frames = read_frames(request.video, request.frames, request.fps)
+        arguments["video"] = [cover(frame, *size) for frame in frames]
     parameters = model.parameters
     for name in ("last_image", "guidance_scale_2"):
         if arguments.get(name) is not None and name not in parameters:

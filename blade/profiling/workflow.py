@@ -17,7 +17,7 @@ from blade.common.checks import check_integer
 from blade.common.files import check_writable
 from blade.common.terminal import printable
 from blade.generation.prepare import prepare_model
-from blade.generation.request import GenerationRequest, ResolvedRequest
+from blade.generation.request import GenerationRequest, ResolvedRequest, check_known
 from blade.generation.run import run_request
 from blade.metrics.similarity import psnr, ssim
 from blade.models.costs import forward_cost
@@ -33,7 +33,7 @@ from blade.profiling.profile import PROFILE_NAME, AttentionProfile, ProfileSourc
 from blade.profiling.published import START_NAME, published_candidates, published_search
 from blade.profiling.record_prompts import dense_video, record_profile, record_prompts
 from blade.profiling.recording_plan import Recording
-from blade.profiling.search import Choice, PatternSearch
+from blade.profiling.search import Choice, PatternSearch, check_groups
 
 RECORDINGS_NAME = "recordings"
 """Folder of the recordings in the output folder, from which an interrupted run resumes."""
@@ -198,11 +198,15 @@ def profile_attention(
     """
     say = on_progress or (lambda line: None)
     check_writable(request.output / PROFILE_NAME)
+    for prompt in request.prompts:
+        check_known(replace(request.generation, prompt=prompt))
     model, resolved = prepare_model(replace(request.generation, prompt=request.prompts[0], attention="dense"))
     model.pipe.set_progress_bar_config(disable=True)
     requests = [
         replace(resolved, prompt=prompt, seed=resolved.seed + number) for number, prompt in enumerate(request.prompts)
     ]
+    if request.groups is not None:
+        check_groups(request.groups, resolved.steps)
     setup = _Setup.of(request, resolved, model)
     folder = request.output / RECORDINGS_NAME
     if request.method == "published":

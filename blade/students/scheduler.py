@@ -61,9 +61,9 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # Di
     - `v_prediction` (CogVideoX): alpha^2 + sigma^2 = 1, and the model predicts alpha eps - sigma x0.
 
     Pipelines that hand generators to `step` (CogVideoX) draw z from them. For the others z is drawn from generators of
-    the scheduler's own, one for each sample, seeded by what that sample begins with: the same seed gives the same video
-    alone and in a batch, whatever else is in it. (One generator for a whole batch draws one sample after the other, as
-    everywhere in Diffusers; give a list of them instead.)
+    the scheduler's own, one for each sample, seeded by what that sample begins with: the same seed gives the same
+    video, alone and in a batch. (One generator for a whole batch draws one sample after the other, as everywhere in
+    Diffusers; give a list of them instead.)
 
     Source: BLADE, arXiv 2508.10774, and TDM, arXiv 2503.06674: the rollout that students are trained on.
     """

@@ -36,7 +36,10 @@ def conditions(tmp_path):
     frames = torch.rand(13, 3, 128, 128, generator=torch.Generator().manual_seed(0))
     (tmp_path / "video.mp4").write_bytes(encode_mp4(frames, fps=8))
     Image.fromarray((frames[0].permute(1, 2, 0) * 255).byte().numpy()).save(tmp_path / "image.png")
-    return {"Image": {"image": str(tmp_path / "image.png")}, "VideoToVideo": {"video": str(tmp_path / "video.mp4")}}
+    return {
+        "Image": {"image": str(tmp_path / "image.png")},
+        "VideoToVideo": {"video": str(tmp_path / "video.mp4"), "fps": 8},
+    }
 
 
 @pytest.mark.slow
