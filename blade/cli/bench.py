@@ -16,6 +16,7 @@ from blade.cli.command import run_command
 from blade.cli.options import make_command
 from blade.cli.progress import progress_line
 from blade.cli.tables import print_tables
+from blade.common.files import check_writable
 from blade.common.options import OptionGroup, option, option_names, read_group
 from blade.common.tables import Table
 from blade.common.terminal import print_line
@@ -148,6 +149,8 @@ def attention(given: dict[str, Any]) -> None:
     output = timing.output
     if output is not None and importlib.util.find_spec("matplotlib") is None:
         raise ValueError("`output` draws a plot, and matplotlib is not installed: pip install 'blade-video[plots]'.")
+    if output is not None:
+        check_writable(output / "attention.json")
     # imported here, so that --help and usage errors don't wait for PyTorch
     from blade.benchmarks.attention import PASSES, AttentionBenchmark, run_attention_benchmark
     from blade.benchmarks.attention_report import tables, write_report
@@ -196,6 +199,8 @@ def attention(given: dict[str, Any]) -> None:
 def generate(given: dict[str, Any]) -> None:
     """Time a model's videos at full size: dense with guidance, sparse with guidance, and sparse with few steps."""
     options = read_group(WholeRunOptions, given)
+    if options.output is not None:
+        check_writable(options.output / "generation.json")
     from blade.benchmarks.generation import GenerationBenchmark, run_generation_benchmark
     from blade.benchmarks.generation_report import tables, write_report
 
@@ -248,6 +253,7 @@ def tune(given: dict[str, Any]) -> None:
         device=device,
     )
     path = options.output or launch_table.override_path()
+    check_writable(path)
     with progress_line() as say:
         trials = tuning.tune(
             case,

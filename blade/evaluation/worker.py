@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import io
 import time
+import traceback
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable
 from contextlib import nullcontext
@@ -20,7 +21,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from blade.common.files import write_files
+from blade.common.errors import first_line
+from blade.common.files import OutputError, check_writable, write_files
+from blade.common.terminal import logger
 from blade.evaluation.plan import EvaluationPlan
 from blade.evaluation.prompts import EvaluationPrompt
 from blade.evaluation.records import Record, append_record, read_records
@@ -72,9 +75,9 @@ class Progress:
         return f"{video}: {', '.join(figures)}"
 
 
-def evaluate_videos(plan: EvaluationPlan, on_video: Callable[[Progress], None] | None = None) -> None:
+def evaluate_videos(plan: EvaluationPlan, on_video: Callable[[Progress], None] | None = None) -> dict[str, Exception]:
     """Make and measure every video of this shard that has no record yet; see `VideoWorker.make_missing`."""
-    VideoWorker(plan).make_missing(plan.evaluation.runs, on_video)
+    return VideoWorker(plan).make_missing(plan.evaluation.runs, on_video)
 
 
 class VideoWorker:
@@ -91,14 +94,20 @@ class VideoWorker:
         self.loaded: tuple[str | None, float | None] | None = None
         self.seconds_loading = 0.0
 
-    def make_missing(self, runs: Iterable[RunSettings], on_video: Callable[[Progress], None] | None = None) -> None:
+    def make_missing(
+        self, runs: Iterable[RunSettings], on_video: Callable[[Progress], None] | None = None
+    ) -> dict[str, Exception]:
         """Make and measure every video of runs, of this shard, that has no record yet.
 
-        A killed process loses only the video that it was making.
+        A killed process loses only the video that it was making. A run that fails loses its remaining videos, and the
+        others go on.
 
         Args:
             runs: Runs of the plan.
             on_video: Called after each video.
+
+        Returns:
+            The errors of the runs that failed, by name.
 
         Raises:
             ValueError: If the folder holds records of the same names with other settings or another model.
@@ -110,18 +119,31 @@ class VideoWorker:
         missing = [(prompt, run) for prompt in prompts for run in runs if (run.name, *prompt.key) not in done]
         # grouped by student, since loading one takes time
         missing.sort(key=lambda pair: (pair[1].student or "", pair[1].noise_kept or 0.0))
+        failed: dict[str, Exception] = {}
         if not missing:
-            return
-        self.evaluation.folder.mkdir(parents=True, exist_ok=True)
+            return failed
         path = self.evaluation.folder / "records-{}-of-{}.jsonl".format(*self.evaluation.shard)
+        check_writable(path)
         total, began = len(prompts) * len(runs), time.monotonic()
         for finished, (prompt, run) in enumerate(missing, start=1):
-            record = self.make(prompt, run)
+            if run.name in failed:
+                continue
+            try:
+                record = self.make(prompt, run)
+            except OutputError:
+                raise  # of which the other runs would die too
+            except Exception as error:  # whatever a run does to the model; the others have nothing to do with it
+                failed[run.name] = error
+                _let_go(error)
+                self.model = self.loaded = None  # which it may have left half done
+                logger.warning(f"run `{run.name}` failed, and its remaining videos are left out: {first_line(error)}")
+                continue
             append_record(path, record)
             if on_video is not None:
                 remaining = len(missing) - finished
                 seconds_left = (time.monotonic() - began) / finished * remaining
                 on_video(Progress(done=total - remaining, total=total, seconds_left=seconds_left, record=record))
+        return failed
 
     @property
     def _first_request(self) -> ResolvedRequest:
@@ -210,6 +232,13 @@ class VideoWorker:
         buffer = io.BytesIO()
         np.savez_compressed(buffer, frames=(255 * video.clamp(0, 1)).round().to(torch.uint8).numpy())
         write_files({path: buffer.getvalue()})
+
+
+def _let_go(error: BaseException | None) -> None:
+    """Free what the functions that an error went through worked on, such as latents; its traceback stays."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__context__
 
 
 def _caption(text: str) -> Caption | None:
