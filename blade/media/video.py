@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -35,6 +35,9 @@ nor the number of B-frames, writes no sound, and gives neither times nor display
 
 DISPLAY_MATRIX = "DISPLAYMATRIX"
 """PyAV's name of a frame's side data on how it is turned and mirrored."""
+
+WIDEST_PIXEL = 8
+"""Largest ratio of a pixel's edges that is believed: a file that says more is broken, or meant to fill the memory."""
 
 
 def encode_mp4(frames: Iterable[torch.Tensor], fps: int) -> bytes:
@@ -198,8 +201,10 @@ def _frame_duration(stream: VideoStream) -> Fraction:
 
 def _shown_pixels(frame: VideoFrame, aspect: Fraction | None) -> torch.Tensor:
     """Return a decoded frame as players show it, (3, H, W) uint8; its pixels are `aspect` times as wide as high."""
-    pixels = frame.to_ndarray(format="rgb24", width=round(frame.width * (aspect or 1)))
-    matrix = next((data for data in frame.side_data if data.type.name == DISPLAY_MATRIX), None)
+    if aspect is None or not 1 / WIDEST_PIXEL <= aspect <= WIDEST_PIXEL:
+        aspect = Fraction(1)
+    pixels = frame.to_ndarray(format="rgb24", width=round(frame.width * aspect))
+    matrix: Any = frame.side_data.get(DISPLAY_MATRIX)  # PyAV's types say a string
     if matrix is not None:
         pixels = _displayed(pixels, np.frombuffer(matrix, dtype=np.int32).reshape(3, 3))
     return torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)

@@ -175,10 +175,12 @@ def test_frames_are_turned_and_mirrored_as_the_file_says(tmp_path: Path, turn: s
     assert corner == f"{'top' if 0 in rows else 'bottom'} {'left' if 0 in columns else 'right'}"
 
 
-def test_pixels_are_made_square(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("aspect", "width"), [(Fraction(4, 3), 64), (Fraction(1, 2), 24), (Fraction(30000), 48)])
+def test_pixels_are_made_square(tmp_path: Path, aspect: Fraction, width: int) -> None:
+    """Unless they are said to be wider than any screen's."""
     path = tmp_path / "video.mp4"
-    numbered_video(path, [0, 100], aspect=Fraction(4, 3))
-    assert next(mp4_frames(path)).shape == (3, 32, 64)
+    numbered_video(path, [0, 100], aspect=aspect)
+    assert next(mp4_frames(path)).shape == (3, 32, width)
 
 
 def test_a_file_of_sound_alone_is_no_video(tmp_path: Path) -> None:
