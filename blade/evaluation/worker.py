@@ -45,6 +45,9 @@ from blade.students.loading import load_student
 KEPT_FIELDS = ("model", "device", "dtype", "vae_tiling", "blade_config", "fps", "machine", "versions")
 """Fields of a generation's record that are copied into an evaluation's record."""
 
+OWN_FIELDS = ("run", "prompt", "seed", "fingerprint", "student_fingerprint", "dense_kernel", "date")
+"""Fields of an evaluation's record beside those that are copied, and the size of its videos."""
+
 COSTS = ("layer_density", "run_density", "seconds", "seconds_denoising")
 """Attributes of a generation that are copied into an evaluation's record."""
 
@@ -84,9 +87,16 @@ class VideoWorker:
     """A model or student, loaded for the first video and kept, and the reference frames in the folder."""
 
     def __init__(self, plan: EvaluationPlan) -> None:
-        """Make a worker; nothing is loaded yet."""
+        """Make a worker; nothing is loaded yet.
+
+        Raises:
+            ValueError: If a measure writes what every record has.
+        """
         self.plan, self.evaluation = plan, plan.evaluation
         self.measures = plan.evaluation.chosen_measures
+        fields = {*OWN_FIELDS, *COSTS, *KEPT_FIELDS, *plan.size}
+        for key in (key for measure in self.measures for key in measure.recorders if key in fields):
+            raise ValueError(f"`measures` must not write `{key}`, which every record has.")
         self.compares = any("reference" in measure.needs for measure in self.measures)
         self.reference_caches = defaultdict[Path, dict[Hashable, Any]](dict)
         self.device = torch.device(self._first_request.device)
@@ -200,8 +210,6 @@ class VideoWorker:
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
         }
         measured = record_video(self.measures, sample)
-        if clashing := record.keys() & measured.keys():
-            raise ValueError(f"`measures` must not write `{clashing.pop()}`, which every record has.")
         path = video_path(self.evaluation.folder, run.name, prompt)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_files({path: encode_mp4(video, generation_record["fps"])})

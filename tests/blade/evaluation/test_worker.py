@@ -73,7 +73,11 @@ def test_prompts_of_a_list_are_made_with_every_seed(evaluation):
 
 def test_models_of_other_worlds_are_not_scored(evaluation):
     records = evaluate(replace(evaluation, of_shapes=False, prompts=evaluation.prompts[:1]))
-    assert not {"basics", "realism_error"} & set(records["asa", *evaluation.prompts[0].key])
+    record = records["asa", *evaluation.prompts[0].key]
+    assert not {"basics", "realism_error"} & set(record)
+    measured = {key for measure in evaluation.chosen_measures for key in measure.recorders}
+    own = {*evaluation_worker.OWN_FIELDS, *evaluation_worker.COSTS, *evaluation_worker.KEPT_FIELDS}
+    assert set(record) - measured == own | {"height", "width", "frames", "fps"}, "a measure could write over a field"
 
 
 def test_head_patterns_are_evaluated(evaluation, patterns_folder):
