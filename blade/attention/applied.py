@@ -280,14 +280,19 @@ class AppliedBlade(ModelHook):  # type: ignore[misc]  # Diffusers has no types
         plan = self._plans.get((grid, device))
         if plan is None:
             plan = self.method.plan(grid, device)
-            if isinstance(plan, AdaptivePlan):
-                self._judge(plan)
+            self.judge(plan)
             self._plans[grid, device] = plan
         self.grid, self.plan = grid, plan
         return plan
 
-    def _judge(self, plan: AdaptivePlan) -> None:
-        """Say where a budget doesn't come to what was asked for."""
+    def judge(self, plan: Plan) -> None:
+        """Say where a budget doesn't come to what was asked for.
+
+        Raises:
+            ValueError: with `strict`, if no block can be left out.
+        """
+        if not isinstance(plan, AdaptivePlan):
+            return
         grid, budget = plan.grid, plan.budget
         where = f"{grid.frames} x {grid.height} x {grid.width} tokens in {budget.blocks} blocks"
         if budget.is_full and self.config.sparsity > 0:

@@ -150,8 +150,9 @@ class BladeConfig:
     those of the blocks that a row dropped (so that nothing counts twice)."""
 
     dense_steps: int | float = 0
-    """Denoising steps from the start that stay dense: a count, or a fraction below 1 of the scheduler's steps, rounded
-    up."""
+    """Denoising steps that stay dense: a count from the start of the scheduler's schedule, or a fraction of it, below
+    1, rounded up. A run that begins later has fewer of them, or none: of 8 steps, video to video at strength 0.5 takes
+    those from the fifth on, so that none is dense with `dense_steps=2`."""
 
     dense_layers: tuple[int, ...] = ()
     """Layers that stay dense. Also accepts a string such as "0-1,39"."""
@@ -229,7 +230,7 @@ class BladeConfig:
         return repr_changes(self)
 
     def dense_step_count(self, total_steps: int) -> int:
-        """Return how many steps stay dense in a run of `total_steps` steps."""
+        """Return how many steps from the start stay dense in a schedule of `total_steps` steps."""
         if isinstance(self.dense_steps, int):
             return min(self.dense_steps, total_steps)
         # rounding first keeps 0.2 * 30 = 6.000000000000001 from becoming 7

@@ -1,8 +1,13 @@
-"""The denoising step of a forward pass, found without waiting for the device where that is possible."""
+"""The denoising step of a forward pass, found without waiting for the device where that is possible.
+
+A step is numbered by its place in the scheduler's whole schedule, and so by its noise, also in a run that begins
+later: video to video with a strength below 1 leaves the first steps out, and begins with step 4 of 8, say.
+"""
 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,6 +24,9 @@ SHARED_TRANSFORMER = (
 
 ASSUMED_STEPS = 50
 """Length of a run whose length is nowhere to be read (Diffusers' default for Wan)."""
+
+ROUNDING = 2**-8
+"""Relative error of a timestep that a pipeline has cast to bfloat16."""
 
 
 class ContextRecorder(StateManager):  # type: ignore[misc]  # Diffusers has no types
@@ -56,7 +64,8 @@ class StepResolver:
     """Resolves the step of each forward pass: from the cache context, else the scheduler, else the timestep.
 
     Only the last way looks at a value on the device, once a forward pass: while the timestep stays (classifier-free
-    guidance runs the transformer twice) so does the step; a lower one is the next step, a higher one a new run.
+    guidance runs the transformer twice) so does the step; a lower one is the next step, a higher one a new run. A run
+    that leaves steps out, without telling the scheduler, is looked at before its first step.
     """
 
     def __init__(self, pipe: Any = None) -> None:
@@ -68,52 +77,69 @@ class StepResolver:
         self.context = ContextRecorder()
         self.fixed: tuple[int, int | None] | None = None
         """Answer of `resolve` whatever else there is, set by a caller that runs the transformer by itself."""
-        self._pipe = weakref.ref(pipe) if pipe is not None else None
+        self._pipe: Callable[[], Any] = weakref.ref(pipe) if pipe is not None else lambda: None
         self._step = 0
         self._timestep: float | None = None
 
     def resolve(self, timestep: torch.Tensor) -> tuple[int, int | None]:
-        """Return the step of this forward pass, from 0, and the number of steps of the run, None if unknown.
+        """Return the step of this forward pass, from 0, and the number of steps of the schedule, None if unknown.
 
         Args:
             timestep: the transformer's timesteps, of any shape; only the largest counts.
         """
         if self.fixed is not None:
             return self.fixed
-        scheduler_step, scheduler_total = self._from_scheduler()
+        scheduler_step, scheduler_total = self._from_scheduler(timestep)
         step = getattr(self.context.latest, "step_index", None)
         if step is not None:
             total = getattr(self.context.latest, "num_inference_steps", None)
             return step, total if total is not None else scheduler_total
         if scheduler_step is not None:
             return scheduler_step, scheduler_total
-        return self._from_timestep(timestep), scheduler_total
+        return self._from_timestep(timestep, scheduler_total is not None), scheduler_total
 
     def reset(self) -> None:
         """Start over: the next forward pass is the first of a run."""
         self.context.reset()
         self._timestep = None
 
-    def _from_scheduler(self) -> tuple[int | None, int | None]:
-        pipe = self._pipe() if self._pipe is not None else None
-        scheduler: Any = getattr(pipe, "scheduler", None)
-        if getattr(scheduler, "num_inference_steps", None) is None:
-            return None, None  # not in use: the transformer is called by itself
+    def _from_scheduler(self, timestep: torch.Tensor) -> tuple[int | None, int | None]:
+        scheduler = self._scheduler()
+        if scheduler is None:
+            return None, None
         total = len(scheduler.timesteps)
         if not hasattr(scheduler, "step_index"):
             return None, total  # CogVideoX's schedulers do not count
         step = scheduler.step_index
-        if step is None:
-            # Known from the first `scheduler.step` on; before it, the run stands at its beginning.
-            step = getattr(scheduler, "begin_index", None) or 0
+        if step is None:  # known from the first `scheduler.step` on
+            step = self._first_step(timestep)
         # A finished run leaves the scheduler past its end: then something else calls the transformer.
         return (step, total) if step < total else (None, None)
 
-    def _from_timestep(self, timestep: torch.Tensor) -> int:
+    def _from_timestep(self, timestep: torch.Tensor, is_scheduled: bool) -> int:
         value = float(timestep.max())
         if self._timestep is None or value > self._timestep:
-            self._step = 0
+            self._step = self._first_step(timestep) if is_scheduled else 0
         elif value < self._timestep:
             self._step += 1
         self._timestep = value
         return self._step
+
+    def _scheduler(self) -> Any:
+        """The scheduler that drives the transformer; None if there is none, or it is not in use."""
+        scheduler: Any = getattr(self._pipe(), "scheduler", None)
+        return scheduler if getattr(scheduler, "num_inference_steps", None) is not None else None
+
+    def _first_step(self, timestep: torch.Tensor) -> int:
+        """The place in the schedule of a run's first step."""
+        scheduler = self._scheduler()
+        if (begin := getattr(scheduler, "begin_index", None)) is not None:
+            return int(begin)
+        times = scheduler.timesteps
+        if getattr(self._pipe(), "num_timesteps", None) == len(times):
+            return 0  # the pipeline's loop takes all
+        value = float(timestep.max())
+        differences = (times.float() - value).abs()
+        place = int(differences.argmin())
+        # some pipelines tell the transformer another number than the scheduler's
+        return place if float(differences[place]) <= ROUNDING * value else 0

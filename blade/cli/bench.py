@@ -16,6 +16,7 @@ from blade.cli.command import run_command
 from blade.cli.options import make_command
 from blade.cli.progress import progress_line
 from blade.cli.tables import print_tables
+from blade.common.files import check_writable
 from blade.common.options import OptionGroup, option, option_names, read_group
 from blade.common.tables import Table
 from blade.common.terminal import print_line
@@ -268,8 +269,6 @@ def tune(given: dict[str, Any]) -> None:
 
 def _check_writable(folder: Path | None, names: Sequence[str]) -> None:
     """Check, before hours of measurements, that their files can be written, if any are to be."""
-    from blade.common.files import check_writable
-
     if folder is not None:
         check_writable(*(folder / name for name in names))
 

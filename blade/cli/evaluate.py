@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
@@ -146,6 +146,7 @@ def evaluate(given: dict[str, Any]) -> None:
     searched = read_group(SearchOptions, given)
     results = read_group(ResultOptions, given)
     # imported here, so that --help and usage errors don't wait for PyTorch
+    from blade.common.errors import first_line
     from blade.evaluation.plan import Evaluation, plan_evaluation
     from blade.evaluation.worker import evaluate_videos
 
@@ -167,8 +168,10 @@ def evaluate(given: dict[str, Any]) -> None:
         return
     plan = plan_evaluation(evaluation)
     with progress_line() as say:
-        evaluate_videos(plan, on_video=lambda progress: say.log(str(progress)))
-    _report(plan)
+        failed = evaluate_videos(plan, on_video=lambda progress: say.log(str(progress)))
+    _report(plan, failed={name: first_line(error) for name, error in failed.items()})
+    for error in failed.values():
+        raise error
 
 
 def _search(evaluation: Evaluation, psnr: float) -> None:
@@ -184,22 +187,31 @@ def _search(evaluation: Evaluation, psnr: float) -> None:
     print_line(found)
 
 
-def _report(plan: EvaluationPlan, **added: Any) -> None:
-    """Print and write the report of a plan whose videos are made, with more values in its JSON."""
+def _report(plan: EvaluationPlan, *, failed: Mapping[str, str] | None = None, **added: Any) -> None:
+    """Print and write the report of a plan whose videos are made, or those of the runs that did not fail.
+
+    Args:
+        plan: The plan.
+        failed: Why runs failed, by name.
+        added: More values of the report's JSON.
+    """
     from blade.common.locks import file_locked
     from blade.evaluation.pages import write_report
     from blade.evaluation.protocol_rows import protocol_lines
     from blade.evaluation.report import has_protocol_rows, make_report, tables
     from blade.evaluation.videos import lay_out_videos
 
+    failed = failed or {}
     # shards that end together both report, one after the other, so that the last has seen all records
     with file_locked(plan.evaluation.folder / "report.html", wait=True):
-        report = make_report(plan, command=shlex.join(["blade-evaluate", *sys.argv[1:]])) | added
-        if report["missing"]:
+        report = make_report(plan, command=shlex.join(["blade-evaluate", *sys.argv[1:]])) | {"failed": failed, **added}
+        if report["missing"] and not failed:
             print_line(
                 f"{report['missing']} videos of other shards are still missing; the one that ends last reports."
             )
             return
+        if not any(run["groups"] for run in report["runs"]):
+            return  # every run failed
         print_tables(tables(report, brief=True))
         laid_out = lay_out_videos(plan)
         for path in write_report(report, plan.evaluation.folder, laid_out):

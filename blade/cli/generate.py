@@ -12,7 +12,7 @@ import typer
 from blade.cli.command import run_command
 from blade.cli.options import make_command
 from blade.common.options import OptionGroup, option, option_names, read_group
-from blade.common.terminal import print_line
+from blade.common.terminal import logger, print_line
 from blade.generation.options import GROUPS, added_groups
 
 FIRST = ("prompt", "model", "student", "sparsity", "output")
@@ -59,7 +59,7 @@ def generate(given: dict[str, Any]) -> None:
     from blade.generation.outputs import generate_files, generate_list
     from blade.generation.prompts import read_prompts
     from blade.generation.record import read_request
-    from blade.generation.request import NO_STUDENT, GenerationRequest, default_student
+    from blade.generation.request import NO_STUDENT, GenerationRequest, default_student, lost_student
     from blade.models.source import BUNDLED
 
     listed = [] if own.prompts is None else read_prompts(own.prompts)
@@ -73,6 +73,8 @@ def generate(given: dict[str, Any]) -> None:
     if given.get("student") == NO_STUDENT:
         given["student"] = None
     elif "student" not in given and own.from_json is None:
+        if notice := lost_student(given):
+            logger.warning(notice)
         given["student"] = default_student(given)
     request = GenerationRequest(**given) if own.from_json is None else read_request(own.from_json, given)
     if own.dry_run:

@@ -14,7 +14,7 @@ from blade.evaluation.runs import RunSettings
 from blade.families.data import ComparisonProtocol
 from blade.families.registry import available_kind
 from blade.generation.fingerprint import model_fingerprint
-from blade.generation.request import GenerationRequest, ResolvedRequest
+from blade.generation.request import GenerationRequest, ResolvedRequest, refused_prompts
 from blade.generation.resolve import resolve_request
 from blade.metrics.measures import Measure
 from blade.metrics.registry import choose_measures
@@ -24,6 +24,7 @@ from blade.models.loading import load_empty_model
 from blade.models.source import BUNDLED
 from blade.moving_shapes.bundled import BUNDLED_DEFAULTS
 from blade.students.description import preset_kind
+from blade.students.loading import read_student
 from blade.students.source import student_settings
 
 
@@ -139,30 +140,30 @@ class EvaluationPlan:
 
 
 def plan_evaluation(evaluation: Evaluation) -> EvaluationPlan:
-    """Resolve the unset values of an evaluation from the model's configuration files, and check its runs.
+    """Resolve the unset values of an evaluation from the model's configuration files, and check all of its runs.
 
     Args:
         evaluation: The options.
 
     Raises:
-        ValueError: If a run is impossible, such as one with a pattern table that was made for other settings, or the
-            model is of another family than the protocol's.
+        ValueError: If runs are impossible, such as one with a pattern table that was made for other settings, or with
+            steps that its student is not trained for; names them all. Or if the bundled model cannot draw a prompt, or
+            the model is of another family than the protocol's.
         ModelError: If the model does not exist.
     """
     device = resolve_device(evaluation.device)
     model = load_empty_model(evaluation.model, dtype=resolve_dtype(evaluation.dtype, device))
     _check_protocol(evaluation, model)
-    requests = {}
+    requests: dict[str, ResolvedRequest] = {}
+    problems: dict[str, list[str]] = {}
     for run in evaluation.runs:
         try:
-            request = resolve_request(_request(evaluation, run, model), model)
-            _check(request, model)
+            requests[run.name] = replace(_resolve(evaluation, run, model), device=str(device))
         except ValueError as error:
-            raise ValueError(f"run `{run.name}`: {error}") from error
-        if run.student is not None:
-            noise_kept = student_settings(run.student).noise_kept if run.noise_kept is None else run.noise_kept
-            request = replace(request, student=run.student, flow_shift=None, noise_kept=noise_kept)
-        requests[run.name] = replace(request, device=str(device))
+            problems.setdefault(str(error), []).append(run.name)
+    lines = [f"run `{names[0]}`{_others(names)}: {problem}" for problem, names in problems.items()]
+    if lines := [*lines, *_prompt_problems(evaluation)]:
+        raise ValueError("\n".join(lines))
     runs = [
         replace(
             run,
@@ -178,6 +179,32 @@ def plan_evaluation(evaluation: Evaluation) -> EvaluationPlan:
         fingerprint=next(iter(requests.values())).revision or model_fingerprint(evaluation.model),
         student_fingerprints={run.name: model_fingerprint(run.student) for run in runs if run.student is not None},
     )
+
+
+def _resolve(evaluation: Evaluation, run: RunSettings, model: LoadedModel) -> ResolvedRequest:
+    """Return the request of a run, checked as far as that takes no weights."""
+    request, student = _request(evaluation, run, model), None
+    if run.student is not None:
+        student = read_student(model.pipe, run.student, noise_kept=run.noise_kept)
+    resolved = resolve_request(request, model, student=student)
+    _check(resolved, model)
+    if run.student is None:
+        return resolved
+    noise_kept = student_settings(run.student).noise_kept if run.noise_kept is None else run.noise_kept
+    return replace(resolved, student=run.student, noise_kept=noise_kept)
+
+
+def _others(names: list[str]) -> str:
+    """Say of how many other runs a problem is."""
+    return f" (and {len(names) - 1} others)" if len(names) > 1 else ""
+
+
+def _prompt_problems(evaluation: Evaluation) -> list[str]:
+    """Return why the model cannot draw prompts, of the first one that it cannot."""
+    texts = {prompt.text: None for prompt in evaluation.prompts}
+    refused = refused_prompts(GenerationRequest(prompt=next(iter(texts)), model=evaluation.model), texts)
+    more = f" ({len(refused)} such prompts)" if len(refused) > 1 else ""
+    return [f"{problem}{more}" for problem in refused.values()][:1]
 
 
 def _request(evaluation: Evaluation, run: RunSettings, model: LoadedModel) -> GenerationRequest:
@@ -228,6 +255,10 @@ def _check(request: ResolvedRequest, model: LoadedModel) -> None:
     """Raise a `ValueError` if BLADE would refuse the request at run time."""
     if request.blade_config is None:
         return
-    applied = AppliedBlade(model.transformer, model.family, request.blade_config)
-    applied.method.rows(request.steps)
-    applied.method.plan(model.token_grid(model.latent_size(*request.size)), torch.device("cpu"))
+    grid = model.token_grid(model.latent_size(*request.size))
+    for transformer in model.transformers.values():
+        applied = AppliedBlade(transformer, model.family, request.blade_config)
+        applied.method.rows(request.steps)
+        plan = applied.method.plan(grid, torch.device("cpu"))
+        if request.blade_config.strict:
+            applied.judge(plan)

@@ -134,6 +134,7 @@ def facts(report: dict[str, Any]) -> list[str]:
     ]
     if report["missing"]:
         lines.append(f"{report['missing']} videos are still missing.")
+    lines += [f"Run {name} failed: {reason}" for name, reason in report.get("failed", {}).items()]
     if found := report.get("sparsity_search"):
         best = found["best"]
         lines.append(

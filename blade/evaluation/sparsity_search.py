@@ -203,7 +203,8 @@ def _found(
     reached, missed, number = -1, len(GRID), _start(plan, run)
     while missed - reached > 1:
         name = _at(run, GRID[number]).name
-        worker.make_missing((dense, runs[name]), on_video)
+        for error in worker.make_missing((dense, runs[name]), on_video).values():
+            raise error
         candidates.append(_measured(plan, name, GRID[number], psnr))
         if on_candidate is not None:
             on_candidate(candidates[-1])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import io
 import time
+import traceback
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable
 from contextlib import nullcontext
@@ -20,8 +21,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from blade.common.files import append_json_line, check_writable, write_files
+from blade.common.errors import first_line
+from blade.common.files import OutputError, append_json_line, check_writable, write_files
 from blade.common.locks import folder_locked
+from blade.common.terminal import logger
 from blade.evaluation.output_files import check_output_files, records_path, reference_path
 from blade.evaluation.plan import EvaluationPlan
 from blade.evaluation.prompts import EvaluationPrompt
@@ -43,6 +46,9 @@ from blade.students.loading import load_student
 
 KEPT_FIELDS = ("model", "device", "dtype", "vae_tiling", "blade_config", "fps", "machine", "versions")
 """Fields of a generation's record that are copied into an evaluation's record."""
+
+OWN_FIELDS = ("run", "prompt", "seed", "fingerprint", "student_fingerprint", "dense_kernel", "date")
+"""Fields of an evaluation's record beside those that are copied, and the size of its videos."""
 
 COSTS = ("layer_density", "run_density", "seconds", "seconds_denoising")
 """Attributes of a generation that are copied into an evaluation's record."""
@@ -74,23 +80,30 @@ class Progress:
         return f"{video}: {', '.join(figures)}"
 
 
-def evaluate_videos(plan: EvaluationPlan, on_video: Callable[[Progress], None] | None = None) -> None:
+def evaluate_videos(plan: EvaluationPlan, on_video: Callable[[Progress], None] | None = None) -> dict[str, Exception]:
     """Make and measure every video of this shard that has no record yet; see `VideoWorker.make_missing`.
 
     Raises:
         InUseError: If another process makes videos of this shard, or of others by another number of shards.
     """
     with folder_locked(plan.evaluation.folder, share=plan.evaluation.shard):
-        VideoWorker(plan).make_missing(plan.evaluation.runs, on_video)
+        return VideoWorker(plan).make_missing(plan.evaluation.runs, on_video)
 
 
 class VideoWorker:
     """A model or student, loaded for the first video and kept, and the reference frames in the folder."""
 
     def __init__(self, plan: EvaluationPlan) -> None:
-        """Make a worker; nothing is loaded yet."""
+        """Make a worker; nothing is loaded yet.
+
+        Raises:
+            ValueError: If a measure writes what every record has.
+        """
         self.plan, self.evaluation = plan, plan.evaluation
         self.measures = plan.evaluation.chosen_measures
+        fields = {*OWN_FIELDS, *COSTS, *KEPT_FIELDS, *plan.size}
+        for key in (key for measure in self.measures for key in measure.recorders if key in fields):
+            raise ValueError(f"`measures` must not write `{key}`, which every record has.")
         self.compares = any("reference" in measure.needs for measure in self.measures)
         self.reference_caches = defaultdict[Path, dict[Hashable, Any]](dict)
         self.device = torch.device(self._first_request.device)
@@ -98,14 +111,20 @@ class VideoWorker:
         self.loaded: tuple[str | None, float | None] | None = None
         self.seconds_loading = 0.0
 
-    def make_missing(self, runs: Iterable[RunSettings], on_video: Callable[[Progress], None] | None = None) -> None:
+    def make_missing(
+        self, runs: Iterable[RunSettings], on_video: Callable[[Progress], None] | None = None
+    ) -> dict[str, Exception]:
         """Make and measure every video of runs, of this shard, that has no record yet.
 
-        A killed process loses only the video that it was making.
+        A killed process loses only the video that it was making. A run that fails loses its remaining videos, and the
+        others go on.
 
         Args:
             runs: Runs of the plan.
             on_video: Called after each video.
+
+        Returns:
+            The errors of the runs that failed, by name.
 
         Raises:
             ValueError: If the folder holds records of the same names with other settings or another model.
@@ -119,17 +138,30 @@ class VideoWorker:
         missing = [(prompt, run) for prompt in prompts for run in runs if (run.name, *prompt.key) not in done]
         # grouped by student, since loading one takes time
         missing.sort(key=lambda pair: (pair[1].student or "", pair[1].noise_kept or 0.0))
+        failed: dict[str, Exception] = {}
         if not missing:
-            return
+            return failed
         check_output_files(self.plan, missing, compares=self.compares)
         total, began = len(prompts) * len(runs), time.monotonic()
         for finished, (prompt, run) in enumerate(missing, start=1):
-            record = self.make(prompt, run)
+            if run.name in failed:
+                continue
+            try:
+                record = self.make(prompt, run)
+            except OutputError:
+                raise  # of which the other runs would die too
+            except Exception as error:  # whatever a run does to the model; the others have nothing to do with it
+                failed[run.name] = error
+                _let_go(error)
+                self.model = self.loaded = None  # which it may have left half done
+                logger.warning(f"run `{run.name}` failed, and its remaining videos are left out: {first_line(error)}")
+                continue
             append_json_line(path, record)
             if on_video is not None:
                 remaining = len(missing) - finished
                 seconds_left = (time.monotonic() - began) / finished * remaining
                 on_video(Progress(done=total - remaining, total=total, seconds_left=seconds_left, record=record))
+        return failed
 
     @property
     def _first_request(self) -> ResolvedRequest:
@@ -187,8 +219,6 @@ class VideoWorker:
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
         }
         measured = record_video(self.measures, sample)
-        if clashing := record.keys() & measured.keys():
-            raise ValueError(f"`measures` must not write `{clashing.pop()}`, which every record has.")
         path = video_path(self.evaluation.folder, run.name, prompt)
         write_files({path: encode_mp4(video, generation_record["fps"])})
         return record | measured
@@ -217,6 +247,13 @@ class VideoWorker:
         buffer = io.BytesIO()
         np.savez_compressed(buffer, frames=(255 * video.clamp(0, 1)).round().to(torch.uint8).numpy())
         write_files({path: buffer.getvalue()})
+
+
+def _let_go(error: BaseException | None) -> None:
+    """Free what the functions that an error went through worked on, such as latents; its traceback stays."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__context__
 
 
 def _caption(text: str) -> Caption | None:

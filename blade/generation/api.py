@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from blade.common.terminal import logger
 from blade.generation.prepare import prepare_model
-from blade.generation.request import GenerationRequest, default_student
+from blade.generation.request import GenerationRequest, default_student, lost_student
 from blade.generation.run import Generation, run_request
 
 
@@ -30,6 +31,8 @@ def generate(prompt: str, **options: Any) -> Generation:
         NonFiniteError: if the latents turn infinite or not-a-number.
         MemoryError: if the device has too little memory.
     """
+    if notice := lost_student(options):
+        logger.warning(notice)
     if "student" not in options:
         options["student"] = default_student(options)
     model, request = prepare_model(GenerationRequest(prompt=prompt, **options))

@@ -93,7 +93,7 @@ class VideoOptions(OptionGroup):
     last_image: str | None = option(of_model=True)
     """The last frame, beside the first."""
     video: str | None = option(of_model=True)
-    """A video to change."""
+    """A video to change; its frames are taken by their times at --fps."""
     strength: float | None = option(of_model=True)
     """Share of the video that is changed, above 0 and at most 1; by default the pipeline's own."""
 
@@ -165,7 +165,8 @@ class SparseOptions(OptionGroup):
     """Kind of the model's preset: training-free (the default), few-step (for students trained dense, the default if a
     student brings no sparse attention) or student (for weights trained with it)."""
     dense_steps: int | float | None = option(settled_by_student=True)
-    """Steps from the start that stay dense: a count, or a fraction below 1."""
+    """Steps from the start of the schedule that stay dense: a count, or a fraction below 1. A --strength below 1 skips
+    steps from the start, dense ones first."""
     dense_layers: str | tuple[int, ...] | None = option(settled_by_student=True)
     """Layers that stay dense, such as "0-1,39"."""
 

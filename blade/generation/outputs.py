@@ -29,7 +29,7 @@ from blade.generation.plan import resolve_without_weights
 from blade.generation.prepare import prepare_model
 from blade.generation.prompts import without_repetitions
 from blade.generation.record import make_record
-from blade.generation.request import NO_STUDENT, GenerationRequest, ResolvedRequest
+from blade.generation.request import NO_STUDENT, GenerationRequest, ResolvedRequest, refused_prompts
 from blade.generation.resolve import describe_student
 from blade.generation.run import Generation, run_request
 from blade.media.pictures import side_by_side
@@ -46,8 +46,8 @@ from blade.students.source import BUNDLED_STUDENTS
 class GenerationReport:
     """A video that was made, its files and its cost; `print` it."""
 
-    generation: Generation
-    """The video itself."""
+    generation: Generation | None
+    """The video itself; None in a list's report, as the videos of all its prompts would fill the memory."""
     video_path: Path
     """The MP4."""
     record_path: Path
@@ -58,6 +58,10 @@ class GenerationReport:
     """The content of the JSON."""
     published_students: tuple[str, ...] = ()
     """Students of this model that could have been taken, where none was."""
+
+    def without_video(self) -> GenerationReport:
+        """Return the report without the video itself, whose memory is then free."""
+        return replace(self, generation=None)
 
     def __str__(self) -> str:
         record = self.record
@@ -152,6 +156,8 @@ def generate_list(
 
     Several processes share the work on one folder: each video is made by one of them.
 
+    A prompt that the model cannot draw, as far as that is known beforehand, is a failed one.
+
     Args:
         request: everything but the prompts; its own prompt is not used.
         prompts: the prompts; repeated ones are made once.
@@ -167,6 +173,10 @@ def generate_list(
         ValueError: for a request that cannot be met with any prompt.
         OutputError: if the folder cannot be written.
     """
+    failed = refused_prompts(request, prompts)
+    prompts = [prompt for prompt in prompts if prompt not in failed]
+    if not prompts:
+        return ListReport(made=(), skipped=(), failed=failed)
     inputs = {**(inputs or {}), **input_paths(request)}
     paths = {
         prompt: Path(folder) / default_output(replace(request, prompt=prompt)).name
@@ -178,7 +188,7 @@ def generate_list(
         owns = [(path, replace(resolved, prompt=prompt)) for prompt, path in paths.items()]
         there = [next(possible_paths(path, own, inputs)) for path, own in owns]
         if all(is_made(path, own, compare) for path, (_, own) in zip(there, owns, strict=True)):
-            return ListReport(made=(), skipped=tuple(there), failed={})
+            return ListReport(made=(), skipped=tuple(there), failed=failed)
     start = time.perf_counter()
     model, resolved = prepare_model(replace(request, prompt=next(iter(paths))))
     _check_comparable(resolved, compare)
@@ -191,7 +201,7 @@ def generate_list(
             elsewhere.append(prompt)
     for prompt in elsewhere:
         work.make(prompt, paths[prompt], prompt, wait=True)
-    return ListReport(made=tuple(work.made), skipped=tuple(work.skipped), failed=work.failed)
+    return ListReport(made=tuple(work.made), skipped=tuple(work.skipped), failed=failed | work.failed)
 
 
 class _ListWork:
@@ -221,9 +231,8 @@ class _ListWork:
                     self.skipped.append(path)
                     return
                 logger.info(announced)
-                self.made.append(
-                    _make_files(self.model, own, path, compare=self.compare, seconds_loading=self.seconds_loading)
-                )
+                report = _make_files(self.model, own, path, compare=self.compare, seconds_loading=self.seconds_loading)
+                self.made.append(report.without_video())
             except InUseError:
                 raise
             except Exception as error:  # whatever a prompt does to the model; the others have nothing to do with it

@@ -17,7 +17,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from blade.common.machine import GIB
 from blade.common.terminal import printable
-from blade.generation.request import GenerationRequest, ResolvedRequest
+from blade.generation.request import GenerationRequest, ResolvedRequest, check_known
 from blade.generation.resolve import describe_student, resolve_request
 from blade.models.conditions import model_for
 from blade.models.costs import RunCost, forward_cost, run_cost
@@ -60,9 +60,10 @@ class RunPlan:
         request, cost, grid = self.request, self.cost, self.cost.forward.grid
         kind = request.blade_config.kind if request.blade_config else None
         text = f" and {grid.text_tokens:,} of text" if grid.text_tokens else ""
+        skipped = f" (the first {request.skipped_steps} skipped)" if request.skipped_steps else ""
         lines = [
-            f"video       {request.frames} frames of {request.width}x{request.height}, {request.steps} steps, "
-            f"guidance {request.guidance_scale:g}",
+            f"video       {request.frames} frames of {request.width}x{request.height}, {request.steps} steps"
+            f"{skipped}, guidance {request.guidance_scale:g}",
             *([] if request.student is None else [f"student     {describe_student(request.student, kind)}"]),
             f"tokens      {grid.frames} x {grid.height} x {grid.width} = {grid.video_tokens:,}{text}, "
             f"in {cost.forward.layers} layers of {cost.forward.heads} heads",
@@ -117,13 +118,20 @@ def plan_run(request: GenerationRequest) -> RunPlan:
         ValueError: for a request that cannot be met, or a model whose operations cannot be counted.
         ModelError: if there is no such model.
     """
+    check_known(request)
     model, resolved = resolve_without_weights(request)
     pipe, device = model.pipe, torch.device(resolved.device)
     latent = model.latent_size(*resolved.size)
     transformer, family = model.transformer, model.family
     guidance = resolved.guidance_scale > 1 and family.guidance_takes_two_passes
     forward = forward_cost(transformer, latent)
-    cost = run_cost(forward, resolved.steps, guidance=guidance, config=resolved.blade_config)
+    cost = run_cost(
+        forward,
+        resolved.steps,
+        skipped_steps=resolved.skipped_steps,
+        guidance=guidance,
+        config=resolved.blade_config,
+    )
     models = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
     inputs = model.example_inputs(latent)
     vae, sample = pipe.vae, model.empty_latent(latent)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from blade.generation.plan import plan_run
-from blade.generation.request import GenerationRequest, ResolvedRequest, read_config
+from blade.generation.request import GenerationRequest, ResolvedRequest, check_known, read_config
 from blade.generation.resolve import resolve_request
 from blade.models.acceleration import choose_offload, load_loras, merge_loras, place
 from blade.models.conditions import model_for
@@ -28,6 +28,7 @@ def prepare_model(request: GenerationRequest) -> tuple[LoadedModel, ResolvedRequ
         ValueError: for a request that cannot be met.
         ModelError: if there is no such model, or it cannot be used.
     """
+    check_known(request)
     device = resolve_device(request.device)
     dtype = resolve_dtype(request.dtype, device)
     offload = request.offload

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,14 @@ from blade.generation.options import (
 )
 from blade.models.choices import DtypeName
 from blade.models.source import BUNDLED, look_up
+from blade.moving_shapes.bundled import BUNDLED_DEFAULTS, check_prompt
 from blade.students.loading import parse_times
 from blade.students.source import BUNDLED_STUDENTS, DEFAULT_STUDENT_STEPS
 
 SPARSE_OPTIONS = ("sparsity", "dense_steps", "dense_layers")
 """Fields of a request that change a field of the same name in the BLADE configuration."""
+
+_SETTLED = ("blade_config", *option_names(*GROUPS, settled_by_student=True))
 
 NO_STUDENT = "none"
 """Value of `--student` that disables the default student."""
@@ -136,6 +140,17 @@ class ResolvedRequest(GenerationRequest):
         for name in ("height", "width", "frames", "fps", "steps", "guidance_scale", "device", "dtype"):
             if getattr(self, name) is None:
                 raise ValueError(f"`{name}` must be given in a resolved request, got None.")
+        if self.skipped_steps == self.steps:
+            least = math.ceil(1000 / self.steps) / 1000
+            raise ValueError(
+                f"`strength` must be at least {least:g} with {self.steps} steps, so that one is taken, got "
+                f"{self.strength:g}."
+            )
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps from the start of the schedule that are not taken, since the video to change stands for them."""
+        return 0 if self.strength is None else self.steps - int(self.steps * self.strength)  # as Diffusers rounds
 
     @property
     def size(self) -> tuple[int, int, int]:
@@ -155,10 +170,54 @@ def default_student(given: Mapping[str, Any]) -> str | None:
         given: the fields of a request that were given. Some call for the model itself: those that a student has
             settled, and numbers of steps that no student has.
     """
-    settled = ("blade_config", *option_names(*GROUPS, settled_by_student=True))
-    if given.get("model", BUNDLED) != BUNDLED or any(name in given for name in settled):
+    if given.get("model", BUNDLED) != BUNDLED or any(name in given for name in _SETTLED):
         return None
     return BUNDLED_STUDENTS.get(given.get("steps", DEFAULT_STUDENT_STEPS))
+
+
+def lost_student(given: Mapping[str, Any]) -> str | None:
+    """Return what to tell where options call for the bundled model itself instead of its student; None if none do.
+
+    Args:
+        given: the fields of a request that were given.
+    """
+    if given.get("model", BUNDLED) != BUNDLED or "student" in given or default_student(given) is not None:
+        return None
+    steps = given.get("steps")
+    reasons = [f"`{name}`" for name in _SETTLED if name in given]
+    few = steps if steps in BUNDLED_STUDENTS else DEFAULT_STUDENT_STEPS
+    named = f", or name it: --student {BUNDLED_STUDENTS[few]}"
+    if steps not in (None, few):
+        reasons.append(f"`steps` {steps}")
+        named = ""
+    guidance = given.get("guidance_scale", BUNDLED_DEFAULTS["guidance_scale"])
+    passes = (steps or BUNDLED_DEFAULTS["steps"]) * (2 if guidance > 1 else 1)
+    return (
+        f"{' and '.join(reasons)} rule{'s' if len(reasons) == 1 else ''} out the bundled model's student: without it "
+        f"this takes {passes} forward passes, with it {few}. To keep it, leave "
+        f"{'that' if len(reasons) == 1 else 'those'} out{named}."
+    )
+
+
+def check_known(request: GenerationRequest) -> None:
+    """Check that the model can draw what the prompt says, as far as that is known before it is loaded.
+
+    Raises:
+        ValueError: naming the words that the model does not know.
+    """
+    if request.model == BUNDLED:
+        check_prompt(request.prompt)
+
+
+def refused_prompts(request: GenerationRequest, prompts: Iterable[str]) -> dict[str, str]:
+    """Return why the model cannot draw prompts, by those that it cannot; see `check_known`."""
+    refused = {}
+    for prompt in prompts:
+        try:
+            check_known(replace(request, prompt=prompt))
+        except ValueError as error:
+            refused[prompt] = str(error)
+    return refused
 
 
 def read_config(source: str) -> BladeConfig:

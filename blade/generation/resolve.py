@@ -11,7 +11,7 @@ from blade.common.terminal import logger
 from blade.families.registry import available_kind
 from blade.generation.inputs import input_state
 from blade.generation.request import SPARSE_OPTIONS, GenerationRequest, ResolvedRequest
-from blade.models.conditions import read_frames, read_image, size_like
+from blade.models.conditions import measure_video, read_image, size_like
 from blade.models.loaded import LoadedModel
 from blade.models.source import BUNDLED, hub_commit
 from blade.moving_shapes.bundled import BUNDLED_DEFAULTS
@@ -59,6 +59,8 @@ def resolve_request(
     if student is not None:
         student.check_steps(settings["steps"])
     model.check_size(settings["height"], settings["width"], settings["frames"])
+    if request.video is not None:
+        _tell_frames(request.video, settings["frames"], settings["fps"])
     values = {item.name: getattr(request, item.name) for item in fields(GenerationRequest)}
     values |= settings
     values |= {name: None if config is None else getattr(config, name) for name in SPARSE_OPTIONS}
@@ -73,6 +75,7 @@ def resolve_request(
         "image": _absolute(request.image),
         "last_image": _absolute(request.last_image),
         "video": _absolute(request.video),
+        "strength": _strength(request, model),
         "loras": tuple(_absolute_lora(lora) for lora in request.loras),
         "device": str(model.device),
         "dtype": str(model.transformer.dtype).removeprefix("torch."),
@@ -107,7 +110,7 @@ def _attention(request: GenerationRequest, model: LoadedModel, student: Student 
 def _defaults(model: LoadedModel, request: GenerationRequest) -> dict[str, Any]:
     """Return the defaults of a request: of a real model its family's values, then those of its pipeline's call.
 
-    A video made from an image takes its shape, one made from a video its length.
+    A video made from an image takes its shape, one made from a video its length in seconds.
     """
     if request.model == BUNDLED:
         defaults: dict[str, Any] = {**BUNDLED_DEFAULTS, "fps": FPS}
@@ -122,8 +125,30 @@ def _defaults(model: LoadedModel, request: GenerationRequest) -> dict[str, Any]:
         defaults |= {"height": height, "width": width}
     if request.video is not None and request.frames is None:
         step, _ = model.compression
-        defaults["frames"] = (len(read_frames(request.video, None)) - 1) // step * step + 1
+        length = measure_video(request.video, request.fps or defaults["fps"])
+        defaults["frames"] = (length.count_at(request.fps or defaults["fps"]) - 1) // step * step + 1
     return defaults
+
+
+def _tell_frames(path: str, frames: int, fps: int) -> None:
+    """Check the frames that are taken from a video, and say which where they are not those in the file."""
+    length = measure_video(path, fps, frames)
+    if frames == length.frames and frames == length.count_at(fps):
+        return
+    logger.info(
+        f"Of {path}, {length.frames} frames at {length.fps:.4g} a second, the first {frames / fps:.2f} of "
+        f"{float(length.seconds):.2f} s are taken, as {frames} frames at {fps} a second (--fps takes other ones)."
+    )
+
+
+def _strength(request: GenerationRequest, model: LoadedModel) -> float | None:
+    """Return the share of a video that is changed; None where no video is."""
+    parameter = model.parameters.get("strength")
+    if request.strength is not None and parameter is None:
+        raise ValueError(f"`strength` must not be given: a {type(model.pipe).__name__} does not take it.")
+    if request.strength is not None or request.video is None or parameter is None:
+        return request.strength
+    return float(parameter.default)
 
 
 def _method(config: BladeConfig | None) -> Literal["dense", "asa", "asa-gt", "patterns"]:

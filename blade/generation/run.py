@@ -103,7 +103,7 @@ def run_request(
                 request.offload,
                 quantized=request.quantize is not None,
                 tiled=request.vae_tiling,
-                decoding=clock.steps == request.steps,
+                decoding=clock.steps == request.steps - request.skipped_steps,
             )
             raise MemoryError(f"The device's memory does not hold this run ({first_line(error)}). {advice}") from error
         clock.finished()
@@ -141,9 +141,10 @@ def call_arguments(model: LoadedModel, request: ResolvedRequest) -> dict[str, An
         if (path := getattr(request, name)) is not None:
             arguments[name] = cover(read_image(path, name), *size)
     if request.video is not None:
-        arguments["video"] = [cover(frame, *size) for frame in read_frames(request.video, request.frames)]
+        frames = read_frames(request.video, request.frames, request.fps)
+        arguments["video"] = [cover(frame, *size) for frame in frames]
     parameters = model.parameters
-    for name in ("last_image", "strength", "guidance_scale_2"):
+    for name in ("last_image", "guidance_scale_2"):
         if arguments.get(name) is not None and name not in parameters:
             raise ValueError(f"`{name}` must not be given: a {type(model.pipe).__name__} does not take it.")
     return {name: value for name, value in arguments.items() if value is not None and name in parameters}

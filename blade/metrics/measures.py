@@ -188,14 +188,19 @@ class Measure:
         """Return a value as text."""
         return (self.format.replace(":", ":+") if signed else self.format).format(value)
 
-    def recorded(self, sample: VideoSample) -> dict[str, Any]:
-        """Compute what is recorded of a video, by key of the record."""
+    @property
+    def recorders(self) -> dict[str, Callable[[VideoSample], Any]]:
+        """Functions that compute what is recorded of a video, by key of the record."""
         of_video = self.compute if self.per == "video" else self.observe
         computed = {self.record_key: of_video, f"{self.name}_by_frame": self.by_frame}
+        return {key: compute for key, compute in computed.items() if compute is not None}
+
+    def recorded(self, sample: VideoSample) -> dict[str, Any]:
+        """Compute what is recorded of a video, by key of the record."""
         if "caption" in self.needs and sample.caption is None:
             return {}
         missing = "reference" in self.needs and sample.reference is None
-        return {key: None if missing else compute(sample) for key, compute in computed.items() if compute is not None}
+        return {key: None if missing else compute(sample) for key, compute in self.recorders.items()}
 
     def result(self, videos: VideoSet) -> Result | None:
         """Return what the measure comes to over videos, None if none has a value."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from blade.families.protocol import Condition
-from blade.media.video import read_mp4
+from blade.media.video import VideoLength, frames_at, video_length
 from blade.models.loaded import LoadedModel
 
 if TYPE_CHECKING:
@@ -72,27 +73,49 @@ def read_image(path: str, field: str = "image") -> Image:
         raise ValueError(f"`{field}` must be an image file, or the address of one, got {path}: {error}.") from error
 
 
-def read_frames(path: str, frames: int | None) -> list[Image]:
-    """Return the first frames of the video in a file.
+def measure_video(path: str, fps: int, frames: int | None = None) -> VideoLength:
+    """Return the length of the video in a file, and check that it has enough frames at a rate.
 
     Args:
         path: an MP4, or whatever else FFmpeg reads.
-        frames: how many; None takes all.
+        fps: frames a second that are wanted.
+        frames: how many of them are wanted.
 
     Raises:
-        ValueError: if there is no such video, or it has fewer frames.
+        ValueError: if there is no such video, or it has fewer frames at that rate.
     """
-    import av
+    try:
+        length = video_length(path)
+    except OSError as error:
+        raise ValueError(f"`video` must be a video file, got {path}: {str(error).rstrip('.')}.") from error
+    available = length.count_at(fps)
+    if frames is not None and available < frames:
+        raise ValueError(
+            f"`frames` must be at most the {available} that `video` {path} has at {fps} a second ({length.frames} at "
+            f"{length.fps:.4g} in the file), got {frames}."
+        )
+    return length
+
+
+def read_frames(path: str, frames: int, fps: int) -> Iterator[Image]:
+    """Yield the first frames of the video in a file, at the times that they have at a rate, one after the other.
+
+    Args:
+        path: an MP4, or whatever else FFmpeg reads.
+        frames: how many.
+        fps: frames a second.
+
+    Raises:
+        ValueError: if there is no such video, or it has fewer frames at that rate.
+    """
     from PIL import Image
 
+    measure_video(path, fps, frames)
     try:
-        video = read_mp4(path)
-    except (OSError, ValueError, av.FFmpegError) as error:
-        raise ValueError(f"`video` must be a video file, got {path}: {str(error).rstrip('.')}.") from error
-    if frames is not None and len(video) < frames:
-        raise ValueError(f"`frames` must be at most the {len(video)} that `video` {path} has, got {frames}.")
-    pixels = (video[:frames] * 255).round().byte().permute(0, 2, 3, 1).numpy()
-    return [Image.fromarray(frame) for frame in pixels]
+        for frame in frames_at(path, fps, frames):
+            yield Image.fromarray(frame.permute(1, 2, 0).numpy())
+    except OSError as error:
+        raise ValueError(f"`video` {path} cannot be read to its end: {str(error).rstrip('.')}.") from error
 
 
 def cover(image: Image, height: int, width: int) -> Image:

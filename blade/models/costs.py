@@ -134,12 +134,20 @@ def forward_cost(
     )
 
 
-def run_cost(forward: ForwardCost, steps: int, *, guidance: bool = True, config: BladeConfig | None = None) -> RunCost:
+def run_cost(
+    forward: ForwardCost,
+    steps: int,
+    *,
+    skipped_steps: int = 0,
+    guidance: bool = True,
+    config: BladeConfig | None = None,
+) -> RunCost:
     """Add up the forward passes of a run.
 
     Args:
         forward: one of them.
-        steps: denoising steps.
+        steps: denoising steps of the schedule.
+        skipped_steps: those of them, from the start, that the run does not take.
         guidance: whether every step runs the transformer twice, for classifier-free guidance.
         config: the configuration; None is dense. Its density is the planned one, which the rule of cumulative mass
             may fall short of.
@@ -148,19 +156,20 @@ def run_cost(forward: ForwardCost, steps: int, *, guidance: bool = True, config:
         Operations by part. The choice of blocks is counted as its selector says.
     """
     calls = 2 if guidance else 1
-    passes = sparse_passes = calls * steps
+    passes = sparse_passes = calls * (steps - skipped_steps)
+    dense_steps = 0 if config is None else max(config.dense_step_count(steps) - skipped_steps, 0)
     layers, density, selection = forward.layers, 1.0, 0.0
     if config is None or config.attention == "dense":
         sparse_passes = layers = 0
     elif config.patterns is not None:
         layers -= len(config.dense_layers)
-        sparse_passes -= calls * config.dense_step_count(steps)
-        density = _pattern_density(config, forward.grid, steps)
+        sparse_passes -= calls * dense_steps
+        density = _pattern_density(config, forward.grid, steps, skipped_steps)
     else:
         details = config.asa
         budget = configured_budget(config, forward.grid)
         layers -= len(config.dense_layers)
-        sparse_passes -= calls * config.dense_step_count(steps)
+        sparse_passes -= calls * dense_steps
         if budget.is_full:
             sparse_passes = layers = 0
         else:
@@ -182,7 +191,7 @@ def run_cost(forward: ForwardCost, steps: int, *, guidance: bool = True, config:
     )
 
 
-def _pattern_density(config: BladeConfig, grid: TokenGrid, steps: int) -> float:
+def _pattern_density(config: BladeConfig, grid: TokenGrid, steps: int, skipped_steps: int) -> float:
     """Planned mean density of the layers and steps that a table of patterns is used in."""
     table = config.patterns
     assert table is not None
@@ -190,7 +199,7 @@ def _pattern_density(config: BladeConfig, grid: TokenGrid, steps: int) -> float:
     adaptive = configured_budget(config, grid).density
     densities = np.array([adaptive if density is None else density for density in plan.densities])
     layers = [layer for layer in range(table.layers) if layer not in config.dense_layers]
-    groups = table.by_step(steps)[config.dense_step_count(steps) :]
+    groups = table.by_step(steps)[max(config.dense_step_count(steps), skipped_steps) :]
     return float(densities[table.assignment[groups][:, layers]].mean()) if len(groups) and layers else 1.0
 
 

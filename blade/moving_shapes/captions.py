@@ -10,6 +10,7 @@ plain (solid fill, dark background), except for size and speed, which then vary 
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import re
 
 import numpy as np
@@ -29,6 +30,9 @@ VOCABULARY = tuple(
     dict.fromkeys(FUNCTION_WORDS + COLOURS + SHAPES + DIRECTIONS + SIZES + FILLS + SPEEDS + BACKGROUNDS)
 )
 """Every word of the grammar, once."""
+
+LIKENESS = 0.7
+"""Least likeness of two words, by `difflib`, at which one is taken for a slip of the other: "going" for "moving"."""
 
 HELD_OUT = frozenset(
     {
@@ -122,6 +126,16 @@ def parse_caption(text: str) -> Caption:
 def unknown_words(text: str) -> list[str]:
     """The words of `text` that the grammar does not have, in order, each once."""
     return [word for word in dict.fromkeys(_words(text)) if word not in VOCABULARY]
+
+
+def near_word(word: str) -> str | None:
+    """Return the word of the grammar that is written most like another one; None if none is."""
+    return next(iter(difflib.get_close_matches(word.lower(), VOCABULARY, n=1, cutoff=LIKENESS)), None)
+
+
+def names_shape(text: str) -> bool:
+    """Return whether a text has a word for a shape of the grammar."""
+    return any(word in SHAPES for word in _words(text))
 
 
 def sample_caption(

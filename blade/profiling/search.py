@@ -62,9 +62,7 @@ class PatternSearch:
         source = profile.source
         steps = source.steps
         groups = steps if groups is None else groups
-        check_integer("groups", groups, 1)
-        if groups > steps:
-            raise ValueError(f"`groups` must be at most the number of steps, which is {steps}, got {groups}.")
+        check_groups(groups, steps)
         self.profile = profile
         self.group_starts = tuple(int(start) for start in np.arange(groups) * steps // groups)
         self.lengths = np.diff((*self.group_starts, steps))
@@ -179,6 +177,17 @@ class PatternSearch:
             grid=source.grid,
             model=source.model,
         )
+
+
+def check_groups(groups: int, steps: int) -> None:
+    """Check that so many steps can be put into groups.
+
+    Raises:
+        ValueError: if there are more groups than steps, or none.
+    """
+    check_integer("groups", groups, 1)
+    if groups > steps:
+        raise ValueError(f"`groups` must be at most the number of steps, which is {steps}, got {groups}.")
 
 
 def relative_errors(profile: AttentionProfile) -> np.ndarray:

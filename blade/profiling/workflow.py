@@ -23,7 +23,7 @@ from blade.common.terminal import printable
 from blade.generation.inputs import input_paths
 from blade.generation.plan import resolve_without_weights
 from blade.generation.prepare import prepare_model
-from blade.generation.request import GenerationRequest, ResolvedRequest
+from blade.generation.request import GenerationRequest, ResolvedRequest, check_known
 from blade.generation.run import run_request
 from blade.metrics.similarity import psnr, ssim
 from blade.models.costs import forward_cost
@@ -40,7 +40,7 @@ from blade.profiling.profile import PROFILE_NAME, AttentionProfile, ProfileSourc
 from blade.profiling.published import START_NAME, published_candidates, published_search
 from blade.profiling.record_prompts import dense_video, record_profile, record_prompts
 from blade.profiling.recording_plan import Recording
-from blade.profiling.search import Choice, PatternSearch
+from blade.profiling.search import Choice, PatternSearch, check_groups
 
 RECORDINGS_NAME = "recordings"
 """Folder of the recordings in the output folder, from which an interrupted run resumes."""
@@ -207,6 +207,8 @@ def profile_attention(
         InUseError: if another process profiles into the same folder.
         OutputError: if the folder cannot be written.
     """
+    for prompt in request.prompts:
+        check_known(replace(request.generation, prompt=prompt))
     check_no_input([request.output], input_paths(request.generation))
     _check_output_files(request)
     with folder_locked(request.output, share=request.share):
@@ -220,6 +222,8 @@ def _profiled(request: ProfileRequest, say: Callable[[str], None]) -> ProfileRep
     requests = [
         replace(resolved, prompt=prompt, seed=resolved.seed + number) for number, prompt in enumerate(request.prompts)
     ]
+    if request.groups is not None:
+        check_groups(request.groups, resolved.steps)
     setup = _Setup.of(request, resolved, model)
     folder = request.output / RECORDINGS_NAME
     if request.method == "published":

@@ -60,8 +60,10 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # Di
     - `flow_prediction` (Wan, HunyuanVideo): alpha = 1 - sigma, sigma = t / 1000, and the model predicts eps - x0.
     - `v_prediction` (CogVideoX): alpha^2 + sigma^2 = 1, and the model predicts alpha eps - sigma x0.
 
-    Pipelines that hand a generator to `step` (CogVideoX) draw z from it. For the others z is drawn from a generator of
-    its own, seeded by the sample that the run begins with, so that the same seed gives the same video.
+    Pipelines that hand generators to `step` (CogVideoX) draw z from them. For the others z is drawn from generators of
+    the scheduler's own, one for each sample, seeded by what that sample begins with: the same seed gives the same
+    video, alone and in a batch. (One generator for a whole batch draws one sample after the other, as everywhere in
+    Diffusers; give a list of them instead.)
 
     Source: BLADE, arXiv 2508.10774, and TDM, arXiv 2503.06674: the rollout that students are trained on.
     """
@@ -70,7 +72,7 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # Di
     init_noise_sigma = 1.0
     _step_index: int | None
     _begin_index: int | None
-    _generator: torch.Generator | None
+    _generators: list[torch.Generator] | None
 
     @register_to_config  # type: ignore[untyped-decorator]  # Diffusers has no types
     def __init__(
@@ -228,7 +230,7 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # Di
             model_output: the prediction.
             timestep: one of `timesteps`, at which it was made.
             sample: what it was made from.
-            generator: of the fresh noise.
+            generator: of the fresh noise, or a list of one for each sample.
             return_dict: return a `FewStepOutput` instead of a tuple.
 
         Returns:
@@ -247,10 +249,10 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # Di
             alpha, sigma = self._levels(self._grid()[index + 1])
             kept = self.config.noise_kept
             if kept < 1:
-                if generator is None and self._generator is None:
-                    self._generator = _generator_from(sample)
+                if generator is None and self._generators is None:
+                    self._generators = [_generator_from(one) for one in sample]
                 fresh = randn_tensor(
-                    noise.shape, generator=generator or self._generator, device=noise.device, dtype=noise.dtype
+                    noise.shape, generator=generator or self._generators, device=noise.device, dtype=noise.dtype
                 )
                 noise = renew_noise(noise, fresh, kept)
             next_sample = mix(clean, noise, alpha, sigma)
@@ -310,14 +312,14 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # Di
         self.sigmas = torch.tensor([*(self._levels(time)[1] for time in grid), 0.0])
         self._step_index = None
         self._begin_index = None
-        self._generator = None
+        self._generators = None
 
     def __len__(self) -> int:
         return int(self.config.num_train_timesteps)
 
 
 def _generator_from(sample: torch.Tensor) -> torch.Generator:
-    """A generator on the CPU whose seed is what a sample holds."""
+    """A generator on the CPU whose seed is what one sample holds."""
     values = sample.detach().flatten()[:_HASHED].float().cpu().numpy()
     seed = int.from_bytes(hashlib.sha256(values.tobytes()).digest()[:8], "little") % 2**63
     return torch.Generator().manual_seed(seed)

@@ -69,6 +69,49 @@ def test_a_run_may_begin_in_the_middle_of_the_schedule():
     assert StepResolver(pipe).resolve(at(400)) == (6, 10)
 
 
+class Uncounted:
+    """A scheduler without `step_index`, as those of CogVideoX."""
+
+    order = 1
+
+    def set_timesteps(self, count):
+        self.num_inference_steps, self.timesteps = count, torch.linspace(999, 999 / count, count).round()
+
+    def step(self, output, timestep, sample, return_dict=False):
+        return (sample,)
+
+
+@pytest.mark.parametrize("make_scheduler", [unipc, FlowMatchEulerDiscreteScheduler, Uncounted])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_run_that_leaves_steps_out_begins_at_its_place_in_the_schedule(make_scheduler, dtype):
+    """As video to video: the scheduler isn't told, and the pipeline's loop begins in the middle."""
+    pipe = Pipe(make_scheduler())
+    steps = StepResolver(pipe)
+    for first in (4, 6, 0):
+        pipe.scheduler.set_timesteps(8)
+        timesteps = pipe.scheduler.timesteps[first:]
+        pipe.num_timesteps = len(timesteps)
+        sample, seen = torch.zeros(1, 2), []
+        for timestep in timesteps:
+            seen += [steps.resolve(timestep[None].to(dtype)), steps.resolve(timestep[None].to(dtype))]
+            sample = pipe.scheduler.step(torch.ones(1, 2), timestep, sample, return_dict=False)[0]
+        assert seen == [(step, 8) for step in range(first, 8) for _ in range(2)]
+        steps.reset()
+
+
+def test_timesteps_that_the_scheduler_does_not_have_begin_at_the_first_step():
+    pipe = Pipe(unipc())
+    pipe.scheduler.set_timesteps(8)
+    assert StepResolver(pipe).resolve(at(0.5)) == (0, 8)  # given as a share
+
+
+def test_a_run_of_all_steps_does_not_look_at_the_timestep():
+    pipe = Pipe(unipc())
+    pipe.scheduler.set_timesteps(8)
+    pipe.num_timesteps = 8
+    assert StepResolver(pipe).resolve(torch.empty(2, device="meta")) == (0, 8)
+
+
 def test_without_a_scheduler_in_use_timesteps_are_compared():
     for pipe in (None, Pipe(unipc())):
         steps = StepResolver(pipe)
@@ -82,7 +125,7 @@ def test_after_the_pipelines_run_timesteps_are_compared():
     for timestep in pipe.scheduler.timesteps:
         pipe.scheduler.step(torch.ones(1, 2), timestep, torch.zeros(1, 2))
     steps = StepResolver(pipe)
-    assert [steps.resolve(at(value)) for value in (700, 500)] == [(0, None), (1, None)]
+    assert [steps.resolve(at(value)) for value in (501, 500)] == [(0, None), (1, None)]
 
 
 def test_timesteps_of_tokens_count_by_the_largest():

@@ -108,6 +108,20 @@ def test_the_command_writes_its_report(configurations, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
+    ("command", "measures"),
+    [("generate", "generation.run_generation_benchmark"), ("attention", "attention.run_attention_benchmark")],
+)
+def test_a_folder_that_cannot_be_written_is_found_before_anything_is_measured(
+    command, measures, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(f"blade.benchmarks.{measures}", lambda *given, **options: pytest.fail("measured"))
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--device", "cpu", "--output", str(tmp_path / "file")])
+    assert ended.value.code == 1 and "cannot be written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--pooled-tokens", "some"], "`pooled_tokens` must be none, all or dropped, got 'some'"),

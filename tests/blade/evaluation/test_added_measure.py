@@ -189,7 +189,8 @@ def test_older_records_lack_it(evaluation, added, monkeypatch):
     assert names == {"layer_density", "run_density", "motion", "seconds_denoising"}
 
 
-def test_a_field_that_every_record_has_is_refused(evaluation, added):
+def test_a_field_that_every_record_has_is_refused_before_the_first_video(evaluation, added, monkeypatch):
+    monkeypatch.setattr("blade.evaluation.worker.load_model", lambda *given, **options: pytest.fail("loaded"))
     registry.register_measure(Measure(name="seed", heading="seed", compute=lambda sample: 0))
     plan = plan_evaluation(replace(evaluation, prompts=evaluation.prompts[:1], measures=("seed",)))
     with pytest.raises(ValueError, match="`measures` must not write `seed`, which every record has"):

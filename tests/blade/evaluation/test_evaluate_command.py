@@ -5,6 +5,7 @@ import json
 import pytest
 
 from blade.cli.evaluate import main
+from blade.evaluation import worker
 
 PROTOCOL = ["--protocol", "wan1.3b-480p"]
 
@@ -53,6 +54,42 @@ def test_a_file_of_prompts(saved_tiny_pipeline, patterns_folder, tmp_path, capsy
     expected = other["groups"]["all"]["psnr"]["mean"] - found["groups"]["all"]["psnr"]["mean"]
     assert other["differences"]["all"]["psnr"]["mean"] == pytest.approx(expected)
     assert (dense["steps"], dense["guidance"]) == (2, 1)
+
+
+def test_a_failed_run_leaves_a_report_of_the_others(saved_tiny_pipeline, tmp_path, monkeypatch, capsys):
+    generate = worker.run_request
+
+    def sometimes(model, request):
+        if request.blade_config is not None:
+            raise MemoryError("too little <memory>")
+        return generate(model, request)
+
+    monkeypatch.setattr(worker, "run_request", sometimes)
+    file, folder = tmp_path / "prompts.txt", tmp_path / "out"
+    file.write_text("a cat\na dog\n")
+    runs = ["--run", "dense", "--run", "asa=asa,dense_steps=0,sparsity=0.5"]
+    arguments = ["--prompts", file, *runs, *small(saved_tiny_pipeline, folder)]
+    assert run(arguments) == 1
+    shown = capsys.readouterr()
+    assert shown.err.splitlines()[-1] == "error: too little <memory>"
+    report = json.loads((folder / "report.json").read_text())
+    assert (report["missing"], report["failed"]) == (2, {"asa": "too little <memory>"})
+    dense, sparse = report["runs"]
+    assert dense["groups"]["all"]["motion"]["videos"] == 2 and sparse["groups"] == {}
+    for name in ("report.md", "report.html"):
+        text = (folder / name).read_text()
+        assert "2 videos are still missing" in text and "Run asa failed: too little" in text
+        assert "<memory>" not in text
+    monkeypatch.setattr(worker, "run_request", lambda *given: pytest.fail("made again"))
+    assert run(["--prompts", file, "--run", "dense", *small(saved_tiny_pipeline, folder)]) == 0
+
+
+def test_steps_that_a_student_lacks_are_found_before_the_first_video(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(worker, "load_model", lambda *given, **options: pytest.fail("loaded"))
+    runs = ["--run", "dense", "--run", "few=student=shapes-8-steps"]
+    assert run(["--shapes", *runs, "--steps", 10, "--output", tmp_path / "out", "--device", "cpu"]) == 1
+    assert "run `few`: `steps` must be 8, as the student shapes-8-steps is trained, got 10" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_selector_of_a_temporary_module(later_selector, saved_tiny_pipeline, tmp_path, capsys):

@@ -11,6 +11,7 @@ from blade.evaluation.plan import Evaluation, plan_evaluation
 from blade.evaluation.prompts import prompts_with_seeds
 from blade.evaluation.runs import RunSettings, parse_run
 from blade.models.source import ModelError
+from blade.students.source import WEIGHT_NAME
 
 PROMPTS = prompts_with_seeds(["a red ball moving left"], (0,))
 
@@ -105,6 +106,43 @@ def test_runs_that_blade_would_refuse_are_refused_before_anything_runs(saved_tin
     options = {"model": str(saved_tiny_pipeline), "height": 64, "width": 64, "frames": 9}
     with pytest.raises(ValueError, match=f"run `x`: {message}"):
         plan_evaluation(evaluation_of("dense", text, **options))
+
+
+def test_all_impossible_runs_are_named_before_anything_runs():
+    """With steps that a student lacks, and with layers that are not there."""
+    steps = "student=shapes-8-steps,steps=10"
+    texts = ("dense", f"few={steps}", f"same={steps}", "x=asa,dense_layers=99")
+    with pytest.raises(ValueError) as caught:
+        plan_evaluation(evaluation_of(*texts))
+    assert str(caught.value).splitlines() == [
+        "run `few` (and 1 others): `steps` must be 8, as the student shapes-8-steps is trained, got 10.",
+        "run `x`: `dense_layers` must be from 0 to 5, the last layer here, got [99].",
+    ]
+    plan = plan_evaluation(evaluation_of("dense", "few=student=shapes-8-steps"))
+    assert (plan.requests["few"].steps, plan.requests["few"].guidance_scale) == (8, 1.0)
+
+
+def test_a_student_of_another_model_or_that_is_none_is_refused(saved_tiny_pipeline, tmp_path):
+    options = {"model": str(saved_tiny_pipeline), "height": 64, "width": 64, "frames": 9}
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"run `x`: .*holds a pytorch_lora_weights.safetensors"):
+        plan_evaluation(evaluation_of("dense", f"x=student={tmp_path / 'empty'}", **options))
+    (tmp_path / "empty" / WEIGHT_NAME).touch()
+    with pytest.raises(ValueError, match=r"run `x`: `noise_kept` must not be given: .* is sampled by a Flow"):
+        plan_evaluation(evaluation_of("dense", f"x=student={tmp_path / 'empty'},noise_kept=0.5,steps=4", **options))
+
+
+def test_a_strict_run_without_a_block_to_leave_out_is_refused(saved_tiny_pipeline, tmp_path):
+    BladeConfig(sparsity=0.1, strict=True).save_pretrained(tmp_path / "strict")
+    options = {"model": str(saved_tiny_pipeline), "height": 64, "width": 64, "frames": 1}
+    with pytest.raises(ValueError, match=r"run `x`: All layers stay dense at 1 x 8 x 8 tokens"):
+        plan_evaluation(evaluation_of(f"x={tmp_path / 'strict'}", **options))
+
+
+def test_prompts_that_the_bundled_model_cannot_draw_are_refused():
+    prompts = prompts_with_seeds(["a red ball moving left", "a cat", "a dog"], (0, 1))
+    with pytest.raises(ValueError, match=r'^`prompt` must name a shape .*got "a cat".*\(2 such prompts\)$'):
+        plan_evaluation(replace(evaluation_of("dense"), prompts=prompts))
 
 
 def test_a_table_for_another_model_or_size_is_refused(saved_tiny_pipeline, tmp_path, patterns_folder):

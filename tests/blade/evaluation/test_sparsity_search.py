@@ -110,6 +110,20 @@ def test_a_stopped_search_resumes_and_another_target_begins_with_its_videos(eval
     assert [name for name, _ in made[12:]] == ["preset-0.60", "preset-0.60", "preset-0.55", "preset-0.55"]
 
 
+def test_a_sparsity_that_fails_ends_the_search(evaluation, made, monkeypatch):
+    make = VideoWorker.make
+
+    def fails(worker, prompt, run):
+        if "0.85" in run.name:
+            raise MemoryError("too little memory")
+        return make(worker, prompt, run)
+
+    monkeypatch.setattr(VideoWorker, "make", fails)
+    with pytest.raises(MemoryError, match="too little memory"):
+        find_sparsity(evaluation, 10.0)
+    assert made and all("0.85" not in name for name, _ in made)
+
+
 def test_records_without_psnr_are_refused(evaluation, made):
     find_sparsity(evaluation, 30.0)
     (path,) = evaluation.folder.glob("records-*.jsonl")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -73,7 +74,11 @@ def test_prompts_of_a_list_are_made_with_every_seed(evaluation):
 
 def test_models_of_other_worlds_are_not_scored(evaluation):
     records = evaluate(replace(evaluation, of_shapes=False, prompts=evaluation.prompts[:1]))
-    assert not {"basics", "realism_error"} & set(records["asa", *evaluation.prompts[0].key])
+    record = records["asa", *evaluation.prompts[0].key]
+    assert not {"basics", "realism_error"} & set(record)
+    measured = {key for measure in evaluation.chosen_measures for key in measure.recorders}
+    own = {*evaluation_worker.OWN_FIELDS, *evaluation_worker.COSTS, *evaluation_worker.KEPT_FIELDS}
+    assert set(record) - measured == own | {"height", "width", "frames", "fps"}, "a measure could write over a field"
 
 
 def test_head_patterns_are_evaluated(evaluation, patterns_folder):
@@ -127,6 +132,57 @@ def test_a_killed_process_loses_one_video(evaluation):
     assert [progress.record["run"]["name"] for progress in made] == ["asa"]
     assert made[0].record["psnr"] == json.loads(second)["psnr"]
     assert len(path.read_bytes().splitlines()) == 2
+
+
+def test_a_run_that_fails_stops_no_other(evaluation, monkeypatch, caplog):
+    generate = evaluation_worker.run_request
+
+    def sometimes(model, request):
+        if request.blade_config is not None and request.prompt == evaluation.prompts[0].text:
+            raise RuntimeError("out of luck\nsomewhere")
+        return generate(model, request)
+
+    monkeypatch.setattr(evaluation_worker, "run_request", sometimes)
+    plan = plan_evaluation(evaluation)
+    failed = evaluate_videos(plan)
+    assert [(name, str(error)) for name, error in failed.items()] == [("asa", "out of luck\nsomewhere")]
+    assert "run `asa` failed, and its remaining videos are left out: out of luck" in caplog.text
+    assert {name for name, *_ in read_records(plan)} == {"dense"} and len(read_records(plan)) == 2
+    monkeypatch.setattr(evaluation_worker, "run_request", generate)
+    assert evaluate_videos(plan) == {} and len(read_records(plan)) == 4
+
+
+def test_a_full_disk_stops_all_runs(evaluation, monkeypatch):
+    def full(files):
+        raise OutputError("the disk is full")
+
+    monkeypatch.setattr(evaluation_worker, "write_files", full)
+    with pytest.raises(OutputError, match="the disk is full"):
+        evaluate_videos(plan_evaluation(evaluation))
+
+
+def test_a_folder_that_cannot_be_written_is_found_before_the_model_is_loaded(evaluation, monkeypatch):
+    monkeypatch.setattr(evaluation_worker, "load_model", lambda *given, **options: pytest.fail("loaded"))
+    evaluation.folder.touch()
+    with pytest.raises(OutputError, match="cannot be written"):
+        evaluate_videos(plan_evaluation(evaluation))
+
+
+def test_what_a_failed_run_worked_on_is_let_go(evaluation, monkeypatch):
+    """On a GPU, its latents would take the memory that the next run needs."""
+
+    class Latents:
+        pass
+
+    def fails(model, request):
+        latents = Latents()
+        seen.append(weakref.ref(latents))
+        raise MemoryError("too little memory")
+
+    seen = []
+    monkeypatch.setattr(evaluation_worker, "run_request", fails)
+    failed = evaluate_videos(plan_evaluation(evaluation))
+    assert set(failed) == {"asa", "dense"} and [one() for one in seen] == [None, None]
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,10 +20,12 @@ from torch.profiler import ProfilerActivity, profile
 from blade.attention.config import AdaptiveConfig, BladeConfig
 from blade.cli.generate import main
 from blade.common.options import option_names
+from blade.generation.api import generate
 from blade.generation.options import GROUPS
 from blade.generation.outputs import GenerationReport, describe_score, generate_files
+from blade.generation.plan import plan_run
 from blade.generation.record import read_request
-from blade.generation.request import GenerationRequest
+from blade.generation.request import GenerationRequest, check_known, lost_student
 from blade.generation.resolve import resolve_request
 from blade.generation.run import run_request
 from blade.media.video import read_mp4
@@ -30,7 +33,7 @@ from blade.metrics.similarity import MAX_PSNR
 from blade.models.loaded import LoadedModel
 from blade.models.loading import load_model
 from blade.models.source import bundled_model_path
-from blade.moving_shapes.bundled import prompt_warning
+from blade.moving_shapes.bundled import check_prompt, prompt_warning
 
 PROMPT = "a red ball moving right"
 TINY = {"height": 64, "width": 64, "frames": 9, "steps": 2, "device": "cpu"}
@@ -269,6 +272,78 @@ def test_words_that_the_bundled_model_does_not_know_are_named() -> None:
     for text in ('"cat", "dancing", "blurry"', "purple", "triangle", "checkered", "--model Wan-AI/"):
         assert text in warning
     assert "not in this order" in (prompt_warning("ball red a moving right") or "")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "suggested"),
+    [
+        ("a red ball going right", '"going" (did you mean moving?)'),
+        ("a red ball moving rigth", '"rigth" (did you mean right?)'),
+        ("a Purpel ball moving up", '"purpel" (did you mean purple?)'),
+        ("a red ball moving right with a hat", '"with", "hat".'),
+    ],
+)
+def test_words_that_are_near_known_ones_are_suggested(prompt: str, suggested: str) -> None:
+    check_prompt(prompt)
+    assert suggested in (prompt_warning(prompt) or "")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "named"),
+    [
+        ("a cat walks on the grass", 'It does not know "cat", "walks", "on", "the", "grass".'),
+        ("a red bal moving right", 'It does not know "bal" (did you mean ball?).'),
+        ("a red moving right", 'got "a red moving right". It knows sentences'),
+        ("!", 'got "!". It knows sentences'),
+    ],
+)
+def test_a_prompt_without_a_shape_is_refused_before_the_bundled_model_is_loaded(
+    prompt: str, named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for loading in ("prepare.load_model", "plan.load_empty_model"):
+        monkeypatch.setattr(f"blade.generation.{loading}", lambda *given, **options: pytest.fail("loaded"))
+    request = GenerationRequest(prompt=prompt)
+    ways = (lambda: generate_files(request, tmp_path / "x.mp4"), lambda: plan_run(request), lambda: generate(prompt))
+    for make in ways:
+        with pytest.raises(ValueError, match=r"`prompt` must name a shape .*: ball, square, triangle;") as caught:
+            make()
+        assert named in str(caught.value) and "--model Wan-AI/" in str(caught.value)
+    check_known(GenerationRequest(prompt=prompt, model="me/other"))
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (
+            {"guidance_scale": 5.0},
+            "^`guidance_scale` rules out .* takes 60 forward passes, with it 8. .*--student shapes-8",
+        ),
+        ({"guidance_scale": 1.0, "steps": 4}, "takes 4 forward passes, with it 4. .*--student shapes-4-steps"),
+        ({"steps": 12}, "^`steps` 12 rules out .* 24 forward passes, with it 8. To keep it, leave that out.$"),
+        ({"sparsity": 0.5, "dense_steps": 0}, "^`sparsity` and `dense_steps` rule out .* leave those out, or name it"),
+        ({"student": None, "guidance_scale": 5.0}, None),
+        ({"model": "me/other", "guidance_scale": 5.0}, None),
+        ({"steps": 4, "seed": 3}, None),
+    ],
+)
+def test_what_the_student_is_lost_to_is_told_before_the_model_runs(
+    given: dict, told: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    notice = lost_student(given)
+    assert (notice is None) == (told is None)
+    if told is None or "student" in given:
+        return
+    assert re.search(told, notice)
+
+    def stop(*given: object, **options: object) -> None:
+        raise ValueError("here the model would run")
+
+    monkeypatch.setattr("blade.generation.outputs.generate_files", stop)
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
+    with pytest.raises(SystemExit):
+        main(["--prompt", PROMPT, *options])
+    shown = capsys.readouterr().err
+    assert 0 <= shown.index(notice) < shown.index("here the model would run")
 
 
 def test_scores_are_told_for_each_object() -> None:

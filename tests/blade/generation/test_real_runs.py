@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import subprocess
+import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -14,13 +18,14 @@ from blade.attention.apply import use_blade
 from blade.attention.config import AdaptiveConfig, BladeConfig
 from blade.cli.generate import main
 from blade.generation import outputs
-from blade.generation.outputs import generate_files, generate_list
+from blade.generation.outputs import GenerationReport, generate_files, generate_list
+from blade.generation.plan import plan_run
 from blade.generation.prepare import prepare_model
 from blade.generation.prompts import read_prompts
 from blade.generation.record import read_request
 from blade.generation.request import GenerationRequest
 from blade.generation.resolve import resolve_request
-from blade.generation.run import run_request
+from blade.generation.run import call_arguments, run_request
 from blade.media.video import encode_mp4, read_mp4
 from blade.models.acceleration import (
     advise,
@@ -92,15 +97,83 @@ def test_a_video_starts_from_an_image_and_takes_its_shape(saved_tiny_ti2v: Path,
 
 def test_a_video_is_changed_as_far_as_asked(saved_tiny_pipeline: Path, tmp_path: Path) -> None:
     path = tmp_path / "before.mp4"
-    path.write_bytes(encode_mp4(torch.rand(14, 3, 48, 80, generator=torch.Generator().manual_seed(0)), 8))
+    path.write_bytes(encode_mp4(torch.rand(14, 3, 48, 80, generator=torch.Generator().manual_seed(0)), 16))
     request = tiny(saved_tiny_pipeline, video=str(path), frames=None, steps=8)
     model, resolved = prepare_model(request)
     assert type(model.pipe).__name__ == "WanVideoToVideoPipeline" and resolved.frames == 13
     little, much = (make(tiny(saved_tiny_pipeline, video=str(path), steps=8, strength=s)) for s in (0.25, 1.0))
     assert little.shape == much.shape == (9, 3, 64, 64)
     assert not torch.equal(little, much)
-    with pytest.raises(ValueError, match="`frames` must be at most the 14 that `video`"):
-        make(tiny(saved_tiny_pipeline, video=str(path), frames=17))
+
+
+def test_a_video_of_another_rate_is_taken_by_time(
+    saved_tiny_pipeline: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Half a second of 48 frames a second: at 16, every third; that the video is not that long is found at once."""
+    path = tmp_path / "before.mp4"
+    gray = torch.linspace(0, 1, 24)[:, None, None, None].expand(-1, 3, 64, 64)
+    path.write_bytes(encode_mp4(gray, 48))
+    with caplog.at_level("INFO", logger="blade"):
+        request = plan_run(tiny(saved_tiny_pipeline, video=str(path), frames=None)).request
+    assert (request.frames, request.fps) == (5, 16)
+    assert "24 frames at 48 a second, the first 0.31 of 0.50 s are taken, as 5 frames at 16 a second" in caplog.text
+    assert plan_run(tiny(saved_tiny_pipeline, video=str(path), frames=None, fps=48)).request.frames == 21
+    given = call_arguments(model_for(load_model(saved_tiny_pipeline), "video"), request)["video"]
+    seen = torch.tensor([frame.getpixel((32, 32))[0] / 255 for frame in given])
+    assert torch.allclose(seen, gray[:13:3, 0, 0, 0], atol=0.03)
+    with pytest.raises(
+        ValueError, match=r"`frames` must be at most the 8 that `video` .* has at 16 a second \(24 at 48"
+    ):
+        plan_run(tiny(saved_tiny_pipeline, video=str(path), frames=9))
+
+
+def test_a_video_to_change_takes_the_memory_of_its_frames_alone(tmp_path: Path) -> None:
+    """Of 300 frames of 640x480, 260 MiB of pixels and a gibibyte of numbers, nine are taken, and 300 counted."""
+    path = tmp_path / "long.mp4"
+    path.write_bytes(encode_mp4((torch.full((3, 480, 640), number / 300) for number in range(300)), 16))
+    code = f"""
+import resource
+from blade.models.conditions import cover, measure_video, read_frames
+path = {str(path)!r}
+list(read_frames(path, 1, 16))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+assert measure_video(path, 16).count_at(16) == 300
+kept = [cover(frame, 64, 64) for frame in read_frames(path, 300, 16)]
+print(len(kept), (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    frames, mebibytes = done.stdout.split()
+    assert int(frames) == 300 and float(mebibytes) < 60
+
+
+def test_dense_steps_of_a_changed_video_are_those_of_the_whole_schedule(
+    saved_tiny_pipeline: Path, tmp_path: Path
+) -> None:
+    """Which begins at the fifth step of eight; counted as the plan says."""
+    path = tmp_path / "before.mp4"
+    path.write_bytes(encode_mp4(torch.rand(9, 3, 64, 64, generator=torch.Generator().manual_seed(0)), 8))
+    options = {"video": str(path), "strength": 0.5, "steps": 8, "guidance_scale": 1.0}
+    for dense_steps, dense in ((0.2, 0), (2, 0), (5, 1), (0.9, 4)):
+        request = tiny(saved_tiny_pipeline, dense_steps=dense_steps, **options)
+        model, resolved = prepare_model(request)
+        model.pipe.set_progress_bar_config(disable=True)
+        made = run_request(model, resolved)
+        layers = made.summary.transformers[0].layers
+        assert [(layer.dense_calls, layer.sparse_calls) for layer in layers] == [(dense, 4 - dense)] * 2
+        cost = plan_run(request).cost
+        assert (cost.passes, cost.sparse_passes) == (4, 4 - dense)
+
+
+def test_the_strength_of_a_change_is_recorded_and_leaves_a_step(saved_tiny_pipeline: Path, tmp_path: Path) -> None:
+    path = tmp_path / "before.mp4"
+    path.write_bytes(encode_mp4(torch.rand(9, 3, 64, 64, generator=torch.Generator().manual_seed(0)), 8))
+    plan = plan_run(tiny(saved_tiny_pipeline, video=str(path), steps=10))
+    assert plan.request.strength == 0.8 and plan.request.skipped_steps == 2  # the pipeline's own
+    assert "10 steps (the first 2 skipped)" in str(plan)
+    with pytest.raises(ValueError, match=r"`strength` must be at least 0.125 with 8 steps, .*got 0.1"):
+        plan_run(tiny(saved_tiny_pipeline, video=str(path), steps=8, strength=0.1))
+    assert plan_run(tiny(saved_tiny_pipeline)).request.strength is None
 
 
 def test_conditions_that_a_model_does_not_take_are_refused(
@@ -266,6 +339,79 @@ def test_a_list_of_prompts_is_resumed_and_survives_a_failure(
     assert (len(again.made), len(again.skipped), len(again.failed)) == (1, 2, 0)
     alone = generate_files(tiny(saved_tiny_pipeline, prompt=prompts[1]), tmp_path / "alone.mp4")
     assert torch.equal(read_mp4(alone.video_path), read_mp4(again.made[0].video_path))
+
+
+def test_a_list_keeps_no_video_in_memory(
+    saved_tiny_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, original = [], outputs.run_request
+
+    def watched(model, request):
+        generation = original(model, request)
+        made.append(weakref.ref(generation))
+        return generation
+
+    monkeypatch.setattr(outputs, "run_request", watched)
+    report = generate_list(tiny(saved_tiny_pipeline), ["a red ball moving right", "a blue ball moving up"], tmp_path)
+    gc.collect()
+    assert [generation() for generation in made] == [None, None]
+    assert [one.generation for one in report.made] == [None, None]
+    assert report.made[0].video_path.is_file() and report.made[0].record["frames"] == 9
+
+
+@pytest.mark.slow
+def test_the_memory_of_a_list_does_not_grow_with_it(saved_tiny_pipeline: Path, tmp_path: Path) -> None:
+    """The resident memory after 60 prompts is within 5 % of that after the third, which 40 MiB each would not be."""
+    code = f"""
+import psutil, torch
+from blade.generation import outputs
+from blade.generation.request import GenerationRequest
+run, resident = outputs.run_request, []
+def measured(model, request, **options):
+    resident.append(psutil.Process().memory_info().rss)
+    generation = run(model, request, **options)
+    larger = torch.nn.functional.interpolate(generation.video, size=(620, 620))  # which glibc frees at once
+    object.__setattr__(generation, "video", larger)
+    return generation
+outputs.run_request = measured
+outputs.encode_mp4 = lambda video, fps: b"a video"
+words = [f"a {{colour}} {{shape}} moving {{way}}" for colour in ("red", "green", "blue", "yellow", "white")
+         for shape in ("ball", "square", "triangle") for way in ("left", "right", "up", "down")]
+request = GenerationRequest(
+    prompt=words[0], model={str(saved_tiny_pipeline)!r}, height=64, width=64, frames=9, steps=1, device="cpu"
+)
+report = outputs.generate_list(request, words, {str(tmp_path)!r})
+assert (len(report.made), report.failed) == (60, {{}}), report
+resident.append(psutil.Process().memory_info().rss)
+print(resident[3], resident[-1])  # before the fourth, and after the last
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    third, last = map(int, done.stdout.split()[-2:])
+    assert last <= 1.05 * third
+
+
+def test_a_prompt_that_cannot_be_drawn_does_not_stop_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor is it loaded for: the first prompt is the one that is refused."""
+    drawn = []
+
+    def made(model, request, path, **options):
+        drawn.append(request.prompt)
+        return GenerationReport(generation=None, video_path=path, record_path=path, comparison_path=None, record={})
+
+    monkeypatch.setattr(outputs, "_make_files", made)
+    monkeypatch.setattr(outputs, "prepare_model", lambda request: (None, request))
+    prompts = ["a cat walks on the grass", "a red ball going right", "a blue sqare moving up"]
+    request = GenerationRequest(prompt=prompts[0])
+    report = generate_list(request, prompts, tmp_path)
+    assert drawn == ["a red ball going right"] and len(report.made) == 1
+    assert list(report.failed) == [prompts[0], prompts[2]]
+    assert '"cat", "walks", "on", "the", "grass"' in report.failed[prompts[0]]
+    assert '"sqare" (did you mean square?)' in report.failed[prompts[2]]
+    monkeypatch.setattr(outputs, "prepare_model", lambda request: pytest.fail("loaded"))
+    assert len(generate_list(request, ["a cat"], tmp_path).failed) == 1
 
 
 def test_the_command_takes_a_list(saved_tiny_pipeline: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

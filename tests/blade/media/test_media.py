@@ -6,6 +6,9 @@ import gc
 import io
 import itertools
 import os
+import struct
+from collections.abc import Iterable
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +16,9 @@ import pytest
 import torch
 from PIL import Image
 
+from blade.media import video
 from blade.media.pictures import LABEL_HEIGHT, contact_sheet, encode_animation, encode_png, side_by_side
-from blade.media.video import encode_mp4, mp4_frames, read_mp4
+from blade.media.video import encode_mp4, frames_at, mp4_frames, read_mp4, video_length
 
 
 def gradient_video(frames: int = 5, height: int = 32, width: int = 48) -> torch.Tensor:
@@ -83,16 +87,115 @@ def test_reading_does_not_collect_the_garbage_of_the_program(tmp_path: Path, mon
     assert gc.get_freeze_count() == 0, "the program's objects are set aside for good"
 
 
-def test_what_a_program_has_frozen_stays_frozen(tmp_path: Path) -> None:
+def numbered_video(path: Path, times: list[int], *, aspect: Fraction = Fraction(1)) -> None:
+    """Write gray frames 0, 10, 20, ... that are shown at times in milliseconds; the last one for 100 ms."""
+    import av
+
+    with av.open(str(path), mode="w") as container:
+        stream = container.add_stream("libx264", rate=1000, options={"crf": "0", "bf": "0"})
+        stream.height, stream.width, stream.pix_fmt, stream.time_base = 32, 48, "yuv444p", Fraction(1, 1000)
+        stream.sample_aspect_ratio = aspect
+        packets = []
+        for number, time in enumerate(times):
+            frame = av.VideoFrame.from_ndarray(np.full((32, 48, 3), 10 * number % 250, np.uint8), format="rgb24")
+            frame.pts, frame.time_base = time, Fraction(1, 1000)
+            packets += stream.encode(frame)
+        for packet, (time, following) in zip(
+            [*packets, *stream.encode()], itertools.pairwise([*times, times[-1] + 100]), strict=True
+        ):
+            packet.duration = following - time
+            container.mux(packet)
+
+
+def numbers(frames: Iterable[torch.Tensor]) -> list[int]:
+    """Return the numbers of the frames that `numbered_video` wrote."""
+    return [round(float(frame.float().mean()) / 10) for frame in frames]
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+def test_frames_are_taken_by_their_times(tmp_path: Path, suffix: str) -> None:
+    """Ten frames a second, then five: a second and a half, in which the motion keeps its speed at any rate."""
+    path = tmp_path / f"video.{suffix}"
+    numbered_video(path, [0, 100, 200, 300, 400, 500, 700, 900, 1100, 1300, 1400])
+    length = video_length(path)
+    assert length.frames == 11 and float(length.seconds) == pytest.approx(1.5, abs=0.002)
+    assert [length.count_at(fps) for fps in (10, 5, 20, 1)] == [15, 8, 30, 2]
+    assert numbers(frames_at(path, 10, 15)) == [0, 1, 2, 3, 4, 5, 5, 6, 6, 7, 7, 8, 8, 9, 10]
+    assert numbers(frames_at(path, 5, 8)) == [0, 2, 4, 5, 6, 7, 8, 10]
+    assert numbers(frames_at(path, 20, 5)) == [0, 0, 1, 1, 2]
+    assert numbers(frames_at(path, 10, 17))[-3:] == [10, 10, 10]
+
+
+@pytest.mark.parametrize(("fps", "kept"), [(24, 24), (30, 30), (Fraction(30000, 1001), 30), (16, 16)])
+def test_at_the_videos_own_rate_every_frame_is_taken_once(tmp_path: Path, fps: Fraction | int, kept: int) -> None:
+    """Also where times are rounded to milliseconds, and where the rate is no whole number."""
+    path = tmp_path / "video.mkv"
+    numbered_video(path, [round(1000 * number / fps) for number in range(20)])
+    assert numbers(frames_at(path, kept, 18)) == list(range(18))
+
+
+def test_only_the_frames_that_are_wanted_are_converted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, converted, convert = tmp_path / "video.mp4", [], video._shown_pixels
+    numbered_video(path, [10 * number for number in range(200)])
+    monkeypatch.setattr(video, "_shown_pixels", lambda *given: converted.append(given) or convert(*given))
+    assert numbers(frames_at(path, 10, 3)) == [0, 10, 20]
+    assert len(converted) == 3
+    assert video_length(path).frames == 200
+    assert len(converted) == 3
+
+
+CORNERS = {
+    "as it is": ((1, 0, 0, 1), "top left"),
+    "a quarter clockwise": ((0, 1, -1, 0), "top right"),
+    "a half": ((-1, 0, 0, -1), "bottom right"),
+    "a quarter counterclockwise": ((0, -1, 1, 0), "bottom left"),
+    "mirrored": ((-1, 0, 0, 1), "top right"),
+    "upside down": ((1, 0, 0, -1), "bottom left"),
+    "mirrored at the diagonal": ((0, 1, 1, 0), "top left"),
+}
+"""Display matrices, and where they show the corner that is top left in the file."""
+
+
+@pytest.mark.parametrize("turn", CORNERS)
+def test_frames_are_turned_and_mirrored_as_the_file_says(tmp_path: Path, turn: str) -> None:
+    """As telephones write them. The mark is 8 pixels high and 16 wide in the file."""
+    (a, b, c, d), corner = CORNERS[turn]
+    frames = torch.zeros(5, 3, 32, 48)
+    frames[:, :, :8, :16] = 1
+    whole = encode_mp4(frames, fps=8)
+    start = whole.index(b"tkhd") + 44  # of the track's matrix, 16.16 fixed point
+    matrix = struct.pack(">9i", a << 16, b << 16, 0, c << 16, d << 16, 0, 0, 0, 1 << 30)
+    path = tmp_path / "turned.mp4"
+    path.write_bytes(whole[:start] + matrix + whole[start + 36 :])
+    (shown,) = {frame.shape for frame in mp4_frames(path)}
+    assert shown == ((3, 32, 48) if b == 0 else (3, 48, 32))
+    bright = next(frames_at(path, 8, 1))[0] > 127
+    rows, columns = (bright.nonzero()[:, axis] for axis in (0, 1))
+    assert (len(rows.unique()), len(columns.unique())) == ((8, 16) if b == 0 else (16, 8))
+    assert corner == f"{'top' if 0 in rows else 'bottom'} {'left' if 0 in columns else 'right'}"
+
+
+@pytest.mark.parametrize(("aspect", "width"), [(Fraction(4, 3), 64), (Fraction(1, 2), 24), (Fraction(30000), 48)])
+def test_pixels_are_made_square(tmp_path: Path, aspect: Fraction, width: int) -> None:
+    """Unless they are said to be wider than any screen's."""
     path = tmp_path / "video.mp4"
-    path.write_bytes(encode_mp4(gradient_video(), fps=16))
-    gc.freeze()
-    try:
-        frozen = gc.get_freeze_count()
-        assert len(list(mp4_frames(path))) == 5
-        assert gc.get_freeze_count() >= frozen / 2
-    finally:
-        gc.unfreeze()
+    numbered_video(path, [0, 100], aspect=aspect)
+    assert next(mp4_frames(path)).shape == (3, 32, width)
+
+
+def test_a_file_of_sound_alone_is_no_video(tmp_path: Path) -> None:
+    import av
+
+    path = tmp_path / "sound.m4a"
+    with av.open(str(path), mode="w") as container:
+        stream = container.add_stream("aac", rate=16000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        frame.rate = 16000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    for read in (read_mp4, video_length):
+        with pytest.raises(OSError, match=r"sound.m4a has no video"):
+            read(path)
 
 
 @pytest.mark.parametrize("content", [b"", b"no video", None])

@@ -50,6 +50,31 @@ def test_it_writes_a_table_that_generates_and_a_report(arguments, tmp_path, caps
     assert BladeConfig.from_pretrained(folder).patterns.steps == 3
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--groups", "4"], "`groups` must be at most the number of steps, which is 3, got 4"),
+        (["--groups", "0"], "`groups` must be an integer of at least 1, got 0"),
+    ],
+)
+def test_groups_that_there_are_no_steps_for_are_refused_before_the_model_runs(
+    arguments, options, message, monkeypatch, capsys
+):
+    monkeypatch.setattr("blade.profiling.workflow.record_profile", lambda *given: pytest.fail("recorded"))
+    with pytest.raises(SystemExit) as ended:
+        main([*arguments, "--target-density", "0.6", *options])
+    assert ended.value.code == 1 and message in capsys.readouterr().err
+
+
+def test_prompts_that_the_bundled_model_cannot_draw_are_refused_before_it_is_loaded(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("blade.generation.prepare.load_model", lambda *given, **options: pytest.fail("loaded"))
+    (tmp_path / "prompts.txt").write_text("a red ball moving right\na cat\n")
+    files = ["--prompts", str(tmp_path / "prompts.txt"), "--output", str(tmp_path / "profile")]
+    with pytest.raises(SystemExit) as ended:
+        main(["--target-density", "0.6", *files])
+    assert ended.value.code == 1 and '"cat"' in capsys.readouterr().err
+
+
 DECLARED = """
 import numpy as np
 

@@ -75,7 +75,7 @@ def test_noise_is_renewed_but_for_the_share_that_is_kept(make, kept):
     scheduler = make(noise_kept=kept)
     scheduler.set_timesteps(4)
     first, second = scheduler.timesteps[:2].tolist()
-    noise = torch.randn(20000, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(1, 20000, generator=torch.Generator().manual_seed(0))
     alpha, sigma = levels(scheduler, first)
     flow = scheduler.config.prediction_type == "flow_prediction"
     clean = torch.full_like(noise, 2.0)
@@ -100,6 +100,24 @@ def test_fresh_noise_depends_on_the_first_sample_or_on_a_generator_and_on_nothin
     assert not torch.equal(second_sample(1.5) - 1.5 * 0.126, first - 0.126)
     seeded = [second_sample(1.0, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
     assert torch.equal(seeded[0], seeded[1]) and not torch.equal(seeded[0], seeded[2])
+
+
+@pytest.mark.parametrize("make", SCHEDULERS)
+@pytest.mark.parametrize("given", [False, True], ids=["own generators", "the pipeline's"])
+def test_a_samples_noise_does_not_depend_on_its_neighbours(make, given):
+    def run(seeds):
+        scheduler = make(noise_kept=0.2)
+        scheduler.set_timesteps(4)
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        sample = torch.cat([torch.randn(1, 3, 5, generator=generator) for generator in generators])
+        for time in scheduler.timesteps:
+            sample = scheduler.step(0.3 * sample, time, sample, generators if given else None).prev_sample
+        return sample
+
+    alone = torch.cat([run([seed]) for seed in (1, 2, 3)])
+    assert torch.equal(run([1, 2, 3]), alone)
+    assert torch.equal(run([3, 1]), alone[[2, 0]])
+    assert not torch.equal(alone[0], alone[1])
 
 
 def test_samples_keep_their_type_and_half_precision_does_not_enter_the_arithmetic():
@@ -231,6 +249,24 @@ def test_pipelines_use_it_unchanged(make_wan, make):
     assert videos[0].isfinite().all()
     with pytest.raises(ValueError, match="must be 4, as trained, got 6"):
         pipe(num_inference_steps=6, **options)
+
+
+@pytest.mark.parametrize("make", [wan_pipeline, cogvideox_pipeline, hunyuan_video_pipeline])
+def test_a_seeds_video_is_the_same_alone_and_in_a_batch(make_wan, make):
+    pipe, grids, prompt = make(make_wan)
+    pipe.scheduler = FewStepScheduler.like(pipe.scheduler, grids, noise_kept=0.5)
+    pipe.set_progress_bar_config(disable=True)
+    options = {"height": 32, "width": 32, "num_frames": 5, "guidance_scale": 1.0, "output_type": "latent"}
+
+    def run(*seeds):
+        embeds = {name: value.repeat(len(seeds), *[1] * (value.ndim - 1)) for name, value in prompt.items()}
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        return pipe(num_inference_steps=4, generator=generators, **options, **embeds).frames
+
+    alone = torch.cat([run(0), run(1)])
+    torch.testing.assert_close(run(0, 1), alone, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(run(1, 0), alone.flip(0), rtol=1e-4, atol=1e-4)
+    assert (alone[0] - alone[1]).abs().mean() > 0.1
 
 
 def test_one_that_is_made_like_another_can_be_made_again_from_its_configuration():
