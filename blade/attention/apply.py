@@ -60,6 +60,14 @@ def apply_blade(
             parallelism, or has a cache around the whole transformer; if `dense_layers` names a layer that it doesn't
             have, a change is no field of `BladeConfig`, or both `config` and `kind` are given; or, with `strict`, if a
             layer cannot be made sparse. Nothing is changed then.
+
+    Example:
+        ```python
+        from blade import apply_blade
+
+        apply_blade(pipe)  # the model's preset
+        apply_blade(pipe, sparsity=0.6)  # the preset with another sparsity
+        ```
     """
     given = list(config.values()) if isinstance(config, Mapping) else [] if config is None else [config]
     for one in given:
@@ -96,6 +104,14 @@ def remove_blade(pipe_or_transformer: Target) -> Target:
 
     Raises:
         ValueError: if a cache that wraps the whole transformer (FasterCache) was enabled since.
+
+    Example:
+        ```python
+        from blade import apply_blade, remove_blade
+
+        apply_blade(pipe)
+        remove_blade(pipe)
+        ```
     """
     transformers = find_transformers(pipe_or_transformer).values()
     with unchanged_on_error(*transformers):
@@ -121,6 +137,14 @@ def use_blade(
         config: see `apply_blade`.
         kind: see `apply_blade`.
         changes: see `apply_blade`.
+
+    Example:
+        ```python
+        from blade import use_blade
+
+        with use_blade(pipe, sparsity=0.6):
+            pipe("a red ball moving right", num_frames=9, num_inference_steps=2)
+        ```
     """
     transformers = find_transformers(pipe_or_transformer)
     before = {name: applied_to(transformer) for name, transformer in transformers.items()}

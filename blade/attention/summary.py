@@ -122,6 +122,15 @@ def blade_summary(pipe_or_transformer: Any) -> BladeSummary:
 
     Raises:
         ValueError: if BLADE isn't applied.
+
+    Example:
+        ```python
+        from blade import apply_blade, blade_summary
+
+        apply_blade(pipe)
+        pipe("a red ball moving right", num_frames=9, num_inference_steps=2)
+        print(blade_summary(pipe))
+        ```
     """
     transformers = find_transformers(pipe_or_transformer)
     applied = {name: applied_to(transformer) for name, transformer in transformers.items()}

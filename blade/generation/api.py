@@ -30,6 +30,14 @@ def generate(prompt: str, **options: Any) -> Generation:
         ModelError: if there is no such model, or it cannot be used.
         NonFiniteError: if the latents turn infinite or not-a-number.
         MemoryError: if the device has too little memory.
+
+    Example:
+        ```python
+        from blade import generate
+
+        made = generate("a red ball moving right", seed=3)
+        print(made.video.shape, made.seconds_denoising)
+        ```
     """
     if notice := lost_student(options):
         logger.warning(notice)

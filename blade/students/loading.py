@@ -130,6 +130,19 @@ def load_student(
     Raises:
         ValueError: if the source has no such LoRA, or more than one that fits, or it is of another model, or for one
             of two transformers only; if loading it would run code or read files elsewhere.
+
+    Example:
+        ```python
+        from blade import load_student
+
+        student = load_student(pipe, "shapes-8-steps")
+        pipe(
+            "a red ball moving right",
+            num_frames=9,
+            num_inference_steps=student.steps,
+            guidance_scale=student.guidance_scale,
+        )
+        ```
     """
     with unchanged_on_error(pipe):
         unload_student(pipe, missing_ok=True)
@@ -161,6 +174,14 @@ def unload_student(pipe: Any, *, missing_ok: bool = False) -> None:
 
     Raises:
         ValueError: if no student is loaded.
+
+    Example:
+        ```python
+        from blade import load_student, unload_student
+
+        load_student(pipe, "shapes-8-steps")
+        unload_student(pipe)
+        ```
     """
     loaded = getattr(pipe, STUDENT_ATTRIBUTE, None)
     if loaded is None:
@@ -201,6 +222,13 @@ def push_student(
 
     Raises:
         ValueError: if the folder holds no student, or one of its files is a link that leads out of it.
+
+    Example:
+        ```python
+        from blade import push_student
+
+        push_student("outputs/my-student", "me/my-student")
+        ```
     """
     # not by a mixin: those push an object that they save first, with a model card of their own; a student is a folder,
     # has its own card, and only some of its files are uploaded

@@ -92,6 +92,17 @@ def block_sparse_attention(
     Raises:
         ValueError: inconsistent shapes, dtypes or devices, or an unknown implementation.
         NotImplementedError: the requested implementation cannot compute this.
+
+    Example:
+        ```python
+        import torch
+
+        from blade import BlockMask, block_sparse_attention
+
+        q, k, v = torch.randn(3, 1, 256, 2, 32)
+        near = torch.eye(4, dtype=torch.bool) | torch.eye(4, dtype=torch.bool).roll(1, 0)
+        out = block_sparse_attention(q, k, v, BlockMask.from_dense(near[None, None], block_size=(64, 64)))
+        ```
     """
     if torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
