@@ -1,6 +1,5 @@
 """Time the default generation with larger transformers of random weights: python scripts/time_shapes.py."""
 
-import os
 import shutil
 import statistics
 import sys
@@ -9,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Annotated, Any
 
+import psutil
 import torch
 import typer
 from safetensors.torch import save_file
@@ -89,7 +89,7 @@ def main(
         rows.append([str(size), *(f"{figure:.2f}" for figure in figures)])
     headings = ["transformer", "million weights", "seconds", "denoising", "factor", "CPU seconds", "factor of them"]
     print("\n".join(markdown_table(headings, rows)))
-    print(f"Medians of {repeats}; {describe_machine(torch.device('cpu'))}; load {os.getloadavg()[0]:.1f}.")
+    print(f"Medians of {repeats}; {describe_machine(torch.device('cpu'))}; load {psutil.getloadavg()[0]:.1f}.")
 
 
 if __name__ == "__main__":

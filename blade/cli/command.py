@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 import typer
 
 from blade.common.files import FULL
-from blade.common.terminal import print_line, printable, printable_records
+from blade.common.terminal import print_line, printable, printable_records, write_out_what_streams_lack
 
 USAGE_EXIT_CODE = 2
 INTERRUPTED_EXIT_CODE = 130
@@ -60,6 +60,7 @@ def run_command(function: Callable[..., Any] | typer.Typer, arguments: Sequence[
         SystemExit: always; 0 if the function returned, 2 for a command line that makes no sense, 130 for Ctrl-C, 143
             for SIGTERM, and 1 for everything else.
     """
+    write_out_what_streams_lack()
     with ended_by_sigterm():
         _run(function, arguments)
 
@@ -97,6 +98,7 @@ def run_script(function: Callable[..., Any] | typer.Typer) -> None:
     Raises:
         SystemExit: always; see `run_command`.
     """
+    write_out_what_streams_lack()
     with ended_by_sigterm():
         if isinstance(function, typer.Typer):
             function()

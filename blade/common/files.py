@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -28,6 +29,11 @@ FULL_TEXT = re.compile(r"No space left|Disk quota exceeded|os error (28|122|112)
 
 ALMOST_NOTHING = 2**16
 """Free bytes up to which a disk on which PyTorch's writer failed is full: it says no reason."""
+
+WINDOWS = os.name == "nt"
+
+PAUSES = (0.01, 0.05, 0.2, 0.5)
+"""Seconds between attempts on Windows, where nothing can be moved that another program has open."""
 
 _swept: set[Path] = set()
 
@@ -72,7 +78,10 @@ def check_writable(*paths: str | Path, needed: int = 0, purpose: str = "it") -> 
 
 def _existing(folder: Path) -> Path:
     """Return the nearest folder above, or this one, that exists."""
-    nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
+    places = (folder.absolute(), *folder.absolute().parents)
+    nearest = next((path for path in places if os.path.lexists(path)), None)
+    if nearest is None:  # a drive of Windows that is not there
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(places[-1]))
     if not nearest.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(nearest))
     return nearest
@@ -142,17 +151,29 @@ def _move(sources: Mapping[Path, Path]) -> None:
                     kept[path] = temporary_path(path)
                     _link(path, kept[path])
                 begun.append(path)
-                os.replace(source, path)
+                _replace(source, path)
     except BaseException:
         for path in begun if len(sources) > 1 else ():
             if path in kept:
-                os.replace(kept[path], path)
+                _replace(kept[path], path)
             elif not sources[path].exists():
                 path.unlink(missing_ok=True)
         raise
     finally:
         for backup in kept.values():
             backup.unlink(missing_ok=True)
+
+
+def _replace(source: Path, target: Path) -> None:
+    """Move a file or folder to its place. On Windows, others that look into it just then have a moment to end."""
+    for pause in PAUSES if WINDOWS else ():
+        try:
+            os.replace(source, target)
+        except PermissionError:
+            time.sleep(pause)
+        else:
+            return
+    os.replace(source, target)
 
 
 def take_room(path: Path) -> None:
@@ -199,14 +220,14 @@ def replaced_whole(path: Path) -> Iterator[Path]:
         yield temporary
         _sync_all(temporary)
         if not path.is_dir():
-            os.replace(temporary, path)
+            _replace(temporary, path)
             return
         with _temporary(path) as former:
-            os.replace(path, former)
+            _replace(path, former)
             try:
-                os.replace(temporary, path)
+                _replace(temporary, path)
             except BaseException:
-                os.replace(former, path)
+                _replace(former, path)
                 raise
 
 

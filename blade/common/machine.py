@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import platform
-import resource
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 GIB = 2**30
@@ -30,6 +30,11 @@ def peak_memory_gib(device: torch.device) -> float:
     """Return the most memory that was allocated on a CUDA device so far; of the CPU, that the whole process took."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / GIB
+    try:
+        import resource
+    except ImportError:  # Windows
+        peak: int = psutil.Process().memory_info().peak_wset
+        return peak / GIB
     unit = 1 if platform.system() == "Darwin" else 2**10  # macOS counts bytes, Linux KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
 

@@ -42,7 +42,9 @@ def file_name(text: str, *, limit: int = STEM_BYTES, fallback: str = "video") ->
 
 def literal_name(text: str, limit: int) -> str:
     """Return a text as the beginning of a file's name, with "_" for characters that a name cannot have."""
-    return cut_bytes(FORBIDDEN.sub("_", text), limit)
+    name = cut_bytes(FORBIDDEN.sub("_", text), limit)
+    # with anything behind it, "aux." is a device, and "aux" is none
+    return name.replace(".", "_", 1) if RESERVED.fullmatch(name) else name
 
 
 def cut_bytes(text: str, limit: int) -> str:

@@ -5,6 +5,7 @@ Everything that a command prints goes through `print_line`, everything that the 
 
 from __future__ import annotations
 
+import io
 import logging
 import sys
 import unicodedata
@@ -39,6 +40,16 @@ def print_line(text: object = "", *, file: TextIO | None = None) -> None:
         file: a stream; None: standard output.
     """
     print(printable(str(text), kept="\n\t"), file=file or sys.stdout, flush=True)
+
+
+def write_out_what_streams_lack() -> None:
+    """Let standard output and errors write out what their encoding lacks, instead of failing.
+
+    On Windows that is most characters, where the output goes to a file or a pipe.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _is_obeyed(character: str) -> bool:

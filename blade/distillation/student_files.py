@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 import yaml
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from jinja2 import Environment, StrictUndefined
 from safetensors.torch import load_file, save_file
 
@@ -131,6 +133,8 @@ def _card(
     stock, reason = stock_sampler(config, sampler, family.data.ddim_scheduler)
     return template.render(
         config=config,
+        base_model=_hub_id(config.model),
+        prompt="a red ball moving right" if config.model == BUNDLED else "A cat walks on the grass, realistic",
         command=f'blade-generate --prompt "..." {command}',
         attention=attention,
         grids=[[round(time, 2) for time in grid] for grid in sampler.config.grids],
@@ -140,6 +144,17 @@ def _card(
         noise_kept=sampler.config.noise_kept,
         **facts,
     )
+
+
+def _hub_id(model: str) -> str | None:
+    """Return a model's name if the Hub can have a model of that name, as its pages and its upload demand."""
+    if model == BUNDLED or Path(model).exists():
+        return None
+    try:
+        validate_repo_id(model)
+    except HFValidationError:
+        return None
+    return model
 
 
 def stock_sampler(

@@ -344,7 +344,12 @@ class _Job:
                 "updates": trainer.update,
                 "batch": trainer.batch_size,
                 "prompts": f"{len(self.prompts):,}",
-                "size": f"{self.request.frames} frames of {self.request.height}x{self.request.width}",
+                "video": {
+                    "height": self.request.height,
+                    "width": self.request.width,
+                    "num_frames": self.request.frames,
+                },
+                "fps": self.request.fps,
                 "guidance_scale": self.guidance_scale,
                 "trained": "all weights" if config.weights.full else f"a LoRA of rank {config.weights.rank}",
                 "scores": ", ".join(f"{name.replace('_', ' ')}: {value:.3f}" for name, value in self.scores.items()),

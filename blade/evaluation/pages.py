@@ -5,17 +5,28 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Mapping
-from pathlib import Path
+from dataclasses import dataclass
+from pathlib import Path, PurePath
 from typing import Any
 from urllib.parse import quote
 
 from blade.common.files import write_files
 from blade.common.tables import markdown_block, markdown_table, markdown_text
 from blade.evaluation.report import facts, notes, tables
-from blade.evaluation.videos import VideoLayout
+from blade.evaluation.videos import VideoLayout, poster
 
 TEMPLATE = "report.html.jinja"
 """The page's template, in this file's folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Player:
+    """A video of the page."""
+
+    path: PurePath
+    """Relative to the page."""
+    poster: bytes
+    """JPEG that is shown before the video is loaded, which is when it is played; embedded in the page."""
 
 
 def markdown(report: dict[str, Any]) -> str:
@@ -31,13 +42,13 @@ def markdown(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def html(report: dict[str, Any], *, pictures: Mapping[str, bytes], videos: Mapping[str, Path]) -> str:
+def html(report: dict[str, Any], *, pictures: Mapping[str, bytes], videos: Mapping[str, Player]) -> str:
     """Render the report as an HTML page, in the reader's light or dark scheme, that loads nothing from elsewhere.
 
     Args:
         report: The result of `make_report`.
         pictures: PNGs by heading, embedded in the page.
-        videos: Paths by caption, relative to the page.
+        videos: Videos by caption.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -53,10 +64,14 @@ def html(report: dict[str, Any], *, pictures: Mapping[str, bytes], videos: Mappi
         notes=notes(report),
         command=report["command"],
         tables=tables(report),
-        pictures={title: base64.b64encode(picture).decode() for title, picture in pictures.items()},
-        videos={caption: quote(path.as_posix()) for caption, path in videos.items()},
+        pictures={title: _base64(picture) for title, picture in pictures.items()},
+        videos={caption: (quote(video.path.as_posix()), _base64(video.poster)) for caption, video in videos.items()},
         runs=[run["name"] for run in report["runs"]],
     )
+
+
+def _base64(content: bytes) -> str:
+    return base64.b64encode(content).decode("ascii")
 
 
 def write_report(report: dict[str, Any], folder: Path, laid_out: VideoLayout) -> list[Path]:
@@ -85,7 +100,8 @@ def write_report(report: dict[str, Any], folder: Path, laid_out: VideoLayout) ->
     if laid_out.sheet is not None:
         pictures["Middle frames"] = laid_out.sheet
     videos = {
-        f"{prompt.text} (seed {prompt.seed})": path.relative_to(folder) for prompt, path in laid_out.shown.items()
+        f"{prompt.text} (seed {prompt.seed})": Player(path=path.relative_to(folder), poster=poster(path))
+        for prompt, path in laid_out.shown.items()
     }
     files = {
         folder / "report.json": (json.dumps(report, indent=2) + "\n").encode(),

@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch.nn import functional
 
 from blade.common.files import link_or_copy, write_files
 from blade.common.names import literal_name
 from blade.common.terminal import logger
 from blade.evaluation.plan import EvaluationPlan
 from blade.evaluation.prompts import EvaluationPrompt
-from blade.media.pictures import contact_sheet, encode_png, side_by_side
+from blade.media.pictures import contact_sheet, encode_jpeg, encode_png, shrunk, side_by_side
 from blade.media.video import encode_mp4, mp4_frames
 
 SHEET_PROMPTS = 8
@@ -23,6 +22,9 @@ SHEET_PROMPTS = 8
 
 SHEET_WIDTH = 320
 """Largest width of a frame in the contact sheet, in pixels; wider frames are shrunk."""
+
+POSTER_WIDTH = 640
+"""Largest width of what a page shows of a video before it plays, in pixels."""
 
 PROMPT_BYTES = 240
 """Most bytes of a prompt in the name of VBench's layout; file systems allow 255 for the whole name."""
@@ -81,6 +83,11 @@ def lay_out_videos(plan: EvaluationPlan) -> VideoLayout:
     return VideoLayout(shown=shown, sheet=sheet)
 
 
+def poster(path: Path) -> bytes:
+    """Return the first frame of a video as a small JPEG."""
+    return encode_jpeg(_frame(path, 0)[0], POSTER_WIDTH)
+
+
 def _frames_side_by_side(paths: Mapping[str, Path]) -> Iterator[torch.Tensor]:
     """Yield the frames of a comparison one at a time, since whole videos of many runs may not fit into memory."""
     for frames in zip(*(mp4_frames(path) for path in paths.values())):
@@ -92,7 +99,7 @@ def _sheet(complete: Mapping[EvaluationPrompt, Mapping[str, Path]], frames: int)
     indices = torch.linspace(0, len(prompts) - 1, min(SHEET_PROMPTS, len(prompts))).round().long().tolist()
     rows = {}
     for prompt in (prompts[index] for index in indices):
-        middles = {name: _shrunk(_frame(path, frames // 2)) for name, path in complete[prompt].items()}
+        middles = {name: shrunk(_frame(path, frames // 2), SHEET_WIDTH) for name, path in complete[prompt].items()}
         panels = [side_by_side({name: frame})[0] for name, frame in middles.items()]
         rows[f"{prompt.text} (seed {prompt.seed})"] = torch.stack(panels)
     return encode_png(contact_sheet(rows, columns=len(next(iter(complete.values()))), factor=1))
@@ -101,13 +108,6 @@ def _sheet(complete: Mapping[EvaluationPrompt, Mapping[str, Path]], frames: int)
 def _frame(path: Path, number: int) -> torch.Tensor:
     """Read a frame of a video: (1, 3, H, W) in [0, 1]."""
     return next(frame for index, frame in enumerate(mp4_frames(path)) if index == number)[None] / 255
-
-
-def _shrunk(frame: torch.Tensor) -> torch.Tensor:
-    height, width = frame.shape[-2:]
-    if width <= SHEET_WIDTH:
-        return frame
-    return functional.interpolate(frame, size=(round(height * SHEET_WIDTH / width), SHEET_WIDTH), mode="area")
 
 
 def _write_vbench(folder: Path, names: Sequence[str], complete: Mapping[EvaluationPrompt, Mapping[str, Path]]) -> None:

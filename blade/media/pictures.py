@@ -81,6 +81,21 @@ def encode_png(picture: torch.Tensor) -> bytes:
     return iio.imwrite("<bytes>", to_pixels(picture), plugin="pillow", extension=".png")
 
 
+def encode_jpeg(picture: torch.Tensor, widest: int) -> bytes:
+    """Encode a picture, (3, H, W) in [0, 1], as a JPEG of at most `widest` pixels across, in memory."""
+    import imageio.v3 as iio
+
+    return iio.imwrite("<bytes>", to_pixels(shrunk(picture[None], widest)[0]), plugin="pillow", extension=".jpg")
+
+
+def shrunk(frames: torch.Tensor, widest: int) -> torch.Tensor:
+    """Return frames, (frames, 3, H, W), that are at most `widest` pixels across."""
+    height, width = frames.shape[-2:]
+    if width <= widest:
+        return frames
+    return functional.interpolate(frames, size=(max(1, round(height * widest / width)), widest), mode="area")
+
+
 def encode_animation(video: torch.Tensor, fps: float, extension: str = ".webp") -> bytes:
     """Encode a video as a picture that moves wherever pictures are shown, over and over.
 

@@ -102,7 +102,7 @@ class _Runs:
         chosen = hashlib.sha256(choice.candidates.astype(np.int32).tobytes()).hexdigest()[:12]
         self.folder = folder / f"influences-{chosen}"
         self.path = self.folder / "errors.json"
-        self.known: dict[str, float] = json.loads(self.path.read_text()) if self.path.is_file() else {}
+        self.known: dict[str, float] = json.loads(self.path.read_text(encoding="utf-8")) if self.path.is_file() else {}
 
     def errors(self, names: Sequence[str], masks: np.ndarray) -> np.ndarray:
         """Return the squared errors of the videos as shares of their variances, geometric mean over prompts: (parts,).

@@ -41,10 +41,12 @@ function keptShare(row, column) {
   return kept / 255;
 }
 
-/** The square root of a patch's attention weight, as a share of the strongest one's. */
-function attentionRoot(row, column) {
+/** The square roots of some queries' attention weights, as shares of the strongest one's; none if not sampled. */
+function attentionRoots(row) {
   const part = Math.floor((shown.step * arrays.maps.shape[0]) / report.steps);
-  return arrays.maps.at(part, shown.layer, shown.head, row, column) / 255;
+  const start = arrays.maps.from(part, shown.layer, shown.head, row);
+  const roots = Array.from(arrays.maps.values.subarray(start, start + cells), (root) => root / 255);
+  return roots.some(Boolean) ? roots : null; // weights of a query sum to 1, so that some are seen
 }
 
 // Sizes
@@ -76,7 +78,7 @@ function tenths(values) {
 
 function showExplained() {
   const [low, high] = tenths(arrays.explained.values);
-  showScale(byId("explained-scale"), percent(low), percent(high));
+  showScale(byId("explained-scale"), percent(low), percent(high), unmeasured(arrays.explained.values));
   report.explained_kinds.forEach((kind, number) => {
     const title = element("h3", {}, kind);
     const chart = element("div");
@@ -92,6 +94,7 @@ function showExplained() {
   });
 }
 
+const unmeasured = (values) => (values.every(Number.isFinite) ? "" : "not measured");
 const known = (share) => (Number.isFinite(share) ? percent(share) : "not measured");
 
 // The heads' map and the shown head
@@ -118,10 +121,10 @@ const headMap = () =>
   });
 
 function patchLines(row, column) {
-  const root = attentionRoot(row, column);
+  const root = attentionRoots(row)?.[column];
   return [
     `queries at ${placeInVideo(row)}, keys at ${placeInVideo(column)}`,
-    `attention ${percent(root * root)} of the strongest patch`,
+    root === undefined ? "these queries were not sampled" : `attention ${percent(root * root)} of the strongest patch`,
     report.candidates[arrays.assignment.at(groupOf(shown.step), shown.layer, shown.head)].kind === "asa"
       ? "chosen anew for every input" : `${percent(keptShare(row, column))} of the pairs kept`,
   ];
@@ -131,7 +134,7 @@ const attentionMap = () =>
   heatmap(byId("attention-map"), {
     ...patchSizes,
     label: "Attention weight by patches of queries and keys",
-    colour: (row, column) => rampColour(attentionRoot(row, column)),
+    colour: (row, column) => rampColour(attentionRoots(row)?.[column]),
     describe: patchLines,
   });
 
@@ -160,7 +163,7 @@ const headErrors = () =>
 
 const runError = () =>
   lineChart(byId("run-error"), {
-    label: "The head's error by step", columnTitle: "step", rowTitle: "error", columnName: "step",
+    label: "The head's error by step", columnTitle: "step", rowTitle: "", columnName: "step", whole: true,
     series: [{ name: "error", points: headErrors() }], columnRange: [-0.5, report.steps - 0.5], height: 150,
     formatColumn: String, formatRow: percent, choose: (step) => show({ step }),
   });
@@ -273,7 +276,7 @@ function showCurve() {
   }
   const positive = series.flatMap((one) => one.points.map(([, y]) => y)).filter((y) => y > 0);
   lineChart(byId("curve"), {
-    label: "Relative error by density", columnTitle: "density: share of query-key pairs that are computed",
+    label: "Relative error by density", columnTitle: "density (share of computed pairs)",
     rowTitle: "relative error", columnName: "density", series, marks, logarithmic: positive.length > 1,
     formatColumn: decimal, formatRow: percent,
   });
@@ -285,7 +288,7 @@ function showRecall() {
   const all = Array.from({ length: layers * report.steps }, (_, item) =>
     share(Math.floor(item / report.steps), item % report.steps));
   const [low, high] = tenths(all);
-  showScale(byId("recall-scale"), percent(low), percent(high));
+  showScale(byId("recall-scale"), percent(low), percent(high), unmeasured(all));
   heatmap(byId("recall-map"), {
     ...layerStepSizes,
     label: "Recall of ASA by layer and step",
@@ -304,7 +307,7 @@ function showRecall() {
   const [held, best] = [mean(0), mean(1)];
   lineChart(byId("recall-lines"), {
     label: "Attention weight in ASA's blocks and in the best, by step", columnTitle: "step",
-    rowTitle: "attention weight", columnName: "step", formatColumn: String, formatRow: percent,
+    rowTitle: "attention weight", columnName: "step", whole: true, formatColumn: String, formatRow: percent,
     series: [{ name: "ASA's blocks", points: held }, { name: "best equally many", points: best, second: true }],
     rowRange: tenths([...held, ...best].map(([, weight]) => weight)),
   });
@@ -331,7 +334,7 @@ const charts = {
   headMap: headMap(), attentionMap: attentionMap(), maskMap: maskMap(), runStrip: runStrip(), runError: runError(),
 };
 show({});
-showScale(byId("attention-scale"), "none", "strongest");
+showScale(byId("attention-scale"), "none", "strongest", "not sampled");
 showScale(byId("mask-scale"), "none", "all");
 byId("attention-scale").title = "The colour follows the square root of the weight.";
 if (report.explained_kinds.length) showExplained();

@@ -117,8 +117,8 @@ class ReportData:
     """The kinds of `explained`."""
     maps: np.ndarray
     """(parts, layers, heads, cells, cells) uint8, attention weight averaged over patches of queries (rows) and keys
-    (columns) in raster order. Its square root, 255 at each map's maximum. Part p covers the steps from
-    p * steps / parts on."""
+    (columns) in raster order; a row of zeros: none of these queries was sampled. Its square root, 255 at each map's
+    maximum. Part p covers the steps from p * steps / parts on."""
     masks: np.ndarray
     """(candidates, cells, cells) uint8, share of the pairs of a patch that each candidate keeps, 255 for all."""
     stripes: np.ndarray | None

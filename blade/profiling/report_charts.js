@@ -79,8 +79,10 @@ const luminance = (colour) =>
     .reduce((sum, value, channel) => sum + value * [0.2126, 0.7152, 0.0722][channel], 0);
 const textOn = (colour) => (luminance(colour) > 0.18 ? "#000000" : "#ffffff");
 
-function showScale(container, low, high) {
-  container.replaceChildren(low, element("i"), high);
+/** What the colours mean; `unknown`: also what cells without a colour do. */
+function showScale(container, low, high, unknown = "") {
+  const rest = unknown ? [element("i", { class: "unknown" }), unknown] : [];
+  container.replaceChildren(low, element("i"), high, ...rest);
 }
 
 // Tooltip
@@ -254,13 +256,20 @@ function heatmap(container, options) {
 // Line charts
 
 const margin = { left: 56, right: 2, top: 12, bottom: 42 };
+const titleWidth = 18; // of the rows' title, beside which their numbers stand
+const pen = element("canvas").getContext("2d");
+
+function textWidth(text) {
+  pen.font = `12px ${getComputedStyle(document.body).fontFamily}`;
+  return pen.measureText(text).width;
+}
 
 /**
  * Lines over one axis; points are read by pointer or by the arrow keys.
  *
  * options: label, columnTitle, rowTitle, columnName, series [{ name, points [[x, y]], second }]; formatColumn(x),
  * formatRow(y) -> text. Optional: marks [{ name, point }], shown as rings; logarithmic, then points at 0 are left out;
- * columnRange and rowRange, each [low, high]; height; choose(x).
+ * columnRange and rowRange, each [low, high]; height; whole, for whole numbers below the columns; choose(x).
  */
 function lineChart(container, options) {
   const drawing = vector("svg", { tabindex: "0", role: "application" });
@@ -286,25 +295,29 @@ function lineChart(container, options) {
     const [low, high] = options.rowRange ?? [logarithmic ? Math.min(...rows) : 0, Math.max(...rows) || 0.01];
     const scale = logarithmic ? Math.log : (value) => value;
     const span = scale(high) - scale(low) || 1;
-    const left = (x) => margin.left + ((x - first) / (last - first || 1)) * (width - margin.left - margin.right);
+    const rowNumbers = logarithmic ? powersOfTen(low, high) : roundNumbers(low, high, height / 55);
+    const widest = Math.max(0, ...rowNumbers.map((y) => textWidth(options.formatRow(y))));
+    const start = Math.max(margin.left, (options.rowTitle ? titleWidth : 0) + widest + 9);
+    const left = (x) => start + ((x - first) / (last - first || 1)) * (width - start - margin.right);
     const bottom = height - margin.bottom;
     const top = (y) => bottom - ((scale(y) - scale(low)) / span) * (bottom - margin.top);
 
     drawing.setAttribute("viewBox", `0 0 ${width} ${height}`);
     drawing.setAttribute("height", height);
     drawing.replaceChildren();
-    for (const y of logarithmic ? powersOfTen(low, high) : roundNumbers(low, high, height / 55)) {
+    for (const y of rowNumbers) {
       drawing.append(
-        vector("line", { class: "grid", x1: margin.left, x2: width - margin.right, y1: top(y), y2: top(y) }),
-        vector("text", { x: margin.left - 7, y: top(y) + 4, "text-anchor": "end" }, options.formatRow(y)),
+        vector("line", { class: "grid", x1: start, x2: width - margin.right, y1: top(y), y2: top(y) }),
+        vector("text", { class: "number", x: start - 7, y: top(y) + 4, "text-anchor": "end" }, options.formatRow(y)),
       );
     }
-    for (const x of roundNumbers(first, last, width / 75)) {
+    const columnNumbers = roundNumbers(first, last, width / 60).filter((x) => !options.whole || Number.isInteger(x));
+    for (const x of columnNumbers) {
       drawing.append(vector("text", { x: left(x), y: bottom + 17, "text-anchor": "middle" }, options.formatColumn(x)));
     }
     const middle = (margin.top + bottom) / 2;
-    const turned = { "text-anchor": "middle", transform: `translate(11 ${middle}) rotate(-90)` };
-    const below = { "text-anchor": "middle", x: (margin.left + width - margin.right) / 2, y: height - 6 };
+    const turned = { class: "rows-title", "text-anchor": "middle", transform: `translate(11 ${middle}) rotate(-90)` };
+    const below = { "text-anchor": "middle", x: (start + width - margin.right) / 2, y: height - 6 };
     drawing.append(vector("text", turned, options.rowTitle), vector("text", below, options.columnTitle));
 
     const place = (name, [x, y]) => ({ name, x, y, left: left(x), top: top(y) });
@@ -318,19 +331,18 @@ function lineChart(container, options) {
     drawing.append(highlight);
     for (const [number, { name, point }] of [...marks.entries()].reverse()) {
       const placed = place(name, point);
-      const end = placed.left > width / 2;
-      const text = { class: "mark-name", x: placed.left + (end ? -11 : 11), y: placed.top + (number % 2 ? -10 : 19) };
       drawing.append(
         vector("circle", { class: number ? "mark" : "mark first", cx: placed.left, cy: placed.top, r: 5.5 }),
-        vector("text", { ...text, "text-anchor": end ? "end" : "start" }, name),
       );
       points.push(placed);
     }
     points.sort((one, other) => one.x - other.x);
     active = Math.min(active, points.length - 1);
-    const lines = series.map((one) =>
-      element("li", {}, element("span", { class: one.second ? "swatch line dashed" : "swatch line" }), one.name));
-    legend.replaceChildren(...(series.length > 1 ? lines : []));
+    // names stand below: beside a point, they would lie over a line or over each other
+    const entry = (swatch, name) => element("li", {}, element("span", { class: `swatch ${swatch}` }), name);
+    const lines = series.map((one) => entry(one.second ? "line dashed" : "line", one.name));
+    const rings = marks.map((one, number) => entry(number ? "ring" : "ring first", one.name));
+    legend.replaceChildren(...(series.length + marks.length > 1 ? [...lines, ...rings] : []));
   }
 
   function activate(index, x, y) {

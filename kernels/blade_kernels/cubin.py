@@ -236,10 +236,10 @@ def table(reports: list[CubinReport]) -> tuple[list[str], list[list[str]]]:
 
 def _read(cubin: bytes, tools: Path) -> tuple[str, str]:
     """Return a cubin's resource usage and its disassembly, as printed by CUDA's tools."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        commands = ([str(tools / "cuobjdump"), "-res-usage", file.name], [str(tools / "nvdisasm"), "-c", file.name])
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        commands = ([str(tools / "cuobjdump"), "-res-usage", str(path)], [str(tools / "nvdisasm"), "-c", str(path)])
         usage, code = (
             subprocess.run(command, capture_output=True, text=True, check=True).stdout for command in commands
         )

@@ -19,9 +19,10 @@ def missing_cpp_toolchain() -> str | None:
     """Return why the C++ that PyTorch generates for the CPU cannot be built here, or None if it can.
 
     Builds a tiny extension, once per process, with the compiler that PyTorch would use: `CXX`, or g++ (clang++ on
-    macOS).
+    macOS, Microsoft's cl on Windows).
     """
-    compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
+    usual = {"darwin": "clang++", "win32": "cl"}
+    compiler = os.environ.get("CXX") or usual.get(sys.platform, "g++")
     return _build_failure(compiler, "module.cpp")
 
 
@@ -29,8 +30,11 @@ def missing_cpp_toolchain() -> str | None:
 def missing_c_toolchain() -> str | None:
     """Return why Triton's launcher, which is C, cannot be built here, or None if it can.
 
-    Builds a tiny extension, once per process, with the compiler that Triton would use: `CC`, or gcc or clang.
+    Builds a tiny extension, once per process, with the compiler that Triton would use: `CC`, or gcc or clang. On
+    Windows the package `triton-windows` brings one.
     """
+    if sys.platform == "win32" and "CC" not in os.environ:
+        return None
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") or "gcc"
     return _build_failure(compiler, "module.c")
 
@@ -43,16 +47,14 @@ def _build_failure(compiler: str, source: str) -> str | None:
     if not any((Path(folder) / "Python.h").is_file() for folder in includes):
         return f"Python.h is not in {', '.join(sorted(includes))}"
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / source).write_text("#include <Python.h>\nint main(void) { return 0; }\n")
-        command = [
-            compiler,
-            "-shared",
-            "-fPIC",
-            *(f"-I{path}" for path in sorted(includes)),
-            source,
-            "-o",
-            "module.so",
-        ]
+        program = "#include <Python.h>\nint main(void) { return 0; }\n"
+        (Path(folder) / source).write_text(program, encoding="utf-8")
+        included = [f"-I{path}" for path in sorted(includes)]
+        if Path(compiler).stem.lower() in ("cl", "clang-cl"):
+            libraries = Path(sys.base_prefix) / "libs"
+            command = [compiler, "/nologo", "/LD", *included, source, "/link", f"/LIBPATH:{libraries}"]
+        else:
+            command = [compiler, "-shared", "-fPIC", *included, source, "-o", "module.so"]
         try:
             built = subprocess.run(
                 command, cwd=folder, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False

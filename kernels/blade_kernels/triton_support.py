@@ -24,7 +24,8 @@ def interpreted() -> bool:
 
 
 @functools.cache  # called in every layer
-def _installed() -> bool:
+def triton_installed() -> bool:
+    """Return whether Triton is installed, also by the package for Windows."""
     return importlib.util.find_spec("triton") is not None
 
 
@@ -32,7 +33,7 @@ def _installed() -> bool:
 def missing_triton(device: torch.device | str) -> str | None:
     """Return why Triton kernels cannot run on a device, or None if they can."""
     device = torch.device(device)
-    if not _installed():
+    if not triton_installed():
         return "Triton is not installed"
     if interpreted():
         return None

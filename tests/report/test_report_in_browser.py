@@ -300,6 +300,61 @@ def test_every_chart_tells_its_values(open_report, data):
     assert page.locator("svg[tabindex] polyline").count() == 5
 
 
+CROSSINGS = """
+(selector) => {
+  const svg = document.querySelector(`${selector} svg`);
+  const texts = [...svg.querySelectorAll("text")].filter((one) => one.textContent);
+  const boxes = texts.map((one) => one.getBoundingClientRect());
+  const apart = (one, other) => one.right <= other.left || other.right <= one.left
+    || one.bottom <= other.top || other.bottom <= one.top;
+  const found = [];
+  boxes.forEach((box, index) => boxes.slice(0, index).forEach((other, before) => {
+    if (!apart(box, other)) found.push(`${texts[index].textContent} over ${texts[before].textContent}`);
+  }));
+  for (const line of svg.querySelectorAll("polyline")) {
+    const place = svg.getBoundingClientRect();
+    for (let part = 0; part < line.getTotalLength(); part += 2) {
+      const { x, y } = line.getPointAtLength(part);
+      const at = { left: x + place.left, right: x + place.left, top: y + place.top, bottom: y + place.top };
+      boxes.forEach((box, index) => { if (!apart(box, at)) found.push(`${texts[index].textContent} over a line`); });
+    }
+  }
+  const page = document.documentElement.clientWidth;
+  const outside = boxes.map((box, index) => (box.left < 0 || box.right > page ? texts[index].textContent : null));
+  return { texts: texts.length, found: [...new Set(found)], outside: outside.filter(Boolean) };
+}
+"""
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_no_text_of_a_chart_lies_over_another_or_over_a_line(open_report, data, width):
+    """With errors so small that their numbers are long, and a table that lies on the curve."""
+    curve = data.curve * np.array([1, 1e-4], np.float32)
+    small = replace(data, curve=curve, published_curve=curve * 1.7, chosen=(float(curve[7, 0]), float(curve[7, 1])))
+    page = open_report(replace(small, verified={"density": small.chosen[0], "error": small.chosen[1] * 1.1}), width)
+    for chart in ("#curve", "#run-error", "#recall-lines"):
+        seen = page.evaluate(CROSSINGS, chart)
+        assert seen["texts"] >= 5 and seen["found"] == [] and seen["outside"] == [], chart
+    names = page.locator("#curve .legend li").all_inner_texts()
+    assert names == ["best assignment", "published rule", "this table", "this table, measured"]
+
+
+def test_queries_that_were_not_sampled_do_not_look_like_queries_that_attend_to_nothing(open_report, data):
+    maps = data.maps.copy()
+    maps[:, 0, 0, 5:9] = 0
+    page = open_report(replace(data, maps=maps))
+    drawn = pixels(page, "#attention-map")[..., 3]
+    assert (drawn[5:9] == 0).all() and (np.delete(drawn, slice(5, 9), axis=0) == 255).all()
+    assert "repeating-linear-gradient" in page.locator("#attention-map .plot").evaluate(
+        "(one) => getComputedStyle(one).backgroundImage"
+    )
+    page.locator("#attention-map .plot").focus()
+    for _ in range(6):
+        page.keyboard.press("ArrowDown")
+    assert page.locator(".tooltip div").all_inner_texts()[1] == "these queries were not sampled"
+    assert "not sampled" in page.locator("#attention-scale").inner_text()
+
+
 def test_one_kind_can_be_seen_alone(open_report, data):
     page = open_report(data)
     before = pixels(page, "#head-map")

@@ -18,6 +18,7 @@ from torch.nn.attention.flex_attention import BlockMask as FlexBlockMask
 from blade_kernels.block_mask import BlockMask
 from blade_kernels.block_sparse.pooled import PooledTokens
 from blade_kernels.toolchain import missing_c_toolchain, missing_cpp_toolchain
+from blade_kernels.triton_support import triton_installed
 
 _Attend = Callable[..., tuple[Tensor, Tensor | None]]
 
@@ -77,6 +78,8 @@ def _unsupported_on_cuda(head_size: int, block_size: tuple[int, int], needs_grad
         return f"FlexAttention needs blocks of a multiple of 16 tokens, got {block_size}"
     if needs_grad and any(size % _TILE for size in block_size):
         return f"FlexAttention's backward needs blocks of a multiple of {_TILE} tokens, got {block_size}"
+    if not triton_installed():
+        return "Triton, with which PyTorch compiles for GPUs, is not installed"
     missing = missing_c_toolchain()
     return missing and f"Triton's launcher has to be compiled, and {missing}"
 

@@ -6,7 +6,6 @@ import errno
 import json
 import logging
 import os
-import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -78,6 +77,7 @@ def test_a_full_disk_leaves_nothing_of_any_file(tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_write_that_the_system_cuts_short_leaves_nothing(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")  # not on Windows
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (5000, before[1]))
     try:
@@ -352,3 +352,37 @@ def test_a_folder_is_swept_when_it_is_first_written_into(tmp_path: Path, monkeyp
         with folder_updated(tmp_path / "folder") as temporary:
             (temporary / name).touch()
     assert swept == [tmp_path, tmp_path / "folder"]
+
+
+def test_on_windows_a_file_that_others_read_is_replaced_when_they_have_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A virus scanner has it open, then no longer. What stays open is an error; elsewhere nothing is tried twice."""
+    path, refused, move = tmp_path / "a", [], os.replace
+
+    def replace(source: Path, target: Path) -> None:
+        if len(refused) < most:
+            refused.append(source)
+            raise PermissionError(13, "in use", str(target))
+        move(source, target)
+
+    path.write_bytes(b"before")
+    monkeypatch.setattr(files.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(files.os, "replace", replace)
+    monkeypatch.setattr(files, "WINDOWS", True)
+    most = 2
+    write_files({path: b"after"})
+    assert path.read_bytes() == b"after" and len(refused) == 2
+    for windows, attempts in ((True, len(files.PAUSES) + 1), (False, 1)):
+        monkeypatch.setattr(files, "WINDOWS", windows)
+        most = 100
+        refused.clear()
+        with pytest.raises(OutputError, match="cannot be written: in use"):
+            write_files({path: b"later"})
+        assert len(refused) == attempts and os.listdir(tmp_path) == ["a"] and path.read_bytes() == b"after"
+
+
+def test_a_drive_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os.path, "lexists", lambda path: False)
+    with pytest.raises(OutputError, match=r"c\.mp4 cannot be written: No such file or directory"):
+        check_writable(tmp_path / "b" / "c.mp4")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import resource
+import sys
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 
@@ -13,8 +14,15 @@ from blade.common.machine import peak_memory_gib
 
 @pytest.mark.parametrize(("system", "unit"), [("Linux", 2**10), ("Darwin", 1)])
 def test_the_peak_of_the_process_is_in_gib(monkeypatch: pytest.MonkeyPatch, system: str, unit: int) -> None:
+    usage = SimpleNamespace(ru_maxrss=3 * 2**30 // unit)
     monkeypatch.setattr("platform.system", lambda: system)
-    monkeypatch.setattr(resource, "getrusage", lambda _: SimpleNamespace(ru_maxrss=3 * 2**30 // unit))
+    monkeypatch.setitem(sys.modules, "resource", SimpleNamespace(getrusage=lambda _: usage, RUSAGE_SELF=0))
+    assert peak_memory_gib(torch.device("cpu")) == 3
+
+
+def test_windows_tells_the_peak_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "resource", None)
+    monkeypatch.setattr(psutil.Process, "memory_info", lambda _: SimpleNamespace(rss=1, peak_wset=3 * 2**30))
     assert peak_memory_gib(torch.device("cpu")) == 3
 
 

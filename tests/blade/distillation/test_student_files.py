@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 import warnings
 from fnmatch import fnmatch
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 import yaml
 from diffusers import DPMSolverMultistepScheduler
+from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 from safetensors.torch import load_file
 
@@ -274,7 +276,8 @@ def test_what_others_have_named_is_text_in_the_model_card(pipe, tmp_path):
     hostile = 'a/<script>alert(1)</script>[b](https://example.com)](javascript:alert(1)) `x` "|\n\n```\n# b: !!python'
     folder = tmp_path / "student"
     facts = {
-        "base": hostile, "source": hostile, "updates": 3, "batch": 1, "prompts": "4", "size": "9 frames of 64x64",
+        "base": hostile, "source": hostile, "updates": 3, "batch": 1, "prompts": "4",
+        "video": {"num_frames": 9, "height": 64, "width": 64}, "fps": 8,
         "guidance_scale": 3.0, "trained": "a LoRA of rank 4", "scores": f"{hostile}: 1.000", "machine": hostile,
         "versions": hostile, "hours": 1.0,
     }  # fmt: skip
@@ -284,7 +287,7 @@ def test_what_others_have_named_is_text_in_the_model_card(pipe, tmp_path):
         dtype=torch.float32,
     )  # fmt: skip
     _, front, page = (folder / "README.md").read_text().split("---\n", 2)
-    assert yaml.safe_load(front)["base_model"] == hostile
+    assert "base_model" not in yaml.safe_load(front)  # no name of a model on the Hub
     tokens = [part for token in MarkdownIt("commonmark").parse(page) for part in (token, *(token.children or []))]
     kinds = [token.type for token in tokens]
     assert not {"html_block", "html_inline", "link_open", "image"} & set(kinds) and kinds.count("heading_open") == 4
@@ -293,6 +296,47 @@ def test_what_others_have_named_is_text_in_the_model_card(pipe, tmp_path):
     assert [node.value for node in ast.walk(ast.parse(python)) if getattr(node, "value", None) == hostile]
     command = next(token.content for token in tokens if token.content.startswith("blade-generate --prompt"))
     assert "\n" not in command and "<script>" in command
+
+
+CODE = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("full", ["false", "true"])
+def test_the_code_of_the_model_card_runs_as_pasted(settings, monkeypatch, tmp_path, full):
+    """From the folder that holds the student; only the device is another."""
+    folder = trained(settings("out", "attention.method=dense", f"weights.full={full}"))
+    monkeypatch.chdir(folder.parent)
+    blocks = CODE.findall((folder / "README.md").read_text(encoding="utf-8"))
+    assert len(blocks) == 2 and "load_student(" in blocks[0] and "blade" not in blocks[1]
+    for block in blocks:
+        exec(compile(block.replace('"cuda"', '"cpu"'), "card", "exec"), {})
+        video = read_mp4(tmp_path / "video.mp4")
+        assert video.shape == (9, 3, 64, 64) and float(video.std()) > 0.01
+        (tmp_path / "video.mp4").unlink()
+
+
+@pytest.mark.parametrize(
+    ("model", "named"),
+    [("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", True), ("bundled", False), ("/home/me/wan", False), ("~/wan", False)],
+)
+def test_the_front_matter_of_the_model_card_is_valid_for_the_hub(pipe, tmp_path, model, named):
+    facts = {
+        "base": model, "source": "student", "updates": 3, "batch": 1, "prompts": "4", "fps": 8,
+        "video": {"num_frames": 9, "height": 64, "width": 64}, "guidance_scale": 3.0, "trained": "a LoRA of rank 4",
+        "scores": "", "machine": "two cores", "versions": "torch 2", "hours": 1.0,
+    }  # fmt: skip
+    write_student(
+        tmp_path / "student", transformer=pipe.transformer, weights={}, config=DistillationConfig(model=model),
+        sampler=FewStepScheduler.like(pipe.scheduler, [(999.0, 500.0)]), attention=None, facts=facts,
+        dtype=torch.float32,
+    )  # fmt: skip
+    text = (tmp_path / "student" / "README.md").read_text(encoding="utf-8")
+    data = ModelCard(text).data
+    assert (data.library_name, data.pipeline_tag) == ("diffusers", "text-to-video")
+    assert data.base_model == (model if named else None)
+    for block in CODE.findall(text):
+        names = {name.id for name in ast.walk(ast.parse(block)) if isinstance(name, ast.Name)}
+        assert ("torch" in names) == ("import torch" in block) and "\n\n\n" not in block
 
 
 def test_the_files_say_what_it_is(settings):

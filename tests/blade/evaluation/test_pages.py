@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import base64
 import copy
+import io
 import json
 import re
 from dataclasses import replace
@@ -8,14 +10,17 @@ from html.parser import HTMLParser
 from pathlib import PurePosixPath
 from urllib.parse import unquote
 
+import numpy as np
 import pytest
 from markdown_it import MarkdownIt
+from PIL import Image
 
-from blade.evaluation.pages import html, markdown, write_report
+from blade.evaluation.pages import Player, html, markdown, write_report
 from blade.evaluation.plan import plan_evaluation
 from blade.evaluation.report import make_report
-from blade.evaluation.videos import lay_out_videos
+from blade.evaluation.videos import POSTER_WIDTH, lay_out_videos
 from blade.evaluation.worker import evaluate_videos
+from blade.media.video import mp4_frames
 
 
 class Page(HTMLParser):
@@ -46,6 +51,10 @@ class Page(HTMLParser):
     def handle_data(self, data):
         if {"td", "th"} & set(self.open):
             self.cells[-1] += data
+
+
+def player(path: str) -> Player:
+    return Player(path=PurePosixPath(path), poster=b"jpeg")
 
 
 @pytest.fixture
@@ -83,6 +92,28 @@ def test_page_stands_by_itself(written):
     assert text.count(prompt) >= 2
 
 
+def test_pictures_come_before_tables(written):
+    paths, _ = written
+    tags = [tag.split()[0] for tag in Page(paths["report.html"].read_text(encoding="utf-8")).tags]
+    assert {"img", "table", "video"} <= set(tags)
+    assert max(place for place, tag in enumerate(tags) if tag == "img") < tags.index("table") < tags.index("video")
+
+
+def test_a_player_shows_the_first_frame_and_loads_nothing_before_it_plays(written):
+    paths, _ = written
+    (video,) = re.findall("<video[^>]*>", paths["report.html"].read_text(encoding="utf-8"))
+    assert 'preload="none"' in video
+    (poster,) = re.findall('poster="data:image/jpeg;base64,([^"]*)"', video)
+    content = base64.b64decode(poster)
+    picture = Image.open(io.BytesIO(content)).convert("RGB")
+    first = next(mp4_frames(paths["report.html"].parent / unquote(re.findall('src="([^"]*)"', video)[0])))
+    height, width = first.shape[-2:]
+    shown = min(width, POSTER_WIDTH)
+    assert len(content) < 50_000 and picture.size == (shown, round(height * shown / width))
+    resized = Image.fromarray(first.permute(1, 2, 0).numpy()).resize(picture.size, Image.Resampling.BOX)
+    assert abs(np.asarray(picture, float) - np.asarray(resized, float)).mean() < 4
+
+
 def open_records(paths):
     (path,) = paths["report.json"].parent.glob("records-*.jsonl")
     return path.read_text().splitlines()
@@ -108,7 +139,7 @@ def test_an_interval_stands_beside_its_mean(written):
 
 def test_names_of_videos_are_quoted(written):
     _, report = written
-    page = Page(html(report, pictures={}, videos={"a #1": PurePosixPath("compare/a #1 50%.mp4")}))
+    page = Page(html(report, pictures={}, videos={"a #1": player("compare/a #1 50%.mp4")}))
     assert "compare/a%20%231%2050%25.mp4" in page.sources
 
 
@@ -131,7 +162,7 @@ def test_what_others_have_named_is_text_in_both_pages(written):
     machine = report["machines"][0] | {"device": HOSTILE}
     hostile = report | {"model": HOSTILE, "command": f"blade-evaluate --prompt {HOSTILE}", "machines": [machine]}
     clean, page = (
-        Page(html(values, pictures={HOSTILE: b"x"}, videos={HOSTILE: PurePosixPath(f"compare/{name}.mp4")}))
+        Page(html(values, pictures={HOSTILE: b"x"}, videos={HOSTILE: player(f"compare/{name}.mp4")}))
         for values, name in ((report, "a"), (hostile, HOSTILE))
     )
     assert not page.open and page.tags == clean.tags and len(page.sources) == len(clean.sources)

@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -157,3 +158,21 @@ def test_on_cuda_with_gradients_and_log_sum_exp(dense, as_good_as, case, block_s
     as_good_as(lse.cpu(), exact_lse, plain_lse)
     if grad:
         assert all(x.isfinite().all() for x in torch.autograd.grad(out.float().square().sum(), tensors))
+
+
+def test_on_a_gpu_it_needs_triton(monkeypatch):
+    """Also where no compiler is missing, as on Windows, where Triton's package brings one."""
+    monkeypatch.setattr(flex, "missing_c_toolchain", lambda: None)
+    assert flex._unsupported_on_cuda(64, (128, 128), needs_grad=False) is None
+    monkeypatch.setattr(flex, "triton_installed", lambda: False)
+    assert "is not installed" in flex._unsupported_on_cuda(64, (128, 128), needs_grad=False)
+
+
+def test_on_windows_triton_brings_its_compiler_unless_another_is_named(monkeypatch):
+    monkeypatch.setattr(toolchain, "sys", SimpleNamespace(platform="win32"))
+    monkeypatch.delenv("CC", raising=False)
+    assert toolchain.missing_c_toolchain.__wrapped__() is None
+    monkeypatch.setenv("CC", "no-such-compiler")
+    assert "'no-such-compiler' is not there" in toolchain.missing_c_toolchain.__wrapped__()
+    monkeypatch.delenv("CXX", raising=False)
+    assert "'cl' is not there" in toolchain.missing_cpp_toolchain.__wrapped__()
