@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -10,11 +11,12 @@ from typing import Any
 
 from blade.attention.config import CONFIG_NAME, BladeConfig
 from blade.attention.pattern_table import TABLE_NAME
+from blade.common.checks import check_integer, check_number, shortened
 from blade.common.errors import first_line
 from blade.common.leftovers import files_in, is_temporary
 from blade.models.source import look_up
 from blade.models.untrusted import check_files, find_scheduler_class, read_json
-from blade.students.scheduler import FewStepScheduler
+from blade.students.scheduler import MOST_TIMES, FewStepScheduler
 
 BUNDLED_STUDENTS = {4: "shapes-4-steps", 8: "shapes-8-steps"}
 """Names of the bundled model's students, which ship with this package, by their numbers of steps."""
@@ -111,6 +113,27 @@ def student_settings(source: str | Path) -> StudentSettings:
     return StudentSettings(found.read_config(None), scheduler.step_counts, scheduler.config.noise_kept)
 
 
+def check_scheduler_values(values: Mapping[str, Any], problem: str) -> None:
+    """Refuse values of a sampler that its class would not check: infinite ones, and those that would fill the memory.
+
+    Args:
+        values: its configuration.
+        problem: the beginning of the message.
+
+    Raises:
+        ValueError: for a value that is no finite number, or too long a table of times.
+    """
+    try:
+        check_integer("num_train_timesteps", values.get("num_train_timesteps", 1), least=1, most=MOST_TIMES)
+        for name, value in values.items():
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                check_number(name, value, "a finite number", lambda x: True)
+            if isinstance(value, list) and len(value) > MOST_TIMES:
+                raise ValueError(f"`{name}` must be a list of at most {MOST_TIMES:,}, got {shortened(value)}.")
+    except ValueError as error:
+        raise ValueError(f"{problem}: {error}") from None
+
+
 class StudentFiles:
     """The files of a bundled student, of a folder, or of a repository of the Hub."""
 
@@ -187,7 +210,9 @@ class StudentFiles:
         if path is None:
             return None
         what = f"`source` {self.source}"
-        name = read_json(path, what).get("_class_name")
+        values = read_json(path, what)
+        check_scheduler_values(values, f"{what} has a {SCHEDULER_NAME} that cannot be read")
+        name = values.get("_class_name")
         kind: Any = FewStepScheduler if name == FewStepScheduler.__name__ else find_scheduler_class(name, what)
         try:
             return kind.from_pretrained(path.parent, local_files_only=True)

@@ -79,7 +79,7 @@ def command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> CommandLine:
         ([*OK, "--attention", "dense", "--sparsity", "0.5"], "`sparsity` must not be given"),
         ([*OK, "--dense-steps", "1.5"], "`dense_steps` must be a count of steps or a fraction"),
         ([*OK, "--dense-layers", "3-1"], "`dense_layers` must be layer numbers"),
-        ([*OK, "--dtype", "int8"], "`dtype` must be one of float32, bfloat16, float16, got 'int8'"),
+        ([*OK, "--dtype", "int8"], '`dtype` must be one of "float32", "bfloat16", "float16", got \'int8\''),
         ([*OK, "--dtype", "float16", "--device", "cpu"], "`dtype` must be float32 or bfloat16 on the CPU"),
         ([*OK, "--device", "abacus"], '`device` must be "cpu", "cuda" or a device'),
         ([*OK, "--device", "meta"], '`device` is "meta", which this PyTorch cannot use'),
@@ -298,10 +298,10 @@ def test_debug_shows_the_traceback(command: CommandLine) -> None:
     ("content", "problem"),
     [
         ("{", "cannot be read as JSON"),
-        ("[]", "with a `prompt`"),
+        ("[]", "must hold a JSON object, got []"),
         ('{"steps": 3}', "with a `prompt`"),
         ('{"prompt": "x", "steps": "many"}', "`steps` must be an integer"),
-        ('{"prompt": "x", "guidance_scale": "much"}', "wrong type"),
+        ('{"prompt": "x", "guidance_scale": "much"}', "`guidance_scale` must be at least 0 and finite, got 'much'"),
         ('{"prompt": "x", "blade_config": {"sparsity": 2}}', "`sparsity` must be in"),
     ],
 )
