@@ -10,7 +10,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from blade.common.checks import check_flag, check_integer, kebab_case
+from blade.common.checks import check_flag, check_integer, kebab_case, meant, shortened
 from blade.common.declared import declare
 from blade.common.documented import documented
 
@@ -165,7 +165,8 @@ def _find_order(name: str) -> tuple[TokenOrder, tuple[int, ...]]:
             parameters = order.parse(kebab_case(name))
             if parameters is not None:
                 return order, parameters
-    raise ValueError(f"`token_order` must be one of {', '.join(TOKEN_ORDERS)}, got {name!r}.")
+    listed = ", ".join(TOKEN_ORDERS)
+    raise ValueError(f"`token_order` must be one of {listed}, got {shortened(name)}{meant(name, TOKEN_ORDERS)}")
 
 
 @lru_cache(maxsize=128)

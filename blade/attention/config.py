@@ -303,7 +303,7 @@ class BladeConfig:
         Raises:
             ValueError: if the directory holds no `blade_config.json`, or it isn't one.
         """
-        local = Path(directory_or_id)
+        local = Path(directory_or_id).expanduser()
 
         def find(name: str) -> Path:
             if local.is_file():

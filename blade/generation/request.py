@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -172,6 +173,7 @@ def read_config(source: str) -> BladeConfig:
     Raises:
         ValueError: if there is none.
     """
+    source = os.path.expanduser(source)
     if not Path(source).exists():
         look_up(source, "config", CONFIG_NAME)
     return BladeConfig.from_pretrained(source)

@@ -14,6 +14,7 @@ from blade.attention.pattern_table import TABLE_NAME
 from blade.common.checks import check_integer, check_number, shortened
 from blade.common.errors import first_line
 from blade.common.leftovers import files_in, is_temporary
+from blade.families.registry import released_students
 from blade.models.source import look_up
 from blade.models.untrusted import check_files, find_scheduler_class, read_json
 from blade.students.scheduler import MOST_TIMES, FewStepScheduler
@@ -140,9 +141,21 @@ class StudentFiles:
     def __init__(self, source: str) -> None:
         self.source = source
         is_bundled = source in BUNDLED_STUDENTS.values()
-        self.folder: Path | None = bundled_student_path(source) if is_bundled else Path(source).expanduser()
+        path = bundled_student_path(source) if is_bundled else Path(source).expanduser()
+        self.only: str | None = None
+        if path.is_file():
+            if path.suffix != ".safetensors":
+                wanted = "a folder, a Hub id or a .safetensors file"
+                raise ValueError(f"`source` must be {wanted}, got the file {source}.")
+            # what else is in a folder of downloads is not this student's
+            self.only, path = (None if path.name == WEIGHT_NAME else path.name), path.parent
+        self.folder: Path | None = path
+        if self.only is not None:
+            self.names = [WEIGHT_NAME]
+            return
         if not self.folder.is_dir():
-            names = look_up(source, "source", WEIGHT_NAME)
+            published = [student.source for student in released_students()]
+            names = look_up(source, "source", WEIGHT_NAME, known=[*BUNDLED_STUDENTS.values(), *published])
             self.folder = None
             if names is not None:
                 self.names = [name for name in names if not is_temporary(name)]
@@ -180,6 +193,12 @@ class StudentFiles:
         """The path of a file here; None if there is none."""
         name = name if subfolder is None else f"{subfolder}/{name}"
         folder = self.folder
+        if self.only is not None:
+            if name not in (WEIGHT_NAME, self.only):
+                return None
+            name, folder = self.only, self.folder
+            check_files(self.folder, name, f"`source` {self.source}")
+            return self.folder / name
         if name not in self.names and (folder is None or not (folder / name).exists()):  # there are none below links
             return None
         if folder is None:

@@ -238,7 +238,7 @@ def test_a_value_of_any_other_kind_is_taken_or_named(kind: str, tmp_path: Path) 
             "config",
             "dense_layers",
             "0-99999999999",
-            "`dense_layers` must be layer numbers from 0 to 9,999, or a string such as \"0-1,39\", got '0-99999999999'.",
+            "layer numbers from 0 to 9,999, or a string such as \"0-1,39\", got '0-99999999999'.",
         ),
         ("config", "asa", None, "`asa` must be a JSON object, got None."),
         ("config", "attention", "asa_gt", "\"patterns\", got 'asa_gt'; did you mean asa-gt?"),

@@ -31,7 +31,7 @@ class CommandLine:
         self.output = folder / "video.mp4"
         self.capsys = capsys
 
-    def fails(self, *options: str, code: int = 1) -> str:
+    def fails(self, *options: str, code: int = 2) -> str:
         """Run it, check that it fails as it should, and return the error's line."""
         self.capsys.readouterr()
         with pytest.raises(SystemExit) as exit:
@@ -105,7 +105,7 @@ def test_a_request_that_makes_no_sense(command: CommandLine, options: list[str],
 
 @pytest.mark.parametrize("options", [["--no-such-option"], ["--steps", "many"], ["--prompt"]])
 def test_a_command_line_that_makes_no_sense(command: CommandLine, options: list[str]) -> None:
-    command.fails(*options, code=2)
+    command.fails(*options)
 
 
 def test_cuda_where_there_is_none(command: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:

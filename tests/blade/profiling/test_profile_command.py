@@ -46,7 +46,7 @@ def test_it_writes_a_table_that_generates_and_a_report(arguments, tmp_path, caps
     assert ended.value.code == 0 and video.is_file()
     with pytest.raises(SystemExit) as ended:  # of another number of steps
         generate_command.main([*same, "--steps", "4", "--output", str(tmp_path / "other.mp4")])
-    assert ended.value.code == 1 and "4 steps, not 3" in capsys.readouterr().err
+    assert ended.value.code == 2 and "4 steps, not 3" in capsys.readouterr().err
     assert BladeConfig.from_pretrained(folder).patterns.steps == 3
 
 
@@ -122,7 +122,7 @@ def test_bad_input_ends_in_one_line(arguments, more, message, capsys):
     with pytest.raises(SystemExit) as ended:
         main([*arguments, *more])
     error = capsys.readouterr().err
-    assert ended.value.code == 1
+    assert ended.value.code == 2
     lines = [line for line in error.splitlines() if line.startswith("error:")]
     assert len(lines) == 1 and re.search(message, lines[0]), error
 
