@@ -42,7 +42,8 @@ def check_types(item: Any, prefix: str = "") -> None:
     Raises:
         ValueError: for the first field that has another type; numbers must be finite, and of at most 64 bits.
     """
-    for name, hint in _field_types(type(item)).items():
+    cls: Any = type(item)
+    for name, hint in _field_types(cls).items():
         value = getattr(item, name)
         check_type(f"{prefix}{name}", value, hint)
         if is_dataclass(value):

@@ -142,16 +142,17 @@ class StudentFiles:
         self.source = source
         is_bundled = source in BUNDLED_STUDENTS.values()
         path = bundled_student_path(source) if is_bundled else Path(source).expanduser()
-        self.only: str | None = None
+        self.file: Path | None = None
+        """The only file that is the student, whatever else is in its folder."""
         if path.is_file():
             if path.suffix != ".safetensors":
                 wanted = "a folder, a Hub id or a .safetensors file"
                 raise ValueError(f"`source` must be {wanted}, got the file {source}.")
-            # what else is in a folder of downloads is not this student's
-            self.only, path = (None if path.name == WEIGHT_NAME else path.name), path.parent
+            if path.name != WEIGHT_NAME:
+                self.file, self.names = path, [WEIGHT_NAME]
+            path = path.parent
         self.folder: Path | None = path
-        if self.only is not None:
-            self.names = [WEIGHT_NAME]
+        if self.file is not None:
             return
         if not self.folder.is_dir():
             published = [student.source for student in released_students()]
@@ -193,12 +194,11 @@ class StudentFiles:
         """The path of a file here; None if there is none."""
         name = name if subfolder is None else f"{subfolder}/{name}"
         folder = self.folder
-        if self.only is not None:
-            if name not in (WEIGHT_NAME, self.only):
+        if self.file is not None:
+            if name not in (WEIGHT_NAME, self.file.name):
                 return None
-            name, folder = self.only, self.folder
-            check_files(self.folder, name, f"`source` {self.source}")
-            return self.folder / name
+            check_files(self.file.parent, self.file.name, f"`source` {self.source}")
+            return self.file
         if name not in self.names and (folder is None or not (folder / name).exists()):  # there are none below links
             return None
         if folder is None:

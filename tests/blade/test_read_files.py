@@ -15,6 +15,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import blade
 from blade import BladeConfig, TokenGrid
 from blade.attention.pattern_table import PatternTable
 from blade.attention.patterns import HeadPattern, Window
@@ -326,3 +327,17 @@ def test_changed_bytes_are_taken_or_refused_in_a_line(kind: str, tmp_path: Path)
 def test_a_number_of_many_digits_is_no_json() -> None:
     with pytest.raises(ValueError, match="Exceeds the limit"):
         parse_json("9" * 5000, "`steps`")
+
+
+READERS_OF_JSON = {"common/reading.py", "common/files.py", "common/locks.py", "models/untrusted.py"}
+"""Modules that parse JSON: the one for all, and those of lines, locks and the files of models, which may hold NaN."""
+
+
+def test_json_is_parsed_in_one_place() -> None:
+    package = Path(blade.__file__).parent
+    parsing = {
+        path.relative_to(package).as_posix()
+        for path in package.rglob("*.py")
+        if re.search(r"json\.loads?\((?!json\.dumps)", path.read_text(encoding="utf-8"))
+    }
+    assert parsing == READERS_OF_JSON
