@@ -11,12 +11,12 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
 import typer
 
-from blade import __version__
 from blade.common.files import FULL
 from blade.common.terminal import print_line, printable, printable_records
 
@@ -66,7 +66,7 @@ def _run(function: Callable[..., Any] | typer.Typer, arguments: Sequence[str] | 
     keep_freed_memory()
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if arguments[:1] == [VERSION]:
-        print_line(f"blade-video {__version__}")
+        print_line(f"blade-video {version('blade-video')}")
         sys.exit(0)
     try:
         with _plain_messages(), printable_records():

@@ -1,11 +1,11 @@
 """What a user types: help, version, misspelled names, paths, and the exit codes of what goes wrong."""
 
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import typer
 
-from blade import __version__
 from blade.cli import bench, distill, evaluate, generate, profile
 from blade.cli.command import run_command
 from blade.common.files import OutputError
@@ -36,7 +36,7 @@ def test_help_has_a_short_option_and_there_is_a_version(name: str, capsys) -> No
     assert ended(COMMANDS[name], "-h") == 0
     assert "Usage:" in capsys.readouterr().out
     assert ended(COMMANDS[name], "--version") == 0
-    assert capsys.readouterr().out == f"blade-video {__version__}\n"
+    assert capsys.readouterr().out == f"blade-video {version('blade-video')}\n"
 
 
 def test_a_command_of_several_has_short_help_for_each(capsys) -> None:
