@@ -27,6 +27,14 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check
 
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations=15
 
+# A misspelled variable would be ignored, and `make generate PROMT=...` make another video.
+KNOWN := PYTHON VENV TORCH WORKERS OLDEST PROMPT ARGS SHELL MAKE MAKEFLAGS MAKEOVERRIDES
+GIVEN := $(foreach name,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(name)))),$(name)))
+UNKNOWN := $(filter-out $(KNOWN),$(GIVEN))
+ifneq ($(UNKNOWN),)
+$(error unknown variable $(UNKNOWN); there are PYTHON, VENV, TORCH, WORKERS, OLDEST, PROMPT and ARGS)
+endif
+
 .PHONY: generate test test-slow test-long test-oldest test-report docs wheel clean
 
 # The prompt travels in the environment, where no character of it means anything to a shell.

@@ -10,9 +10,12 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from blade.common.checks import kebab_case
+from blade.common.checks import check_flag, check_integer, kebab_case, meant, shortened
 from blade.common.declared import declare
 from blade.common.documented import documented
+
+MOST_TOKENS = 2**24
+"""Most tokens along an axis of a grid."""
 
 # An axis-aligned integer vector: its signed length and the (positive) raster stride of its axis.
 _Vector = tuple[int, int]
@@ -42,9 +45,8 @@ class TokenGrid:
 
     def __post_init__(self) -> None:
         for name, least in (("frames", 1), ("height", 1), ("width", 1), ("text_before", 0), ("text_after", 0)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
-                raise ValueError(f"`{name}` must be an integer of at least {least}, got {value!r}.")
+            check_integer(name, getattr(self, name), least, MOST_TOKENS)
+        check_flag("first_frame_apart", self.first_frame_apart)
 
     @property
     def video_tokens(self) -> int:
@@ -163,7 +165,8 @@ def _find_order(name: str) -> tuple[TokenOrder, tuple[int, ...]]:
             parameters = order.parse(kebab_case(name))
             if parameters is not None:
                 return order, parameters
-    raise ValueError(f"`token_order` must be one of {', '.join(TOKEN_ORDERS)}, got {name!r}.")
+    listed = ", ".join(TOKEN_ORDERS)
+    raise ValueError(f"`token_order` must be one of {listed}, got {shortened(name)}{meant(name, TOKEN_ORDERS)}")
 
 
 @lru_cache(maxsize=128)

@@ -25,7 +25,8 @@ from blade.cli.command import keep_freed_memory, run_script
 from blade.cli.evaluate import main as evaluate
 from blade.cli.progress import progress_line
 from blade.common.files import write_files
-from blade.distillation.config import DistillationConfig, load_config
+from blade.distillation.config import DistillationConfig
+from blade.distillation.recipes import load_config
 from blade.distillation.student_files import CARD_NAME, CONFIG_NAME
 from blade.distillation.validation import means
 from blade.distillation.workflow import VALIDATION, distill

@@ -11,16 +11,26 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
 
-from blade_kernels.block_selection import BUDGETS, STATISTICS
 from blade_kernels.implementations import current_name
 
 from blade.attention.pattern_table import TABLE_NAME, PatternTable
 from blade.attention.selectors import DEFAULT_SELECTOR, find_selector
-from blade.common.checks import check_choice, check_flag, check_integer, check_number, parse_ranges
+from blade.common.checks import (
+    MOST_BLOCK_TOKENS,
+    MOST_LAYERS,
+    MOST_STEPS,
+    check_integer,
+    check_number,
+    is_number,
+    parse_ranges,
+    shortened,
+)
 from blade.common.documented import documented
+from blade.common.fields import check_types
 from blade.common.files import write_files
+from blade.common.reading import read_json
 from blade.common.representation import repr_changes
-from blade.families.kinds import PRESET_KINDS, PresetKind
+from blade.families.kinds import PresetKind
 from blade.token_grid import canonical_order
 
 CONFIG_NAME = "blade_config.json"
@@ -84,26 +94,19 @@ class AdaptiveConfig:
 
     def __post_init__(self) -> None:
         for name in ("block_size", "probe_tokens", "pooled_window"):
-            check_integer(name, getattr(self, name), least=1)
+            check_integer(name, getattr(self, name), least=1, most=MOST_BLOCK_TOKENS)
+        if self.cumulative_mass is not None:
+            check_number("cumulative_mass", self.cumulative_mass, "None or in (0, 1]", lambda x: 0 < x <= 1)
+        check_number("min_fraction", self.min_fraction, "in [0, 1]", lambda x: 0 <= x <= 1)
+        check_types(self)
         if self.probe_tokens > self.block_size:
             raise ValueError(
                 f"`probe_tokens` must be at most `block_size`, which is {self.block_size}, got {self.probe_tokens}."
             )
         object.__setattr__(self, "token_order", canonical_order(self.token_order))
         find_selector(self.selector)
-        check_choice("probe_keys", self.probe_keys, ("drawn", "half-largest"))
-        check_flag("softmax_denominator", self.softmax_denominator)
-        check_choice("statistic", self.statistic, STATISTICS)
-        check_flag("value_weighting", self.value_weighting)
-        check_choice("budget", self.budget, BUDGETS)
-        check_choice("rounding", self.rounding, ("floor", "spread"))
-        if self.cumulative_mass is not None:
-            check_number("cumulative_mass", self.cumulative_mass, "None or in (0, 1]", lambda x: 0 < x <= 1)
-            if self.budget == "layer":
-                raise ValueError(
-                    f'`cumulative_mass` must be None where `budget` is "layer", got {self.cumulative_mass}.'
-                )
-        check_number("min_fraction", self.min_fraction, "in [0, 1]", lambda x: 0 <= x <= 1)
+        if self.cumulative_mass is not None and self.budget == "layer":
+            raise ValueError(f'`cumulative_mass` must be None where `budget` is "layer", got {self.cumulative_mass}.')
 
     def __repr__(self) -> str:
         """Return what differs from the default."""
@@ -185,20 +188,14 @@ class BladeConfig:
         def __init__(self, **values: Unpack[ConfigFields]) -> None: ...
 
     def __post_init__(self) -> None:
-        check_choice("attention", self.attention, ("dense", "asa", "asa-gt", "patterns"))
-        check_number("sparsity", self.sparsity, "in [0, 1)", lambda x: 0 <= x < 1)
-        check_choice("pooled_tokens", self.pooled_tokens, ("none", "all", "dropped"))
-        check_flag("strict", self.strict)
-        check_integer("seed", self.seed, least=0)
-        check_choice("kind", self.kind, PRESET_KINDS)
-        if not isinstance(self.implementation, str) or not self.implementation:
-            raise ValueError(f'`implementation` must be a name such as "auto", got {self.implementation!r}.')
-        object.__setattr__(self, "implementation", current_name(self.implementation))
-        if not isinstance(self.asa, AdaptiveConfig):
-            raise ValueError(f"`asa` must be an AdaptiveConfig, got {self.asa!r}.")
         object.__setattr__(self, "dense_steps", parse_dense_steps(self.dense_steps))
         object.__setattr__(self, "dense_layers", parse_dense_layers(self.dense_layers))
-        check_flag("adapt_patterns", self.adapt_patterns)
+        check_number("sparsity", self.sparsity, "in [0, 1)", lambda x: 0 <= x < 1)
+        check_integer("seed", self.seed, least=0)
+        check_types(self)
+        if not self.implementation:
+            raise ValueError(f'`implementation` must be a name such as "auto", got {self.implementation!r}.')
+        object.__setattr__(self, "implementation", current_name(self.implementation))
         if (self.attention == "patterns") != isinstance(self.patterns, PatternTable):
             raise ValueError(
                 '`patterns` must be a PatternTable with `attention="patterns"`, and None otherwise, got '
@@ -265,12 +262,8 @@ class BladeConfig:
         """Make a configuration from `to_dict`'s values. Unknown keys, of a later version, draw a warning."""
         known = _known(cls, values, "")
         if "asa" in known:
-            if not isinstance(known["asa"], Mapping):
-                raise ValueError(f"`asa` must be a JSON object, got {known['asa']!r}.")
             known["asa"] = AdaptiveConfig(**_known(AdaptiveConfig, known["asa"], "asa."))
         if known.get("patterns") is not None:
-            if not isinstance(known["patterns"], Mapping):
-                raise ValueError(f"`patterns` must be a JSON object, got {known['patterns']!r}.")
             known["patterns"] = PatternTable.from_dict(known["patterns"])
         return cls(**known)
 
@@ -311,7 +304,7 @@ class BladeConfig:
         Raises:
             ValueError: if the directory holds no `blade_config.json`, or it isn't one.
         """
-        local = Path(directory_or_id)
+        local = Path(directory_or_id).expanduser()
 
         def find(name: str) -> Path:
             if local.is_file():
@@ -326,12 +319,7 @@ class BladeConfig:
         path = find(CONFIG_NAME)
         if local.is_dir() and not path.is_file():
             raise ValueError(f"`{path.parent}` holds no {CONFIG_NAME}.")
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"`{path}` is not a JSON file: {error}.") from error
-        if not isinstance(values, dict):
-            raise ValueError(f"`{path}` must hold a JSON object, got a {type(values).__name__}.")
+        values = read_json(path, f"`{path}`")
         if isinstance(values.get("patterns"), str):
             values["patterns"] = PatternTable.load(find(TABLE_NAME)).to_dict()
         return cls.from_dict(values)
@@ -363,9 +351,10 @@ def parse_dense_steps(value: int | float) -> int | float:
     Raises:
         ValueError: if it is negative, or above 1 and no whole number.
     """
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not 0 <= value < math.inf or (value > 1 and value != int(value)):
-        raise ValueError(f"`dense_steps` must be a count of steps or a fraction in [0, 1), got {value!r}.")
+    if not is_number(value) or value < 0 or (value > 1 and value != int(value)):
+        raise ValueError(f"`dense_steps` must be a count of steps or a fraction in [0, 1), got {shortened(value)}.")
+    if value > MOST_STEPS:
+        raise ValueError(f"`dense_steps` must be at most {MOST_STEPS:,}, got {shortened(value)}.")
     return value if 0 < value < 1 else int(value)
 
 
@@ -378,25 +367,32 @@ def parse_dense_layers(value: str | int | Iterable[int]) -> tuple[int, ...]:
     Raises:
         ValueError: if something in it is no layer number.
     """
-    problem = f'`dense_layers` must be layer numbers of at least 0, or a string such as "0-1,39", got {value!r}.'
+    wanted = f'layer numbers from 0 to {MOST_LAYERS - 1:,}, or a string such as "0-1,39"'
+    problem = f"`dense_layers` must be {wanted}, got {shortened(value)}."
     layers: set[int] = set()
     if isinstance(value, str):
         for layer_range in parse_ranges(value, problem):
+            if layer_range.stop > MOST_LAYERS:
+                raise ValueError(problem)
             layers.update(layer_range)
         return tuple(sorted(layers))
     values = [value] if isinstance(value, int) else value
     if not isinstance(values, Iterable):
         raise ValueError(problem)
     for layer in values:
-        if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0:
+        if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < MOST_LAYERS:
             raise ValueError(problem)
         layers.add(layer)
     return tuple(sorted(layers))
 
 
-def _known(cls: type, values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+def _known(cls: type, values: Any, prefix: str) -> dict[str, Any]:
+    """Return the fields of a class that a JSON object holds, with a warning of others."""
+    if not isinstance(values, Mapping):
+        name = prefix.rstrip(".") or "blade_config"
+        raise ValueError(f"`{name}` must be a JSON object, got {shortened(values)}.")
     names = {item.name for item in fields(cls)}
-    unknown = sorted(set(values) - names)
+    unknown = sorted(str(name) for name in set(values) - names)
     if unknown:
         listed = ", ".join(f"`{prefix}{name}`" for name in unknown)
         warnings.warn(f"Ignored unknown keys of a BLADE configuration: {listed}.", UserWarning, stacklevel=3)

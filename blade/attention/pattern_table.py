@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 
 from blade.attention.patterns import HeadPattern
-from blade.common.checks import check_integer
+from blade.common.checks import MOST_BLOCK_TOKENS, MOST_STEPS, check_integer, shortened
 from blade.common.documented import documented
+from blade.common.fields import check_type, check_types, read_fields
 from blade.common.files import write_files
+from blade.common.reading import read_json
 from blade.token_grid import TokenGrid, canonical_order
 
 TABLE_NAME = "pattern_table.json"
@@ -55,7 +57,10 @@ class PatternTable:
         return f"<PatternTable of {layers} layers, {heads} heads, {groups} groups of steps: {shares}>"
 
     def __post_init__(self) -> None:
-        assignment = np.asarray(self.assignment)
+        try:
+            assignment = np.asarray(self.assignment)
+        except ValueError as problem:  # rows of different lengths
+            raise ValueError(f"`assignment` must have the shape (groups, layers, heads): {problem}") from None
         if assignment.ndim != 3 or not np.issubdtype(assignment.dtype, np.integer) or not assignment.size:
             raise ValueError(
                 "`assignment` must hold whole numbers of shape (groups, layers, heads), got "
@@ -67,9 +72,12 @@ class PatternTable:
                 f"{assignment.max()}."
             )
         object.__setattr__(self, "assignment", assignment.astype(np.int32))
+        check_integer("block_size", self.block_size, least=1, most=MOST_BLOCK_TOKENS)
+        if self.steps is not None:
+            check_integer("steps", self.steps, least=1, most=MOST_STEPS)
         object.__setattr__(self, "patterns", tuple(self.patterns))
+        check_types(self)
         object.__setattr__(self, "group_starts", tuple(self.group_starts))
-        check_integer("block_size", self.block_size, least=1)
         object.__setattr__(self, "token_order", canonical_order(self.token_order))
         starts, groups = self.group_starts, len(assignment)
         if len(starts) != groups or starts[0] != 0 or list(starts) != sorted(set(starts)):
@@ -165,22 +173,18 @@ class PatternTable:
         Raises:
             ValueError: if they are none.
         """
-        known = dict(values)
-        version = known.pop("format", None)
-        if version != FORMAT:
-            raise ValueError(f"`format` must be {FORMAT}, got {version!r}: another version of BLADE made this table.")
-        try:
-            patterns = tuple(HeadPattern.from_dict(pattern) for pattern in known.pop("patterns"))
-            grid = known.pop("grid", None)
-            return cls(
-                patterns=patterns,
-                assignment=np.array(known.pop("assignment")),
-                grid=None if grid is None else TokenGrid(**grid),
-                group_starts=tuple(known.pop("group_starts", (0,))),
-                **known,
-            )
-        except (TypeError, KeyError) as problem:
-            raise ValueError(f"the table of patterns lacks or has a wrong value: {problem}.") from None
+        version = values.get("format") if isinstance(values, Mapping) else FORMAT
+        if version is True or version != FORMAT:
+            wrong = f"`format` must be {FORMAT}, got {shortened(version)}"
+            raise ValueError(f"{wrong}: another version of BLADE made this table.")
+        if isinstance(values, Mapping):
+            values = {name: value for name, value in values.items() if name != "format"}
+        known = read_fields(cls, values, "patterns")
+        check_type("patterns", known["patterns"], list[Any])
+        known["patterns"] = tuple(HeadPattern.from_dict(pattern) for pattern in known["patterns"])
+        if known.get("grid") is not None:
+            known["grid"] = TokenGrid(**read_fields(TokenGrid, known["grid"], "grid"))
+        return cls(**known)
 
     def to_bytes(self) -> bytes:
         """Return the content of the file that `load` reads."""
@@ -197,16 +201,9 @@ class PatternTable:
         Raises:
             ValueError: if it is not there, or not such a file.
         """
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise ValueError(
-                f"`{path}` is not there: a configuration with head patterns has its table beside it."
-            ) from None
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as problem:
-            raise ValueError(f"`{path}` cannot be read as JSON: {problem}.") from None
-        if not isinstance(values, Mapping):
-            raise ValueError(f"`{path}` must hold a JSON object, got a {type(values).__name__}.")
+        if not path.exists():
+            raise ValueError(f"`{path}` is not there: a configuration with head patterns has its table beside it.")
+        values = read_json(path, f"`{path}`")
         try:
             return cls.from_dict(values)
         except ValueError as problem:

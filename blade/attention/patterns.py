@@ -16,7 +16,8 @@ from blade_kernels.block_mask import BlockMask
 from torch import Tensor
 from torch.nn import functional
 
-from blade.common.checks import check_flag, check_integer, check_number, parse_choice
+from blade.common.checks import check_integer, check_number, parse_choice
+from blade.common.fields import check_type, check_types, read_fields
 from blade.token_grid import TokenGrid, canonical_order
 
 PatternKind = Literal["full", "skip", "diagonal", "multi-diagonal", "vertical", "window", "asa"]
@@ -86,6 +87,7 @@ class HeadPattern:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kind", parse_choice("kind", self.kind, KINDS))
+        check_types(self)
         if (self.frames is not None) != (self.kind in ("diagonal", "multi-diagonal")):
             raise ValueError(f"`frames` belongs to diagonal and multi-diagonal, got {self.frames} with {self.kind}.")
         if self.frames is not None:
@@ -108,7 +110,6 @@ class HeadPattern:
             )
         if "place" in self.windows and len(self.windows) > 1 + ("frame" in self.windows):
             raise ValueError(f"`windows` must have place, or row and column, got {', '.join(self.windows)}.")
-        check_flag("first_frame", self.first_frame)
         if self.first_frame and self.kind in ("full", "skip", "asa"):
             raise ValueError(f"`first_frame` must be False with {self.kind}, got True.")
         if self.order is not None:
@@ -157,17 +158,13 @@ class HeadPattern:
         Raises:
             ValueError: for an unknown key, or a value out of its range.
         """
-        known = dict(values)
-        unknown = sorted(set(known) - set(cls.__dataclass_fields__))
-        if unknown or "kind" not in known:
-            raise ValueError(f"a pattern must have a `kind`, and nothing unknown, got {', '.join(map(str, known))}.")
-        try:
-            known["windows"] = {axis: Window(**window) for axis, window in dict(known.get("windows", {})).items()}
-            if known.get("key_blocks") is not None:
-                known["key_blocks"] = tuple(known["key_blocks"])
-            return cls(**known)
-        except TypeError as problem:
-            raise ValueError(f"a pattern cannot be read from {values!r}: {problem}.") from None
+        known = read_fields(cls, values, "pattern")
+        windows = known.get("windows", {})
+        check_type("windows", windows, Mapping[str, Any])
+        known["windows"] = {
+            axis: Window(**read_fields(Window, window, f"windows.{axis}")) for axis, window in windows.items()
+        }
+        return cls(**known)
 
 
 def pattern_blocks(

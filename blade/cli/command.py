@@ -12,6 +12,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
@@ -20,7 +21,12 @@ import typer
 from blade.common.files import FULL
 from blade.common.terminal import print_line, printable, printable_records, write_out_what_streams_lack
 
+FAILURE_EXIT_CODE = 1
+"""Of what was begun and failed: a full disk, too little memory, a folder that another process uses, ..."""
+
 USAGE_EXIT_CODE = 2
+"""Of what cannot be done as it was asked for: an option, a value, a file or a model that it names."""
+
 INTERRUPTED_EXIT_CODE = 130
 """128 + SIGINT, as shells have it."""
 
@@ -28,6 +34,10 @@ TERMINATED_EXIT_CODE = 143
 """128 + SIGTERM."""
 
 DEBUG = "--debug"
+
+HELP_OPTIONS = ["-h", "--help"]
+
+VERSION = "--version"
 
 GLIBC_SIZES = {-3: 2**30, -1: 2**31 - 1, -2: 2**26}
 """Of glibc's allocator, in bytes: M_MMAP_THRESHOLD, from which on memory comes from the kernel by itself,
@@ -57,8 +67,8 @@ def run_command(function: Callable[..., Any] | typer.Typer, arguments: Sequence[
         arguments: the command line without the program's name; None takes the process's own.
 
     Raises:
-        SystemExit: always; 0 if the function returned, 2 for a command line that makes no sense, 130 for Ctrl-C, 143
-            for SIGTERM, and 1 for everything else.
+        SystemExit: always; 0 if the function returned, 2 for a command line that makes no sense and for a
+            `ValueError`, which says what would be right, 130 for Ctrl-C, 143 for SIGTERM, and 1 for everything else.
     """
     write_out_what_streams_lack()
     with ended_by_sigterm():
@@ -69,14 +79,12 @@ def _run(function: Callable[..., Any] | typer.Typer, arguments: Sequence[str] | 
     keep_freed_memory()
     wait_asleep()
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    if isinstance(function, typer.Typer):
-        app = function
-    else:
-        app = typer.Typer()
-        app.command()(function)
+    if arguments[:1] == [VERSION]:
+        print_line(f"blade-video {version('blade-video')}")
+        sys.exit(0)
     try:
         with _plain_messages(), printable_records():
-            code = typer.main.get_command(app).main(arguments, standalone_mode=False)
+            code = make_click_command(function).main(arguments, standalone_mode=False)
     except typer.Abort:
         raise KeyboardInterrupt from None
     except Exception as error:
@@ -86,10 +94,24 @@ def _run(function: Callable[..., Any] | typer.Typer, arguments: Sequence[str] | 
         if DEBUG in arguments:
             sys.excepthook = _print_traceback
             raise
-        _fail(describe(error), 1)
+        _fail(describe(error), USAGE_EXIT_CODE if isinstance(error, ValueError) else FAILURE_EXIT_CODE)
     if code == INTERRUPTED_EXIT_CODE:  # newer versions of Typer return it instead of raising
         raise KeyboardInterrupt
     sys.exit(code or 0)
+
+
+def make_click_command(function: Callable[..., Any] | typer.Typer) -> Any:
+    """Return Click's command of a function or of an application of several, whose help has a short option too."""
+    if isinstance(function, typer.Typer):
+        app = function
+    else:
+        app = typer.Typer()
+        app.command()(function)
+    command = typer.main.get_command(app)
+    command.epilog = f"{VERSION}, as the only option, prints the version."
+    for one in (command, *getattr(command, "commands", {}).values()):
+        one.context_settings["help_option_names"] = HELP_OPTIONS
+    return command
 
 
 def run_script(function: Callable[..., Any] | typer.Typer) -> None:
@@ -100,10 +122,7 @@ def run_script(function: Callable[..., Any] | typer.Typer) -> None:
     """
     write_out_what_streams_lack()
     with ended_by_sigterm():
-        if isinstance(function, typer.Typer):
-            function()
-        else:
-            typer.run(function)
+        make_click_command(function)()
 
 
 @contextmanager

@@ -40,7 +40,7 @@ def distill(
 
     from blade.common.files import check_writable, write_files
     from blade.common.names import check_no_input
-    from blade.distillation.config import load_config
+    from blade.distillation.recipes import load_config
     from blade.distillation.reports import Estimate
     from blade.distillation.workflow import distill
 

@@ -38,15 +38,26 @@ class OutputOptions(OptionGroup):
     skipped; several processes share the work."""
     from_json: Path | None = option()
     """Make the video of this JSON again; options given beside it change it."""
+    seeds: str | None = option()
+    """Several seeds such as 0-3,7: a video of each; the output is then a folder."""
     dry_run: bool = option(False)
     """Make nothing: print tokens, operations and memory, from configuration files alone."""
     debug: bool = option(False)
     """Show the traceback of an error."""
 
 
+def _check_lists(own: OutputOptions, given: dict[str, Any]) -> None:
+    """Check that nothing is given that a list of prompts or seeds takes the place of."""
+    for listing, value, instead in (("prompts", own.prompts, "prompt"), ("seeds", own.seeds, "seed")):
+        for name in (instead, "from_json", "dry_run") if value is not None else ():
+            if name in given:
+                raise ValueError(f"`--{name.replace('_', '-')}` must not be given with `--{listing}`.")
+
+
 def generate(given: dict[str, Any]) -> None:
     """Generate a video from a prompt with adaptive block-sparse attention."""
     own = read_group(OutputOptions, given)
+    _check_lists(own, given)
     added = {name: given[name] for name in option_names(*added_groups()) if name in given}
     given = {name: value for name, value in given.items() if name in option_names(*GROUPS)}
     if added:
@@ -55,6 +66,7 @@ def generate(given: dict[str, Any]) -> None:
     import diffusers
     import transformers
 
+    from blade.evaluation.prompts import parse_seeds
     from blade.generation.naming import OUTPUT_FOLDER
     from blade.generation.outputs import generate_files, generate_list
     from blade.generation.prompts import read_prompts
@@ -62,14 +74,12 @@ def generate(given: dict[str, Any]) -> None:
     from blade.generation.request import NO_STUDENT, GenerationRequest, default_student, lost_student
     from blade.models.source import BUNDLED
 
+    seeds = None if own.seeds is None else parse_seeds(own.seeds)
     listed = [] if own.prompts is None else read_prompts(own.prompts)
-    if own.prompts is not None:
-        for name, value in (("prompt", given.get("prompt")), ("from-json", own.from_json), ("dry-run", own.dry_run)):
-            if value:
-                raise ValueError(f"`--{name}` must not be given with `--prompts`.")
+    if listed:
         given["prompt"] = listed[0]
     if own.from_json is None and "prompt" not in given:
-        raise ValueError('`--prompt` must be given, such as --prompt "a red ball moving right".')
+        raise ValueError('`--prompt` must be given, such as blade-generate "a red ball moving right".')
     if given.get("student") == NO_STUDENT:
         given["student"] = None
     elif "student" not in given and own.from_json is None:
@@ -86,9 +96,11 @@ def generate(given: dict[str, Any]) -> None:
         # loaded in a moment, so that progress bars would only hide what follows
         diffusers.utils.logging.disable_progress_bar()
         transformers.utils.logging.disable_progress_bar()
-    if own.prompts is not None:
+    if own.prompts is not None or seeds is not None:
         folder = own.output or OUTPUT_FOLDER
-        report = generate_list(request, listed, folder, compare=own.compare, inputs={own.prompts: "prompts"})
+        inputs = {} if own.prompts is None else {own.prompts: "prompts"}
+        listed = listed or [request.prompt]
+        report = generate_list(request, listed, folder, seeds=seeds, compare=own.compare, inputs=inputs)
         print_line(report)
         if report.failed:
             raise typer.Exit(FAILED_EXIT_CODE)
@@ -103,4 +115,5 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     Args:
         arguments: the command line without the program's name; None takes the process's own.
     """
-    run_command(make_command(generate, (*GROUPS, *added_groups(), OutputOptions), first=FIRST), arguments)
+    groups = (*GROUPS, *added_groups(), OutputOptions)
+    run_command(make_command(generate, groups, first=FIRST, by_place="prompt"), arguments)

@@ -13,6 +13,9 @@ import typer
 
 from blade.common.options import OptionGroup, option_help, option_types
 
+PLACED = "placed"
+"""Name of the argument of a command that is given without a name."""
+
 FIRST_TITLE = "Most used"
 """Heading of the options that stand first."""
 
@@ -23,6 +26,7 @@ def make_command(
     *,
     names: Sequence[str] | None = None,
     first: Sequence[str] = (),
+    by_place: str | None = None,
 ) -> Callable[..., None]:
     """Return a function that Typer makes a command of.
 
@@ -32,6 +36,7 @@ def make_command(
         groups: the groups, in the order of the help.
         names: the options that the command has, out of those of the groups; None: all.
         first: options that stand first in the help, whatever their group.
+        by_place: an option that can be given without its name too.
 
     Returns:
         A function of keyword arguments, all of them optional, so that what is needed is checked in one place.
@@ -46,10 +51,20 @@ def make_command(
             parameters[item.name] = _parameter(item, hints[item.name], helps[item.name], title)
 
     def command(**values: Any) -> None:
-        run({name: value for name, value in values.items() if value is not defaults[name] and value != []})
+        placed = values.pop(PLACED, None)
+        given = {name: value for name, value in values.items() if value is not defaults[name] and value != []}
+        if placed is not None and by_place is not None:
+            if by_place in given:
+                raise ValueError(f"`{by_place}` must be given once, got {placed!r} and {given[by_place]!r}.")
+            given[by_place] = placed
+        run({name: value.expanduser() if isinstance(value, Path) else value for name, value in given.items()})
 
     defaults = {name: parameter.default for name, parameter in parameters.items()}
     ordered = [*(parameters.pop(name) for name in first), *parameters.values()]
+    if by_place is not None:
+        text = f"The same as --{by_place}."
+        place = typer.Argument(metavar=f"[{by_place.upper()}]", help=text, show_default=False)
+        ordered.insert(0, _keyword(PLACED, Annotated[str | None, place], None))
     command.__doc__ = run.__doc__
     command.__name__ = run.__name__
     command.__signature__ = inspect.Signature(ordered)  # type: ignore[attr-defined]
@@ -70,7 +85,11 @@ def _parameter(item: Any, hint: Any, text: str, title: str) -> inspect.Parameter
     annotation: Any = Annotated[
         kind if is_flag else kind | None, typer.Option(*(f"--{name}" for name in names), **settings)
     ]
-    return inspect.Parameter(item.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+    return _keyword(item.name, annotation, default)
+
+
+def _keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
 def _command_type(hint: Any) -> Any:

@@ -12,6 +12,7 @@ from importlib import import_module
 from typing import Any, ClassVar, TypeVar, get_type_hints
 
 from blade.common.documented import field_docstrings
+from blade.common.fields import check_types
 
 
 def option(
@@ -62,6 +63,7 @@ class OptionGroup:
 
     def __post_init__(self) -> None:
         self.check()
+        check_types(self)
 
     def check(self) -> None:
         """Raise a `ValueError` for a value that makes no sense by itself or beside the others of the group."""

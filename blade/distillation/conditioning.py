@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 from blade.common.files import write_files
+from blade.common.reading import read_json
 from blade.distillation.prompt_files import PROMPTS_KEY, written_prompts
 from blade.families.protocol import Inputs
 from blade.families.registry import find_family
@@ -222,7 +223,7 @@ class PromptEmbeddings:
             prompts: the prompts.
         """
         self.folder, self.prompts = folder, tuple(prompts)
-        index = json.loads((folder / INDEX_NAME).read_text(encoding="utf-8"))
+        index = read_json(folder / INDEX_NAME, f"`{folder / INDEX_NAME}`")
         self._shapes = {name: tuple(shape) for name, shape in index["shapes"].items()}
         time_dtype = index["time_dtype"]
         self._time_dtype = None if time_dtype is None else getattr(torch, time_dtype)
@@ -329,7 +330,7 @@ def check_index(path: Path, expected: Mapping[str, Any], field: str, others: Map
     Raises:
         ValueError: if a value of the index differs.
     """
-    index = json.loads(path.read_text(encoding="utf-8")) if path.exists() else expected
+    index = read_json(path, f"`{field}` {path}") if path.exists() else expected
     for name, value in expected.items():
         if index.get(name) != value:
             other = others.get(name, f"another {name}")

@@ -1,23 +1,27 @@
-"""The configuration of a distillation, read from YAML and `key=value`."""
+"""The configuration of a distillation."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 from blade.attention.config import BladeConfig
-from blade.common.checks import check_choice, check_flag, check_integer, check_number
+from blade.common.checks import (
+    MOST_FRAMES,
+    MOST_PIXELS,
+    MOST_STEPS,
+    check_choice,
+    check_integer,
+    check_number,
+)
+from blade.common.fields import check_types
 from blade.distillation.roles import TARGETS
 from blade.distillation.trajectory import INTERVALS
 from blade.models.devices import DTYPES
 from blade.models.source import BUNDLED
 
-RECIPES = "recipes"
-"""Folder of the package with the recipes."""
+MOST_BATCH = 2**16
+"""Most samples that are computed at a time; more are taken for a mistake."""
 
 
 def _positive(value: float) -> bool:
@@ -40,9 +44,9 @@ class VideoSize:
     """Number of frames."""
 
     def __post_init__(self) -> None:
-        for name in ("height", "width", "frames"):
+        for name, most in (("height", MOST_PIXELS), ("width", MOST_PIXELS), ("frames", MOST_FRAMES)):
             if getattr(self, name) is not None:
-                check_integer(f"video.{name}", getattr(self, name), least=1)
+                check_integer(f"video.{name}", getattr(self, name), least=1, most=most)
 
 
 @dataclass(kw_only=True)
@@ -68,6 +72,8 @@ class TrajectoryConfig:
 
     def __post_init__(self) -> None:
         check_choice("trajectory.intervals", self.intervals, INTERVALS)
+        for steps in self.steps:
+            check_integer("trajectory.steps", steps, least=1, most=MOST_STEPS)
         for name in ("noise_kept", "sampling_noise_kept"):
             if getattr(self, name) is not None:
                 check_number(f"trajectory.{name}", getattr(self, name), "in [0, 1]", lambda x: 0 <= x <= 1)
@@ -99,6 +105,12 @@ class AttentionConfig:
             check_choice("attention.method", self.method, ("dense", "asa", "asa-gt"))
         check_choice("attention.fake", self.fake, ("dense", "student"))
         check_integer("attention.warmup_updates", self.warmup_updates, least=0)
+        BladeConfig(**self.changes())
+
+    def changes(self) -> dict[str, Any]:
+        """Return the fields of a `BladeConfig` that are overridden by name."""
+        values = {name: getattr(self, name) for name in ("sparsity", "dense_steps", "dense_layers")}
+        return {name: value for name, value in values.items() if value is not None}
 
 
 @dataclass(kw_only=True)
@@ -121,7 +133,7 @@ class WeightsConfig:
     """Type of the weights in the student's files: float32, bfloat16 or float16; none: the type of the base."""
 
     def __post_init__(self) -> None:
-        check_integer("weights.rank", self.rank, least=1)
+        check_integer("weights.rank", self.rank, least=1, most=2**16)
         check_integer("weights.alpha", self.alpha, least=1)
         check_number("weights.ema_decay", self.ema_decay, "in [0, 1)", _share)
         if self.saved_as is not None:
@@ -149,7 +161,6 @@ class FakeConfig:
         check_number("fake.learning_rate", self.learning_rate, "above 0", _positive)
         check_integer("fake.updates", self.updates, least=1)
         check_choice("fake.weighting", self.weighting, ("velocity", "min-snr", "none"))
-        check_flag("fake.importance", self.importance)
         check_number("fake.regularization", self.regularization, "at least 0", lambda x: x >= 0)
 
 
@@ -191,12 +202,11 @@ class GeneratorConfig:
         check_choice("generator.objective", self.objective, ("distribution", "imitation"))
         check_integer("generator.ode_updates", self.ode_updates, least=0)
         check_integer("generator.trajectories", self.trajectories, least=1)
-        check_integer("generator.substeps", self.substeps, least=1)
+        check_integer("generator.substeps", self.substeps, least=1, most=MOST_STEPS)
         if self.ode_learning_rate is not None:
             check_number("generator.ode_learning_rate", self.ode_learning_rate, "above 0", _positive)
         check_choice("generator.loss", self.loss, ("squared", "huber"))
         check_number("generator.huber", self.huber, "above 0", _positive)
-        check_flag("generator.normalize", self.normalize)
         if self.normalize_cap is not None:
             check_number("generator.normalize_cap", self.normalize_cap, "above 0", _positive)
         if self.guidance_scale is not None:
@@ -260,8 +270,9 @@ class RunConfig:
     """Skip a step whose gradient norm exceeds the median of the last ones by this factor."""
 
     def __post_init__(self) -> None:
-        for name in ("updates", "batch_size", "accumulation", "checkpoint_every", "checkpoints_kept"):
+        for name in ("updates", "accumulation", "checkpoint_every", "checkpoints_kept"):
             check_integer(f"run.{name}", getattr(self, name), least=1)
+        check_integer("run.batch_size", self.batch_size, least=1, most=MOST_BATCH)
         check_integer("run.seed", self.seed, least=0)
         check_number("run.skip_factor", self.skip_factor, "above 1", lambda x: x > 1)
         check_choice("run.parallel", self.parallel, ("ddp", "fsdp"))
@@ -282,7 +293,7 @@ class ValidationConfig:
 
     def __post_init__(self) -> None:
         check_integer("validation.every", self.every, least=0)
-        check_integer("validation.count", self.count, least=1)
+        check_integer("validation.count", self.count, least=1, most=MOST_BATCH)
 
 
 @dataclass(kw_only=True)
@@ -313,76 +324,12 @@ class DistillationConfig:
     trackers: list[str] = field(default_factory=list)
     """Names of Accelerate's trackers, such as tensorboard or wandb, in addition to the log that is always written."""
 
+    def __post_init__(self) -> None:
+        check_types(self)
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain values."""
         return asdict(self)
-
-
-FIELD = re.compile(r"\$\{[\w.\[\]-]+\}")
-"""A value that is another field's."""
-
-
-def recipe_names() -> tuple[str, ...]:
-    """Return the names of the recipes that ship with the package."""
-    folder = files("blade") / RECIPES
-    return tuple(sorted(item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml")))
-
-
-def load_config(source: str | Path | None = None, overrides: Sequence[str] = ()) -> DistillationConfig:
-    """Read a configuration.
-
-    Args:
-        source: a YAML file, or the name of a recipe; None: the defaults.
-        overrides: `key=value`, such as `trajectory.steps=[4,8]`, which override the file.
-
-    Raises:
-        ValueError: if the file does not exist, or a key or a value is invalid. A value may name another field, as in
-            `${video.frames}`, but no resolver: what it reads, such as an environment variable, would go into the
-            student's files.
-    """
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
-
-    try:
-        given = [] if source is None else [OmegaConf.load(_find(source))]
-        for override in overrides:
-            if "=" not in override:
-                raise ValueError(f"Overrides of the configuration must be `key=value`, got {override!r}.")
-        given.append(OmegaConf.from_dotlist(list(overrides)))
-        for values in given:
-            _check_interpolations(OmegaConf.to_container(values, resolve=False))
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(DistillationConfig), *given))
-    except (OmegaConfBaseException, YAMLError, OSError) as error:
-        reason = " ".join(str(error).split("\n    ")[0].split())
-        key = getattr(error, "full_key", None)
-        subject = f"`{key}`" if key else f"the configuration {source}"
-        raise ValueError(f"{subject} is not right: {reason}") from error
-    assert isinstance(config, DistillationConfig)
-    return config
-
-
-def _check_interpolations(value: Any, name: str = "the configuration") -> None:
-    """Refuse every `${...}` in a value, and in what it holds, that does more than name another field."""
-    if isinstance(value, Mapping):
-        for key, item in value.items():
-            _check_interpolations(item, str(key) if name == "the configuration" else f"{name}.{key}")
-    elif isinstance(value, list):
-        for item in value:
-            _check_interpolations(item, name)
-    elif isinstance(value, str) and "${" in FIELD.sub("", value):
-        raise ValueError(f"`{name}` must name nothing but fields, as ${{video.frames}} does, got {value!r}.")
-
-
-def _find(source: str | Path) -> Path:
-    path = Path(source).expanduser()
-    if path.is_file():
-        return path
-    if str(source) in recipe_names():
-        return Path(str(files("blade") / RECIPES / f"{source}.yaml"))
-    raise ValueError(
-        f"The configuration must be a YAML file, or one of the recipes {', '.join(recipe_names())}, got {source}."
-    )
 
 
 def student_attention(config: AttentionConfig, preset: BladeConfig) -> BladeConfig | None:
@@ -400,11 +347,7 @@ def student_attention(config: AttentionConfig, preset: BladeConfig) -> BladeConf
         base = BladeConfig.from_preset(str(config.config), "student")
     elif config.config is not None:
         base = read_config(config.config)
-    changes = {
-        name: value
-        for name in ("sparsity", "dense_steps", "dense_layers")
-        if (value := getattr(config, name)) is not None
-    }
+    changes = config.changes()
     if config.method == "dense":
         return None
     if config.method is not None:

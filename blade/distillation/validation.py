@@ -13,6 +13,7 @@ import torch
 
 from blade.common.files import write_files
 from blade.common.names import file_name
+from blade.common.reading import read_json
 from blade.distillation.parallel import Processes
 from blade.distillation.roles import STUDENT
 from blade.distillation.trainer import Trainer
@@ -91,7 +92,7 @@ def _scores(request: ResolvedRequest, video: torch.Tensor) -> dict[str, Any]:
 
 def means(folder: Path) -> dict[str, float]:
     """Average the scores over the videos of a folder; see `validate`."""
-    records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+    records = [read_json(path, f"`{path}`") for path in sorted(folder.glob("*.json"))]
     averages = {}
     for steps in sorted({record["steps"] for record in records}):
         for name in ("score", "realism_error"):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from blade.attention.applied import AppliedBlade
+from blade.common.checks import meant
 from blade.evaluation.prompts import EvaluationPrompt
 from blade.evaluation.runs import RunSettings
 from blade.families.data import ComparisonProtocol
@@ -81,7 +82,10 @@ class Evaluation:
         if len({prompt.key for prompt in self.prompts}) < len(self.prompts):
             raise ValueError("`prompts` must be different in text or seed, got the same twice.")
         if self.baseline is not None and self.baseline not in names:
-            raise ValueError(f"`baseline` must be one of the runs {', '.join(names)}, got {self.baseline!r}.")
+            listed = ", ".join(names)
+            raise ValueError(
+                f"`baseline` must be one of the runs {listed}, got {self.baseline!r}{meant(self.baseline, names)}"
+            )
         choose_measures(self.measures)
         number, count = self.shard
         if not 1 <= number <= count:

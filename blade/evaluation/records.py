@@ -2,16 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from blade.common.checks import shortened
+from blade.common.fields import check_type
 from blade.common.files import read_json_lines
 from blade.generation.record import is_same_config
+from blade.metrics.measures import Measure
+from blade.metrics.registry import measures
 
 if TYPE_CHECKING:
     from blade.evaluation.plan import EvaluationPlan
 
 Record = dict[str, Any]
 """Measurements of one video, and everything needed to reproduce it, as plain JSON values."""
+
+FIELDS: dict[str, Any] = {
+    "run": Mapping[str, Any],
+    "prompt": str,
+    "seed": int,
+    "blade_config": Mapping[str, Any] | None,
+    "machine": Mapping[str, Any] | None,
+    "versions": Mapping[str, Any] | None,
+    "dtype": str | None,
+    "dense_kernel": str | None,
+    "layer_density": float | None,
+    "run_density": float | None,
+    "seconds": float | None,
+    "seconds_denoising": float | None,
+}
+"""Types of a record's fields, beside those of measures; some are missing in records of earlier versions."""
 
 Records = dict[tuple[str, str, int], Record]
 """Records by run, prompt and seed."""
@@ -41,7 +62,8 @@ def read_records(plan: EvaluationPlan) -> Records:
     }
     records: Records = {}
     for path in sorted(plan.evaluation.folder.glob("records-*.jsonl")):
-        for record in read_json_lines(path):
+        for number, record in enumerate(read_json_lines(path), start=1):
+            check_record(record, f"line {number} of {path}")
             name, key = record["run"]["name"], (record["prompt"], record["seed"])
             if name not in expected or key not in prompt_keys:
                 continue
@@ -54,6 +76,35 @@ def read_records(plan: EvaluationPlan) -> Records:
                 raise ValueError(f"{path} holds run `{name}` with another `blade_config`; {ADVICE}")
             records.setdefault((name, *key), record)
     return records
+
+
+def check_record(record: Record, where: str) -> None:
+    """Refuse a record whose values have other types than reports take.
+
+    Raises:
+        ValueError: if one has; `where` begins the message.
+    """
+    try:
+        for name, hint in FIELDS.items():
+            check_type(name, record.get(name), hint)
+        check_type("run.name", record["run"].get("name"), str)
+        for measure in measures().values():
+            _check_measured(measure, record)
+    except ValueError as error:
+        raise ValueError(f"{where} is no record of a video: {error}") from None
+
+
+def _check_measured(measure: Measure, record: Record) -> None:
+    """Refuse a value that a measure cannot read."""
+    value, by_frame = record.get(measure.record_key), f"{measure.name}_by_frame"
+    try:
+        if value is not None and measure.per == "video":
+            measure.read(value)
+    except Exception:  # whatever reading a value of another shape raises
+        wanted = f"`{measure.record_key}` must be a value of {measure.heading}"
+        raise ValueError(f"{wanted}, got {shortened(value)}.") from None
+    if measure.by_frame is not None:
+        check_type(by_frame, record.get(by_frame), list[float] | None)
 
 
 def _settings(run: dict[str, Any]) -> dict[str, Any]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from blade.attention.config import BladeConfig, parse_dense_layers, parse_dense_steps
 from blade.attention.selectors import DEFAULT_SELECTOR, find_selector, has_selector, selector_names
-from blade.common.checks import check_choice
+from blade.common.checks import MOST_STEPS, check_choice, check_integer, check_number, meant
 from blade.common.names import is_portable
 from blade.families.kinds import PRESET_KINDS, PresetKind
 from blade.generation.request import read_config
@@ -90,12 +91,12 @@ class RunSettings:
         if self.attention is not None and self.config is not None:
             raise ValueError(f"`attention` must not be given with `config`, got {self.attention!r}.")
         if self.attention is not None and not is_attention_kind(self.attention):
-            raise ValueError(f"`attention` must be one of {', '.join(attention_kinds())}, got {self.attention!r}.")
+            check_choice("attention", self.attention, attention_kinds())
         self._name_selector()
-        if self.steps is not None and self.steps < 1:
-            raise ValueError(f"`steps` must be at least 1, got {self.steps}.")
-        if self.guidance is not None and not self.guidance >= 0:
-            raise ValueError(f"`guidance` must be at least 0, got {self.guidance}.")
+        if self.steps is not None:
+            check_integer("steps", self.steps, least=1, most=MOST_STEPS)
+        if self.guidance is not None:
+            check_number("guidance", self.guidance, "at least 0", lambda x: x >= 0)
         if self.noise_kept is not None and self.student is None:
             raise ValueError("`noise_kept` must not be given without `student`.")
         changes = self._changes()
@@ -212,7 +213,8 @@ def parse_run(text: str, *, steps: int | None = None, guidance: float | None = N
     if not equals and is_attention_kind(name):
         description = name
     first, *others = description.split(",")
-    if first and "=" not in first:
+    is_path = first.partition("=")[0] not in READERS and Path(first).expanduser().exists()
+    if first and ("=" not in first or is_path):
         first = f"attention={first}" if is_attention_kind(first) else f"config={first}"
     values: dict[str, Any] = {"steps": steps, "guidance": guidance}
     keys = set[str]()
@@ -221,7 +223,8 @@ def parse_run(text: str, *, steps: int | None = None, guidance: float | None = N
         if key not in READERS or not equals or not value:
             raise ValueError(
                 f"`run` must be NAME=dense, NAME=preset, NAME=DIR, NAME=student=DIR or NAME=KEY=VALUE,... with keys "
-                f"{', '.join(READERS)}, got {part!r} in {text!r}."
+                f"{', '.join(READERS)}, got {part!r} in {text!r}"
+                f"{meant(key, READERS) if equals else '.'}"
             )
         if key in keys:
             raise ValueError(f"`run` must give `{key}` once, got {text!r}.")

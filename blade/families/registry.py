@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import nn
 
-from blade.common.checks import check_choice
+from blade.common.checks import check_choice, meant
 from blade.families.data import BenchmarkLayer, ComparisonProtocol, FamilyData, ReleasedStudent
 from blade.families.kinds import PRESET_KINDS, PresetKind
 from blade.families.protocol import ModelFamily
@@ -77,7 +77,8 @@ def preset_values(name: str, kind: PresetKind = "training-free") -> dict[str, An
     if name not in presets:
         others = [other for other in PRESET_KINDS if other != kind and name in _presets(other)]
         hint = f" It exists as {others[0]} preset." if others else ""
-        raise ValueError(f"`name` must be one of the {kind} presets {', '.join(presets)}, got {name!r}.{hint}")
+        problem = f"`name` must be one of the {kind} presets {', '.join(presets)}, got {name!r}"
+        raise ValueError(f"{problem}.{hint}" if hint else problem + meant(name, presets))
     return {**presets[name], "kind": kind}
 
 
@@ -99,7 +100,7 @@ def find_comparison_protocol(name: str) -> ComparisonProtocol:
     """
     protocols = {known: protocol for data in _data() for known, protocol in data.protocols.items()}
     if name not in protocols:
-        raise ValueError(f"`protocol` must be one of {', '.join(protocols)}, got {name!r}.")
+        check_choice("protocol", name, tuple(protocols))
     return protocols[name]
 
 

@@ -11,16 +11,16 @@ from blade.students.source import BUNDLED_STUDENTS, bundled_student_path
 
 
 def model_fingerprint(model: str) -> str | None:
-    """16 hexadecimal digits that change with the weights; None for a model that is not in a folder here."""
+    """16 hexadecimal digits that change with the weights; None for a model that is not here."""
     folder = Path(model).expanduser()
     if model == BUNDLED:
         folder = bundled_model_path()
     elif model in BUNDLED_STUDENTS.values():
         folder = bundled_student_path(model)
-    if not folder.is_dir():
+    if not folder.exists():
         return None
     digest = hashlib.sha256()
-    for path in files_in(folder, "*.safetensors"):
+    for path in files_in(folder, "*.safetensors") if folder.is_dir() else [folder]:
         digest.update(path.relative_to(folder).as_posix().encode())
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())

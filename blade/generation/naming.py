@@ -13,6 +13,7 @@ from typing import Any
 from blade.common.files import check_writable
 from blade.common.locks import InUseError, file_locked
 from blade.common.names import check_no_input, file_name, is_same_file, short_hash
+from blade.common.reading import read_json
 from blade.common.terminal import logger
 from blade.generation.record import changed_fields, deciding_fields
 from blade.generation.request import GenerationRequest, ResolvedRequest
@@ -90,10 +91,10 @@ def _least_bytes(request: GenerationRequest) -> int:
 def read_record(path: Path) -> dict[str, Any] | None:
     """Return the record of a video; None if there is none."""
     try:
-        record = json.loads(record_path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        record = read_json(record_path(path), "the record")
+    except ValueError:
         return None
-    return record if isinstance(record, dict) and {"prompt", "seed", "steps"} <= record.keys() else None
+    return record if {"prompt", "seed", "steps"} <= record.keys() else None
 
 
 def is_made(path: Path, request: ResolvedRequest, compare: bool) -> bool:

@@ -6,13 +6,22 @@ together are read off them. Imports nothing heavy, so that a command's help does
 
 from __future__ import annotations
 
-import math
 from dataclasses import MISSING, dataclass
 from functools import cache
 from importlib.metadata import entry_points
 from typing import ClassVar, Literal
 
-from blade.common.checks import check_choice
+from blade.common.checks import (
+    LARGEST_INTEGER,
+    MOST_FRAMES,
+    MOST_PIXELS,
+    MOST_STEPS,
+    check_choice,
+    check_integer,
+    check_number,
+    shortened,
+)
+from blade.common.fields import check_type
 from blade.common.options import OptionGroup, option, option_choices, option_names
 from blade.families.kinds import PRESET_KINDS, PresetKind
 from blade.models.choices import (
@@ -31,7 +40,10 @@ from blade.models.source import BUNDLED
 ATTENTIONS = ("dense", "asa", "asa-gt", "patterns")
 """Attention methods."""
 
-MAXIMUM_SEED = 2**63 - 1
+MAXIMUM_SEED = LARGEST_INTEGER
+
+MOST = {"height": MOST_PIXELS, "width": MOST_PIXELS, "frames": MOST_FRAMES, "fps": 1000, "steps": MOST_STEPS}
+"""Largest values of options that count something."""
 
 ENTRY_POINTS = "blade.options"
 """Entry point group of third parties' groups of options."""
@@ -69,6 +81,7 @@ class ModelOptions(OptionGroup):
         """Check that there is a model, and that the strengths of the LoRAs are numbers."""
         if not self.model:
             raise ValueError("`model` must be a folder or a Hub id, got an empty one.")
+        check_type("loras", self.loras, tuple[str, ...])
         object.__setattr__(self, "loras", tuple(self.loras))
         for lora in self.loras:
             split_lora(lora)
@@ -105,8 +118,8 @@ class VideoOptions(OptionGroup):
         for name, needed in (("last_image", "image"), ("strength", "video")):
             if getattr(self, name) is not None and getattr(self, needed) is None:
                 raise ValueError(f"`{name}` must not be given without `{needed}`.")
-        if self.strength is not None and not 0 < self.strength <= 1:
-            raise ValueError(f"`strength` must be above 0 and at most 1, got {self.strength!r}.")
+        if self.strength is not None:
+            check_number("strength", self.strength, "above 0 and at most 1", lambda x: 0 < x <= 1)
 
     @property
     def condition(self) -> Literal["image", "video"] | None:
@@ -137,13 +150,12 @@ class SamplingOptions(OptionGroup):
         """Check that the numbers are in range."""
         _check_counts(self, "steps")
         for name in ("guidance_scale", "guidance_scale_2"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < math.inf:
-                raise ValueError(f"`{name}` must be at least 0 and finite, got {value!r}.")
-        if self.flow_shift is not None and not 0 < self.flow_shift < math.inf:
-            raise ValueError(f"`flow_shift` must be above 0 and finite, got {self.flow_shift!r}.")
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name), "at least 0 and finite", lambda x: x >= 0)
+        if self.flow_shift is not None:
+            check_number("flow_shift", self.flow_shift, "above 0 and finite", lambda x: x > 0)
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed <= MAXIMUM_SEED:
-            raise ValueError(f"`seed` must be an integer from 0 to 2**63 - 1, got {self.seed!r}.")
+            raise ValueError(f"`seed` must be an integer from 0 to 2**63 - 1, got {shortened(self.seed)}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,8 +210,8 @@ class StudentOptions(OptionGroup):
 
     def check(self) -> None:
         """Check the range of the share, and that nothing is said of a student that is none."""
-        if self.noise_kept is not None and not 0 <= self.noise_kept <= 1:
-            raise ValueError(f"`noise_kept` must be in [0, 1], got {self.noise_kept!r}.")
+        if self.noise_kept is not None:
+            check_number("noise_kept", self.noise_kept, "in [0, 1]", lambda x: 0 <= x <= 1)
         for name in ("student_weight", "scheduler", "noise_kept"):
             if getattr(self, name) is not None and self.student is None:
                 raise ValueError(f"`{name}` must not be given without `student`.")
@@ -232,10 +244,10 @@ class AccelerationOptions(OptionGroup):
     def check(self) -> None:
         """Check that the names exist, and go together."""
         for name in ("dtype", "offload", "quantize"):
-            choices, value = option_choices(AccelerationOptions, name), getattr(self, name)
-            if value is not None and value not in choices:
-                raise ValueError(f"`{name}` must be one of {', '.join(choices)}, got {value!r}.")
+            if getattr(self, name) is not None:
+                check_choice(name, getattr(self, name), option_choices(AccelerationOptions, name))
         if self.cache is not None:
+            check_type("cache", self.cache, str)
             parse_cache(self.cache)
         if self.offload == "sequential":
             for name in ("quantize", "compile"):
@@ -295,6 +307,5 @@ def _load_entry_points() -> None:
 
 def _check_counts(group: OptionGroup, *names: str) -> None:
     for name in names:
-        value = getattr(group, name)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}.")
+        if getattr(group, name) is not None:
+            check_integer(name, getattr(group, name), least=1, most=MOST[name])

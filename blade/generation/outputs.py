@@ -135,7 +135,7 @@ class ListReport:
     skipped: tuple[Path, ...]
     """Videos of the same settings that were there before, or that another process made meanwhile."""
     failed: Mapping[str, str]
-    """By prompt, why it has no video."""
+    """By prompt, and seed where there are several, why it has no video."""
 
     def __str__(self) -> str:
         lines = [f"{len(self.made)} made, {len(self.skipped)} there before, {len(self.failed)} failed"]
@@ -149,6 +149,7 @@ def generate_list(
     prompts: Sequence[str],
     folder: str | Path = OUTPUT_FOLDER,
     *,
+    seeds: Sequence[int] | None = None,
     compare: bool = False,
     inputs: Mapping[Path, str] | None = None,
 ) -> ListReport:
@@ -163,6 +164,7 @@ def generate_list(
         prompts: the prompts; repeated ones are made once.
         folder: where the videos go, each under the name of its prompt and the seed, and of its settings where a video
             of others has that name.
+        seeds: seeds of the noise, each with every prompt; None: the request's own.
         compare: see `generate_files`.
         inputs: see `generate_files`.
 
@@ -178,29 +180,34 @@ def generate_list(
     if not prompts:
         return ListReport(made=(), skipped=(), failed=failed)
     inputs = {**(inputs or {}), **input_paths(request)}
+    if Path(folder).suffix.lower() == ".mp4":
+        raise ValueError(f"`output` must be a folder where several videos are made, got {folder}.")
+    seeds = (request.seed,) if seeds is None else seeds
+    own = [(prompt, seed) for prompt in without_repetitions(prompts) for seed in seeds]
     paths = {
-        prompt: Path(folder) / default_output(replace(request, prompt=prompt)).name
-        for prompt in without_repetitions(prompts)
+        (prompt, seed): Path(folder) / default_output(replace(request, prompt=prompt, seed=seed)).name
+        for prompt, seed in own
     }
     check_outputs(request, [*paths.values()], compare)
     if all(record_path(path).is_file() for path in paths.values()):
-        resolved = resolve_without_weights(replace(request, prompt=next(iter(paths))))[1]
-        owns = [(path, replace(resolved, prompt=prompt)) for prompt, path in paths.items()]
+        resolved = resolve_without_weights(replace(request, prompt=own[0][0]))[1]
+        owns = [(path, replace(resolved, prompt=prompt, seed=seed)) for (prompt, seed), path in paths.items()]
         there = [next(possible_paths(path, own, inputs)) for path, own in owns]
         if all(is_made(path, own, compare) for path, (_, own) in zip(there, owns, strict=True)):
             return ListReport(made=(), skipped=tuple(there), failed=failed)
     start = time.perf_counter()
-    model, resolved = prepare_model(replace(request, prompt=next(iter(paths))))
+    model, resolved = prepare_model(replace(request, prompt=own[0][0]))
     _check_comparable(resolved, compare)
     work = _ListWork(model, resolved, inputs, compare, time.perf_counter() - start)
     elsewhere = []
-    for number, (prompt, path) in enumerate(paths.items(), start=1):
+    names = {key: key[0] if len(seeds) == 1 else f"{key[0]}, seed {key[1]}" for key in paths}
+    for number, (key, path) in enumerate(paths.items(), start=1):
         try:
-            work.make(prompt, path, f"{number}/{len(paths)} {prompt}")
+            work.make(key, path, names[key], f"{number}/{len(paths)} ")
         except InUseError:
-            elsewhere.append(prompt)
-    for prompt in elsewhere:
-        work.make(prompt, paths[prompt], prompt, wait=True)
+            elsewhere.append(key)
+    for key in elsewhere:
+        work.make(key, paths[key], names[key], wait=True)
     return ListReport(made=tuple(work.made), skipped=tuple(work.skipped), failed=failed | work.failed)
 
 
@@ -221,23 +228,23 @@ class _ListWork:
         self.skipped: list[Path] = []
         self.failed: dict[str, str] = {}
 
-    def make(self, prompt: str, plain: Path, announced: str, *, wait: bool = False) -> None:
-        """Make the video of a prompt unless it is there; see `claim_path`."""
-        own = replace(self.resolved, prompt=prompt)
+    def make(self, key: tuple[str, int], plain: Path, name: str, counted: str = "", *, wait: bool = False) -> None:
+        """Make the video of a prompt and a seed unless it is there; see `claim_path`."""
+        own = replace(self.resolved, prompt=key[0], seed=key[1])
         with ExitStack() as stack:
             try:
                 path = claim_path(stack, plain, own, self.inputs, wait=wait)
                 if is_made(path, own, self.compare):
                     self.skipped.append(path)
                     return
-                logger.info(announced)
+                logger.info(f"{counted}{name}")
                 report = _make_files(self.model, own, path, compare=self.compare, seconds_loading=self.seconds_loading)
                 self.made.append(report.without_video())
             except InUseError:
                 raise
             except Exception as error:  # whatever a prompt does to the model; the others have nothing to do with it
-                self.failed[prompt] = first_line(error)
-                logger.warning(f"failed: {self.failed[prompt]}")
+                self.failed[name] = first_line(error)
+                logger.warning(f"failed: {self.failed[name]}")
 
 
 def _check_comparable(resolved: ResolvedRequest, compare: bool) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from blade.common.checks import shortened
+from blade.common.errors import first_line
+from blade.common.reading import parse_json
 from blade.common.terminal import logger
 
 
@@ -20,9 +22,10 @@ def read_prompts(path: str | Path) -> list[str]:
         ValueError: if there is no such file, no prompt in it, or a line of JSONL has none.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+        lines = Path(path).expanduser().read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"`prompts` must be a text file with one prompt a line, got {path}: {error}.") from error
+        reason = first_line(error)
+        raise ValueError(f"`prompts` must be a text file with one prompt a line, got {path}: {reason}.") from error
     lines = [line.strip() for line in lines if line.strip()]
     if Path(path).suffix == ".jsonl":
         prompts = [_prompt_of(line, path) for line in lines]
@@ -44,10 +47,10 @@ def without_repetitions(prompts: Sequence[str]) -> list[str]:
 
 def _prompt_of(line: str, path: str | Path) -> str:
     """The prompt in a line of JSONL."""
-    try:
-        prompt = json.loads(line)["prompt"].strip()
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
-        prompt = ""
-    if not prompt:
-        raise ValueError(f"`prompts` must have an object with a `prompt` in each line, but {path} has {line!r}.")
-    return str(prompt)
+    values = parse_json(line, f"a line of `prompts` {path}, {shortened(line)},")
+    prompt = values.get("prompt") if isinstance(values, dict) else None
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise ValueError(
+            f"`prompts` must have an object with a `prompt` in each line, but {path} has {shortened(line)}."
+        )
+    return prompt.strip()

@@ -13,6 +13,7 @@ import torch
 from blade.attention.config import BladeConfig
 from blade.common.machine import describe_machine, describe_versions, peak_memory_gib
 from blade.common.options import option_names
+from blade.common.reading import read_json
 from blade.generation.options import GROUPS
 from blade.generation.request import SPARSE_OPTIONS, GenerationRequest, ResolvedRequest
 from blade.generation.run import Generation
@@ -116,13 +117,11 @@ def read_request(path: str | Path, changes: Mapping[str, Any] | None = None) -> 
     Raises:
         ValueError: if this is no such record.
     """
-    try:
-        record = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"`from_json` must be the JSON beside a video, but there is no file {path}.") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"`from_json` {path} cannot be read as JSON: {error}.") from error
-    if not isinstance(record, dict) or "prompt" not in record:
+    source = Path(path).expanduser()
+    if not source.exists():
+        raise ValueError(f"`from_json` must be the JSON beside a video, but there is no file {path}.")
+    record = read_json(source, f"`from_json` {path}")
+    if "prompt" not in record:
         raise ValueError(f"`from_json` must be the JSON beside a video, with a `prompt`; {path} has none.")
     changes = dict(changes or {})
     values = {name: record[name] for name in REQUEST_FIELDS if record.get(name) is not None}
@@ -139,12 +138,9 @@ def read_request(path: str | Path, changes: Mapping[str, Any] | None = None) -> 
     if changes.get("attention") == "dense":
         forgotten += ("blade_config", *SPARSE_OPTIONS)
     values = {name: value for name, value in values.items() if name not in forgotten} | changes
-    try:
-        if isinstance(values.get("blade_config"), dict):
-            values["blade_config"] = BladeConfig.from_dict(values["blade_config"])
-        return GenerationRequest(**values)
-    except TypeError as error:
-        raise ValueError(f"`from_json` {path} holds a value of the wrong type: {error}.") from error
+    if "blade_config" in values and not isinstance(values["blade_config"], BladeConfig):
+        values["blade_config"] = BladeConfig.from_dict(values["blade_config"])
+    return GenerationRequest(**values)
 
 
 def _differs(name: str, changes: Mapping[str, Any], values: Mapping[str, Any]) -> bool:

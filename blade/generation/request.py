@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from blade.attention.config import CONFIG_NAME, BladeConfig
+from blade.common.fields import check_types
 from blade.common.options import option_names, prepare_options
 from blade.generation.options import (
     GROUPS,
@@ -57,8 +59,6 @@ class GenerationRequest(
     def __post_init__(self) -> None:
         for group in GROUPS:
             group.check(self)
-        if self.scheduler is not None:
-            parse_times(self.scheduler)
         if self.config is not None and self.blade_config is not None:
             raise ValueError("`config` and `blade_config` must not both be given.")
         if self.preset is not None and self.blade_config is not None:
@@ -67,6 +67,9 @@ class GenerationRequest(
         BladeConfig(attention="asa" if self.attention in (None, "patterns") else self.attention, **given)
         if self.attention == "dense" and given:
             raise ValueError(f'`{next(iter(given))}` must not be given where `attention` is "dense".')
+        check_types(self)
+        if self.scheduler is not None:
+            parse_times(self.scheduler)
         unknown = sorted(set(self.added) - set(option_names(*added_groups())))
         if unknown:
             raise ValueError(f"`{unknown[0]}` must be an option of a generation; no installed package adds it.")
@@ -136,10 +139,10 @@ class ResolvedRequest(GenerationRequest):
     """See `blade.generation.inputs.input_state`, when the request was resolved; None: it names no files here."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         for name in ("height", "width", "frames", "fps", "steps", "guidance_scale", "device", "dtype"):
             if getattr(self, name) is None:
                 raise ValueError(f"`{name}` must be given in a resolved request, got None.")
+        super().__post_init__()
         if self.skipped_steps == self.steps:
             least = math.ceil(1000 / self.steps) / 1000
             raise ValueError(
@@ -229,6 +232,7 @@ def read_config(source: str) -> BladeConfig:
     Raises:
         ValueError: if there is none.
     """
+    source = os.path.expanduser(source)
     if not Path(source).exists():
         look_up(source, "config", CONFIG_NAME)
     return BladeConfig.from_pretrained(source)

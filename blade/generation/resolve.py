@@ -11,6 +11,7 @@ from blade.common.terminal import logger
 from blade.families.registry import available_kind
 from blade.generation.inputs import input_state
 from blade.generation.request import SPARSE_OPTIONS, GenerationRequest, ResolvedRequest
+from blade.models.choices import split_lora
 from blade.models.conditions import measure_video, read_image, size_like
 from blade.models.loaded import LoadedModel
 from blade.models.source import BUNDLED, hub_commit
@@ -167,5 +168,5 @@ def _absolute(source: str | None) -> str | None:
 
 
 def _absolute_lora(text: str) -> str:
-    source, separator, weight = text.rpartition("=") if "=" in text else (text, "", "")
-    return f"{_absolute(source)}{separator}{weight}"
+    source, _ = split_lora(text)
+    return f"{_absolute(source)}{text.removeprefix(source)}"

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from blade.common.checks import meant
 from blade.common.declared import declare, declare_installed
 from blade.metrics import distribution, motion, moving_shapes, similarity
 from blade.metrics.measures import Measure, VideoSample
@@ -83,7 +84,7 @@ def choose_measures(names: Sequence[str] | None = None) -> tuple[Measure, ...]:
         return tuple(measures().values())
     for name in names:
         if name not in measures():
-            raise ValueError(f"`measures` must be of {', '.join(measures())}, got {name!r}.")
+            raise ValueError(f"`measures` must be of {', '.join(measures())}, got {name!r}{meant(name, measures())}")
         extra = measures()[name].extra
         if extra is not None and find_spec(extra) is None:
             raise ValueError(

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import os
 from typing import Literal, get_args
+
+from blade.common.checks import MOST_STEPS, meant, shortened
 
 DtypeName = Literal["float32", "bfloat16", "float16"]
 Offload = Literal["none", "model", "sequential", "group", "auto"]
@@ -25,16 +29,21 @@ first are skipped, and the steps from one computation of attention to the next."
 def split_lora(text: str) -> tuple[str, float]:
     """Read a LoRA and its strength, such as "style.safetensors=0.8"; without a strength: 1.
 
+    A name with "=" that is a file or folder here is one, as it is.
+
     Raises:
-        ValueError: if the strength is no number.
+        ValueError: if the strength is no finite number.
     """
     source, separator, weight = text.rpartition("=")
-    if not separator:
+    if not separator or os.path.exists(os.path.expanduser(text)):
         return text, 1.0
     try:
-        return source, float(weight)
+        number = float(weight)
     except ValueError:
-        raise ValueError(f"`loras` must be sources, each with =STRENGTH or not, got {text!r}.") from None
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"`loras` must be sources, each with =STRENGTH or not, got {shortened(text)}.")
+    return source, number
 
 
 def parse_cache(text: str) -> tuple[str, float]:
@@ -45,13 +54,14 @@ def parse_cache(text: str) -> tuple[str, float]:
     """
     name, separator, value = text.partition("=")
     if name not in CACHES:
-        raise ValueError(f"`cache` must be one of {', '.join(CACHES)}, with =NUMBER or without, got {text!r}.")
+        listed, end = ", ".join(CACHES), meant(name, CACHES)
+        raise ValueError(f"`cache` must be one of {listed}, with =NUMBER or without, got {shortened(text)}{end}")
     try:
         number = float(value) if separator else float(CACHES[name])
     except ValueError:
         number = -1
-    if name == "first-block" and number <= 0:
+    if name == "first-block" and not 0 < number < math.inf:
         raise ValueError(f"`cache` first-block takes a threshold above 0, such as 0.05, got {value!r}.")
-    if name == "pyramid" and (number != int(number) or number < 2):
+    if name == "pyramid" and not (number.is_integer() and 2 <= number <= MOST_STEPS):
         raise ValueError(f"`cache` pyramid takes a whole number of steps from 2, got {value!r}.")
     return name, number

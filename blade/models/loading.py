@@ -56,6 +56,7 @@ def load_model(
     except Exception as error:  # whatever Diffusers, Transformers and safetensors raise for a broken model
         raise ModelError(f"`model` {model} cannot be loaded: {_reason(source, error)}") from error
     loaded = _checked(model, pipe)
+    _check_weights(model, pipe)
     use_onednn_conv3d(pipe.vae)
     if device is not None:
         pipe.to(device)
@@ -187,6 +188,17 @@ def _checked(model: str | Path, pipe: Any) -> LoadedModel:
     if needed:
         raise ModelError(f"`model` {model} is a {kind}, which needs `{needed[0]}`; take {example_model()}.")
     return loaded
+
+
+def _check_weights(model: str | Path, pipe: Any) -> None:
+    """Refuse a pipeline with parts that lack weights, which are then on PyTorch's meta device."""
+    for part, module in pipe.components.items():
+        if isinstance(module, nn.Module):
+            named = (*module.named_parameters(), *module.named_buffers())
+            missing = [name for name, weight in named if weight.is_meta]
+            if missing:
+                count = f"{len(missing)} of the {len(named)} weights"
+                raise ModelError(f"`model` {model} lacks {count} of its {part}, such as {missing[0]}.")
 
 
 def _reason(source: str, error: Exception) -> str:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from importlib.resources import files
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from blade.common.checks import meant
 from blade.common.errors import first_line
 from blade.common.leftovers import is_temporary
 from blade.common.terminal import logger
@@ -19,6 +21,9 @@ BUNDLED = "bundled"
 
 INDEX_NAME = "model_index.json"
 """The file that makes a folder a Diffusers pipeline."""
+
+MOST_BESIDE = 10_000
+"""Most files of a folder among which a misspelled one is looked for."""
 
 LARGE_DOWNLOAD = 50_000_000
 """Bytes from which on a download is announced."""
@@ -63,16 +68,20 @@ def hub_commit(model: str | Path, revision: str | None = None) -> str | None:
     return Path(cached).parent.name if isinstance(cached, str) else None
 
 
-def look_up(name: str, option: str, file: str, revision: str | None = None) -> list[str] | None:
+def look_up(
+    name: str, option: str, file: str, revision: str | None = None, known: Iterable[str] = ()
+) -> list[str] | None:
     """Return the names of a repository's files, or None if the Hub cannot be reached but the cache has `file`.
 
     The arguments and errors are those of `repository_info`.
     """
-    info = repository_info(name, option, file, revision)
+    info = repository_info(name, option, file, revision, known)
     return None if info is None else _file_names(info)
 
 
-def repository_info(name: str, option: str, file: str, revision: str | None = None) -> ModelInfo | None:
+def repository_info(
+    name: str, option: str, file: str, revision: str | None = None, known: Iterable[str] = ()
+) -> ModelInfo | None:
     """Ask the Hub for a repository, once and with a time limit, where Diffusers would retry for minutes.
 
     Args:
@@ -80,6 +89,7 @@ def repository_info(name: str, option: str, file: str, revision: str | None = No
         option: name of the option that it was given for, for messages.
         file: the file that tells whether the local cache has it.
         revision: branch, tag or commit; None takes the main branch.
+        known: names that may be meant, beside those of files here.
 
     Returns:
         Its commit and files, among others; None if the Hub cannot be reached but the cache has `file`.
@@ -98,8 +108,8 @@ def repository_info(name: str, option: str, file: str, revision: str | None = No
 
     problem = f"`{option}` {name} is no folder here"
     parts = name.split("/")
-    if len(parts) != 2 or not all(parts) or name[0] in ".~":
-        raise ModelError(f"{problem}, and no Hub id, which reads owner/name.")
+    if len(parts) != 2 or not all(parts) or name[0] in ".~" or "=" in name:
+        raise ModelError(f"{problem}, and no Hub id, which reads owner/name{meant(name, [*known, *_beside(name)])}")
     try:
         return HfApi().model_info(name, revision=revision, timeout=HUB_TIMEOUT)
     except HFValidationError as error:
@@ -107,7 +117,9 @@ def repository_info(name: str, option: str, file: str, revision: str | None = No
     except GatedRepoError as error:
         raise ModelError(f"{problem}; on the Hub its licence must be accepted first (`hf auth login`).") from error
     except RepositoryNotFoundError as error:
-        raise ModelError(f"{problem}, and the Hub has no such repository, or not without `hf auth login`.") from error
+        end = meant(name, [*known, *_beside(name)])
+        missing = "the Hub has no such repository, or not without `hf auth login`"
+        raise ModelError(f"{problem}, and {missing}{end}") from error
     except RevisionNotFoundError as error:
         raise ModelError(f"`revision` must be a branch, tag or commit of {name}, got {revision!r}.") from error
     except HfHubHTTPError as error:
@@ -116,8 +128,18 @@ def repository_info(name: str, option: str, file: str, revision: str | None = No
         if isinstance(try_to_load_from_cache(name, file, revision=revision), str):
             return None
         raise ModelError(
-            f"{problem} and not in the Hub's local cache, and the Hub cannot be reached ({first_line(error)})."
+            f"{problem} and not in the Hub's local cache, and the Hub cannot be reached ({first_line(error)})"
+            f"{meant(name, [*known, *_beside(name)])}"
         ) from error
+
+
+def _beside(name: str) -> list[str]:
+    """Return the paths of what stands where a name would, with its own folder as it is written."""
+    folder = Path(name).expanduser().parent
+    try:
+        return [str(Path(name).parent / item.name) for item in islice(folder.iterdir(), MOST_BESIDE)]
+    except OSError:
+        return []
 
 
 def _file_names(info: ModelInfo) -> list[str]:
@@ -196,7 +218,7 @@ def locate(model: str | Path, revision: str | None, *, announce: bool = True) ->
         files = [item.name for item in path.iterdir() if not is_temporary(item.name)]
         options: dict[str, Any] = {}
     else:
-        info = repository_info(name, "model", INDEX_NAME, revision)
+        info = repository_info(name, "model", INDEX_NAME, revision, known=[BUNDLED])
         files = [INDEX_NAME] if info is None else _file_names(info)
         size = bytes_to_download(name, files, info.sha) if info is not None and announce else 0
         if size >= LARGE_DOWNLOAD:

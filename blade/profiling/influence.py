@@ -15,7 +15,9 @@ import torch
 
 from blade.attention.apply import use_blade
 from blade.attention.config import BladeConfig
+from blade.common.fields import check_type
 from blade.common.files import write_files
+from blade.common.reading import read_json
 from blade.generation.request import ResolvedRequest
 from blade.generation.run import Generation, run_request
 from blade.models.loaded import LoadedModel
@@ -102,7 +104,10 @@ class _Runs:
         chosen = hashlib.sha256(choice.candidates.astype(np.int32).tobytes()).hexdigest()[:12]
         self.folder = folder / f"influences-{chosen}"
         self.path = self.folder / "errors.json"
-        self.known: dict[str, float] = json.loads(self.path.read_text(encoding="utf-8")) if self.path.is_file() else {}
+        self.known: dict[str, float] = {}
+        if self.path.is_file():
+            self.known = read_json(self.path, f"`{self.path}`")
+            check_type(str(self.path), self.known, dict[str, float])
 
     def errors(self, names: Sequence[str], masks: np.ndarray) -> np.ndarray:
         """Return the squared errors of the videos as shares of their variances, geometric mean over prompts: (parts,).

@@ -15,7 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from blade.attention.config import BladeConfig
 from blade.attention.patterns import HeadPattern
+from blade.common.fields import check_type, check_types, read_fields
 from blade.common.files import replaced_whole
+from blade.common.reading import parse_json
 from blade.profiling.recording import read_pass
 from blade.token_grid import TokenGrid, canonical_order
 
@@ -57,6 +59,9 @@ class ProfileSource:
     adaptive_densities: tuple[float, ...]
     """Planned share of all pairs that each computes."""
 
+    def __post_init__(self) -> None:
+        check_types(self)
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
         values = {item.name: getattr(self, item.name) for item in fields(self)}
@@ -69,10 +74,13 @@ class ProfileSource:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ProfileSource:
         """Make a source from the result of `to_dict`."""
+        read = read_fields(cls, values, "source")
         decoded: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
+            name: tuple(value) if isinstance(value, list) else value for name, value in read.items()
         }
-        decoded["grid"] = TokenGrid(**decoded["grid"])
+        for name in ("candidates", "adaptive"):
+            check_type(name, decoded[name], tuple[Any, ...])
+        decoded["grid"] = TokenGrid(**read_fields(TokenGrid, decoded["grid"], "grid"))
         decoded["token_order"] = canonical_order(decoded["token_order"])
         decoded["candidates"] = tuple(HeadPattern.from_dict(pattern) for pattern in decoded["candidates"])
         decoded["adaptive"] = tuple(BladeConfig.from_dict(config) for config in decoded["adaptive"])
@@ -132,7 +140,7 @@ class AttentionProfile:
         """
         try:
             with safe_open(str(path), "np") as file:
-                source = json.loads((file.metadata() or {})["source"])
+                source = parse_json((file.metadata() or {})["source"], "`source`")
                 arrays = {item.name: file.get_tensor(item.name) for item in fields(cls) if item.name != "source"}
                 return cls(source=ProfileSource.from_dict(source), **arrays)
         except Exception as problem:  # safetensors' errors, and any key that another kind of file lacks

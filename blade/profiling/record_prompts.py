@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from blade.common.files import write_files
+from blade.common.reading import read_json
 from blade.generation.request import ResolvedRequest
 from blade.generation.run import run_request
 from blade.models.loaded import LoadedModel
@@ -135,10 +136,10 @@ def _check_folder(folder: Path, source: ProfileSource, recording: Recording, req
         write_files({path: (json.dumps(settings, indent=1) + "\n").encode()})
         return
     try:
-        existing = json.loads(path.read_text(encoding="utf-8"))
+        existing = read_json(path, f"`{path}`")
         existing |= _current(existing)
-    except (OSError, ValueError) as problem:
-        raise ValueError(f"`{path}` cannot be read as JSON: {problem}; take another folder.") from None
+    except ValueError as problem:
+        raise ValueError(f"{str(problem).rstrip('.')}; take another folder.") from None
     for name, value in settings.items():
         if existing.get(name) != value:
             raise ValueError(

@@ -15,8 +15,13 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
+from blade.common.checks import check_choice, check_integer, check_number, shortened
+from blade.common.fields import check_type
 from blade.students.noise_schedule import cumulative_alphas
 from blade.students.prediction import PREDICTION_TYPES, mix, renew_noise, split_prediction
+
+MOST_TIMES = 100_000
+"""Most times that a model may know; there is a table of them."""
 
 _HASHED = 4096  # numbers of the first sample that the noise is drawn from
 
@@ -105,12 +110,10 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # Di
         Raises:
             ValueError: if a value is out of range.
         """
-        if prediction_type not in PREDICTION_TYPES:
-            raise ValueError(
-                f"`prediction_type` must be one of {', '.join(PREDICTION_TYPES)}, got {prediction_type!r}."
-            )
-        if not 0 <= noise_kept <= 1:
-            raise ValueError(f"`noise_kept` must be in [0, 1], got {noise_kept}.")
+        check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
+        check_number("noise_kept", noise_kept, "in [0, 1]", lambda x: 0 <= x <= 1)
+        check_integer("num_train_timesteps", num_train_timesteps, least=1, most=MOST_TIMES)
+        check_type("grids", grids, list[list[float]])
         if not grids or not all(grids):
             raise ValueError(f"`grids` must hold at least one grid of times, none of them empty, got {grids!r}.")
         for grid in grids:
@@ -119,7 +122,7 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # Di
             highest = num_train_timesteps - (prediction_type == "v_prediction")
             if not (falling and whole and min(grid) > 0 and max(grid) <= highest):
                 kind = "numbers" if prediction_type == "flow_prediction" else "whole numbers"
-                raise ValueError(f"`grids` must hold descending {kind} up to {highest}, got {list(grid)}.")
+                raise ValueError(f"`grids` must hold descending {kind} up to {highest}, got {shortened(grid)}.")
         lengths = [len(grid) for grid in grids]
         if len(set(lengths)) < len(lengths):
             raise ValueError(f"`grids` must hold one grid for each number of steps, got lengths {lengths}.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -10,11 +11,13 @@ from typing import Any
 
 from blade.attention.config import CONFIG_NAME, BladeConfig
 from blade.attention.pattern_table import TABLE_NAME
+from blade.common.checks import check_integer, check_number, shortened
 from blade.common.errors import first_line
 from blade.common.leftovers import files_in, is_temporary
+from blade.families.registry import released_students
 from blade.models.source import look_up
 from blade.models.untrusted import check_files, find_scheduler_class, read_json
-from blade.students.scheduler import FewStepScheduler
+from blade.students.scheduler import MOST_TIMES, FewStepScheduler
 
 BUNDLED_STUDENTS = {4: "shapes-4-steps", 8: "shapes-8-steps"}
 """Names of the bundled model's students, which ship with this package, by their numbers of steps."""
@@ -111,15 +114,49 @@ def student_settings(source: str | Path) -> StudentSettings:
     return StudentSettings(found.read_config(None), scheduler.step_counts, scheduler.config.noise_kept)
 
 
+def check_scheduler_values(values: Mapping[str, Any], problem: str) -> None:
+    """Refuse values of a sampler that its class would not check: infinite ones, and those that would fill the memory.
+
+    Args:
+        values: its configuration.
+        problem: the beginning of the message.
+
+    Raises:
+        ValueError: for a value that is no finite number, or too long a table of times.
+    """
+    try:
+        check_integer("num_train_timesteps", values.get("num_train_timesteps", 1), least=1, most=MOST_TIMES)
+        for name, value in values.items():
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                check_number(name, value, "a finite number", lambda x: True)
+            if isinstance(value, list) and len(value) > MOST_TIMES:
+                raise ValueError(f"`{name}` must be a list of at most {MOST_TIMES:,}, got {shortened(value)}.")
+    except ValueError as error:
+        raise ValueError(f"{problem}: {error}") from None
+
+
 class StudentFiles:
     """The files of a bundled student, of a folder, or of a repository of the Hub."""
 
     def __init__(self, source: str) -> None:
         self.source = source
         is_bundled = source in BUNDLED_STUDENTS.values()
-        self.folder: Path | None = bundled_student_path(source) if is_bundled else Path(source).expanduser()
+        path = bundled_student_path(source) if is_bundled else Path(source).expanduser()
+        self.file: Path | None = None
+        """The only file that is the student, whatever else is in its folder."""
+        if path.is_file():
+            if path.suffix != ".safetensors":
+                wanted = "a folder, a Hub id or a .safetensors file"
+                raise ValueError(f"`source` must be {wanted}, got the file {source}.")
+            if path.name != WEIGHT_NAME:
+                self.file, self.names = path, [WEIGHT_NAME]
+            path = path.parent
+        self.folder: Path | None = path
+        if self.file is not None:
+            return
         if not self.folder.is_dir():
-            names = look_up(source, "source", WEIGHT_NAME)
+            published = [student.source for student in released_students()]
+            names = look_up(source, "source", WEIGHT_NAME, known=[*BUNDLED_STUDENTS.values(), *published])
             self.folder = None
             if names is not None:
                 self.names = [name for name in names if not is_temporary(name)]
@@ -157,6 +194,11 @@ class StudentFiles:
         """The path of a file here; None if there is none."""
         name = name if subfolder is None else f"{subfolder}/{name}"
         folder = self.folder
+        if self.file is not None:
+            if name not in (WEIGHT_NAME, self.file.name):
+                return None
+            check_files(self.file.parent, self.file.name, f"`source` {self.source}")
+            return self.file
         if name not in self.names and (folder is None or not (folder / name).exists()):  # there are none below links
             return None
         if folder is None:
@@ -187,7 +229,9 @@ class StudentFiles:
         if path is None:
             return None
         what = f"`source` {self.source}"
-        name = read_json(path, what).get("_class_name")
+        values = read_json(path, what)
+        check_scheduler_values(values, f"{what} has a {SCHEDULER_NAME} that cannot be read")
+        name = values.get("_class_name")
         kind: Any = FewStepScheduler if name == FewStepScheduler.__name__ else find_scheduler_class(name, what)
         try:
             return kind.from_pretrained(path.parent, local_files_only=True)

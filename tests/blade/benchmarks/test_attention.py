@@ -166,7 +166,7 @@ def test_bad_input_ends_in_one_line(capsys, monkeypatch, arguments, message):
         main(arguments)
     # Diffusers' first import of a broken torchao says so
     shown = [line for line in capsys.readouterr().err.splitlines() if "torchao" not in line]
-    assert ended.value.code == 1 and len(shown) == 1 and message in shown[0]
+    assert ended.value.code == 2 and len(shown) == 1 and message in shown[0]
 
 
 def test_without_matplotlib_output_is_refused_before_anything_is_measured(capsys, monkeypatch, tmp_path):
@@ -174,7 +174,7 @@ def test_without_matplotlib_output_is_refused_before_anything_is_measured(capsys
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else found(name))
     with pytest.raises(SystemExit) as ended:
         main([*ARGUMENTS, "--output", str(tmp_path)])
-    assert ended.value.code == 1 and "pip install 'blade-video[plots]'" in capsys.readouterr().err
+    assert ended.value.code == 2 and "pip install 'blade-video[plots]'" in capsys.readouterr().err
 
 
 GRID = TokenGrid(3, 4, 8, text_after=5)

@@ -41,7 +41,7 @@ def test_a_dry_run_without_weights(settings, capsys, saved_tiny_pipeline, tmp_pa
     assert values["seconds_update"] > 0 and values["config"]["weights"]["rank"] == 4 and "torch" in values["versions"]
     assert "hours" in out and "weights     random" in out
     code, _, err = run(capsys, "shapes", *settings("out"), "--random-weights")
-    assert code == 1 and "`random_weights` requires `dry_run`" in err
+    assert code == 2 and "`random_weights` requires `dry_run`" in err
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def test_a_dry_run_without_weights(settings, capsys, saved_tiny_pipeline, tmp_pa
 )
 def test_bad_input_is_named(settings, capsys, tmp_path, others, message):
     code, _, err = run(capsys, "shapes", *settings("out", *others))
-    assert code == 1 and message in err, err
+    assert code == 2 and message in err, err
     assert not (tmp_path / "out" / "checkpoints").exists()
 
 
@@ -67,9 +67,9 @@ def test_prompts_that_are_missing_or_empty(settings, capsys, tmp_path):
     empty = tmp_path / "empty.txt"
     empty.write_text("\n# nothing\n\n")
     code, _, err = run(capsys, "shapes", *settings("out", f"prompts={empty}"))
-    assert code == 1 and f"`prompts` must be a text file with one prompt a line, but {empty} has none" in err
+    assert code == 2 and f"`prompts` must be a text file with one prompt a line, but {empty} has none" in err
     code, _, err = run(capsys, "shapes", *settings("out", "prompts=null"))
-    assert code == 1 and "`prompts` must be a file with prompts for" in err
+    assert code == 2 and "`prompts` must be a file with prompts for" in err
 
 
 def test_prompts_as_json_lines(settings, capsys, tmp_path):
@@ -79,7 +79,7 @@ def test_prompts_as_json_lines(settings, capsys, tmp_path):
     assert code == 0, err
     path.write_text('{"text": "a red ball moving left"}\n')
     code, _, err = run(capsys, "shapes", *settings("out2", f"prompts={path}"))
-    assert code == 1 and "must have an object with a `prompt` in each line" in err
+    assert code == 2 and "must have an object with a `prompt` in each line" in err
 
 
 def test_a_base_that_is_distilled_draws_a_warning(settings, capsys, saved_tiny_pipeline, tmp_path):
@@ -96,14 +96,14 @@ def test_a_student_does_not_replace_what_it_is_made_from(settings, capsys, tmp_p
     source.mkdir()
     (tmp_path / "out").symlink_to(source)
     code, _, err = run(capsys, "shapes", *settings("out", f"{field}={source}"))
-    assert code == 1 and f"`output` must not replace an input, got {tmp_path / 'out'}, which is `{field}`" in err
+    assert code == 2 and f"`output` must not replace an input, got {tmp_path / 'out'}, which is `{field}`" in err
     assert not list(source.iterdir())
 
 
 def test_a_report_does_not_replace_the_prompts(settings, capsys, prompt_file):
     before = prompt_file.read_text()
     code, _, err = run(capsys, "shapes", *settings("out"), "--dry-run", f"--report={prompt_file}")
-    assert code == 1 and "`report` must not replace an input, got" in err and prompt_file.read_text() == before
+    assert code == 2 and "`report` must not replace an input, got" in err and prompt_file.read_text() == before
 
 
 @pytest.mark.slow

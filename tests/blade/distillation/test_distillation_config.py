@@ -6,7 +6,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from blade import BladeConfig
-from blade.distillation.config import AttentionConfig, load_config, recipe_names, student_attention
+from blade.distillation.config import AttentionConfig, student_attention
+from blade.distillation.recipes import load_config, recipe_names
 
 PRESET = BladeConfig.from_preset("shapes", "student")
 

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from blade.common.files import OutputError
 from blade.common.leftovers import is_temporary
 from blade.common.training_log import TrainingLog, load_checkpoint, save_checkpoint
-from blade.distillation.config import load_config
 from blade.distillation.output_files import checkpoint_bytes, student_weights
+from blade.distillation.recipes import load_config
 from blade.distillation.resuming import (
     CONTENT,
     checkpoint_path,

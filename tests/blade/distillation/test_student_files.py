@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 from blade import BladeConfig, load_student, push_student, unload_student
 from blade.cli.evaluate import main as evaluate
 from blade.cli.generate import main as generate
-from blade.distillation.config import DistillationConfig, load_config
+from blade.distillation.config import DistillationConfig
+from blade.distillation.recipes import load_config
 from blade.distillation.student_files import write_student
 from blade.distillation.workflow import distill
 from blade.media.video import read_mp4

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 from blade.common.training_log import load_checkpoint
-from blade.distillation.config import load_config
 from blade.distillation.draws import Draws, prompt_numbers
 from blade.distillation.optimizers import RoleOptimizer
+from blade.distillation.recipes import load_config
 from blade.distillation.updates import Updates
 from blade.distillation.workflow import distill
 

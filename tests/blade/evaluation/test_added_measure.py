@@ -175,7 +175,7 @@ def test_the_command_measures_it_alone(evaluation, added, capsys):
 def test_the_command_lists_it_beside_the_others(evaluation, added, capsys):
     with pytest.raises(SystemExit) as ended:
         main(["--shapes", "--measure", "psnr", "--measure", "beauty", *options(evaluation)])
-    assert ended.value.code == 1 and not evaluation.folder.exists()
+    assert ended.value.code == 2 and not evaluation.folder.exists()
     error = capsys.readouterr().err
     assert "`measures` must be of layer_density, run_density, psnr, " in error
     assert ", brightness, spread, got 'beauty'." in error

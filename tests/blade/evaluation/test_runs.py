@@ -81,7 +81,7 @@ def test_defaults_fill_in_what_a_run_leaves_open():
         ("x=dense,steps", "with keys steps, guidance"),
         ("x=asa,", "got ''"),
         ("x=asa,attention=dense", "`attention` once"),
-        ("x=attention=flash", "`attention` must be one of dense, preset"),
+        ("x=attention=flash", '`attention` must be one of "dense", "preset"'),
         ("x=folder,attention=asa", "`attention` must not be given with `config`"),
         ("x=attention=asa,sparsity=1", "`sparsity`"),
         ("x=sparsity=0.5", '`attention` is "dense"'),

@@ -31,7 +31,7 @@ class CommandLine:
         self.output = folder / "video.mp4"
         self.capsys = capsys
 
-    def fails(self, *options: str, code: int = 1) -> str:
+    def fails(self, *options: str, code: int = 2) -> str:
         """Run it, check that it fails as it should, and return the error's line."""
         self.capsys.readouterr()
         with pytest.raises(SystemExit) as exit:
@@ -79,7 +79,7 @@ def command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> CommandLine:
         ([*OK, "--attention", "dense", "--sparsity", "0.5"], "`sparsity` must not be given"),
         ([*OK, "--dense-steps", "1.5"], "`dense_steps` must be a count of steps or a fraction"),
         ([*OK, "--dense-layers", "3-1"], "`dense_layers` must be layer numbers"),
-        ([*OK, "--dtype", "int8"], "`dtype` must be one of float32, bfloat16, float16, got 'int8'"),
+        ([*OK, "--dtype", "int8"], '`dtype` must be one of "float32", "bfloat16", "float16", got \'int8\''),
         ([*OK, "--dtype", "float16", "--device", "cpu"], "`dtype` must be float32 or bfloat16 on the CPU"),
         ([*OK, "--device", "abacus"], '`device` must be "cpu", "cuda" or a device'),
         ([*OK, "--device", "meta"], '`device` is "meta", which this PyTorch cannot use'),
@@ -105,7 +105,7 @@ def test_a_request_that_makes_no_sense(command: CommandLine, options: list[str],
 
 @pytest.mark.parametrize("options", [["--no-such-option"], ["--steps", "many"], ["--prompt"]])
 def test_a_command_line_that_makes_no_sense(command: CommandLine, options: list[str]) -> None:
-    command.fails(*options, code=2)
+    command.fails(*options)
 
 
 def test_cuda_where_there_is_none(command: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,7 +214,7 @@ def test_an_output_that_cannot_be_written(
     monkeypatch.setattr("blade.generation.prepare.load_model", refuse_to_load)
     (tmp_path / "file").touch()
     (tmp_path / "folder.mp4").mkdir()
-    line = command.fails(*OK, "--output", str(tmp_path / name))
+    line = command.fails(*OK, "--output", str(tmp_path / name), code=1)
     assert f"`output` {tmp_path / name} " in line
 
 
@@ -222,7 +222,9 @@ def test_too_little_room_is_found_before_loading(command: CommandLine, monkeypat
     monkeypatch.setattr("blade.generation.prepare.load_model", refuse_to_load)
     usage = shutil.disk_usage(".")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100_000))
-    line = command.fails(*OK, "--model", "nobody/nothing", "--height", "480", "--width", "832", "--frames", "81")
+    line = command.fails(
+        *OK, "--model", "nobody/nothing", "--height", "480", "--width", "832", "--frames", "81", code=1
+    )
     assert line == f"error: `output` {command.folder} has 100 kB free on its disk, but 1 video(s) needs about 163 kB."
 
 
@@ -235,7 +237,7 @@ def test_non_finite_latents_name_step_and_layer_and_are_not_decoded(
     weights = load_file(tiny_pipeline_copy / WEIGHTS)
     weights["blocks.1.ffn.net.2.weight"][0, 0] = torch.inf
     save_file(weights, tiny_pipeline_copy / WEIGHTS, metadata={"format": "pt"})
-    line = command.fails(*OK, "--model", str(tiny_pipeline_copy), *SIZE)
+    line = command.fails(*OK, "--model", str(tiny_pipeline_copy), *SIZE, code=1)
     assert "Non-finite values at step 0, first in the output of layer 1 of `transformer`" in line
 
 
@@ -244,7 +246,7 @@ def test_a_vae_that_decodes_to_nothing_finite(command: CommandLine, tiny_pipelin
     weights = load_file(path)
     weights["decoder.conv_out.bias"][0] = torch.nan
     save_file(weights, path, metadata={"format": "pt"})
-    line = command.fails(*OK, "--model", str(tiny_pipeline_copy), *SIZE)
+    line = command.fails(*OK, "--model", str(tiny_pipeline_copy), *SIZE, code=1)
     assert "Non-finite values in the decoded video" in line
 
 
@@ -255,7 +257,7 @@ def test_a_full_disk_during_writing(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
-    line = command.fails(*OK, "--model", str(saved_tiny_pipeline), *SIZE)
+    line = command.fails(*OK, "--model", str(saved_tiny_pipeline), *SIZE, code=1)
     assert f"No space left: the disk of {command.output} is full." in line
 
 
@@ -286,7 +288,7 @@ def test_an_implementation_that_cannot_compute_this(
     path = tmp_path / "config" / "blade_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "implementation": "flex", "dense_steps": 0}))
     options = [*OK, "--model", str(saved_tiny_pipeline), *SIZE, "--config", str(path)]
-    assert "cannot compute this" in command.fails(*options)
+    assert "cannot compute this" in command.fails(*options, code=1)
 
 
 def test_debug_shows_the_traceback(command: CommandLine) -> None:
@@ -298,10 +300,10 @@ def test_debug_shows_the_traceback(command: CommandLine) -> None:
     ("content", "problem"),
     [
         ("{", "cannot be read as JSON"),
-        ("[]", "with a `prompt`"),
+        ("[]", "must hold a JSON object, got []"),
         ('{"steps": 3}', "with a `prompt`"),
         ('{"prompt": "x", "steps": "many"}', "`steps` must be an integer"),
-        ('{"prompt": "x", "guidance_scale": "much"}', "wrong type"),
+        ('{"prompt": "x", "guidance_scale": "much"}', "`guidance_scale` must be at least 0 and finite, got 'much'"),
         ('{"prompt": "x", "blade_config": {"sparsity": 2}}', "`sparsity` must be in"),
     ],
 )

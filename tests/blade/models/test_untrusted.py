@@ -179,7 +179,7 @@ def test_a_hostile_checkpoint_is_refused(marker: Path, tmp_path: Path) -> None:
 def test_hostile_arrays_and_yaml_are_refused(marker: Path, tmp_path: Path) -> None:
     import numpy as np
 
-    from blade.distillation.config import load_config
+    from blade.distillation.recipes import load_config
     from blade.profiling.record_prompts import dense_video
 
     array = io.BytesIO()

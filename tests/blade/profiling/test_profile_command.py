@@ -46,7 +46,7 @@ def test_it_writes_a_table_that_generates_and_a_report(arguments, tmp_path, caps
     assert ended.value.code == 0 and video.is_file()
     with pytest.raises(SystemExit) as ended:  # of another number of steps
         generate_command.main([*same, "--steps", "4", "--output", str(tmp_path / "other.mp4")])
-    assert ended.value.code == 1 and "4 steps, not 3" in capsys.readouterr().err
+    assert ended.value.code == 2 and "4 steps, not 3" in capsys.readouterr().err
     assert BladeConfig.from_pretrained(folder).patterns.steps == 3
 
 
@@ -113,7 +113,7 @@ def test_an_objective_and_an_order_of_a_temporary_module(import_temporary, argum
     import_temporary("declared", DECLARED)
     assert run(["--help"]) == 0
     assert "--max-cost" in capsys.readouterr().out
-    assert run([*arguments, "--max-cost", "7"]) == 1
+    assert run([*arguments, "--max-cost", "7"]) == 2
     assert "`max_cost` must be at most 1, got 7" in capsys.readouterr().err
     assert not list(tmp_path.rglob("prompt-*"))  # said before anything is measured
     assert run([*arguments, "--max-cost", "0.6", "--verify-prompts", "0"]) == 0
@@ -123,7 +123,7 @@ def test_an_objective_and_an_order_of_a_temporary_module(import_temporary, argum
     assert "are computed (attention&#39;s cost at most 0.6)" in report
     orders = re.findall(r'<th scope="col" class="number">(\S+)</th>', report.split('id="order-densities"')[1])
     assert orders == ["raster", "token-major", "gilbert", "reversed", "bricks(2,4,4)"]
-    assert run([*arguments, "--max-cost", "0"]) == run([*arguments, "--max-cost", "1", "--max-error", "1"]) == 1
+    assert run([*arguments, "--max-cost", "0"]) == run([*arguments, "--max-cost", "1", "--max-error", "1"]) == 2
     messages = capsys.readouterr().err
     assert "`max_cost` must be above 0, got 0.0" in messages and "got `max_error` and `max_cost`" in messages
 
@@ -147,7 +147,7 @@ def test_bad_input_ends_in_one_line(arguments, more, message, capsys):
     with pytest.raises(SystemExit) as ended:
         main([*arguments, *more])
     error = capsys.readouterr().err
-    assert ended.value.code == 1
+    assert ended.value.code == 2
     lines = [line for line in error.splitlines() if line.startswith("error:")]
     assert len(lines) == 1 and re.search(message, lines[0]), error
 
@@ -155,7 +155,7 @@ def test_bad_input_ends_in_one_line(arguments, more, message, capsys):
 def test_a_profile_does_not_replace_its_model(arguments, tiny_pipeline_copy, capsys):
     before = sorted(path.name for path in tiny_pipeline_copy.rglob("*"))
     folder = f"--output={tiny_pipeline_copy}"
-    assert run([*arguments, f"--model={tiny_pipeline_copy}", folder, "--target-density", "0.6"]) == 1
+    assert run([*arguments, f"--model={tiny_pipeline_copy}", folder, "--target-density", "0.6"]) == 2
     assert f"`output` must not replace an input, got {tiny_pipeline_copy}, which is `model`" in capsys.readouterr().err
     assert sorted(path.name for path in tiny_pipeline_copy.rglob("*")) == before
 

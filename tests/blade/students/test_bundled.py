@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from blade import load_student
 from blade.cli.generate import main
-from blade.distillation.config import load_config
+from blade.distillation.recipes import load_config
 from blade.generation.fingerprint import model_fingerprint
 from blade.generation.request import GenerationRequest, default_student
 from blade.generation.resolve import resolve_request

@@ -167,7 +167,7 @@ def test_a_student_with_sparse_attention_leaves_the_presets_kind(pipe, folder, c
 def hub(monkeypatch, repository: Path):
     """Put a folder in place of the Hub."""
     names = [path.relative_to(repository).as_posix() for path in repository.rglob("*") if path.is_file()]
-    monkeypatch.setattr("blade.students.source.look_up", lambda *_: names)
+    monkeypatch.setattr("blade.students.source.look_up", lambda *_, **known: names)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda source, name: str(repository / name))
 
 

@@ -156,7 +156,10 @@ def test_untrained_step_counts_are_refused_by_name():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"prediction_type": "epsilon"}, "`prediction_type` must be one of flow_prediction, v_prediction, got 'epsi"),
+        (
+            {"prediction_type": "epsilon"},
+            '`prediction_type` must be one of "flow_prediction", "v_prediction", got \'epsi',
+        ),
         ({"noise_kept": 1.5}, r"`noise_kept` must be in \[0, 1\], got 1.5"),
         ({"grids": []}, "`grids` must hold at least one grid"),
         ({"grids": [[499.0, 999.0]]}, r"descending numbers up to 1000, got \[499.0, 999.0\]"),
