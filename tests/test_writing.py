@@ -57,6 +57,8 @@ ALLOWED = {
     "scripts/compare_revisions_work.py: write_text": "inputs of the work, in a folder of its own",
     "scripts/compare_revisions_work.py: write_json": "inputs of the work, in a folder of its own",
     "scripts/compare_revisions_work.py: main": "the result of the work, in a folder of its own",
+    "scripts/fault_fuzz.py": "files that it damages, in a folder of its own",
+    "scripts/try_faults.py": "inputs of commands and small disks, in a folder of its own",
     "scripts/time_shapes.py: write_random_model": "a model in a temporary folder of its caller",
 }
 """Functions that write by themselves, with the reason."""

@@ -76,7 +76,7 @@ def folder_locked(
         InUseError: if another process holds the lock.
         OutputError: if the folder cannot be written.
     """
-    made = not folder.is_dir()
+    made = not os.path.isdir(folder)
     subject, advice = f"`{field}` {folder} is in use by", "wait for it or choose another folder"
     lock = _Lock(folder / ".blade-{}-of-{}.lock".format(*share), subject, advice)
     try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -40,7 +39,7 @@ def load_checkpoint(path: Path) -> dict[str, Any] | None:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         return None
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+    except Exception as error:  # whatever PyTorch and its unpickler raise for a file that is none, or is a hostile one
         raise ValueError(f"the checkpoint {path} cannot be read: {first_line(error)}") from error
     if not isinstance(state, dict):
         raise ValueError(f"the checkpoint {path} must hold a dict, got a {type(state).__name__}.")

@@ -59,7 +59,7 @@ def parse_cache(text: str) -> tuple[str, float]:
     try:
         number = float(value) if separator else float(CACHES[name])
     except ValueError:
-        number = -1
+        number = -1.0
     if name == "first-block" and not 0 < number < math.inf:
         raise ValueError(f"`cache` first-block takes a threshold above 0, such as 0.05, got {value!r}.")
     if name == "pyramid" and not (number.is_integer() and 2 <= number <= MOST_STEPS):

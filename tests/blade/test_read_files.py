@@ -329,8 +329,11 @@ def test_a_number_of_many_digits_is_no_json() -> None:
         parse_json("9" * 5000, "`steps`")
 
 
-READERS_OF_JSON = {"common/reading.py", "common/files.py", "common/locks.py", "models/untrusted.py"}
-"""Modules that parse JSON: the one for all, and those of lines, locks and the files of models, which may hold NaN."""
+READERS_OF_JSON = {
+    "common/reading.py", "common/files.py", "common/locks.py", "models/untrusted.py", "students/loading.py",
+}  # fmt: skip
+"""Modules that parse JSON: the one for all, those of lines, locks and the files of models, which may hold NaN, and one
+that compares configurations as Diffusers writes them."""
 
 
 def test_json_is_parsed_in_one_place() -> None:

@@ -165,6 +165,8 @@ def test_bad_selectors_are_refused(later_selector):
     with pytest.raises(ValueError, match=r"`name` must be new in the table, which has .*later, got 'later'"):
         register_selector(Selector(name="later", description="another", score=score))
     assert register_selector(later_selector) is later_selector
-    for name in ("latest", None, ["later"]):
-        with pytest.raises(ValueError, match=r'`selector` must be one of "sampled", .*"later", got'):
+    with pytest.raises(ValueError, match=r'`selector` must be one of "sampled", .*"later", got'):
+        AdaptiveConfig(selector="latest")
+    for name in (None, ["later"]):
+        with pytest.raises(ValueError, match=r"`selector` must be a string, got"):
             AdaptiveConfig(selector=name)

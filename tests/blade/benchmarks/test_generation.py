@@ -134,7 +134,7 @@ def test_a_folder_that_cannot_be_written_is_found_before_anything_is_measured(
     ],
 )
 def test_bad_options_are_named(arguments, message, capsys):
-    with pytest.raises(SystemExit, match="1"):
+    with pytest.raises(SystemExit, match="2"):
         main(["generate", "--random-weights", "--device", "cpu", *arguments])
     assert message in capsys.readouterr().err
 

@@ -50,7 +50,7 @@ def test_a_dry_run_without_weights(settings, capsys, saved_tiny_pipeline, tmp_pa
         (("run.updatse=3",), "`run.updatse` is not right"),
         (("model=nobody",), "`model` nobody is no folder here"),
         (("video.height=65",), "`height` must be a multiple of 16 for this model, got 65"),
-        (("trajectory.steps=[0]",), "`steps` must be one or several different numbers of at least 1, got [0]"),
+        (("trajectory.steps=[0]",), "`trajectory.steps` must be an integer of at least 1, got 0"),
         (("attention.dense_layers=7",), "`dense_layers` must be from 0 to 1"),
         (("weights.targets=[nothing]",), "`targets` must be ends of layers' names"),
         (("run.device=cuda:9",), "`device`"),

@@ -87,7 +87,7 @@ def test_a_failed_run_leaves_a_report_of_the_others(saved_tiny_pipeline, tmp_pat
 def test_steps_that_a_student_lacks_are_found_before_the_first_video(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(worker, "load_model", lambda *given, **options: pytest.fail("loaded"))
     runs = ["--run", "dense", "--run", "few=student=shapes-8-steps"]
-    assert run(["--shapes", *runs, "--steps", 10, "--output", tmp_path / "out", "--device", "cpu"]) == 1
+    assert run(["--shapes", *runs, "--steps", 10, "--output", tmp_path / "out", "--device", "cpu"]) == 2
     assert "run `few`: `steps` must be 8, as the student shapes-8-steps is trained, got 10" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 

@@ -251,7 +251,7 @@ def test_prompts_are_selected_by_rule_and_checked(tmp_path):
 def test_a_model_that_does_not_fit_is_refused(name, pipeline, message, configurations, tmp_path, capsys):
     prompts, model = tmp_path / "prompts.txt", configurations(pipeline)
     prompts.write_text("a cat\n")
-    assert run(["--protocol", name, "--prompts", prompts, "--model", model, "--output", tmp_path / "out"]) == 1
+    assert run(["--protocol", name, "--prompts", prompts, "--model", model, "--output", tmp_path / "out"]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 

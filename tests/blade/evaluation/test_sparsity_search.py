@@ -246,7 +246,7 @@ def test_the_command_finds_a_sparsity_with_real_videos(saved_tiny_pipeline, tmp_
 )
 def test_bad_input_ends_with_one_line(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert command("--shapes", *arguments) == 1
+    assert command("--shapes", *arguments) == 2
     error = capsys.readouterr().err.strip()
     assert message in error and "\n" not in error
     assert not list(tmp_path.iterdir())

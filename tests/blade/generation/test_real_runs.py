@@ -19,7 +19,7 @@ from blade.attention.config import AdaptiveConfig, BladeConfig
 from blade.cli.generate import main
 from blade.generation import outputs
 from blade.generation.outputs import GenerationReport, generate_files, generate_list
-from blade.generation.plan import plan_run
+from blade.generation.plan import plan_run, resolve_without_weights
 from blade.generation.prepare import prepare_model
 from blade.generation.prompts import read_prompts
 from blade.generation.record import read_request
@@ -402,7 +402,7 @@ def test_a_prompt_that_cannot_be_drawn_does_not_stop_the_others(
         return GenerationReport(generation=None, video_path=path, record_path=path, comparison_path=None, record={})
 
     monkeypatch.setattr(outputs, "_make_files", made)
-    monkeypatch.setattr(outputs, "prepare_model", lambda request: (None, request))
+    monkeypatch.setattr(outputs, "prepare_model", lambda request: (None, resolve_without_weights(request)[1]))
     prompts = ["a cat walks on the grass", "a red ball going right", "a blue sqare moving up"]
     request = GenerationRequest(prompt=prompts[0])
     report = generate_list(request, prompts, tmp_path)

@@ -63,7 +63,7 @@ def test_groups_that_there_are_no_steps_for_are_refused_before_the_model_runs(
     monkeypatch.setattr("blade.profiling.workflow.record_profile", lambda *given: pytest.fail("recorded"))
     with pytest.raises(SystemExit) as ended:
         main([*arguments, "--target-density", "0.6", *options])
-    assert ended.value.code == 1 and message in capsys.readouterr().err
+    assert ended.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_prompts_that_the_bundled_model_cannot_draw_are_refused_before_it_is_loaded(tmp_path, monkeypatch, capsys):
@@ -72,7 +72,7 @@ def test_prompts_that_the_bundled_model_cannot_draw_are_refused_before_it_is_loa
     files = ["--prompts", str(tmp_path / "prompts.txt"), "--output", str(tmp_path / "profile")]
     with pytest.raises(SystemExit) as ended:
         main(["--target-density", "0.6", *files])
-    assert ended.value.code == 1 and '"cat"' in capsys.readouterr().err
+    assert ended.value.code == 2 and '"cat"' in capsys.readouterr().err
 
 
 DECLARED = """

@@ -195,7 +195,7 @@ def test_it_is_written_whole_or_not_at_all(data, text, tmp_path):
     assert (tmp_path / "report.html").read_text(encoding="utf-8") == text
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
     with pytest.raises(OutputError, match="cannot be written"):
-        write_report(data, tmp_path / "missing" / "report.html")
+        write_report(data, tmp_path / "report.html" / "report.html")
 
 
 def test_what_others_have_named_is_text(data, text):
