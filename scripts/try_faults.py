@@ -50,7 +50,6 @@ class Campaign:
         self.tried = Counter[str]()
         self.broken = Counter[str]()
         self.found = Counter[tuple[str, str]]()
-        self.details: list[str] = []
 
     def run_whole(self) -> None:
         """Run every command once without a fault, for its time and its result."""
@@ -66,7 +65,7 @@ class Campaign:
     def note(self, kind: str, fault: str, detail: str) -> None:
         """Count a fault."""
         self.found[kind, fault] += 1
-        self.details.append(f"{kind}: {fault}: {detail}")
+        print(f"{kind}: {fault}: {detail}", flush=True)
 
     def check_said(self, kind: str, ended: Ended, codes: tuple[int, ...], *, says: tuple[str, ...] = ()) -> None:
         """Check how a command ended, and what it said."""
@@ -186,8 +185,7 @@ def main(
         for kind, tried in campaign.tried.items()
     ]
     print("\n".join(markdown_table(["fault", "tried", "ended by it", *FAULTS], rows)))
-    print("\n".join(campaign.details))
-    raise typer.Exit(1 if campaign.details else 0)
+    raise typer.Exit(1 if campaign.found else 0)
 
 
 if __name__ == "__main__":
