@@ -138,10 +138,12 @@ def test_a_killed_run_goes_on_bit_by_bit(settings, start, tmp_path, number, code
     checkpoints = tmp_path / "stopped" / "checkpoints"
     while not list(checkpoints.glob("*.pt")) and process.poll() is None:
         time.sleep(0.01)
-    time.sleep(random.random())
+    time.sleep(random.random() / 3)
     process.send_signal(number)
     output, _ = process.communicate()
-    assert process.returncode in (code, 0), output
+    # once all is done, and Python itself ends, nobody handles a signal
+    done = "distillation 12/12" in output
+    assert process.returncode in ((code, 0, -number) if done else (code,)), output
     assert code < 0 or not list((tmp_path / "stopped").rglob(".*.tmp"))
     assert log(tmp_path / "stopped"), "it was killed before the first update"
     trained(settings("stopped", *others))
