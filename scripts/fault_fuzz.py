@@ -17,7 +17,7 @@ from typing import Any
 from blade import BladeConfig
 from blade.attention.pattern_table import TABLE_NAME, PatternTable
 from blade.common.files import read_json_lines
-from blade.distillation.config import load_config
+from blade.distillation.recipes import load_config
 from blade.generation.prompts import read_prompts
 from blade.generation.record import read_request
 from blade.students.source import bundled_student_path, student_settings

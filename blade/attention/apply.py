@@ -143,7 +143,7 @@ def use_blade(
         from blade import use_blade
 
         with use_blade(pipe, sparsity=0.6):
-            pipe("a red ball moving right", num_frames=9, num_inference_steps=2)
+            pipe("a red ball moving right", height=96, width=96, num_frames=9, num_inference_steps=2)
         ```
     """
     transformers = find_transformers(pipe_or_transformer)

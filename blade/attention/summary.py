@@ -128,7 +128,7 @@ def blade_summary(pipe_or_transformer: Any) -> BladeSummary:
         from blade import apply_blade, blade_summary
 
         apply_blade(pipe)
-        pipe("a red ball moving right", num_frames=9, num_inference_steps=2)
+        pipe("a red ball moving right", height=96, width=96, num_frames=9, num_inference_steps=2)
         print(blade_summary(pipe))
         ```
     """

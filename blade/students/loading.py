@@ -138,6 +138,8 @@ def load_student(
         student = load_student(pipe, "shapes-8-steps")
         pipe(
             "a red ball moving right",
+            height=96,
+            width=96,
             num_frames=9,
             num_inference_steps=student.steps,
             guidance_scale=student.guidance_scale,
