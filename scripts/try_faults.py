@@ -115,7 +115,7 @@ class Campaign:
         output = self.folder / f"full-{number}" / "out"
         output.parent.mkdir()
         self.tried["full disk"] += 1
-        with small_disk(output.parent, self.chance.randrange(8, 400)) as mounted:
+        with small_disk(output.parent, self.chance.choice((4, 8, 16, 32, 64))) as mounted:
             place = 0 if mounted else self.chance.randint(1, CALLS)
             ended = end(self.work.start(command, output, place, "fsync", "full"))
             self.broken["full disk"] += ended.code != 0

@@ -59,7 +59,7 @@ def load_config(source: str | Path | None = None, overrides: Sequence[str] = ())
             _check_sections(values)
             _check_interpolations(values)
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(DistillationConfig), *given))
-    except (OmegaConfBaseException, YAMLError, OSError, TypeError, AssertionError) as error:
+    except (OmegaConfBaseException, YAMLError, OSError, TypeError, AssertionError, OverflowError) as error:
         reason = getattr(error, "problem", None) or first_line(error)  # YAML says first in what it is
         key = getattr(error, "full_key", None)
         subject = f"`{key}`" if key else f"the configuration {source}"

@@ -244,6 +244,7 @@ def test_a_value_of_any_other_kind_is_taken_or_named(kind: str, tmp_path: Path) 
         ("config", "asa", None, "`asa` must be a JSON object, got None."),
         ("config", "attention", "asa_gt", "\"patterns\", got 'asa_gt'; did you mean asa-gt?"),
         ("recipe", "generator.learning_rate", float("inf"), "`generator.learning_rate` must be above 0, got inf."),
+        ("recipe", "generator.learning_rate", 10**400, "is not right: int too large to convert to float"),
         ("recipe", "run", [1], "`run` must be a mapping of fields, got [1]."),
         ("recipe", "model", "???", "`model` must have a value, got '???'."),
         ("recipe", "trajectory.steps", [10**9], "`trajectory.steps` must be an integer of at most 10,000"),
