@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -67,6 +68,15 @@ def saved_tiny_ti2v(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pipe.register_to_config(expand_timesteps=True)
     pipe.save_pretrained(path)
     return path
+
+
+@pytest.fixture
+def quiet_adapters():
+    """Ignore what Diffusers and PEFT say of adapters."""
+    with warnings.catch_warnings():
+        for message in ("Adapter .* was active which is now", "These are a student's values", "Already found a `peft"):
+            warnings.filterwarnings("ignore", message=message, category=UserWarning)
+        yield
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 import ast
 import json
 import re
-import warnings
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -31,11 +30,8 @@ SIZE = {"height": 64, "width": 64, "num_frames": 9}
 
 
 @pytest.fixture(autouse=True)
-def quiet():
-    with warnings.catch_warnings():
-        for message in ("Adapter .* was active which is now", "These are a student's values", "Already found a `peft"):
-            warnings.filterwarnings("ignore", message=message, category=UserWarning)
-        yield
+def quiet(quiet_adapters):
+    """Ignore what Diffusers and PEFT say of adapters."""
 
 
 @pytest.fixture

@@ -1,7 +1,5 @@
 """A tiny pipeline, and a student of it."""
 
-import warnings
-
 import pytest
 from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 from safetensors.torch import save_file
@@ -11,12 +9,8 @@ from blade.students.scheduler import FewStepScheduler
 
 
 @pytest.fixture(autouse=True)
-def quiet():
+def quiet(quiet_adapters):
     """Ignore what Diffusers and PEFT say of adapters."""
-    with warnings.catch_warnings():
-        for message in ("Adapter .* was active which is now", "These are a student's values", "Already found a `peft"):
-            warnings.filterwarnings("ignore", message=message, category=UserWarning)
-        yield
 
 
 @pytest.fixture
