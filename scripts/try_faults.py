@@ -29,8 +29,8 @@ from fault_work import COMMANDS, PROMPTS, Ended, Work, contents, differing, end,
 from blade.cli.command import run_script
 from blade.common.tables import markdown_table
 
-FAULTS = ("half-written file", "leftover", "traceback", "wrong end", "another result")
-"""What may be wrong after a command that was broken, and started again."""
+FAULTS = ("half-written file", "leftover", "traceback", "wrong end", "another result", "silent acceptance")
+"""What may be wrong after a command that was broken and started again, or about how a damaged file was read."""
 
 CALLS = 12
 """Calls of `os.replace` and `os.fsync` among which a placed fault is drawn; commands that make fewer stay whole."""
@@ -148,8 +148,8 @@ class Campaign:
             file = files[number % len(files)]
             content = damaged(file.path.read_bytes(), self.chance)
             self.tried["damaged file"] += 1
-            if fault := fault_of(file, content):
-                self.note("damaged file", "traceback", f"{file.name}: {fault}, of {describe(content)}")
+            if found := fault_of(file, content):
+                self.note("damaged file", found[0], f"{file.name}: {found[1]}, of {describe(content)}")
 
 
 @contextmanager

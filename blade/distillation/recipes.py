@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
-from blade.common.checks import meant, shortened
+from blade.common.checks import is_integer, meant, shortened
 from blade.common.errors import first_line
+from blade.common.fields import check_type, has_type
 from blade.distillation.config import DistillationConfig
 
 RECIPES = "recipes"
@@ -58,6 +59,7 @@ def load_config(source: str | Path | None = None, overrides: Sequence[str] = ())
             values = OmegaConf.to_container(layer, resolve=False)
             _check_sections(values)
             _check_interpolations(values)
+            _check_given(DistillationConfig, values)
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(DistillationConfig), *given))
     except (OmegaConfBaseException, YAMLError, OSError, TypeError, AssertionError, OverflowError) as error:
         reason = getattr(error, "problem", None) or first_line(error)  # YAML says first in what it is
@@ -95,6 +97,20 @@ def _check_sections(values: Any) -> None:
         section = values.get(item.name, {})
         if is_dataclass(item.default_factory) and not isinstance(section, Mapping | str):
             raise ValueError(f"`{item.name}` must be a mapping of fields, got {shortened(section)}.")
+
+
+def _check_given(cls: type, values: Mapping[str, Any], prefix: str = "") -> None:
+    """Refuse values of another type than their field's, some of which OmegaConf converts: `false` to a file's name.
+
+    Integers count as text, as in `attention.dense_layers=7`.
+    """
+    for name, hint in get_type_hints(cls).items():
+        value = values.get(name)
+        if is_dataclass(hint) and isinstance(value, Mapping):
+            _check_given(hint, value, f"{prefix}{name}.")
+        elif value is not None and "${" not in str(value) and not is_dataclass(hint):
+            text = is_integer(value) and has_type("", hint)
+            check_type(f"{prefix}{name}", str(value) if text else value, hint)
 
 
 def _check_interpolations(value: Any, name: str = "the configuration") -> None:

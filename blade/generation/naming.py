@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ from blade.common.locks import InUseError, file_locked
 from blade.common.names import check_no_input, file_name, is_same_file, short_hash
 from blade.common.reading import read_json
 from blade.common.terminal import logger
-from blade.generation.record import changed_fields, deciding_fields
+from blade.generation.record import VIDEO_DIGEST, changed_fields, deciding_fields
 from blade.generation.request import GenerationRequest, ResolvedRequest
 from blade.media.video import least_mp4_bytes
 from blade.models.source import BUNDLED
@@ -102,7 +103,15 @@ def is_made(path: Path, request: ResolvedRequest, compare: bool) -> bool:
     if not all(file.is_file() for file in files_of(path, compare)):
         return False
     record = read_record(path)
-    return record is not None and not changed_fields(record, request)
+    return record is not None and not changed_fields(record, request) and _is_its_video(path, record)
+
+
+def _is_its_video(path: Path, record: Mapping[str, Any]) -> bool:
+    """Return whether a file is the video that a record was written with, which records of version 0.1.0 do not tell."""
+    if VIDEO_DIGEST not in record:
+        return True
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() == record[VIDEO_DIGEST]
 
 
 def settings_hash(request: ResolvedRequest) -> str:
@@ -132,7 +141,7 @@ def _may_be_written(path: Path, request: ResolvedRequest, inputs: Mapping[Path, 
         return False
     record = read_record(path)
     if record is not None:
-        return not changed_fields(record, request)
+        return not changed_fields(record, request) and not (path.is_file() and not _is_its_video(path, record))
     return not any(os.path.lexists(file) for file in files)
 
 
@@ -176,4 +185,7 @@ def _reason(plain: Path, request: ResolvedRequest, inputs: Mapping[Path, str]) -
     if _may_be_written(plain, request, inputs):
         return "another process is making one of other settings"
     record = read_record(plain)
-    return "it has no record" if record is None else f"it was made with another `{changed_fields(record, request)[0]}`"
+    if record is None:
+        return "it has no record"
+    changed = changed_fields(record, request)
+    return f"it was made with another `{changed[0]}`" if changed else "it is not the video of its record"

@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from blade.generation.naming import (
 from blade.generation.plan import resolve_without_weights
 from blade.generation.prepare import prepare_model
 from blade.generation.prompts import without_repetitions
-from blade.generation.record import make_record
+from blade.generation.record import VIDEO_DIGEST, make_record
 from blade.generation.request import NO_STUDENT, GenerationRequest, ResolvedRequest, refused_prompts
 from blade.generation.resolve import describe_student
 from blade.generation.run import Generation, run_request
@@ -261,8 +262,9 @@ def _make_files(
     generation = run_request(model, resolved)
     record = make_record(resolved, generation, seconds_loading=seconds_loading)
     record["score"] = _score(resolved, generation)
-    files = {path: encode_mp4(generation.video, record["fps"])}
-    compared_path = None
+    video = encode_mp4(generation.video, record["fps"])
+    record[VIDEO_DIGEST] = sha256(video).hexdigest()
+    comparison: dict[Path, bytes] = {}
     if compare:
         model.pipe.set_progress_bar_config(desc="denoising, dense")
         dense = run_request(model, resolved.dense())
@@ -272,15 +274,14 @@ def _make_files(
             "dense": dense.video,
             f"{resolved.attention}, density {generation.run_density:.2f}": generation.video,
         }
-        compared_path = comparison_path(path)
-        files[compared_path] = encode_mp4(side_by_side(videos), record["fps"])
-    files[record_path(path)] = (json.dumps(record, indent=2) + "\n").encode()
-    write_files(files)
+        comparison[comparison_path(path)] = encode_mp4(side_by_side(videos), record["fps"])
+    # the video last: where a kill comes between them, there is none to be taken for that of the record
+    write_files({record_path(path): (json.dumps(record, indent=2) + "\n").encode(), **comparison, path: video})
     return GenerationReport(
         generation=generation,
         video_path=path,
         record_path=record_path(path),
-        comparison_path=compared_path,
+        comparison_path=next(iter(comparison), None),
         record=record,
         published_students=_other_students(model, resolved),
     )

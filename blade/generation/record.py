@@ -23,6 +23,9 @@ PACKAGES = ("blade-video", "torch", "diffusers", "transformers", "av")
 
 REQUEST_FIELDS = tuple(item.name for item in fields(GenerationRequest))
 
+VIDEO_DIGEST = "video_sha256"
+"""Field of a record beside its video: the SHA-256 of the MP4, in hexadecimal digits."""
+
 PLACE_FIELDS = ("device", "offload")
 """Fields that say where a video is made, and not what it is: processes on several devices share a list."""
 

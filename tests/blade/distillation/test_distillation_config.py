@@ -39,7 +39,11 @@ def test_what_is_written_is_read_again(tmp_path):
     ("settings", "message"),
     [
         (["run.updats=3"], "`run.updats` is not right: Key 'updats' not in 'RunConfig'"),
-        (["run.updates=many"], "`run.updates` is not right: Value 'many'"),
+        (["run.updates=many"], "`run.updates` must be an integer of at most 64 bits, got 'many'"),
+        (["prompts=false"], "`prompts` must be a string or None, got False"),
+        (["output=1e3"], "`output` must be a string, got 1000.0"),
+        (["weights.full=1"], "`weights.full` must be True or False, got 1"),
+        (["weights.targets=[to_q,2.5]"], "`weights.targets` must be a list of strings, got ['to_q', 2.5]"),
         (["run.updates=0"], "`run.updates` must be an integer of at least 1, got 0"),
         (["run.updates"], "must be `key=value`, got 'run.updates'"),
         (["generator.loss=cubic"], '`generator.loss` must be one of "squared", "huber", got \'cubic\''),

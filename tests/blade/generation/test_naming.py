@@ -121,10 +121,33 @@ def test_a_video_without_a_record_stays(tiny, record) -> None:
         assert foreign.with_suffix(".json").read_text() == record
 
 
+@pytest.mark.parametrize("moved", [1, 2])
+def test_a_kill_between_the_files_of_a_video_is_mended_in_its_place(tiny, monkeypatch, moved) -> None:
+    request = tiny(attention="asa", sparsity=0.5, dense_steps=0, dense_layers=())
+    write = outputs.write_files
+    with monkeypatch.context() as patched:
+        patched.setattr(outputs, "write_files", lambda files: write(dict([*files.items()][:moved])))
+        generate_list(request, [PROMPT], compare=True)
+    assert names("a*-0.mp4") == []
+    report = generate_list(request, [PROMPT], compare=True)
+    assert names("*.*") == [f"a-red-ball-moving-right-0{end}" for end in ("-compare.mp4", ".json", ".mp4")]
+    assert len(report.made) == 1 and len(generate_list(request, [PROMPT], compare=True).skipped) == 1
+
+
+def test_a_video_that_is_not_that_of_its_record_stays(tiny, caplog) -> None:
+    (made,) = generate_list(tiny(), [PROMPT]).made
+    caplog.set_level("INFO", logger="blade")
+    other = encode_mp4(torch.zeros(5, 3, 64, 64), 8)
+    made.video_path.write_bytes(other)
+    report = generate_list(tiny(), [PROMPT])
+    assert len(report.made) == 1 and len(names()) == 2 and made.video_path.read_bytes() == other
+    assert "it is not the video of its record" in caplog.text
+
+
 def test_a_record_of_an_earlier_version_counts(tiny) -> None:
     (made,) = generate_list(tiny(), [PROMPT]).made
     record = json.loads(made.record_path.read_text())
-    for name in ("inputs", "added", "last_image"):
+    for name in ("inputs", "added", "last_image", "video_sha256"):
         del record[name]
     made.record_path.write_text(json.dumps(record))
     assert len(generate_list(tiny(), [PROMPT]).skipped) == 1
