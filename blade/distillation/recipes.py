@@ -99,7 +99,7 @@ def _check_sections(values: Any) -> None:
             raise ValueError(f"`{item.name}` must be a mapping of fields, got {shortened(section)}.")
 
 
-def _check_given(cls: type, values: Mapping[str, Any], prefix: str = "") -> None:
+def _check_given(cls: Any, values: Mapping[str, Any], prefix: str = "") -> None:
     """Refuse values of another type than their field's, some of which OmegaConf converts: `false` to a file's name.
 
     Integers count as text, as in `attention.dense_layers=7`.

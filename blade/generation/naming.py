@@ -107,11 +107,12 @@ def is_made(path: Path, request: ResolvedRequest, compare: bool) -> bool:
 
 
 def _is_its_video(path: Path, record: Mapping[str, Any]) -> bool:
-    """Return whether a file is the video that a record was written with, which records of version 0.1.0 do not tell."""
+    """Return whether a file is the video that a record was written with; records of 0.1.0 do not tell it."""
     if VIDEO_DIGEST not in record:
         return True
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() == record[VIDEO_DIGEST]
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return bool(digest == record[VIDEO_DIGEST])
 
 
 def settings_hash(request: ResolvedRequest) -> str:
