@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,7 +12,8 @@ from torch import nn
 
 from blade.common.errors import first_line
 from blade.common.rollback import unchanged_on_error
-from blade.models.adapters import Reach, adapter_layers, check_reach
+from blade.common.terminal import logger
+from blade.models.adapters import Reach, adapter_layers, check_reach, unused_keys
 from blade.models.choices import OFFLOADS, Offload, parse_cache, split_lora
 from blade.models.loaded import LoadedModel
 from blade.models.untrusted import find_lora
@@ -25,8 +28,17 @@ BOTH_LORAS = (
 """Advice for a LoRA that is for one of two transformers."""
 
 
+LOADERS = tuple(map(logging.getLogger, ("diffusers.loaders.peft", "diffusers.utils.peft_utils")))
+"""Loggers of what Diffusers says about a LoRA's keys, in different versions."""
+
+SHOWN_KEYS = 4
+"""Most keys of a LoRA that a message names."""
+
+
 def load_loras(model: LoadedModel, loras: Sequence[str]) -> dict[str, Reach]:
     """Load LoRAs onto a pipeline, all active together, or none if one of them fails.
+
+    Keys of their files that match no module are told in a warning.
 
     Args:
         model: the model.
@@ -44,9 +56,11 @@ def load_loras(model: LoadedModel, loras: Sequence[str]) -> dict[str, Reach]:
             source, weight = split_lora(text)
             name, place = f"lora_{number}", find_lora(source, f"`loras` {source}")
             try:
-                model.pipe.load_lora_weights(**place, adapter_name=name)
+                with _without_unexpected_keys():  # which `_tell_unused` tells shorter, those of other parts too
+                    model.pipe.load_lora_weights(**place, adapter_name=name)
             except Exception as error:  # whatever Diffusers, PEFT, safetensors and the Hub's client raise
                 raise ValueError(f"`loras` {source} cannot be loaded onto this model: {first_line(error)}") from error
+            _tell_unused(model, source, place, name)
             reach = {part: len(adapter_layers(one, name)) for part, one in model.transformers.items()}
             check_reach(f"`loras` {source}", reach, BOTH_LORAS)
             reached[source] = reach
@@ -55,6 +69,34 @@ def load_loras(model: LoadedModel, loras: Sequence[str]) -> dict[str, Reach]:
         if names:
             model.pipe.set_adapters(names, weights)
     return reached
+
+
+@contextmanager
+def _without_unexpected_keys() -> Iterator[None]:
+    """Keep Diffusers from listing every key of a LoRA that matches nothing."""
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return "unexpected keys" not in record.getMessage()
+
+    for log in LOADERS:
+        log.addFilter(is_other)
+    try:
+        yield
+    finally:
+        for log in LOADERS:
+            log.removeFilter(is_other)
+
+
+def _tell_unused(model: LoadedModel, source: str, place: Mapping[str, Any], adapter: str) -> None:
+    """Warn of the keys of a LoRA's file that have no use."""
+    state = model.pipe.lora_state_dict(**place)
+    keys = state[0] if isinstance(state, tuple) else state
+    if unused := unused_keys(keys, model.transformers, adapter):
+        shown = ", ".join(unused[:SHOWN_KEYS]) + (", ..." if len(unused) > SHOWN_KEYS else "")
+        logger.warning(
+            f"`loras` {source}: {len(unused):,} of {len(keys):,} keys match no module of "
+            f"{' or '.join(model.transformers)} and are left out: {shown}"
+        )
 
 
 def merge_loras(model: LoadedModel) -> None:

@@ -47,6 +47,36 @@ def test_the_modules_that_each_lora_changes_are_counted(model, tmp_path):
     assert [adapter_weight(model.transformer, name) for name in ("lora_0", "lora_1")] == [1.0, 0.5]
 
 
+def test_keys_that_match_no_module_are_named_and_counted(model, tmp_path, caplog):
+    weights = lora(model.transformer)
+    for name in ("text_encoder.layer.q", "transformer.blocks.99.attn1.to_q", "transformer.blocks.0.attn1.to_foo"):
+        for side in "AB":
+            weights[f"{name}.lora_{side}.weight"] = weights[
+                f"transformer.blocks.0.attn1.to_q.lora_{side}.weight"
+            ].clone()
+    source = str(tmp_path / "more.safetensors")
+    save_file(weights, source)
+    assert load_loras(model, [source]) == {source: {"transformer": 12}}
+    (message,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "more.safetensors: 6 of 30 keys match no module of transformer and are left out: " in message
+    assert message.endswith(", ...") and message.count("lora_") == 4
+
+
+def test_a_lora_whose_keys_all_match_is_loaded_without_a_word(model, tmp_path, caplog):
+    diffusers_names = str(tmp_path / "all.safetensors")
+    save_file(lora(model.transformer), diffusers_names)
+    others_names = str(tmp_path / "other.safetensors")  # as ComfyUI and the trainers of Wan write them
+    weights = {}
+    for key, value in lora(model.transformer, layers="attn1.to_q").items():
+        name = key.replace("transformer.blocks", "diffusion_model.blocks").replace("attn1.to_q", "self_attn.q")
+        weights[name.replace("lora_A", "lora_down").replace("lora_B", "lora_up")] = value
+        weights[name.partition(".lora_")[0] + ".alpha"] = torch.tensor(2.0)
+    save_file(weights, others_names)
+    reach = load_loras(model, [diffusers_names, others_names])
+    assert reach == {diffusers_names: {"transformer": 12}, others_names: {"transformer": 3}}
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+
 def test_a_lora_for_one_of_two_transformers_is_refused(two, tmp_path):
     source = str(tmp_path / "one.safetensors")
     save_file(lora(two.transformer), source)
