@@ -14,6 +14,7 @@ from blade_kernels.block_mask import BlockMask
 from blade_kernels.block_selection import sampled_importance, select_blocks
 from blade_kernels.block_sparse import resolve_implementation
 from blade_kernels.block_sparse.launch_table import architecture
+from blade_kernels.crashes import naming_crashes
 from blade_kernels.triton_support import missing_triton
 from torch import Tensor
 from torch.nn import functional
@@ -125,6 +126,7 @@ def run_attention_benchmark(
 
     Raises:
         RuntimeError: an implementation's output is wrong.
+        DeviceCrashError: a candidate crashes the GPU, which then computes nothing more for this process.
     """
     device, cases = torch.device(settings.device), list[dict[str, Any]]()
     with _threads(settings.threads):
@@ -240,7 +242,7 @@ class _Layer:
             head_places = plan.head_places(rows)
             forwards["whole"] = lambda q, k, v: plan.attend(q, k, v, rows, places=head_places)[0]
         try:
-            with torch.no_grad():
+            with torch.no_grad(), naming_crashes(f"`{candidate.name}`, density {density}", self.device):
                 q, k, v = self._laid_out(candidate)[0][:3]
                 results.error[candidate.name] = _relative_error(candidate.attend(q, k, v, mask), q, k, v, mask)
         except Exception as problem:
@@ -256,11 +258,12 @@ class _Layer:
                 f"the output of `{candidate.name}` is wrong: relative error {error:.2g}, density {density}."
             )
         for name in passes:
-            if name != "training":
-                results.add(candidate.name, name, *self._timed(forwards[name], candidate))
-            elif candidate.has_backward(q):
-                with _deterministic(candidate.deterministic):
-                    results.add(candidate.name, name, *self._timed_training(candidate.attend, mask, candidate))
+            with naming_crashes(f"`{candidate.name}`, {name}, density {density}", self.device):
+                if name != "training":
+                    results.add(candidate.name, name, *self._timed(forwards[name], candidate))
+                elif candidate.has_backward(q):
+                    with _deterministic(candidate.deterministic):
+                        results.add(candidate.name, name, *self._timed_training(candidate.attend, mask, candidate))
 
     def _timed(
         self, function: Callable[[Tensor, Tensor, Tensor], object], candidate: Candidate | None = None

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
+from blade_kernels.crashes import naming_crashes
 from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend, dispatch_attention_fn
 from torch import nn
 
@@ -201,17 +202,19 @@ class _Model:
             try:
                 backend = AttentionBackendName(name)
                 self.transformer.set_attention_backend(name)
-                times[name] = measure(
-                    lambda _: dispatch_attention_fn(query, key, value, backend=backend),  # noqa: B023
-                    self.device,
-                    repeats,
-                ).median
+                with naming_crashes(f"attention of backend {name}", self.device):
+                    times[name] = measure(
+                        lambda _: dispatch_attention_fn(query, key, value, backend=backend),  # noqa: B023
+                        self.device,
+                        repeats,
+                    ).median
             except BACKEND_ERRORS as problem:
                 missing[name] = first_line(problem)
         for name in sorted(times, key=lambda name: times[name]):
             self.transformer.set_attention_backend(name)
             try:
-                self.forward()
+                with naming_crashes(f"the transformer with backend {name}", self.device):
+                    self.forward()
             except BACKEND_ERRORS as problem:  # for example, not every backend takes a mask
                 missing[name] = first_line(problem)
             else:

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from blade_kernels.crashes import DeviceCrashError, naming_crashes
 
 from blade.common.errors import first_line
 from blade.common.files import OutputError, append_json_line, check_writable, write_files
@@ -147,8 +148,9 @@ class VideoWorker:
             if run.name in failed:
                 continue
             try:
-                record = self.make(prompt, run)
-            except OutputError:
+                with naming_crashes(f"run `{run.name}`", self.device):
+                    record = self.make(prompt, run)
+            except (OutputError, DeviceCrashError):
                 raise  # of which the other runs would die too
             except Exception as error:  # whatever a run does to the model; the others have nothing to do with it
                 failed[run.name] = error

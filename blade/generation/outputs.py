@@ -11,6 +11,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from blade_kernels.crashes import DeviceCrashError, naming_crashes
+
 from blade.common.errors import first_line
 from blade.common.files import write_files
 from blade.common.locks import InUseError, file_locked
@@ -239,9 +241,12 @@ class _ListWork:
                     self.skipped.append(path)
                     return
                 logger.info(f"{counted}{name}")
-                report = _make_files(self.model, own, path, compare=self.compare, seconds_loading=self.seconds_loading)
+                with naming_crashes(f"prompt {name!r}", own.device):
+                    report = _make_files(
+                        self.model, own, path, compare=self.compare, seconds_loading=self.seconds_loading
+                    )
                 self.made.append(report.without_video())
-            except InUseError:
+            except (InUseError, DeviceCrashError):
                 raise
             except Exception as error:  # whatever a prompt does to the model; the others have nothing to do with it
                 self.failed[name] = first_line(error)

@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import AuxRequest, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, flex_attention, noop_mask
 from torch.nn.attention.flex_attention import BlockMask as FlexBlockMask
 
 from blade_kernels.block_mask import BlockMask
+from blade_kernels.block_sparse.flex_lists import FlexLists, flex_lists
 from blade_kernels.block_sparse.pooled import PooledTokens
 from blade_kernels.toolchain import missing_c_toolchain, missing_cpp_toolchain
 from blade_kernels.triton_support import triton_installed
@@ -136,27 +137,23 @@ def flex_block_attention(
             owner = torch.nn.functional.pad(pooled.key_block, (mask.key_blocks * size, -len(pooled) % size))
 
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    blocks = flex_lists(lists, 0 if keep is None else extra, needs_grad)
     return _compiled()(
-        q, k, v, lists.counts, lists.indices, bias, keep, owner, mask.key_blocks, extra, mask.block_size, scale,
-        return_lse, needs_grad, _kernel_options(q, mask.block_size),
-    )  # fmt: skip
+        q, k, v, blocks, bias, keep, owner, mask.block_size, scale, return_lse, _kernel_options(q, mask.block_size)
+    )
 
 
 def _attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    counts: Tensor,
-    indices: Tensor,
+    lists: FlexLists,
     bias: Tensor | None,
     keep: Tensor | None,
     owner: Tensor | None,
-    key_blocks: int,
-    extra: int,
     block_size: tuple[int, int],
     scale: float,
     return_lse: bool,
-    needs_grad: bool,
     kernel_options: dict[str, Any],
 ) -> tuple[Tensor, Tensor | None]:
     """Run FlexAttention: the mask's blocks are full blocks, those of pooled tokens that rows may not see are partial.
@@ -165,37 +162,20 @@ def _attend(
         q: (B, S, H, D).
         k: (B, keys, H, D), pooled ones appended.
         v: (B, keys, H, D).
-        counts: (B or 1, H or 1, QB), lengths of the lists.
-        indices: (B or 1, H or 1, QB, capacity), the lists.
+        lists: the blocks.
         bias: (B or 1, keys), added to the logits, or None.
         keep: (B, H, QB, KB), the mask, if it hides pooled tokens from rows; else None.
         owner: (keys,), the key block that each pooled token represents, if `keep` is given; else None.
-        key_blocks: KB, key blocks of the mask.
-        extra: key blocks of pooled tokens.
         block_size: tokens in a (query block, key block).
         scale: factor of the logits.
         return_lse: also compute the log-sum-exp.
-        needs_grad: gradients are needed.
         kernel_options: options of FlexAttention.
     """
-    rows = counts.shape
-    if keep is None:
-        partial_counts = torch.zeros_like(counts)
-        partial_indices = indices.new_zeros((*rows, key_blocks + extra))
-    else:
-        partial_counts = torch.full_like(counts, extra)
-        appended = torch.arange(key_blocks, key_blocks + extra, device=counts.device, dtype=torch.int32)
-        partial_indices = torch.nn.functional.pad(appended, (0, key_blocks)).expand(*rows, -1).contiguous()
-
-    block_mask = FlexBlockMask.from_kv_blocks(
-        partial_counts,
-        partial_indices,
-        counts,
-        torch.nn.functional.pad(indices, (0, key_blocks + extra - indices.shape[-1])),
+    block_mask = FlexBlockMask(
+        (q.shape[1], k.shape[1]),
+        *lists,
         BLOCK_SIZE=block_size,
-        mask_mod=None if keep is None or owner is None else _dropped(keep, owner, block_size[0]),
-        seq_lengths=(q.shape[1], k.shape[1]),
-        compute_q_blocks=needs_grad,
+        mask_mod=noop_mask if keep is None or owner is None else _dropped(keep, owner, block_size[0]),
     )
     arguments: dict[str, Any] = dict(
         score_mod=None if bias is None else _biased(bias),

@@ -27,6 +27,7 @@ from blade_kernels.block_sparse.launch_table import (
 )
 from blade_kernels.block_sparse.operators import Arguments
 from blade_kernels.block_sparse.triton_attention import backward, device_of, forward
+from blade_kernels.crashes import DeviceCrashError, naming_crashes
 
 WORTH = 0.98
 """Largest share of the shipped configuration's time at which another one replaces it."""
@@ -118,6 +119,9 @@ def tune(
 
     Returns:
         All trials; those that fail to compile, or whose outputs differ, have no time.
+
+    Raises:
+        DeviceCrashError: a configuration crashes the GPU, which then computes nothing more for this process.
     """
     device = torch.device(case.device)
     arch = device_of(device)[0]
@@ -142,12 +146,14 @@ def tune(
         for config in (shipped, *others):
             ms, problem = None, None
             try:
-                with trying(kernel, config):
+                with trying(kernel, config), naming_crashes(f"{kernel} with {config}", arguments.q.device):
                     change = max(map(_relative_change, run(), expected))
                     if change <= LARGEST_CHANGE:
                         ms = (measure or _event_ms)(run)
                     else:
                         problem = f"outputs differ by {change:.2g}"
+            except DeviceCrashError:
+                raise
             except Exception as error:  # Triton and the driver raise various errors for invalid configurations
                 problem = f"{type(error).__name__}: {error}".splitlines()[0]
             trials.append(Trial(kernel=kernel, config=config, shipped=config == shipped, ms=ms, problem=problem))

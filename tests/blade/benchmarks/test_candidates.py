@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from blade_kernels.crashes import DeviceCrashError
 
 from blade.benchmarks import candidates
 from blade.benchmarks.attention import AttentionBenchmark, run_attention_benchmark
@@ -17,6 +18,7 @@ from blade.cli.bench import main
 
 MODULE = """
 import torch
+from blade_kernels.crashes import DeviceCrashError
 from blade.benchmarks.candidates import Candidate, register_candidate
 
 def attend(q, k, v, mask):
@@ -122,3 +124,31 @@ def test_the_command_shows_added_candidates(added, capsys):
     assert not ended.value.code
     shown = capsys.readouterr().out
     assert "masked" in shown and "einsum" in shown
+
+
+@pytest.mark.parametrize("place", ["forward", "training"])
+def test_a_crash_of_a_gpu_is_not_taken_for_a_missing_feature(monkeypatch, place):
+    """Neither there nor at whatever is measured next."""
+    calls = []
+
+    def attend(q, k, v, mask):
+        calls.append(q.requires_grad)
+        if q.requires_grad == (place == "training"):
+            raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered\nmore lines")
+        return candidates.CANDIDATES["math"].attend(q, k, v, mask)
+
+    monkeypatch.setattr(candidates, "CANDIDATES", dict(candidates.CANDIDATES))
+    register_candidate(Candidate(name="crashing", attend=attend))
+    settings = AttentionBenchmark(
+        shapes=(AttentionShape(tokens=44, head_dim=8),),
+        densities=(0.3,),
+        passes=("forward", "training"),
+        block_size=8,
+        repeats=1,
+    )
+    message = (
+        r"`crashing`, .*density 1.0 has crashed cpu: CUDA error: an illegal memory access was encountered\. A new"
+    )
+    with pytest.raises(DeviceCrashError, match=message) as found:
+        run_attention_benchmark(settings)
+    assert "\n" not in str(found.value) and calls

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import cpu_offload
+from blade_kernels.crashes import DeviceCrashError
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -412,6 +413,19 @@ def test_a_prompt_that_cannot_be_drawn_does_not_stop_the_others(
     assert '"sqare" (did you mean square?)' in report.failed[prompts[2]]
     monkeypatch.setattr(outputs, "prepare_model", lambda request: pytest.fail("loaded"))
     assert len(generate_list(request, ["a cat"], tmp_path).failed) == 1
+
+
+def test_a_crashed_gpu_ends_a_list(saved_tiny_pipeline: Path, tmp_path: Path, monkeypatch) -> None:
+    drawn = []
+
+    def crash(model, request):
+        drawn.append(request.prompt)
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(outputs, "run_request", crash)
+    with pytest.raises(DeviceCrashError, match="prompt 'a red ball moving right' has crashed cpu: CUDA error"):
+        generate_list(tiny(saved_tiny_pipeline), ["a red ball moving right", "a blue ball moving up"], tmp_path)
+    assert drawn == ["a red ball moving right"]
 
 
 def test_the_command_takes_a_list(saved_tiny_pipeline: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -160,6 +160,27 @@ def test_on_cuda_with_gradients_and_log_sum_exp(dense, as_good_as, case, block_s
         assert all(x.isfinite().all() for x in torch.autograd.grad(out.float().square().sum(), tensors))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_cuda_rows_read_their_own_lists(dense, as_good_as):
+    """With as many blocks as make the compiler pad strides of lists, all of them in the lists, and two items."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, grad = torch.randn(4, 2, 37 * 128 - 50, 3, 64, generator=generator, dtype=torch.bfloat16).unbind()
+    keep = torch.rand(2, 3, 37, 37, generator=generator) < 0.3
+    keep[..., 0] = True
+    results = []
+    for dtype in (torch.float64, torch.bfloat16):
+        tensors = [x.to("cuda", dtype).requires_grad_() for x in (q, k, v)]
+        mask = BlockMask.from_dense(keep.cuda(), (128, 128))
+        out = dense(*tensors, mask, dtype=dtype)[0]
+        results.append([out, *torch.autograd.grad(out, tensors, grad.to("cuda", dtype))])
+    tensors = [x.cuda().requires_grad_() for x in (q, k, v)]
+    out = block_sparse_attention(*tensors, mask, implementation="flex")
+    found = [out, *torch.autograd.grad(out, tensors, grad.cuda())]
+    for one, exact, plain in zip(found, *results, strict=True):
+        as_good_as(one, exact, plain)
+
+
 def test_on_a_gpu_it_needs_triton(monkeypatch):
     """Also where no compiler is missing, as on Windows, where Triton's package brings one."""
     monkeypatch.setattr(flex, "missing_c_toolchain", lambda: None)
