@@ -1,13 +1,27 @@
 """Fixtures that more than one part of the suite uses."""
 
+import importlib.util
 import json
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before a kernel is imported: on the CPU they are interpreted
+
+
+@pytest.fixture(scope="session", autouse=True)
+def kernel_memory() -> Iterator[None]:
+    """Check what the kernels of all tests touch, wherever they are interpreted."""
+    if os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton") is None:
+        yield
+        return
+    from kernel_memory import checked_kernels
+
+    with checked_kernels():
+        yield
 
 
 @pytest.fixture

@@ -13,7 +13,8 @@ class BlockMask:
     """Key blocks that each query block attends to, per batch item and head.
 
     The selection is stored twice: as a bit map, for look-ups by position, and as counted lists, for iterating over
-    the kept blocks. `from_dense` builds both without waiting for the device, so every layer can build a new mask.
+    the kept blocks. `from_dense` builds both without waiting for the device, so every layer can build a new mask. A
+    mask that is made of its parts is not checked for what its values say; `check_values` does.
 
     Attributes:
         keep: (B or 1, H or 1, query blocks, key blocks) bool, true for the pairs of blocks that are computed. A batch
@@ -138,6 +139,35 @@ class BlockMask:
             indices=self.indices.to(device),
             order=None if self.order is None else self.order.to(device),
         )
+
+    def check_values(self) -> None:
+        """Check that the lists and the bit map say the same, which kernels take for granted. Waits for the device.
+
+        Raises:
+            ValueError: a count exceeds the capacity, a list is not ascending or holds a block that does not exist, the
+                lists and the bit map differ, or an order does not hold every row once.
+        """
+        filled = torch.arange(self.capacity, device=self.device) < self.counts.unsqueeze(-1)
+        rows = torch.arange(self.query_blocks, device=self.device)
+        listed = self.indices.masked_fill(~filled, 0)
+        problems = {
+            f"`counts` must be from 0 to the capacity, {self.capacity}": (self.counts < 0)
+            | (self.counts > self.capacity),
+            f"`indices` must be from 0 to {self.key_blocks - 1}": (listed < 0) | (listed >= self.key_blocks),
+            "`indices` of a row must ascend": (self.indices.diff(dim=-1) <= 0) & filled[..., 1:],
+        }
+        if self.order is not None:
+            problems["`order` must hold every row once"] = self.order.sort(-1).values != rows
+        for problem, places in problems.items():
+            if places.any():
+                b, h, row = places.nonzero()[0, :3].tolist()
+                raise ValueError(f"{problem}, which batch item {b}, head {h}, row {row} does not obey.")
+        if differs := (self.to_dense() != self.keep).nonzero().tolist():
+            b, h, row, block = differs[0]
+            raise ValueError(
+                f"`keep` and `indices` must hold the same blocks, but differ in batch item {b}, head {h}, row {row}, "
+                f"key block {block}."
+            )
 
     def longest_rows_first(self) -> BlockMask:
         """Order the rows from longest to shortest, so that no long row starts last.

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from blade_kernels.block_mask import BlockMask
@@ -123,3 +125,34 @@ def test_a_length_that_is_not_the_masks_is_refused(tokens):
         ValueError, match=f"`query_tokens` must end in the last of 2 blocks .* from 65 to 128, got {tokens}"
     ):
         mask.density(tokens, 128)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"counts": [[[3, 2]]]}, "`counts` must be from 0 to the capacity, 2, .* row 0 does not"),
+        ({"counts": [[[-1, 2]]]}, "`counts` must be from 0 to the capacity, 2, .* row 0 does not"),
+        (
+            {"indices": [[[[1, 0], [0, 3]]]]},
+            "`indices` must be from 0 to 2, which batch item 0, head 0, row 1 does not",
+        ),
+        (
+            {"indices": [[[[1, 0], [2, 0]]]]},
+            "`indices` of a row must ascend, which batch item 0, head 0, row 1 does not",
+        ),
+        (
+            {"indices": [[[[1, 0], [2, 2]]]]},
+            "`indices` of a row must ascend, which batch item 0, head 0, row 1 does not",
+        ),
+        ({"indices": [[[[1, 0], [0, 1]]]]}, "must hold the same blocks, but differ in .* row 1, key block 1"),
+        ({"order": [[[1, 1]]]}, "`order` must hold every row once, which batch item 0, head 0, row 0 does not"),
+    ],
+)
+def test_values_that_kernels_rely_on_are_checked_when_asked_for(change, message):
+    keep = torch.tensor([[[[False, True, False], [True, False, True]]]])
+    mask = BlockMask.from_dense(keep, (16, 16), capacity=2).longest_rows_first()
+    mask.check_values()
+    assert mask.indices.tolist() == [[[[1, 0], [0, 2]]]]
+    wrong = replace(mask, **{name: torch.tensor(value, dtype=torch.int32) for name, value in change.items()})
+    with pytest.raises(ValueError, match=message):
+        wrong.check_values()

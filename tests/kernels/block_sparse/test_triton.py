@@ -140,6 +140,19 @@ def test_rows_without_blocks_give_zeros_and_get_no_gradient(case):
     assert not any(grad.any() for grad in grads)
 
 
+@pytest.mark.parametrize("pooled", KINDS)
+def test_skipped_heads_and_items_without_keys_touch_nothing_else(dense, as_good_as, case, pooled, descriptors):
+    """With lists no longer than the longest row, and the last block a short one that some rows keep alone."""
+    inputs = case(100, heads=3, size=64, block_size=(32, 32), pooled=pooled, dtype=torch.float32, grad=True)
+    keep = torch.zeros(2, 3, 4, 4, dtype=torch.bool)
+    keep[0, 0, :, 3] = keep[1, 1, 1:3, 1:3] = keep[1, 2, 3, :2] = True
+    inputs.mask = BlockMask.from_dense(keep, (32, 32), capacity=2).longest_rows_first()
+    inputs.mask.check_values()
+    if pooled != "all":  # there an item without keys has no token to attend to
+        inputs.key_lengths = torch.tensor([100, 0])
+    check(dense, as_good_as, inputs)
+
+
 @pytest.mark.parametrize("poison", [float("nan"), 1e30])
 def test_what_is_not_seen_never_leaks(case, poison, descriptors):
     """Keys past `key_lengths`, and blocks that no row keeps, may hold anything: output and gradients stay the same."""
