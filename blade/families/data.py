@@ -148,6 +148,8 @@ class FamilyData:
     """Sizes by name."""
     protocols: Mapping[str, ComparisonProtocol] = field(default_factory=dict)
     """Protocols of comparisons by name."""
+    configurations: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
+    """By Hub id, what the configuration files of a published pipeline say: `model_index` and each part's."""
     ddim_scheduler: str | None = None
     """Diffusers' deterministic sampler of this family's v-prediction models."""
 

@@ -104,6 +104,11 @@ def find_comparison_protocol(name: str) -> ComparisonProtocol:
     return protocols[name]
 
 
+def published_configurations() -> dict[str, Mapping[str, Mapping[str, Any]]]:
+    """Return what the configuration files of published pipelines say, by Hub id; see `FamilyData`."""
+    return {source: parts for data in _data() for source, parts in data.configurations.items()}
+
+
 def example_model() -> str:
     """Return the Hub id of a published pipeline, for messages."""
     return next(data.example_model for data in _data() if data.example_model is not None)

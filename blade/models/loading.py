@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import nn
 
 from blade.common.errors import first_line
+from blade.common.files import write_files
 from blade.common.leftovers import files_in
-from blade.families.registry import example_model
+from blade.common.terminal import logger
+from blade.families.registry import example_model, published_configurations
 from blade.models.cpu_convolutions import use_onednn_conv3d
 from blade.models.loaded import LoadedModel
-from blade.models.source import BUNDLED, INDEX_NAME, ModelError, locate
+from blade.models.source import BUNDLED, INDEX_NAME, HubUnreachableError, ModelError, locate
 from blade.models.untrusted import check_model_folder, read_model_index
 
 INPUTS = ("prompt", "image", "video")
@@ -106,7 +110,8 @@ def load_empty_model(
 ) -> LoadedModel:
     """Load a pipeline without its weights: its models are on PyTorch's meta device, and it has no tokenizers.
 
-    Of a Hub id, only the small configuration files are downloaded.
+    Of a Hub id, only the small configuration files are downloaded. Where the Hub cannot be reached, those of some
+    published pipelines come with BLADE (`published_configurations`).
 
     Args:
         model: see `load_model`.
@@ -122,7 +127,15 @@ def load_empty_model(
     from huggingface_hub import snapshot_download
     from transformers import PreTrainedModel
 
-    source, options = locate(model, revision, announce=False)
+    try:
+        source, options = locate(model, revision, announce=False)
+    except HubUnreachableError:
+        if revision is not None or str(model) not in published_configurations():
+            raise
+        logger.info(f"the Hub cannot be reached; the configuration of {model} is the one that comes with BLADE")
+        with TemporaryDirectory() as folder:
+            write_published_configuration(str(model), Path(folder))
+            return load_empty_model(folder, dtype=dtype, random_weights_on=random_weights_on)
     try:
         if not Path(source).is_dir():
             patterns = [INDEX_NAME, "*/config.json", *(f"*/{file}" for file in SMALL_PARTS)]
@@ -149,6 +162,15 @@ def load_empty_model(
     except Exception as error:  # whatever Diffusers, Transformers and the Hub's client raise for a broken model
         raise ModelError(f"`model` {model} cannot be read: {first_line(error)}") from error
     return _checked(model, pipe)
+
+
+def write_published_configuration(model: str, folder: Path) -> None:
+    """Write the configuration files of a published pipeline into a folder; see `published_configurations`."""
+    parts = dict(published_configurations()[model])
+    files = {folder / INDEX_NAME: parts.pop("model_index")}
+    for name, values in parts.items():
+        files[folder / name / ("scheduler_config.json" if name == "scheduler" else "config.json")] = values
+    write_files({path: json.dumps(values).encode() for path, values in files.items()})
 
 
 def _without_weights(kind: Any, folder: Path) -> nn.Module:

@@ -36,6 +36,10 @@ class ModelError(ValueError):
     """A model that cannot be found, loaded or used; its message names the model and what would be right."""
 
 
+class HubUnreachableError(ModelError):
+    """A model that is neither here nor in the Hub's cache, while the Hub cannot be reached."""
+
+
 def bundled_model_path() -> Path:
     """Return the folder of the shapes model, an ordinary `WanPipeline` in Diffusers format.
 
@@ -96,6 +100,7 @@ def repository_info(
 
     Raises:
         ModelError: if there is no such repository.
+        HubUnreachableError: if it is not in the cache, and the Hub cannot be asked.
     """
     from huggingface_hub import HfApi, try_to_load_from_cache
     from huggingface_hub.errors import (
@@ -127,7 +132,7 @@ def repository_info(
     except Exception as error:  # no network: each version of the Hub's client has another class for it
         if isinstance(try_to_load_from_cache(name, file, revision=revision), str):
             return None
-        raise ModelError(
+        raise HubUnreachableError(
             f"{problem} and not in the Hub's local cache, and the Hub cannot be reached ({first_line(error)})"
             f"{meant(name, [*known, *_beside(name)])}"
         ) from error
