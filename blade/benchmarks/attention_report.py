@@ -24,10 +24,11 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 WORK = {"training": 3.5, "backward": 2.5}
 """Operations of a pass relative to a forward pass, for passes in which they differ."""
 
-_BLOCKS = {
+BLOCKS = {
     "random": "drawn at random in every head and row",
     "patterns": "by head patterns (diagonal, multi-diagonal, vertical and window in turn)",
 }
+"""How the blocks of a benchmark are chosen, in words."""
 
 
 def tables(report: dict[str, Any]) -> list[Table]:
@@ -63,7 +64,7 @@ def write_report(report: dict[str, Any], folder: Path) -> list[Path]:
         "# Attention, dense and block-sparse",
         "",
         f"{report['date']}, {machine['device']}{threads}, {versions}. {settings['dtype']}, blocks of "
-        f"{settings['block_size']} {_BLOCKS[settings['blocks']]}; median of {settings['repeats']}. In "
+        f"{settings['block_size']} {BLOCKS[settings['blocks']]}; median of {settings['repeats']}. In "
         "brackets: how many times as fast as the fastest dense attention, and its speed per pair of query and key, as "
         "a share of dense attention's." + (f" Matrix products reach {peak} TFLOP/s." if peak else ""),
         "",

@@ -143,6 +143,20 @@ class TuningOptions(OptionGroup):
             raise ValueError(f"`dtype` must be bfloat16 or float16, got {self.dtype!r}.")
 
 
+@dataclass(frozen=True, kw_only=True)
+class CardOptions(OptionGroup):
+    """The card, the time, and where results go."""
+
+    title: ClassVar[str] = "Card"
+
+    minutes: float = option(4.0)
+    """Time in which to measure, best first; by default 4. Ctrl-C before that loses nothing either."""
+    device: str = option("cuda")
+    """cuda (the default), cuda:1, ...; on cpu all is measured in small, to try the command."""
+    output: Path = option(Path("outputs/gpu"))
+    """Folder for CARD-DATE.json, .md and .png, by default outputs/gpu; compared with the card's last report there."""
+
+
 def attention(given: dict[str, Any]) -> None:
     """Time block-sparse attention beside the fastest dense attention, and print tables."""
     layer, timing = read_group(LayerOptions, given), read_group(LayerTimingOptions, given)
@@ -267,6 +281,48 @@ def tune(given: dict[str, Any]) -> None:
     print_line(path)
 
 
+def gpu(given: dict[str, Any]) -> None:
+    """Measure all about a GPU in a few minutes: correctness, attention, whole videos, distillation, tuning."""
+    options = read_group(CardOptions, given)
+    from datetime import datetime
+
+    from blade.benchmarks.card.benchmark import CardBenchmark, run_card_benchmark
+    from blade.benchmarks.card.report import compare, find_previous, report_files, tables, write_report
+
+    settings = CardBenchmark(minutes=options.minutes, device=options.device)
+    stamp = f"{datetime.now():%Y-%m-%d-%H%M%S}"
+    _check_writable(options.output, [path.name for path in report_files(options.output, "card", stamp)])
+    found: dict[str, Any] = {}
+    written: list[Path] = []
+
+    def on_report(report: dict[str, Any]) -> None:
+        card = report["machine"]["device"]
+        paths = report_files(options.output, card, stamp)
+        if "previous" not in found:  # before this one is there
+            found["previous"] = find_previous(options.output, card)
+        if found["previous"] is not None:
+            name, before = found["previous"]
+            report = compare(report, before, name)
+        found["report"] = report
+        written[:] = write_report(report, paths)
+
+    try:
+        with progress_line() as say:
+            run_card_benchmark(
+                settings,
+                command=shlex.join(["blade-bench", *sys.argv[1:]]),
+                on_step=lambda name: say(f"{name} ..."),
+                on_report=on_report,
+            )
+    finally:
+        if "report" in found:
+            print_tables(tables(found["report"]))
+            for path in written:
+                print_line(path)
+    for name in (found.get("report", {}).get("compared") or {}).get("slower", []):
+        print_line(f"slower than before: {name}")
+
+
 def _check_writable(folder: Path | None, names: Sequence[str]) -> None:
     """Check, before hours of measurements, that their files can be written, if any are to be."""
     if folder is not None:
@@ -287,12 +343,13 @@ def _numbers(name: str, text: str, kind: type[Number]) -> tuple[Number, ...]:
 
 
 def _application() -> typer.Typer:
-    """Return the application with its three commands."""
+    """Return the application with its four commands."""
     app = typer.Typer(help="Measure BLADE's kernels, and whole videos, on this machine.")
     app.command()(make_command(attention, (LayerOptions, LayerTimingOptions, DebugOptions)))
     names = (*MODEL_AND_SIZE, *option_names(WholeRunOptions, DebugOptions))
     app.command()(make_command(generate, (ModelOptions, VideoOptions, WholeRunOptions, DebugOptions), names=names))
     app.command()(make_command(tune, (TuningOptions, DebugOptions)))
+    app.command()(make_command(gpu, (CardOptions, DebugOptions)))
     return app
 
 

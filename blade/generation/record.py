@@ -124,7 +124,7 @@ def read_request(path: str | Path, changes: Mapping[str, Any] | None = None) -> 
     if not source.exists():
         raise ValueError(f"`from_json` must be the JSON beside a video, but there is no file {path}.")
     record = read_json(source, f"`from_json` {path}")
-    if "prompt" not in record:
+    if record.get("prompt") is None:
         raise ValueError(f"`from_json` must be the JSON beside a video, with a `prompt`; {path} has none.")
     changes = dict(changes or {})
     values = {name: record[name] for name in REQUEST_FIELDS if record.get(name) is not None}

@@ -133,9 +133,9 @@ def load_empty_model(
         if revision is not None or str(model) not in published_configurations():
             raise
         logger.info(f"the Hub cannot be reached; the configuration of {model} is the one that comes with BLADE")
-        with TemporaryDirectory() as folder:
-            write_published_configuration(str(model), Path(folder))
-            return load_empty_model(folder, dtype=dtype, random_weights_on=random_weights_on)
+        with TemporaryDirectory() as known:
+            write_published_configuration(str(model), Path(known))
+            return load_empty_model(known, dtype=dtype, random_weights_on=random_weights_on)
     try:
         if not Path(source).is_dir():
             patterns = [INDEX_NAME, "*/config.json", *(f"*/{file}" for file in SMALL_PARTS)]

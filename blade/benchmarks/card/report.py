@@ -1,0 +1,169 @@
+"""The report of a card: tables, plot, and what got slower since its last one."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from blade.benchmarks import attention_report, generation_report
+from blade.common.files import write_files
+from blade.common.names import file_name
+from blade.common.reading import read_json
+from blade.common.tables import Table, markdown_block, markdown_table, markdown_text
+from blade.common.terminal import logger
+
+NOTABLE = 1.05
+"""Factor from which on a time counts as another one."""
+
+Report = dict[str, Any]
+
+
+def tables(report: Report) -> list[Table]:
+    """Return a report's tables: what was done, then one or more for each part that has results."""
+    found = [Table("Steps", ["part", "step", "state", "seconds", ""], [*map(_step_row, report["steps"])])]
+    for blocks in attention_report.BLOCKS:
+        if (merged := _attention(report, blocks)) is not None:
+            kind = "" if blocks == "random" else f", {blocks}"
+            found += [
+                Table(f"Attention{kind}: {table.title}", table.headings, table.rows)
+                for table in attention_report.tables(merged)
+            ]
+    for result in _results(report, "generation"):
+        found += [
+            Table(f"Videos: {table.title}", table.headings, table.rows) for table in generation_report.tables(result)
+        ]
+    for result in _results(report, "distillation"):
+        row = [result["recipe"], f"{result['seconds_update']:.2f}", f"{result['peak_gib']:.1f}"]
+        found.append(
+            Table("An update of a distillation", ["recipe, a prompt an update", "seconds", "peak GiB"], [row])
+        )
+    for result in _results(report, "tuning"):
+        rows = [[*_launch(trial), "yes" if trial["shipped"] else ""] for trial in result["best"].values()]
+        found.append(Table("Fastest launch configurations", ["kernel", "configuration", "ms", "shipped"], rows))
+    if compared := report.get("compared"):
+        found.append(Table(f"Against {compared['with']}", ["", "ms before", "ms now", "times"], _changes(compared)))
+    return found
+
+
+def _step_row(step: Report) -> list[str]:
+    seconds = f"{step['seconds']:.1f}" if "seconds" in step else ""
+    errors = {**step.get("result", {}).get("errors", {}), **step.get("result", {}).get("differences", {})}
+    worst = f"largest error {max(errors.values()):.2g}" if errors else ""
+    return [step["part"], step["name"], step["state"], seconds, step.get("reason", worst)]
+
+
+def _changes(compared: Report) -> list[list[str]]:
+    rows = sorted(compared["times"].items(), key=lambda item: item[1][0] / item[1][1])
+    return [[name, f"{before:.3g}", f"{now:.3g}", f"{before / now:.2f}"] for name, (before, now) in rows]
+
+
+def _launch(trial: Report) -> list[str]:
+    config = trial["config"]
+    size = f"{config['block_m']}x{config['block_n']}, {config['num_warps']} warps, {config['num_stages']} stages"
+    return [trial["kernel"], size, f"{trial['ms']:.3f}"]
+
+
+def _results(report: Report, part: str) -> Iterator[Report]:
+    return (step["result"] for step in report["steps"] if step["part"] == part and "result" in step)
+
+
+def _attention(report: Report, blocks: str) -> Report | None:
+    """Return the benchmarks of attention as one; None if there is none."""
+    results = [one for one in _results(report, "attention") if one["settings"]["blocks"] == blocks and one["cases"]]
+    return {**results[0], "cases": [case for one in results for case in one["cases"]]} if results else None
+
+
+def times(report: Report) -> dict[str, float]:
+    """Return the milliseconds that a report has, by what took them."""
+    found: dict[str, float] = {}
+    for blocks in attention_report.BLOCKS:
+        for case in (_attention(report, blocks) or {"cases": []})["cases"]:
+            size = f"{case['model'] or 'layer'}, {case['tokens']} tokens, density {case['density']}, {blocks}"
+            for candidate, passes in case["ms"].items():
+                found |= {f"{size}: {candidate}, {name}": ms for name, ms in passes.items()}
+    for result in _results(report, "generation"):
+        model = f"{result['settings']['model']}, {result['tokens']} tokens"
+        found |= {f"{model}: {name} pass": ms for name, ms in result["pass_ms"].items()}
+        found[f"{model}: decoding"] = 1e3 * result["decoding_seconds"]
+    for result in _results(report, "distillation"):
+        found[f"{result['recipe']}: update"] = 1e3 * result["seconds_update"]
+    return found
+
+
+def compare(report: Report, before: Report, name: str) -> Report:
+    """Return a report with a comparison with an earlier one of the same card.
+
+    Args:
+        report: the report.
+        before: the earlier one.
+        name: what to call it.
+
+    Returns:
+        With `compared`: `with`, the name; `times`, milliseconds before and now by what took them; and `slower`, what
+        takes at least `NOTABLE` times as long.
+    """
+    old, new = times(before), times(report)
+    both = {what: (old[what], new[what]) for what in new if what in old}
+    slower = [what for what, (ms, now) in both.items() if now >= NOTABLE * ms]
+    return {**report, "compared": {"with": name, "times": both, "slower": slower}}
+
+
+def find_previous(folder: Path, card: str) -> tuple[str, Report] | None:
+    """Return name and content of a card's last report in a folder; None if there is none."""
+    for path in sorted(folder.glob(f"{file_name(card)}-*.json"), reverse=True):
+        try:
+            values = read_json(path, f"the report {path}")
+            if values["machine"]["device"] == card and isinstance(times(values), dict):
+                return path.name, values
+        except (ValueError, KeyError, TypeError) as error:
+            logger.warning(f"{path} is left out of the comparison: it is no report of a card ({error}).")
+    return None
+
+
+def markdown(report: Report) -> str:
+    """Render a report as a Markdown page."""
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items() if version is not None)
+    device, minutes = markdown_text(str(report["machine"]["device"])), report["minutes"]
+    lines = [f"# {device}", "", f"{report['date']}, {versions}. Measured for {minutes:g} minutes, best first.", ""]
+    lines += [markdown_block(report["command"]), ""]
+    lines.append(
+        "Errors of checks are multiples of what the plain computation in the same precision errs. Whole videos are "
+        "extrapolated from the passes in brackets, with random weights. In brackets of attention: how many times as "
+        "fast as the fastest dense attention, and its speed per pair of query and key as a share of dense attention's."
+    )
+    if slower := (report.get("compared") or {}).get("slower"):
+        lines += ["", f"Slower than in {report['compared']['with']}: {'; '.join(map(markdown_text, slower))}."]
+    for table in tables(report):
+        lines += ["", f"## {table.title}", "", *markdown_table(table.headings, table.rows)]
+    return "\n".join([*lines, ""])
+
+
+def report_files(folder: Path, card: str, stamp: str) -> list[Path]:
+    """Return the paths of a report: JSON, Markdown and a plot.
+
+    Args:
+        folder: where.
+        card: the card's name.
+        stamp: date and time.
+    """
+    return [folder / f"{file_name(card)}-{stamp}{end}" for end in (".json", ".md", ".png")]
+
+
+def write_report(report: Report, paths: list[Path]) -> list[Path]:
+    """Write a report, all of it or none: JSON, Markdown and, with matplotlib and times of attention, a plot.
+
+    Returns:
+        The files' paths.
+
+    Raises:
+        OutputError: if a file cannot be written.
+    """
+    contents = {paths[0]: (json.dumps(report, indent=2) + "\n").encode(), paths[1]: markdown(report).encode()}
+    merged = _attention(report, "random")
+    if merged is not None and importlib.util.find_spec("matplotlib") is not None:
+        contents[paths[2]] = attention_report.plot(merged)
+    write_files(contents)
+    return list(contents)

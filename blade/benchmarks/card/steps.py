@@ -1,0 +1,172 @@
+"""What is measured about a card, best first, at the sizes of published models or, on a CPU, in small."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+
+from blade.benchmarks.attention import PASSES, AttentionBenchmark, run_attention_benchmark
+from blade.benchmarks.card.checks import check_attention, check_norm_rope, check_selection
+from blade.benchmarks.card.suspects import SUSPECTS, LayerSize, call_suspect
+from blade.benchmarks.layers import AttentionShape, model_shapes
+
+Part = Literal["correctness", "attention", "generation", "distillation", "tuning"]
+
+PARTS: tuple[Part, ...] = ("correctness", "attention", "generation", "distillation", "tuning")
+"""Parts of the report."""
+
+DENSITIES = (0.2, 0.1, 0.5, 0.3)
+"""Shares of blocks at which attention is timed, that of the students' presets first."""
+
+URGENT = 3
+"""Of the calls that may crash a card, how many come before anything is timed."""
+
+MEASURED_PASSES = 6
+"""Passes of a generation that are timed: three steps with guidance."""
+
+LIMIT = 120.0
+"""Seconds after which a step counts as hung."""
+
+Report = dict[str, Any]
+OnPartial = Callable[[Report], None]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One thing that is measured."""
+
+    name: str
+    part: Part
+    run: Callable[[torch.device, OnPartial], Report]
+    """From the device, and a function that takes the result so far, to the result."""
+    limit: float = LIMIT
+    """Seconds after which it counts as hung."""
+
+
+def card_steps(device: torch.device) -> list[Step]:
+    """Return what is measured on a device, in this order."""
+    small = device.type != "cuda"
+    sizes = {"small": AttentionShape(tokens=250, heads=2, head_dim=16)} if small else model_shapes()
+    first, *others = sizes if small else ("wan-1.3b", "cogvideox-1.5", "wan-14b")
+    densities = DENSITIES[:1] if small else DENSITIES
+    checks, suspects = _checks(small), [_suspect(name, small) for name in SUSPECTS]
+    return [
+        *checks,
+        *suspects[:URGENT],
+        *(_attention(sizes[first], density, small) for density in densities),
+        *([] if small else [_attention(sizes[first], 0.2, small, blocks="patterns")]),
+        Step("generation", "generation", _generate, limit=300),
+        *(_attention(sizes[name], density, small) for name in others for density in densities[:2]),
+        *suspects[URGENT:],
+        Step("an update of a distillation", "distillation", _distill, limit=300),
+        Step("tuning", "tuning", _tune, limit=900),
+    ]
+
+
+def _checks(small: bool) -> list[Step]:
+    """Return the checks of all kernels."""
+
+    def attention(implementation: str) -> Step:
+        def run(device: torch.device, _: OnPartial) -> Report:
+            return {"errors": check_attention(implementation, device, small=small)}
+
+        return Step(f"attention by {implementation}", "correctness", run)
+
+    return [
+        *map(attention, ("triton", "flex", "cpu")),
+        Step("selection", "correctness", lambda device, _: {"errors": check_selection(device)}),
+        Step("norms and RoPE", "correctness", lambda device, _: {"errors": check_norm_rope(device)}),
+    ]
+
+
+def _suspect(name: str, small: bool) -> Step:
+    """Return a call that may crash a card, alone."""
+
+    def run(device: torch.device, _: OnPartial) -> Report:
+        size = LayerSize(tokens=538, heads=4, head_dim=16, block=16) if small else LayerSize()
+        return {"size": asdict(size), "differences": call_suspect(name, device, size)}
+
+    return Step(f"crash: {name}", "correctness", run)
+
+
+def _attention(shape: AttentionShape, density: float, small: bool, blocks: str = "random") -> Step:
+    """Return the timing of one layer at one density."""
+
+    def run(device: torch.device, on_partial: OnPartial) -> Report:
+        settings = AttentionBenchmark(
+            shapes=(shape,),
+            densities=(density,),
+            passes=tuple(name for name in PASSES if name != "drawn"),
+            blocks=blocks,
+            block_size=32 if small else 128,
+            dtype="float32" if small else "bfloat16",
+            device=str(device),
+            repeats=1 if small else 5,
+        )
+        return run_attention_benchmark(settings, on_case=on_partial)
+
+    kind = "" if blocks == "random" else f", {blocks}"
+    return Step(f"{shape}, density {density}{kind}", "attention", run)
+
+
+def _generate(device: torch.device, _: OnPartial) -> Report:
+    """Time whole videos: Wan2.1-1.3B at 480p, or the bundled model's size in small."""
+    from blade.benchmarks.generation import GenerationBenchmark, run_generation_benchmark
+
+    small: Report = {"height": 64, "width": 64, "frames": 9, "steps": 4, "student_steps": (2,), "sparsity": 0.5}
+    large: Report = {
+        "model": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+        "height": 480,
+        "width": 832,
+        "frames": 81,
+        "steps": 50,
+    }
+    settings = GenerationBenchmark(
+        **(large if device.type == "cuda" else small),
+        random_weights=True,
+        measured_passes=MEASURED_PASSES if device.type == "cuda" else 2,
+        repeats=1,
+        device=str(device),
+    )
+    return run_generation_benchmark(settings)
+
+
+def _distill(device: torch.device, _: OnPartial) -> Report:
+    """Time an update of a distillation of the same model, of one prompt."""
+    from blade.distillation.recipes import load_config
+    from blade.distillation.workflow import distill
+
+    small = ["video.height=64", "video.width=64", "video.frames=9", "generator.ode_updates=0", "trajectory.steps=[2]"]
+    large = ["run.accumulation=1"]
+    overrides = [f"run.device={device}", "run.batch_size=1", *(large if device.type == "cuda" else small)]
+    recipe = "wan2.1-t2v-1.3b" if device.type == "cuda" else "shapes"
+    estimate = distill(load_config(recipe, overrides), dry_run=True, random_weights=True)
+    return {"recipe": recipe, "overrides": overrides, **asdict(estimate)}
+
+
+def _tune(device: torch.device, on_partial: OnPartial) -> Report:
+    """Time launch configurations of the Triton kernels for Wan2.1-1.3B at 480p."""
+    from blade_kernels.block_sparse.tuning import Trial, TuningCase, best, tune
+
+    if device.type != "cuda":
+        raise NotImplementedError("launch configurations are those of a CUDA GPU")
+    case = TuningCase(
+        tokens=32760, heads=12, head_dim=128, block_size=128, density=0.2, dtype=torch.bfloat16, device=str(device)
+    )
+    trials: list[Trial] = []
+
+    def report() -> Report:
+        return {
+            "trials": [asdict(trial) for trial in trials],
+            "best": {kernel: asdict(trial) for kernel, trial in best(trials).items()} if trials else {},
+        }
+
+    def on_trial(trial: Trial) -> None:
+        trials.append(trial)
+        on_partial(report())
+
+    tune(case, on_trial=on_trial)
+    return report()
