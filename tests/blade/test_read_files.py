@@ -110,6 +110,14 @@ def _record(values: Any, folder: Path) -> Any:
     return read_request(folder / "record.json")
 
 
+def test_a_record_needs_a_prompt(tmp_path: Path) -> None:
+    for values in ({}, {"prompt": None}, {"seed": 3, "prompt": None}):
+        with pytest.raises(
+            ValueError, match=r"`from_json` must be the JSON beside a video, with a `prompt`; .* has none"
+        ):
+            _record(values, tmp_path)
+
+
 def _config(values: Any, folder: Path) -> Any:
     (folder / "blade_config.json").write_text(json.dumps(values))
     return BladeConfig.from_pretrained(folder)
