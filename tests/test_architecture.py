@@ -34,8 +34,8 @@ LAYERS = (
     "blade.generation",
     "blade.profiling",
     "blade.evaluation",
-    "blade.benchmarks",
     "blade.distillation",
+    "blade.benchmarks",
     "blade.cli",
     "blade",
 )

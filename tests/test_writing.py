@@ -47,6 +47,7 @@ BUFFERS = {"BytesIO", "StringIO"}
 
 ALLOWED = {
     "blade/common/files.py": "is where files are written",
+    "blade/benchmarks/card/benchmark.py: start_worker": "what a process says, in a temporary folder",
     "blade/moving_shapes/training/latents.py: __init__": "fills a store in place, batch by batch, so that it can grow",
     "blade/common/locks.py: _taken": "makes the folder of a lock, whose file is the operating system's",
     "blade/profiling/workflow.py: _profiled": "`BladeConfig.save_pretrained` writes through `files`",

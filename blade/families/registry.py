@@ -92,13 +92,18 @@ def benchmark_layers() -> dict[str, BenchmarkLayer]:
     return {name: layer for data in _data() for name, layer in data.benchmark_layers.items()}
 
 
+def comparison_protocols() -> dict[str, ComparisonProtocol]:
+    """Return the protocols of comparisons by name."""
+    return {name: protocol for data in _data() for name, protocol in data.protocols.items()}
+
+
 def find_comparison_protocol(name: str) -> ComparisonProtocol:
     """Return the protocol of comparisons that has a name.
 
     Raises:
         ValueError: if there is none; the message lists those that exist.
     """
-    protocols = {known: protocol for data in _data() for known, protocol in data.protocols.items()}
+    protocols = comparison_protocols()
     if name not in protocols:
         check_choice("protocol", name, tuple(protocols))
     return protocols[name]

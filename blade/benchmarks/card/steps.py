@@ -12,6 +12,9 @@ from blade.benchmarks.attention import PASSES, AttentionBenchmark, run_attention
 from blade.benchmarks.card.checks import check_attention, check_norm_rope, check_selection
 from blade.benchmarks.card.suspects import SUSPECTS, LayerSize, call_suspect
 from blade.benchmarks.layers import AttentionShape, model_shapes
+from blade.families.data import ComparisonProtocol
+from blade.families.registry import comparison_protocols, published_configurations
+from blade.models.source import BUNDLED
 
 Part = Literal["correctness", "attention", "generation", "distillation", "tuning"]
 
@@ -26,6 +29,9 @@ URGENT = 3
 
 MEASURED_PASSES = 6
 """Passes of a generation that are timed: three steps with guidance."""
+
+VIDEO = ("model", "height", "width", "frames", "steps")
+"""What a protocol of comparisons says of videos."""
 
 LIMIT = 120.0
 """Seconds after which a step counts as hung."""
@@ -49,21 +55,26 @@ class Step:
 def card_steps(device: torch.device) -> list[Step]:
     """Return what is measured on a device, in this order."""
     small = device.type != "cuda"
-    sizes = {"small": AttentionShape(tokens=250, heads=2, head_dim=16)} if small else model_shapes()
-    first, *others = sizes if small else ("wan-1.3b", "cogvideox-1.5", "wan-14b")
+    published = sorted(model_shapes().values(), key=_work)
+    first, *others = [AttentionShape(tokens=250, heads=2, head_dim=16)] if small else published
     densities = DENSITIES[:1] if small else DENSITIES
     checks, suspects = _checks(small), [_suspect(name, small) for name in SUSPECTS]
     return [
         *checks,
         *suspects[:URGENT],
-        *(_attention(sizes[first], density, small) for density in densities),
-        *([] if small else [_attention(sizes[first], 0.2, small, blocks="patterns")]),
+        *(_attention(first, density, small) for density in densities),
+        *([] if small else [_attention(first, densities[0], small, blocks="patterns")]),
         Step("generation", "generation", _generate, limit=300),
-        *(_attention(sizes[name], density, small) for name in others for density in densities[:2]),
+        *(_attention(shape, density, small) for shape in others for density in densities[:2]),
         *suspects[URGENT:],
         Step("an update of a distillation", "distillation", _distill, limit=300),
         Step("tuning", "tuning", _tune, limit=900),
     ]
+
+
+def _work(shape: AttentionShape) -> int:
+    """Return what the work of a layer's dense attention is proportional to."""
+    return shape.heads * shape.head_dim * shape.tokens**2
 
 
 def _checks(small: bool) -> list[Step]:
@@ -113,19 +124,12 @@ def _attention(shape: AttentionShape, density: float, small: bool, blocks: str =
 
 
 def _generate(device: torch.device, _: OnPartial) -> Report:
-    """Time whole videos: Wan2.1-1.3B at 480p, or the bundled model's size in small."""
+    """Time whole videos: of the smallest published model, or of the bundled one in small."""
     from blade.benchmarks.generation import GenerationBenchmark, run_generation_benchmark
 
     small: Report = {"height": 64, "width": 64, "frames": 9, "steps": 4, "student_steps": (2,), "sparsity": 0.5}
-    large: Report = {
-        "model": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
-        "height": 480,
-        "width": 832,
-        "frames": 81,
-        "steps": 50,
-    }
     settings = GenerationBenchmark(
-        **(large if device.type == "cuda" else small),
+        **({name: getattr(_smallest(), name) for name in VIDEO} if device.type == "cuda" else small),
         random_weights=True,
         measured_passes=MEASURED_PASSES if device.type == "cuda" else 2,
         repeats=1,
@@ -134,15 +138,22 @@ def _generate(device: torch.device, _: OnPartial) -> Report:
     return run_generation_benchmark(settings)
 
 
+def _smallest() -> ComparisonProtocol:
+    """Return the protocol with the fewest pixels of those whose model is known without a network."""
+    known = [one for one in comparison_protocols().values() if one.model in published_configurations()]
+    return min(known, key=lambda one: one.height * one.width * one.frames)
+
+
 def _distill(device: torch.device, _: OnPartial) -> Report:
     """Time an update of a distillation of the same model, of one prompt."""
-    from blade.distillation.recipes import load_config
+    from blade.distillation.recipes import load_config, recipe_names
     from blade.distillation.workflow import distill
 
     small = ["video.height=64", "video.width=64", "video.frames=9", "generator.ode_updates=0", "trajectory.steps=[2]"]
     large = ["run.accumulation=1"]
     overrides = [f"run.device={device}", "run.batch_size=1", *(large if device.type == "cuda" else small)]
-    recipe = "wan2.1-t2v-1.3b" if device.type == "cuda" else "shapes"
+    model = _smallest().model if device.type == "cuda" else BUNDLED
+    recipe = next(name for name in recipe_names() if load_config(name).model == model)
     estimate = distill(load_config(recipe, overrides), dry_run=True, random_weights=True)
     return {"recipe": recipe, "overrides": overrides, **asdict(estimate)}
 
@@ -153,8 +164,15 @@ def _tune(device: torch.device, on_partial: OnPartial) -> Report:
 
     if device.type != "cuda":
         raise NotImplementedError("launch configurations are those of a CUDA GPU")
+    shape = min(model_shapes().values(), key=_work)
     case = TuningCase(
-        tokens=32760, heads=12, head_dim=128, block_size=128, density=0.2, dtype=torch.bfloat16, device=str(device)
+        tokens=shape.tokens,
+        heads=shape.heads,
+        head_dim=shape.head_dim,
+        block_size=128,
+        density=DENSITIES[0],
+        dtype=torch.bfloat16,
+        device=str(device),
     )
     trials: list[Trial] = []
 

@@ -186,7 +186,7 @@ def test_the_steps_of_a_gpu_are_ones_that_can_be_begun(monkeypatch) -> None:
     kinds = [kind for kind, _ in begun]
     assert kinds.index("check") < kinds.index("suspect") < kinds.index("attention") < kinds.index("generation")
     sizes = [settings.shapes[0].tokens for kind, settings in begun if kind == "attention"]
-    assert sizes[0] == 32760 and max(sizes) == 75600
+    assert sizes[0] == 32760 and {45106, 75600} <= set(sizes)
     assert [name for kind, name in begun if kind == "suspect"] == list(suspects.SUSPECTS)
     (video,) = [settings for kind, settings in begun if kind == "generation"]
     assert (video.model, video.frames, video.student_steps) == ("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", 81, (8, 4))
