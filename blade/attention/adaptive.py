@@ -36,6 +36,8 @@ class AdaptivePlan:
     """Blocks to keep."""
     implementation: str
     """Implementation of the block-sparse attention."""
+    precision: str
+    """See `BladeConfig.precision`."""
     text_blocks: torch.Tensor | None
     """(blocks,) bool, which blocks hold text; None where none does."""
     selector: Selector
@@ -55,6 +57,7 @@ class AdaptivePlan:
                 config=details,
                 budget=budget,
                 implementation=config.implementation,
+                precision=config.precision,
                 text_blocks=None if text is None else text.to(device),
                 selector=selector,
                 context=selector.context(grid, details, device),
@@ -125,8 +128,9 @@ def adaptive_attention(
     pooled = _pool(key, value, plan)
     implementation = resolve_implementation(query, key, value, mask, pooled=pooled, implementation=plan.implementation)
     output = block_sparse_attention(
-        query, key, value, mask, pooled=pooled, key_lengths=key_lengths, implementation=implementation
-    )
+        query, key, value, mask, pooled=pooled, key_lengths=key_lengths, implementation=implementation,
+        precision=plan.precision,
+    )  # fmt: skip
     tokens = query.shape[1]
     with torch.no_grad():
         pooled_pairs = 0 if pooled is None else pooled.pairs(mask, tokens)

@@ -203,7 +203,7 @@ def _warn_of_lost_training(pipe_or_transformer: Any, configs: Configs) -> bool:
     if trained is None or trained.attention == "dense":
         return False
     for config in [configs] if isinstance(configs, BladeConfig) else configs.values():
-        same = {name: getattr(config, name) for name in ("kind", "implementation", "strict", "seed")}
+        same = {name: getattr(config, name) for name in ("kind", "implementation", "precision", "strict", "seed")}
         if config.attention != "dense" and config != replace(trained, **same):
             warnings.warn(
                 f"The student {student.source} was trained with {trained.attention} at sparsity {trained.sparsity:g}, "

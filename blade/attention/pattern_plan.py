@@ -26,6 +26,8 @@ class PatternPlan:
     """The table, for this grid."""
     implementation: str
     """Implementation of the block-sparse attention."""
+    precision: str
+    """See `BladeConfig.precision`."""
     masks: Tensor
     """(masks, blocks, blocks) bool, of the patterns that are no columns alone, and what columns have beside them."""
     mask_of: Tensor
@@ -94,6 +96,7 @@ class PatternPlan:
             grid=grid,
             table=table,
             implementation=config.implementation,
+            precision=config.precision,
             masks=torch.stack(masks),
             mask_of=torch.tensor(mask_of, device=device),
             columns=columns,
@@ -182,7 +185,7 @@ class PatternPlan:
             density = mask.density(query.shape[1], query.shape[1])
         implementation = resolve_implementation(query, key, value, mask, implementation=self.implementation)
         output = block_sparse_attention(
-            query, key, value, mask, key_lengths=key_lengths, implementation=implementation
+            query, key, value, mask, key_lengths=key_lengths, implementation=implementation, precision=self.precision
         )
         if places is not None:
             output = _by_head(output, places)

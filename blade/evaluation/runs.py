@@ -77,6 +77,8 @@ class RunSettings:
     """Number of dense steps, or a fraction below 1; None takes the configuration's."""
     dense_layers: tuple[int, ...] | None = None
     """Layers that stay dense; None takes the configuration's."""
+    precision: Literal["full", "int8"] | None = None
+    """Type in which queries and keys are multiplied; None takes the configuration's."""
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"\w[\w.-]*", self.name):
@@ -173,7 +175,7 @@ class RunSettings:
 
     def _changes(self) -> dict[str, Any]:
         """Return the changes to the configuration that the run asks for."""
-        names = ("selector", "sparsity", "dense_steps", "dense_layers")
+        names = ("selector", "sparsity", "dense_steps", "dense_layers", "precision")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
 
@@ -188,6 +190,7 @@ READERS: dict[str, Callable[[str], Any]] = {
     "selector": str,
     "sparsity": float,
     "dense_steps": lambda value: parse_dense_steps(float(value)),
+    "precision": str,
     "dense_layers": lambda value: () if value == "none" else parse_dense_layers(value.replace("+", ",")),
 }
 """Parsers of the values in a run's description, by key."""

@@ -37,6 +37,8 @@ from blade.models.choices import (
 )
 from blade.models.source import BUNDLED
 
+PRECISIONS = ("full", "int8")
+
 ATTENTIONS = ("dense", "asa", "asa-gt", "patterns")
 """Attention methods."""
 
@@ -181,6 +183,8 @@ class SparseOptions(OptionGroup):
     steps from the start, dense ones first."""
     dense_layers: str | tuple[int, ...] | None = option(settled_by_student=True)
     """Layers that stay dense, such as "0-1,39"."""
+    precision: Literal["full", "int8"] | None = option(choices=PRECISIONS)
+    """full, or int8: sparse layers multiply queries and keys as 8-bit integers."""
 
     def check(self) -> None:
         """Check that there is such a preset, and nothing that it contradicts."""

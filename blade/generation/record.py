@@ -89,7 +89,7 @@ def changed_fields(record: Mapping[str, Any], request: ResolvedRequest) -> list[
     does not tell as the same.
     """
     now = deciding_fields(request)
-    before = {**DEFAULTS, "inputs": now["inputs"], **record}
+    before = {**DEFAULTS, "inputs": now["inputs"], "precision": now["precision"] and "full", **record}
     return [
         name
         for name, value in now.items()

@@ -29,7 +29,7 @@ from blade.moving_shapes.bundled import BUNDLED_DEFAULTS, check_prompt
 from blade.students.loading import parse_times
 from blade.students.source import BUNDLED_STUDENTS, DEFAULT_STUDENT_STEPS
 
-SPARSE_OPTIONS = ("sparsity", "dense_steps", "dense_layers")
+SPARSE_OPTIONS = ("sparsity", "dense_steps", "dense_layers", "precision")
 """Fields of a request that change a field of the same name in the BLADE configuration."""
 
 _SETTLED = ("blade_config", *option_names(*GROUPS, settled_by_student=True))

@@ -26,14 +26,18 @@ from blade_kernels.qk_norm_rope.operator import norm_rope_warps
 ARCHITECTURES = ("80", "89", "90", "100", "120")
 MATRIX_INSTRUCTIONS = {"80": "HMMA", "89": "HMMA", "90": "HGMMA", "100": "UTCHMMA", "120": "HMMA"}
 """Fastest matrix instruction of each architecture, by its name in the disassembly."""
-_COUNTED = ("HMMA", "HGMMA", "UTCHMMA", "UTMALDG", "LDGSTS", "LDL", "STL")
+INTEGER_INSTRUCTIONS = {"80": "IMMA", "89": "IMMA", "90": "IGMMA", "100": "UTCIMMA", "120": "IMMA"}
+"""Fastest matrix instruction of each architecture for 8-bit integers."""
+_COUNTED = ("HMMA", "HGMMA", "UTCHMMA", "IMMA", "IGMMA", "UTCIMMA", "UTMALDG", "LDGSTS", "LDL", "STL")
 _TYPES = {
     "bool": "keep forced_keys forced_queries",
     "int32": "counts indices order key_lengths pooled_block starts rows query_offsets key_offsets "
     "bits histogram prefix",
     "int64": "places",
-    "float32": "lse lse2 delta grad_lse pooled_bias importance weight bias cos sin grad_weight grad_bias",
-    "half": "q k v out grad_out grad_q grad_k grad_v pooled_k pooled_v x grad_x",
+    "float32": "lse lse2 delta grad_lse pooled_bias importance weight bias cos sin grad_weight grad_bias "
+    "q_scale k_scale mean scales",
+    "half": "q k v out grad_out grad_q grad_k grad_v pooled_k pooled_v x grad_x exact_q",
+    "int8": "values",
     "number": "scale eps mass",
 }
 _KIND = {name: kind for kind, names in _TYPES.items() for name in names.split()}
@@ -42,11 +46,12 @@ _ATTENTION: tuple[tuple[Kernel, str, str, tuple[str, ...]], ...] = (
     ("forward", "forward_kernel", "k v", ("TAIL",)),
     ("forward", "forward_kernel", "k v", ("TAIL", "LENGTHS")),
     ("forward", "forward_kernel", "k v", ("TAIL", "POOLED", "DROPPED", "ORDERED")),
+    ("forward", "forward_kernel", "k v", ("TAIL", "POOLED", "DROPPED", "ORDERED", "QUANTIZED")),
     ("query_gradient", "query_gradient_kernel", "k v", ("TAIL", "POOLED", "DROPPED", "ORDERED")),
     ("key_gradient", "key_gradient_kernel", "q grad_out", ()),
     ("key_gradient", "pooled_gradient_kernel", "q grad_out", ("DROPPED",)),
 )
-_ROW_FLAGS = ("POOLED", "DROPPED", "LENGTHS", "TAIL", "ORDERED")
+_ROW_FLAGS = ("POOLED", "DROPPED", "LENGTHS", "TAIL", "ORDERED", "QUANTIZED")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +87,8 @@ class Variant:
     """Tensors loaded through descriptors, with the tokens of their tiles."""
     float32: tuple[str, ...] = ()
     """Tensors that are float32 in this kernel and half precision in others."""
+    int8: tuple[str, ...] = ()
+    """Tensors that are 8-bit integers in this kernel and half precision in others."""
 
 
 def attention_variants(arch: str) -> Iterator[Variant]:
@@ -94,7 +101,8 @@ def attention_variants(arch: str) -> Iterator[Variant]:
                 module=f"block_sparse.triton_{'forward' if kernel == 'forward' else 'backward'}",
                 kernel=name,
                 case=f"heads of {head_size}, blocks of {block}, tiles of {config.block_m}x{config.block_n}"
-                + (", pooled" if "POOLED" in flags else ", key lengths" if "LENGTHS" in flags else ""),
+                + (", pooled" if "POOLED" in flags else ", key lengths" if "LENGTHS" in flags else "")
+                + (", 8 bits" if "QUANTIZED" in flags else ""),
                 constants={
                     "D": head_size, "BQ": block, "BK": block, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
                     "TMA": config.tma, "UPCAST": False, **{flag: flag in flags for flag in _ROW_FLAGS},
@@ -103,6 +111,7 @@ def attention_variants(arch: str) -> Iterator[Variant]:
                 num_stages=config.num_stages,
                 described=dict.fromkeys(described.split(), tile) if config.tma else {},
                 float32=("grad_k", "grad_v") if name == "pooled_gradient_kernel" else (),
+                int8=("q", "k") if "QUANTIZED" in flags else (),
             )  # fmt: skip
 
 
@@ -120,6 +129,10 @@ def other_variants() -> Iterator[Variant]:
     yield Variant(
         module="block_selection.triton_selection", kernel="select_kernel", case="1,024 key blocks", num_warps=1,
         constants={"BQ": 128, "BK": 128, "WIDTH": 1024, **flags},
+    )  # fmt: skip
+    yield Variant(
+        module="block_sparse.triton_quantize", kernel="quantize_kernel", case="heads of 128, blocks of 128",
+        num_warps=4, constants={"D": 128, "BLOCK": 128, "MEAN": True, "LENGTHS": False},
     )  # fmt: skip
     for shift, values in DIGITS:
         yield Variant(
@@ -178,6 +191,7 @@ def cubin_report(variant: Variant, arch: str, *, dtype: str = "bf16") -> CubinRe
         "int64": "*i64",
         "float32": "*fp32",
         "half": f"*{dtype}",
+        "int8": "*i8",
         "number": "fp32",
     }
     types, attributes = {}, {}
@@ -185,9 +199,10 @@ def cubin_report(variant: Variant, arch: str, *, dtype: str = "bf16") -> CubinRe
         if (index,) in constants:
             types[name] = "constexpr"
         elif name in variant.described:
-            types[name] = f"tensordesc<{dtype}[1,1,{variant.described[name]},{variant.constants['D']}]>"
+            described = "i8" if name in variant.int8 else dtype
+            types[name] = f"tensordesc<{described}[1,1,{variant.described[name]},{variant.constants['D']}]>"
         else:
-            kind = "float32" if name in variant.float32 else _KIND.get(name)
+            kind = "float32" if name in variant.float32 else "int8" if name in variant.int8 else _KIND.get(name)
             types[name] = "i32" if kind is None else pointers[kind]
             # tensors and their strides are aligned, but not strides that count rows of a mask
             if types[name].startswith("*") or re.fullmatch(r"(?!mask|places).*_(batch|token|head)", name):

@@ -14,6 +14,7 @@ from blade_kernels.block_sparse import flex, triton_attention
 from blade_kernels.block_sparse.cpu import cpu_attention
 from blade_kernels.block_sparse.naive import naive_attention
 from blade_kernels.block_sparse.pooled import PooledTokens
+from blade_kernels.block_sparse.quantized import PRECISIONS, rounded_inputs
 from blade_kernels.compiler import constant_when_compiled
 from blade_kernels.implementations import check_implementation
 
@@ -35,6 +36,7 @@ def block_sparse_attention(
     scale: float | None = None,
     return_lse: Literal[False] = False,
     implementation: str = "auto",
+    precision: str = "full",
 ) -> Tensor: ...
 
 
@@ -50,6 +52,7 @@ def block_sparse_attention(
     scale: float | None = None,
     return_lse: Literal[True],
     implementation: str = "auto",
+    precision: str = "full",
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -64,6 +67,7 @@ def block_sparse_attention(
     scale: float | None = None,
     return_lse: bool = False,
     implementation: str = "auto",
+    precision: str = "full",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attend from every query to the keys in the blocks kept by its row of `mask`.
 
@@ -83,6 +87,9 @@ def block_sparse_attention(
         implementation: "auto"; "triton", kernels for NVIDIA GPUs; "flex", compiled FlexAttention; "cpu", plain
             PyTorch on any device, arranged for a CPU; "naive", the specification, which stores all logits and is for
             tests. "reference" is an alias of "cpu". See `resolve_implementation` for the choice of "auto".
+        precision: "full", the inputs' own; or "int8", queries and keys rounded to 8-bit integers as SageAttention
+            does (arXiv 2410.02367), without gradients. Triton multiplies the integers; the others compute with what
+            they stand for, at no gain, to tell what it costs in quality.
 
     Returns:
         The output, (B, S, H, D) in the dtype of `q`, zero for queries that see no key. With `return_lse` also the
@@ -90,8 +97,8 @@ def block_sparse_attention(
         inputs), -inf for queries that see no key.
 
     Raises:
-        ValueError: inconsistent shapes, dtypes or devices, or an unknown implementation.
-        NotImplementedError: the requested implementation cannot compute this.
+        ValueError: inconsistent shapes, dtypes or devices, or an unknown implementation or precision.
+        NotImplementedError: the requested implementation cannot compute this, or 8-bit integers have no gradients.
 
     Example:
         ```python
@@ -114,19 +121,35 @@ def block_sparse_attention(
         pooled = None
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     chosen = resolve_implementation(q, k, v, mask, pooled=pooled, return_lse=return_lse, implementation=implementation)
+    _check_precision(precision, q, k, v, pooled)
     lse: Tensor | None
     if chosen == "triton":
-        out, lse = triton_attention.triton_block_attention(q, k, v, mask, pooled, key_lengths, scale)
-    elif chosen == "flex":
+        out, lse = triton_attention.triton_block_attention(q, k, v, mask, pooled, key_lengths, scale, precision)
+        return (out, lse) if return_lse else out
+    dtype, lacking = q.dtype, None
+    if precision == "int8":
+        q, k, pooled, lacking = rounded_inputs(q, k, pooled, key_lengths, mask.block_size)
+        v = v.to(q.dtype)
+    if chosen == "flex":
         out, lse = flex.flex_block_attention(q, k, v, mask, pooled, key_lengths, scale, return_lse)
     elif chosen == "naive":
         out, lse = naive_attention(q, k, v, mask, pooled, key_lengths, scale)
     else:
         out, lse = cpu_attention(q, k, v, mask, pooled, key_lengths, scale)
+    out = out.to(dtype)
     if not return_lse:
         return out
     assert lse is not None  # every implementation returns it on request
-    return out, lse
+    return out, lse if lacking is None else lse + scale * lacking
+
+
+def _check_precision(precision: str, q: Tensor, k: Tensor, v: Tensor, pooled: PooledTokens | None) -> None:
+    """Raise an error for an unknown precision, or where gradients are needed that it has not."""
+    if precision not in PRECISIONS:
+        raise ValueError(f"`precision` must be one of {', '.join(PRECISIONS)}, got {precision!r}.")
+    tensors = (q, k, v) if pooled is None else (q, k, v, pooled.k, pooled.v)
+    if precision == "int8" and torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        raise NotImplementedError('`precision` must be "full" where gradients are needed, got "int8".')
 
 
 def resolve_implementation(

@@ -74,6 +74,23 @@ _DIFFERENTIABLE = ("q", "k", "v", "pooled_k", "pooled_v")
 _BLOCK_SIZE = Arguments._fields.index("block_size")
 
 
+def register_forward(name: str, forward: Callable[[Arguments], tuple[Tensor, Tensor]]) -> Any:
+    """Register an operator `blade::NAME` without gradients; see `register`."""
+
+    def run(*arguments: Any) -> tuple[Tensor, Tensor]:
+        return forward(Arguments(*arguments))
+
+    def shapes(*arguments: Any) -> tuple[Tensor, Tensor]:
+        q = Arguments(*arguments).q
+        return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+
+    operator: Any = torch.library.custom_op(
+        f"blade::{name}", run, mutates_args=(), schema=f"({_INPUTS}) -> (Tensor, Tensor)"
+    )
+    operator.register_fake(shapes)
+    return operator
+
+
 def register(name: str, forward: Forward, backward: Backward) -> Callable[..., tuple[Tensor, Tensor]]:
     """Register `blade::name` and `blade::name_backward`, opaque to the compiler.
 
@@ -88,26 +105,18 @@ def register(name: str, forward: Forward, backward: Backward) -> Callable[..., t
         The operator, which takes the fields of `Arguments` as positional arguments.
     """
     count = len(Arguments._fields)
-
-    def run(*arguments: Any) -> tuple[Tensor, Tensor]:
-        return forward(Arguments(*arguments))
+    forward_op = register_forward(name, forward)
+    operator: Callable[..., tuple[Tensor, Tensor]] = forward_op
 
     def run_backward(*arguments: Any) -> tuple[Tensor, ...]:
         return backward(Arguments(*arguments[:count]), *arguments[count:])
 
-    forward_op = torch.library.custom_op(
-        f"blade::{name}", run, mutates_args=(), schema=f"({_INPUTS}) -> (Tensor, Tensor)"
-    )
     backward_op = torch.library.custom_op(
         f"blade::{name}_backward",
         run_backward,
         mutates_args=(),
         schema=f"({_INPUTS}, Tensor out, Tensor lse, Tensor grad_out, Tensor grad_lse) -> {_GRADIENTS}",
     )
-
-    def shapes(*arguments: Any) -> tuple[Tensor, Tensor]:
-        q = Arguments(*arguments).q
-        return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
 
     def backward_shapes(*arguments: Any) -> tuple[Tensor, ...]:
         inputs = Arguments(*arguments[:count])
@@ -125,7 +134,6 @@ def register(name: str, forward: Forward, backward: Backward) -> Callable[..., t
         by_name = dict(zip(_DIFFERENTIABLE, grads, strict=True))
         return tuple(by_name.get(name) for name in Arguments._fields)
 
-    forward_op.register_fake(shapes)
     backward_op.register_fake(backward_shapes)
     forward_op.register_autograd(differentiate, setup_context=save)
-    return forward_op
+    return operator

@@ -18,8 +18,9 @@ from blade_kernels.block_sparse.launch_table import (
     architecture,
     launch_config,
 )
-from blade_kernels.block_sparse.operators import Arguments, register
+from blade_kernels.block_sparse.operators import Arguments, register, register_forward
 from blade_kernels.block_sparse.pooled import PooledTokens
+from blade_kernels.block_sparse.quantized import mean_keys
 from blade_kernels.triton_support import interpreted, missing_triton, on_device
 
 _LN2 = math.log(2.0)
@@ -54,8 +55,9 @@ def triton_block_attention(
     pooled: PooledTokens | None,
     key_lengths: Tensor | None,
     scale: float,
+    precision: str = "full",
 ) -> tuple[Tensor, Tensor]:
-    """Attend to the kept blocks and the pooled tokens, differentiably.
+    """Attend to the kept blocks and the pooled tokens, in full precision differentiably.
 
     Args:
         q: (B, S, H, D), bfloat16, float16 or float32, D of 64 or 128.
@@ -65,13 +67,15 @@ def triton_block_attention(
         pooled: pooled tokens that share the softmax, or None.
         key_lengths: (B,) integers, number of valid keys; None if all are valid.
         scale: factor of the logits.
+        precision: one of `quantized.PRECISIONS`.
 
     Returns:
         Output, (B, S, H, D) in the dtype of `q`, and log-sum-exp, (B, S, H) float32.
     """
     if scale < 0:  # the kernels take the maximum before they scale
         q, scale = -q, -scale
-    return _attention(*Arguments.of(q, k, v, mask, pooled, key_lengths, scale))
+    attention = _attention if precision == "full" else _attention_int8
+    return attention(*Arguments.of(q, k, v, mask, pooled, key_lengths, scale))
 
 
 @functools.cache
@@ -134,11 +138,11 @@ class _Call:
             **{name: self.flags[name] for name in flags},
         }
 
-    def row_arguments(self) -> tuple[Any, ...]:
-        """Return the common arguments of the kernels that iterate over a row's keys."""
+    def row_arguments(self, *others: Tensor) -> tuple[Any, ...]:
+        """Return the common arguments of the kernels that iterate over a row's keys, with a kernel's other tensors."""
         return (
             self.counts, self.indices, self.keep, self.order, self.key_lengths,
-            self.pooled_k, self.pooled_v, self.pooled_bias, self.pooled_block,
+            self.pooled_k, self.pooled_v, self.pooled_bias, self.pooled_block, *others,
             self.queries, self.keys, self.windows, self.heads, self.scale,
             self.query_blocks, self.key_blocks, self.indices.shape[-1],
         )  # fmt: skip
@@ -150,22 +154,57 @@ class _Call:
 
 def forward(arguments: Arguments) -> tuple[Tensor, Tensor]:
     """Launch the forward kernel; return output and log-sum-exp."""
+    return _forward(arguments, None)
+
+
+def forward_int8(arguments: Arguments) -> tuple[Tensor, Tensor]:
+    """Launch the forward kernel on 8-bit queries and keys; see `quantized`."""
+    mean = mean_keys(arguments.k, arguments.key_lengths)
+    pooled_k = (arguments.pooled_k.float() - mean.unsqueeze(1)).to(arguments.q.dtype)
+    return _forward(arguments._replace(pooled_k=pooled_k), mean)
+
+
+def _forward(arguments: Arguments, mean: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Launch the forward kernel, on 8-bit queries and keys if the mean of the keys is given, (B, H, D)."""
     from blade_kernels.block_sparse.triton_forward import forward_kernel
 
     q, call = arguments.q, _Call(arguments)
     config = call.config("forward")
-    (keys, values), tma = _tiles((call.k, call.v), config.block_n, config.tma)
+    queries, keys, q_scale, k_scale = call.q, call.k, call.pooled_bias, call.pooled_bias
+    if mean is not None:
+        queries, q_scale = quantize_rows(call.q, call.block_size[0], None, None)
+        keys, k_scale = quantize_rows(call.k, call.block_size[1], mean, arguments.key_lengths)
+    # descriptors are of tensors of one type
+    (key_tiles, value_tiles), tma = _tiles((keys, call.v), config.block_n, config.tma)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     with on_device(q):
         forward_kernel[call.row_grid(config)](
-            call.q, keys, values, out, lse,
-            *call.row_arguments(),
-            *_strides(call.q, call.k, call.v, call.pooled_k, call.pooled_v), *call.mask_strides(call.query_blocks),
-            BQ=call.block_size[0], BK=call.block_size[1],
+            queries, key_tiles, value_tiles, out, lse,
+            *call.row_arguments(call.q, q_scale, k_scale, call.pooled_bias if mean is None else mean),
+            *_strides(queries, keys, call.v, call.pooled_k, call.pooled_v, call.q),
+            *call.mask_strides(call.query_blocks),
+            BQ=call.block_size[0], BK=call.block_size[1], QUANTIZED=mean is not None,
             **call.constants(config, "POOLED", "DROPPED", "LENGTHS", "TAIL", "ORDERED", tma=tma),
         )  # fmt: skip
     return out, lse
+
+
+def quantize_rows(x: Tensor, block: int, mean: Tensor | None, key_lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Compute `quantized.quantize` in one kernel, for tokens with contiguous heads."""
+    from blade_kernels.block_sparse.triton_quantize import quantize_kernel
+
+    batch, tokens, heads, size = x.shape
+    blocks = -(-tokens // block)
+    values = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+    scales = torch.empty(batch, heads, blocks, dtype=torch.float32, device=x.device)
+    lengths = scales if key_lengths is None else key_lengths.to(x.device).contiguous()
+    with on_device(x):
+        quantize_kernel[(blocks, heads, batch)](
+            x, scales if mean is None else mean.contiguous(), lengths, values, scales, tokens, heads, *_strides(x),
+            D=size, BLOCK=block, MEAN=mean is not None, LENGTHS=key_lengths is not None, num_warps=4,
+        )  # fmt: skip
+    return values, scales
 
 
 def backward(arguments: Arguments, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor, ...]:
@@ -277,3 +316,4 @@ def _tiles(tensors: tuple[Tensor, Tensor], tokens: int, tma: bool) -> tuple[tupl
 
 
 _attention = register("block_sparse_triton", forward, backward)
+_attention_int8 = register_forward("block_sparse_triton_int8", forward_int8)

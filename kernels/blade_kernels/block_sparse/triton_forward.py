@@ -1,7 +1,7 @@
 """Forward kernel of block-sparse attention: kept blocks, then pooled tokens, in one online softmax.
 
 One program computes one tile of queries of one head, and iterates over the list of key blocks that its row keeps. The
-mathematics is that of `naive`, with base-2 logits and sums in float32.
+mathematics is that of `naive`, with base-2 logits and sums in float32; for 8-bit queries and keys that of `quantized`.
 """
 
 from __future__ import annotations
@@ -59,6 +59,7 @@ def forward_kernel(
     q, k, v, out, lse,
     counts, indices, keep, order, key_lengths,
     pooled_k, pooled_v, pooled_bias, pooled_block,
+    exact_q, q_scale, k_scale, mean,
     S, T, P, H, scale,
     query_blocks, key_blocks, capacity,
     q_batch, q_token, q_head,
@@ -66,10 +67,11 @@ def forward_kernel(
     v_batch, v_token, v_head,
     pooled_k_batch, pooled_k_token, pooled_k_head,
     pooled_v_batch, pooled_v_token, pooled_v_head,
+    exact_q_batch, exact_q_token, exact_q_head,
     mask_batch, mask_head,
     D: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     POOLED: tl.constexpr, DROPPED: tl.constexpr, LENGTHS: tl.constexpr, TAIL: tl.constexpr, ORDERED: tl.constexpr,
-    TMA: tl.constexpr, UPCAST: tl.constexpr,
+    QUANTIZED: tl.constexpr, TMA: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Compute attention of one tile of queries. Tensors are strided unless stated otherwise.
 
@@ -80,6 +82,9 @@ def forward_kernel(
         order: (.., query blocks) int32, rows of the mask, longest first, if `ORDERED`.
         pooled_bias: (P,) float32, in base 2.
         pooled_block: (P,) int32, the key block of each pooled token, if `DROPPED`.
+        exact_q: the queries, if `QUANTIZED`; `q` and `k` are then 8-bit integers, keys and pooled ones without `mean`.
+        q_scale: (B, H, query blocks) float32, contiguous, by which integers are multiplied; likewise `k_scale`.
+        mean: (B, H, D) float32, contiguous.
         S: number of queries; likewise T keys, P pooled tokens and H heads.
         scale: factor of the logits.
         mask_batch: mask rows between batch items, 0 if the mask is shared; likewise `mask_head`.
@@ -94,6 +99,11 @@ def forward_kernel(
     row, start = tile_position(order + first_row, tile, BQ, BLOCK_M, ORDERED)
     mask_row = first_row + row
     q_tile = load_tile(q, item, head, start, S, q_batch, q_token, q_head, BLOCK_M, D, False, False)
+    pooled_factor = factor
+    if QUANTIZED:
+        q_step = tl.load(q_scale + (item.to(tl.int64) * H + head) * query_blocks + row)
+        k_steps = k_scale + (item.to(tl.int64) * H + head) * key_blocks
+        factor = factor * q_step
     kept = indices + mask_row * capacity
     stop = key_stop(key_lengths, item, T, LENGTHS)
     whole, count = kept_blocks(kept, tl.load(counts + mask_row), stop, key_blocks, BK, LENGTHS, TAIL)
@@ -104,18 +114,27 @@ def forward_kernel(
     PARTS: tl.constexpr = BK // BLOCK_N
     ZEROED: tl.constexpr = TMA and not LENGTHS  # descriptors return zeros past the end of the sequence
     for step in range(0, whole * PARTS):
-        key = tl.load(kept + step // PARTS) * BK + (step % PARTS) * BLOCK_N
+        block = tl.load(kept + step // PARTS)
+        key = block * BK + (step % PARTS) * BLOCK_N
         k_tile = load_tile(k, item, head, key, T, k_batch, k_token, k_head, BLOCK_N, D, TMA, True)
         v_tile = load_tile(v, item, head, key, T, v_batch, v_token, v_head, BLOCK_N, D, TMA, True)
-        peak, total, out_tile = add_keys(q_tile, k_tile, v_tile, 0.0, peak, total, out_tile, factor, False, UPCAST)
+        tile_factor = factor * tl.load(k_steps + block) if QUANTIZED else factor
+        peak, total, out_tile = add_keys(
+            q_tile, k_tile, v_tile, 0.0, peak, total, out_tile, tile_factor, False, UPCAST
+        )
     if LENGTHS or TAIL:
         for step in range(whole * PARTS, count * PARTS):
-            key = tl.load(kept + step // PARTS) * BK + (step % PARTS) * BLOCK_N
+            block = tl.load(kept + step // PARTS)
+            key = block * BK + (step % PARTS) * BLOCK_N
             k_tile = load_tile(k, item, head, key, stop, k_batch, k_token, k_head, BLOCK_N, D, TMA, TMA)
             v_tile = load_tile(v, item, head, key, stop, v_batch, v_token, v_head, BLOCK_N, D, TMA, ZEROED)
             bias = tl.where(key + tl.arange(0, BLOCK_N) < stop, 0.0, float("-inf"))
-            peak, total, out_tile = add_keys(q_tile, k_tile, v_tile, bias, peak, total, out_tile, factor, True, UPCAST)
+            tile_factor = factor * tl.load(k_steps + block) if QUANTIZED else factor
+            peak, total, out_tile = add_keys(
+                q_tile, k_tile, v_tile, bias, peak, total, out_tile, tile_factor, True, UPCAST
+            )
     if POOLED:
+        pooled_q = (q_tile.to(tl.float32) * q_step).to(pooled_k.dtype.element_ty) if QUANTIZED else q_tile
         POOL_N: tl.constexpr = BLOCK_N if BLOCK_N < 32 else 32
         for window in range(0, P, POOL_N):
             bias = window_bias(pooled_bias, pooled_block, keep + mask_row * key_blocks, window, P, POOL_N, DROPPED)
@@ -147,12 +166,20 @@ def forward_kernel(
                 False,
                 False,
             )
-            peak, total, out_tile = add_keys(q_tile, k_tile, v_tile, bias, peak, total, out_tile, factor, True, UPCAST)
+            peak, total, out_tile = add_keys(
+                pooled_q, k_tile, v_tile, bias, peak, total, out_tile, pooled_factor, True, UPCAST
+            )
 
     divisor = tl.where(total == 0.0, 1.0, total)  # 0: a query without keys
     queries = start + tl.arange(0, BLOCK_M).to(tl.int64)
     inside = queries < S
     pointers = out + ((item.to(tl.int64) * S + queries[:, None]) * H + head) * D + tl.arange(0, D)[None, :]
     tl.store(pointers, (out_tile / divisor[:, None]).to(out.dtype.element_ty), mask=inside[:, None])
+    if QUANTIZED:  # what all logits of a query lack
+        exact = load_tile(
+            exact_q, item, head, start, S, exact_q_batch, exact_q_token, exact_q_head, BLOCK_M, D, False, False
+        )
+        common = tl.load(mean + (item.to(tl.int64) * H + head) * D + tl.arange(0, D))
+        peak += tl.sum(exact.to(tl.float32) * common[None, :], 1) * pooled_factor
     sums = tl.where(total == 0.0, float("-inf"), (peak + tl.log2(divisor)) / LOG2E)
     tl.store(lse + (item.to(tl.int64) * S + queries) * H + head, sums, mask=inside)

@@ -49,10 +49,17 @@ def count_below(kept, count, block):
 
 @triton.jit
 def multiply(a, b, UPCAST: tl.constexpr):
-    """Multiply matrices, with sums in float32. `UPCAST` is for the interpreter, which cannot multiply bfloat16."""
-    if UPCAST:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
-    return tl.dot(a, b, input_precision="ieee")
+    """Multiply matrices, with sums in float32; those of 8-bit integers are exact.
+
+    `UPCAST` is for the interpreter, which cannot multiply bfloat16.
+    """
+    if a.dtype == tl.int8:
+        product = tl.dot(a, b, out_dtype=tl.int32).to(tl.float32)
+    elif UPCAST:
+        product = tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+    else:
+        product = tl.dot(a, b, input_precision="ieee")
+    return product
 
 
 @triton.jit
