@@ -8,7 +8,7 @@ import sys
 
 import pytest
 from blade_kernels.block_sparse.launch_table import SHARED_MEMORY
-from blade_kernels.cubin import ARCHITECTURES, MATRIX_INSTRUCTIONS
+from blade_kernels.cubin import ARCHITECTURES, INTEGER_INSTRUCTIONS, MATRIX_INSTRUCTIONS
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
@@ -25,7 +25,7 @@ def test_nothing_spills_and_the_matrix_units_are_used(arch, tmp_path):
     command = [sys.executable, "-m", "blade_kernels.cubin", arch, "--json"]
     shown = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
     reports = [json.loads(line) for line in shown.splitlines()]
-    assert len(reports) == 63
+    assert len(reports) == 72
     for report in reports:
         place, code = (report["kernel"], arch, report["case"]), report["instructions"]
         spills = report["stack_bytes"] or code.get("LDL", 0) or code.get("STL", 0)
@@ -37,6 +37,8 @@ def test_nothing_spills_and_the_matrix_units_are_used(arch, tmp_path):
             newer, tiny = arch in ("90", "100"), "blocks of 16" in report["case"]
             small = newer and (tiny or "tiles of 32x32" in report["case"])
             assert code.get("HMMA" if small else MATRIX_INSTRUCTIONS[arch]), report
+            integers = "IMMA" if small else INTEGER_INSTRUCTIONS[arch]
+            assert bool(code.get(integers)) == ("8 bits" in report["case"]), report
             # describing tensors costs the host more than it saves where programs are this short
             assert bool(code.get("UTMALDG")) == (newer and not tiny), report
 

@@ -171,6 +171,24 @@ def test_the_summary_names_what_computed_the_attention(make_wan, wan_inputs):
     assert "block-sparse attention by cpu" in str(summary)
 
 
+def relative_change(found, expected):
+    return float((found - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("pooled", ["none", "all", "dropped"])
+def test_eight_bits_change_little_and_train_nothing(make_wan, wan_inputs, pooled):
+    config = BladeConfig(sparsity=0.5, pooled_tokens=pooled, asa=DETAILS)
+    # one layer, as the next ones choose other blocks where little has changed
+    full = run(apply_blade(make_wan(layers=1), config), wan_inputs())
+    transformer = apply_blade(make_wan(layers=1), replace(config, precision="int8"))
+    assert 1e-5 < relative_change(run(transformer, wan_inputs()), full) < 0.02
+    apply_blade(transformer, config)
+    torch.testing.assert_close(run(transformer, wan_inputs()), full)
+    apply_blade(transformer, replace(config, precision="int8"))
+    with pytest.raises(NotImplementedError, match='`precision` must be "full" where gradients are needed'):
+        transformer(**wan_inputs())
+
+
 @pytest.mark.parametrize(("implementation", "used"), [("cpu", "cpu"), ("reference", "cpu"), ("naive", "naive")])
 def test_the_implementation_that_was_asked_for_computes_the_attention(make_wan, wan_inputs, implementation, used):
     config = BladeConfig(sparsity=0.5, pooled_tokens="dropped", asa=DETAILS)

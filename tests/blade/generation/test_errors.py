@@ -258,7 +258,8 @@ def test_a_full_disk_during_writing(
 
     monkeypatch.setattr(os, "fsync", full)
     line = command.fails(*OK, "--model", str(saved_tiny_pipeline), *SIZE, code=1)
-    assert f"No space left: the disk of {command.output} is full." in line
+    assert f"No space left: the disk of {command.output.with_suffix('.json')} is full." in line
+    assert list(command.output.parent.iterdir()) == []
 
 
 def test_ctrl_c_during_encoding(

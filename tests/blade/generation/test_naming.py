@@ -153,6 +153,18 @@ def test_a_record_of_an_earlier_version_counts(tiny) -> None:
     assert len(generate_list(tiny(), [PROMPT]).skipped) == 1
 
 
+def test_a_record_from_before_eight_bits_is_of_full_precision(tiny) -> None:
+    sparse = {"attention": "asa", "sparsity": 0.5, "dense_steps": 0, "dense_layers": ()}
+    (made,) = generate_list(tiny(**sparse), [PROMPT]).made
+    record = json.loads(made.record_path.read_text())
+    assert record.pop("precision") == record["blade_config"].pop("precision") == "full"
+    made.record_path.write_text(json.dumps(record))
+    assert len(generate_list(tiny(**sparse), [PROMPT]).skipped) == 1
+    (other,) = generate_list(tiny(**sparse, precision="int8"), [PROMPT]).made
+    assert other.record["precision"] == other.record["blade_config"]["precision"] == "int8"
+    assert other.video_path.read_bytes() != made.video_path.read_bytes()
+
+
 def test_a_list_makes_the_comparison_that_is_missing(tiny) -> None:
     request = tiny(attention="asa", sparsity=0.5, dense_steps=0, dense_layers=())
     generate_list(request, [PROMPT])

@@ -109,7 +109,7 @@ def test_help_and_completion_do_not_wait_for_pytorch() -> None:
 
 @pytest.mark.parametrize(
     ("words", "completed"),
-    [("--pr", {"--preset", "--prompt", "--prompts"}), ("--offload s", {"sequential"}), ("--dtype b", {"bfloat16"})],
+    [("--pre", {"--precision", "--preset"}), ("--offload s", {"sequential"}), ("--dtype b", {"bfloat16"})],
 )
 def test_the_shell_completes(words: str, completed: set[str], tmp_path: Path) -> None:
     command = tmp_path / "blade-generate"
