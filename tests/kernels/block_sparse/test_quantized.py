@@ -1,6 +1,8 @@
 """Attention with 8-bit queries and keys: the kernel against the specification, and its error against float64."""
 
 import importlib.util
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from blade_kernels.block_mask import BlockMask
 from blade_kernels.block_sparse import block_sparse_attention
 from blade_kernels.block_sparse.quantized import dequantize, mean_keys, quantize, rounded_inputs
 
+SCRIPTS = Path(__file__).resolve().parents[3] / "scripts"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KINDS = [None, "all", "dropped"]
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
@@ -76,25 +79,16 @@ def test_half_precision_and_other_blocks(case, dtype, block):
 
 
 def published_scheme(inputs):
-    """SageAttention: queries in blocks of 128, keys, without their mean, of 64, weights and values in float16."""
-    q, k, v = (x.float() for x in (inputs.q, inputs.k, inputs.v))
-    mean = k.mean(1, keepdim=True)
-
-    def rounded(x, block):
-        parts = x.split(block, 1)
-        scales = [part.abs().amax((1, 3), keepdim=True) / 127 for part in parts]
-        return torch.cat([(part / scale).round() * scale for part, scale in zip(parts, scales, strict=True)], 1)
-
-    logits = torch.einsum("bshd,bthd->bhst", rounded(q, 128), rounded(k - mean, 64)) * q.shape[-1] ** -0.5
-    row = torch.arange(q.shape[1]) // inputs.mask.block_size[0]
-    column = torch.arange(k.shape[1]) // inputs.mask.block_size[1]
-    visible = inputs.mask.keep[:, :, row][..., column]
-    weights = logits.masked_fill(~visible, -torch.inf)
-    top = weights.amax(-1, keepdim=True)
-    weights = (weights - top).exp()
-    total = weights.sum(-1, keepdim=True)
-    out = (weights.half().float() @ v.half().float().transpose(1, 2)) / total
-    return out.transpose(1, 2)
+    """SageAttention's output over the kept blocks."""
+    sys.path.insert(0, str(SCRIPTS))
+    try:
+        from compare_precisions import as_published
+    finally:
+        sys.path.remove(str(SCRIPTS))
+    row = torch.arange(inputs.q.shape[1]) // inputs.mask.block_size[0]
+    column = torch.arange(inputs.k.shape[1]) // inputs.mask.block_size[1]
+    keep = inputs.mask.keep[:, :, row][..., column]
+    return as_published(inputs.q.float(), inputs.k.float(), inputs.v.float(), keep)
 
 
 @pytest.mark.parametrize("spread", [1.0, 3.0])
