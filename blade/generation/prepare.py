@@ -7,7 +7,7 @@ from dataclasses import replace
 from blade.generation.plan import plan_run
 from blade.generation.request import GenerationRequest, ResolvedRequest, check_known, read_config
 from blade.generation.resolve import resolve_request
-from blade.models.acceleration import choose_offload, load_loras, merge_loras, place
+from blade.models.acceleration import check_quantizable, choose_offload, load_loras, merge_loras, place
 from blade.models.conditions import model_for
 from blade.models.devices import resolve_device, resolve_dtype
 from blade.models.loaded import LoadedModel
@@ -34,6 +34,7 @@ def prepare_model(request: GenerationRequest) -> tuple[LoadedModel, ResolvedRequ
     offload = request.offload
     if offload != "none" and device.type == "cpu":
         raise ValueError(f"`offload` must be none on the CPU, where weights are already, got {offload!r}.")
+    check_quantizable(request.quantize, device)
     if request.config is not None and request.attention != "dense":
         request = replace(request, config=None, blade_config=read_config(request.config))
     if offload == "auto":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -27,6 +28,18 @@ BOTH_LORAS = (
 )
 """Advice for a LoRA that is for one of two transformers."""
 
+
+TORCHAO_CONFIGS = {
+    "int8": ("torchao.quantization", "Int8WeightOnlyConfig"),
+    "fp8": ("torchao.quantization", "Float8WeightOnlyConfig"),
+    "int8-dynamic": ("torchao.quantization", "Int8DynamicActivationInt8WeightConfig"),
+    "fp8-dynamic": ("torchao.quantization", "Float8DynamicActivationFloat8WeightConfig"),
+    "nvfp4": ("torchao.prototype.mx_formats", "NVFP4DynamicActivationNVFP4WeightConfig"),
+}
+"""Module and name of torchao's configuration of each quantization."""
+
+LEAST_CAPABILITIES = {"int8-dynamic": (8, 0), "fp8-dynamic": (8, 9), "nvfp4": (10, 0)}
+"""Compute capability from which on a GPU multiplies in the type of a quantization."""
 
 LOADERS = tuple(map(logging.getLogger, ("diffusers.loaders.peft", "diffusers.utils.peft_utils")))
 """Loggers of what Diffusers says about a LoRA's keys, in different versions."""
@@ -116,19 +129,45 @@ def quantize(model: LoadedModel, kind: str) -> None:
 
     Args:
         model: the model, its LoRAs merged.
-        kind: one of `QUANTIZATIONS`. Matrices are multiplied in the model's own type.
+        kind: one of `QUANTIZATIONS`.
 
     Raises:
-        ValueError: if torchao is not installed.
+        ValueError: if torchao is not installed, or its version lacks this.
     """
     try:
-        from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
+        from torchao.quantization import quantize_
     except ImportError:
         raise ValueError('`quantize` needs torchao: pip install "blade-video[quantize]".') from None
+    module, name = TORCHAO_CONFIGS[kind]
+    try:
+        config = getattr(import_module(module), name)()
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"`quantize` {kind} needs a newer torchao: {first_line(error)}") from error
     for transformer in model.transformers.values():
-        config = Int8WeightOnlyConfig() if kind == "int8" else Float8WeightOnlyConfig()
         for block in model.family.blocks(transformer):
             quantize_(block, config)
+
+
+def check_quantizable(kind: str | None, device: torch.device) -> None:
+    """Check that a device multiplies in the type of a quantization.
+
+    Args:
+        kind: one of `QUANTIZATIONS`, or None.
+        device: the device.
+
+    Raises:
+        ValueError: if it cannot.
+    """
+    least = LEAST_CAPABILITIES.get(kind or "")
+    if least is None or (device.type == "cpu" and kind == "int8-dynamic"):
+        return
+    found = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    if found is None or found < least:
+        shown = str(device) if found is None else f"{device} of {found[0]}.{found[1]}"
+        raise ValueError(
+            f"`quantize` {kind} needs a GPU of compute capability {least[0]}.{least[1]} or later, got {shown}; "
+            "int8 and fp8 run everywhere."
+        )
 
 
 def enable_cache(model: LoadedModel, text: str) -> None:

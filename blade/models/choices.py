@@ -10,7 +10,7 @@ from blade.common.checks import MOST_STEPS, meant, shortened
 
 DtypeName = Literal["float32", "bfloat16", "float16"]
 Offload = Literal["none", "model", "sequential", "group", "auto"]
-Quantization = Literal["int8", "fp8"]
+Quantization = Literal["int8", "fp8", "int8-dynamic", "fp8-dynamic", "nvfp4"]
 
 DTYPE_NAMES = get_args(DtypeName)
 """Dtypes that the transformer and the text encoder can run in."""
@@ -19,7 +19,8 @@ OFFLOADS = get_args(Offload)
 """Ways of keeping weights on the CPU while they are not needed, fastest first; "auto" takes the fastest that fits."""
 
 QUANTIZATIONS = get_args(Quantization)
-"""Types that the weights of the transformers' linear layers can be stored in."""
+"""Types that the weights of the transformers' linear layers can be stored in; with `-dynamic`, and as `nvfp4`, the
+layers also multiply in that type, their inputs being rounded as they come."""
 
 CACHES = {"first-block": 0.05, "pyramid": 2}
 """Diffusers' caches, each with the default of its number: the residual's threshold below which all blocks but the
