@@ -80,7 +80,7 @@ METHODS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     **{f"int8, blocks of {block}": lambda q, k, v, block=block: in_eight_bits(q, k, v, block) for block in BLOCKS},
     "SageAttention, as published": as_published,
 }
-"""What is compared, by name."""
+"""Compared ways of multiplying queries and keys, by name."""
 
 
 def errors(heads: Heads, method: Callable[[Tensor, Tensor, Tensor], Tensor]) -> list[float]:

@@ -45,9 +45,9 @@ class Readable:
     path: Path
     read: Callable[[Path], Any]
     taken: Callable[[Any], Any]
-    """What was read, as the JSON value that the file would hold."""
+    """Return the values that were read as the file would hold them."""
     whole: bool = True
-    """Whether every value of the file must have been taken; otherwise those alone that `taken` has."""
+    """Every value of the file must have been taken; otherwise those alone that `taken` has."""
 
 
 def readable_files(folder: Path, record: Path) -> list[Readable]:

@@ -30,7 +30,7 @@ from blade.cli.command import run_script
 from blade.common.tables import markdown_table
 
 FAULTS = ("half-written file", "leftover", "traceback", "wrong end", "another result", "silent acceptance")
-"""What may be wrong after a command that was broken and started again, or about how a damaged file was read."""
+"""Faults of a command that was broken and started again, or of how a damaged file was read."""
 
 CALLS = 12
 """Calls of `os.replace` and `os.fsync` among which a placed fault is drawn; commands that make fewer stay whole."""

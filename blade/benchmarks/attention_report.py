@@ -28,7 +28,7 @@ BLOCKS = {
     "random": "drawn at random in every head and row",
     "patterns": "by head patterns (diagonal, multi-diagonal, vertical and window in turn)",
 }
-"""How the blocks of a benchmark are chosen, in words."""
+"""Choices of blocks, in words."""
 
 
 def tables(report: dict[str, Any]) -> list[Table]:

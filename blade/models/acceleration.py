@@ -104,7 +104,8 @@ def _tell_unused(model: LoadedModel, source: str, place: Mapping[str, Any], adap
     """Warn of the keys of a LoRA's file that have no use."""
     state = model.pipe.lora_state_dict(**place)
     keys = state[0] if isinstance(state, tuple) else state
-    if unused := unused_keys(keys, model.transformers, adapter):
+    unused = unused_keys(keys, model.transformers, adapter)
+    if 0 < len(unused) < len(keys):  # where all of them are unknown, they are named in another way
         shown = ", ".join(unused[:SHOWN_KEYS]) + (", ..." if len(unused) > SHOWN_KEYS else "")
         logger.warning(
             f"`loras` {source}: {len(unused):,} of {len(keys):,} keys match no module of "
@@ -161,9 +162,9 @@ def check_quantizable(kind: str | None, device: torch.device) -> None:
     least = LEAST_CAPABILITIES.get(kind or "")
     if least is None or (device.type == "cpu" and kind == "int8-dynamic"):
         return
-    found = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-    if found is None or found < least:
-        shown = str(device) if found is None else f"{device} of {found[0]}.{found[1]}"
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    if capability is None or capability < least:
+        shown = str(device) if capability is None else f"{device} of {capability[0]}.{capability[1]}"
         raise ValueError(
             f"`quantize` {kind} needs a GPU of compute capability {least[0]}.{least[1]} or later, got {shown}; "
             "int8 and fp8 run everywhere."

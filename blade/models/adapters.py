@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 PARAMETER = re.compile(
     r"\.(lora_(A|B|embedding_A|embedding_B|magnitude_vector)|lora\.(down|up)|alpha|diff|diff_b)\b.*$"
 )
-"""What stands behind a module's name in a key of a LoRA's file."""
+"""Ending of a LoRA's key, behind the module's name."""
 
 Reach = Mapping[str, int]
 """Number of modules that a LoRA or student changes, by transformer."""

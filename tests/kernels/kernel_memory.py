@@ -32,7 +32,7 @@ class KernelMemoryError(AssertionError):
 
 
 class Launch:
-    """What one launch of a kernel may touch, and what its programs have stored so far."""
+    """Memory of one launch of a kernel, and the stores of its programs so far."""
 
     def __init__(self, kernel: str, named: list[tuple[str, Any]]) -> None:
         spans: list[tuple[int, int, str]] = []

@@ -1,1 +1,1 @@
-"""All that there is to measure about one card, in a given time and best first."""
+"""Benchmark of one card in a given time, best first."""

@@ -1,4 +1,4 @@
-"""The benchmark of a card: steps in a process of their own, until all are done or the time is over."""
+"""Benchmark of a card: steps in another process, until all are done or the time is over."""
 
 from __future__ import annotations
 

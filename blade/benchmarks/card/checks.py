@@ -1,4 +1,4 @@
-"""Whether the kernels compute what they should on a device: against the specification in float64."""
+"""Correctness checks of the kernels on a device, against the specification in float64."""
 
 from __future__ import annotations
 
@@ -47,16 +47,16 @@ def check_attention(implementation: str, device: torch.device, *, small: bool = 
     cases = {kind: (5 * block - 12, kind) for kind in POOLED}
     if not small:
         cases["many blocks"] = (37 * block - 50, "none")
-    found: dict[str, float] = {}
+    errors: dict[str, float] = {}
     for name, (tokens, kind) in cases.items():
         inputs = _Inputs(tokens, block, kind, device, half)
         results = inputs.results(lambda *given: _attend(implementation, *given), half)
         plain = inputs.results(dense_attention, half)
         exact = inputs.results(dense_attention, torch.float64)
         for what, *values in zip(("output", "log-sum-exp", "dq", "dk", "dv"), results, plain, exact, strict=True):
-            found[f"{name}, {what}"] = _relative_error(*values)
-    _refuse(found, f"`{implementation}`")
-    return found
+            errors[f"{name}, {what}"] = _relative_error(*values)
+    _refuse(errors, f"`{implementation}`")
+    return errors
 
 
 def _attend(implementation: str, q: Tensor, k: Tensor, v: Tensor, *given: Any) -> tuple[Tensor, Tensor]:
@@ -108,24 +108,25 @@ def check_selection(device: torch.device) -> dict[str, float]:
     generator = torch.Generator().manual_seed(0)
     q, k = (torch.randn(2, 1000, 3, 64, generator=generator).to(device) for _ in range(2))
     offsets = torch.arange(0, 64, 8, device=device).expand(3, -1)
-    found: dict[str, float] = {}
+    errors: dict[str, float] = {}
     for statistic in STATISTICS:
-        one, other = (
+        scores, expected_scores = (
             sampled_importance(q, k, offsets, offsets, (64, 64), statistic=statistic, implementation=name)
             for name in (implementation, "naive")
         )
-        found[statistic] = float((one - other).abs().max() / other.abs().max())
-        if not found[statistic] <= 1e-3:
-            raise WrongResultError(f"scores by `{statistic}` differ by {found[statistic]:.2g} of the largest")
+        errors[statistic] = float((scores - expected_scores).abs().max() / expected_scores.abs().max())
+        if not errors[statistic] <= 1e-3:
+            raise WrongResultError(f"scores by `{statistic}` differ by {errors[statistic]:.2g} of the largest")
         for budget in ("row", "layer"):
             options: dict[str, Any] = {"max_blocks": 4, "extra_blocks": 3, "budget": budget}
             kept, expected = (
-                select_blocks(other, (64, 64), implementation=name, **options) for name in (implementation, "naive")
+                select_blocks(expected_scores, (64, 64), implementation=name, **options)
+                for name in (implementation, "naive")
             )
             kept.check_values()
             if not torch.equal(kept.keep, expected.keep):
                 raise WrongResultError(f"blocks by `{statistic}` of a budget by {budget} are other ones")
-    return found
+    return errors
 
 
 def check_norm_rope(device: torch.device) -> dict[str, float]:
@@ -143,24 +144,24 @@ def check_norm_rope(device: torch.device) -> dict[str, float]:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 300, 3, 64, generator=generator).to(device)
     angles = torch.randn(300, 32, generator=generator).repeat_interleave(2, -1).to(device)
-    found = {}
+    errors = {}
     for norm in NORMS:
-        one, plain, exact = (
+        result, plain, exact = (
             qk_norm_rope(
                 x.to(dtype), norm=norm, cos=angles.cos().to(dtype), sin=angles.sin().to(dtype), implementation=name
             )
             for name, dtype in ((implementation, half), ("naive", half), ("naive", torch.float64))
         )
-        found[norm] = _relative_error(one, plain, exact)
-    _refuse(found, "`qk_norm_rope`")
-    return found
+        errors[norm] = _relative_error(result, plain, exact)
+    _refuse(errors, "`qk_norm_rope`")
+    return errors
 
 
-def _relative_error(found: Tensor, plain: Tensor, exact: Tensor) -> float:
+def _relative_error(result: Tensor, plain: Tensor, exact: Tensor) -> float:
     """Return the error of a result as a multiple of the plain computation's, which counts as one rounding at least."""
-    if not bool(found.isfinite().all()):
+    if not bool(result.isfinite().all()):
         return float("inf")
-    error, bound = ((x.double() - exact.double()).square().mean().sqrt() for x in (found, plain))
+    error, bound = ((x.double() - exact.double()).square().mean().sqrt() for x in (result, plain))
     rounding = torch.finfo(torch.float32).eps * exact.double().square().mean().sqrt()
     return float(error / torch.maximum(bound, rounding))
 

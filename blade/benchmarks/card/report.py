@@ -23,29 +23,29 @@ Report = dict[str, Any]
 
 def tables(report: Report) -> list[Table]:
     """Return a report's tables: what was done, then one or more for each part that has results."""
-    found = [Table("Steps", ["part", "step", "state", "seconds", ""], [*map(_step_row, report["steps"])])]
+    sections = [Table("Steps", ["part", "step", "state", "seconds", ""], [*map(_step_row, report["steps"])])]
     for blocks in attention_report.BLOCKS:
         if (merged := _attention(report, blocks)) is not None:
             kind = "" if blocks == "random" else f", {blocks}"
-            found += [
+            sections += [
                 Table(f"Attention{kind}: {table.title}", table.headings, table.rows)
                 for table in attention_report.tables(merged)
             ]
     for result in _results(report, "generation"):
-        found += [
+        sections += [
             Table(f"Videos: {table.title}", table.headings, table.rows) for table in generation_report.tables(result)
         ]
     for result in _results(report, "distillation"):
         row = [result["recipe"], f"{result['seconds_update']:.2f}", f"{result['peak_gib']:.1f}"]
-        found.append(
+        sections.append(
             Table("An update of a distillation", ["recipe, a prompt an update", "seconds", "peak GiB"], [row])
         )
     for result in _results(report, "tuning"):
         rows = [[*_launch(trial), "yes" if trial["shipped"] else ""] for trial in result["best"].values()]
-        found.append(Table("Fastest launch configurations", ["kernel", "configuration", "ms", "shipped"], rows))
+        sections.append(Table("Fastest launch configurations", ["kernel", "configuration", "ms", "shipped"], rows))
     if compared := report.get("compared"):
-        found.append(Table(f"Against {compared['with']}", ["", "ms before", "ms now", "times"], _changes(compared)))
-    return found
+        sections.append(Table(f"Against {compared['with']}", ["", "ms before", "ms now", "times"], _changes(compared)))
+    return sections
 
 
 def _step_row(step: Report) -> list[str]:
@@ -72,25 +72,27 @@ def _results(report: Report, part: str) -> Iterator[Report]:
 
 def _attention(report: Report, blocks: str) -> Report | None:
     """Return the benchmarks of attention as one; None if there is none."""
-    results = [one for one in _results(report, "attention") if one["settings"]["blocks"] == blocks and one["cases"]]
-    return {**results[0], "cases": [case for one in results for case in one["cases"]]} if results else None
+    results = [
+        item for item in _results(report, "attention") if item["settings"]["blocks"] == blocks and item["cases"]
+    ]
+    return {**results[0], "cases": [case for item in results for case in item["cases"]]} if results else None
 
 
 def times(report: Report) -> dict[str, float]:
     """Return the milliseconds that a report has, by what took them."""
-    found: dict[str, float] = {}
+    by_name: dict[str, float] = {}
     for blocks in attention_report.BLOCKS:
         for case in (_attention(report, blocks) or {"cases": []})["cases"]:
             size = f"{case['model'] or 'layer'}, {case['tokens']} tokens, density {case['density']}, {blocks}"
             for candidate, passes in case["ms"].items():
-                found |= {f"{size}: {candidate}, {name}": ms for name, ms in passes.items()}
+                by_name |= {f"{size}: {candidate}, {name}": ms for name, ms in passes.items()}
     for result in _results(report, "generation"):
         model = f"{result['settings']['model']}, {result['tokens']} tokens"
-        found |= {f"{model}: {name} pass": ms for name, ms in result["pass_ms"].items()}
-        found[f"{model}: decoding"] = 1e3 * result["decoding_seconds"]
+        by_name |= {f"{model}: {name} pass": ms for name, ms in result["pass_ms"].items()}
+        by_name[f"{model}: decoding"] = 1e3 * result["decoding_seconds"]
     for result in _results(report, "distillation"):
-        found[f"{result['recipe']}: update"] = 1e3 * result["seconds_update"]
-    return found
+        by_name[f"{result['recipe']}: update"] = 1e3 * result["seconds_update"]
+    return by_name
 
 
 def compare(report: Report, before: Report, name: str) -> Report:

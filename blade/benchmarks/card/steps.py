@@ -1,4 +1,4 @@
-"""What is measured about a card, best first, at the sizes of published models or, on a CPU, in small."""
+"""Measurements of a card, best first, at the sizes of published models or, on a CPU, in small."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ MEASURED_PASSES = 6
 """Passes of a generation that are timed: three steps with guidance."""
 
 VIDEO = ("model", "height", "width", "frames", "steps")
-"""What a protocol of comparisons says of videos."""
+"""Fields of a comparison protocol that describe a video."""
 
 LIMIT = 120.0
 """Seconds after which a step counts as hung."""
@@ -140,8 +140,9 @@ def _generate(device: torch.device, _: OnPartial) -> Report:
 
 def _smallest() -> ComparisonProtocol:
     """Return the protocol with the fewest pixels of those whose model is known without a network."""
-    known = [one for one in comparison_protocols().values() if one.model in published_configurations()]
-    return min(known, key=lambda one: one.height * one.width * one.frames)
+    known = published_configurations()
+    protocols = [protocol for protocol in comparison_protocols().values() if protocol.model in known]
+    return min(protocols, key=lambda protocol: protocol.height * protocol.width * protocol.frames)
 
 
 def _distill(device: torch.device, _: OnPartial) -> Report:

@@ -1,4 +1,4 @@
-"""What may crash a card, at the size of a layer of 75,600 tokens in 40 heads, a call at a time."""
+"""Calls that may crash a card, at the size of a layer of 75,600 tokens in 40 heads."""
 
 from __future__ import annotations
 
@@ -74,10 +74,10 @@ def call_suspect(name: str, device: torch.device, size: LayerSize = LayerSize())
     expected = _sparse(name if name == "triton" else other, cut, q, k, v, grad)
     if not name.startswith("flex"):
         return {}
-    found = _sparse("flex", cut if "longest" in name else whole, q, k, v, grad)
+    results = _sparse("flex", cut if "longest" in name else whole, q, k, v, grad)
     return {
-        what: float((one.float() - two.float()).square().mean().sqrt() / two.float().square().mean().sqrt())
-        for what, one, two in zip(("output", "dq", "dk", "dv"), found, expected, strict=False)
+        name: float((result.float() - right.float()).square().mean().sqrt() / right.float().square().mean().sqrt())
+        for name, result, right in zip(("output", "dq", "dk", "dv"), results, expected, strict=False)
     }
 
 

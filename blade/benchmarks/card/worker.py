@@ -1,4 +1,4 @@
-"""The process that measures: what crashes it ends one step, and not the benchmark.
+"""Measuring process of `blade-bench gpu`: a crash ends one step, not the benchmark.
 
     python -m blade.benchmarks.card.worker DEVICE JOURNAL STEP ...
 
