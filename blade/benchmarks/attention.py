@@ -237,7 +237,8 @@ class _Layer:
             "whole": lambda q, k, v: candidate.attend(q, k, v, self._select(q, k, count)),
         }
         if self.settings.blocks == "patterns" and density < 1:
-            plan = replace(self._plan(density), implementation=candidate.name)
+            implementation, _, precision = candidate.name.partition(", ")
+            plan = replace(self._plan(density), implementation=implementation, precision=precision or "full")
             rows = (self._pattern_ids(),)
             head_places = plan.head_places(rows)
             forwards["whole"] = lambda q, k, v: plan.attend(q, k, v, rows, places=head_places)[0]

@@ -44,7 +44,8 @@ class Candidate:
     """A way to compute attention, and the inputs with which it is measured."""
 
     name: str
-    """Name in tables, plots and records; for BLADE's implementations, the name of the implementation."""
+    """Name in tables, plots and records; for BLADE's implementations, the implementation's and, after a comma,
+    the precision's where it is not full."""
     attend: Attend
     """Computes attention."""
     sparse: bool = False
@@ -146,11 +147,11 @@ def _dense(backend: SDPBackend, takes: Takes) -> tuple[Candidate, Candidate]:
     )
 
 
-def _implementation(name: str, **conditions: Any) -> Candidate:
-    """Declare one of BLADE's implementations of block-sparse attention."""
+def _implementation(name: str, precision: str = "full", **conditions: Any) -> Candidate:
+    """Declare one of BLADE's implementations of block-sparse attention, in a precision."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
-        return block_sparse_attention(q, k, v, mask, implementation=name)
+        return block_sparse_attention(q, k, v, mask, implementation=name, precision=precision)
 
     def refuses(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> str | None:
         try:
@@ -159,7 +160,8 @@ def _implementation(name: str, **conditions: Any) -> Candidate:
             return str(reason)
         return None
 
-    return Candidate(name=name, attend=attend, refuses=refuses, sparse=True, own=True, **conditions)
+    shown = name if precision == "full" else f"{name}, {precision}"
+    return Candidate(name=shown, attend=attend, refuses=refuses, sparse=True, own=True, **conditions)
 
 
 def _logits_fit(q: Tensor, block_size: int) -> bool:
@@ -187,6 +189,7 @@ CANDIDATES = {
         *_dense(SDPBackend.CUDNN_ATTENTION, _any),
         *_dense(SDPBackend.MATH, _logits_fit),
         _implementation("triton"),
+        _implementation("triton", "int8", takes=_half_on_cuda, has_backward=lambda q: False),
         _implementation("flex", has_backward=lambda q: q.is_cuda),
         # on CUDA it is only the last resort
         _implementation("cpu", takes=lambda q, block_size: not q.is_cuda),

@@ -16,6 +16,9 @@ from torch import Tensor
 FACTOR = 2.0
 """Times the error of the plain computation in the same precision that a kernel's may be."""
 
+LARGEST_INT8_ERROR = 0.01
+"""Largest difference of the kernel in 8 bits, whose values and weights are bfloat16."""
+
 POOLED = ("none", "all", "dropped")
 """Pooled tokens that share the softmax."""
 
@@ -65,6 +68,34 @@ def _attend(implementation: str, q: Tensor, k: Tensor, v: Tensor, *given: Any) -
         q, k, v, mask, pooled=pooled, key_lengths=lengths, scale=scale, return_lse=True, implementation=implementation
     )
     return out, lse
+
+
+def check_int8(device: torch.device) -> dict[str, float]:
+    """Check block-sparse attention in 8 bits: the integers' products, with each kind of pooled tokens.
+
+    Returns:
+        By case, the difference of the output from the specification's in 8 bits: root mean square, relative.
+
+    Raises:
+        WrongResultError: if one is above `LARGEST_INT8_ERROR`.
+        NotImplementedError: if the kernel cannot run here.
+    """
+    half = torch.bfloat16 if device.type == "cuda" else torch.float32
+    implementation, errors = "triton" if device.type == "cuda" else "cpu", dict[str, float]()
+    for kind in POOLED:
+        inputs = _Inputs(5 * 64 - 12, 64, kind, device, half)
+        q, k, v = inputs.tensors
+        pooled = pool_tokens(k, v, 64, block_size=64 if kind == "dropped" else None) if kind != "none" else None
+        result, right = (
+            block_sparse_attention(
+                q, k, v, inputs.mask, pooled=pooled, key_lengths=inputs.lengths, implementation=name, precision="int8"
+            ).double()
+            for name in (implementation, "naive")
+        )
+        errors[kind] = float((result - right).norm() / right.norm())
+        if not errors[kind] <= LARGEST_INT8_ERROR:
+            raise WrongResultError(f"8 bits with pooled tokens {kind} differ by {errors[kind]:.2g}")
+    return errors
 
 
 class _Inputs:

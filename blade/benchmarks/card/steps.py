@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 
 from blade.benchmarks.attention import PASSES, AttentionBenchmark, run_attention_benchmark
-from blade.benchmarks.card.checks import check_attention, check_norm_rope, check_selection
+from blade.benchmarks.card.checks import check_attention, check_int8, check_norm_rope, check_selection
 from blade.benchmarks.card.suspects import SUSPECTS, LayerSize, call_suspect
 from blade.benchmarks.layers import AttentionShape, model_shapes
 from blade.families.data import ComparisonProtocol
@@ -88,6 +88,7 @@ def _checks(small: bool) -> list[Step]:
 
     return [
         *map(attention, ("triton", "flex", "cpu")),
+        Step("attention in 8 bits", "correctness", lambda device, _: {"errors": check_int8(device)}),
         Step("selection", "correctness", lambda device, _: {"errors": check_selection(device)}),
         Step("norms and RoPE", "correctness", lambda device, _: {"errors": check_norm_rope(device)}),
     ]

@@ -73,14 +73,14 @@ def test_the_table_on_cuda(monkeypatch):
     half = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, shape=(1, 64, 2, 64))
     dense = ["flash", "flash, deterministic", "efficient", "cudnn", "math"]
     peers = ["flash-attn", "flash-attn 3", "sageattention"]
-    assert names_for(half, 128) == [*dense, "triton", "flex", *peers, "SpargeAttn"]
-    assert names_for(half, 64) == [*dense, "triton", "flex", *peers, "fastvideo-kernel"]
+    assert names_for(half, 128) == [*dense, "triton", "triton, int8", "flex", *peers, "SpargeAttn"]
+    assert names_for(half, 64) == [*dense, "triton", "triton, int8", "flex", *peers, "fastvideo-kernel"]
     batch = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, shape=(2, 64, 2, 64))
-    assert names_for(batch, 64) == [*dense, "triton", "flex", *peers]
+    assert names_for(batch, 64) == [*dense, "triton", "triton, int8", "flex", *peers]
     single = SimpleNamespace(is_cuda=True, dtype=torch.float32, shape=(1, 64, 2, 64))
     assert names_for(single, 128) == [*dense, "triton", "flex"]
     without = {candidate.name for candidate in candidates_for(half, 128) if not candidate.has_backward(half)}
-    assert without == {"sageattention", "SpargeAttn"}
+    assert without == {"triton, int8", "sageattention", "SpargeAttn"}
 
 
 def test_versions_of_peers_are_recorded():
