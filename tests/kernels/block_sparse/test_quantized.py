@@ -13,6 +13,7 @@ from blade_kernels.block_sparse.quantized import dequantize, mean_keys, quantize
 SCRIPTS = Path(__file__).resolve().parents[3] / "scripts"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KINDS = [None, "all", "dropped"]
+pytestmark = [pytest.mark.gpu] if torch.cuda.is_available() else []
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
 
