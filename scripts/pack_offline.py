@@ -127,7 +127,7 @@ def pack(files: Sequence[Path], output: Path, part_bytes: int) -> list[Path]:
 def _archive(part: Sequence[tuple[str, Path, int, int]]) -> bytes:
     """Return pieces as a tar archive."""
     buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as archive:
+    with tarfile.TarFile(fileobj=buffer, mode="w") as archive:
         for name, path, start, size in part:
             member = tarfile.TarInfo(name)
             member.size = size

@@ -200,5 +200,5 @@ class _Run:
             raise RuntimeError(f"the process that measures ended with exit code {code}: {self._last_error()}")
 
     def _last_error(self) -> str:
-        text = self.errors.read_text(errors="replace").strip() if self.errors.exists() else ""
+        text = self.errors.read_text(encoding="utf-8", errors="replace").strip() if self.errors.exists() else ""
         return text.rpartition("\n")[2] or "nothing was said"
