@@ -15,9 +15,11 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -42,7 +44,7 @@ class Campaign:
     """Faults, and what was found of them."""
 
     def __init__(self, folder: Path, seed: int) -> None:
-        self.folder, self.chance = folder, random.Random(seed)
+        self.folder, self.seed, self.lock = folder, seed, threading.Lock()
         self.work = Work(folder)
         self.work.prompts.write_text(PROMPTS, encoding="utf-8")
         self.expected: dict[str, dict[str, Any]] = {}
@@ -51,20 +53,28 @@ class Campaign:
         self.broken = Counter[str]()
         self.found = Counter[tuple[str, str]]()
 
-    def run_whole(self) -> None:
-        """Run every command once without a fault, for its time and its result."""
-        for command in COMMANDS:
-            output = self.folder / f"whole-{command}"
-            began = time.monotonic()
-            ended = end(self.work.start(command, output))
-            self.seconds[command] = time.monotonic() - began
-            if ended.code:
-                raise RuntimeError(f"{command} fails without a fault: {ended.last_line}")
-            self.expected[command] = contents(output)
+    def run_whole(self, command: str) -> None:
+        """Run a command once without a fault, for its time and its result."""
+        output = self.folder / f"whole-{command}"
+        began = time.monotonic()
+        ended = end(self.work.start(command, output))
+        self.seconds[command] = time.monotonic() - began
+        if ended.code:
+            raise RuntimeError(f"{command} fails without a fault: {ended.last_line}")
+        self.expected[command] = contents(output)
+
+    def chance(self, kind: str, number: int = 0) -> random.Random:
+        """Return the random numbers of an attempt, the same whatever else is tried."""
+        return random.Random(f"{self.seed} {kind} {number}")
+
+    def count(self, counter: Counter[Any], key: Any, more: int = 1) -> None:
+        """Add to a counter that other threads add to."""
+        with self.lock:
+            counter[key] += more
 
     def note(self, kind: str, fault: str, detail: str) -> None:
         """Count a fault."""
-        self.found[kind, fault] += 1
+        self.count(self.found, (kind, fault))
         print(f"{kind}: {fault}: {detail}", flush=True)
 
     def check_said(self, kind: str, ended: Ended, codes: tuple[int, ...], *, says: tuple[str, ...] = ()) -> None:
@@ -87,18 +97,18 @@ class Campaign:
 
     def kill(self, number: int) -> None:
         """Kill a command at a random time, or inside a write, once or twice."""
-        command = COMMANDS[number % len(COMMANDS)]
+        command, chance = COMMANDS[number % len(COMMANDS)], self.chance("kill", number)
         output = self.folder / f"kill-{number}"
-        self.tried["kill"] += 1
-        for _ in range(self.chance.choice((1, 1, 2))):
-            if self.chance.random() < 0.5:
-                function = self.chance.choice(("replace", "fsync"))
-                ended = end(self.work.start(command, output, self.chance.randint(1, CALLS), function))
+        self.count(self.tried, "kill")
+        for _ in range(chance.choice((1, 1, 2))):
+            if chance.random() < 0.5:
+                function = chance.choice(("replace", "fsync"))
+                ended = end(self.work.start(command, output, chance.randint(1, CALLS), function))
                 self.check_said("kill", ended, (0, -signal.SIGKILL))
             else:
                 process = self.work.start(command, output)
-                sent = self.chance.choice((signal.SIGKILL, signal.SIGTERM, signal.SIGINT))
-                with_patience = self.chance.uniform(0, self.seconds[command])
+                sent = chance.choice((signal.SIGKILL, signal.SIGTERM, signal.SIGINT))
+                with_patience = chance.uniform(0, self.seconds[command])
                 try:
                     process.wait(with_patience)
                 except subprocess.TimeoutExpired:
@@ -106,19 +116,19 @@ class Campaign:
                 ended = end(process)
                 # before Python and PyTorch are up, a signal ends the process by itself
                 self.check_said("kill", ended, (0, -sent, 128 + sent))
-            self.broken["kill"] += ended.code != 0
+            self.count(self.broken, "kill", ended.code != 0)
         self.check_mended("kill", command, output)
 
     def fill_disk(self, number: int) -> None:
         """Let the disk be full from some write on."""
-        command = COMMANDS[number % len(COMMANDS)]
+        command, chance = COMMANDS[number % len(COMMANDS)], self.chance("full disk", number)
         output = self.folder / f"full-{number}" / "out"
         output.parent.mkdir()
-        self.tried["full disk"] += 1
-        with small_disk(output.parent, self.chance.choice((4, 8, 16, 32, 64))) as mounted:
-            place = 0 if mounted else self.chance.randint(1, CALLS)
+        self.count(self.tried, "full disk")
+        with small_disk(output.parent, chance.choice((4, 8, 16, 32, 64))) as mounted:
+            place = 0 if mounted else chance.randint(1, CALLS)
             ended = end(self.work.start(command, output, place, "fsync", "full"))
-            self.broken["full disk"] += ended.code != 0
+            self.count(self.broken, "full disk", ended.code != 0)
             says = ("No space left", "the disk of", "free on its disk") if ended.code else ()
             self.check_said("full disk", ended, (0, 1), says=says)
             if mounted:
@@ -127,13 +137,13 @@ class Campaign:
 
     def pair(self, number: int) -> None:
         """Start a command twice on one folder."""
-        command = COMMANDS[number % len(COMMANDS)]
+        command, chance = COMMANDS[number % len(COMMANDS)], self.chance("pair", number)
         output = self.folder / f"pair-{number}"
-        self.tried["pair"] += 1
+        self.count(self.tried, "pair")
         first = self.work.start(command, output)
-        time.sleep(self.chance.uniform(0, self.seconds[command] / 2))
+        time.sleep(chance.uniform(0, self.seconds[command] / 2))
         both = [end(process) for process in (first, self.work.start(command, output))]
-        self.broken["pair"] += any(ended.code for ended in both)
+        self.count(self.broken, "pair", any(ended.code for ended in both))
         if all(ended.code for ended in both):
             self.note("pair", "wrong end", f"{command}: neither works: {both[1].last_line}")
         for ended in both:
@@ -143,11 +153,11 @@ class Campaign:
     def fuzz(self, count: int) -> None:
         """Damage files that commands read."""
         record = self.folder / "whole-generate" / "ball.json"
-        files = readable_files(self.folder / "fuzzed", record)
+        files, chance = readable_files(self.folder / "fuzzed", record), self.chance("damaged file")
         for number in range(count):
             file = files[number % len(files)]
-            content = damaged(file.path.read_bytes(), self.chance)
-            self.tried["damaged file"] += 1
+            content = damaged(file.path.read_bytes(), chance)
+            self.count(self.tried, "damaged file")
             if found := fault_of(file, content):
                 self.note("damaged file", found[0], f"{file.name}: {found[1]}, of {describe(content)}")
 
@@ -171,14 +181,16 @@ def main(
     pairs: Annotated[int, typer.Option(help="Pairs of commands on one folder.")] = 4,
     fuzzed: Annotated[int, typer.Option(help="Files that are damaged.")] = 300,
     seed: Annotated[int, typer.Option(help="Seed of times, places and damages.")] = 0,
+    workers: Annotated[int, typer.Option(help="Attempts at a time.")] = 2,
 ) -> None:
     """Try the faults, and print a table; exit code 1 if anything is wrong."""
     with tempfile.TemporaryDirectory() as folder:
         campaign = Campaign(Path(folder), seed)
-        campaign.run_whole()
-        for count, attempt in ((kills, campaign.kill), (full_disks, campaign.fill_disk), (pairs, campaign.pair)):
-            for number in range(count):
-                attempt(number)
+        counts = ((kills, campaign.kill), (full_disks, campaign.fill_disk), (pairs, campaign.pair))
+        with ThreadPoolExecutor(workers) as pool:
+            list(pool.map(campaign.run_whole, COMMANDS))
+            for count, attempt in counts:
+                list(pool.map(attempt, range(count)))
         campaign.fuzz(fuzzed)
     rows = [
         [kind, f"{tried}", f"{campaign.broken[kind]}", *(f"{campaign.found[kind, fault]}" for fault in FAULTS)]

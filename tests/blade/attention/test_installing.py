@@ -1,6 +1,7 @@
 """BLADE goes on as a whole or not at all; copies and threads that would mix up its state are refused."""
 
 import copy
+import inspect
 import io
 import pickle
 import threading
@@ -11,6 +12,7 @@ from blade_pipelines.wan import WanFamily
 from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 from diffusers.hooks import HookRegistry
 from diffusers.hooks import ModelHook as DiffusersHook
+from diffusers.models.cache_utils import CacheMixin
 
 from blade import BladeConfig, apply_blade, blade_summary, remove_blade, use_blade
 from blade.attention.applied import applied_to
@@ -178,6 +180,8 @@ def test_a_second_thread_is_refused_and_the_first_is_not_disturbed(make_wan, wan
 
 def test_a_second_thread_does_not_change_the_step_between_passes(make_wan, wan_inputs):
     transformer = apply_blade(make_wan(), BladeConfig(sparsity=0.5, dense_steps=1, asa=DETAILS))
+    if "step_index" not in inspect.signature(CacheMixin.cache_context).parameters:
+        pytest.skip("this version of Diffusers does not say the step there")
 
     def other_run():
         with transformer.cache_context("cond", step_index=3, num_inference_steps=4):
