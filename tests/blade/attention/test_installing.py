@@ -180,7 +180,7 @@ def test_a_second_thread_is_refused_and_the_first_is_not_disturbed(make_wan, wan
 
 def test_a_second_thread_does_not_change_the_step_between_passes(make_wan, wan_inputs):
     transformer = apply_blade(make_wan(), BladeConfig(sparsity=0.5, dense_steps=1, asa=DETAILS))
-    if "step_index" not in inspect.signature(CacheMixin.cache_context).parameters:
+    if len(inspect.signature(CacheMixin.cache_context).parameters) == 2:  # itself and a name
         pytest.skip("this version of Diffusers does not say the step there")
 
     def other_run():
