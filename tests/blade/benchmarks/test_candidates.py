@@ -16,6 +16,15 @@ from blade.benchmarks.candidates import Candidate, candidates_for, recorded_pack
 from blade.benchmarks.layers import AttentionShape
 from blade.cli.bench import main
 
+SMALL = AttentionBenchmark(
+    shapes=(AttentionShape(tokens=44, head_dim=8),),
+    densities=(0.3,),
+    passes=("forward", "training"),
+    block_size=8,
+    repeats=1,
+    threads=1,
+)
+
 MODULE = """
 import torch
 from blade_kernels.crashes import DeviceCrashError
@@ -96,15 +105,7 @@ def test_a_name_is_given_once(added):
 
 def test_added_candidates_are_measured_and_reported(added, tmp_path):
     pytest.importorskip("matplotlib")
-    settings = AttentionBenchmark(
-        shapes=(AttentionShape(tokens=44, head_dim=8),),
-        densities=(0.3,),
-        passes=("forward", "training"),
-        block_size=8,
-        repeats=1,
-        threads=1,
-    )
-    report = run_attention_benchmark(settings, command="x")
+    report = run_attention_benchmark(SMALL, command="x")
     (case,) = report["cases"]
     assert case["sparse"] == ["cpu", "masked"] and case["error"]["masked"] < 1e-5
     assert set(case["ms"]["masked"]) == {"forward", "training"} and set(case["ms"]["einsum"]) == {"forward"}
@@ -139,16 +140,9 @@ def test_a_crash_of_a_gpu_is_not_taken_for_a_missing_feature(monkeypatch, place)
 
     monkeypatch.setattr(candidates, "CANDIDATES", dict(candidates.CANDIDATES))
     register_candidate(Candidate(name="crashing", attend=attend))
-    settings = AttentionBenchmark(
-        shapes=(AttentionShape(tokens=44, head_dim=8),),
-        densities=(0.3,),
-        passes=("forward", "training"),
-        block_size=8,
-        repeats=1,
-    )
     message = (
         r"`crashing`, .*density 1.0 has crashed cpu: CUDA error: an illegal memory access was encountered\. A new"
     )
     with pytest.raises(DeviceCrashError, match=message) as found:
-        run_attention_benchmark(settings)
+        run_attention_benchmark(SMALL)
     assert "\n" not in str(found.value) and calls

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from attention_call import attend
 from blade_kernels.block_mask import BlockMask
 from blade_kernels.block_sparse import block_sparse_attention
 from blade_kernels.block_sparse.quantized import dequantize, mean_keys, quantize, rounded_inputs
 
 SCRIPTS = Path(__file__).resolve().parents[3] / "scripts"
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KINDS = [None, "all", "dropped"]
 pytestmark = [pytest.mark.gpu] if torch.cuda.is_available() else []
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
@@ -24,23 +24,6 @@ def shifted(case, **options):
     common = 4 * torch.randn(1, 1, inputs.k.shape[2], 64, generator=generator)
     inputs.k = (inputs.k + common.to(inputs.k)).contiguous()
     return inputs
-
-
-def attend(inputs, implementation, **options):
-    pooled, lengths = inputs.pooled(), inputs.key_lengths
-    if pooled is not None:
-        moved = (x if x is None else x.to(DEVICE) for x in (pooled.k, pooled.v, pooled.log_weight, pooled.key_block))
-        pooled = type(pooled)(*moved)
-    out, lse = block_sparse_attention(
-        *(x.to(DEVICE) for x in (inputs.q, inputs.k, inputs.v)),
-        inputs.mask.to(DEVICE),
-        pooled=pooled,
-        key_lengths=None if lengths is None else lengths.to(DEVICE),
-        return_lse=True,
-        implementation=implementation,
-        **options,
-    )
-    return out.cpu(), lse.cpu()
 
 
 def error(found, exact):

@@ -7,6 +7,7 @@ import logging
 import blade_kernels.block_sparse.api as api
 import pytest
 import torch
+from attention_call import DEVICE, attend
 from blade_kernels import triton_support
 from blade_kernels.block_mask import BlockMask
 from blade_kernels.block_sparse import block_sparse_attention, pool_tokens, triton_attention
@@ -16,7 +17,6 @@ pytestmark = [pytest.mark.skipif(importlib.util.find_spec("triton") is None, rea
 if torch.cuda.is_available():
     pytestmark.append(pytest.mark.gpu)
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LENGTHS = [1, 63, 64, 129, 1000, 2049]
 KINDS = [None, "all", "dropped"]
 
@@ -39,24 +39,6 @@ def descriptors(request, monkeypatch):
     tiles = triton_attention._tiles
     monkeypatch.setattr(triton_attention, "_tiles", lambda *args: tiles(*args[:2], request.param))
     return request.param
-
-
-def attend(inputs, **arguments):
-    """Output and log-sum-exp of the kernels, on the CPU."""
-    pooled, lengths = inputs.pooled(), inputs.key_lengths
-    if pooled is not None:
-        moved = (x if x is None else x.to(DEVICE) for x in (pooled.k, pooled.v, pooled.log_weight, pooled.key_block))
-        pooled = type(pooled)(*moved)
-    out, lse = block_sparse_attention(
-        *(x.to(DEVICE) for x in (inputs.q, inputs.k, inputs.v)),
-        inputs.mask.to(DEVICE),
-        pooled=pooled,
-        key_lengths=lengths if lengths is None else lengths.to(DEVICE),
-        return_lse=True,
-        implementation="triton",
-        **arguments,
-    )
-    return out.cpu(), lse.cpu()
 
 
 def results(function, inputs, seed=0):
