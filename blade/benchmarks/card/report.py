@@ -132,7 +132,8 @@ def markdown(report: Report) -> str:
     lines = [f"# {device}", "", f"{report['date']}, {versions}. Measured for {minutes:g} minutes, best first.", ""]
     lines += [markdown_block(report["command"]), ""]
     lines.append(
-        "Errors of checks are multiples of what the plain computation in the same precision errs. Whole videos are "
+        "Errors of attention, norms and RoPE are multiples of what the plain computation in the same precision errs; "
+        "those of other checks are relative to the expected values. Whole videos are "
         "extrapolated from the passes in brackets, with random weights. In brackets of attention: how many times as "
         "fast as the fastest dense attention, and its speed per pair of query and key as a share of dense attention's."
     )
