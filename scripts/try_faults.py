@@ -136,13 +136,20 @@ class Campaign:
             self.check_mended("full disk", command, output)
 
     def pair(self, number: int) -> None:
-        """Start a command twice on one folder."""
+        """Start a command twice on one folder: at a random time, or while the first holds its lock and stands still."""
         command, chance = COMMANDS[number % len(COMMANDS)], self.chance("pair", number)
         output = self.folder / f"pair-{number}"
         self.count(self.tried, "pair")
         first = self.work.start(command, output)
-        time.sleep(chance.uniform(0, self.seconds[command] / 2))
-        both = [end(process) for process in (first, self.work.start(command, output))]
+        stands_still = number % 2 == 0 and command != "list"  # two lists wait for each other's videos
+        if stands_still:
+            stop_holding_a_lock(first, output)
+        else:
+            time.sleep(chance.uniform(0, self.seconds[command] / 2))
+        second = end(self.work.start(command, output))
+        if stands_still:
+            first.send_signal(signal.SIGCONT)
+        both = [end(first), second]
         self.count(self.broken, "pair", any(ended.code for ended in both))
         if all(ended.code for ended in both):
             self.note("pair", "wrong end", f"{command}: neither works: {both[1].last_line}")
@@ -160,6 +167,13 @@ class Campaign:
             self.count(self.tried, "damaged file")
             if found := fault_of(file, content):
                 self.note("damaged file", found[0], f"{file.name}: {found[1]}, of {describe(content)}")
+
+
+def stop_holding_a_lock(process: subprocess.Popen[str], output: Path) -> None:
+    """Halt a process as soon as it holds a lock in its folder, or let it end."""
+    while process.poll() is None and not any(output.glob(".blade-*.json")):
+        time.sleep(0.002)
+    process.send_signal(signal.SIGSTOP)
 
 
 @contextmanager

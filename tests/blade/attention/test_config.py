@@ -229,7 +229,7 @@ def test_a_folder_without_a_configuration_or_with_a_broken_one_is_refused(tmp_pa
     with pytest.raises(ValueError, match="cannot be read as JSON"):
         BladeConfig.from_pretrained(tmp_path)
     (tmp_path / CONFIG_NAME).write_text("[]")
-    with pytest.raises(ValueError, match="must hold a JSON object, got \[\]"):
+    with pytest.raises(ValueError, match=r"must hold a JSON object, got \[\]"):
         BladeConfig.from_pretrained(tmp_path)
 
 
