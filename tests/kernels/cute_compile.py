@@ -123,22 +123,17 @@ def main(architecture, names, folder):
     from blade_kernels.block_sparse import cute, cute_table
 
     cute.architecture = lambda device_type: architecture
-    for row in cute_table.ROWS:
-        if architecture not in row.architectures:
+    for kernel in cute_table.kernels_of(architecture):
+        if names and str(kernel) not in names:
             continue
-        for size in row.head_sizes:
-            for blocks in row.block_sizes:
-                kernel = cute_table.Kernel(row, architecture, size, blocks)
-                if names and str(kernel) not in names:
-                    continue
-                compiled.clear()
-                with cute.only_library(row.library):
-                    run(kernel)
-                code = list(folder.rglob("*.cubin"))
-                sizes = {path.name.partition(".")[0][-60:]: path.stat().st_size for path in code}
-                print(json.dumps({"kernel": str(kernel), "compiled": list(compiled), "cubins": sizes}), flush=True)
-                for path in code:  # kernels of other head sizes have the same names
-                    path.unlink()
+        compiled.clear()
+        with cute.only_library(kernel.row.library):
+            run(kernel)
+        code = list(folder.rglob("*.cubin"))
+        sizes = {path.name.partition(".")[0][-60:]: path.stat().st_size for path in code}
+        print(json.dumps({"kernel": str(kernel), "compiled": list(compiled), "cubins": sizes}), flush=True)
+        for path in code:  # kernels of other head sizes have the same names
+            path.unlink()
 
 
 def run(kernel):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from blade_kernels.block_sparse.cute_libraries import missing_library
-from blade_kernels.block_sparse.cute_table import ROWS, Kernel
+from blade_kernels.block_sparse.cute_table import ROWS, kernels_of
 
 SCRIPT = Path(__file__).with_name("cute_compile.py")
 REPRESENTATIVES = [
@@ -47,13 +47,4 @@ def test_representatives_compile(name) -> None:
 @pytest.mark.long
 @pytest.mark.parametrize("architecture", sorted({number for row in ROWS for number in row.architectures}))
 def test_all_kernels_compile(architecture) -> None:
-    check(
-        architecture,
-        [
-            str(Kernel(row, architecture, size, blocks))
-            for row in ROWS
-            for size in row.head_sizes
-            for blocks in row.block_sizes
-            if architecture in row.architectures
-        ],
-    )
+    check(architecture, [str(kernel) for kernel in kernels_of(architecture)])

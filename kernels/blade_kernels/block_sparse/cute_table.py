@@ -109,6 +109,21 @@ def kernels(
     )
 
 
+def kernels_of(architecture: int) -> list[Kernel]:
+    """List all kernels of an architecture.
+
+    Args:
+        architecture: compute capability, such as 90.
+    """
+    return [
+        Kernel(row, architecture, size, blocks)
+        for row in ROWS
+        for size in row.head_sizes
+        for blocks in row.block_sizes
+        if architecture in row.architectures
+    ]
+
+
 @functools.cache
 def verified() -> frozenset[str]:
     """Return the kernels that a card's report found right, by their names."""
