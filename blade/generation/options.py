@@ -37,7 +37,7 @@ from blade.models.choices import (
 )
 from blade.models.source import BUNDLED
 
-PRECISIONS = ("full", "int8")
+PRECISIONS = ("full", "int8", "fp8")
 
 ATTENTIONS = ("dense", "asa", "asa-gt", "patterns")
 """Attention methods."""
@@ -183,8 +183,9 @@ class SparseOptions(OptionGroup):
     steps from the start, dense ones first."""
     dense_layers: str | tuple[int, ...] | None = option(settled_by_student=True)
     """Layers that stay dense, such as "0-1,39"."""
-    precision: Literal["full", "int8"] | None = option(choices=PRECISIONS)
-    """full, or int8: sparse layers multiply queries and keys as 8-bit integers."""
+    precision: Literal["full", "int8", "fp8"] | None = option(choices=PRECISIONS)
+    """full; int8: sparse layers multiply queries and keys as 8-bit integers; or fp8: with them weights and values as
+    8-bit floats."""
 
     def check(self) -> None:
         """Check that there is such a preset, and nothing that it contradicts."""
