@@ -12,7 +12,6 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from blade.common.machine import GIB
@@ -20,10 +19,12 @@ from blade.common.terminal import printable
 from blade.generation.request import GenerationRequest, ResolvedRequest, check_known
 from blade.generation.resolve import describe_student, resolve_request
 from blade.models.conditions import model_for
-from blade.models.costs import RunCost, forward_cost, run_cost
+from blade.models.costs import RunCost, count_flops, forward_cost, run_cost
+from blade.models.decoder_weights import decoder_dtype, load_tiny_decoder
 from blade.models.devices import resolve_device, resolve_dtype
-from blade.models.loaded import LoadedModel
+from blade.models.loaded import LatentSize, LoadedModel
 from blade.models.loading import load_empty_model
+from blade.models.tiny_decoder import TinyDecoder
 from blade.students.loading import read_student
 
 
@@ -38,7 +39,7 @@ class RunPlan:
     text_flops: float
     """Of encoding the prompt, and with guidance the negative one."""
     decoding_flops: float
-    """Of the VAE's decoder."""
+    """Of the decoder: the VAE's own, or a tiny one."""
     weights_gib: dict[str, float]
     """Memory of the weights, by part of the pipeline."""
     activations_gib: dict[str, float]
@@ -102,6 +103,8 @@ def resolve_without_weights(request: GenerationRequest) -> tuple[LoadedModel, Re
     device = resolve_device(request.device)
     dtype = resolve_dtype(request.dtype, device)
     model = model_for(load_empty_model(request.model, revision=request.revision, dtype=dtype), request.condition)
+    if request.decoder_weights is not None:
+        model = replace(model, decoder=load_tiny_decoder(model, request.decoder_weights))
     student = None
     if request.student is not None:
         student = read_student(model.pipe, request.student, scheduler=request.scheduler, noise_kept=request.noise_kept)
@@ -134,7 +137,6 @@ def plan_run(request: GenerationRequest) -> RunPlan:
     )
     models = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
     inputs = model.example_inputs(latent)
-    vae, sample = pipe.vae, model.empty_latent(latent)
 
     def forward_pass() -> None:
         with family.without_values():
@@ -142,19 +144,38 @@ def plan_run(request: GenerationRequest) -> RunPlan:
 
     text_tokens = inputs["encoder_hidden_states"].shape[1]
     encoders = [part for name, part in models.items() if name.startswith("text_encoder")]
-    text_flops = sum(_flops(lambda: _encode(part, text_tokens)) for part in encoders)  # noqa: B023
+    text_flops = sum(count_flops(lambda: _encode(part, text_tokens)) for part in encoders)  # noqa: B023
+    decode, decoder_weights = _decoding(model, latent, decoder_dtype(transformer.dtype, device))
     return RunPlan(
         request=resolved,
         cost=cost,
         text_flops=text_flops * (2 if guidance else 1),
-        decoding_flops=_flops(lambda: vae.decode(sample, return_dict=False)),
-        weights_gib={name: _bytes(part) / GIB for name, part in models.items()},
+        decoding_flops=count_flops(decode),
+        weights_gib={name: _bytes(part) / GIB for name, part in models.items()} | decoder_weights,
         activations_gib={
             "transformer": peak_bytes(forward_pass) / GIB,
-            "decoding": peak_bytes(lambda: vae.decode(sample, return_dict=False)) / GIB,
+            "decoding": peak_bytes(decode) / GIB,
         },
         device_gib=torch.cuda.get_device_properties(device).total_memory / GIB if device.type == "cuda" else None,
     )
+
+
+def _decoding(
+    model: LoadedModel, latent: LatentSize, dtype: torch.dtype
+) -> tuple[Callable[[], object], dict[str, float]]:
+    """Return what decodes a latent, on the meta device, and the GiB of the weights of a tiny decoder, if it does."""
+    sample = model.empty_latent(latent)
+    if model.decoder is None:
+        return lambda: model.pipe.vae.decode(sample, return_dict=False), {}
+    with torch.device("meta"):
+        decoder = TinyDecoder(model.decoder.layout).to(dtype)
+    sample = sample.to(dtype)
+
+    def decode() -> None:
+        for _ in decoder.stream(sample):
+            pass
+
+    return decode, {"tiny decoder": _bytes(decoder) / GIB}
 
 
 def peak_bytes(function: Callable[[], object]) -> int:
@@ -207,12 +228,6 @@ class _Memory(TorchDispatchMode):
 
 def _storages(tree: Any) -> list[torch.UntypedStorage]:
     return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
-
-
-def _flops(function: Callable[[], object]) -> int:
-    with torch.no_grad(), torch.device("meta"), FlopCounterMode(display=False) as counter:
-        function()
-    return int(counter.get_total_flops())
 
 
 def _encode(encoder: nn.Module, tokens: int) -> object:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,6 +73,21 @@ class RunCost:
     def total(self) -> float:
         """All operations."""
         return sum(self.flops.values())
+
+
+def count_flops(function: Callable[[], object]) -> int:
+    """Count the operations of a call on PyTorch's meta device, by PyTorch's own counter.
+
+    Args:
+        function: makes and takes tensors of the meta device alone.
+
+    Returns:
+        Floating-point operations of products of matrices, convolutions and attention; a multiplication and an
+        addition are two.
+    """
+    with torch.no_grad(), torch.device("meta"), FlopCounterMode(display=False) as counter:
+        function()
+    return int(counter.get_total_flops())
 
 
 def forward_cost(
