@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,8 +16,11 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from blade.common.machine import GIB
 from blade.common.terminal import printable
+from blade.generation.prediction import Prediction, predict
 from blade.generation.request import GenerationRequest, ResolvedRequest, check_known
 from blade.generation.resolve import describe_student, resolve_request
+from blade.models.acceleration import LEAST_CAPABILITIES
+from blade.models.cards import find_card
 from blade.models.conditions import model_for
 from blade.models.costs import RunCost, count_flops, forward_cost, run_cost
 from blade.models.decoder_weights import decoder_dtype, load_tiny_decoder
@@ -46,6 +49,13 @@ class RunPlan:
     """Most memory beside the weights: of the transformer's forward pass, and of decoding."""
     device_gib: float | None
     """Memory of the CUDA device; None elsewhere."""
+    prediction: Prediction | None = None
+    """Seconds on a card, if one was named."""
+
+    @property
+    def flops(self) -> dict[str, float]:
+        """Floating-point operations by part of the pipeline."""
+        return {"text encoder": self.text_flops, "transformer": self.cost.total, "decoder": self.decoding_flops}
 
     @property
     def needed_gib(self) -> float:
@@ -75,13 +85,9 @@ class RunPlan:
                 if cost.sparse_passes
                 else ""
             ),
-            f"operations  {_count(cost.total + self.text_flops + self.decoding_flops)} "
-            f"(dense {_count(cost.dense_total + self.text_flops + self.decoding_flops)}): "
-            + ", ".join(
-                f"{part} {_count(flops)}"
-                for part, flops in {"text": self.text_flops, **cost.flops, "decoding": self.decoding_flops}.items()
-                if flops
-            ),
+            f"operations  {_count(sum(self.flops.values()))} "
+            f"(dense {_count(cost.dense_total + self.text_flops + self.decoding_flops)}): {_counts(self.flops)}",
+            f"transformer {_counts(cost.flops)}",
             f"weights     {sum(self.weights_gib.values()):.2f} GiB: "
             + ", ".join(f"{part} {gib:.2f}" for part, gib in self.weights_gib.items()),
             f"memory      {self.needed_gib:.2f} GiB with all parts on one device; beside the weights "
@@ -90,6 +96,8 @@ class RunPlan:
         if self.fits is not None:
             verdict = "it fits" if self.fits else "it does not fit: take --offload auto, or a smaller video"
             lines.append(f"device      {self.device_gib:.1f} GiB: {verdict}")
+        if self.prediction is not None:
+            lines.append(f"prediction  {self.prediction}")
         return "\n".join(map(printable, lines))
 
 
@@ -111,17 +119,24 @@ def resolve_without_weights(request: GenerationRequest) -> tuple[LoadedModel, Re
     return model, replace(resolve_request(request, model, student=student), device=str(device))
 
 
-def plan_run(request: GenerationRequest) -> RunPlan:
+def plan_run(request: GenerationRequest, *, card: str | None = None) -> RunPlan:
     """Work out the operations and the memory of a request.
 
     Args:
         request: the request.
+        card: a GPU whose seconds to predict: its name, or the JSON of a `blade-bench gpu`; see
+            `blade.models.cards.find_card`. A request that names no dtype then runs in the card's, bfloat16 by default.
 
     Raises:
-        ValueError: for a request that cannot be met, or a model whose operations cannot be counted.
+        ValueError: for a request that cannot be met, a model whose operations cannot be counted, or a card that is
+            unknown or says nothing of such a run.
         ModelError: if there is no such model.
     """
     check_known(request)
+    found = None if card is None else find_card(card)
+    if found is not None:
+        _check_predictable(request)
+        request = replace(request, dtype=request.dtype or found.default_dtype)
     model, resolved = resolve_without_weights(request)
     pipe, device = model.pipe, torch.device(resolved.device)
     latent = model.latent_size(*resolved.size)
@@ -146,7 +161,7 @@ def plan_run(request: GenerationRequest) -> RunPlan:
     encoders = [part for name, part in models.items() if name.startswith("text_encoder")]
     text_flops = sum(count_flops(lambda: _encode(part, text_tokens)) for part in encoders)  # noqa: B023
     decode, decoder_weights = _decoding(model, latent, decoder_dtype(transformer.dtype, device))
-    return RunPlan(
+    plan = RunPlan(
         request=resolved,
         cost=cost,
         text_flops=text_flops * (2 if guidance else 1),
@@ -158,6 +173,30 @@ def plan_run(request: GenerationRequest) -> RunPlan:
         },
         device_gib=torch.cuda.get_device_properties(device).total_memory / GIB if device.type == "cuda" else None,
     )
+    if found is None:
+        return plan
+    if resolved.precision == "int8":
+        raise ValueError('`card` must not be given with `precision` "int8": its figures are not of 8-bit products.')
+    # the VAE runs in float32 everywhere
+    decoding = torch.float32 if model.decoder is None else decoder_dtype(transformer.dtype, torch.device("cuda"))
+    rates = found.rates(transformer.dtype, decoding, forward.grid.sequence_length, cost.density)
+    return replace(plan, prediction=predict(cost, plan.text_flops, plan.decoding_flops, rates))
+
+
+def _check_predictable(request: GenerationRequest) -> None:
+    """Refuse what makes a run faster than its operations tell.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    if request.quantize in LEAST_CAPABILITIES:
+        raise ValueError(
+            f"`card` must not be given with `quantize` {request.quantize}: its figures are not of such products."
+        )
+    if request.cache is not None:
+        raise ValueError(
+            f"`card` must not be given with `cache` {request.cache}: what it leaves out depends on the video."
+        )
 
 
 def _decoding(
@@ -242,5 +281,11 @@ def _bytes(model: nn.Module) -> int:
 
 
 def _count(flops: float) -> str:
-    unit, size = ("PFLOP", 1e15) if flops >= 1e14 else ("TFLOP", 1e12)
+    unit, size = next(
+        ((unit, size) for unit, size in (("PFLOP", 1e15), ("TFLOP", 1e12)) if flops >= size / 10), ("GFLOP", 1e9)
+    )
     return f"{flops / size:.2f} {unit}"
+
+
+def _counts(flops: Mapping[str, float]) -> str:
+    return ", ".join(f"{part} {_count(count)}" for part, count in flops.items() if count)

@@ -65,6 +65,12 @@ class RunCost:
     """Operations of the run by part, of `PARTS` and, where blocks are chosen, `block selection`."""
 
     @property
+    def sparse_self_attention(self) -> float:
+        """Operations of self-attention in sparse layers of sparse passes, which `flops` has among its own."""
+        share = self.sparse_passes * self.sparse_layers / self.forward.layers
+        return share * self.density * self.forward.flops["self-attention"]
+
+    @property
     def dense_total(self) -> int:
         """Operations of the run with dense attention."""
         return self.passes * self.forward.total
