@@ -110,7 +110,10 @@ def find_decoder_weights(source: str) -> Path:
     info = repository_info(name, "decoder_weights", file)
     if info is not None:
         file = _choose_file([item.rfilename for item in info.siblings or []], name, file)
-    return Path(hf_hub_download(name, file, local_files_only=info is None))
+    try:
+        return Path(hf_hub_download(name, file, local_files_only=info is None))
+    except Exception as error:  # whatever the Hub's client raises
+        raise ModelError(f"`decoder_weights` {source} cannot be downloaded: {first_line(error)}") from error
 
 
 def _choose_file(files: list[str], name: str, file: str) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from taehv_weights import base_weights, decode_plainly
 
@@ -20,6 +21,7 @@ from blade.generation.prepare import prepare_model
 from blade.generation.record import changed_fields, read_request
 from blade.generation.request import GenerationRequest
 from blade.generation.run import call_arguments, run_request
+from blade.media.video import encode_mp4
 from blade.models.acceleration import compile_blocks
 from blade.models.source import ModelError
 
@@ -45,9 +47,8 @@ def tiny(model: Path, **changes) -> GenerationRequest:
 
 @pytest.fixture
 def request_of(saved_tiny_pipeline: Path, weights_path: str):
-    return lambda **changes: tiny(
-        saved_tiny_pipeline, **{"decoder": "tiny", "decoder_weights": weights_path, **changes}
-    )
+    given = {"model": saved_tiny_pipeline, "decoder": "tiny", "decoder_weights": weights_path}
+    return lambda **changes: tiny(**{**given, **changes})
 
 
 def test_it_decodes_the_latents_of_the_run(request_of, weights) -> None:
@@ -85,6 +86,20 @@ def test_it_is_recorded_and_made_again(request_of, weights_path: str, saved_tiny
     old["inputs"] = resolved.input_state
     assert changed_fields(old, resolved) == []
     assert changed_fields(record, resolved) == ["decoder", "decoder_weights", "inputs"]
+
+
+def test_an_image_and_a_video_are_still_encoded_by_the_vae(
+    request_of, saved_tiny_pipeline, saved_tiny_ti2v, tmp_path: Path
+) -> None:
+    Image.new("RGB", (64, 64), (230, 40, 40)).save(tmp_path / "red.png")
+    (tmp_path / "before.mp4").write_bytes(encode_mp4(torch.rand(9, 3, 64, 64), 16))
+    for changes in (
+        {"model": str(saved_tiny_ti2v), "image": str(tmp_path / "red.png")},
+        {"video": str(tmp_path / "before.mp4"), "strength": 1.0},
+    ):
+        model, request = prepare_model(request_of(**changes))
+        model.pipe.set_progress_bar_config(disable=True)
+        assert run_request(model, request).video.shape == (9, 3, 64, 64)
 
 
 def test_a_plan_counts_it(request_of, saved_tiny_pipeline: Path) -> None:

@@ -230,6 +230,10 @@ def test_the_file_of_a_repository_is_found(tmp_path: Path, monkeypatch: pytest.M
     files.siblings = []
     with pytest.raises(ModelError, match="it has none"):
         find_decoder_weights("me/tiny")
+    files.siblings = [Entry("a.pth")]
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", None)
+    with pytest.raises(ModelError, match="`decoder_weights` me/tiny cannot be downloaded: "):
+        find_decoder_weights("me/tiny")
     assert asked == [("me/tiny", "taew2_1.safetensors"), ("me/tiny", "taew2_1.pth")]
 
 
