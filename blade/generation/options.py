@@ -26,9 +26,11 @@ from blade.common.options import OptionGroup, option, option_choices, option_nam
 from blade.families.kinds import PRESET_KINDS, PresetKind
 from blade.models.choices import (
     CACHES,
+    DECODERS,
     DTYPE_NAMES,
     OFFLOADS,
     QUANTIZATIONS,
+    Decoder,
     DtypeName,
     Offload,
     Quantization,
@@ -246,12 +248,20 @@ class AccelerationOptions(OptionGroup):
     """Compile the transformer's blocks and the decoder."""
     vae_tiling: bool = option(False, prepare="blade.models.acceleration:enable_tiling")
     """Decode in tiles, which takes less memory."""
+    decoder: Decoder = option("full", choices=DECODERS, of_model=True)
+    """full, the VAE's own, or tiny: a small one that takes a fraction of the time and memory, and is less exact."""
+    decoder_weights: str | None = option(of_model=True)
+    """Weights of a tiny decoder (TAEHV): a .safetensors or .pth file, or a Hub id, with /FILE or without."""
 
     def check(self) -> None:
         """Check that the names exist, and go together."""
-        for name in ("dtype", "offload", "quantize"):
+        for name in ("dtype", "offload", "quantize", "decoder"):
             if getattr(self, name) is not None:
                 check_choice(name, getattr(self, name), option_choices(AccelerationOptions, name))
+        if self.decoder == "tiny" and not self.decoder_weights:
+            raise ValueError('`decoder_weights` must be given with `decoder` "tiny": a file, or a Hub id.')
+        if self.decoder != "tiny" and self.decoder_weights is not None:
+            raise ValueError('`decoder_weights` must not be given without `decoder` "tiny".')
         if self.cache is not None:
             check_type("cache", self.cache, str)
             parse_cache(self.cache)
