@@ -19,8 +19,8 @@ from torch import Tensor
 FACTOR = 2.0
 """Times the error of the plain computation in the same precision that a kernel's may be."""
 
-LARGEST_INT8_ERROR = 0.01
-"""Largest difference of the kernel in 8 bits, whose values and weights are bfloat16."""
+LARGEST_ERROR = 0.01
+"""Largest difference of the kernels in 8 bits from the specification, as inputs and outputs are bfloat16."""
 
 POOLED = ("none", "all", "dropped")
 """Pooled tokens that share the softmax."""
@@ -108,16 +108,22 @@ def check_cute(kernel: Kernel, device: torch.device) -> dict[str, float]:
     return errors
 
 
-def check_int8(device: torch.device) -> dict[str, float]:
-    """Check block-sparse attention in 8 bits: the integers' products, with each kind of pooled tokens.
+def check_eight_bits(precision: str, device: torch.device) -> dict[str, float]:
+    """Check block-sparse attention in 8 bits, with each kind of pooled tokens.
+
+    Args:
+        precision: "int8" or "fp8".
+        device: where.
 
     Returns:
         By case, the difference of the output from the specification's in 8 bits: root mean square, relative.
 
     Raises:
-        WrongResultError: if one is above `LARGEST_INT8_ERROR`.
+        WrongResultError: if one is above `LARGEST_ERROR`.
         NotImplementedError: if the kernel cannot run here.
     """
+    if precision == "fp8" and device.type != "cuda":
+        raise NotImplementedError("the specification alone has 8-bit floats here")
     half = torch.bfloat16 if device.type == "cuda" else torch.float32
     implementation, errors = "triton" if device.type == "cuda" else "cpu", dict[str, float]()
     for kind in POOLED:
@@ -126,13 +132,20 @@ def check_int8(device: torch.device) -> dict[str, float]:
         pooled = pool_tokens(k, v, 64, block_size=64 if kind == "dropped" else None) if kind != "none" else None
         result, right = (
             block_sparse_attention(
-                q, k, v, inputs.mask, pooled=pooled, key_lengths=inputs.lengths, implementation=name, precision="int8"
+                q,
+                k,
+                v,
+                inputs.mask,
+                pooled=pooled,
+                key_lengths=inputs.lengths,
+                implementation=name,
+                precision=precision,
             ).double()
             for name in (implementation, "naive")
         )
         errors[kind] = float((result - right).norm() / right.norm())
-        if not errors[kind] <= LARGEST_INT8_ERROR:
-            raise WrongResultError(f"8 bits with pooled tokens {kind} differ by {errors[kind]:.2g}")
+        if not errors[kind] <= LARGEST_ERROR:
+            raise WrongResultError(f"`{precision}` with pooled tokens {kind} differs by {errors[kind]:.2g}")
     return errors
 
 

@@ -11,7 +11,13 @@ from blade_kernels.block_sparse.cute import architecture
 from blade_kernels.block_sparse.cute_table import Kernel, kernels_of
 
 from blade.benchmarks.attention import PASSES, AttentionBenchmark, run_attention_benchmark
-from blade.benchmarks.card.checks import check_attention, check_cute, check_int8, check_norm_rope, check_selection
+from blade.benchmarks.card.checks import (
+    check_attention,
+    check_cute,
+    check_eight_bits,
+    check_norm_rope,
+    check_selection,
+)
 from blade.benchmarks.card.suspects import SUSPECTS, LayerSize, call_suspect
 from blade.benchmarks.layers import AttentionShape, model_shapes
 from blade.families.data import ComparisonProtocol
@@ -94,9 +100,15 @@ def _checks(small: bool) -> list[Step]:
 
         return Step(f"attention by {implementation}", "correctness", run)
 
+    def eight_bits(precision: str) -> Step:
+        def run(device: torch.device, _: OnPartial) -> Report:
+            return {"errors": check_eight_bits(precision, device)}
+
+        return Step(f"attention in {precision}", "correctness", run)
+
     return [
         *map(attention, ("triton", "flex", "cpu")),
-        Step("attention in 8 bits", "correctness", lambda device, _: {"errors": check_int8(device)}),
+        *map(eight_bits, ("int8", "fp8")),
         Step("selection", "correctness", lambda device, _: {"errors": check_selection(device)}),
         Step("norms and RoPE", "correctness", lambda device, _: {"errors": check_norm_rope(device)}),
     ]

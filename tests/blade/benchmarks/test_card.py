@@ -166,7 +166,7 @@ def test_the_steps_of_a_gpu_are_ones_that_can_be_begun(monkeypatch) -> None:
         generation, "run_generation_benchmark", lambda settings: begun.append(("generation", settings))
     )
     monkeypatch.setattr(steps, "check_attention", lambda *args, **options: begun.append(("check", args[0])))
-    monkeypatch.setattr(steps, "check_int8", lambda device: begun.append(("check", "8 bits")))
+    monkeypatch.setattr(steps, "check_eight_bits", lambda precision, device: begun.append(("check", precision)))
     monkeypatch.setattr(steps, "check_selection", lambda device: begun.append(("check", "selection")))
     monkeypatch.setattr(steps, "check_norm_rope", lambda device: begun.append(("check", "norms")))
     monkeypatch.setattr(steps, "call_suspect", lambda *args: begun.append(("suspect", args[0])))
@@ -207,14 +207,16 @@ def test_wrong_kernels_are_found(monkeypatch) -> None:
     with pytest.raises(checks.WrongResultError, match=r"`cpu` is wrong: none, d[qkv] errs"):
         checks.check_attention("cpu", CPU, small=True)
     monkeypatch.setattr(checks, "block_sparse_attention", right)
-    assert max(checks.check_int8(CPU).values()) < 1e-5
+    assert max(checks.check_eight_bits("int8", CPU).values()) < 1e-5
+    with pytest.raises(NotImplementedError, match="the specification alone has 8-bit floats"):
+        checks.check_eight_bits("fp8", CPU)
 
     def full(*tensors, precision, implementation, **options):
         return right(*tensors, precision="int8" if implementation == "naive" else "full", **options)
 
     monkeypatch.setattr(checks, "block_sparse_attention", full)
-    with pytest.raises(checks.WrongResultError, match="8 bits with pooled tokens none differ by"):
-        checks.check_int8(CPU)
+    with pytest.raises(checks.WrongResultError, match="`int8` with pooled tokens none differs by"):
+        checks.check_eight_bits("int8", CPU)
     select = checks.select_blocks
 
     def choose(importance, size, *, implementation, **options):
