@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from blade.attention.pattern_plan import PatternPlan
-from blade.benchmarks.candidates import Attend, Candidate, candidates_for, recorded_packages
+from blade.benchmarks.candidates import Attend, Candidate, absent_candidates, candidates_for, recorded_packages
 from blade.benchmarks.layers import AttentionShape
 from blade.benchmarks.patterns import PATTERN_KINDS, benchmark_patterns
 from blade.common.machine import describe_machine, describe_versions
@@ -117,9 +117,9 @@ def run_attention_benchmark(
         on_case: called with the report so far after every size and density, so that none is lost.
 
     Returns:
-        Plain JSON values: `settings`, `machine`, `versions`, `date`, `command`, and `cases`, one for each size and
-        density; on CUDA also `matrix_peak_tflops`, the measured peak of matrix multiplication, and `cubins`, facts
-        about the compiled Triton kernels of these sizes. A case has, by name of candidate, `ms`, a time for every
+        Plain JSON values: `settings`, `machine`, `versions`, `date`, `command`, `absent`, the reasons why peers are not
+        measured, and `cases`, one for each size and density; on CUDA also `matrix_peak_tflops`, the measured peak of
+        matrix multiplication, and `cubins`, facts about the compiled Triton kernels of these sizes. A case has, by name of candidate, `ms`, a time for every
         pass; `error`, relative to the exact output; on CUDA `peak_mib`, the peak memory of every pass, including its
         inputs but not a given mask; `sparse`, the names of the block-sparse candidates; and `missing`, the reasons
         why some were not measured.
@@ -137,6 +137,7 @@ def run_attention_benchmark(
             "machine": machine,
             "versions": describe_versions((*PACKAGES, *recorded_packages())),
             "settings": asdict(settings),
+            "absent": dict[str, str](),
             "cases": cases,
         }
         if device.type == "cuda":
@@ -144,6 +145,7 @@ def run_attention_benchmark(
             report["cubins"] = _cubins(settings)
         for shape in settings.shapes:
             layer = _Layer(shape, settings)
+            report["absent"] |= absent_candidates(layer.inputs[0][0], settings.block_size)
             for density in settings.densities:
                 cases.append(layer.case(density))
                 if on_case is not None:

@@ -40,6 +40,8 @@ def tables(report: dict[str, Any]) -> list[Table]:
         sections.append(_pass_table(report, "backward", "the backward pass: both passes less the forward pass"))
     if any(case["peak_mib"] for case in report["cases"]):
         sections.append(_memory_table(report))
+    if reasons := _reasons(report):
+        sections.append(Table("Not measured", ["computed by", "why"], [[*item] for item in reasons.items()]))
     if report.get("cubins"):
         compiled = [CubinReport(**values) for values in report["cubins"]]
         sections.append(Table("Compiled Triton kernels", *cubin_table(compiled)))
@@ -170,6 +172,16 @@ def _memory_table(report: dict[str, Any]) -> Table:
         ["size", "density", *columns],
         [[*position, *(cells.get(column, "") for column in columns)] for position, cells in rows],
     )
+
+
+def _reasons(report: dict[str, Any]) -> dict[str, str]:
+    """Return why candidates were not measured, by name, with the size where others have it."""
+    reasons = dict(report.get("absent", {}))
+    for case in report["cases"]:
+        for name, reason in case["missing"].items():
+            measured = any(name in other["ms"] for other in report["cases"])
+            reasons[f"{name}, {_size(case)}" if measured else name] = reason
+    return reasons
 
 
 def _cell(case: dict[str, Any], name: str, pass_name: str) -> str:
