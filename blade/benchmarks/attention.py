@@ -117,12 +117,12 @@ def run_attention_benchmark(
         on_case: called with the report so far after every size and density, so that none is lost.
 
     Returns:
-        Plain JSON values: `settings`, `machine`, `versions`, `date`, `command`, `absent`, the reasons why peers are not
-        measured, and `cases`, one for each size and density; on CUDA also `matrix_peak_tflops`, the measured peak of
-        matrix multiplication, and `cubins`, facts about the compiled Triton kernels of these sizes. A case has, by name of candidate, `ms`, a time for every
-        pass; `error`, relative to the exact output; on CUDA `peak_mib`, the peak memory of every pass, including its
-        inputs but not a given mask; `sparse`, the names of the block-sparse candidates; and `missing`, the reasons
-        why some were not measured.
+        Plain JSON values: `settings`, `machine`, `versions`, `date`, `command`; `absent`, the reasons why peers are
+        not measured; and `cases`, one for each size and density. On CUDA also `matrix_peak_tflops`, the measured peak
+        of matrix multiplication, and `cubins`, facts about the compiled Triton kernels of these sizes. A case has, by
+        name of candidate, `ms`, a time for every pass; `error`, relative to the exact output; on CUDA `peak_mib`, the
+        peak memory of every pass, including its inputs but not a given mask; `sparse`, the names of the block-sparse
+        candidates; and `missing`, the reasons why some were not measured.
 
     Raises:
         RuntimeError: an implementation's output is wrong.

@@ -7,9 +7,11 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
+from blade_kernels.block_sparse import IMPLEMENTATIONS
 
 from blade.benchmarks.attention import PASSES, AttentionBenchmark, run_attention_benchmark
 from blade.benchmarks.card.checks import check_attention, check_int8, check_norm_rope, check_selection
+from blade.benchmarks.card.quality import sparsities
 from blade.benchmarks.card.suspects import SUSPECTS, LayerSize, call_suspect
 from blade.benchmarks.layers import AttentionShape, model_shapes
 from blade.families.data import ComparisonProtocol
@@ -68,6 +70,7 @@ def card_steps(device: torch.device) -> list[Step]:
         *(_attention(shape, density, small) for shape in others for density in densities[:2]),
         *suspects[URGENT:],
         Step("an update of a distillation", "distillation", _distill, limit=300),
+        *(_attention(shape, density, small) for density in densities[2:] for shape in others),
         Step("tuning", "tuning", _tune, limit=900),
     ]
 
@@ -86,8 +89,9 @@ def _checks(small: bool) -> list[Step]:
 
         return Step(f"attention by {implementation}", "correctness", run)
 
+    checked = [name for name in IMPLEMENTATIONS if name not in ("auto", "naive")]
     return [
-        *map(attention, ("triton", "flex", "cpu")),
+        *map(attention, checked),
         Step("attention in 8 bits", "correctness", lambda device, _: {"errors": check_int8(device)}),
         Step("selection", "correctness", lambda device, _: {"errors": check_selection(device)}),
         Step("norms and RoPE", "correctness", lambda device, _: {"errors": check_norm_rope(device)}),
@@ -129,8 +133,10 @@ def _generate(device: torch.device, _: OnPartial) -> Report:
     from blade.benchmarks.generation import GenerationBenchmark, run_generation_benchmark
 
     small: Report = {"height": 64, "width": 64, "frames": 9, "steps": 4, "student_steps": (2,), "sparsity": 0.5}
+    small |= {"preset_sparsities": (0.5,)}
+    large: Report = {name: getattr(_smallest(), name) for name in VIDEO} | {"preset_sparsities": sparsities()}
     settings = GenerationBenchmark(
-        **({name: getattr(_smallest(), name) for name in VIDEO} if device.type == "cuda" else small),
+        **(large if device.type == "cuda" else small),
         random_weights=True,
         measured_passes=MEASURED_PASSES if device.type == "cuda" else 2,
         repeats=1,

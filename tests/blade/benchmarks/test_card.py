@@ -27,9 +27,11 @@ def test_everything_is_measured_in_small(tmp_path: Path, capsys: pytest.CaptureF
         with pytest.raises(SystemExit) as ended:
             main(["gpu", "--device", "cpu", "--minutes", "3", "--output", str(tmp_path)])
         assert ended.value.code == 0, capsys.readouterr().err
-    files = sorted(tmp_path.iterdir())
-    assert [path.suffix for path in files] == [".json", ".md", ".png"] * 2
-    report = json.loads(files[3].read_text())
+    reports, pages = (sorted(tmp_path.glob(f"*.{kind}")) for kind in ("json", "md"))
+    (before, now), page = reports, pages[1].read_text()
+    plots = sorted(path.name.rpartition("-")[2] for path in tmp_path.glob(f"{now.stem}-*.png"))
+    assert plots == ["quality.png", "speed.png", "tflops.png"] and len([*tmp_path.iterdir()]) == 10
+    report = json.loads(now.read_text())
     assert {step["part"] for step in report["steps"]} == set(PARTS)
     for step in report["steps"]:
         assert step["state"] in ("done", "not here"), step
@@ -40,9 +42,9 @@ def test_everything_is_measured_in_small(tmp_path: Path, capsys: pytest.CaptureF
     assert done["250 tokens, density 0.2"]["cases"][0]["ms"]["cpu"].keys() == {"forward", "training", "whole"}
     assert [run["run"] for run in done["generation"]["runs"]] == ["dense, guidance", "sparse, guidance", "sparse"]
     assert done["an update of a distillation"]["seconds_update"] > 0
-    assert report["compared"]["with"] == files[0].name and len(report["compared"]["times"]) > 5
-    page, shown = files[4].read_text(), capsys.readouterr().out
-    for heading in ("Steps", "Attention: ", "Videos: Runs", "An update of a distillation", f"Against {files[0].name}"):
+    assert report["compared"]["with"] == before.name and len(report["compared"]["times"]) > 5
+    shown = capsys.readouterr().out
+    for heading in ("Steps", "Attention: ", "Videos: Runs", "An update of a distillation", f"Against {before.name}"):
         assert f"## {heading}" in page and heading in shown
 
 
@@ -191,6 +193,13 @@ def test_the_steps_of_a_gpu_are_ones_that_can_be_begun(monkeypatch) -> None:
     assert [name for kind, name in begun if kind == "suspect"] == list(suspects.SUSPECTS)
     (video,) = [settings for kind, settings in begun if kind == "generation"]
     assert (video.model, video.frames, video.student_steps) == ("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", 81, (8, 4))
+    assert (video.steps, video.measured_passes, video.random_weights) == (50, 6, True)
+    assert video.preset_sparsities == (0.5, 0.7, 0.75, 0.8, 0.9)
+    densities = {
+        size: {x.densities[0] for kind, x in begun if kind == "attention" and x.shapes[0].tokens == size}
+        for size in sizes
+    }
+    assert all(found == {0.1, 0.2, 0.3, 0.5} for found in densities.values())
     (training,) = [settings for kind, settings in begun if kind == "distillation"]
     assert training.run.accumulation == 1 and training.model == video.model
 
