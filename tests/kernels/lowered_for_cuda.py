@@ -37,11 +37,20 @@ BLOCKS = 37
 CUDA = torch.device("cuda", 0)
 
 H200 = SimpleNamespace(
-    name="NVIDIA H200", major=9, minor=0, multi_processor_count=132, warp_size=32,
-    max_threads_per_multi_processor=2048, regs_per_multiprocessor=65536, total_memory=141 * 2**30, shared_memory_per_block=48 * 2**10,
-    shared_memory_per_block_optin=227 * 2**10, shared_memory_per_multiprocessor=228 * 2**10, L2_cache_size=50 * 2**20,
+    name="NVIDIA H200",
+    major=9,
+    minor=0,
     gcnArchName="",
-)  # fmt: skip
+    multi_processor_count=132,
+    warp_size=32,
+    max_threads_per_multi_processor=2048,
+    regs_per_multiprocessor=65536,
+    total_memory=141 * 2**30,
+    shared_memory_per_block=48 * 2**10,
+    shared_memory_per_block_optin=227 * 2**10,
+    shared_memory_per_multiprocessor=228 * 2**10,
+    L2_cache_size=50 * 2**20,
+)
 
 
 def lists_in_the_graph(mask: BlockMask, appended: int, by_column: bool) -> FlexLists:

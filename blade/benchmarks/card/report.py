@@ -41,8 +41,10 @@ def tables(report: Report) -> list[Table]:
             Table("An update of a distillation", ["recipe, a prompt an update", "seconds", "peak GiB"], [row])
         )
     for result in results_of(report, "tuning"):
-        rows = [[*_launch(trial), "yes" if trial["shipped"] else ""] for trial in result["best"].values()]
-        sections.append(Table("Fastest launch configurations", ["kernel", "configuration", "ms", "shipped"], rows))
+        shipped = {trial["kernel"]: trial for trial in result["trials"] if trial["shipped"]}
+        rows = [[name, *_launch(shipped.get(name)), *_launch(trial)] for name, trial in result["best"].items()]
+        headings = ["kernel", "shipped", "ms", "fastest", "ms"]
+        sections.append(Table("Launch configurations", headings, rows))
     if compared := report.get("compared"):
         sections.append(Table(f"Against {compared['with']}", ["", "ms before", "ms now", "times"], _changes(compared)))
     return sections
@@ -60,10 +62,13 @@ def _changes(compared: Report) -> list[list[str]]:
     return [[name, f"{before:.3g}", f"{now:.3g}", f"{before / now:.2f}"] for name, (before, now) in rows]
 
 
-def _launch(trial: Report) -> list[str]:
+def _launch(trial: Report | None) -> list[str]:
+    """Return a launch configuration in words, and its milliseconds."""
+    if trial is None:
+        return ["", "not timed"]
     config = trial["config"]
-    size = f"{config['block_m']}x{config['block_n']}, {config['num_warps']} warps, {config['num_stages']} stages"
-    return [trial["kernel"], size, f"{trial['ms']:.3f}"]
+    words = f"{config['block_m']}x{config['block_n']}, {config['num_warps']} warps, {config['num_stages']} stages"
+    return [words, "failed" if trial["ms"] is None else f"{trial['ms']:.3f}"]
 
 
 def times(report: Report) -> dict[str, float]:

@@ -26,6 +26,9 @@ PARTS: tuple[Part, ...] = ("correctness", "attention", "generation", "distillati
 DENSITIES = (0.2, 0.1, 0.5, 0.3)
 """Shares of blocks at which attention is timed, that of the students' presets first."""
 
+LONG = 40_000
+"""Tokens from which on layers are timed with fewer calls: the slowest backend's training takes seconds there."""
+
 URGENT = 3
 """Of the calls that may crash a card, how many come before anything is timed."""
 
@@ -120,12 +123,12 @@ def _attention(shape: AttentionShape, density: float, small: bool, blocks: str =
             block_size=32 if small else 128,
             dtype="float32" if small else "bfloat16",
             device=str(device),
-            repeats=1 if small else 5,
+            repeats=1 if small or shape.tokens >= LONG else 5,
         )
         return run_attention_benchmark(settings, on_case=on_partial)
 
     kind = "" if blocks == "random" else f", {blocks}"
-    return Step(f"{shape}, density {density}{kind}", "attention", run)
+    return Step(f"{shape}, density {density}{kind}", "attention", run, limit=300 if shape.tokens >= LONG else LIMIT)
 
 
 def _generate(device: torch.device, _: OnPartial) -> Report:

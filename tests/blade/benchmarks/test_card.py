@@ -11,7 +11,7 @@ import torch
 
 from blade.benchmarks.card import benchmark, checks, steps, suspects
 from blade.benchmarks.card.benchmark import CardBenchmark, run_card_benchmark
-from blade.benchmarks.card.report import compare, find_previous, markdown, report_files, times, write_report
+from blade.benchmarks.card.report import compare, find_previous, markdown, report_files, tables, times, write_report
 from blade.benchmarks.card.steps import PARTS, Step, card_steps
 from blade.cli.bench import main
 from blade.common.files import append_json_line
@@ -275,3 +275,27 @@ def test_what_got_slower_is_named(tmp_path: Path) -> None:
     page = markdown(compare(report_of(2.2), found[1], found[0]))
     assert f"Slower than in {found[0]}: layer, 64 tokens" in page
     assert find_previous(tmp_path, "None") is None
+
+
+def test_the_shipped_launch_configuration_stands_beside_the_fastest() -> None:
+    config = {"block_m": 128, "block_n": 64, "num_warps": 8, "num_stages": 3}
+    fast = {"kernel": "forward", "config": config, "ms": 2.0, "shipped": False}
+    shipped = fast | {"config": config | {"num_stages": 2}, "ms": 2.5, "shipped": True}
+    failed = fast | {"kernel": "keys", "ms": None, "shipped": True}
+    other = fast | {"kernel": "keys", "ms": 4.0}
+    report = report_of(1.0)
+    result = {"trials": [fast, shipped, failed, other], "best": {"forward": fast, "keys": other}}
+    report["steps"].append({"name": "tuning", "part": "tuning", "state": "done", "seconds": 1.0, "result": result})
+    (table,) = [table for table in tables(report) if table.title == "Launch configurations"]
+    assert table.rows == [
+        ["forward", "128x64, 8 warps, 2 stages", "2.500", "128x64, 8 warps, 3 stages", "2.000"],
+        ["keys", "128x64, 8 warps, 3 stages", "failed", "128x64, 8 warps, 3 stages", "4.000"],
+    ]
+    assert times(report)["forward kernel as shipped"] == 2.5 and "keys kernel as shipped" not in times(report)
+    result["trials"], result["best"] = [fast], {"forward": fast}
+    assert [table.rows[0][2] for table in tables(report) if table.title == "Launch configurations"] == ["not timed"]
+
+
+def test_long_layers_have_time_and_few_calls() -> None:
+    limits = {step.name: step.limit for step in card_steps(torch.device("cuda")) if step.part == "attention"}
+    assert limits["Wan-14B 720p, 75,600 tokens, density 0.5"] > limits["Wan-1.3B 480p, 32,760 tokens, density 0.5"]
