@@ -136,7 +136,7 @@ class Campaign:
             self.check_mended("full disk", command, output)
 
     def pair(self, number: int) -> None:
-        """Start a command twice on one folder: at a random time, or while the first holds its lock and stands still."""
+        """Start a command twice on one folder: at a random time, or while the first holds a lock and stands still."""
         command, chance = COMMANDS[number % len(COMMANDS)], self.chance("pair", number)
         output = self.folder / f"pair-{number}"
         self.count(self.tried, "pair")

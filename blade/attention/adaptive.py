@@ -126,7 +126,10 @@ def adaptive_attention(
     with torch.no_grad():
         mask = select(query, key, value, plan, draw, key_lengths)
     pooled = _pool(key, value, plan)
-    implementation = resolve_implementation(query, key, value, mask, pooled=pooled, implementation=plan.implementation)
+    implementation = resolve_implementation(
+        query, key, value, mask, pooled=pooled, key_lengths=key_lengths, implementation=plan.implementation,
+        precision=plan.precision,
+    )  # fmt: skip
     output = block_sparse_attention(
         query, key, value, mask, pooled=pooled, key_lengths=key_lengths, implementation=implementation,
         precision=plan.precision,

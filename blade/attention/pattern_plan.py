@@ -183,7 +183,15 @@ class PatternPlan:
                 chosen = select(query, key, value, self.adaptive, rows[1], key_lengths)
             mask = self.mask(ids, chosen)
             density = mask.density(query.shape[1], query.shape[1])
-        implementation = resolve_implementation(query, key, value, mask, implementation=self.implementation)
+        implementation = resolve_implementation(
+            query,
+            key,
+            value,
+            mask,
+            key_lengths=key_lengths,
+            implementation=self.implementation,
+            precision=self.precision,
+        )
         output = block_sparse_attention(
             query, key, value, mask, key_lengths=key_lengths, implementation=implementation, precision=self.precision
         )

@@ -32,7 +32,7 @@ class LayerSummary:
     density: float | None
     """Mean density over its sparse forward passes; None if there was none."""
     implementation: str | None
-    """Implementation of the latest sparse call: "triton", "flex", "cpu" or "naive"; None before it."""
+    """Implementation of the latest sparse call: "triton", "cute", "flex", "cpu" or "naive"; None before it."""
 
 
 @dataclass(frozen=True)

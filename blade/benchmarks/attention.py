@@ -14,7 +14,7 @@ from blade_kernels.block_mask import BlockMask
 from blade_kernels.block_selection import sampled_importance, select_blocks
 from blade_kernels.block_sparse import resolve_implementation
 from blade_kernels.block_sparse.launch_table import architecture
-from blade_kernels.crashes import naming_crashes
+from blade_kernels.crashes import DeviceCrashError, naming_crashes
 from blade_kernels.triton_support import missing_triton
 from torch import Tensor
 from torch.nn import functional
@@ -32,6 +32,9 @@ PACKAGES = ("blade-video", "torch", "triton")
 
 ERROR_BOUNDS = {"float32": 1e-4, "bfloat16": 3e-2, "float16": 3e-3}
 """Largest error of BLADE's implementations, relative to the exact output's root mean square."""
+
+EXPECTED = (RuntimeError, ImportError, TypeError, ValueError)
+"""What peers raise where they lack a feature."""
 
 PASSES = {
     "drawn": "drawing random blocks, building the mask, and the forward pass",
@@ -65,6 +68,8 @@ class AttentionBenchmark:
     """Passes to time, names of `PASSES`."""
     blocks: str = "random"
     """One of `BLOCKS`."""
+    tried: bool | None = None
+    """Of sparse candidates, measure those that are `tried` alone, or the others alone; None measures all."""
     block_size: int = 128
     """Tokens in a block, both of queries and of keys."""
     dtype: str = "float32"
@@ -179,7 +184,11 @@ class _Layer:
         """Measure everything at one density."""
         settings, (q, k, v, _) = self.settings, self.inputs[0]
         mask, results = self.draw(density), _Results(self.dense)
-        sparse = [candidate for candidate in candidates_for(q, settings.block_size) if candidate.sparse]
+        sparse = [
+            candidate
+            for candidate in candidates_for(q, settings.block_size)
+            if candidate.sparse and settings.tried in (None, candidate.tried)
+        ]
         for candidate in sparse:
             if candidate.refuses is not None and (reason := candidate.refuses(q, k, v, mask)) is not None:
                 results.missing[candidate.name] = reason
@@ -249,13 +258,19 @@ class _Layer:
                 q, k, v = self._laid_out(candidate)[0][:3]
                 results.error[candidate.name] = _relative_error(candidate.attend(q, k, v, mask), q, k, v, mask)
         except Exception as problem:
-            if candidate.own or not isinstance(problem, (RuntimeError, ImportError, TypeError, ValueError)):
+            if not candidate.tried and (candidate.own or not isinstance(problem, EXPECTED)):
+                raise
+            if isinstance(problem, DeviceCrashError):
                 raise
             results.error.pop(candidate.name, None)
             results.missing[candidate.name] = str(problem).splitlines()[0]
             return
         bound = ERROR_BOUNDS[self.settings.dtype]
         error = results.error[candidate.name]
+        if candidate.tried and not error <= bound:
+            results.error.pop(candidate.name)
+            results.missing[candidate.name] = f"its output is wrong: relative error {error:.2g}"
+            return
         if candidate.own and not error <= bound:
             raise RuntimeError(
                 f"the output of `{candidate.name}` is wrong: relative error {error:.2g}, density {density}."

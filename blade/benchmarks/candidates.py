@@ -52,6 +52,8 @@ class Candidate:
     """If true, it computes the kept blocks only."""
     own: bool = False
     """If true, it is one of BLADE's implementations, whose output must be right."""
+    tried: bool = False
+    """If true, what it fails at, or computes wrongly, is recorded as missing and ends nothing."""
     takes: Takes = _any
     """Returns whether queries and blocks are measured."""
     module: str | None = None
@@ -218,6 +220,9 @@ CANDIDATES = {
         *_dense(SDPBackend.MATH, _logits_fit),
         _implementation("triton"),
         _implementation("triton", "int8", takes=_half_on_cuda, has_backward=lambda q: False),
+        _implementation(
+            "cute", takes=_half_on_cuda, tried=True
+        ),  # other projects' kernels, not verified on every card
         _implementation("flex", has_backward=lambda q: q.is_cuda),
         # on CUDA it is only the last resort
         _implementation("cpu", takes=lambda q, block_size: not q.is_cuda),

@@ -47,11 +47,12 @@ _ATTENTION: tuple[tuple[Kernel, str, str, tuple[str, ...]], ...] = (
     ("forward", "forward_kernel", "k v", ("TAIL", "LENGTHS")),
     ("forward", "forward_kernel", "k v", ("TAIL", "POOLED", "DROPPED", "ORDERED")),
     ("forward", "forward_kernel", "k v", ("TAIL", "POOLED", "DROPPED", "ORDERED", "QUANTIZED")),
+    ("forward", "forward_kernel", "k v", ("TAIL", "POOLED", "DROPPED", "ORDERED", "RESUMED")),
     ("query_gradient", "query_gradient_kernel", "k v", ("TAIL", "POOLED", "DROPPED", "ORDERED")),
     ("key_gradient", "key_gradient_kernel", "q grad_out", ()),
     ("key_gradient", "pooled_gradient_kernel", "q grad_out", ("DROPPED",)),
 )
-_ROW_FLAGS = ("POOLED", "DROPPED", "LENGTHS", "TAIL", "ORDERED", "QUANTIZED")
+_ROW_FLAGS = ("POOLED", "DROPPED", "LENGTHS", "TAIL", "ORDERED", "QUANTIZED", "RESUMED")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +103,8 @@ def attention_variants(arch: str) -> Iterator[Variant]:
                 kernel=name,
                 case=f"heads of {head_size}, blocks of {block}, tiles of {config.block_m}x{config.block_n}"
                 + (", pooled" if "POOLED" in flags else ", key lengths" if "LENGTHS" in flags else "")
-                + (", 8 bits" if "QUANTIZED" in flags else ""),
+                + (", 8 bits" if "QUANTIZED" in flags else "")
+                + (" alone" if "RESUMED" in flags else ""),
                 constants={
                     "D": head_size, "BQ": block, "BK": block, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
                     "TMA": config.tma, "UPCAST": False, **{flag: flag in flags for flag in _ROW_FLAGS},

@@ -25,7 +25,7 @@ def test_nothing_spills_and_the_matrix_units_are_used(arch, tmp_path):
     command = [sys.executable, "-m", "blade_kernels.cubin", arch, "--json"]
     shown = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
     reports = [json.loads(line) for line in shown.splitlines()]
-    assert len(reports) == 72
+    assert len(reports) == 80
     for report in reports:
         place, code = (report["kernel"], arch, report["case"]), report["instructions"]
         spills = report["stack_bytes"] or code.get("LDL", 0) or code.get("STL", 0)

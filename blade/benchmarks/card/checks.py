@@ -9,6 +9,9 @@ import torch
 from blade_kernels.block_mask import BlockMask
 from blade_kernels.block_selection import STATISTICS, sampled_importance, select_blocks
 from blade_kernels.block_sparse import PooledTokens, block_sparse_attention, pool_tokens
+from blade_kernels.block_sparse.cute import only_library
+from blade_kernels.block_sparse.cute_libraries import missing_library
+from blade_kernels.block_sparse.cute_table import Kernel
 from blade_kernels.block_sparse.naive import dense_attention
 from blade_kernels.qk_norm_rope import NORMS, qk_norm_rope
 from torch import Tensor
@@ -70,6 +73,41 @@ def _attend(implementation: str, q: Tensor, k: Tensor, v: Tensor, *given: Any) -
     return out, lse
 
 
+def check_cute(kernel: Kernel, device: torch.device) -> dict[str, float]:
+    """Check one CuTe kernel, alone and with the pooled tokens of dropped blocks.
+
+    Args:
+        kernel: of the device's architecture.
+        device: where.
+
+    Returns:
+        As `check_attention`: for a forward kernel of output and log-sum-exp, for a backward one of the gradients.
+
+    Raises:
+        WrongResultError: if one is above `FACTOR`.
+        NotImplementedError: if its library is not installed.
+    """
+    if problem := missing_library(kernel.row.library):
+        raise NotImplementedError(problem)
+    dtype = kernel.row.dtypes[0]
+    names = ("output", "log-sum-exp", "dq", "dk", "dv")
+    checked = slice(0, 2) if kernel.row.direction == "forward" else slice(2, 5)
+    errors: dict[str, float] = {}
+    for kind in ("none", "dropped"):
+        inputs = _Inputs(
+            5 * kernel.block_size[0] - 12, kernel.block_size, kind, device, dtype,
+            head_size=kernel.head_size, with_lengths=kernel.row.lengths != "none", through_lse=False,
+        )  # fmt: skip
+        with only_library(kernel.row.library):
+            results = inputs.results(lambda *given: _attend("cute", *given), dtype)
+        plain = inputs.results(dense_attention, dtype)
+        exact = inputs.results(dense_attention, torch.float64)
+        for what, *values in list(zip(names, results, plain, exact, strict=True))[checked]:
+            errors[f"{kind}, {what}"] = _relative_error(*values)
+    _refuse(errors, f"`{kernel}`")
+    return errors
+
+
 def check_int8(device: torch.device) -> dict[str, float]:
     """Check block-sparse attention in 8 bits: the integers' products, with each kind of pooled tokens.
 
@@ -101,16 +139,27 @@ def check_int8(device: torch.device) -> dict[str, float]:
 class _Inputs:
     """Random inputs of one case; rows of the first head and all of the last one of the second item keep nothing."""
 
-    def __init__(self, tokens: int, block: int, pooled: str, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        tokens: int,
+        block: int | tuple[int, int],
+        pooled: str,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        head_size: int = 64,
+        with_lengths: bool = True,
+        through_lse: bool = True,
+    ) -> None:
         generator = torch.Generator().manual_seed(0)
-        self.block, self.pooled, self.device = block, pooled, device
-        drawn = torch.randn(4, 2, tokens, 3, 64, generator=generator).to(dtype).to(device)
+        query_block, self.block = (block, block) if isinstance(block, int) else block
+        self.pooled, self.device, self.through_lse = pooled, device, through_lse
+        drawn = torch.randn(4, 2, tokens, 3, head_size, generator=generator).to(dtype).to(device)
         self.tensors, self.gradient = drawn[:3], drawn[3]
-        blocks = -(-tokens // block)
-        keep = torch.rand(2, 3, blocks, blocks, generator=generator) < 0.4
+        keep = torch.rand(2, 3, -(-tokens // query_block), -(-tokens // self.block), generator=generator) < 0.4
         keep[0, 0, 1] = keep[1, 2] = False
-        self.mask = BlockMask.from_dense(keep.to(device), (block, block))
-        self.lengths = torch.tensor([tokens, tokens - block - 5], device=device)
+        self.mask = BlockMask.from_dense(keep.to(device), (query_block, self.block))
+        self.lengths = torch.tensor([tokens, tokens - self.block - 5], device=device) if with_lengths else None
 
     def results(self, attend: Callable[..., tuple[Tensor, Tensor]], dtype: torch.dtype) -> list[Tensor]:
         """Return the output, the log-sum-exp, and the gradients of queries, keys and values."""
@@ -121,7 +170,9 @@ class _Inputs:
             pooled = pool_tokens(k, v, self.block, block_size=block_size)
         out, lse = attend(q, k, v, self.mask, pooled, self.lengths, 0.2)
         seen = lse.isfinite()
-        loss = (out.double() * self.gradient.double()).sum() + lse[seen].double().sin().sum()
+        loss = (out.double() * self.gradient.double()).sum()
+        if self.through_lse:
+            loss = loss + lse[seen].double().sin().sum()
         return [out.detach(), lse.detach()[seen], *torch.autograd.grad(loss, (q, k, v))]
 
 

@@ -26,11 +26,21 @@ def merged_attention(report: Report, blocks: str) -> Report | None:
     ]
     if not results:
         return None
-    cases = [case for item in results for case in item["cases"]]
+    merged: dict[Any, Report] = {}
+    for case in (case for item in results for case in item["cases"]):
+        place = attention_report.size_of(case), case["density"]
+        merged[place] = _joined(merged[place], case) if place in merged else case
+    cases = [*merged.values()]
     sizes = list(dict.fromkeys(map(attention_report.size_of, cases)))
     cases.sort(key=lambda case: (sizes.index(attention_report.size_of(case)), case["density"]))
     absent = {name: reason for item in results for name, reason in item.get("absent", {}).items()}
     return {**results[0], "cases": cases, "absent": absent}
+
+
+def _joined(case: Report, other: Report) -> Report:
+    """Return the times of two cases of the same size, density and mask, those of the first where both have them."""
+    both = {name: {**other[name], **case[name]} for name in ("ms", "peak_mib", "error", "missing")}
+    return {**case, **both, "sparse": list(dict.fromkeys((*case["sparse"], *other["sparse"])))}
 
 
 def attention_speedups(report: Report) -> dict[str, dict[float, float]]:

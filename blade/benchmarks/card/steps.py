@@ -8,9 +8,11 @@ from typing import Any, Literal
 
 import torch
 from blade_kernels.block_sparse import IMPLEMENTATIONS
+from blade_kernels.block_sparse.cute import architecture
+from blade_kernels.block_sparse.cute_table import Kernel, kernels_of
 
 from blade.benchmarks.attention import PASSES, AttentionBenchmark, run_attention_benchmark
-from blade.benchmarks.card.checks import check_attention, check_int8, check_norm_rope, check_selection
+from blade.benchmarks.card.checks import check_attention, check_cute, check_int8, check_norm_rope, check_selection
 from blade.benchmarks.card.quality import sparsities
 from blade.benchmarks.card.suspects import SUSPECTS, LayerSize, call_suspect
 from blade.benchmarks.layers import AttentionShape, model_shapes
@@ -38,6 +40,9 @@ MEASURED_PASSES = 6
 VIDEO = ("model", "height", "width", "frames", "steps")
 """Fields of a comparison protocol that describe a video."""
 
+CUTE_STEP = "CuTe kernel: "
+"""How the names of steps begin that check a kernel of `blade_kernels.block_sparse.cute_table`."""
+
 LIMIT = 120.0
 """Seconds after which a step counts as hung."""
 
@@ -64,16 +69,21 @@ def card_steps(device: torch.device) -> list[Step]:
     first, *others = [AttentionShape(tokens=250, heads=2, head_dim=16)] if small else published
     densities = DENSITIES[:1] if small else DENSITIES
     checks, suspects = _checks(small), [_suspect(name, small) for name in SUSPECTS]
+    usual, unusual = _cute_kernels(device)
     return [
         *checks,
         *suspects[:URGENT],
+        *usual,
         *(_attention(first, density, small) for density in densities),
         *([] if small else [_attention(first, densities[0], small, blocks="patterns")]),
+        *(_attention(first, density, small, tried=True) for density in densities if usual),
         Step("generation", "generation", _generate, limit=300),
         *(_attention(shape, density, small) for shape in others for density in densities[:2]),
         *suspects[URGENT:],
+        *unusual,
         Step("an update of a distillation", "distillation", _distill, limit=300),
         *(_attention(shape, density, small) for density in densities[2:] for shape in others),
+        *(_attention(shape, density, small, tried=True) for shape in others for density in densities if usual),
         Step("tuning", "tuning", _tune, limit=900),
     ]
 
@@ -92,13 +102,24 @@ def _checks(small: bool) -> list[Step]:
 
         return Step(f"attention by {implementation}", "correctness", run)
 
-    checked = [name for name in IMPLEMENTATIONS if name not in ("auto", "naive")]
+    checked = [name for name in IMPLEMENTATIONS if name not in ("auto", "cute", "naive")]  # of CuTe, every kernel
     return [
         *map(attention, checked),
         Step("attention in 8 bits", "correctness", lambda device, _: {"errors": check_int8(device)}),
         Step("selection", "correctness", lambda device, _: {"errors": check_selection(device)}),
         Step("norms and RoPE", "correctness", lambda device, _: {"errors": check_norm_rope(device)}),
     ]
+
+
+def _cute_kernels(device: torch.device) -> tuple[list[Step], list[Step]]:
+    """Return the checks of a card's CuTe kernels: of those for the presets' blocks, and of the others."""
+
+    def check(kernel: Kernel) -> Step:
+        return Step(CUTE_STEP + str(kernel), "correctness", lambda device, _: {"errors": check_cute(kernel, device)})
+
+    known = kernels_of(architecture(device.type) or 0)
+    usual = [kernel for kernel in known if (kernel.head_size, kernel.block_size) == (128, (128, 128))]
+    return [check(kernel) for kernel in usual], [check(kernel) for kernel in known if kernel not in usual]
 
 
 def _suspect(name: str, small: bool) -> Step:
@@ -111,8 +132,10 @@ def _suspect(name: str, small: bool) -> Step:
     return Step(f"crash: {name}", "correctness", run)
 
 
-def _attention(shape: AttentionShape, density: float, small: bool, blocks: str = "random") -> Step:
-    """Return the timing of one layer at one density."""
+def _attention(
+    shape: AttentionShape, density: float, small: bool, blocks: str = "random", tried: bool = False
+) -> Step:
+    """Return the timing of one layer at one density: of what is tried alone, as it may crash, or of all others."""
 
     def run(device: torch.device, on_partial: OnPartial) -> Report:
         settings = AttentionBenchmark(
@@ -120,6 +143,7 @@ def _attention(shape: AttentionShape, density: float, small: bool, blocks: str =
             densities=(density,),
             passes=tuple(name for name in PASSES if name != "drawn"),
             blocks=blocks,
+            tried=tried,
             block_size=32 if small else 128,
             dtype="float32" if small else "bfloat16",
             device=str(device),
@@ -127,7 +151,7 @@ def _attention(shape: AttentionShape, density: float, small: bool, blocks: str =
         )
         return run_attention_benchmark(settings, on_case=on_partial)
 
-    kind = "" if blocks == "random" else f", {blocks}"
+    kind = ("" if blocks == "random" else f", {blocks}") + (", CuTe" if tried else "")
     return Step(f"{shape}, density {density}{kind}", "attention", run, limit=300 if shape.tokens >= LONG else LIMIT)
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 import logging
-from typing import Literal, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
 from blade_kernels.block_mask import BlockMask
-from blade_kernels.block_sparse import flex, triton_attention
+from blade_kernels.block_sparse import cute, flex, triton_attention
 from blade_kernels.block_sparse.cpu import cpu_attention
 from blade_kernels.block_sparse.naive import naive_attention
 from blade_kernels.block_sparse.pooled import PooledTokens
@@ -18,8 +18,9 @@ from blade_kernels.block_sparse.quantized import PRECISIONS, rounded_inputs
 from blade_kernels.compiler import constant_when_compiled
 from blade_kernels.implementations import check_implementation
 
-IMPLEMENTATIONS = ("auto", "triton", "flex", "cpu", "naive")
-"""Those of `blade_kernels.implementations`, and `flex`: compiled FlexAttention."""
+IMPLEMENTATIONS = ("auto", "triton", "cute", "flex", "cpu", "naive")
+"""Those of `blade_kernels.implementations`; `cute`: kernels of cuDNN and FlashAttention-4; `flex`: compiled
+FlexAttention."""
 
 _logger = logging.getLogger(__name__)
 
@@ -84,7 +85,8 @@ def block_sparse_attention(
             Pooled tokens are not affected.
         scale: factor of the logits. None means 1 / sqrt(D).
         return_lse: also return the log-sum-exp.
-        implementation: "auto"; "triton", kernels for NVIDIA GPUs; "flex", compiled FlexAttention; "cpu", plain
+        implementation: "auto"; "triton", kernels for NVIDIA GPUs; "cute", kernels of cuDNN and FlashAttention-4 for
+            Hopper and Blackwell, which the extra `cute` installs; "flex", compiled FlexAttention; "cpu", plain
             PyTorch on any device, arranged for a CPU; "naive", the specification, which stores all logits and is for
             tests. "reference" is an alias of "cpu". See `resolve_implementation` for the choice of "auto".
         precision: "full", the inputs' own; or "int8", queries and keys rounded to 8-bit integers as SageAttention
@@ -120,11 +122,18 @@ def block_sparse_attention(
     if pooled is not None and not len(pooled):
         pooled = None
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    chosen = resolve_implementation(q, k, v, mask, pooled=pooled, return_lse=return_lse, implementation=implementation)
+    chosen = resolve_implementation(
+        q, k, v, mask,
+        pooled=pooled, key_lengths=key_lengths, return_lse=return_lse, implementation=implementation,
+        precision=precision,
+    )  # fmt: skip
     _check_precision(precision, q, k, v, pooled)
     lse: Tensor | None
     if chosen == "triton":
         out, lse = triton_attention.triton_block_attention(q, k, v, mask, pooled, key_lengths, scale, precision)
+        return (out, lse) if return_lse else out
+    if chosen == "cute":
+        out, lse = cute.cute_block_attention(q, k, v, mask, pooled, key_lengths, scale)
         return (out, lse) if return_lse else out
     dtype, lacking = q.dtype, None
     if precision == "int8":
@@ -159,14 +168,17 @@ def resolve_implementation(
     mask: BlockMask,
     *,
     pooled: PooledTokens | None = None,
+    key_lengths: Tensor | None = None,
     return_lse: bool = False,
     implementation: str = "auto",
+    precision: str = "full",
 ) -> str:
     """Return the implementation that `block_sparse_attention` uses for these arguments; never "auto".
 
-    On CUDA "auto" picks the first of "triton", "flex" and "cpu" that supports the call, and logs once if it is not
-    Triton. Elsewhere it picks "cpu", which needs no compiler and, as measured by `blade-bench attention`, is faster on
-    the CPU than FlexAttention except for short, very sparse sequences. It never picks "naive".
+    On CUDA "auto" picks "cute" where a card's report has found its kernels right, else the first of "triton", "flex"
+    and "cpu" that supports the call, and logs once if it is neither of the first two. Elsewhere it picks "cpu", which
+    needs no compiler and, as measured by `blade-bench attention`, is faster on the CPU than FlexAttention except for
+    short, very sparse sequences. It never picks "naive".
 
     Raises:
         ValueError: unknown implementation.
@@ -176,43 +188,80 @@ def resolve_implementation(
     if implementation in ("cpu", "naive"):
         return implementation
     inputs = (q, k, v) if pooled is None else (q, k, v, pooled.k, pooled.v)
-    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     kind = q.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else q.dtype
-    return _resolve(implementation, kind, dtype, q.shape[-1], mask.block_size, needs_grad, return_lse)
+    call = _Call(
+        device_type=kind,
+        dtype=torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else q.dtype,
+        head_size=q.shape[-1],
+        block_size=mask.block_size,
+        needs_grad=torch.is_grad_enabled() and any(x.requires_grad for x in inputs),
+        return_lse=return_lse,
+        pooled=pooled is not None and len(pooled) > 0,
+        lengths=key_lengths is not None,
+        precision=precision,
+    )
+    return _resolve(implementation, *call)
+
+
+class _Call(NamedTuple):
+    """What the choice of an implementation depends on."""
+
+    device_type: str
+    dtype: torch.dtype
+    head_size: int
+    block_size: tuple[int, int]
+    needs_grad: bool
+    return_lse: bool
+    pooled: bool
+    lengths: bool
+    precision: str
+
+    def problem(self, implementation: str) -> str | None:
+        """Return why an implementation cannot compute this, or None if it can."""
+        kind, dtype, size, blocks = self[:4]
+        if implementation == "triton":
+            return triton_attention.unsupported(kind, dtype, size, blocks)
+        if implementation == "flex":
+            return flex.unsupported(kind, dtype, size, blocks, self.needs_grad, self.return_lse)
+        if self.precision != "full":
+            return f"the CuTe kernels compute in full precision, not {self.precision!r}"
+        return cute.unsupported(kind, dtype, size, blocks, pooled=self.pooled, lengths=self.lengths)
+
+    def is_for_cute(self) -> bool:
+        """Return whether CuTe kernels can compute this, and a card's report has found them right."""
+        return self.problem("cute") is None and cute.is_verified(
+            *self[:4], lengths=self.lengths, needs_grad=self.needs_grad
+        )
 
 
 @constant_when_compiled  # looks for a compiler and may write to the log
-def _resolve(
-    implementation: str,
-    device_type: str,
-    dtype: torch.dtype,
-    head_size: int,
-    block_size: tuple[int, int],
-    needs_grad: bool,
-    return_lse: bool,
-) -> str:
-    if implementation == "auto" and device_type != "cuda":
+def _resolve(implementation: str, *facts: Any) -> str:
+    call = _Call(*facts)
+    if implementation == "auto" and call.device_type != "cuda":
         return "cpu"
-    problems: dict[str, str | None] = {}
-    if implementation in ("auto", "triton"):
-        problems["triton"] = triton_attention.unsupported(device_type, dtype, head_size, block_size)
-    if implementation == "flex" or problems.get("triton"):
-        problems["flex"] = flex.unsupported(device_type, dtype, head_size, block_size, needs_grad, return_lse)
     if implementation != "auto":
-        if problems[implementation] is None:
+        if (problem := call.problem(implementation)) is None:
             return implementation
         raise NotImplementedError(
-            f"`implementation={implementation!r}` cannot compute this: {problems[implementation]}. "
-            "Use 'auto' or 'cpu'."
+            f"`implementation={implementation!r}` cannot compute this: {problem}. Use 'auto' or 'cpu'."
         )
-    reasons = "; ".join(problem for problem in problems.values() if problem)
-    chosen = next((name for name, problem in problems.items() if problem is None), "cpu")
-    if chosen == "flex":
-        _say_once(f"Block-sparse attention uses FlexAttention: {reasons}.")
-    elif chosen == "cpu":
-        _say_once(f"Block-sparse attention uses plain PyTorch (`cpu`), which is slow on {device_type}: {reasons}.")
-    return chosen
+    if call.is_for_cute():
+        return "cute"
+    reasons = []
+    for name in ("triton", "flex"):
+        if (problem := call.problem(name)) is None:
+            break
+        reasons.append(problem)
+    else:
+        name = "cpu"
+    if name == "flex":
+        _say_once(f"Block-sparse attention uses FlexAttention: {'; '.join(reasons)}.")
+    elif name == "cpu":
+        _say_once(
+            "Block-sparse attention uses plain PyTorch (`cpu`), which is slow on "
+            f"{call.device_type}: {'; '.join(reasons)}."
+        )
+    return name
 
 
 @functools.cache

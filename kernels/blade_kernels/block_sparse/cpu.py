@@ -66,7 +66,7 @@ def _forward(arguments: Arguments) -> tuple[Tensor, Tensor]:
 
 
 def _backward(
-    arguments: Arguments, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor
+    arguments: Arguments, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None
 ) -> tuple[Tensor, ...]:
     """Compute the gradients of q, k, v and of the pooled keys and values."""
     q, k, v, scale, heads = arguments.q, arguments.k, arguments.v, arguments.scale, _heads(arguments)
@@ -77,7 +77,9 @@ def _backward(
     for item, group in heads:
         head = heads[item, group]
         d_out = grad_out[item, :, group].to(heads.dtype)
-        delta = (d_out * out[item, :, group]).sum(-1) - grad_lse[item, :, group]
+        delta = (d_out * out[item, :, group]).sum(-1)
+        if grad_lse is not None:
+            delta -= grad_lse[item, :, group]
         grads = _attend_backward(
             head,
             head.in_order(d_out),

@@ -63,7 +63,7 @@ class Arguments(NamedTuple):
 
 
 Forward = Callable[[Arguments], tuple[Tensor, Tensor]]
-Backward = Callable[[Arguments, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, ...]]
+Backward = Callable[[Arguments, Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, ...]]
 
 _INPUTS = (
     "Tensor q, Tensor k, Tensor v, Tensor keep, Tensor counts, Tensor indices, Tensor? order, int[] block_size, "
@@ -98,8 +98,8 @@ def register(name: str, forward: Forward, backward: Backward) -> Callable[..., t
         name: name of the operator.
         forward: returns the output, (B, S, H, D) in the dtype of q, and the log-sum-exp, (B, S, H) in float32 or
             wider, both contiguous.
-        backward: takes the arguments, output, log-sum-exp and the gradients of both; returns contiguous gradients of
-            q, k, v and of the pooled keys and values.
+        backward: takes the arguments, output, log-sum-exp and the gradients of both, the last None if there is none;
+            returns contiguous gradients of q, k, v and of the pooled keys and values.
 
     Returns:
         The operator, which takes the fields of `Arguments` as positional arguments.
@@ -115,7 +115,7 @@ def register(name: str, forward: Forward, backward: Backward) -> Callable[..., t
         f"blade::{name}_backward",
         run_backward,
         mutates_args=(),
-        schema=f"({_INPUTS}, Tensor out, Tensor lse, Tensor grad_out, Tensor grad_lse) -> {_GRADIENTS}",
+        schema=f"({_INPUTS}, Tensor out, Tensor lse, Tensor grad_out, Tensor? grad_lse) -> {_GRADIENTS}",
     )
 
     def backward_shapes(*arguments: Any) -> tuple[Tensor, ...]:
@@ -126,9 +126,12 @@ def register(name: str, forward: Forward, backward: Backward) -> Callable[..., t
         *tensors, ctx.scale = inputs
         ctx.block_size = tensors.pop(_BLOCK_SIZE)
         ctx.save_for_backward(*tensors, *output)
+        ctx.set_materialize_grads(False)
 
-    def differentiate(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+    def differentiate(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
         *tensors, out, lse = ctx.saved_tensors
+        if grad_out is None:
+            grad_out = torch.zeros_like(out)
         tensors.insert(_BLOCK_SIZE, ctx.block_size)
         grads = backward_op(*tensors, ctx.scale, out, lse, grad_out, grad_lse)
         by_name = dict(zip(_DIFFERENTIABLE, grads, strict=True))

@@ -154,7 +154,7 @@ class _Call:
 
 def forward(arguments: Arguments) -> tuple[Tensor, Tensor]:
     """Launch the forward kernel; return output and log-sum-exp."""
-    return _forward(arguments, None)
+    return _forward(arguments)
 
 
 def forward_int8(arguments: Arguments) -> tuple[Tensor, Tensor]:
@@ -164,8 +164,27 @@ def forward_int8(arguments: Arguments) -> tuple[Tensor, Tensor]:
     return _forward(arguments._replace(pooled_k=pooled_k), mean)
 
 
-def _forward(arguments: Arguments, mean: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Launch the forward kernel, on 8-bit queries and keys if the mean of the keys is given, (B, H, D)."""
+def add_pooled(arguments: Arguments, out: Tensor, lse: Tensor) -> None:
+    """Add the pooled tokens to the result of the kept blocks, in place.
+
+    Args:
+        arguments: those of the operator.
+        out: (B, S, H, D), contiguous.
+        lse: (B, S, H) float32, contiguous.
+    """
+    _forward(arguments, resumed=(out, lse))
+
+
+def _forward(
+    arguments: Arguments, mean: Tensor | None = None, resumed: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Launch the forward kernel.
+
+    Args:
+        arguments: those of the operator.
+        mean: (B, H, D), mean of the keys, for 8-bit queries and keys.
+        resumed: output and log-sum-exp of the kept blocks, which the pooled tokens are added to, in place.
+    """
     from blade_kernels.block_sparse.triton_forward import forward_kernel
 
     q, call = arguments.q, _Call(arguments)
@@ -176,8 +195,11 @@ def _forward(arguments: Arguments, mean: Tensor | None) -> tuple[Tensor, Tensor]
         keys, k_scale = quantize_rows(call.k, call.block_size[1], mean, arguments.key_lengths)
     # descriptors are of tensors of one type
     (key_tiles, value_tiles), tma = _tiles((keys, call.v), config.block_n, config.tma)
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    if resumed is None:
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    else:
+        out, lse = resumed
     with on_device(q):
         forward_kernel[call.row_grid(config)](
             queries, key_tiles, value_tiles, out, lse,
@@ -185,6 +207,7 @@ def _forward(arguments: Arguments, mean: Tensor | None) -> tuple[Tensor, Tensor]
             *_strides(queries, keys, call.v, call.pooled_k, call.pooled_v, call.q),
             *call.mask_strides(call.query_blocks),
             BQ=call.block_size[0], BK=call.block_size[1], QUANTIZED=mean is not None,
+            RESUMED=resumed is not None,
             **call.constants(config, "POOLED", "DROPPED", "LENGTHS", "TAIL", "ORDERED", tma=tma),
         )  # fmt: skip
     return out, lse
@@ -207,31 +230,17 @@ def quantize_rows(x: Tensor, block: int, mean: Tensor | None, key_lengths: Tenso
     return values, scales
 
 
-def backward(arguments: Arguments, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor, ...]:
+def backward(
+    arguments: Arguments, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None
+) -> tuple[Tensor, ...]:
     """Launch the backward kernels; return the gradients of q, k, v and of the pooled keys and values."""
-    from blade_kernels.block_sparse.triton_backward import delta_kernel, key_gradient_kernel, query_gradient_kernel
+    from blade_kernels.block_sparse.triton_backward import key_gradient_kernel
 
-    (q, k, v), call = arguments[:3], _Call(arguments)
-    grad_out = _rows(grad_out)
-    lse2, delta = (q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32) for _ in range(2))
-    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    with on_device(q):
-        delta_kernel[(-(-call.queries // DELTA_TILE), call.heads, call.batch)](
-            out, grad_out, lse, grad_lse, lse2, delta, call.queries, call.heads,
-            *_strides(out, grad_out, lse, grad_lse), D=call.head_size, BLOCK_M=DELTA_TILE,
-        )  # fmt: skip
-
-        config = call.config("query_gradient")
-        (keys, values), tma = _tiles((call.k, call.v), config.block_n, config.tma)
-        query_gradient_kernel[call.row_grid(config)](
-            call.q, keys, values, grad_out, lse2, delta, dq,
-            *call.row_arguments(),
-            *_strides(call.q, call.k, call.v, grad_out, call.pooled_k, call.pooled_v),
-            *call.mask_strides(call.query_blocks),
-            BQ=call.block_size[0], BK=call.block_size[1],
-            **call.constants(config, "POOLED", "DROPPED", "LENGTHS", "TAIL", "ORDERED", tma=tma),
-        )  # fmt: skip
-
+    (_, k, v), call, grad_out = arguments[:3], _Call(arguments), _rows(grad_out)
+    with on_device(k):
+        lse2, delta = _deltas(call, out, lse, grad_out, grad_lse)
+        dq = _query_gradient(call, grad_out, lse2, delta)
+        dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (k, v))
         config = call.config("key_gradient")
         (queries, grads), tma = _tiles((call.q, grad_out), config.block_m, config.tma)
         starts, rows = _transposed(call)
@@ -246,6 +255,56 @@ def backward(arguments: Arguments, out: Tensor, lse: Tensor, grad_out: Tensor, g
         )  # fmt: skip
         d_pooled = _pooled_gradients(call, grad_out, lse2, delta)
     return dq, dk, dv, *d_pooled
+
+
+def pooled_backward(arguments: Arguments, out: Tensor, lse: Tensor, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute what the pooled tokens contribute to the gradients.
+
+    Args:
+        arguments: those of the operator.
+        out: the output with the pooled tokens, (B, S, H, D).
+        lse: the log-sum-exp with the pooled tokens, (B, S, H).
+        grad_out: gradient of the output.
+
+    Returns:
+        Their part of the gradient of q, and the gradients of the pooled keys and values.
+    """
+    # a list of no blocks, while the map of kept ones still says which pooled tokens a row sees
+    call, grad_out = _Call(arguments._replace(counts=torch.zeros_like(arguments.counts))), _rows(grad_out)
+    with on_device(arguments.q):
+        lse2, delta = _deltas(call, out, lse, grad_out, None)
+        return _query_gradient(call, grad_out, lse2, delta), *_pooled_gradients(call, grad_out, lse2, delta)
+
+
+def _deltas(call: _Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Compute the base-2 log-sum-exp and delta, (B, H, S) each; see `triton_backward.delta_kernel`."""
+    from blade_kernels.block_sparse.triton_backward import delta_kernel
+
+    grad_lse = torch.zeros_like(lse) if grad_lse is None else grad_lse
+    lse2, delta = (call.q.new_empty(call.batch, call.heads, call.queries, dtype=torch.float32) for _ in range(2))
+    delta_kernel[(-(-call.queries // DELTA_TILE), call.heads, call.batch)](
+        out, grad_out, lse, grad_lse, lse2, delta, call.queries, call.heads,
+        *_strides(out, grad_out, lse, grad_lse), D=call.head_size, BLOCK_M=DELTA_TILE,
+    )  # fmt: skip
+    return lse2, delta
+
+
+def _query_gradient(call: _Call, grad_out: Tensor, lse2: Tensor, delta: Tensor) -> Tensor:
+    """Compute the gradient of q, contiguous."""
+    from blade_kernels.block_sparse.triton_backward import query_gradient_kernel
+
+    dq = torch.empty_like(call.q, memory_format=torch.contiguous_format)
+    config = call.config("query_gradient")
+    (keys, values), tma = _tiles((call.k, call.v), config.block_n, config.tma)
+    query_gradient_kernel[call.row_grid(config)](
+        call.q, keys, values, grad_out, lse2, delta, dq,
+        *call.row_arguments(),
+        *_strides(call.q, call.k, call.v, grad_out, call.pooled_k, call.pooled_v),
+        *call.mask_strides(call.query_blocks),
+        BQ=call.block_size[0], BK=call.block_size[1],
+        **call.constants(config, "POOLED", "DROPPED", "LENGTHS", "TAIL", "ORDERED", tma=tma),
+    )  # fmt: skip
+    return dq
 
 
 def _transposed(call: _Call) -> tuple[Tensor, Tensor]:

@@ -55,6 +55,13 @@ def add_keys(q, k, v, bias, peak, total, out, factor, BIASED: tl.constexpr, UPCA
 
 
 @triton.jit
+def result_rows(item, head, start, S, H, BLOCK_M: tl.constexpr):
+    """Return the places of a tile of queries in a contiguous (B, S, H) tensor, and which of them exist."""
+    queries = start + tl.arange(0, BLOCK_M).to(tl.int64)
+    return (item.to(tl.int64) * S + queries) * H + head, queries < S
+
+
+@triton.jit
 def forward_kernel(
     q, k, v, out, lse,
     counts, indices, keep, order, key_lengths,
@@ -71,9 +78,11 @@ def forward_kernel(
     mask_batch, mask_head,
     D: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     POOLED: tl.constexpr, DROPPED: tl.constexpr, LENGTHS: tl.constexpr, TAIL: tl.constexpr, ORDERED: tl.constexpr,
-    QUANTIZED: tl.constexpr, TMA: tl.constexpr, UPCAST: tl.constexpr,
+    QUANTIZED: tl.constexpr, RESUMED: tl.constexpr, TMA: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Compute attention of one tile of queries. Tensors are strided unless stated otherwise.
+
+    With `RESUMED` the kept blocks are done: `out` and `lse` hold their result, which the pooled tokens are added to.
 
     Args:
         k: pointer or, with `TMA`, descriptor; likewise `v`.
@@ -106,11 +115,21 @@ def forward_kernel(
         factor = factor * q_step
     kept = indices + mask_row * capacity
     stop = key_stop(key_lengths, item, T, LENGTHS)
-    whole, count = kept_blocks(kept, tl.load(counts + mask_row), stop, key_blocks, BK, LENGTHS, TAIL)
 
-    peak = tl.full((BLOCK_M,), LOWEST, tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
-    out_tile = tl.zeros((BLOCK_M, D), tl.float32)
+    if RESUMED:
+        whole = 0
+        count = 0
+        rows, inside = result_rows(item, head, start, S, H, BLOCK_M)
+        sums = tl.load(lse + rows, mask=inside, other=float("-inf"))
+        peak = tl.where(sums == float("-inf"), LOWEST, sums * LOG2E)
+        total = tl.where(sums == float("-inf"), 0.0, 1.0)
+        pointers = out + rows[:, None] * D + tl.arange(0, D)[None, :]
+        out_tile = tl.load(pointers, mask=inside[:, None], other=0.0).to(tl.float32)
+    else:
+        whole, count = kept_blocks(kept, tl.load(counts + mask_row), stop, key_blocks, BK, LENGTHS, TAIL)
+        peak = tl.full((BLOCK_M,), LOWEST, tl.float32)
+        total = tl.zeros((BLOCK_M,), tl.float32)
+        out_tile = tl.zeros((BLOCK_M, D), tl.float32)
     PARTS: tl.constexpr = BK // BLOCK_N
     ZEROED: tl.constexpr = TMA and not LENGTHS  # descriptors return zeros past the end of the sequence
     for step in range(0, whole * PARTS):
@@ -122,7 +141,7 @@ def forward_kernel(
         peak, total, out_tile = add_keys(
             q_tile, k_tile, v_tile, 0.0, peak, total, out_tile, tile_factor, False, UPCAST
         )
-    if LENGTHS or TAIL:
+    if (LENGTHS or TAIL) and not RESUMED:
         for step in range(whole * PARTS, count * PARTS):
             block = tl.load(kept + step // PARTS)
             key = block * BK + (step % PARTS) * BLOCK_N
@@ -171,9 +190,8 @@ def forward_kernel(
             )
 
     divisor = tl.where(total == 0.0, 1.0, total)  # 0: a query without keys
-    queries = start + tl.arange(0, BLOCK_M).to(tl.int64)
-    inside = queries < S
-    pointers = out + ((item.to(tl.int64) * S + queries[:, None]) * H + head) * D + tl.arange(0, D)[None, :]
+    rows, inside = result_rows(item, head, start, S, H, BLOCK_M)
+    pointers = out + rows[:, None] * D + tl.arange(0, D)[None, :]
     tl.store(pointers, (out_tile / divisor[:, None]).to(out.dtype.element_ty), mask=inside[:, None])
     if QUANTIZED:  # what all logits of a query lack
         exact = load_tile(
@@ -182,4 +200,4 @@ def forward_kernel(
         common = tl.load(mean + (item.to(tl.int64) * H + head) * D + tl.arange(0, D))
         peak += tl.sum(exact.to(tl.float32) * common[None, :], 1) * pooled_factor
     sums = tl.where(total == 0.0, float("-inf"), (peak + tl.log2(divisor)) / LOG2E)
-    tl.store(lse + (item.to(tl.int64) * S + queries) * H + head, sums, mask=inside)
+    tl.store(lse + rows, sums, mask=inside)

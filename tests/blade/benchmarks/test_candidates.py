@@ -3,6 +3,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -89,10 +90,10 @@ def test_the_table_on_cuda(monkeypatch):
     dense = ["flash", "flash, deterministic", "efficient", "cudnn", "math"]
     several = ["flash-attn", "flash-attn 3", "flash-attn 4"]
     peers = [*several, "flashinfer", "sageattention"]
-    assert names_for(half, 128) == [*dense, "triton", "triton, int8", "flex", *peers, "SpargeAttn"]
-    assert names_for(half, 64) == [*dense, "triton", "triton, int8", "flex", *peers, "fastvideo-kernel"]
+    assert names_for(half, 128) == [*dense, "triton", "triton, int8", "cute", "flex", *peers, "SpargeAttn"]
+    assert names_for(half, 64) == [*dense, "triton", "triton, int8", "cute", "flex", *peers, "fastvideo-kernel"]
     batch = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, shape=(2, 64, 2, 64))
-    assert names_for(batch, 64) == [*dense, "triton", "triton, int8", "flex", *several, "sageattention"]
+    assert names_for(batch, 64) == [*dense, "triton", "triton, int8", "cute", "flex", *several, "sageattention"]
     single = SimpleNamespace(is_cuda=True, dtype=torch.float32, shape=(1, 64, 2, 64))
     assert names_for(single, 128) == [*dense, "triton", "flex"]
     without = {candidate.name for candidate in candidates_for(half, 128) if not candidate.has_backward(half)}
@@ -187,3 +188,25 @@ def test_a_crash_of_a_gpu_is_not_taken_for_a_missing_feature(monkeypatch, place)
     with pytest.raises(DeviceCrashError, match=message) as found:
         run_attention_benchmark(SMALL)
     assert "\n" not in str(found.value) and calls
+
+
+@pytest.mark.parametrize("tried", [None, True, False])
+def test_what_is_tried_ends_nothing(monkeypatch, tried):
+    """Neither what it raises nor its wrong output; a card's benchmark measures it apart."""
+    right = candidates.CANDIDATES["cpu"].attend
+
+    def fail(*_):
+        raise ZeroDivisionError("a compiler's own error\nmore lines")
+
+    monkeypatch.setattr(candidates, "CANDIDATES", dict(candidates.CANDIDATES))
+    flags = {"sparse": True, "own": True, "tried": True}
+    register_candidate(Candidate(name="failing", attend=fail, **flags))
+    register_candidate(Candidate(name="wrong", attend=lambda *given: 1.5 * right(*given), **flags))
+    register_candidate(Candidate(name="right", attend=right, **flags))
+    (case,) = run_attention_benchmark(replace(SMALL, tried=tried))["cases"]
+    assert case["sparse"] == [*(["cpu"] if tried is not True else []), *(["right"] if tried is not False else [])]
+    if tried is not False:
+        assert case["missing"]["failing"] == "a compiler's own error"
+        assert case["missing"]["wrong"] == "its output is wrong: relative error 0.5"
+    assert {"failing", "wrong"}.isdisjoint({*case["ms"], *case["error"]})
+    assert ("triton" in case["missing"]) == (tried is not True)

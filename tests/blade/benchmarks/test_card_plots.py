@@ -225,3 +225,19 @@ def test_small_machines_are_plotted_in_smaller_units(monkeypatch):
     panels = figures(monkeypatch, report)["tflops"].axes
     assert panels[0].get_ylabel() == "forward, GFLOP/s"
     assert attention_report.tflops(report["steps"][0]["result"]["cases"][0], "triton", "selection") is None
+
+
+def test_what_was_tried_apart_stands_beside_the_others():
+    """Two steps of one size and density, with the same mask: the times of dense attention are those of the first."""
+    report = synthetic_report(("wan-1.3b",))
+    result = json.loads(json.dumps(report["steps"][0]["result"]))
+    (case,) = result["cases"]
+    case["ms"] = {"cute": {"forward": 1.0, "whole": 1.1}, "cudnn": {"forward": 99.0}}
+    case |= {"sparse": ["cute"], "missing": {"other": "why"}, "error": {}}
+    report["steps"].insert(4, step("cute", "attention", result))
+    cases = merged_attention(report, "random")["cases"]
+    assert [case["density"] for case in cases] == [0.1, 0.2, 0.3, 0.5]
+    joined = cases[1]
+    assert joined["sparse"] == [*SPARSE, "cute"] and joined["missing"] == {"other": "why"}
+    assert joined["ms"]["cute"]["whole"] == 1.1 and joined["ms"]["cudnn"]["forward"] < 99
+    assert attention_speedups(report)["Wan-1.3B 480p, 32,760 tokens"][0.2] > 5  # the fastest of all

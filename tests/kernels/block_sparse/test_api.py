@@ -69,7 +69,7 @@ BAD = {
     ),
     "lengths": (lambda c: {"key_lengths": torch.tensor([3])}, r"`key_lengths` must be integers of shape \(2,\)"),
     "lengths type": (lambda c: {"key_lengths": torch.tensor([3.0, 4.0])}, "got torch.float32"),
-    "name": (lambda c: {"implementation": "cuda"}, "must be one of auto, triton, flex, cpu, naive, got 'cuda'"),
+    "name": (lambda c: {"implementation": "cuda"}, "must be one of auto, triton, cute, flex, cpu, naive, got 'cuda'"),
 }
 
 
