@@ -1,4 +1,4 @@
-"""Compare the error of attention's output by the type in which queries and keys are multiplied.
+"""Compare the error of attention's output by the types in which it multiplies.
 
 python scripts/compare_precisions.py docs/results/precisions
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,11 +29,12 @@ BLOCKS = (16, 32, 64, 128)
 """Tokens in a block, which share a scale."""
 
 
-def in_eight_bits(q: Tensor, k: Tensor, v: Tensor, block: int) -> Tensor:
-    """Return `block_sparse_attention`'s output over all blocks with `precision="int8"`: (1, S, H, D)."""
+def in_eight_bits(q: Tensor, k: Tensor, v: Tensor, block: int, precision: str) -> Tensor:
+    """Return `block_sparse_attention`'s output over all blocks in "int8" or "fp8": (1, S, H, D)."""
     blocks = -(-q.shape[1] // block)
     mask = BlockMask.from_dense(torch.ones(1, 1, blocks, blocks, dtype=torch.bool), (block, block))
-    return block_sparse_attention(q, k, v, mask, implementation="cpu", precision="int8")
+    implementation = "cpu" if precision == "int8" else "naive"
+    return block_sparse_attention(q, k, v, mask, implementation=implementation, precision=precision)
 
 
 def in_bfloat16(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -40,26 +42,33 @@ def in_bfloat16(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return exact(*(x.bfloat16().float() for x in (q, k, v)))
 
 
-def as_published(q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None = None) -> Tensor:
+def as_published(q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None = None, *, float8: bool = False) -> Tensor:
     """Return SageAttention's output (arXiv 2410.02367), in float32: (B, S, H, D).
 
     Queries in blocks of 128 tokens and keys, without their mean, in blocks of 64 are 8-bit integers; weights and
-    values are float16.
+    values are float16 or, as in the 8-bit kernel of SageAttention2 (arXiv 2411.10958), 8-bit floats: weights of 0 to 1
+    times 448, values by channel.
 
     Args:
         q: (B, S, H, D).
         k: (B, T, H, D).
         v: (B, T, H, D).
         keep: (B, H, S, T) bool, which pairs are computed; None: all.
+        float8: weights and values are 8-bit floats.
     """
     logits = torch.einsum("bshd,bthd->bhst", _rounded(q, 128), _rounded(k - k.mean(1, keepdim=True), 64))
     logits = logits * q.shape[-1] ** -0.5
     if keep is not None:
         logits = logits.masked_fill(~keep, -torch.inf)
     weights = (logits - logits.amax(-1, keepdim=True)).exp()
-    return ((weights.half().float() @ v.half().float().transpose(1, 2)) / weights.sum(-1, keepdim=True)).transpose(
-        1, 2
-    )
+    total, heads = weights.sum(-1, keepdim=True), v.transpose(1, 2)
+    if float8:
+        scales = heads.abs().amax(2, keepdim=True) / 448
+        weights = (weights * 448).to(torch.float8_e4m3fn).float() / 448
+        heads = (heads / scales).to(torch.float8_e4m3fn).float() * scales
+    else:
+        weights, heads = weights.half().float(), heads.half().float()
+    return (weights @ heads / total).transpose(1, 2)
 
 
 def _rounded(x: Tensor, block: int) -> Tensor:
@@ -77,10 +86,15 @@ def exact(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 METHODS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "inputs in bfloat16": in_bfloat16,
-    **{f"int8, blocks of {block}": lambda q, k, v, block=block: in_eight_bits(q, k, v, block) for block in BLOCKS},
+    **{
+        f"{precision}, blocks of {block}": partial(in_eight_bits, block=block, precision=precision)
+        for precision in ("int8", "fp8")
+        for block in BLOCKS
+    },
     "SageAttention, as published": as_published,
+    "SageAttention2 with 8-bit floats, as published": partial(as_published, float8=True),
 }
-"""Compared ways of multiplying queries and keys, by name."""
+"""Compared ways of computing attention, by name."""
 
 
 def errors(heads: Heads, method: Callable[[Tensor, Tensor, Tensor], Tensor]) -> list[float]:
@@ -125,7 +139,7 @@ def main(
         "errors": found,
     }
     rows = [[name, *map(shown, by_group.values())] for name, by_group in found.items()]
-    lines = markdown_table(["queries and keys", *groups], rows)
+    lines = markdown_table(["computed in", *groups], rows)
     note = "Relative error of attention's output against float64: mean / worst tenth of the heads, all blocks kept."
     write_table(output, "precisions", title="Precisions", note=note, lines=lines, values=values)
     print("\n".join(lines))

@@ -122,7 +122,7 @@ class ConfigChanges(TypedDict, total=False):
     dense_steps: int | float
     dense_layers: str | int | Iterable[int]
     implementation: str
-    precision: Literal["full", "int8"]
+    precision: Literal["full", "int8", "fp8"]
     strict: bool
     seed: int
     asa: AdaptiveConfig
@@ -165,7 +165,7 @@ class BladeConfig:
     """Implementation of the block-sparse attention: see `blade.block_sparse_attention`. `reference`, the name of `cpu`
     in earlier versions, is stored as `cpu`."""
 
-    precision: Literal["full", "int8"] = "full"
+    precision: Literal["full", "int8", "fp8"] = "full"
     """Type in which sparse layers multiply queries and keys: their own, or 8-bit integers as in SageAttention
     (arXiv 2410.02367), for running alone, not for training. Faster only with the Triton kernels."""
 

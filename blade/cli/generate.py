@@ -42,6 +42,8 @@ class OutputOptions(OptionGroup):
     """Several seeds such as 0-3,7: a video of each; the output is then a folder."""
     dry_run: bool = option(False)
     """Make nothing: print tokens, operations and memory, from configuration files alone."""
+    card: str | None = option()
+    """With --dry-run, also predict the seconds on this GPU: a name such as H200, or the JSON of a blade-bench gpu."""
     debug: bool = option(False)
     """Show the traceback of an error."""
 
@@ -57,6 +59,8 @@ def _check_lists(own: OutputOptions, given: dict[str, Any]) -> None:
 def generate(given: dict[str, Any]) -> None:
     """Generate a video from a prompt with adaptive block-sparse attention."""
     own = read_group(OutputOptions, given)
+    if own.card is not None and not own.dry_run:
+        raise ValueError(f"`--card` must not be given without `--dry-run`, got {own.card!r}.")
     _check_lists(own, given)
     added = {name: given[name] for name in option_names(*added_groups()) if name in given}
     given = {name: value for name, value in given.items() if name in option_names(*GROUPS)}
@@ -90,7 +94,7 @@ def generate(given: dict[str, Any]) -> None:
     if own.dry_run:
         from blade.generation.plan import plan_run
 
-        print_line(plan_run(request))
+        print_line(plan_run(request, card=own.card))
         return
     if request.model == BUNDLED:
         # loaded in a moment, so that progress bars would only hide what follows

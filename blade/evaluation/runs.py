@@ -77,7 +77,7 @@ class RunSettings:
     """Number of dense steps, or a fraction below 1; None takes the configuration's."""
     dense_layers: tuple[int, ...] | None = None
     """Layers that stay dense; None takes the configuration's."""
-    precision: Literal["full", "int8"] | None = None
+    precision: Literal["full", "int8", "fp8"] | None = None
     """Type in which queries and keys are multiplied; None takes the configuration's."""
 
     def __post_init__(self) -> None:

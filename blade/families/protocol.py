@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Literal, Protocol
 
@@ -74,6 +74,9 @@ class ModelFamily(Protocol):
     """True if the pipelines' `guidance_scale` is classifier-free guidance, and no input of the transformer."""
     size_multiple: int
     """Pixels that the pipelines want heights and widths to be whole multiples of, whatever the VAE."""
+    tiny_decoders: Mapping[int, tuple[str, ...]]
+    """Names of the published tiny decoders (TAEHV) that take latents as the pipelines return them, with
+    `output_type="latent"`, by the number of latent channels; none where no published one does."""
 
     @property
     def data(self) -> FamilyData:

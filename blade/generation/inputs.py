@@ -9,7 +9,7 @@ from pathlib import Path
 from blade.generation.request import GenerationRequest
 from blade.models.choices import split_lora
 
-FILE_FIELDS = ("image", "last_image", "video", "model", "student", "config")
+FILE_FIELDS = ("image", "last_image", "video", "model", "student", "config", "decoder_weights")
 """Fields of a request that may name a file or folder here."""
 
 DECISIVE = ("*.safetensors", "*.bin", "*config.json")

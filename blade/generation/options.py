@@ -26,9 +26,11 @@ from blade.common.options import OptionGroup, option, option_choices, option_nam
 from blade.families.kinds import PRESET_KINDS, PresetKind
 from blade.models.choices import (
     CACHES,
+    DECODERS,
     DTYPE_NAMES,
     OFFLOADS,
     QUANTIZATIONS,
+    Decoder,
     DtypeName,
     Offload,
     Quantization,
@@ -37,7 +39,7 @@ from blade.models.choices import (
 )
 from blade.models.source import BUNDLED
 
-PRECISIONS = ("full", "int8")
+PRECISIONS = ("full", "int8", "fp8")
 
 ATTENTIONS = ("dense", "asa", "asa-gt", "patterns")
 """Attention methods."""
@@ -183,8 +185,9 @@ class SparseOptions(OptionGroup):
     steps from the start, dense ones first."""
     dense_layers: str | tuple[int, ...] | None = option(settled_by_student=True)
     """Layers that stay dense, such as "0-1,39"."""
-    precision: Literal["full", "int8"] | None = option(choices=PRECISIONS)
-    """full, or int8: sparse layers multiply queries and keys as 8-bit integers."""
+    precision: Literal["full", "int8", "fp8"] | None = option(choices=PRECISIONS)
+    """full; int8: sparse layers multiply queries and keys as 8-bit integers; or fp8: with them weights and values as
+    8-bit floats."""
 
     def check(self) -> None:
         """Check that there is such a preset, and nothing that it contradicts."""
@@ -245,12 +248,20 @@ class AccelerationOptions(OptionGroup):
     """Compile the transformer's blocks and the decoder."""
     vae_tiling: bool = option(False, prepare="blade.models.acceleration:enable_tiling")
     """Decode in tiles, which takes less memory."""
+    decoder: Decoder = option("full", choices=DECODERS, of_model=True)
+    """full, the VAE's own, or tiny: a small one that takes a fraction of the time and memory, and is less exact."""
+    decoder_weights: str | None = option(of_model=True)
+    """Weights of a tiny decoder (TAEHV): a .safetensors or .pth file, or a Hub id, with /FILE or without."""
 
     def check(self) -> None:
         """Check that the names exist, and go together."""
-        for name in ("dtype", "offload", "quantize"):
+        for name in ("dtype", "offload", "quantize", "decoder"):
             if getattr(self, name) is not None:
                 check_choice(name, getattr(self, name), option_choices(AccelerationOptions, name))
+        if self.decoder == "tiny" and not self.decoder_weights:
+            raise ValueError('`decoder_weights` must be given with `decoder` "tiny": a file, or a Hub id.')
+        if self.decoder != "tiny" and self.decoder_weights is not None:
+            raise ValueError('`decoder_weights` must not be given without `decoder` "tiny".')
         if self.cache is not None:
             check_type("cache", self.cache, str)
             parse_cache(self.cache)

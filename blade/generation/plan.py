@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,18 +12,22 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from blade.common.machine import GIB
 from blade.common.terminal import printable
+from blade.generation.prediction import Prediction, predict
 from blade.generation.request import GenerationRequest, ResolvedRequest, check_known
 from blade.generation.resolve import describe_student, resolve_request
+from blade.models.acceleration import LEAST_CAPABILITIES
+from blade.models.cards import find_card
 from blade.models.conditions import model_for
-from blade.models.costs import RunCost, forward_cost, run_cost
+from blade.models.costs import RunCost, count_flops, forward_cost, run_cost
+from blade.models.decoder_weights import decoder_dtype, load_tiny_decoder
 from blade.models.devices import resolve_device, resolve_dtype
-from blade.models.loaded import LoadedModel
+from blade.models.loaded import LatentSize, LoadedModel
 from blade.models.loading import load_empty_model
+from blade.models.tiny_decoder import TinyDecoder
 from blade.students.loading import read_student
 
 
@@ -38,13 +42,20 @@ class RunPlan:
     text_flops: float
     """Of encoding the prompt, and with guidance the negative one."""
     decoding_flops: float
-    """Of the VAE's decoder."""
+    """Of the decoder: the VAE's own, or a tiny one."""
     weights_gib: dict[str, float]
     """Memory of the weights, by part of the pipeline."""
     activations_gib: dict[str, float]
     """Most memory beside the weights: of the transformer's forward pass, and of decoding."""
     device_gib: float | None
     """Memory of the CUDA device; None elsewhere."""
+    prediction: Prediction | None = None
+    """Seconds on a card, if one was named."""
+
+    @property
+    def flops(self) -> dict[str, float]:
+        """Floating-point operations by part of the pipeline."""
+        return {"text encoder": self.text_flops, "transformer": self.cost.total, "decoder": self.decoding_flops}
 
     @property
     def needed_gib(self) -> float:
@@ -74,13 +85,9 @@ class RunPlan:
                 if cost.sparse_passes
                 else ""
             ),
-            f"operations  {_count(cost.total + self.text_flops + self.decoding_flops)} "
-            f"(dense {_count(cost.dense_total + self.text_flops + self.decoding_flops)}): "
-            + ", ".join(
-                f"{part} {_count(flops)}"
-                for part, flops in {"text": self.text_flops, **cost.flops, "decoding": self.decoding_flops}.items()
-                if flops
-            ),
+            f"operations  {_count(sum(self.flops.values()))} "
+            f"(dense {_count(cost.dense_total + self.text_flops + self.decoding_flops)}): {_counts(self.flops)}",
+            f"transformer {_counts(cost.flops)}",
             f"weights     {sum(self.weights_gib.values()):.2f} GiB: "
             + ", ".join(f"{part} {gib:.2f}" for part, gib in self.weights_gib.items()),
             f"memory      {self.needed_gib:.2f} GiB with all parts on one device; beside the weights "
@@ -89,6 +96,8 @@ class RunPlan:
         if self.fits is not None:
             verdict = "it fits" if self.fits else "it does not fit: take --offload auto, or a smaller video"
             lines.append(f"device      {self.device_gib:.1f} GiB: {verdict}")
+        if self.prediction is not None:
+            lines.append(f"prediction  {self.prediction}")
         return "\n".join(map(printable, lines))
 
 
@@ -102,23 +111,32 @@ def resolve_without_weights(request: GenerationRequest) -> tuple[LoadedModel, Re
     device = resolve_device(request.device)
     dtype = resolve_dtype(request.dtype, device)
     model = model_for(load_empty_model(request.model, revision=request.revision, dtype=dtype), request.condition)
+    if request.decoder_weights is not None:
+        model = replace(model, decoder=load_tiny_decoder(model, request.decoder_weights))
     student = None
     if request.student is not None:
         student = read_student(model.pipe, request.student, scheduler=request.scheduler, noise_kept=request.noise_kept)
     return model, replace(resolve_request(request, model, student=student), device=str(device))
 
 
-def plan_run(request: GenerationRequest) -> RunPlan:
+def plan_run(request: GenerationRequest, *, card: str | None = None) -> RunPlan:
     """Work out the operations and the memory of a request.
 
     Args:
         request: the request.
+        card: a GPU whose seconds to predict: its name, or the JSON of a `blade-bench gpu`; see
+            `blade.models.cards.find_card`. A request that names no dtype then runs in the card's, bfloat16 by default.
 
     Raises:
-        ValueError: for a request that cannot be met, or a model whose operations cannot be counted.
+        ValueError: for a request that cannot be met, a model whose operations cannot be counted, or a card that is
+            unknown or says nothing of such a run.
         ModelError: if there is no such model.
     """
     check_known(request)
+    found = None if card is None else find_card(card)
+    if found is not None:
+        _check_predictable(request)
+        request = replace(request, dtype=request.dtype or found.default_dtype)
     model, resolved = resolve_without_weights(request)
     pipe, device = model.pipe, torch.device(resolved.device)
     latent = model.latent_size(*resolved.size)
@@ -134,7 +152,6 @@ def plan_run(request: GenerationRequest) -> RunPlan:
     )
     models = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
     inputs = model.example_inputs(latent)
-    vae, sample = pipe.vae, model.empty_latent(latent)
 
     def forward_pass() -> None:
         with family.without_values():
@@ -142,19 +159,62 @@ def plan_run(request: GenerationRequest) -> RunPlan:
 
     text_tokens = inputs["encoder_hidden_states"].shape[1]
     encoders = [part for name, part in models.items() if name.startswith("text_encoder")]
-    text_flops = sum(_flops(lambda: _encode(part, text_tokens)) for part in encoders)  # noqa: B023
-    return RunPlan(
+    text_flops = sum(count_flops(lambda: _encode(part, text_tokens)) for part in encoders)  # noqa: B023
+    decode, decoder_weights = _decoding(model, latent, decoder_dtype(transformer.dtype, device))
+    plan = RunPlan(
         request=resolved,
         cost=cost,
         text_flops=text_flops * (2 if guidance else 1),
-        decoding_flops=_flops(lambda: vae.decode(sample, return_dict=False)),
-        weights_gib={name: _bytes(part) / GIB for name, part in models.items()},
+        decoding_flops=count_flops(decode),
+        weights_gib={name: _bytes(part) / GIB for name, part in models.items()} | decoder_weights,
         activations_gib={
             "transformer": peak_bytes(forward_pass) / GIB,
-            "decoding": peak_bytes(lambda: vae.decode(sample, return_dict=False)) / GIB,
+            "decoding": peak_bytes(decode) / GIB,
         },
         device_gib=torch.cuda.get_device_properties(device).total_memory / GIB if device.type == "cuda" else None,
     )
+    if found is None:
+        return plan
+    if resolved.precision == "int8":
+        raise ValueError('`card` must not be given with `precision` "int8": its figures are not of 8-bit products.')
+    # the VAE runs in float32 everywhere
+    decoding = torch.float32 if model.decoder is None else decoder_dtype(transformer.dtype, torch.device("cuda"))
+    rates = found.rates(transformer.dtype, decoding, forward.grid.sequence_length, cost.density)
+    return replace(plan, prediction=predict(cost, plan.text_flops, plan.decoding_flops, rates))
+
+
+def _check_predictable(request: GenerationRequest) -> None:
+    """Refuse what makes a run faster than its operations tell.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    if request.quantize in LEAST_CAPABILITIES:
+        raise ValueError(
+            f"`card` must not be given with `quantize` {request.quantize}: its figures are not of such products."
+        )
+    if request.cache is not None:
+        raise ValueError(
+            f"`card` must not be given with `cache` {request.cache}: what it leaves out depends on the video."
+        )
+
+
+def _decoding(
+    model: LoadedModel, latent: LatentSize, dtype: torch.dtype
+) -> tuple[Callable[[], object], dict[str, float]]:
+    """Return what decodes a latent, on the meta device, and the GiB of the weights of a tiny decoder, if it does."""
+    sample = model.empty_latent(latent)
+    if model.decoder is None:
+        return lambda: model.pipe.vae.decode(sample, return_dict=False), {}
+    with torch.device("meta"):
+        decoder = TinyDecoder(model.decoder.layout).to(dtype)
+    sample = sample.to(dtype)
+
+    def decode() -> None:
+        for _ in decoder.stream(sample):
+            pass
+
+    return decode, {"tiny decoder": _bytes(decoder) / GIB}
 
 
 def peak_bytes(function: Callable[[], object]) -> int:
@@ -209,12 +269,6 @@ def _storages(tree: Any) -> list[torch.UntypedStorage]:
     return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
-def _flops(function: Callable[[], object]) -> int:
-    with torch.no_grad(), torch.device("meta"), FlopCounterMode(display=False) as counter:
-        function()
-    return int(counter.get_total_flops())
-
-
 def _encode(encoder: nn.Module, tokens: int) -> object:
     """Run a text encoder on as many tokens as it is given, or has positions for."""
     tokens = min(tokens, getattr(encoder.config, "max_position_embeddings", tokens))
@@ -227,5 +281,11 @@ def _bytes(model: nn.Module) -> int:
 
 
 def _count(flops: float) -> str:
-    unit, size = ("PFLOP", 1e15) if flops >= 1e14 else ("TFLOP", 1e12)
+    unit, size = next(
+        ((unit, size) for unit, size in (("PFLOP", 1e15), ("TFLOP", 1e12)) if flops >= size / 10), ("GFLOP", 1e9)
+    )
     return f"{flops / size:.2f} {unit}"
+
+
+def _counts(flops: Mapping[str, float]) -> str:
+    return ", ".join(f"{part} {_count(count)}" for part, count in flops.items() if count)

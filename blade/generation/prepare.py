@@ -9,9 +9,10 @@ from blade.generation.request import GenerationRequest, ResolvedRequest, check_k
 from blade.generation.resolve import resolve_request
 from blade.models.acceleration import check_quantizable, choose_offload, load_loras, merge_loras, place
 from blade.models.conditions import model_for
+from blade.models.decoder_weights import decoder_dtype, load_tiny_decoder
 from blade.models.devices import resolve_device, resolve_dtype
 from blade.models.loaded import LoadedModel
-from blade.models.loading import load_model
+from blade.models.loading import load_empty_model, load_model
 from blade.students.loading import load_student
 
 
@@ -41,8 +42,12 @@ def prepare_model(request: GenerationRequest) -> tuple[LoadedModel, ResolvedRequ
         plan = plan_run(request)
         assert plan.device_gib is not None  # a CUDA device, as nothing else offloads
         offload = choose_offload(plan.weights_gib, plan.activations_gib, plan.device_gib)
+    decoder = None
+    if request.decoder_weights is not None:  # before the model, whose weights are large
+        empty = load_empty_model(request.model, revision=request.revision, dtype=dtype)
+        decoder = load_tiny_decoder(empty, request.decoder_weights)
     model = load_model(request.model, revision=request.revision, device=None, dtype=dtype)
-    model = model_for(model, request.condition)
+    model = replace(model_for(model, request.condition), decoder=decoder)
     model.changes.update(load_loras(model, request.loras))
     if request.student is not None:
         weight = 1.0 if request.student_weight is None else request.student_weight
@@ -54,4 +59,6 @@ def prepare_model(request: GenerationRequest) -> tuple[LoadedModel, ResolvedRequ
     merge_loras(model)
     request.prepare(model)
     place(model, device, offload)
+    if decoder is not None:
+        decoder.to(device, decoder_dtype(dtype, device))
     return model, resolved

@@ -140,6 +140,8 @@ def read_request(path: str | Path, changes: Mapping[str, Any] | None = None) -> 
         forgotten += ("revision", "negative_prompt", *of_student, *option_names(*GROUPS, of_model=True))
     if changes.get("attention") == "dense":
         forgotten += ("blade_config", *SPARSE_OPTIONS)
+    if changes.get("decoder") == "full":
+        forgotten += ("decoder_weights",)
     values = {name: value for name, value in values.items() if name not in forgotten} | changes
     if "blade_config" in values and not isinstance(values["blade_config"], BladeConfig):
         values["blade_config"] = BladeConfig.from_dict(values["blade_config"])

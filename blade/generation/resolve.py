@@ -77,6 +77,7 @@ def resolve_request(
         "last_image": _absolute(request.last_image),
         "video": _absolute(request.video),
         "strength": _strength(request, model),
+        "decoder_weights": _absolute(request.decoder_weights),
         "loras": tuple(_absolute_lora(lora) for lora in request.loras),
         "device": str(model.device),
         "dtype": str(model.transformer.dtype).removeprefix("torch."),

@@ -74,6 +74,8 @@ def run_request(
         ValueError: if BLADE cannot be applied to this model, or it does not take what the request says.
         MemoryError: if the device has too little memory; says what would need less.
     """
+    if (request.decoder == "tiny") != (model.decoder is not None):
+        raise ValueError(f"`decoder` must be the one that the model was loaded with, got {request.decoder!r}.")
     pipe, arguments = model.pipe, call_arguments(model, request)
     prepare_sampler(model, request)
     config = request.blade_config
@@ -97,19 +99,20 @@ def run_request(
         else:
             stack.enter_context(_watch_scheduler(pipe, on_step_end))
         try:
-            video = pipe(**arguments).frames[0].float().cpu()
+            frames = pipe(**arguments).frames[0]
+            video = frames.float().cpu() if model.decoder is None else model.decoder.decode(frames)
         except torch.OutOfMemoryError as error:
             advice = advise(
                 request.offload,
                 quantized=request.quantize is not None,
-                tiled=request.vae_tiling,
+                tiled=request.vae_tiling or request.decoder == "tiny",
                 decoding=clock.steps == request.steps - request.skipped_steps,
             )
             raise MemoryError(f"The device's memory does not hold this run ({first_line(error)}). {advice}") from error
         clock.finished()
         summary = None if request.blade_config is None or attention is not None else blade_summary(pipe)
     if not video.isfinite().all():
-        raise NonFiniteError("Non-finite values in the decoded video, made by the VAE; the latents were finite.")
+        raise NonFiniteError("Non-finite values in the decoded video, made by the decoder; the latents were finite.")
     return Generation(
         video=video,
         seconds_text=clock.denoising - clock.start,
@@ -135,7 +138,7 @@ def call_arguments(model: LoadedModel, request: ResolvedRequest) -> dict[str, An
         "guidance_scale_2": request.guidance_scale_2,
         "strength": request.strength,
         "generator": torch.Generator("cpu").manual_seed(request.seed),
-        "output_type": "pt",
+        "output_type": "pt" if request.decoder == "full" else "latent",
     }
     for name in ("image", "last_image"):
         if (path := getattr(request, name)) is not None:

@@ -203,11 +203,14 @@ def enable_cache(model: LoadedModel, text: str) -> None:
 
 
 def compile_blocks(model: LoadedModel) -> None:
-    """Compile the transformers' blocks one by one, and the decoder of the VAE, when they first run."""
+    """Compile the transformers' blocks one by one, and the decoder, when they first run."""
     for transformer in model.transformers.values():
         for block in model.family.blocks(transformer):
             block.compile()
-    if isinstance(decoder := getattr(model.pipe.vae, "decoder", None), nn.Module):
+    if model.decoder is not None:
+        for block in model.decoder.memory_blocks:
+            block.compile()
+    elif isinstance(decoder := getattr(model.pipe.vae, "decoder", None), nn.Module):
         decoder.compile()
 
 

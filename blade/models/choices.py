@@ -10,6 +10,7 @@ from blade.common.checks import MOST_STEPS, meant, shortened
 
 DtypeName = Literal["float32", "bfloat16", "float16"]
 Offload = Literal["none", "model", "sequential", "group", "auto"]
+Decoder = Literal["full", "tiny"]
 Quantization = Literal["int8", "fp8", "int8-dynamic", "fp8-dynamic", "nvfp4"]
 
 DTYPE_NAMES = get_args(DtypeName)
@@ -17,6 +18,9 @@ DTYPE_NAMES = get_args(DtypeName)
 
 OFFLOADS = get_args(Offload)
 """Ways of keeping weights on the CPU while they are not needed, fastest first; "auto" takes the fastest that fits."""
+
+DECODERS = get_args(Decoder)
+"""Decoders of latents: the VAE's own, or a tiny one that stands in for it."""
 
 QUANTIZATIONS = get_args(Quantization)
 """Types that the weights of the transformers' linear layers can be stored in; with `-dynamic`, and as `nvfp4`, the

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,6 +65,12 @@ class RunCost:
     """Operations of the run by part, of `PARTS` and, where blocks are chosen, `block selection`."""
 
     @property
+    def sparse_self_attention(self) -> float:
+        """Operations of self-attention in sparse layers of sparse passes, which `flops` has among its own."""
+        share = self.sparse_passes * self.sparse_layers / self.forward.layers
+        return share * self.density * self.forward.flops["self-attention"]
+
+    @property
     def dense_total(self) -> int:
         """Operations of the run with dense attention."""
         return self.passes * self.forward.total
@@ -72,6 +79,21 @@ class RunCost:
     def total(self) -> float:
         """All operations."""
         return sum(self.flops.values())
+
+
+def count_flops(function: Callable[[], object]) -> int:
+    """Count the operations of a call on PyTorch's meta device, by PyTorch's own counter.
+
+    Args:
+        function: makes and takes tensors of the meta device alone.
+
+    Returns:
+        Floating-point operations of products of matrices, convolutions and attention; a multiplication and an
+        addition are two.
+    """
+    with torch.no_grad(), torch.device("meta"), FlopCounterMode(display=False) as counter:
+        function()
+    return int(counter.get_total_flops())
 
 
 def forward_cost(

@@ -18,6 +18,7 @@ from blade.families.registry import find_family, preset_names
 from blade.families.sampling_defaults import SamplingDefaults
 from blade.families.transformers import Transformer, find_transformers
 from blade.models.adapters import Reach
+from blade.models.tiny_decoder import TinyDecoder
 from blade.token_grid import TokenGrid
 
 LatentSize = tuple[int, int, int]
@@ -32,6 +33,8 @@ class LoadedModel:
     """A Diffusers pipeline with a video transformer, with its weights or on the meta device."""
     changes: dict[str, Reach] = field(default_factory=dict)
     """Number of modules that the loaded LoRAs and student change in each transformer, by their sources."""
+    decoder: TinyDecoder | None = None
+    """The tiny decoder that stands in for the VAE's own, if any."""
 
     @property
     def transformers(self) -> dict[str, Transformer]:
@@ -107,11 +110,17 @@ class LoadedModel:
         time, space = self.compression
         return (frames - 1) // time + 1, height // space, width // space
 
+    @property
+    def latent_channels(self) -> int:
+        """The channels of the latents that the VAE decodes."""
+        config = self.pipe.vae.config
+        channels: int = config.get("z_dim") or config.latent_channels
+        return channels
+
     def empty_latent(self, size: LatentSize) -> torch.Tensor:
         """Return zeros of the shape, type and device that the VAE decodes: (1, channels, *size)."""
-        vae = self.pipe.vae
-        like: torch.Tensor = next(vae.parameters())
-        return like.new_zeros(1, vae.config.get("z_dim") or vae.config.latent_channels, *size)
+        like: torch.Tensor = next(self.pipe.vae.parameters())
+        return like.new_zeros(1, self.latent_channels, *size)
 
     def example_inputs(self, size: LatentSize) -> Inputs:
         """Return inputs of the transformer for a latent of a size, all zeros."""

@@ -20,7 +20,7 @@ from typing import Any
 
 from blade_kernels.block_selection.layer_budget import CHUNK, DIGITS
 from blade_kernels.block_sparse.launch_table import BLOCK_SIZES, HEAD_SIZES, Kernel, launch_config
-from blade_kernels.block_sparse.triton_attention import DELTA_TILE, TRANSPOSE_TILE
+from blade_kernels.block_sparse.triton_attention import DELTA_TILE, FLOAT8_KEYS, ROUNDED_TOKENS, TRANSPOSE_TILE
 from blade_kernels.qk_norm_rope.operator import norm_rope_warps
 
 ARCHITECTURES = ("80", "89", "90", "100", "120")
@@ -28,14 +28,30 @@ MATRIX_INSTRUCTIONS = {"80": "HMMA", "89": "HMMA", "90": "HGMMA", "100": "UTCHMM
 """Fastest matrix instruction of each architecture, by its name in the disassembly."""
 INTEGER_INSTRUCTIONS = {"80": "IMMA", "89": "IMMA", "90": "IGMMA", "100": "UTCIMMA", "120": "IMMA"}
 """Fastest matrix instruction of each architecture for 8-bit integers."""
-_COUNTED = ("HMMA", "HGMMA", "UTCHMMA", "IMMA", "IGMMA", "UTCIMMA", "UTMALDG", "LDGSTS", "LDL", "STL")
+FLOAT8_INSTRUCTIONS = {"89": "QMMA", "90": "QGMMA", "100": "UTCQMMA", "120": "QMMA"}
+"""Fastest matrix instruction of each architecture that has one for 8-bit floats."""
+_COUNTED = (
+    "HMMA",
+    "HGMMA",
+    "UTCHMMA",
+    "IMMA",
+    "IGMMA",
+    "UTCIMMA",
+    "QMMA",
+    "QGMMA",
+    "UTCQMMA",
+    "UTMALDG",
+    "LDGSTS",
+    "LDL",
+    "STL",
+)
 _TYPES = {
     "bool": "keep forced_keys forced_queries",
     "int32": "counts indices order key_lengths pooled_block starts rows query_offsets key_offsets "
     "bits histogram prefix",
     "int64": "places",
     "float32": "lse lse2 delta grad_lse pooled_bias importance weight bias cos sin grad_weight grad_bias "
-    "q_scale k_scale mean scales",
+    "q_scale k_scale v_scale mean scales",
     "half": "q k v out grad_out grad_q grad_k grad_v pooled_k pooled_v x grad_x exact_q",
     "int8": "values",
     "number": "scale eps mass",
@@ -47,12 +63,13 @@ _ATTENTION: tuple[tuple[Kernel, str, str, tuple[str, ...]], ...] = (
     ("forward", "forward_kernel", "k v", ("TAIL", "LENGTHS")),
     ("forward", "forward_kernel", "k v", ("TAIL", "POOLED", "DROPPED", "ORDERED")),
     ("forward", "forward_kernel", "k v", ("TAIL", "POOLED", "DROPPED", "ORDERED", "QUANTIZED")),
+    ("forward", "forward_kernel", "k v", ("TAIL", "POOLED", "DROPPED", "ORDERED", "QUANTIZED", "FLOAT8")),
     ("forward", "forward_kernel", "k v", ("TAIL", "POOLED", "DROPPED", "ORDERED", "RESUMED")),
     ("query_gradient", "query_gradient_kernel", "k v", ("TAIL", "POOLED", "DROPPED", "ORDERED")),
     ("key_gradient", "key_gradient_kernel", "q grad_out", ()),
     ("key_gradient", "pooled_gradient_kernel", "q grad_out", ("DROPPED",)),
 )
-_ROW_FLAGS = ("POOLED", "DROPPED", "LENGTHS", "TAIL", "ORDERED", "QUANTIZED", "RESUMED")
+_ROW_FLAGS = ("POOLED", "DROPPED", "LENGTHS", "TAIL", "ORDERED", "QUANTIZED", "FLOAT8", "RESUMED")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,12 +107,16 @@ class Variant:
     """Tensors that are float32 in this kernel and half precision in others."""
     int8: tuple[str, ...] = ()
     """Tensors that are 8-bit integers in this kernel and half precision in others."""
+    float8: tuple[str, ...] = ()
+    """Tensors that are 8-bit floats in this kernel and half precision in others."""
 
 
 def attention_variants(arch: str) -> Iterator[Variant]:
     """Yield all shipped configurations of the attention kernels for an architecture, with their costliest options."""
     for head_size, block in itertools.product(HEAD_SIZES, BLOCK_SIZES):
         for kernel, name, described, flags in _ATTENTION:
+            if "FLOAT8" in flags and (arch not in FLOAT8_INSTRUCTIONS or block < FLOAT8_KEYS):
+                continue
             config = launch_config(kernel, arch, head_size, (block, block))
             tile = config.block_n if described == "k v" else config.block_m
             yield Variant(
@@ -103,7 +124,7 @@ def attention_variants(arch: str) -> Iterator[Variant]:
                 kernel=name,
                 case=f"heads of {head_size}, blocks of {block}, tiles of {config.block_m}x{config.block_n}"
                 + (", pooled" if "POOLED" in flags else ", key lengths" if "LENGTHS" in flags else "")
-                + (", 8 bits" if "QUANTIZED" in flags else "")
+                + (", 8-bit floats" if "FLOAT8" in flags else ", 8 bits" if "QUANTIZED" in flags else "")
                 + (" alone" if "RESUMED" in flags else ""),
                 constants={
                     "D": head_size, "BQ": block, "BK": block, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
@@ -114,10 +135,11 @@ def attention_variants(arch: str) -> Iterator[Variant]:
                 described=dict.fromkeys(described.split(), tile) if config.tma else {},
                 float32=("grad_k", "grad_v") if name == "pooled_gradient_kernel" else (),
                 int8=("q", "k") if "QUANTIZED" in flags else (),
+                float8=("v",) if "FLOAT8" in flags else (),
             )  # fmt: skip
 
 
-def other_variants() -> Iterator[Variant]:
+def other_variants(arch: str) -> Iterator[Variant]:
     """Yield the kernels around attention, at the sizes of Wan-14B, CogVideoX1.5 and HunyuanVideo."""
     yield Variant(
         module="block_sparse.triton_backward", kernel="delta_kernel", case="heads of 128", num_warps=4,
@@ -136,6 +158,11 @@ def other_variants() -> Iterator[Variant]:
         module="block_sparse.triton_quantize", kernel="quantize_kernel", case="heads of 128, blocks of 128",
         num_warps=4, constants={"D": 128, "BLOCK": 128, "MEAN": True, "LENGTHS": False},
     )  # fmt: skip
+    if arch in FLOAT8_INSTRUCTIONS:
+        yield Variant(
+            module="block_sparse.triton_quantize", kernel="round_values_kernel", case="heads of 128", num_warps=4,
+            constants={"D": 128, "BLOCK": ROUNDED_TOKENS, "LENGTHS": False, "UPCAST": False}, float8=("values",),
+        )  # fmt: skip
     for shift, values in DIGITS:
         yield Variant(
             module="block_selection.triton_selection", kernel="digit_histogram_kernel", num_warps=4,
@@ -194,6 +221,7 @@ def cubin_report(variant: Variant, arch: str, *, dtype: str = "bf16") -> CubinRe
         "float32": "*fp32",
         "half": f"*{dtype}",
         "int8": "*i8",
+        "float8": "*fp8e4nv",
         "number": "fp32",
     }
     types, attributes = {}, {}
@@ -201,10 +229,12 @@ def cubin_report(variant: Variant, arch: str, *, dtype: str = "bf16") -> CubinRe
         if (index,) in constants:
             types[name] = "constexpr"
         elif name in variant.described:
-            described = "i8" if name in variant.int8 else dtype
+            described = "i8" if name in variant.int8 else "fp8e4nv" if name in variant.float8 else dtype
             types[name] = f"tensordesc<{described}[1,1,{variant.described[name]},{variant.constants['D']}]>"
         else:
-            kind = "float32" if name in variant.float32 else "int8" if name in variant.int8 else _KIND.get(name)
+            kind = next(
+                (kind for kind in ("float32", "int8", "float8") if name in getattr(variant, kind)), _KIND.get(name)
+            )
             types[name] = "i32" if kind is None else pointers[kind]
             # tensors and their strides are aligned, but not strides that count rows of a mask
             if types[name].startswith("*") or re.fullmatch(r"(?!mask|places).*_(batch|token|head)", name):
@@ -228,7 +258,7 @@ def cubin_report(variant: Variant, arch: str, *, dtype: str = "bf16") -> CubinRe
 
 def cubin_reports(arch: str) -> Iterator[CubinReport]:
     """Compile everything shipped for an architecture; see `cubin_report`."""
-    for variant in itertools.chain(attention_variants(arch), other_variants()):
+    for variant in itertools.chain(attention_variants(arch), other_variants(arch)):
         yield cubin_report(variant, arch)
 
 

@@ -31,6 +31,11 @@ from blade_pipelines.shared.processor import SparseProcessor, norm_and_rope
 Tables = tuple[torch.Tensor, torch.Tensor]
 """Cosines and sines of the positions of the video tokens, (tokens, D) each."""
 
+TINY_DECODERS: dict[int, tuple[str, ...]] = {16: ("taehv",)}
+"""Of HunyuanVideo. Source: the README of https://github.com/madebyollin/taehv."""
+TINY_DECODERS_15: dict[int, tuple[str, ...]] = {32: ("taehv1_5", "taehv1_5_super")}
+"""Of HunyuanVideo-1.5; the same source."""
+
 
 class HunyuanVideoSparseProcessor(SparseProcessor):
     """Attention of a dual- or single-stream HunyuanVideo block with BLADE."""
@@ -95,6 +100,7 @@ class HunyuanVideoFamily(DiffusersFamily):
     sparse_processor = HunyuanVideoSparseProcessor
     attention_name = "attn"
     time_embedding_name = "time_text_embed.timestep_embedder"
+    tiny_decoders = TINY_DECODERS
 
     def preset_name(self, transformer: DiffusersModule) -> str:
         """Return the family's only preset."""
@@ -179,6 +185,7 @@ class HunyuanVideo15Family(HunyuanVideoFamily):
     transformers = (HunyuanVideo15Transformer3DModel,)
     processors = (HunyuanVideo15AttnProcessor2_0,)
     time_embedding_name = "time_embed.timestep_embedder"
+    tiny_decoders = TINY_DECODERS_15
 
     def sampling_defaults(self, pipe: Any, height: int | None, width: int | None) -> SamplingDefaults:
         """Return the size that Diffusers' pipeline derives from the model, and its guider's guidance scale."""

@@ -30,6 +30,8 @@ SMALLEST_WIDTH = 1536
 """Width of Wan's smallest own model, 1.3B."""
 LARGE_VIDEO = 704 * 1280
 """Pixels per frame from which Wan 2.1 uses the larger flow shift."""
+TINY_DECODERS: dict[int, tuple[str, ...]] = {16: ("taew2_1",), 48: ("taew2_2", "taew2_2_super")}
+"""Of Wan 2.1 and 2.2 14B, and of Wan 2.2 5B. Source: the README of https://github.com/madebyollin/taehv."""
 
 
 class WanSparseProcessor(SparseProcessor):
@@ -88,6 +90,7 @@ class WanFamily(DiffusersFamily):
     condition_pipelines: ClassVar[Mapping[tuple[str, Condition], str]] = {
         ("WanPipeline", "video"): "WanVideoToVideoPipeline"
     }
+    tiny_decoders = TINY_DECODERS
 
     def recognises(self, transformer: nn.Module) -> bool:
         """Return whether the transformer is one of the two.

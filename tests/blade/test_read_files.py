@@ -64,6 +64,8 @@ RECORD = {
     "cache": "first-block=0.1",
     "compile": False,
     "vae_tiling": False,
+    "decoder": "tiny",
+    "decoder_weights": "taew2_1.safetensors",
     "added": {},
     "blade_config": BladeConfig(sparsity=0.5).to_dict(),
 }

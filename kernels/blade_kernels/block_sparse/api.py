@@ -14,7 +14,7 @@ from blade_kernels.block_sparse import cute, flex, triton_attention
 from blade_kernels.block_sparse.cpu import cpu_attention
 from blade_kernels.block_sparse.naive import naive_attention
 from blade_kernels.block_sparse.pooled import PooledTokens
-from blade_kernels.block_sparse.quantized import PRECISIONS, rounded_inputs
+from blade_kernels.block_sparse.quantized import PRECISIONS, rounded_inputs, rounded_values
 from blade_kernels.compiler import constant_when_compiled
 from blade_kernels.implementations import check_implementation
 
@@ -89,9 +89,10 @@ def block_sparse_attention(
             Hopper and Blackwell, which the extra `cute` installs; "flex", compiled FlexAttention; "cpu", plain
             PyTorch on any device, arranged for a CPU; "naive", the specification, which stores all logits and is for
             tests. "reference" is an alias of "cpu". See `resolve_implementation` for the choice of "auto".
-        precision: "full", the inputs' own; or "int8", queries and keys rounded to 8-bit integers as SageAttention
-            does (arXiv 2410.02367), without gradients. Triton multiplies the integers; the others compute with what
-            they stand for, at no gain, to tell what it costs in quality.
+        precision: "full", the inputs' own; "int8", queries and keys rounded to 8-bit integers as SageAttention does
+            (arXiv 2410.02367); or "fp8", with them weights and values rounded to 8-bit floats as SageAttention2 does
+            (arXiv 2411.10958). Without gradients. Triton multiplies in 8 bits; the others ("fp8": "naive" alone)
+            compute with what these stand for, at no gain, to tell what it costs in quality.
 
     Returns:
         The output, (B, S, H, D) in the dtype of `q`, zero for queries that see no key. With `return_lse` also the
@@ -122,12 +123,12 @@ def block_sparse_attention(
     if pooled is not None and not len(pooled):
         pooled = None
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    _check_precision(precision, q, k, v, pooled)
     chosen = resolve_implementation(
         q, k, v, mask,
         pooled=pooled, key_lengths=key_lengths, return_lse=return_lse, implementation=implementation,
         precision=precision,
     )  # fmt: skip
-    _check_precision(precision, q, k, v, pooled)
     lse: Tensor | None
     if chosen == "triton":
         out, lse = triton_attention.triton_block_attention(q, k, v, mask, pooled, key_lengths, scale, precision)
@@ -136,13 +137,14 @@ def block_sparse_attention(
         out, lse = cute.cute_block_attention(q, k, v, mask, pooled, key_lengths, scale)
         return (out, lse) if return_lse else out
     dtype, lacking = q.dtype, None
-    if precision == "int8":
+    if precision != "full":
+        values = rounded_values(v, key_lengths) if precision == "fp8" else v
         q, k, pooled, lacking = rounded_inputs(q, k, pooled, key_lengths, mask.block_size)
-        v = v.to(q.dtype)
+        v = values.to(q.dtype)
     if chosen == "flex":
         out, lse = flex.flex_block_attention(q, k, v, mask, pooled, key_lengths, scale, return_lse)
     elif chosen == "naive":
-        out, lse = naive_attention(q, k, v, mask, pooled, key_lengths, scale)
+        out, lse = naive_attention(q, k, v, mask, pooled, key_lengths, scale, round_weights=precision == "fp8")
     else:
         out, lse = cpu_attention(q, k, v, mask, pooled, key_lengths, scale)
     out = out.to(dtype)
@@ -157,8 +159,8 @@ def _check_precision(precision: str, q: Tensor, k: Tensor, v: Tensor, pooled: Po
     if precision not in PRECISIONS:
         raise ValueError(f"`precision` must be one of {', '.join(PRECISIONS)}, got {precision!r}.")
     tensors = (q, k, v) if pooled is None else (q, k, v, pooled.k, pooled.v)
-    if precision == "int8" and torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-        raise NotImplementedError('`precision` must be "full" where gradients are needed, got "int8".')
+    if precision != "full" and torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        raise NotImplementedError(f'`precision` must be "full" where gradients are needed, got "{precision}".')
 
 
 def resolve_implementation(
@@ -178,14 +180,14 @@ def resolve_implementation(
     On CUDA "auto" picks "cute" where a card's report has found its kernels right, else the first of "triton", "flex"
     and "cpu" that supports the call, and logs once if it is neither of the first two. Elsewhere it picks "cpu", which
     needs no compiler and, as measured by `blade-bench attention`, is faster on the CPU than FlexAttention except for
-    short, very sparse sequences. It never picks "naive".
+    short, very sparse sequences; for 8-bit floats "naive", which it never picks otherwise.
 
     Raises:
         ValueError: unknown implementation.
         NotImplementedError: the requested implementation cannot compute this.
     """
     implementation = check_implementation(implementation, IMPLEMENTATIONS)
-    if implementation in ("cpu", "naive"):
+    if implementation == "naive" or (implementation == "cpu" and precision != "fp8"):
         return implementation
     inputs = (q, k, v) if pooled is None else (q, k, v, pooled.k, pooled.v)
     kind = q.device.type
@@ -220,7 +222,9 @@ class _Call(NamedTuple):
         """Return why an implementation cannot compute this, or None if it can."""
         kind, dtype, size, blocks = self[:4]
         if implementation == "triton":
-            return triton_attention.unsupported(kind, dtype, size, blocks)
+            return triton_attention.unsupported(kind, dtype, size, blocks, self.precision)
+        if implementation != "cute" and self.precision == "fp8":
+            return "weights in 8 bits are computed by 'triton' and 'naive' alone"
         if implementation == "flex":
             return flex.unsupported(kind, dtype, size, blocks, self.needs_grad, self.return_lse)
         if self.precision != "full":
@@ -238,12 +242,13 @@ class _Call(NamedTuple):
 def _resolve(implementation: str, *facts: Any) -> str:
     call = _Call(*facts)
     if implementation == "auto" and call.device_type != "cuda":
-        return "cpu"
+        return "naive" if call.precision == "fp8" else "cpu"
     if implementation != "auto":
         if (problem := call.problem(implementation)) is None:
             return implementation
         raise NotImplementedError(
-            f"`implementation={implementation!r}` cannot compute this: {problem}. Use 'auto' or 'cpu'."
+            f"`implementation={implementation!r}` cannot compute this: {problem}. Use 'auto'"
+            + (" or 'cpu'." if call.precision != "fp8" else ".")
         )
     if call.is_for_cute():
         return "cute"
@@ -254,6 +259,10 @@ def _resolve(implementation: str, *facts: Any) -> str:
         reasons.append(problem)
     else:
         name = "cpu"
+        if call.precision == "fp8":
+            raise NotImplementedError(
+                f"`precision='fp8'` cannot be computed here: {reasons[0]}. Use 'full' or 'int8'."
+            )
     if name == "flex":
         _say_once(f"Block-sparse attention uses FlexAttention: {'; '.join(reasons)}.")
     elif name == "cpu":

@@ -12,6 +12,7 @@ A query that sees no key has out = 0 and lse = -inf.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from blade_kernels.block_mask import BlockMask
 from blade_kernels.block_sparse.pooled import PooledTokens
+from blade_kernels.block_sparse.quantized import rounded_weights
 
 
 def naive_attention(
@@ -29,17 +31,21 @@ def naive_attention(
     pooled: PooledTokens | None,
     key_lengths: Tensor | None,
     scale: float,
+    *,
+    round_weights: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Compute block-sparse attention in float32 (float64 for float64 inputs), with gradients by autograd.
 
-    Stores the logits of all pairs, B * H * S * (T + pooled tokens) numbers, several times over.
+    Stores the logits of all pairs, B * H * S * (T + pooled tokens) numbers, several times over. `round_weights`: see
+    `dense_attention`.
     """
     dtype = torch.promote_types(q.dtype, torch.float32)
     if pooled is not None:
         pooled = replace(pooled, k=pooled.k.to(dtype), v=pooled.v.to(dtype))
     with torch.autocast(q.device.type, enabled=False):
-        out, lse = dense_attention(q.to(dtype), k.to(dtype), v.to(dtype), mask, pooled, key_lengths, scale)
-    return out.to(q.dtype), lse
+        q, k, v, own = q.to(dtype), k.to(dtype), v.to(dtype), q.dtype
+        out, lse = dense_attention(q, k, v, mask, pooled, key_lengths, scale, round_weights=round_weights)
+    return out.to(own), lse
 
 
 def dense_attention(
@@ -50,8 +56,14 @@ def dense_attention(
     pooled: PooledTokens | None,
     key_lengths: Tensor | None,
     scale: float,
+    *,
+    round_weights: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Compute the same in the dtype of `q`, `k` and `v` throughout."""
+    """Compute the same in the dtype of `q`, `k` and `v` throughout.
+
+    With `round_weights` the weights of tokens, though not of pooled ones, are the 8-bit floats of `quantized`,
+    relative to the power of two that is at least the largest weight; their sum is that of the weights before.
+    """
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, tokens, D)
     row = torch.arange(q.shape[2], device=q.device) // mask.block_size[0]
     key_block = torch.arange(k.shape[2], device=q.device) // mask.block_size[1]
@@ -69,5 +81,11 @@ def dense_attention(
         logits = torch.cat((logits, pooled_logits.masked_fill(~visible, -torch.inf)), -1)
         v = torch.cat((v, pooled_v), 2)
     lse = logits.logsumexp(-1, keepdim=True)
-    weights = (logits - lse.masked_fill(lse == -torch.inf, 0.0)).exp()  # -inf - -inf would be NaN
+    sums = lse.masked_fill(lse == -torch.inf, 0.0)  # -inf - -inf would be NaN
+    weights = (logits - sums).exp()
+    if round_weights:
+        peak = (logits.amax(-1, keepdim=True) / math.log(2)).ceil().clamp_min(-1e30) * math.log(2)
+        tokens = k.shape[2]
+        relative = rounded_weights((logits[..., :tokens] - peak).exp()) * (peak - sums).exp()
+        weights = torch.cat((relative, weights[..., tokens:]), -1)
     return (weights @ v).transpose(1, 2).contiguous(), lse.squeeze(-1).transpose(1, 2).contiguous()

@@ -1,8 +1,10 @@
-"""Queries and keys in 8 bits, as SageAttention (arXiv 2410.02367) has them.
+"""Attention in 8 bits, as SageAttention (arXiv 2410.02367) and SageAttention2 (arXiv 2411.10958) have it.
 
 Keys have a large part in common that cancels in the softmax: their mean is subtracted first. Then the tokens of each
-block of each head are divided by a 127th of their largest magnitude, which is kept beside them, and rounded. Values
-and weights stay as they are. There are no gradients.
+block of each head are divided by a 127th of their largest magnitude, which is kept beside them, and rounded. With
+`int8` values and weights stay as they are. With `fp8` they are 8-bit floats of 4 bits of exponent and 3 of mantissa:
+each channel of a head's values is divided by a 448th of its largest magnitude, and weights, relative to a power of two
+that is at least the row's largest, are multiplied by 448. There are no gradients.
 """
 
 from __future__ import annotations
@@ -14,11 +16,15 @@ from torch import Tensor
 
 from blade_kernels.block_sparse.pooled import PooledTokens
 
-PRECISIONS = ("full", "int8")
-"""Types in which queries and keys are multiplied: their own, or 8-bit integers."""
+PRECISIONS = ("full", "int8", "fp8")
+"""Types in which attention multiplies: the inputs' own; 8-bit integers for queries and keys; with them 8-bit floats
+for weights and values."""
 
 LEVELS = 127
 """Largest integer."""
+
+LARGEST = 448
+"""Largest 8-bit float."""
 
 SMALLEST = 1e-30
 """Scale of a block of zeros, which must not be divided by 0."""
@@ -68,6 +74,31 @@ def dequantize(values: Tensor, scales: Tensor, block: int) -> Tensor:
     """Return what 8-bit integers stand for: (B, S, H, D) float32; see `quantize`."""
     by_token = scales.repeat_interleave(block, 2)[..., : values.shape[1]]
     return values.float() * by_token.transpose(1, 2).unsqueeze(-1)
+
+
+def value_scales(v: Tensor, key_lengths: Tensor | None) -> Tensor:
+    """Return what 8-bit values are multiplied by: (B, H, D) float32, a 448th of each channel's largest magnitude.
+
+    Args:
+        v: (B, T, H, D).
+        key_lengths: see `mean_keys`.
+    """
+    if key_lengths is not None:
+        v = torch.where(_present(v, key_lengths), v, 0.0)
+    largest = torch.linalg.vector_norm(v, float("inf"), dim=1)
+    return (largest.float() / LARGEST).clamp_min(SMALLEST)
+
+
+def rounded_values(v: Tensor, key_lengths: Tensor | None) -> Tensor:
+    """Return values that hold what their 8-bit floats stand for: (B, T, H, D) float32; see `value_scales`."""
+    scales = value_scales(v, key_lengths).unsqueeze(1)
+    values = v if key_lengths is None else torch.where(_present(v, key_lengths), v, 0.0)
+    return (values.float() / scales).to(torch.float8_e4m3fn).float() * scales
+
+
+def rounded_weights(weights: Tensor) -> Tensor:
+    """Return what the 8-bit floats of weights from 0 to 1 stand for, in the dtype of the weights."""
+    return (weights.float() * LARGEST).to(torch.float8_e4m3fn).to(weights.dtype) / LARGEST
 
 
 def rounded_inputs(

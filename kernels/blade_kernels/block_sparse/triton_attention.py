@@ -20,16 +20,25 @@ from blade_kernels.block_sparse.launch_table import (
 )
 from blade_kernels.block_sparse.operators import Arguments, register, register_forward
 from blade_kernels.block_sparse.pooled import PooledTokens
-from blade_kernels.block_sparse.quantized import mean_keys
+from blade_kernels.block_sparse.quantized import mean_keys, value_scales
 from blade_kernels.triton_support import interpreted, missing_triton, on_device
 
 _LN2 = math.log(2.0)
+FLOAT8_FROM = (8, 9)
+"""Lowest compute capability that multiplies 8-bit floats."""
+
+FLOAT8_KEYS = 32
+"""Fewest keys whose 8-bit weights Triton multiplies with their values."""
+
 DELTA_TILE = 64
 TRANSPOSE_TILE = 64
+ROUNDED_TOKENS = 64
 _POOLED_PROGRAMS = 512  # programs among which pooled gradients are divided: several for each multiprocessor
 
 
-def unsupported(device_type: str, dtype: torch.dtype, head_size: int, block_size: tuple[int, int]) -> str | None:
+def unsupported(
+    device_type: str, dtype: torch.dtype, head_size: int, block_size: tuple[int, int], precision: str = "full"
+) -> str | None:
     """Return why the Triton kernels cannot compute a call, or None if they can.
 
     Args:
@@ -37,11 +46,16 @@ def unsupported(device_type: str, dtype: torch.dtype, head_size: int, block_size
         dtype: of q, k and v.
         head_size: channels of a head.
         block_size: tokens in a (query block, key block).
+        precision: one of `quantized.PRECISIONS`.
     """
+    if precision == "fp8" and device_type == "cuda" and (found := torch.cuda.get_device_capability()) < FLOAT8_FROM:
+        return "8-bit floats need compute capability {}.{}, got {}.{}".format(*FLOAT8_FROM, *found)
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"the Triton kernels compute bfloat16, float16 and float32, not {dtype}"
     if head_size not in HEAD_SIZES:
         return f"the Triton kernels need heads of 64 or 128, got {head_size}"
+    if precision == "fp8" and block_size[1] < FLOAT8_KEYS:
+        return f"8-bit floats need key blocks of at least {FLOAT8_KEYS} tokens, got {block_size[1]}"
     if any(size not in BLOCK_SIZES for size in block_size):
         return f"the Triton kernels need blocks of 16, 32, 64 or 128 tokens, got {block_size}"
     return missing_triton(device_type)
@@ -74,8 +88,7 @@ def triton_block_attention(
     """
     if scale < 0:  # the kernels take the maximum before they scale
         q, scale = -q, -scale
-    attention = _attention if precision == "full" else _attention_int8
-    return attention(*Arguments.of(q, k, v, mask, pooled, key_lengths, scale))
+    return _OPERATORS[precision](*Arguments.of(q, k, v, mask, pooled, key_lengths, scale))
 
 
 @functools.cache
@@ -105,7 +118,7 @@ class _Call:
         self.keys, self.windows = k.shape[1], pooled_k.shape[1]
         self.masks = keep.shape[:2]
         self.query_blocks, self.key_blocks = keep.shape[2:]
-        self.upcast = interpreted() and q.dtype == torch.bfloat16
+        self.upcast = interpreted()
         self.flags = {
             "POOLED": self.windows > 0,
             "DROPPED": pooled_block is not None,
@@ -159,9 +172,12 @@ def forward(arguments: Arguments) -> tuple[Tensor, Tensor]:
 
 def forward_int8(arguments: Arguments) -> tuple[Tensor, Tensor]:
     """Launch the forward kernel on 8-bit queries and keys; see `quantized`."""
-    mean = mean_keys(arguments.k, arguments.key_lengths)
-    pooled_k = (arguments.pooled_k.float() - mean.unsqueeze(1)).to(arguments.q.dtype)
-    return _forward(arguments._replace(pooled_k=pooled_k), mean)
+    return _forward(arguments, eight_bits=True)
+
+
+def forward_fp8(arguments: Arguments) -> tuple[Tensor, Tensor]:
+    """Launch the forward kernel on 8-bit queries, keys, weights and values; see `quantized`."""
+    return _forward(arguments, eight_bits=True, float8=True)
 
 
 def add_pooled(arguments: Arguments, out: Tensor, lse: Tensor) -> None:
@@ -176,25 +192,39 @@ def add_pooled(arguments: Arguments, out: Tensor, lse: Tensor) -> None:
 
 
 def _forward(
-    arguments: Arguments, mean: Tensor | None = None, resumed: tuple[Tensor, Tensor] | None = None
+    arguments: Arguments,
+    *,
+    eight_bits: bool = False,
+    float8: bool = False,
+    resumed: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Launch the forward kernel.
 
     Args:
         arguments: those of the operator.
-        mean: (B, H, D), mean of the keys, for 8-bit queries and keys.
+        eight_bits: queries and keys are 8-bit integers.
+        float8: weights and values are 8-bit floats too.
         resumed: output and log-sum-exp of the kept blocks, which the pooled tokens are added to, in place.
     """
     from blade_kernels.block_sparse.triton_forward import forward_kernel
 
+    lengths, mean = arguments.key_lengths, None
+    if eight_bits:
+        mean = mean_keys(arguments.k, lengths)
+        pooled_k = (arguments.pooled_k.float() - mean.unsqueeze(1)).to(arguments.q.dtype)
+        arguments = arguments._replace(pooled_k=pooled_k)
     q, call = arguments.q, _Call(arguments)
     config = call.config("forward")
-    queries, keys, q_scale, k_scale = call.q, call.k, call.pooled_bias, call.pooled_bias
+    queries, keys, values = call.q, call.k, call.v
+    q_scale = k_scale = v_scale = call.pooled_bias  # kernels never read what is not given
     if mean is not None:
         queries, q_scale = quantize_rows(call.q, call.block_size[0], None, None)
-        keys, k_scale = quantize_rows(call.k, call.block_size[1], mean, arguments.key_lengths)
+        keys, k_scale = quantize_rows(call.k, call.block_size[1], mean, lengths)
+    if float8:
+        v_scale = value_scales(arguments.v, lengths)
+        values = round_values(call.v, v_scale, lengths)
     # descriptors are of tensors of one type
-    (key_tiles, value_tiles), tma = _tiles((keys, call.v), config.block_n, config.tma)
+    (key_tiles, value_tiles), tma = _tiles((keys, values), config.block_n, config.tma)
     if resumed is None:
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         lse = q.new_empty(q.shape[:3], dtype=torch.float32)
@@ -203,14 +233,29 @@ def _forward(
     with on_device(q):
         forward_kernel[call.row_grid(config)](
             queries, key_tiles, value_tiles, out, lse,
-            *call.row_arguments(call.q, q_scale, k_scale, call.pooled_bias if mean is None else mean),
-            *_strides(queries, keys, call.v, call.pooled_k, call.pooled_v, call.q),
+            *call.row_arguments(call.q, q_scale, k_scale, v_scale, call.pooled_bias if mean is None else mean),
+            *_strides(queries, keys, values, call.pooled_k, call.pooled_v, call.q),
             *call.mask_strides(call.query_blocks),
-            BQ=call.block_size[0], BK=call.block_size[1], QUANTIZED=mean is not None,
-            RESUMED=resumed is not None,
+            BQ=call.block_size[0], BK=call.block_size[1],
+            QUANTIZED=eight_bits, FLOAT8=float8, RESUMED=resumed is not None,
             **call.constants(config, "POOLED", "DROPPED", "LENGTHS", "TAIL", "ORDERED", tma=tma),
         )  # fmt: skip
     return out, lse
+
+
+def round_values(v: Tensor, scales: Tensor, key_lengths: Tensor | None) -> Tensor:
+    """Divide values by their channels' scales, (B, H, D), and round them to 8-bit floats: (B, T, H, D)."""
+    from blade_kernels.block_sparse.triton_quantize import round_values_kernel
+
+    batch, tokens, heads, size = v.shape
+    values = torch.empty(v.shape, dtype=torch.float8_e4m3fn, device=v.device)
+    lengths = scales if key_lengths is None else key_lengths.to(v.device).contiguous()
+    with on_device(v):
+        round_values_kernel[(-(-tokens // ROUNDED_TOKENS), heads, batch)](
+            v, scales, lengths, values, tokens, heads, *_strides(v),
+            D=size, BLOCK=ROUNDED_TOKENS, LENGTHS=key_lengths is not None, UPCAST=interpreted(), num_warps=4,
+        )  # fmt: skip
+    return values
 
 
 def quantize_rows(x: Tensor, block: int, mean: Tensor | None, key_lengths: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -374,5 +419,9 @@ def _tiles(tensors: tuple[Tensor, Tensor], tokens: int, tma: bool) -> tuple[tupl
     return (first, second), True
 
 
-_attention = register("block_sparse_triton", forward, backward)
-_attention_int8 = register_forward("block_sparse_triton_int8", forward_int8)
+_OPERATORS = {
+    "full": register("block_sparse_triton", forward, backward),
+    "int8": register_forward("block_sparse_triton_int8", forward_int8),
+    "fp8": register_forward("block_sparse_triton_fp8", forward_fp8),
+}
+"""Operators by precision."""

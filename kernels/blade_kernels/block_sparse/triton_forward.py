@@ -1,7 +1,7 @@
 """Forward kernel of block-sparse attention: kept blocks, then pooled tokens, in one online softmax.
 
 One program computes one tile of queries of one head, and iterates over the list of key blocks that its row keeps. The
-mathematics is that of `naive`, with base-2 logits and sums in float32; for 8-bit queries and keys that of `quantized`.
+mathematics is that of `naive`, with base-2 logits and sums in float32; in 8 bits that of `quantized`.
 """
 
 from __future__ import annotations
@@ -16,15 +16,19 @@ from blade_kernels.block_sparse.triton_tiles import (
     load_tile,
     multiply,
     multiply_add,
+    nearest_float8,
     tile_position,
     window_bias,
 )
 
+LARGEST_FLOAT8 = tl.constexpr(448.0)
 LOWEST = tl.constexpr(-3.0e38)  # initial running maximum: finite, so that -inf - LOWEST stays -inf
 
 
 @triton.jit
-def add_keys(q, k, v, bias, peak, total, out, factor, BIASED: tl.constexpr, UPCAST: tl.constexpr):
+def add_keys(
+    q, k, v, bias, peak, total, out, factor, BIASED: tl.constexpr, FLOAT8: tl.constexpr, UPCAST: tl.constexpr
+):
     """Add a tile of keys to the online softmax.
 
     Args:
@@ -35,6 +39,8 @@ def add_keys(q, k, v, bias, peak, total, out, factor, BIASED: tl.constexpr, UPCA
         total: (M,), sum of weights relative to `peak`.
         out: (M, D), sum of weighted values relative to `peak`.
         factor: scale of the logits.
+        FLOAT8: whether weights are 8-bit floats times 448, as the values are. `peak` is then a whole number, so that
+            what was rounded relative to a lower one is still rounded relative to a higher one.
 
     Returns:
         peak, total, out.
@@ -43,14 +49,22 @@ def add_keys(q, k, v, bias, peak, total, out, factor, BIASED: tl.constexpr, UPCA
     if BIASED:
         # the logit of a hidden key may be anything, NaN included
         logits = tl.where(bias[None, :] == float("-inf"), float("-inf"), logits * factor + bias[None, :])
-        higher = tl.maximum(peak, tl.max(logits, 1))
-        weights = tl.exp2(logits - higher[:, None])
+        highest = tl.max(logits, 1)
     else:
-        higher = tl.maximum(peak, tl.max(logits, 1) * factor)
-        weights = tl.exp2(logits * factor - higher[:, None])
+        highest = tl.max(logits, 1) * factor
+    if FLOAT8:
+        highest = tl.ceil(highest)
+    higher = tl.maximum(peak, highest)
+    weights = tl.exp2(logits - higher[:, None]) if BIASED else tl.exp2(logits * factor - higher[:, None])
     rescale = tl.exp2(peak - higher)
     total = total * rescale + tl.sum(weights, 1)
-    out = multiply_add(weights.to(v.dtype), v, out * rescale[:, None], UPCAST)
+    if FLOAT8:
+        weights = weights * LARGEST_FLOAT8
+        if UPCAST:
+            weights = nearest_float8(weights)
+    if not (FLOAT8 and UPCAST):
+        weights = weights.to(v.dtype)
+    out = multiply_add(weights, v, out * rescale[:, None], UPCAST)
     return higher, total, out
 
 
@@ -66,7 +80,7 @@ def forward_kernel(
     q, k, v, out, lse,
     counts, indices, keep, order, key_lengths,
     pooled_k, pooled_v, pooled_bias, pooled_block,
-    exact_q, q_scale, k_scale, mean,
+    exact_q, q_scale, k_scale, v_scale, mean,
     S, T, P, H, scale,
     query_blocks, key_blocks, capacity,
     q_batch, q_token, q_head,
@@ -78,7 +92,8 @@ def forward_kernel(
     mask_batch, mask_head,
     D: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     POOLED: tl.constexpr, DROPPED: tl.constexpr, LENGTHS: tl.constexpr, TAIL: tl.constexpr, ORDERED: tl.constexpr,
-    QUANTIZED: tl.constexpr, RESUMED: tl.constexpr, TMA: tl.constexpr, UPCAST: tl.constexpr,
+    QUANTIZED: tl.constexpr, FLOAT8: tl.constexpr, RESUMED: tl.constexpr,
+    TMA: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Compute attention of one tile of queries. Tensors are strided unless stated otherwise.
 
@@ -93,6 +108,7 @@ def forward_kernel(
         pooled_block: (P,) int32, the key block of each pooled token, if `DROPPED`.
         exact_q: the queries, if `QUANTIZED`; `q` and `k` are then 8-bit integers, keys and pooled ones without `mean`.
         q_scale: (B, H, query blocks) float32, contiguous, by which integers are multiplied; likewise `k_scale`.
+        v_scale: (B, H, D) float32, contiguous, by which 8-bit values are multiplied, if `FLOAT8`.
         mean: (B, H, D) float32, contiguous.
         S: number of queries; likewise T keys, P pooled tokens and H heads.
         scale: factor of the logits.
@@ -139,7 +155,7 @@ def forward_kernel(
         v_tile = load_tile(v, item, head, key, T, v_batch, v_token, v_head, BLOCK_N, D, TMA, True)
         tile_factor = factor * tl.load(k_steps + block) if QUANTIZED else factor
         peak, total, out_tile = add_keys(
-            q_tile, k_tile, v_tile, 0.0, peak, total, out_tile, tile_factor, False, UPCAST
+            q_tile, k_tile, v_tile, 0.0, peak, total, out_tile, tile_factor, False, FLOAT8, UPCAST
         )
     if (LENGTHS or TAIL) and not RESUMED:
         for step in range(whole * PARTS, count * PARTS):
@@ -150,8 +166,11 @@ def forward_kernel(
             bias = tl.where(key + tl.arange(0, BLOCK_N) < stop, 0.0, float("-inf"))
             tile_factor = factor * tl.load(k_steps + block) if QUANTIZED else factor
             peak, total, out_tile = add_keys(
-                q_tile, k_tile, v_tile, bias, peak, total, out_tile, tile_factor, True, UPCAST
+                q_tile, k_tile, v_tile, bias, peak, total, out_tile, tile_factor, True, FLOAT8, UPCAST
             )
+    if FLOAT8:
+        steps = tl.load(v_scale + (item.to(tl.int64) * H + head) * D + tl.arange(0, D))
+        out_tile = out_tile * (steps / LARGEST_FLOAT8)[None, :]
     if POOLED:
         pooled_q = (q_tile.to(tl.float32) * q_step).to(pooled_k.dtype.element_ty) if QUANTIZED else q_tile
         POOL_N: tl.constexpr = BLOCK_N if BLOCK_N < 32 else 32
@@ -186,7 +205,7 @@ def forward_kernel(
                 False,
             )
             peak, total, out_tile = add_keys(
-                pooled_q, k_tile, v_tile, bias, peak, total, out_tile, pooled_factor, True, UPCAST
+                pooled_q, k_tile, v_tile, bias, peak, total, out_tile, pooled_factor, True, False, UPCAST
             )
 
     divisor = tl.where(total == 0.0, 1.0, total)  # 0: a query without keys

@@ -48,10 +48,26 @@ def count_below(kept, count, block):
 
 
 @triton.jit
+def nearest_float8(x):
+    """Round float32 to the nearest 8-bit floats of 4 bits of exponent, to even ones in the middle, still in float32.
+
+    For the interpreter, whose conversion loses what is carried into the exponent.
+    """
+    bits = x.to(tl.int32, bitcast=True)
+    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & ~0xFFFFF).to(tl.float32, bitcast=True)
+    steps = x * 512.0  # below 2^-6 they are whole multiples of 2^-9
+    lower = tl.floor(steps)
+    rest = steps - lower
+    odd = lower - 2.0 * tl.floor(lower / 2.0)
+    nearest = tl.where((rest > 0.5) | ((rest == 0.5) & (odd == 1.0)), lower + 1.0, lower)
+    return tl.where(tl.abs(x) < 0.015625, nearest / 512.0, normal)
+
+
+@triton.jit
 def multiply(a, b, UPCAST: tl.constexpr):
     """Multiply matrices, with sums in float32; those of 8-bit integers are exact.
 
-    `UPCAST` is for the interpreter, which cannot multiply bfloat16.
+    `UPCAST` is for the interpreter, which cannot multiply bfloat16, and multiplies in float32.
     """
     if a.dtype == tl.int8:
         product = tl.dot(a, b, out_dtype=tl.int32).to(tl.float32)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -39,6 +40,8 @@ class DiffusersFamily:
     """Pipeline class that accepts a condition with the same weights, by the pipeline's class and the condition."""
     size_multiple: int = 16
     """Pixels of which the pipelines require heights and widths to be multiples."""
+    tiny_decoders: Mapping[int, tuple[str, ...]] = MappingProxyType({})
+    """Published tiny decoders of the pipelines' latents by the number of latent channels; here none."""
 
     @property
     def data(self) -> FamilyData:
