@@ -14,13 +14,13 @@ from blade_kernels.block_mask import BlockMask
 from blade_kernels.block_selection import sampled_importance, select_blocks
 from blade_kernels.block_sparse import resolve_implementation
 from blade_kernels.block_sparse.launch_table import architecture
-from blade_kernels.crashes import naming_crashes
+from blade_kernels.crashes import DeviceCrashError, naming_crashes
 from blade_kernels.triton_support import missing_triton
 from torch import Tensor
 from torch.nn import functional
 
 from blade.attention.pattern_plan import PatternPlan
-from blade.benchmarks.candidates import Attend, Candidate, candidates_for, recorded_packages
+from blade.benchmarks.candidates import Attend, Candidate, absent_candidates, candidates_for, recorded_packages
 from blade.benchmarks.layers import AttentionShape
 from blade.benchmarks.patterns import PATTERN_KINDS, benchmark_patterns
 from blade.common.machine import describe_machine, describe_versions
@@ -32,6 +32,9 @@ PACKAGES = ("blade-video", "torch", "triton")
 
 ERROR_BOUNDS = {"float32": 1e-4, "bfloat16": 3e-2, "float16": 3e-3}
 """Largest error of BLADE's implementations, relative to the exact output's root mean square."""
+
+EXPECTED = (RuntimeError, ImportError, TypeError, ValueError)
+"""What peers raise where they lack a feature."""
 
 PASSES = {
     "drawn": "drawing random blocks, building the mask, and the forward pass",
@@ -65,6 +68,8 @@ class AttentionBenchmark:
     """Passes to time, names of `PASSES`."""
     blocks: str = "random"
     """One of `BLOCKS`."""
+    tried: bool | None = None
+    """Of sparse candidates, measure those that are `tried` alone, or the others alone; None measures all."""
     block_size: int = 128
     """Tokens in a block, both of queries and of keys."""
     dtype: str = "float32"
@@ -117,12 +122,12 @@ def run_attention_benchmark(
         on_case: called with the report so far after every size and density, so that none is lost.
 
     Returns:
-        Plain JSON values: `settings`, `machine`, `versions`, `date`, `command`, and `cases`, one for each size and
-        density; on CUDA also `matrix_peak_tflops`, the measured peak of matrix multiplication, and `cubins`, facts
-        about the compiled Triton kernels of these sizes. A case has, by name of candidate, `ms`, a time for every
-        pass; `error`, relative to the exact output; on CUDA `peak_mib`, the peak memory of every pass, including its
-        inputs but not a given mask; `sparse`, the names of the block-sparse candidates; and `missing`, the reasons
-        why some were not measured.
+        Plain JSON values: `settings`, `machine`, `versions`, `date`, `command`; `absent`, the reasons why peers are
+        not measured; and `cases`, one for each size and density. On CUDA also `matrix_peak_tflops`, the measured peak
+        of matrix multiplication, and `cubins`, facts about the compiled Triton kernels of these sizes. A case has, by
+        name of candidate, `ms`, a time for every pass; `error`, relative to the exact output; on CUDA `peak_mib`, the
+        peak memory of every pass, including its inputs but not a given mask; `sparse`, the names of the block-sparse
+        candidates; and `missing`, the reasons why some were not measured.
 
     Raises:
         RuntimeError: an implementation's output is wrong.
@@ -137,6 +142,7 @@ def run_attention_benchmark(
             "machine": machine,
             "versions": describe_versions((*PACKAGES, *recorded_packages())),
             "settings": asdict(settings),
+            "absent": dict[str, str](),
             "cases": cases,
         }
         if device.type == "cuda":
@@ -144,6 +150,7 @@ def run_attention_benchmark(
             report["cubins"] = _cubins(settings)
         for shape in settings.shapes:
             layer = _Layer(shape, settings)
+            report["absent"] |= absent_candidates(layer.inputs[0][0], settings.block_size)
             for density in settings.densities:
                 cases.append(layer.case(density))
                 if on_case is not None:
@@ -177,7 +184,11 @@ class _Layer:
         """Measure everything at one density."""
         settings, (q, k, v, _) = self.settings, self.inputs[0]
         mask, results = self.draw(density), _Results(self.dense)
-        sparse = [candidate for candidate in candidates_for(q, settings.block_size) if candidate.sparse]
+        sparse = [
+            candidate
+            for candidate in candidates_for(q, settings.block_size)
+            if candidate.sparse and settings.tried in (None, candidate.tried)
+        ]
         for candidate in sparse:
             if candidate.refuses is not None and (reason := candidate.refuses(q, k, v, mask)) is not None:
                 results.missing[candidate.name] = reason
@@ -247,13 +258,19 @@ class _Layer:
                 q, k, v = self._laid_out(candidate)[0][:3]
                 results.error[candidate.name] = _relative_error(candidate.attend(q, k, v, mask), q, k, v, mask)
         except Exception as problem:
-            if candidate.own or not isinstance(problem, (RuntimeError, ImportError, TypeError, ValueError)):
+            if not candidate.tried and (candidate.own or not isinstance(problem, EXPECTED)):
+                raise
+            if isinstance(problem, DeviceCrashError):
                 raise
             results.error.pop(candidate.name, None)
             results.missing[candidate.name] = str(problem).splitlines()[0]
             return
         bound = ERROR_BOUNDS[self.settings.dtype]
         error = results.error[candidate.name]
+        if candidate.tried and not error <= bound:
+            results.error.pop(candidate.name)
+            results.missing[candidate.name] = f"its output is wrong: relative error {error:.2g}"
+            return
         if candidate.own and not error <= bound:
             raise RuntimeError(
                 f"the output of `{candidate.name}` is wrong: relative error {error:.2g}, density {density}."

@@ -21,8 +21,14 @@ FILES = ("attention.json", "attention.md", "attention.png")
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 """A colour for each size, from Okabe and Ito's palette, which is safe for colour blindness."""
 
+MARKERS = ("o", "s", "^", "D", "v", "P")
+"""A marker for each colour."""
+
 WORK = {"training": 3.5, "backward": 2.5}
 """Operations of a pass relative to a forward pass, for passes in which they differ."""
+
+SHOWN = {"training": "forward and backward", "whole": "choice, mask and forward", "drawn": "drawn mask and forward"}
+"""Passes in words."""
 
 BLOCKS = {
     "random": "drawn at random in every head and row",
@@ -40,6 +46,8 @@ def tables(report: dict[str, Any]) -> list[Table]:
         sections.append(_pass_table(report, "backward", "the backward pass: both passes less the forward pass"))
     if any(case["peak_mib"] for case in report["cases"]):
         sections.append(_memory_table(report))
+    if reasons := _reasons(report):
+        sections.append(Table("Not measured", ["computed by", "why"], [[*item] for item in reasons.items()]))
     if report.get("cubins"):
         compiled = [CubinReport(**values) for values in report["cubins"]]
         sections.append(Table("Compiled Triton kernels", *cubin_table(compiled)))
@@ -88,21 +96,24 @@ def plot(report: dict[str, Any]) -> bytes:
 
     cases = report["cases"]
     passes = [name for name in PASSES if name in report["settings"]["passes"] and name != "selection"]
-    names, speeds = _sparse(cases), (0.25, 0.5, 1, 2, 4, 8, 16)
+    names, speeds = sparse_names(cases), (0.125, 0.25, 0.5, 1, 2, 4, 8, 16, 32)
     densities = sorted({case["density"] for case in cases})
-    figure = Figure(figsize=(5.0 * len(names) + 0.4, 3.6 * len(passes) + 0.8), dpi=110, layout="constrained")
+    figure = Figure(figsize=(3.6 * len(names) + 1.2, 3.0 * len(passes) + 1.2), dpi=110, layout="constrained")
     panels = figure.subplots(len(passes), len(names), squeeze=False, sharex=True, sharey="row")
     for pass_name, row in zip(passes, panels):
-        row[0].set_ylabel(f"{pass_name}: times as fast as dense")
+        row[0].set_ylabel(f"{SHOWN.get(pass_name, pass_name)}:\ntimes as fast as dense")
+        shown = [1.0, *(1 / density for density in densities)]
         for name, axes in zip(names, row):
-            for index, size in enumerate(dict.fromkeys(_size(case) for case in cases)):
-                measured = [case for case in cases if _size(case) == size and pass_name in case["ms"].get(name, {})]
+            for index, size in enumerate(dict.fromkeys(size_of(case) for case in cases)):
+                measured = [case for case in cases if size_of(case) == size and pass_name in case["ms"].get(name, {})]
                 measured.sort(key=lambda case: case["realised_density"])
                 x = [case["realised_density"] for case in measured]
-                y = [_dense_ms(case, pass_name) / case["ms"][name][pass_name] for case in measured]
-                axes.plot(x, y, "o-", color=COLOURS[index % len(COLOURS)], label=str(size))
+                y = [dense_ms(case, pass_name) / case["ms"][name][pass_name] for case in measured]
+                style = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
+                axes.plot(x, y, markersize=5, label=str(size), **style)
+                shown += y
             if not any(pass_name in case["ms"].get(name, {}) for case in cases):
-                axes.text(0.5, 0.1, "not available here", transform=axes.transAxes, ha="center")
+                axes.text(0.5, 0.5, "not timed", transform=axes.transAxes, ha="center", color="#7F7F7F")
             if len(densities) > 1:
                 axes.plot(densities, [1 / x for x in densities], "--", color="#7F7F7F", label="1 / density")
             axes.axhline(1.0, color="#000000", linewidth=0.8)
@@ -112,13 +123,15 @@ def plot(report: dict[str, Any]) -> bytes:
             axes.set_yticks(speeds, labels=[f"{speed:g}" for speed in speeds])
             axes.minorticks_off()
             axes.grid(alpha=0.3)
+        row[0].set_ylim(min(shown) / 1.25, 1.25 * max(shown))
     for name, axes in zip(names, panels[0]):
         axes.set_title(name)
     for axes in panels[-1]:
-        axes.set_xlabel("density")
-    panels[0][0].legend(frameon=False, fontsize=8)
+        axes.set_xlabel("density, share of kept pairs")
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(names), frameon=False, fontsize=8)
     settings, machine = report["settings"], report["machine"]
-    figure.suptitle(f"{settings['dtype']}, blocks of {settings['block_size']}; {machine['device']}", fontsize=9)
+    figure.suptitle(f"{machine['device']}: {settings['dtype']}, blocks of {settings['block_size']}", fontsize=9)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()
@@ -127,8 +140,8 @@ def plot(report: dict[str, Any]) -> bytes:
 def _dense_table(report: dict[str, Any]) -> Table:
     """Make the table of dense candidates' times, which do not depend on the density."""
     rows, passes = [], ("forward", "training", "backward")
-    for size, case in {_size(case): case for case in report["cases"]}.items():
-        for name in _dense(case):
+    for size, case in {size_of(case): case for case in report["cases"]}.items():
+        for name in dense_names(case):
             rows.append([str(size), name, *(_cell(case, name, pass_name) for pass_name in passes)])
     used = [0, 1, *(column for column in (2, 3, 4) if any(row[column] for row in rows))]
     headings = ["size", "computed by", *(f"{pass_name} ms" for pass_name in passes)]
@@ -140,7 +153,7 @@ def _pass_table(report: dict[str, Any], pass_name: str, title: str) -> Table:
     if pass_name == "selection":
         headings, names = ["selection ms"], []
     else:
-        names = [name for name in _sparse(cases) if any(_cell(case, name, pass_name) for case in cases)]
+        names = [name for name in sparse_names(cases) if any(_cell(case, name, pass_name) for case in cases)]
         headings = [f"{name} ms" for name in names]
     rows = []
     for case in cases:
@@ -149,7 +162,7 @@ def _pass_table(report: dict[str, Any], pass_name: str, title: str) -> Table:
         row += [_cell(case, name, pass_name) for name in names]
         if pass_name == "selection":
             ms = case["ms"]["selection"]["selection"]
-            row.append(f"{ms:.2f} ({100 * ms / _dense_ms(case, pass_name):.1f} % of dense)")
+            row.append(f"{ms:.2f} ({100 * ms / dense_ms(case, pass_name):.1f} % of dense)")
         rows.append(row)
     return Table(title[0].upper() + title[1:], ["size", "density", "dense ms", *headings], rows)
 
@@ -172,19 +185,38 @@ def _memory_table(report: dict[str, Any]) -> Table:
     )
 
 
+def _reasons(report: dict[str, Any]) -> dict[str, str]:
+    """Return why candidates were not measured, by name, with the size where others have it."""
+    reasons = dict(report.get("absent", {}))
+    for case in report["cases"]:
+        for name, reason in case.get("missing", {}).items():
+            measured = any(name in other["ms"] for other in report["cases"])
+            reasons[f"{name}, {size_of(case)}" if measured else name] = reason
+    return reasons
+
+
 def _cell(case: dict[str, Any], name: str, pass_name: str) -> str:
     """Format a time, for a sparse candidate with its speed relative to the fastest dense attention."""
     sparse = name in case["sparse"]
     ms = _ms(case, name, pass_name if sparse else _dense_pass(pass_name))
-    if ms is None:
+    speed = tflops(case, name, pass_name)
+    if ms is None or speed is None:
         return ""
-    work = 4 * case["head_dim"] * case["batch"] * case["heads"] * case["tokens"] ** 2 * WORK.get(pass_name, 1.0)
-    work *= case["realised_density"] if sparse else 1.0
-    cell = f"{ms:.1f}" if work / ms < 1e10 else f"{ms:.2f}, {work / ms / 1e9:.0f} TFLOP/s"
+    cell = f"{ms:.1f}" if speed < 10 else f"{ms:.2f}, {speed:.0f} TFLOP/s"
     if not sparse:
         return cell
-    faster = _dense_ms(case, pass_name) / ms
+    faster = dense_ms(case, pass_name) / ms
     return f"{cell} ({faster:.2f}, {100 * faster * case['realised_density']:.0f} %)"
+
+
+def tflops(case: dict[str, Any], name: str, pass_name: str) -> float | None:
+    """Return the TFLOP/s of a candidate's pass, of the pairs that it keeps; None if it was not timed."""
+    sparse = name in case["sparse"]
+    ms = _ms(case, name, pass_name if sparse else _dense_pass(pass_name))
+    if ms is None:
+        return None
+    work: float = 4 * case["head_dim"] * case["batch"] * case["heads"] * case["tokens"] ** 2 * WORK.get(pass_name, 1.0)
+    return work * (case["realised_density"] if sparse else 1.0) / ms / 1e9
 
 
 def _ms(case: dict[str, Any], name: str, pass_name: str) -> float | None:
@@ -199,29 +231,33 @@ def _dense_pass(pass_name: str) -> str:
     return pass_name if pass_name in ("training", "backward") else "forward"
 
 
-def _dense(case: dict[str, Any]) -> list[str]:
+def dense_names(case: dict[str, Any]) -> list[str]:
+    """Return the names of a case's dense candidates."""
     return [name for name in case["ms"] if name not in (*case["sparse"], "selection")]
 
 
-def _sparse(cases: list[dict[str, Any]]) -> list[str]:
+def sparse_names(cases: list[dict[str, Any]]) -> list[str]:
+    """Return the names of the block-sparse candidates of any case."""
     return list(dict.fromkeys(name for case in cases for name in case["sparse"]))
 
 
 def _fastest(case: dict[str, Any], pass_name: str) -> str:
     """Return the name of the fastest dense candidate."""
-    times = {name: ms for name in _dense(case) if (ms := _ms(case, name, _dense_pass(pass_name))) is not None}
+    times = {name: ms for name in dense_names(case) if (ms := _ms(case, name, _dense_pass(pass_name))) is not None}
     return min(times, key=lambda name: times[name])
 
 
-def _dense_ms(case: dict[str, Any], pass_name: str) -> float:
+def dense_ms(case: dict[str, Any], pass_name: str) -> float:
+    """Return the milliseconds of the fastest dense candidate for the pass that another is compared with."""
     ms = _ms(case, _fastest(case, pass_name), _dense_pass(pass_name))
     assert ms is not None
     return ms
 
 
-def _size(case: dict[str, Any]) -> AttentionShape:
+def size_of(case: dict[str, Any]) -> AttentionShape:
+    """Return a case's size."""
     return AttentionShape(**{name: case[name] for name in ("tokens", "heads", "head_dim", "batch", "model")})
 
 
 def _row_labels(case: dict[str, Any]) -> list[str]:
-    return [str(_size(case)), f"{case['realised_density']:.3f}"]
+    return [str(size_of(case)), f"{case['realised_density']:.3f}"]

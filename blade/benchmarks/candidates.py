@@ -52,6 +52,8 @@ class Candidate:
     """If true, it computes the kept blocks only."""
     own: bool = False
     """If true, it is one of BLADE's implementations, whose output must be right."""
+    tried: bool = False
+    """If true, what it fails at, or computes wrongly, is recorded as missing and ends nothing."""
     takes: Takes = _any
     """Returns whether queries and blocks are measured."""
     module: str | None = None
@@ -69,9 +71,23 @@ class Candidate:
 
     def is_for(self, q: Tensor, block_size: int) -> bool:
         """Return whether it is measured on such queries."""
-        if not self.takes(q, block_size):
-            return False
-        return self.module is None or importlib.util.find_spec(self.module) is not None
+        return self.takes(q, block_size) and (self.module is None or _installed(self.module))
+
+    def absent_because(self, q: Tensor, block_size: int) -> str | None:
+        """Return why a peer is not measured on such queries; None for one that is, and for all others."""
+        if self.module is None or self.is_for(q, block_size):
+            return None
+        if not _installed(self.module):
+            return f"`{self.package or self.module}` is not installed"
+        kind = str(q.dtype).removeprefix("torch.")
+        return f"it takes no {kind} on {q.device.type} in blocks of {block_size}, batch {q.shape[0]}"
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ImportError:  # of the package around a module
+        return False
 
 
 def _sdpa(backend: SDPBackend) -> Attend:
@@ -94,6 +110,20 @@ def _flash_attn_3(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
     from flash_attn_interface import flash_attn_func
 
     return _output(flash_attn_func(q, k, v))
+
+
+def _flash_attn_4(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
+    from flash_attn.cute import flash_attn_func
+
+    return _output(flash_attn_func(q, k, v))
+
+
+def _flashinfer(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
+    """Attend with FlashInfer, which takes one sequence."""
+    from flashinfer import single_prefill_with_kv_cache
+
+    out: Tensor = single_prefill_with_kv_cache(q[0], k[0], v[0], causal=False)
+    return out.unsqueeze(0)
 
 
 def _sageattention(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
@@ -155,7 +185,7 @@ def _implementation(name: str, precision: str = "full", **conditions: Any) -> Ca
 
     def refuses(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> str | None:
         try:
-            resolve_implementation(q, k, v, mask, implementation=name)
+            resolve_implementation(q, k, v, mask, implementation=name, precision=precision)
         except NotImplementedError as reason:
             return str(reason)
         return None
@@ -190,6 +220,9 @@ CANDIDATES = {
         *_dense(SDPBackend.MATH, _logits_fit),
         _implementation("triton"),
         _implementation("triton", "int8", takes=_half_on_cuda, has_backward=lambda q: False),
+        _implementation("triton", "fp8", takes=_half_on_cuda, has_backward=lambda q: False),
+        # kernels of other projects, not verified on every card
+        _implementation("cute", takes=_half_on_cuda, tried=True),
         _implementation("flex", has_backward=lambda q: q.is_cuda),
         # on CUDA it is only the last resort
         _implementation("cpu", takes=lambda q, block_size: not q.is_cuda),
@@ -206,6 +239,21 @@ CANDIDATES = {
             takes=_half_on_cuda,
             module="flash_attn_interface",
             package="flash-attn-3",
+        ),
+        Candidate(
+            name="flash-attn 4",
+            attend=_flash_attn_4,
+            takes=_half_on_cuda,
+            module="flash_attn.cute",
+            package="flash-attn-4",
+        ),
+        Candidate(
+            name="flashinfer",
+            attend=_flashinfer,
+            takes=lambda q, block_size: _half_on_cuda(q, block_size) and q.shape[0] == 1,
+            module="flashinfer",
+            package="flashinfer-python",
+            has_backward=lambda q: False,
         ),
         Candidate(
             name="sageattention",
@@ -255,6 +303,13 @@ def candidates_for(q: Tensor, block_size: int) -> tuple[Candidate, ...]:
     """
     _declare_installed()
     return tuple(candidate for candidate in CANDIDATES.values() if candidate.is_for(q, block_size))
+
+
+def absent_candidates(q: Tensor, block_size: int) -> dict[str, str]:
+    """Return, by name, why peers are not measured on such queries; see `candidates_for`."""
+    _declare_installed()
+    reasons = {name: candidate.absent_because(q, block_size) for name, candidate in CANDIDATES.items()}
+    return {name: reason for name, reason in reasons.items() if reason is not None}
 
 
 def recorded_packages() -> tuple[str, ...]:

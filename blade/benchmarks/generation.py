@@ -18,12 +18,13 @@ from blade.attention.applied import AppliedBlade, applied_to
 from blade.attention.apply import use_blade
 from blade.attention.budget import configured_budget
 from blade.attention.config import BladeConfig
+from blade.benchmarks.other_parts import time_decoding, time_encoding
 from blade.common.errors import first_line
 from blade.common.machine import GIB, describe_machine, describe_versions
 from blade.families.protocol import Inputs, ModelFamily
 from blade.generation.request import GenerationRequest
 from blade.generation.resolve import resolve_request
-from blade.metrics.timing import Measurement, Stopwatch, measure, time_calls
+from blade.metrics.timing import Stopwatch, measure, time_calls
 from blade.models.devices import resolve_device, resolve_dtype
 from blade.models.loaded import LatentSize, LoadedModel
 from blade.models.loading import load_empty_model, load_model
@@ -47,6 +48,9 @@ REACHED_SPEED = 0.85
 ALLOWANCE = 1.10
 """Factor by which a sparse pass may exceed its bound."""
 
+
+PRESET_PASSES = 2
+"""Passes with a preset that are timed."""
 
 LINEAR = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 """Modules that multiply with weight matrices."""
@@ -74,6 +78,8 @@ class GenerationBenchmark:
     """Sparsity of every layer and step."""
     pooled_tokens: Literal["none", "all", "dropped"] = "all"
     """Pooled tokens, which count toward the budget; see `BladeConfig`."""
+    preset_sparsities: tuple[float, ...] = ()
+    """Sparsities at which a pass with the model's training-free preset is timed beside."""
     measured_passes: int | None = None
     """Measured passes of a run, from which the others are extrapolated; None measures all."""
     repeats: int = 3
@@ -88,6 +94,8 @@ class GenerationBenchmark:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {value}.")
+        if not all(0 < sparsity < 1 for sparsity in self.preset_sparsities):
+            raise ValueError(f"`preset_sparsities` must be between 0 and 1, got {self.preset_sparsities}.")
         if not self.student_steps or min(self.student_steps) < 1:
             raise ValueError(f"`student_steps` must be counts of at least 1, got {self.student_steps}.")
 
@@ -97,9 +105,9 @@ def run_generation_benchmark(
 ) -> dict[str, Any]:
     """Measure a model's runs: dense with guidance, sparse with guidance, and sparse with few steps without guidance.
 
-    The budget of blocks is fixed, so that no time depends on the weights. A run consists of its transformer's passes
-    and the decoding of its latent, both with random inputs; text encoding, the scheduler's steps and writing a file
-    are left out.
+    The budget of blocks is fixed, so that no time depends on the weights. A run consists of the encoding of its text,
+    its transformer's passes and the decoding of its latent, all with random inputs; the scheduler's steps and writing
+    a file are left out.
 
     Args:
         settings: the options.
@@ -110,8 +118,9 @@ def run_generation_benchmark(
         Plain JSON values: `date`, `command`, `machine`, `versions`, `settings` and their resolved values: the size,
         `config`, `tokens`, `layers`, `density`; `dense_attention_ms` of one layer by backend, `backend`, the fastest
         that the transformer accepts, and `missing`, the reasons why others were not measured or accepted; `pass_ms` of
-        a dense and a sparse pass; `parts_ms` of a sparse pass, by `PARTS`; `bound_ms`; `decoding_seconds`; `peak_gib`
-        on CUDA; and `runs`.
+        a dense and a sparse pass; `parts_ms` of a sparse pass, by `PARTS`; `bound_ms`; `preset_pass_ms` by sparsity;
+        `encoding_seconds` of one text, None if it was not measured; `unmeasured`, the reasons why parts were not;
+        `decoding_seconds`; `peak_gib` on CUDA; and `runs`.
 
     Raises:
         ValueError: for a model or a size that cannot be measured.
@@ -151,8 +160,10 @@ def run_generation_benchmark(
         on_stage("parts of a sparse pass")
         with use_blade(model.transformer, config, dense_steps=0):
             report["parts_ms"] = model.parts(settings.repeats)
+        on_stage("text encoding")
+        report |= model.encoding(loaded, settings, dtype)
         on_stage("decoding")
-        decoding = _decoding(loaded, latent, device)
+        decoding = time_decoding(loaded, latent, device)
         report["runs"], report["pass_ms"], report["peak_gib"] = [], {}, {"decoding": _gib(decoding.peak_bytes)}
         report["decoding_seconds"] = decoding.median / 1e3
         guided = 2 if model.family.guidance_takes_two_passes else 1
@@ -160,7 +171,11 @@ def run_generation_benchmark(
         plans += [("sparse", config, steps, 1) for steps in settings.student_steps]
         for name, run_config, steps, passes in plans:
             on_stage(f"{name}, {steps} steps")
-            report["runs"].append(model.run(name, run_config, steps, steps * passes, settings.measured_passes, report))
+            report["runs"].append(model.run(name, run_config, steps, passes, settings.measured_passes, report))
+        report["preset_pass_ms"] = {}
+        for sparsity in settings.preset_sparsities:
+            on_stage(f"preset, sparsity {sparsity}")
+            report["preset_pass_ms"][f"{sparsity:g}"] = model.preset_pass(replace(loaded.preset, sparsity=sparsity))
     _conclude(report)
     return report
 
@@ -221,6 +236,23 @@ class _Model:
                 return {"dense_attention_ms": times, "missing": missing, "backend": name}
         raise ValueError(f"`device` must run one of Diffusers' attention backends, got {self.device}: {missing}.")
 
+    def encoding(self, loaded: LoadedModel, settings: GenerationBenchmark, dtype: torch.dtype) -> dict[str, Any]:
+        """Time the encoding of one text, or note why it cannot be."""
+        text, seconds, unmeasured = self.inputs["encoder_hidden_states"], None, dict[str, str]()
+        try:
+            with naming_crashes("text encoding", self.device):
+                seconds = time_encoding(loaded, text.shape[1], self.device, dtype, settings.repeats) / 1e3
+        except (torch.OutOfMemoryError, NotImplementedError) as problem:
+            unmeasured["text encoder"] = first_line(problem)
+        return {"encoding_seconds": seconds, "unmeasured": unmeasured}
+
+    def preset_pass(self, preset: BladeConfig) -> float:
+        """Return the milliseconds of a pass in which no step is dense, but the preset's layers are."""
+        config = replace(preset, dense_steps=0, asa=replace(preset.asa, cumulative_mass=None))
+        with use_blade(self.transformer, config, dense_steps=0):
+            self.forward()
+            return time_calls(self.forward, self.device, PRESET_PASSES).median
+
     def parts(self, repeats: int) -> dict[str, float]:
         """Return the milliseconds of the parts of a sparse pass; BLADE must be applied."""
         applied = applied_to(self.transformer)
@@ -247,28 +279,31 @@ class _Model:
         name: str,
         config: BladeConfig | None,
         steps: int,
-        passes: int,
+        passes_of_step: int,
         measured: int | None,
         report: dict[str, Any],
     ) -> dict[str, Any]:
         """Time a run's passes, after a warm-up pass."""
+        passes = steps * passes_of_step
         measured = min(passes, measured or passes)
         with ExitStack() as stack:
             if config is not None:
                 stack.enter_context(use_blade(self.transformer, config, dense_steps=0))
             self.forward()
             measurement = time_calls(self.forward, self.device, measured)
-        kind = "dense" if config is None else "sparse"
+        kind, texts = "dense" if config is None else "sparse", passes_of_step
         report["pass_ms"].setdefault(kind, measurement.median)
         report["peak_gib"].setdefault(kind, _gib(measurement.peak_bytes))
         seconds = sum(measurement.milliseconds) / measured * passes / 1e3
+        encoding = texts * (report["encoding_seconds"] or 0.0)
         return {
             "run": name,
             "steps": steps,
             "passes": passes,
             "measured_passes": measured,
+            "encoding_seconds": encoding,
             "transformer_seconds": seconds,
-            "seconds": seconds + report["decoding_seconds"],
+            "seconds": encoding + seconds + report["decoding_seconds"],
         }
 
 
@@ -291,18 +326,6 @@ def _random(name: str, value: Any) -> Any:
     return torch.full_like(value, 500.0) if name == "timestep" else torch.randn_like(value)
 
 
-def _decoding(model: LoadedModel, latent: LatentSize, device: torch.device) -> Measurement:
-    """Time the decoding of a random latent, after a warm-up."""
-    pipe, sample = model.pipe, torch.randn_like(model.empty_latent(latent))
-
-    def decode(_: int) -> torch.Tensor:
-        frames: torch.Tensor = pipe.vae.decode(sample, return_dict=False)[0]
-        return frames.float().cpu()
-
-    decode(0)
-    return time_calls(decode, device, 1)
-
-
 def _gib(size: int | None) -> float | None:
     return None if size is None else size / GIB
 
@@ -321,7 +344,7 @@ def _conclude(report: dict[str, Any]) -> None:
         run["transformer_factor"] = reference["transformer_seconds"] / run["transformer_seconds"]
         run["factor"] = reference["seconds"] / run["seconds"]
         passes_seconds = run["passes"] * without_attention / 1e3
-        run["limit"] = reference["seconds"] / (passes_seconds + report["decoding_seconds"])
+        run["limit"] = reference["seconds"] / (run["seconds"] - run["transformer_seconds"] + passes_seconds)
 
 
 @contextmanager

@@ -20,15 +20,15 @@ def tables(report: dict[str, Any]) -> list[Table]:
             run["run"],
             f"{run['steps']}",
             f"{run['passes']}" + ("" if run["measured_passes"] == run["passes"] else f" ({run['measured_passes']})"),
-            f"{run['transformer_seconds']:.2f}",
-            f"{run['transformer_factor']:.2f}",
-            f"{run['seconds']:.2f}",
-            f"{run['factor']:.2f}",
+            _seconds(run.get("encoding_seconds") if report.get("encoding_seconds") is not None else None),
+            f"{run['transformer_seconds']:.2f} ({run['transformer_factor']:.2f})",
+            _seconds(report["decoding_seconds"]),
+            f"{run['seconds']:.2f} ({run['factor']:.2f})",
             f"{run['limit']:.2f}",
         ]
         for run in report["runs"]
     ]
-    headings = ["run", "steps", "passes", "transformer s", "times faster", "with decoding s", "times faster", "limit"]
+    headings = ["run", "steps", "passes", "text s", "transformer s", "decoding s", "all s", "limit"]
     sparse = report["pass_ms"]["sparse"]
     parts = [[name, f"{ms:.2f}", f"{100 * ms / sparse:.1f} %"] for name, ms in report["parts_ms"].items()]
     parts += [
@@ -36,6 +36,8 @@ def tables(report: dict[str, Any]) -> list[Table]:
         ["a dense pass", f"{report['pass_ms']['dense']:.2f}", f"{100 * report['pass_ms']['dense'] / sparse:.1f} %"],
         ["the bound of a sparse pass", f"{report['bound_ms']:.2f}", f"{100 * report['bound_ms'] / sparse:.1f} %"],
     ]
+    for sparsity, ms in report.get("preset_pass_ms", {}).items():
+        parts.append([f"a pass with the preset, sparsity {sparsity}", f"{ms:.2f}", f"{100 * ms / sparse:.1f} %"])
     backends = [[name, f"{ms:.2f}"] for name, ms in report["dense_attention_ms"].items()]
     backends += [[name, reason] for name, reason in report["missing"].items()]
     sections = [
@@ -44,7 +46,13 @@ def tables(report: dict[str, Any]) -> list[Table]:
         Table("Dense attention of one layer", ["Diffusers' backend", "ms"], backends),
     ]
     memory = [[name, f"{gib:.2f}"] for name, gib in report["peak_gib"].items() if gib is not None]
-    return sections + ([Table("Peak memory, weights included", ["of", "GiB"], memory)] if memory else [])
+    sections += [Table("Peak memory, weights included", ["of", "GiB"], memory)] if memory else []
+    unmeasured = [[part, reason] for part, reason in report.get("unmeasured", {}).items()]
+    return sections + ([Table("Not measured", ["part", "why"], unmeasured)] if unmeasured else [])
+
+
+def _seconds(seconds: float | None) -> str:
+    return "not measured" if seconds is None else f"{seconds:.2f}"
 
 
 def markdown(report: dict[str, Any]) -> str:
@@ -66,11 +74,12 @@ def markdown(report: dict[str, Any]) -> str:
         f"layer and step at sparsity {settings['sparsity']} with pooled tokens {settings['pooled_tokens']} inside, "
         f"density {report['density']:.3f}; the number of blocks is fixed, so that no time depends on the weights.",
         "",
-        "Runs are the transformer's passes and the decoding; encoding the text, the scheduler and writing a file are "
-        "left out. Passes: those measured in brackets where the others are taken to be as long. Limit: how many times "
-        "faster with decoding, if attention took no time. Dense passes use the fastest backend, and self-attention is "
-        f"{share:.1f} % of one. The bound of a sparse pass: 1.10 times a dense pass without its attention, its "
-        "attention times density / 0.85, and the block selection.",
+        "Runs are the encoding of the text, the transformer's passes and the decoding; the scheduler and writing a "
+        "file are left out. Passes: those timed in brackets, from which the others are extrapolated. Seconds: how "
+        "many times faster than dense in brackets. Limit: how many times faster all would be, if attention took no "
+        f"time. Dense passes use the fastest backend, and self-attention is {share:.1f} % of one. The bound of a "
+        "sparse pass: 1.10 times a dense pass without its attention, its attention times density / 0.85, and the "
+        "block selection.",
     ]
     for table in tables(report):
         lines += ["", f"## {table.title}", "", *markdown_table(table.headings, table.rows)]

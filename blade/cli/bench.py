@@ -291,7 +291,7 @@ def gpu(given: dict[str, Any]) -> None:
 
     settings = CardBenchmark(minutes=options.minutes, device=options.device)
     stamp = f"{datetime.now():%Y-%m-%d-%H%M%S}"
-    _check_writable(options.output, [path.name for path in report_files(options.output, "card", stamp)])
+    _check_writable(options.output, [path.name for path in report_files(options.output, "card", stamp).values()])
     found: dict[str, Any] = {}
     written: list[Path] = []
 

@@ -20,6 +20,7 @@ OPTIONS = {
     "draw_kernels": {},
     "draw_quality": {"line": ["missing=nothing"]},
     "pattern_density": {},
+    "quality_by_density": {},
     "picture_report": {"report": Path("missing.html")},
 }
 

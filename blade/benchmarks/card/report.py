@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-from collections.abc import Iterator
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from blade.benchmarks import attention_report, generation_report
+from blade.benchmarks.card.plots import PLOTS, draw_plots
+from blade.benchmarks.card.results import Report, merged_attention, quality_table, results_of
 from blade.common.files import write_files
 from blade.common.names import file_name
 from blade.common.reading import read_json
@@ -18,31 +18,33 @@ from blade.common.terminal import logger
 NOTABLE = 1.05
 """Factor from which on a time counts as another one."""
 
-Report = dict[str, Any]
-
 
 def tables(report: Report) -> list[Table]:
     """Return a report's tables: what was done, then one or more for each part that has results."""
     sections = [Table("Steps", ["part", "step", "state", "seconds", ""], [*map(_step_row, report["steps"])])]
     for blocks in attention_report.BLOCKS:
-        if (merged := _attention(report, blocks)) is not None:
+        if (merged := merged_attention(report, blocks)) is not None:
             kind = "" if blocks == "random" else f", {blocks}"
             sections += [
                 Table(f"Attention{kind}: {table.title}", table.headings, table.rows)
                 for table in attention_report.tables(merged)
             ]
-    for result in _results(report, "generation"):
+    for result in results_of(report, "generation"):
         sections += [
             Table(f"Videos: {table.title}", table.headings, table.rows) for table in generation_report.tables(result)
         ]
-    for result in _results(report, "distillation"):
+    if (table := quality_table(report)) is not None:
+        sections.append(table)
+    for result in results_of(report, "distillation"):
         row = [result["recipe"], f"{result['seconds_update']:.2f}", f"{result['peak_gib']:.1f}"]
         sections.append(
             Table("An update of a distillation", ["recipe, a prompt an update", "seconds", "peak GiB"], [row])
         )
-    for result in _results(report, "tuning"):
-        rows = [[*_launch(trial), "yes" if trial["shipped"] else ""] for trial in result["best"].values()]
-        sections.append(Table("Fastest launch configurations", ["kernel", "configuration", "ms", "shipped"], rows))
+    for result in results_of(report, "tuning"):
+        shipped = {trial["kernel"]: trial for trial in result["trials"] if trial["shipped"]}
+        rows = [[name, *_launch(shipped.get(name)), *_launch(trial)] for name, trial in result["best"].items()]
+        headings = ["kernel", "shipped", "ms", "fastest", "ms"]
+        sections.append(Table("Launch configurations", headings, rows))
     if compared := report.get("compared"):
         sections.append(Table(f"Against {compared['with']}", ["", "ms before", "ms now", "times"], _changes(compared)))
     return sections
@@ -60,38 +62,36 @@ def _changes(compared: Report) -> list[list[str]]:
     return [[name, f"{before:.3g}", f"{now:.3g}", f"{before / now:.2f}"] for name, (before, now) in rows]
 
 
-def _launch(trial: Report) -> list[str]:
+def _launch(trial: Report | None) -> list[str]:
+    """Return a launch configuration in words, and its milliseconds."""
+    if trial is None:
+        return ["", "not timed"]
     config = trial["config"]
-    size = f"{config['block_m']}x{config['block_n']}, {config['num_warps']} warps, {config['num_stages']} stages"
-    return [trial["kernel"], size, f"{trial['ms']:.3f}"]
-
-
-def _results(report: Report, part: str) -> Iterator[Report]:
-    return (step["result"] for step in report["steps"] if step["part"] == part and "result" in step)
-
-
-def _attention(report: Report, blocks: str) -> Report | None:
-    """Return the benchmarks of attention as one; None if there is none."""
-    results = [
-        item for item in _results(report, "attention") if item["settings"]["blocks"] == blocks and item["cases"]
-    ]
-    return {**results[0], "cases": [case for item in results for case in item["cases"]]} if results else None
+    words = f"{config['block_m']}x{config['block_n']}, {config['num_warps']} warps, {config['num_stages']} stages"
+    return [words, "failed" if trial["ms"] is None else f"{trial['ms']:.3f}"]
 
 
 def times(report: Report) -> dict[str, float]:
     """Return the milliseconds that a report has, by what took them."""
     by_name: dict[str, float] = {}
     for blocks in attention_report.BLOCKS:
-        for case in (_attention(report, blocks) or {"cases": []})["cases"]:
+        for case in (merged_attention(report, blocks) or {"cases": []})["cases"]:
             size = f"{case['model'] or 'layer'}, {case['tokens']} tokens, density {case['density']}, {blocks}"
             for candidate, passes in case["ms"].items():
                 by_name |= {f"{size}: {candidate}, {name}": ms for name, ms in passes.items()}
-    for result in _results(report, "generation"):
+    for result in results_of(report, "generation"):
         model = f"{result['settings']['model']}, {result['tokens']} tokens"
         by_name |= {f"{model}: {name} pass": ms for name, ms in result["pass_ms"].items()}
+        presets = result.get("preset_pass_ms", {})
+        by_name |= {f"{model}: pass with the preset, sparsity {sparsity}": ms for sparsity, ms in presets.items()}
         by_name[f"{model}: decoding"] = 1e3 * result["decoding_seconds"]
-    for result in _results(report, "distillation"):
+        if (seconds := result.get("encoding_seconds")) is not None:
+            by_name[f"{model}: encoding of a text"] = 1e3 * seconds
+    for result in results_of(report, "distillation"):
         by_name[f"{result['recipe']}: update"] = 1e3 * result["seconds_update"]
+    for result in results_of(report, "tuning"):
+        shipped = (trial for trial in result["trials"] if trial["shipped"] and trial["ms"] is not None)
+        by_name |= {f"{trial['kernel']} kernel as shipped": trial["ms"] for trial in shipped}
     return by_name
 
 
@@ -125,38 +125,58 @@ def find_previous(folder: Path, card: str) -> tuple[str, Report] | None:
     return None
 
 
-def markdown(report: Report) -> str:
-    """Render a report as a Markdown page."""
+def markdown(report: Report, images: Mapping[str, str] | None = None, note: str | None = None) -> str:
+    """Render a report as a Markdown page.
+
+    Args:
+        report: the report.
+        images: files of the plots, by name in `PLOTS`.
+        note: a sentence on plots that are missing.
+    """
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items() if version is not None)
     device, minutes = markdown_text(str(report["machine"]["device"])), report["minutes"]
     lines = [f"# {device}", "", f"{report['date']}, {versions}. Measured for {minutes:g} minutes, best first.", ""]
     lines += [markdown_block(report["command"]), ""]
     lines.append(
         "Errors of attention, norms and RoPE are multiples of what the plain computation in the same precision errs; "
-        "those of other checks are relative to the expected values. Whole videos are "
-        "extrapolated from the passes in brackets, with random weights. In brackets of attention: how many times as "
-        "fast as the fastest dense attention, and its speed per pair of query and key as a share of dense attention's."
+        "those of other checks are relative to the expected values. All that compute sparse attention take the same "
+        "mask. In brackets of attention: how many times as fast as the fastest dense attention, and its speed per "
+        "pair of query and key as a share of dense attention's. Whole videos have random weights, and their time is "
+        "extrapolated from the passes in brackets: six are three steps with guidance. Speed against quality: as many "
+        "steps are dense as where quality was measured, which was with the bundled model and not with these."
     )
     if slower := (report.get("compared") or {}).get("slower"):
         lines += ["", f"Slower than in {report['compared']['with']}: {'; '.join(map(markdown_text, slower))}."]
+    if unfinished := [step["name"] for step in report["steps"] if step["state"] != "done"]:
+        lines += ["", f"Without a whole result, see Steps: {'; '.join(map(markdown_text, unfinished))}."]
+    for name, image in (images or {}).items():
+        lines += ["", f"![{PLOTS[name]}]({image})"]
+    if note is not None:
+        lines += ["", note]
     for table in tables(report):
         lines += ["", f"## {table.title}", "", *markdown_table(table.headings, table.rows)]
     return "\n".join([*lines, ""])
 
 
-def report_files(folder: Path, card: str, stamp: str) -> list[Path]:
-    """Return the paths of a report: JSON, Markdown and a plot.
+def report_files(folder: Path, card: str, stamp: str) -> dict[str, Path]:
+    """Return the paths of a report: `json`, `md`, and those of plots by their names in `PLOTS`.
 
     Args:
         folder: where.
         card: the card's name.
         stamp: date and time.
     """
-    return [folder / f"{file_name(card)}-{stamp}{end}" for end in (".json", ".md", ".png")]
+    stem = f"{file_name(card)}-{stamp}"
+    plots = {name: folder / f"{stem}-{name}.png" for name in PLOTS}
+    return {"json": folder / f"{stem}.json", "md": folder / f"{stem}.md", **plots}
 
 
-def write_report(report: Report, paths: list[Path]) -> list[Path]:
-    """Write a report, all of it or none: JSON, Markdown and, with matplotlib and times of attention, a plot.
+def write_report(report: Report, paths: Mapping[str, Path]) -> list[Path]:
+    """Write a report, all of it or none: JSON, Markdown and, with matplotlib, the plots of what was timed.
+
+    Args:
+        report: the report.
+        paths: of `report_files`.
 
     Returns:
         The files' paths.
@@ -164,9 +184,9 @@ def write_report(report: Report, paths: list[Path]) -> list[Path]:
     Raises:
         OutputError: if a file cannot be written.
     """
-    contents = {paths[0]: (json.dumps(report, indent=2) + "\n").encode(), paths[1]: markdown(report).encode()}
-    merged = _attention(report, "random")
-    if merged is not None and importlib.util.find_spec("matplotlib") is not None:
-        contents[paths[2]] = attention_report.plot(merged)
+    drawn, note = draw_plots(report)
+    page = markdown(report, {name: paths[name].name for name in drawn}, note)
+    contents = {paths["json"]: (json.dumps(report, indent=2) + "\n").encode(), paths["md"]: page.encode()}
+    contents |= {paths[name]: image for name, image in drawn.items()}
     write_files(contents)
     return list(contents)

@@ -7,8 +7,10 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
+from blade_kernels.block_sparse import IMPLEMENTATIONS
 from blade_kernels.block_sparse.cute import architecture
 from blade_kernels.block_sparse.cute_table import Kernel, kernels_of
+from blade_kernels.block_sparse.quantized import PRECISIONS
 
 from blade.benchmarks.attention import PASSES, AttentionBenchmark, run_attention_benchmark
 from blade.benchmarks.card.checks import (
@@ -18,6 +20,7 @@ from blade.benchmarks.card.checks import (
     check_norm_rope,
     check_selection,
 )
+from blade.benchmarks.card.quality import sparsities
 from blade.benchmarks.card.suspects import SUSPECTS, LayerSize, call_suspect
 from blade.benchmarks.layers import AttentionShape, model_shapes
 from blade.families.data import ComparisonProtocol
@@ -31,6 +34,9 @@ PARTS: tuple[Part, ...] = ("correctness", "attention", "generation", "distillati
 
 DENSITIES = (0.2, 0.1, 0.5, 0.3)
 """Shares of blocks at which attention is timed, that of the students' presets first."""
+
+LONG = 40_000
+"""Tokens from which on layers are timed with fewer calls: the slowest backend's training takes seconds there."""
 
 URGENT = 3
 """Of the calls that may crash a card, how many come before anything is timed."""
@@ -77,11 +83,14 @@ def card_steps(device: torch.device) -> list[Step]:
         *usual,
         *(_attention(first, density, small) for density in densities),
         *([] if small else [_attention(first, densities[0], small, blocks="patterns")]),
+        *(_attention(first, density, small, tried=True) for density in densities if usual),
         Step("generation", "generation", _generate, limit=300),
         *(_attention(shape, density, small) for shape in others for density in densities[:2]),
         *suspects[URGENT:],
         *unusual,
         Step("an update of a distillation", "distillation", _distill, limit=300),
+        *(_attention(shape, density, small) for density in densities[2:] for shape in others),
+        *(_attention(shape, density, small, tried=True) for shape in others for density in densities if usual),
         Step("tuning", "tuning", _tune, limit=900),
     ]
 
@@ -106,9 +115,10 @@ def _checks(small: bool) -> list[Step]:
 
         return Step(f"attention in {precision}", "correctness", run)
 
+    checked = [name for name in IMPLEMENTATIONS if name not in ("auto", "cute", "naive")]  # of CuTe, every kernel
     return [
-        *map(attention, ("triton", "flex", "cpu")),
-        *map(eight_bits, ("int8", "fp8")),
+        *map(attention, checked),
+        *map(eight_bits, PRECISIONS[1:]),
         Step("selection", "correctness", lambda device, _: {"errors": check_selection(device)}),
         Step("norms and RoPE", "correctness", lambda device, _: {"errors": check_norm_rope(device)}),
     ]
@@ -135,8 +145,10 @@ def _suspect(name: str, small: bool) -> Step:
     return Step(f"crash: {name}", "correctness", run)
 
 
-def _attention(shape: AttentionShape, density: float, small: bool, blocks: str = "random") -> Step:
-    """Return the timing of one layer at one density."""
+def _attention(
+    shape: AttentionShape, density: float, small: bool, blocks: str = "random", tried: bool = False
+) -> Step:
+    """Return the timing of one layer at one density: of what is tried alone, as it may crash, or of all others."""
 
     def run(device: torch.device, on_partial: OnPartial) -> Report:
         settings = AttentionBenchmark(
@@ -144,15 +156,16 @@ def _attention(shape: AttentionShape, density: float, small: bool, blocks: str =
             densities=(density,),
             passes=tuple(name for name in PASSES if name != "drawn"),
             blocks=blocks,
+            tried=tried,
             block_size=32 if small else 128,
             dtype="float32" if small else "bfloat16",
             device=str(device),
-            repeats=1 if small else 5,
+            repeats=1 if small or shape.tokens >= LONG else 5,
         )
         return run_attention_benchmark(settings, on_case=on_partial)
 
-    kind = "" if blocks == "random" else f", {blocks}"
-    return Step(f"{shape}, density {density}{kind}", "attention", run)
+    kind = ("" if blocks == "random" else f", {blocks}") + (", CuTe" if tried else "")
+    return Step(f"{shape}, density {density}{kind}", "attention", run, limit=300 if shape.tokens >= LONG else LIMIT)
 
 
 def _generate(device: torch.device, _: OnPartial) -> Report:
@@ -160,8 +173,10 @@ def _generate(device: torch.device, _: OnPartial) -> Report:
     from blade.benchmarks.generation import GenerationBenchmark, run_generation_benchmark
 
     small: Report = {"height": 64, "width": 64, "frames": 9, "steps": 4, "student_steps": (2,), "sparsity": 0.5}
+    small |= {"preset_sparsities": (0.5,)}
+    large: Report = {name: getattr(_smallest(), name) for name in VIDEO} | {"preset_sparsities": sparsities()}
     settings = GenerationBenchmark(
-        **({name: getattr(_smallest(), name) for name in VIDEO} if device.type == "cuda" else small),
+        **(large if device.type == "cuda" else small),
         random_weights=True,
         measured_passes=MEASURED_PASSES if device.type == "cuda" else 2,
         repeats=1,

@@ -79,7 +79,9 @@ def test_writes_json_tables_and_plot(tmp_path):
     text = files[1].read_text()
     assert "    blade-bench attention --tokens 44,80\n" in text
     # dense; forward, training, selection, whole and backward, each with headings, a rule and four cases
+    text, _, missing = text.partition("\n## Not measured\n")
     assert text.count("\n## ") == 6 and text.count("\n| ") == (2 + 2 * 4) + 5 * 6
+    assert "| flex | " in missing
     assert "| Tiny, 80 tokens | 0.300 |" in text
     assert files[2].read_bytes().startswith(b"\x89PNG")
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,13 @@ from blade_kernels.crashes import DeviceCrashError
 from blade.benchmarks import candidates
 from blade.benchmarks.attention import AttentionBenchmark, run_attention_benchmark
 from blade.benchmarks.attention_report import tables, write_report
-from blade.benchmarks.candidates import Candidate, candidates_for, recorded_packages, register_candidate
+from blade.benchmarks.candidates import (
+    Candidate,
+    absent_candidates,
+    candidates_for,
+    recorded_packages,
+    register_candidate,
+)
 from blade.benchmarks.layers import AttentionShape
 from blade.cli.bench import main
 
@@ -81,21 +88,56 @@ def test_the_table_on_cuda(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     half = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, shape=(1, 64, 2, 64))
     dense = ["flash", "flash, deterministic", "efficient", "cudnn", "math"]
-    peers = ["flash-attn", "flash-attn 3", "sageattention"]
-    assert names_for(half, 128) == [*dense, "triton", "triton, int8", "flex", *peers, "SpargeAttn"]
-    assert names_for(half, 64) == [*dense, "triton", "triton, int8", "flex", *peers, "fastvideo-kernel"]
+    several = ["flash-attn", "flash-attn 3", "flash-attn 4"]
+    peers = [*several, "flashinfer", "sageattention"]
+    own = ["triton", "triton, int8", "triton, fp8", "cute", "flex"]
+    assert names_for(half, 128) == [*dense, *own, *peers, "SpargeAttn"]
+    assert names_for(half, 64) == [*dense, *own, *peers, "fastvideo-kernel"]
     batch = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, shape=(2, 64, 2, 64))
-    assert names_for(batch, 64) == [*dense, "triton", "triton, int8", "flex", *peers]
+    assert names_for(batch, 64) == [*dense, *own, *several, "sageattention"]
     single = SimpleNamespace(is_cuda=True, dtype=torch.float32, shape=(1, 64, 2, 64))
     assert names_for(single, 128) == [*dense, "triton", "flex"]
     without = {candidate.name for candidate in candidates_for(half, 128) if not candidate.has_backward(half)}
-    assert without == {"triton, int8", "sageattention", "SpargeAttn"}
+    assert without == {"triton, int8", "triton, fp8", "flashinfer", "sageattention", "SpargeAttn"}
 
 
 def test_versions_of_peers_are_recorded():
     assert recorded_packages() == (
-        "flash-attn", "flash-attn-3", "sageattention", "spas-sage-attn", "fastvideo-kernel",
+        "flash-attn", "flash-attn-3", "flash-attn-4", "flashinfer-python", "sageattention", "spas-sage-attn",
+        "fastvideo-kernel",
     )  # fmt: skip
+
+
+def test_why_peers_are_not_measured_is_said(monkeypatch):
+    q = torch.zeros(1, 64, 2, 8)
+    absent = absent_candidates(q, 64)
+    assert absent["flash-attn 4"] == "`flash-attn-4` is not installed" and "triton" not in absent
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    assert absent_candidates(q, 64)["SpargeAttn"] == "it takes no float32 on cpu in blocks of 64, batch 1"
+
+    def broken(name):
+        raise ImportError("no driver")
+
+    monkeypatch.setattr(importlib.util, "find_spec", broken)
+    assert absent_candidates(q, 64) == absent
+
+
+@pytest.mark.parametrize("returned", [lambda out: out, lambda out: (out, None)])
+def test_peers_are_called_as_they_are_documented(monkeypatch, returned):
+    """FlashAttention-4 takes (B, S, H, D) and may return the log-sum-exp; FlashInfer takes one sequence."""
+    q, k, v = torch.randn(3, 1, 12, 2, 8)
+    plain = candidates.CANDIDATES["math"].attend(q, k, v, None)
+    cute = SimpleNamespace(flash_attn_func=lambda *x: returned(candidates.CANDIDATES["math"].attend(*x, None)))
+    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(cute=cute))
+    monkeypatch.setitem(sys.modules, "flash_attn.cute", cute)
+
+    def prefill(q, k, v, *, causal):
+        assert q.shape == (12, 2, 8) and not causal
+        return candidates.CANDIDATES["math"].attend(q[None], k[None], v[None], None)[0]
+
+    monkeypatch.setitem(sys.modules, "flashinfer", SimpleNamespace(single_prefill_with_kv_cache=prefill))
+    for name in ("flash-attn 4", "flashinfer"):
+        assert torch.equal(candidates.CANDIDATES[name].attend(q, k, v, None), plain), name
 
 
 def test_a_name_is_given_once(added):
@@ -115,7 +157,8 @@ def test_added_candidates_are_measured_and_reported(added, tmp_path):
     assert "einsum" in [row[1] for row in dense.rows]
     assert forward.headings == ["size", "density", "dense ms", "cpu ms", "masked ms"]
     _, page, plot = write_report(report, tmp_path / "report")
-    assert "masked ms" in page.read_text() and plot.read_bytes().startswith(b"\x89PNG")
+    assert "masked ms" in page.read_text() and "| picky | not today |" in page.read_text()
+    assert plot.read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_command_shows_added_candidates(added, capsys):
@@ -146,3 +189,25 @@ def test_a_crash_of_a_gpu_is_not_taken_for_a_missing_feature(monkeypatch, place)
     with pytest.raises(DeviceCrashError, match=message) as found:
         run_attention_benchmark(SMALL)
     assert "\n" not in str(found.value) and calls
+
+
+@pytest.mark.parametrize("tried", [None, True, False])
+def test_what_is_tried_ends_nothing(monkeypatch, tried):
+    """Neither what it raises nor its wrong output; a card's benchmark measures it apart."""
+    right = candidates.CANDIDATES["cpu"].attend
+
+    def fail(*_):
+        raise ZeroDivisionError("a compiler's own error\nmore lines")
+
+    monkeypatch.setattr(candidates, "CANDIDATES", dict(candidates.CANDIDATES))
+    flags = {"sparse": True, "own": True, "tried": True}
+    register_candidate(Candidate(name="failing", attend=fail, **flags))
+    register_candidate(Candidate(name="wrong", attend=lambda *given: 1.5 * right(*given), **flags))
+    register_candidate(Candidate(name="right", attend=right, **flags))
+    (case,) = run_attention_benchmark(replace(SMALL, tried=tried))["cases"]
+    assert case["sparse"] == [*(["cpu"] if tried is not True else []), *(["right"] if tried is not False else [])]
+    if tried is not False:
+        assert case["missing"]["failing"] == "a compiler's own error"
+        assert case["missing"]["wrong"] == "its output is wrong: relative error 0.5"
+    assert {"failing", "wrong"}.isdisjoint({*case["ms"], *case["error"]})
+    assert ("triton" in case["missing"]) == (tried is not True)

@@ -11,7 +11,7 @@ import torch
 
 from blade.benchmarks.card import benchmark, checks, steps, suspects
 from blade.benchmarks.card.benchmark import CardBenchmark, run_card_benchmark
-from blade.benchmarks.card.report import compare, find_previous, markdown, report_files, times, write_report
+from blade.benchmarks.card.report import compare, find_previous, markdown, report_files, tables, times, write_report
 from blade.benchmarks.card.steps import PARTS, Step, card_steps
 from blade.cli.bench import main
 from blade.common.files import append_json_line
@@ -27,9 +27,11 @@ def test_everything_is_measured_in_small(tmp_path: Path, capsys: pytest.CaptureF
         with pytest.raises(SystemExit) as ended:
             main(["gpu", "--device", "cpu", "--minutes", "3", "--output", str(tmp_path)])
         assert ended.value.code == 0, capsys.readouterr().err
-    files = sorted(tmp_path.iterdir())
-    assert [path.suffix for path in files] == [".json", ".md", ".png"] * 2
-    report = json.loads(files[3].read_text())
+    reports, pages = (sorted(tmp_path.glob(f"*.{kind}")) for kind in ("json", "md"))
+    (before, now), page = reports, pages[1].read_text()
+    plots = sorted(path.name.rpartition("-")[2] for path in tmp_path.glob(f"{now.stem}-*.png"))
+    assert plots == ["quality.png", "speed.png", "tflops.png"] and len([*tmp_path.iterdir()]) == 10
+    report = json.loads(now.read_text())
     assert {step["part"] for step in report["steps"]} == set(PARTS)
     for step in report["steps"]:
         assert step["state"] in ("done", "not here"), step
@@ -40,9 +42,9 @@ def test_everything_is_measured_in_small(tmp_path: Path, capsys: pytest.CaptureF
     assert done["250 tokens, density 0.2"]["cases"][0]["ms"]["cpu"].keys() == {"forward", "training", "whole"}
     assert [run["run"] for run in done["generation"]["runs"]] == ["dense, guidance", "sparse, guidance", "sparse"]
     assert done["an update of a distillation"]["seconds_update"] > 0
-    assert report["compared"]["with"] == files[0].name and len(report["compared"]["times"]) > 5
-    page, shown = files[4].read_text(), capsys.readouterr().out
-    for heading in ("Steps", "Attention: ", "Videos: Runs", "An update of a distillation", f"Against {files[0].name}"):
+    assert report["compared"]["with"] == before.name and len(report["compared"]["times"]) > 5
+    shown = capsys.readouterr().out
+    for heading in ("Steps", "Attention: ", "Videos: Runs", "An update of a distillation", f"Against {before.name}"):
         assert f"## {heading}" in page and heading in shown
 
 
@@ -170,6 +172,8 @@ def test_the_steps_of_a_gpu_are_ones_that_can_be_begun(monkeypatch) -> None:
     monkeypatch.setattr(steps, "check_selection", lambda device: begun.append(("check", "selection")))
     monkeypatch.setattr(steps, "check_norm_rope", lambda device: begun.append(("check", "norms")))
     monkeypatch.setattr(steps, "call_suspect", lambda *args: begun.append(("suspect", args[0])))
+    monkeypatch.setattr(steps, "architecture", lambda device_type: 90)
+    monkeypatch.setattr(steps, "check_cute", lambda kernel, device: begun.append(("check", str(kernel))))
 
     def distill(config, **options):
         begun.append(("distillation", config))
@@ -191,6 +195,13 @@ def test_the_steps_of_a_gpu_are_ones_that_can_be_begun(monkeypatch) -> None:
     assert [name for kind, name in begun if kind == "suspect"] == list(suspects.SUSPECTS)
     (video,) = [settings for kind, settings in begun if kind == "generation"]
     assert (video.model, video.frames, video.student_steps) == ("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", 81, (8, 4))
+    assert (video.steps, video.measured_passes, video.random_weights) == (50, 6, True)
+    assert video.preset_sparsities == (0.5, 0.7, 0.75, 0.8, 0.9)
+    densities = {
+        size: {x.densities[0] for kind, x in begun if kind == "attention" and x.shapes[0].tokens == size}
+        for size in sizes
+    }
+    assert all(found == {0.1, 0.2, 0.3, 0.5} for found in densities.values())
     (training,) = [settings for kind, settings in begun if kind == "distillation"]
     assert training.run.accumulation == 1 and training.model == video.model
 
@@ -268,3 +279,28 @@ def test_what_got_slower_is_named(tmp_path: Path) -> None:
     page = markdown(compare(report_of(2.2), found[1], found[0]))
     assert f"Slower than in {found[0]}: layer, 64 tokens" in page
     assert find_previous(tmp_path, "None") is None
+
+
+def test_the_shipped_launch_configuration_stands_beside_the_fastest() -> None:
+    config = {"block_m": 128, "block_n": 64, "num_warps": 8, "num_stages": 3}
+    fast = {"kernel": "forward", "config": config, "ms": 2.0, "shipped": False}
+    shipped = fast | {"config": config | {"num_stages": 2}, "ms": 2.5, "shipped": True}
+    failed = fast | {"kernel": "keys", "ms": None, "shipped": True}
+    other = fast | {"kernel": "keys", "ms": 4.0}
+    report = report_of(1.0)
+    result = {"trials": [fast, shipped, failed, other], "best": {"forward": fast, "keys": other}}
+    report["steps"].append({"name": "tuning", "part": "tuning", "state": "done", "seconds": 1.0, "result": result})
+    (table,) = [table for table in tables(report) if table.title == "Launch configurations"]
+    assert table.rows == [
+        ["forward", "128x64, 8 warps, 2 stages", "2.500", "128x64, 8 warps, 3 stages", "2.000"],
+        ["keys", "128x64, 8 warps, 3 stages", "failed", "128x64, 8 warps, 3 stages", "4.000"],
+    ]
+    assert times(report)["forward kernel as shipped"] == 2.5 and "keys kernel as shipped" not in times(report)
+    result["trials"], result["best"] = [fast], {"forward": fast}
+    assert [table.rows[0][2] for table in tables(report) if table.title == "Launch configurations"] == ["not timed"]
+
+
+def test_long_layers_have_time_and_few_calls(monkeypatch) -> None:
+    monkeypatch.setattr(steps, "architecture", lambda device_type: 90)
+    limits = {step.name: step.limit for step in card_steps(torch.device("cuda")) if step.part == "attention"}
+    assert limits["Wan-14B 720p, 75,600 tokens, density 0.5"] > limits["Wan-1.3B 480p, 32,760 tokens, density 0.5"]

@@ -17,6 +17,9 @@ QUICK = GenerationBenchmark(
 """4 x 8 x 8 = 256 tokens."""
 
 
+LISTS = {"student_steps": [1], "preset_sparsities": [0.4]}
+"""Settings that JSON has as lists."""
+
 NAMES = ("WanPipeline", "CogVideoXPipeline", "HunyuanVideoPipeline", "HunyuanVideo15Pipeline")
 
 
@@ -24,9 +27,9 @@ NAMES = ("WanPipeline", "CogVideoXPipeline", "HunyuanVideoPipeline", "HunyuanVid
 @pytest.mark.parametrize("name", NAMES)
 def test_a_model_is_measured_from_its_configuration(name, configurations):
     stages = []
-    settings = replace(QUICK, model=str(configurations(name)), sparsity=0.4)
+    settings = replace(QUICK, model=str(configurations(name)), sparsity=0.4, preset_sparsities=(0.4,))
     report = run_generation_benchmark(settings, command="the command", on_stage=stages.append)
-    assert json.loads(json.dumps(report)) == report | {"settings": report["settings"] | {"student_steps": [1]}}
+    assert json.loads(json.dumps(report)) == report | {"settings": report["settings"] | LISTS}
     two = 1 if name == "HunyuanVideoPipeline" else 2  # its guidance is an input
     found = [(run["run"], run["steps"], run["passes"], run["measured_passes"]) for run in report["runs"]]
     assert found == [
@@ -37,6 +40,8 @@ def test_a_model_is_measured_from_its_configuration(name, configurations):
     for run in report["runs"]:
         assert run["seconds"] == pytest.approx(run["transformer_seconds"] + report["decoding_seconds"])
     dense, _, student = report["runs"]
+    assert report["encoding_seconds"] is None and report["unmeasured"]["text encoder"].endswith("has no text encoder")
+    assert report["preset_pass_ms"].keys() == {"0.4"}
     assert dense["factor"] == 1.0 and student["factor"] == pytest.approx(dense["seconds"] / student["seconds"])
     assert report["config"]["sparsity"] == 0.4 and report["config"]["dense_layers"] == []
     assert report["config"]["asa"]["cumulative_mass"] is None
@@ -47,7 +52,7 @@ def test_a_model_is_measured_from_its_configuration(name, configurations):
     assert report["backend"] in report["dense_attention_ms"] and "flash" in report["missing"]
     if name.startswith("HunyuanVideo"):
         assert report["backend"] == "native"  # its mask is more than flash attention takes
-    assert stages[0] == "building the model" and stages[-1] == "sparse, 1 steps"
+    assert stages[0] == "building the model" and stages[-2:] == ["sparse, 1 steps", "preset, sparsity 0.4"]
 
 
 def test_nothing_stays_on_the_transformer(configurations, monkeypatch):
@@ -93,6 +98,34 @@ def test_the_bound_follows_from_what_was_measured(configurations):
     assert report["bound_ms"] == pytest.approx(1.1 * bound)
     limit = report["runs"][0]["seconds"] / (rest * 4 / 1e3 + report["decoding_seconds"])
     assert report["runs"][1]["limit"] == pytest.approx(limit)
+
+
+@pytest.mark.parametrize("random_weights", [True, False])
+def test_texts_are_encoded(random_weights):
+    """Two with guidance, by an encoder that is made anew where there are no weights."""
+    small = {"height": 64, "width": 64, "frames": 9, "steps": 1, "sparsity": 0.5, "preset_sparsities": (0.5,)}
+    report = run_generation_benchmark(replace(QUICK, random_weights=random_weights, **small))
+    dense, sparse, student = report["runs"]
+    assert report["encoding_seconds"] == student["encoding_seconds"] > 0
+    assert dense["encoding_seconds"] == sparse["encoding_seconds"] == 2 * student["encoding_seconds"]
+    for run in report["runs"]:
+        rest = run["encoding_seconds"] + report["decoding_seconds"]
+        assert run["seconds"] == pytest.approx(run["transformer_seconds"] + rest)
+    runs, parts, *_ = tables(report)
+    assert runs.rows[0][3] == f"{dense['encoding_seconds']:.2f}"
+    assert any(row[0] == "a pass with the preset, sparsity 0.5" for row in parts.rows)
+
+
+def test_a_text_encoder_that_does_not_fit_is_left_out(configurations, monkeypatch):
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 11 GiB")
+
+    monkeypatch.setattr("blade.benchmarks.generation.time_encoding", fail)
+    report = run_generation_benchmark(replace(QUICK, model=str(configurations("WanPipeline"))))
+    assert report["encoding_seconds"] is None and report["unmeasured"]["text encoder"].startswith("CUDA out of memory")
+    assert tables(report)[0].rows[0][3] == "not measured"
+    for run in report["runs"]:
+        assert run["seconds"] == pytest.approx(run["transformer_seconds"] + report["decoding_seconds"])
 
 
 def test_the_command_writes_its_report(configurations, tmp_path, capsys):

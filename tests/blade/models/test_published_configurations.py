@@ -1,5 +1,7 @@
 """Configurations of published pipelines that come with BLADE, for machines that do not reach the Hub."""
 
+from functools import cache
+
 import pytest
 import torch
 from huggingface_hub import HfApi
@@ -7,6 +9,7 @@ from huggingface_hub import HfApi
 from blade.families.registry import published_configurations
 from blade.generation.plan import plan_run
 from blade.generation.request import GenerationRequest
+from blade.models.loaded import LoadedModel
 from blade.models.loading import load_empty_model
 from blade.models.source import HubUnreachableError
 
@@ -22,29 +25,80 @@ def no_network(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
 
 
-@pytest.mark.parametrize(
-    ("model", "parameters", "text", "shift"),
-    [(WAN, 1.4190e9, 5.6810e9, 3.0), ("Wan-AI/Wan2.1-T2V-14B-Diffusers", 14.2885e9, 5.6810e9, 5.0)],
-)
-def test_a_published_model_is_known_without_the_hub(model, parameters, text, shift, caplog):
-    """With the numbers of parameters of the releases."""
+RELEASES = {
+    # parameters of the transformer and of the text encoder, the rounded number that was published, tokens of a dry run
+    "THUDM/CogVideoX-2b": (1_693_783_872, 4_762_310_656, 2e9, "13 x 30 x 45 = 17,550 and 226 of text"),
+    "THUDM/CogVideoX-5b": (5_570_283_072, 4_762_310_656, 5e9, "in 42 layers of 48 heads"),
+    "zai-org/CogVideoX-2b": (1_693_783_872, 4_762_310_656, 2e9, "in 30 layers of 30 heads"),
+    "zai-org/CogVideoX-5b": (5_570_283_072, 4_762_310_656, 5e9, "in 42 layers of 48 heads"),
+    "hunyuanvideo-community/HunyuanVideo": (12_821_012_544, 7_505_186_816, 13e9, "33 x 45 x 80 = 118,800 and 256"),
+    "Lightricks/LTX-Video": (1_923_385_472, 4_762_310_656, 1.9e9, "21 x 16 x 22 = 7,392, in 28 layers of 32 heads"),
+    WAN: (1_418_996_800, 5_680_910_336, 1.3e9, "21 x 30 x 52 = 32,760, in 30 layers of 12 heads"),
+    "Wan-AI/Wan2.1-T2V-14B-Diffusers": (14_288_491_584, 5_680_910_336, 14e9, "in 40 layers of 40 heads"),
+    "Wan-AI/Wan2.2-T2V-A14B-Diffusers": (14_288_491_584, 5_680_910_336, 14e9, "21 x 45 x 80 = 75,600, in 40 layers"),
+    "Wan-AI/Wan2.2-TI2V-5B-Diffusers": (4_999_787_712, 5_680_910_336, 5e9, "31 x 22 x 40 = 27,280, in 30 layers"),
+}
+"""Of every configuration. Source of the rounded numbers: the model cards of CogVideoX, Wan 2.1 and Wan 2.2 (14B for
+each of two experts), and the papers of HunyuanVideo (arXiv 2412.03603) and LTX-Video (arXiv 2501.00103)."""
+
+SHIFTS = {
+    WAN: 3.0,
+    "Wan-AI/Wan2.1-T2V-14B-Diffusers": 5.0,
+    "Wan-AI/Wan2.2-T2V-A14B-Diffusers": 3.0,
+    "Wan-AI/Wan2.2-TI2V-5B-Diffusers": 5.0,
+}
+"""Flow shifts of the releases."""
+
+
+@cache
+def load_once(model: str) -> LoadedModel:
+    """Load a model without its weights."""
+    return load_empty_model(model, dtype=torch.bfloat16)
+
+
+def test_where_a_configuration_is_from_is_said(caplog):
     caplog.set_level("INFO", logger="blade")
-    loaded = load_empty_model(model, dtype=torch.bfloat16)
+    load_empty_model(WAN)
+    assert f"the configuration of {WAN} is the one that comes with BLADE" in caplog.text
+
+
+def test_every_configuration_is_tested():
+    assert set(published_configurations()) == set(RELEASES)
+
+
+@pytest.mark.parametrize("model", RELEASES)
+def test_a_published_model_is_known_without_the_hub(model):
+    """With the numbers of parameters of the releases, and a preset."""
+    loaded = load_once(model)
+    parameters, text, rounded, _ = RELEASES[model]
     counts = [sum(x.numel() for x in part.parameters()) for part in (loaded.transformer, loaded.pipe.text_encoder)]
-    assert counts == [pytest.approx(parameters, rel=1e-4), pytest.approx(text, rel=1e-3)]
-    assert loaded.pipe.scheduler.config.flow_shift == shift
+    assert counts == [parameters, text]
+    assert parameters == pytest.approx(rounded, rel=0.16)
+    assert loaded.pipe.scheduler.config.get("flow_shift") == SHIFTS.get(model)
     assert {x.device.type for x in loaded.transformer.parameters()} == {"meta"}
-    assert f"the configuration of {model} is the one that comes with BLADE" in caplog.text
+    assert loaded.preset.attention == "asa"
 
 
-def test_the_dry_run_of_a_published_model_needs_no_network():
-    shown = str(plan_run(GenerationRequest(prompt="a cat", model=WAN, device="cpu")))
-    assert "21 x 30 x 52 = 32,760, in 30 layers of 12 heads" in shown
+def test_facts_beside_the_sizes():
+    """Two experts and their boundary, timesteps by token, noise at the last step, shifts of the flow."""
+    pipes = {name.partition("/")[2]: load_once(name).pipe for name in RELEASES if "zai-org" not in name}
+    experts = pipes["Wan2.2-T2V-A14B-Diffusers"]
+    assert experts.config.boundary_ratio == 0.875
+    assert dict(experts.transformer_2.config) == dict(experts.transformer.config)
+    small = pipes["Wan2.2-TI2V-5B-Diffusers"]
+    assert small.config.expand_timesteps and (small.vae_scale_factor_spatial, small.vae.config.z_dim) == (16, 48)
+    assert pipes["HunyuanVideo"].scheduler.config.shift == 7.0
+    assert sum(x.numel() for x in pipes["HunyuanVideo"].text_encoder_2.parameters()) == 123_060_480  # CLIP ViT-L/14
+    ltx = pipes["LTX-Video"]
+    assert (ltx.vae_spatial_compression_ratio, ltx.vae_temporal_compression_ratio) == (32, 8)
+    shifts = [pipes[f"CogVideoX-{size}"].scheduler.config.snr_shift_scale for size in ("2b", "5b")]
+    scales = [pipes[f"CogVideoX-{size}"].vae.config.scaling_factor for size in ("2b", "5b")]
+    assert (shifts, scales) == ([3.0, 1.0], [1.15258426, 0.7])
 
 
-def test_every_configuration_makes_a_pipeline():
-    for model in published_configurations():
-        assert load_empty_model(model).preset.attention == "asa"
+@pytest.mark.parametrize("model", RELEASES)
+def test_the_dry_run_of_a_published_model_needs_no_network(model):
+    assert RELEASES[model][3] in str(plan_run(GenerationRequest(prompt="a cat", model=model, device="cpu")))
 
 
 def test_others_are_refused_as_before():

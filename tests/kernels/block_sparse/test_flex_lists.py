@@ -1,5 +1,10 @@
 """The lists that FlexAttention's kernels read: what they hold, and how they lie in memory, also in compiled graphs."""
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from blade_kernels.block_mask import BlockMask
@@ -8,6 +13,8 @@ from blade_kernels.block_sparse.flex_lists import flex_lists
 
 BLOCKS = 37
 """Their square is above 1,024, from where on the compiler pads strides, and no multiple of 32, to which it pads."""
+
+LOWERING = Path(__file__).resolve().parents[1] / "lowered_for_cuda.py"
 
 
 def contiguous(size):
@@ -86,3 +93,26 @@ def test_kernels_read_no_list_that_the_compiler_lays_out(monkeypatch, pooled, wh
         made = node.args[0] if "getitem" in str(node.target) else node
         assert node.op == "placeholder" or "flex_lists" in str(made.target), node.format_node()
         assert node.meta["example_value"].stride() == contiguous(node.meta["example_value"].shape)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.__version__[:5] != "2.13.", reason="takes private parts of PyTorch 2.13")
+def test_the_compiler_pads_no_list_on_a_gpu():
+    """Lowered by Inductor for an H200 without one; lists that are made inside of the graph are padded there."""
+    pytest.importorskip("triton")
+    result = subprocess.run([sys.executable, LOWERING], capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stderr[-2000:]
+    found = json.loads(result.stdout)
+    head = BLOCKS**2
+    padded = -(-head // 32) * 32
+    for lowered in found["operator"].values():
+        for size, stride in (*lowered["read"], *lowered["saved"]):
+            assert tuple(stride) == contiguous(size)
+    for training in (False, True):
+        plain, old = (found[way]["training" if training else "alone"] for way in ("operator", "graph"))
+        assert len(plain["read"]) == len(old["read"]) == 4 and len(plain["saved"]) == len(old["saved"]) == 8 * training
+        for lowered, expected in ((plain, head), (old, padded)):
+            lists = [stride[1] for size, stride in (*lowered["read"], *lowered["saved"]) if len(size) == 4]
+            assert {*lists} == {expected}
+            assert {lowered["source"][f"stride_{kind}kv_idx_h"] for kind in ("", "full_")} == {expected}
+            assert {lowered["source"][f"stride_{kind}kv_num_blks_h"] for kind in ("", "full_")} == {BLOCKS}
