@@ -62,7 +62,8 @@ def dense_attention(
     """Compute the same in the dtype of `q`, `k` and `v` throughout.
 
     With `round_weights` the weights of tokens, though not of pooled ones, are the 8-bit floats of `quantized`,
-    relative to the power of two that is at least the largest weight; their sum is that of the weights before.
+    relative to the power of two that is at least the largest weight. The sum of the rounded weights divides the output,
+    and is what the log-sum-exp is of.
     """
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, tokens, D)
     row = torch.arange(q.shape[2], device=q.device) // mask.block_size[0]
@@ -86,6 +87,8 @@ def dense_attention(
     if round_weights:
         peak = (logits.amax(-1, keepdim=True) / math.log(2)).ceil().clamp_min(-1e30) * math.log(2)
         tokens = k.shape[2]
-        relative = rounded_weights((logits[..., :tokens] - peak).exp()) * (peak - sums).exp()
-        weights = torch.cat((relative, weights[..., tokens:]), -1)
+        rounded = rounded_weights((logits[..., :tokens] - peak).exp()) * (peak - sums).exp()
+        weights = torch.cat((rounded, weights[..., tokens:]), -1)
+        total = weights.sum(-1, keepdim=True)  # of weights that added up to 1 before, or of none
+        weights, lse = weights / total.clamp_min(torch.finfo(total.dtype).tiny), lse + total.log()
     return (weights @ v).transpose(1, 2).contiguous(), lse.squeeze(-1).transpose(1, 2).contiguous()

@@ -4,7 +4,7 @@ Keys have a large part in common that cancels in the softmax: their mean is subt
 block of each head are divided by a 127th of their largest magnitude, which is kept beside them, and rounded. With
 `int8` values and weights stay as they are. With `fp8` they are 8-bit floats of 4 bits of exponent and 3 of mantissa:
 each channel of a head's values is divided by a 448th of its largest magnitude, and weights, relative to a power of two
-that is at least the row's largest, are multiplied by 448. There are no gradients.
+that is at least the row's largest, are multiplied by 448 and summed as they are rounded. There are no gradients.
 """
 
 from __future__ import annotations

@@ -39,8 +39,9 @@ def add_keys(
         total: (M,), sum of weights relative to `peak`.
         out: (M, D), sum of weighted values relative to `peak`.
         factor: scale of the logits.
-        FLOAT8: whether weights are 8-bit floats times 448, as the values are. `peak` is then a whole number, so that
-            what was rounded relative to a lower one is still rounded relative to a higher one.
+        FLOAT8: whether weights are 8-bit floats times 448, as the values are. They are summed after they are rounded,
+            so that a key that outweighs all others keeps its value. `peak` is a whole number, so that what was rounded
+            relative to a lower one is still rounded relative to a higher one.
 
     Returns:
         peak, total, out.
@@ -57,12 +58,17 @@ def add_keys(
     higher = tl.maximum(peak, highest)
     weights = tl.exp2(logits - higher[:, None]) if BIASED else tl.exp2(logits * factor - higher[:, None])
     rescale = tl.exp2(peak - higher)
-    total = total * rescale + tl.sum(weights, 1)
     if FLOAT8:
         weights = weights * LARGEST_FLOAT8
         if UPCAST:
             weights = nearest_float8(weights)
-    if not (FLOAT8 and UPCAST):
+            rounded = weights
+        else:
+            weights = weights.to(v.dtype)
+            rounded = weights.to(tl.float32)
+        total = total * rescale + tl.sum(rounded, 1) / LARGEST_FLOAT8
+    else:
+        total = total * rescale + tl.sum(weights, 1)
         weights = weights.to(v.dtype)
     out = multiply_add(weights, v, out * rescale[:, None], UPCAST)
     return higher, total, out
