@@ -62,8 +62,8 @@ def dense_attention(
     """Compute the same in the dtype of `q`, `k` and `v` throughout.
 
     With `round_weights` the weights of tokens, though not of pooled ones, are the 8-bit floats of `quantized`,
-    relative to the power of two that is at least the largest weight. The sum of the rounded weights divides the output,
-    and is what the log-sum-exp is of.
+    relative to the power of two that is at least the largest weight. The sum of the rounded weights divides the
+    output, and is what the log-sum-exp is of.
     """
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, tokens, D)
     row = torch.arange(q.shape[2], device=q.device) // mask.block_size[0]
