@@ -167,6 +167,8 @@ def test_the_steps_of_a_gpu_are_ones_that_can_be_begun(monkeypatch) -> None:
     monkeypatch.setattr(
         generation, "run_generation_benchmark", lambda settings: begun.append(("generation", settings))
     )
+    monkeypatch.setattr(steps, "architecture", lambda device_type: 90)
+    monkeypatch.setattr(steps, "check_cute", lambda kernel, device: begun.append(("check", kernel)))
     monkeypatch.setattr(steps, "check_attention", lambda *args, **options: begun.append(("check", args[0])))
     monkeypatch.setattr(steps, "check_eight_bits", lambda precision, device: begun.append(("check", precision)))
     monkeypatch.setattr(steps, "check_selection", lambda device: begun.append(("check", "selection")))
@@ -201,6 +203,8 @@ def test_the_steps_of_a_gpu_are_ones_that_can_be_begun(monkeypatch) -> None:
         size: {x.densities[0] for kind, x in begun if kind == "attention" and x.shapes[0].tokens == size}
         for size in sizes
     }
+    apart = [settings.tried for kind, settings in begun if kind == "attention"]
+    assert apart[:5] == [False] * 5 and apart.count(True) == 4 * len(densities)  # what may crash a card comes later
     assert all(found == {0.1, 0.2, 0.3, 0.5} for found in densities.values())
     (training,) = [settings for kind, settings in begun if kind == "distillation"]
     assert training.run.accumulation == 1 and training.model == video.model
