@@ -85,7 +85,7 @@ def value_scales(v: Tensor, key_lengths: Tensor | None) -> Tensor:
     """
     if key_lengths is not None:
         v = torch.where(_present(v, key_lengths), v, 0.0)
-    largest = torch.linalg.vector_norm(v, float("inf"), dim=1)
+    largest: Tensor = torch.linalg.vector_norm(v, float("inf"), dim=1)
     return (largest.float() / LARGEST).clamp_min(SMALLEST)
 
 

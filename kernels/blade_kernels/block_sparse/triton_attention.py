@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -419,7 +420,7 @@ def _tiles(tensors: tuple[Tensor, Tensor], tokens: int, tma: bool) -> tuple[tupl
     return (first, second), True
 
 
-_OPERATORS = {
+_OPERATORS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
     "full": register("block_sparse_triton", forward, backward),
     "int8": register_forward("block_sparse_triton_int8", forward_int8),
     "fp8": register_forward("block_sparse_triton_fp8", forward_fp8),
