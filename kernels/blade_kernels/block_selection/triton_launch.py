@@ -42,6 +42,11 @@ def scoring_options(capability_major: int, element_bytes: int) -> tuple[int, int
     return 8 if half and capability_major in (9, 10) else 4, 3 if half else 2
 
 
+def heads_together(statistics: int, heads: int) -> int:
+    """Return the heads that one launch scores, of so many `statistics` each."""
+    return min(heads, max(1, STATISTICS_BYTES // (4 * statistics)))
+
+
 def scoring_unsupported(q: Tensor, k: Tensor, query_samples: int, key_samples: int) -> str | None:
     """Return why the kernel cannot score sampled tokens, or None if it can."""
     if k.dtype != q.dtype:
@@ -94,7 +99,7 @@ def sampled_importance(
     gathered = k.new_empty(batch, heads, samples, size)
     drawn = k.new_empty(batch, heads, samples, dtype=torch.bool)
     per_head = (batch, row_tiles, rows * queries, padded_blocks)
-    together = min(heads, max(1, STATISTICS_BYTES // (4 * math.prod(per_head))))
+    together = heads_together(math.prod(per_head), heads)
     statistics = q.new_empty(together * math.prod(per_head), dtype=torch.float32)
     warps, stages = scoring_options(
         torch.cuda.get_device_capability(q.device)[0] if q.is_cuda else 0, q.element_size()
