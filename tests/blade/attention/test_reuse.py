@@ -138,6 +138,14 @@ def test_nothing_is_kept_past_its_steps_its_condition_or_the_run(make_wan, wan_i
     assert not applied._choices._choices
 
 
+def test_two_experts_make_choices_of_their_own(make_wan, wan_inputs, chosen):
+    first, second = (apply_blade(make_wan(seed=seed), config(4)) for seed in range(2))
+    inputs = wan_inputs()
+    for step in range(6):
+        passes(first if step < 3 else second, inputs, step)
+    assert len(chosen) == 6  # the second at step 3, its first one
+
+
 def test_training_chooses_at_every_step(make_wan, wan_inputs, chosen):
     transformer, inputs = apply_blade(make_wan(), config(4)), wan_inputs()
     for step in range(2):
