@@ -17,6 +17,7 @@ from blade_kernels.block_sparse.pooled import PooledTokens, pool_tokens
 
 from blade.attention.budget import BlockBudget, configured_budget
 from blade.attention.config import AdaptiveConfig, BladeConfig
+from blade.attention.reuse import Kept
 from blade.attention.selectors import Selector, SelectorContext, find_selector
 from blade.token_grid import TokenGrid
 
@@ -89,9 +90,10 @@ class AdaptivePlan:
         rows: tuple[torch.Tensor, ...],
         key_lengths: torch.Tensor | None = None,
         places: torch.Tensor | None = None,
+        kept: Kept | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, str]:
         """Attend; `rows` is this layer's and step's row of `draw_table`. See `adaptive_attention`."""
-        return adaptive_attention(query, key, value, self, rows[0], key_lengths)
+        return adaptive_attention(query, key, value, self, rows[0], key_lengths, kept)
 
     @property
     def min_blocks(self) -> int:
@@ -108,6 +110,7 @@ def adaptive_attention(
     plan: AdaptivePlan,
     draw: torch.Tensor,
     key_lengths: torch.Tensor | None = None,
+    kept: Kept | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, str]:
     """Attend to the key blocks that matter. Differentiable, but for the choice of blocks.
 
@@ -118,13 +121,17 @@ def adaptive_attention(
         plan: the plan for this grid.
         draw: this layer's and step's row of `draw_table`.
         key_lengths: (B,) integers: the keys from there on, which are text, are absent. The density counts them.
+        kept: returns the mask of an earlier step, or keeps the one that it calls for. None: choose.
 
     Returns:
         (B, S, H, D) output, the realised density, a float32 tensor of no dimensions, and the implementation that
         computed the output.
     """
     with torch.no_grad():
-        mask = select(query, key, value, plan, draw, key_lengths)
+        if kept is None:
+            mask = select(query, key, value, plan, draw, key_lengths)
+        else:
+            mask = kept(lambda: select(query, key, value, plan, draw, key_lengths))
     pooled = _pool(key, value, plan)
     implementation = resolve_implementation(
         query, key, value, mask, pooled=pooled, key_lengths=key_lengths, implementation=plan.implementation,

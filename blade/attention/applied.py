@@ -18,6 +18,7 @@ from blade.attention.adaptive import AdaptivePlan
 from blade.attention.config import BladeConfig
 from blade.attention.layer import Plan, SparseLayer
 from blade.attention.methods import Method, method_of
+from blade.attention.reuse import KeptChoices
 from blade.attention.steps import ASSUMED_STEPS, SHARED_TRANSFORMER, StepResolver
 from blade.common.rollback import unchanged_on_error
 from blade.common.terminal import logger
@@ -91,6 +92,7 @@ class AppliedBlade(ModelHook):  # type: ignore[misc]  # Diffusers has no types
         """True while everything is dense."""
         self._plans: dict[tuple[TokenGrid, torch.device], Plan] = {}
         self._rows = 0
+        self._choices = KeptChoices(1 if config.patterns is not None else config.asa.reselect_every)
         self._parameters = tuple(inspect.signature(type(transformer).forward).parameters)[1:]
         self._handles: Sequence[Any] = ()
         self._turn = Turn(SHARED_TRANSFORMER)
@@ -190,6 +192,7 @@ class AppliedBlade(ModelHook):  # type: ignore[misc]  # Diffusers has no types
     def reset_state(self, module: nn.Module) -> nn.Module:
         """Forget where the last run stood; Diffusers calls it when a pipeline ends."""
         self.steps.reset()
+        self._choices.clear()
         return module
 
     def _dense_reason(self, index: int, attention: nn.Module) -> str | None:
@@ -245,7 +248,24 @@ class AppliedBlade(ModelHook):  # type: ignore[misc]  # Diffusers has no types
                 and self.method.is_sparse(layer.index, row, self._rows)
             )
         self.put_back(PassState(plan, row, tuple(sparse)))
+        self._keep_choices(plan if any(sparse) else None, step, inputs)
         return plan
+
+    def _keep_choices(self, plan: Plan | None, step: int, inputs: Inputs) -> None:
+        """Tell every layer where its choice of blocks is kept; `plan` is None where none is sparse."""
+        choices = None
+        if not torch.compiler.is_compiling():
+            self._choices.begin_step(step)
+            if plan is not None and not torch.is_grad_enabled():  # a backward pass may recompute a layer
+                choices = self._choices.of_pass(
+                    inputs.get("encoder_hidden_states"),
+                    self.steps.schedule(),
+                    plan,
+                    batch=len(inputs["hidden_states"]),
+                    step=step,
+                )
+        for layer in self.layers:
+            layer.choices = choices
 
     def put_back(self, state: PassState) -> None:
         """Tell the layers what they were told before, such as for the forward pass that a backward pass recomputes."""

@@ -81,6 +81,11 @@ class AdaptiveConfig:
     """Use of a budget that is no whole number of blocks in a row: leave the rest (`floor`), or give some rows one
     block more (`spread`), so that the budget is met on average."""
 
+    reselect_every: int = 1
+    """Steps for which a choice of blocks is kept: 1, choose at every step; 2, at every other one. Not in compiled
+    layers, in training or with patterns, which choose at every step. It takes a byte for each pair of blocks of each
+    head, layer and pass of a step."""
+
     cumulative_mass: float | None = None
     """Stop keeping blocks of a row once they hold this share of its score, in (0, 1]; the block that crosses it is
     kept. None: always keep as many as the budget allows. The paper's 0.95 hardly ever stops before its cap."""
@@ -97,6 +102,7 @@ class AdaptiveConfig:
             check_integer(name, getattr(self, name), least=1, most=MOST_BLOCK_TOKENS)
         if self.cumulative_mass is not None:
             check_number("cumulative_mass", self.cumulative_mass, "None or in (0, 1]", lambda x: 0 < x <= 1)
+        check_integer("reselect_every", self.reselect_every, least=1, most=MOST_STEPS)
         check_number("min_fraction", self.min_fraction, "in [0, 1]", lambda x: 0 <= x <= 1)
         check_types(self)
         if self.probe_tokens > self.block_size:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Protocol
 
 import torch
 
+from blade.attention.reuse import Kept, PassChoices
 from blade.token_grid import TokenGrid
 
 
@@ -44,6 +46,7 @@ class Plan(Protocol):
         rows: tuple[torch.Tensor, ...],
         key_lengths: torch.Tensor | None = None,
         places: torch.Tensor | None = None,
+        kept: Kept | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, str]:
         """Attend.
 
@@ -54,6 +57,7 @@ class Plan(Protocol):
             rows: what the layer reads at this step.
             key_lengths: (B,) integers: the keys from there on, which are text, are absent.
             places: `head_places`, if queries and keys are there already.
+            kept: where the plan chooses blocks, the mask of an earlier step; see `Kept`.
 
         Returns:
             (B, S, H, D) output, the density, a float32 tensor of no dimensions, and what computed the output.
@@ -82,6 +86,8 @@ class SparseLayer:
         self.running = False
         self.plan: Plan | None = None
         self.step = step
+        # of this forward pass; None where blocks are chosen at every step
+        self.choices: PassChoices | None = None
         self.implementation: str | None = None
         # what the method reads at every step, a row each
         self.tables: tuple[torch.Tensor, ...] = ()
@@ -136,7 +142,10 @@ class SparseLayer:
                 "BLADE's hook on the transformer did not run: something replaced the transformer's forward after "
                 "`apply_blade`. Call `apply_blade` again."
             )
-        output, density, self.implementation = plan.attend(query, key, value, self._rows(), key_lengths, places)
+        kept: Kept | None = None
+        if not torch.compiler.is_compiling() and self.choices is not None:
+            kept = partial(self.choices.mask, self.index)
+        output, density, self.implementation = plan.attend(query, key, value, self._rows(), key_lengths, places, kept)
         self.tally[0:1].add_(density)
         self.tally[1:2].add_(1)
         return output

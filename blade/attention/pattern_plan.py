@@ -13,6 +13,7 @@ from blade.attention.adaptive import DRAWN_STEPS, AdaptivePlan, draw_table, sele
 from blade.attention.config import BladeConfig
 from blade.attention.pattern_table import PatternTable
 from blade.attention.patterns import pattern_blocks
+from blade.attention.reuse import Kept
 from blade.token_grid import TokenGrid
 
 
@@ -155,6 +156,7 @@ class PatternPlan:
         rows: tuple[Tensor, ...],
         key_lengths: Tensor | None = None,
         places: Tensor | None = None,
+        kept: Kept | None = None,
     ) -> tuple[Tensor, Tensor, str]:
         """Attend by the heads' patterns. Differentiable.
 
@@ -165,6 +167,7 @@ class PatternPlan:
             rows: this layer's and step's rows of `pattern_tables`.
             key_lengths: (B,) integers: the keys from there on, which are text, are absent. The density counts them.
             places: `head_places`, if queries and keys are there already.
+            kept: not used: heads may change their patterns from step to step.
 
         Returns:
             (B, S, H, D) output, the realised density, a float32 tensor of no dimensions, and the implementation that

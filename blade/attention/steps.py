@@ -98,6 +98,11 @@ class StepResolver:
             return scheduler_step, scheduler_total
         return self._from_timestep(timestep, scheduler_total is not None), scheduler_total
 
+    def schedule(self) -> torch.Tensor | None:
+        """Return the scheduler's timesteps, a tensor that every run makes anew; None if there is none."""
+        timesteps = getattr(self._scheduler(), "timesteps", None)
+        return timesteps if isinstance(timesteps, torch.Tensor) else None
+
     def reset(self) -> None:
         """Start over: the next forward pass is the first of a run."""
         self.context.reset()

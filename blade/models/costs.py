@@ -202,7 +202,8 @@ def run_cost(
     share = sparse_passes * layers / (passes * forward.layers)
     flops["self-attention"] *= 1 - share * (1 - density)
     if selection:
-        flops["block selection"] = sparse_passes * layers * selection
+        choices = calls * -(-(sparse_passes // calls) // config.asa.reselect_every) if config else 0
+        flops["block selection"] = choices * layers * selection
     return RunCost(
         forward=forward,
         passes=passes,

@@ -14,6 +14,7 @@ from blade.attention.config import AdaptiveConfig, BladeConfig
 from blade.attention.pattern_plan import PatternPlan, order_places
 from blade.attention.pattern_table import uniform_table
 from blade.attention.patterns import HeadPattern, pattern_blocks
+from blade.attention.reuse import Kept
 from blade.families.protocol import ModelFamily
 from blade.profiling.assignment import GreedyRule
 from blade.profiling.measure import Candidates, LayerMeasurement, column_mass, measure_layer
@@ -122,6 +123,7 @@ class RecordingPlan:
         rows: tuple[Tensor, ...],
         key_lengths: Tensor | None = None,
         places: Tensor | None = None,
+        kept: Kept | None = None,
     ) -> tuple[Tensor, Tensor, str]:
         """Attend and measure; see `PatternPlan.attend`. `rows` holds the layer and the step."""
         layer, self.step = (int(number) for number in rows[0])

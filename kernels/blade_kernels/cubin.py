@@ -18,7 +18,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from blade_kernels.block_selection.layer_budget import CHUNK, DIGITS
+from blade_kernels.block_selection.triton_launch import (
+    CHUNK,
+    COLUMNS,
+    DIGITS,
+    KEYS_TOGETHER,
+    QUERIES_TOGETHER,
+    scoring_options,
+)
+from blade_kernels.block_selection.triton_statistics_launch import ROWS_TOGETHER
 from blade_kernels.block_sparse.launch_table import BLOCK_SIZES, HEAD_SIZES, Kernel, launch_config
 from blade_kernels.block_sparse.triton_attention import DELTA_TILE, FLOAT8_KEYS, ROUNDED_TOKENS, TRANSPOSE_TILE
 from blade_kernels.qk_norm_rope.operator import norm_rope_warps
@@ -46,13 +54,13 @@ _COUNTED = (
     "STL",
 )
 _TYPES = {
-    "bool": "keep forced_keys forced_queries",
-    "int32": "counts indices order key_lengths pooled_block starts rows query_offsets key_offsets "
-    "bits histogram prefix",
+    "bool": "keep drawn forced forced_keys forced_queries",
+    "int32": "counts indices order key_lengths lengths pooled_block starts rows offsets drawn_offsets query_offsets "
+    "bits histogram state ties",
     "int64": "places",
     "float32": "lse lse2 delta grad_lse pooled_bias importance weight bias cos sin grad_weight grad_bias "
-    "q_scale k_scale v_scale mean scales",
-    "half": "q k v out grad_out grad_q grad_k grad_v pooled_k pooled_v x grad_x exact_q",
+    "q_scale k_scale v_scale mean scales sums squares totals spread statistics",
+    "half": "q k v out grad_out grad_q grad_k grad_v pooled_k pooled_v x grad_x exact_q gathered",
     "int8": "values",
     "number": "scale eps mass",
 }
@@ -149,11 +157,6 @@ def other_variants(arch: str) -> Iterator[Variant]:
         module="block_sparse.triton_backward", kernel="transpose_kernel", case="any", num_warps=4,
         constants={"BLOCK_M": TRANSPOSE_TILE, "BLOCK_N": TRANSPOSE_TILE},
     )  # fmt: skip
-    flags = dict.fromkeys(("BY_MASS", "FORCED_KEYS", "FORCED_QUERIES", "LOCAL"), True)
-    yield Variant(
-        module="block_selection.triton_selection", kernel="select_kernel", case="1,024 key blocks", num_warps=1,
-        constants={"BQ": 128, "BK": 128, "WIDTH": 1024, **flags},
-    )  # fmt: skip
     yield Variant(
         module="block_sparse.triton_quantize", kernel="quantize_kernel", case="heads of 128, blocks of 128",
         num_warps=4, constants={"D": 128, "BLOCK": 128, "MEAN": True, "LENGTHS": False},
@@ -163,21 +166,7 @@ def other_variants(arch: str) -> Iterator[Variant]:
             module="block_sparse.triton_quantize", kernel="round_values_kernel", case="heads of 128", num_warps=4,
             constants={"D": 128, "BLOCK": ROUNDED_TOKENS, "LENGTHS": False, "UPCAST": False}, float8=("values",),
         )  # fmt: skip
-    for shift, values in DIGITS:
-        yield Variant(
-            module="block_selection.triton_selection", kernel="digit_histogram_kernel", num_warps=4,
-            case=f"{values} values, above {shift} bits", constants={"SHIFT": shift, "BINS": values, "CHUNK": CHUNK},
-        )  # fmt: skip
-    for statistic in ("max", "rms", "residual"):
-        yield Variant(
-            module="block_selection.triton_selection", kernel="sampled_importance_kernel", num_warps=4,
-            case=f"heads of 128, 16 samples, {statistic}",
-            constants={
-                "D": 128, "BQ": 128, "BK": 128, "ROWS": 4, "QUERIES": 16, "BLOCKS": 4, "KEYS": 16,
-                "BY_BLOCK": statistic == "residual", "LENGTHS": False,
-                "DENOMINATOR": True, "STATISTIC": statistic, "UPCAST": False,
-            },
-        )  # fmt: skip
+    yield from _selection_variants(arch)
     for case, heads, size, norm in (
         ("40 heads of 128, RMS over all", 64, 128, 1),
         ("48 heads of 64, LayerNorm", 64, 64, 3),
@@ -192,6 +181,49 @@ def other_variants(arch: str) -> Iterator[Variant]:
                     "PLACES": True,
                 },
             )  # fmt: skip
+
+
+def _selection_variants(arch: str) -> Iterator[Variant]:
+    """Yield the kernels of block selection, with their costliest options."""
+    folder, heads, wide = "block_selection", "heads of 128, blocks of 128", "1,024 key blocks"
+    row = dict.fromkeys(("BY_MASS", "FORCED", "FORCED_KEYS", "FORCED_QUERIES", "LOCAL"), True) | {"WIDTH": 1024}
+    for kernel in ("rank_kernel", "count_ties_kernel", "keep_kernel"):
+        yield Variant(
+            module=f"{folder}.triton_layer_budget", kernel=kernel, case=wide, num_warps=1,
+            constants={**row, "CHUNK": CHUNK},
+        )  # fmt: skip
+    yield Variant(
+        module=f"{folder}.triton_selection", kernel="select_kernel", case=wide, num_warps=1,
+        constants={**row, "BQ": 128, "BK": 128},
+    )  # fmt: skip
+    for shift, values in DIGITS:
+        constants = {"SHIFT": shift, "BINS": values, "CHUNK": CHUNK, "FIRST": values == 2048, "ROWS": 1024}
+        for kernel in ("digit_histogram_kernel", "next_digit_kernel"):
+            yield Variant(
+                module=f"{folder}.triton_layer_budget", kernel=kernel, num_warps=4,
+                case=f"{values} values, above {shift} bits", constants={**constants, "FORCED_QUERIES": True},
+            )  # fmt: skip
+    block = {"D": 128, "BLOCK": 128, "WIDTH": 128, "SAMPLES": 16, "SLOTS": 16, "LENGTHS": True, "SQUARES": True}
+    for kernel in ("block_sums_kernel", "value_spread_kernel", "largest_offsets_kernel"):
+        yield Variant(
+            module=f"{folder}.triton_statistics", kernel=kernel, case=heads, num_warps=4,
+            constants={**block, "ROWS": ROWS_TOGETHER},
+        )  # fmt: skip
+    sizes = {"D": 128, "BQ": 128, "BK": 128, "QUERIES": 16, "KEYS": 16, "LENGTHS": True, "BY_BLOCK": True}
+    yield Variant(
+        module=f"{folder}.triton_scoring", kernel="gather_keys_kernel", case=f"{heads}, 16 samples", num_warps=4,
+        constants={**sizes, "TILE": KEYS_TOGETHER},
+    )  # fmt: skip
+    for statistic in ("max", "rms", "residual"):
+        queries, (warps, stages) = QUERIES_TOGETHER[2], scoring_options(int(arch) // 10, 2)
+        yield Variant(
+            module=f"{folder}.triton_scoring", kernel="sampled_importance_kernel",
+            num_warps=warps, num_stages=stages, case=f"heads of 128, 16 samples, {statistic}",
+            constants={
+                **sizes, "ROWS": queries // 16, "BLOCKS": KEYS_TOGETHER // 16, "COLUMNS": COLUMNS,
+                "DENOMINATOR": True, "STATISTIC": statistic, "UPCAST": False,
+            },
+        )  # fmt: skip
 
 
 def cubin_report(variant: Variant, arch: str, *, dtype: str = "bf16") -> CubinReport:

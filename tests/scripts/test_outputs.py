@@ -15,6 +15,7 @@ OPTIONS = {
     "compare_selectors": {},
     "contact_sheet": {"videos": [Path("missing.mp4")]},
     "count_flops": {},
+    "count_selection": {},
     "distillation_memory": {},
     "draw_distillation": {},
     "draw_kernels": {},

@@ -7,7 +7,13 @@ from typing import Any
 
 import torch
 from blade_kernels.block_mask import BlockMask
-from blade_kernels.block_selection import STATISTICS, sampled_importance, select_blocks
+from blade_kernels.block_selection import (
+    STATISTICS,
+    largest_key_offsets,
+    sampled_importance,
+    select_blocks,
+    value_spread,
+)
 from blade_kernels.block_sparse import PooledTokens, block_sparse_attention, pool_tokens
 from blade_kernels.block_sparse.cute import only_library
 from blade_kernels.block_sparse.cute_libraries import missing_library
@@ -190,13 +196,13 @@ class _Inputs:
 
 
 def check_selection(device: torch.device) -> dict[str, float]:
-    """Check the choice of blocks: scores by every statistic, and the same blocks, by row and by layer.
+    """Check the choice of blocks: the spread of values, the keys to sample, scores by every statistic, and blocks.
 
     Returns:
-        By statistic, the largest difference of scores relative to the largest score.
+        By statistic, the largest difference of scores relative to the largest score; and likewise of `spread`.
 
     Raises:
-        WrongResultError: if scores differ by more than 1e-3, or blocks at all.
+        WrongResultError: if scores differ by more than 1e-3, or keys or blocks at all.
         NotImplementedError: if the kernels cannot run here.
     """
     implementation = "triton" if device.type == "cuda" else "cpu"
@@ -204,6 +210,15 @@ def check_selection(device: torch.device) -> dict[str, float]:
     q, k = (torch.randn(2, 1000, 3, 64, generator=generator).to(device) for _ in range(2))
     offsets = torch.arange(0, 64, 8, device=device).expand(3, -1)
     errors: dict[str, float] = {}
+    spread, expected_spread = (value_spread(k, 64, implementation=name) for name in (implementation, "naive"))
+    errors["spread"] = float((spread - expected_spread).abs().max() / expected_spread.max())
+    if not errors["spread"] <= 1e-3:
+        raise WrongResultError(f"the spread of values differs by {errors['spread']:.2g} of the largest")
+    keys, expected_keys = (
+        largest_key_offsets(k, offsets, 4, implementation=name) for name in (implementation, "naive")
+    )
+    if not torch.equal(keys, expected_keys):
+        raise WrongResultError("the keys to sample are other ones")
     for statistic in STATISTICS:
         scores, expected_scores = (
             sampled_importance(q, k, offsets, offsets, (64, 64), statistic=statistic, implementation=name)

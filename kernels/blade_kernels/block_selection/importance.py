@@ -5,8 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from blade_kernels.block_selection import triton_launch
-from blade_kernels.block_selection.naive import naive_sampled_importance
+from blade_kernels.block_selection import triton_launch, triton_statistics_launch
+from blade_kernels.block_selection.naive import (
+    naive_largest_key_offsets,
+    naive_sampled_importance,
+    naive_value_spread,
+)
 from blade_kernels.implementations import choose_implementation
 from blade_kernels.scratch import Scratch
 
@@ -157,7 +161,13 @@ def mean_pooled_importance(
 
 
 def largest_key_offsets(
-    k: Tensor, offsets: Tensor, largest: int, block_size: int = 64, *, key_lengths: Tensor | None = None
+    k: Tensor,
+    offsets: Tensor,
+    largest: int,
+    block_size: int = 64,
+    *,
+    key_lengths: Tensor | None = None,
+    implementation: str = "auto",
 ) -> Tensor:
     """Choose the keys of each block to sample: those furthest from the mean of all keys, and others as drawn.
 
@@ -171,18 +181,28 @@ def largest_key_offsets(
         largest: samples of a block that are those furthest from the mean, at most as many as `offsets` has.
         block_size: tokens in a block.
         key_lengths: (B,) integers, number of valid keys; the rest are ignored.
+        implementation: see `sampled_importance`. They differ in the order of float32 sums, and thus may take either
+            of two keys whose distances from the mean differ by no more than that rounds.
 
     Returns:
-        (B, H, blocks, samples) int32, ascending places in each block; a block of fewer tokens repeats its first one.
+        (B, H, blocks, samples) int32, ascending places in each block; a block of fewer tokens repeats one of them.
 
     Raises:
-        ValueError: `largest` is out of range.
+        ValueError: `largest` is out of range, or an unknown implementation.
+        NotImplementedError: the requested implementation cannot compute this.
     """
     batch, tokens, heads, _ = k.shape
     samples = offsets.shape[-1]
     if not 0 <= largest <= samples:
         raise ValueError(f"`largest` must be from 0 to the {samples} offsets of a block, got {largest}.")
+    problem = triton_statistics_launch.statistics_unsupported(k, block_size)
+    chosen = choose_implementation(implementation, k.device, problem)
     with torch.no_grad():
+        if chosen == "triton":
+            found: Tensor = triton_statistics_launch.largest_key_offsets(k, offsets, largest, block_size, key_lengths)
+            return found
+        if chosen == "naive":
+            return naive_largest_key_offsets(k, offsets, largest, block_size, key_lengths)
         means, counts = _block_means(k, block_size, key_lengths)
         weights = counts.to(means.dtype)[:, None, :, None]
         centre = (means * weights).sum(2) / weights.sum(2).clamp(min=1)  # (B, H, D)
@@ -192,31 +212,45 @@ def largest_key_offsets(
         distances = torch.nn.functional.pad(distances, (0, -tokens % block_size), value=-torch.inf)
         distances = distances.unflatten(-1, (-1, block_size))
         present = torch.arange(block_size, device=k.device) < counts[:, None, :, None]
-        rank = torch.arange(2 * samples, samples, -1, device=k.device, dtype=torch.int32)
-        priority = torch.zeros(batch, heads, block_size, dtype=torch.int32, device=k.device)
-        priority.scatter_(-1, offsets.long().expand(batch, heads, -1), rank.expand(batch, heads, -1))
         # tokens that were not drawn come last, for short blocks
+        priority = torch.arange(block_size, 0, -1, device=k.device, dtype=torch.int32).repeat(batch, heads, 1)
+        rank = torch.arange(block_size + samples, block_size, -1, device=k.device, dtype=torch.int32)
+        priority.scatter_(-1, offsets.long().expand(batch, heads, -1), rank.expand(batch, heads, -1))
         priority = priority.unsqueeze(2).expand_as(distances).clone()
         if largest:
             furthest = distances.masked_fill(~present, -torch.inf).topk(largest).indices
-            priority.scatter_(-1, furthest, 3 * samples)
-        chosen = priority.masked_fill_(~present, -1).topk(samples)
-        first = chosen.indices[..., :1] * (counts > 0)[:, None, :, None]
-        return chosen.indices.where(chosen.values >= 0, first).sort(-1).values.to(torch.int32)
+            priority.scatter_(-1, furthest, block_size + samples + 1)
+        best = priority.masked_fill_(~present, -1).topk(samples)
+        first = best.indices[..., :1] * (counts > 0)[:, None, :, None]
+        return best.indices.where(best.values >= 0, first).sort(-1).values.to(torch.int32)
 
 
-def value_spread(v: Tensor, block_size: int = 64, *, key_lengths: Tensor | None = None) -> Tensor:
+def value_spread(
+    v: Tensor, block_size: int = 64, *, key_lengths: Tensor | None = None, implementation: str = "auto"
+) -> Tensor:
     """Return how far the values of each block are from the mean of all values, as a root mean square.
 
     Args:
         v: (B, T, H, D) values; consecutive tokens form the blocks.
         block_size: tokens in a block.
         key_lengths: (B,) integers, number of valid tokens; the rest are ignored.
+        implementation: see `sampled_importance`.
 
     Returns:
         (B, H, blocks) in float32 (float64 for float64 values), 0 for a block without tokens. Not differentiable.
+
+    Raises:
+        ValueError: an unknown implementation.
+        NotImplementedError: the requested implementation cannot compute this.
     """
+    problem = triton_statistics_launch.statistics_unsupported(v, block_size)
+    chosen = choose_implementation(implementation, v.device, problem)
     with torch.no_grad():
+        if chosen == "triton":
+            spread: Tensor = triton_statistics_launch.value_spread(v, block_size, key_lengths)
+            return spread
+        if chosen == "naive":
+            return naive_value_spread(v, block_size, key_lengths)
         means, counts = _block_means(v, block_size, key_lengths)  # (B, H, blocks, D), (B or 1, blocks)
         counts = counts.unsqueeze(1)
         norms = torch.linalg.vector_norm(v, dim=-1, dtype=means.dtype).unsqueeze(-1)

@@ -71,6 +71,50 @@ def _sampled(x: Tensor, offsets: Tensor, size: int, lengths: Tensor | None) -> T
     return sampled
 
 
+def naive_largest_key_offsets(
+    k: Tensor, offsets: Tensor, largest: int, block_size: int, key_lengths: Tensor | None
+) -> Tensor:
+    """Choose the keys of every block to sample, one block after another, as `largest_key_offsets` describes.
+
+    Returns:
+        (B, H, blocks, samples) int32.
+    """
+    batch, tokens, heads, _ = k.shape
+    k = k.to(torch.promote_types(k.dtype, torch.float32))
+    drawn = offsets.long().expand(batch, heads, -1).tolist()
+    samples, blocks = offsets.shape[-1], -(-tokens // block_size)
+    places = torch.zeros(batch, heads, blocks, samples, dtype=torch.int32)
+    for item, head, block in itertools.product(range(batch), range(heads), range(blocks)):
+        length = tokens if key_lengths is None else min(int(key_lengths[item]), tokens)
+        keys, start = k[item, :length, head], block * block_size
+        if start < length:
+            distance = (keys[start : start + block_size] - keys.mean(0)).square().sum(-1).tolist()
+            furthest = sorted(range(len(distance)), key=lambda place: (-distance[place], place))[:largest]
+            ranking = dict.fromkeys([*furthest, *drawn[item][head], *range(len(distance))])
+            chosen = sorted([place for place in ranking if place < len(distance)][:samples])
+            places[item, head, block] = torch.tensor(chosen + chosen[-1:] * (samples - len(chosen)))
+    return places.to(k.device)
+
+
+def naive_value_spread(v: Tensor, block_size: int, key_lengths: Tensor | None) -> Tensor:
+    """Compute how far the values of each block are from the mean of all, as `value_spread` describes.
+
+    Returns:
+        (B, H, blocks) in float32 (float64 for float64 values).
+    """
+    batch, tokens, heads, _ = v.shape
+    v = v.to(torch.promote_types(v.dtype, torch.float32))
+    spread = v.new_zeros(batch, heads, -(-tokens // block_size))
+    for item in range(batch):
+        length = tokens if key_lengths is None else min(int(key_lengths[item]), tokens)
+        if length > 0:
+            values = v[item, :length]  # (tokens, H, D)
+            squares = (values - values.mean(0)).square().sum(-1)
+            blocks = [block.mean(0).sqrt() for block in squares.split(block_size)]
+            spread[item, :, : len(blocks)] = torch.stack(blocks, -1)
+    return spread
+
+
 def naive_selection(
     importance: Tensor,
     block_size: tuple[int, int],

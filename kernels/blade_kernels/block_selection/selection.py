@@ -209,11 +209,12 @@ def _select_over_heads(
     """Select with one budget for the rows of all heads; for the arguments see `triton_launch.select_blocks`."""
     query_blocks, key_blocks = importance.shape[2:]
     forced = _forced(query_blocks, key_blocks, block_size, forced_key_blocks, local_radius, importance.device)
-    arguments = (importance.to(torch.float32), limit, extra, least, forced, forced_query_blocks)
-    if implementation == "naive":
-        keep = naive_selection_over_heads(*arguments)
-    else:
-        keep = keep_over_heads(*arguments, use_triton=implementation == "triton")
+    if implementation == "triton":
+        return triton_launch.select_over_heads(
+            importance, block_size, limit, extra, least, forced, forced_query_blocks
+        )
+    select = naive_selection_over_heads if implementation == "naive" else keep_over_heads
+    keep = select(importance.to(torch.float32), limit, extra, least, forced, forced_query_blocks)
     return BlockMask.from_dense(keep, block_size)
 
 

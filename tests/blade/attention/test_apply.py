@@ -305,9 +305,9 @@ def test_every_layer_and_step_draws_its_own_and_guidance_shares_them(pipe, monke
     draws = []
     attend = adaptive.adaptive_attention
 
-    def spy(query, key, value, plan, draw, key_lengths):
+    def spy(query, key, value, plan, draw, *options):
         draws.append(tuple(draw.flatten().tolist()))
-        return attend(query, key, value, plan, draw, key_lengths)
+        return attend(query, key, value, plan, draw, *options)
 
     monkeypatch.setattr(adaptive, "adaptive_attention", spy)
     generate(apply_blade(pipe, CONFIG), steps=3)

@@ -95,6 +95,35 @@ def test_a_layer_keeps_what_the_specification_keeps(forced, values):
     assert_same(found, expected)
 
 
+def test_rows_that_share_ties_are_counted_in_parts(monkeypatch):
+    monkeypatch.setattr(triton_launch, "CHUNK", 16)  # fewer than the rows, and than the blocks of two of them
+    importance = torch.randint(0, 3, (2, 2, 20, 13), generator=torch.Generator().manual_seed(0)) / 7
+    assert_same(*both(importance, max_blocks=5, extra_blocks=3, budget="layer"))
+
+
+def test_a_layer_whose_rows_all_keep_everything():
+    flags = torch.ones(5, dtype=torch.bool)
+    found, expected = both(torch.rand(1, 2, 5, 7), max_blocks=3, forced_query_blocks=flags, budget="layer")
+    assert_same(found, expected)
+    assert bool(found.keep.all())
+
+
+def test_expanded_importance_of_a_layer_is_read_by_its_strides():
+    importance = torch.rand(1, 1, 5, 7, generator=torch.Generator().manual_seed(0)).expand(2, 3, 5, 7)
+    assert_same(*both(importance, max_blocks=3, local_radius=0, budget="layer"))
+
+
+def test_heads_are_scored_in_parts_where_memory_is_short(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(2, 150, 3, 16, generator=generator).to(DEVICE) for _ in range(2))
+    offsets = torch.arange(0, 16, 2, device=DEVICE)
+    scores = []
+    for memory in (1, 2**28):
+        monkeypatch.setattr(triton_launch, "STATISTICS_BYTES", memory)
+        scores.append(sampled_importance(q, k, offsets, offsets, (16, 16), implementation="triton"))
+    assert torch.equal(*scores)
+
+
 @pytest.mark.parametrize("denominator", [True, False])
 @pytest.mark.parametrize("lengths", [None, (50, 0)])
 @pytest.mark.parametrize(
@@ -165,5 +194,6 @@ def test_everything_compiles_into_one_graph_and_the_operators_are_registered_sou
     torch.library.opcheck(torch.ops.blade.sampled_importance.default, arguments, test_utils=checks)
     arguments = (expected[0], [32, 32], 2, 0, 1, 0.9, None, None, 1, 3)
     torch.library.opcheck(torch.ops.blade.select_blocks.default, arguments, test_utils=checks)
-    arguments = (expected[0].flatten(1).view(torch.int32), torch.zeros(1, dtype=torch.int32, device=DEVICE), 20, 2048)
-    torch.library.opcheck(torch.ops.blade.digit_histogram.default, arguments, test_utils=checks)
+    flags = torch.tensor([True, False, False], device=DEVICE)
+    arguments = (expected[0], 2, 1, 1, None, flags)
+    torch.library.opcheck(torch.ops.blade.select_over_heads.default, arguments, test_utils=checks)
