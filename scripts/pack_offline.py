@@ -32,7 +32,10 @@ ROOT = Path(__file__).resolve().parents[1]
 
 UNPACK = Path(__file__).with_name("unpack.py")
 
-THERE = re.compile("blade-video|torch|triton|(nvidia|cuda)-.*")
+CUTE = "nvidia-(cudnn-frontend|cutlass-dsl)|cuda-(bindings|pathfinder|python)"
+"""How the names begin of packages by NVIDIA that PyTorch does not bring: those of the extra `cute`."""
+
+THERE = re.compile(f"blade-video|torch|triton|(?!{CUTE})(nvidia|cuda)-.*")
 """Names of packages that the machine has, and BLADE's own, whose wheel is built."""
 
 WITHOUT_WHEELS = ("antlr4-python3-runtime==4.9.3",)

@@ -70,10 +70,20 @@ def test_parts_that_are_not_what_was_packed_are_refused(packed, tmp_path, fault)
 
 
 def test_what_the_machine_has_is_left_out() -> None:
-    names = ("Torch", "triton", "nvidia_cublas", "diffusers", "PyYAML", "torchmetrics", "blade-video")
+    names = (
+        "Torch",
+        "triton",
+        "nvidia_cublas",
+        "nvidia-cuda-runtime",
+        "nvidia_cudnn_frontend",
+        "diffusers",
+        "PyYAML",
+        "torchmetrics",
+        "blade-video",
+    )
     report = {"install": [{"metadata": {"name": name, "version": "1"}} for name in names]}
     needed = load("pack_offline").needed_packages(report)
-    assert needed == ["diffusers==1", "pyyaml==1", "torchmetrics==1"]
+    assert needed == ["diffusers==1", "nvidia-cudnn-frontend==1", "pyyaml==1", "torchmetrics==1"]
 
 
 def test_a_folder_that_is_there_is_not_made_an_environment(packed, tmp_path) -> None:
