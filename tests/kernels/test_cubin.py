@@ -44,7 +44,8 @@ def test_nothing_spills_and_the_matrix_units_are_used(arch, tmp_path):
             assert bool(code.get(integers)) == ("8 bits" in report["case"] or "8-bit" in report["case"]), report
             assert bool(code.get(floats)) == ("8-bit floats" in report["case"] and not small), report
             # describing tensors costs the host more than it saves where programs are this short
-            assert bool(code.get("UTMALDG")) == (newer and not tiny), report
+            described = newer and not tiny and "alone" not in report["case"]  # pooled tokens are loaded without
+            assert bool(code.get("UTMALDG")) == described, report
 
 
 @pytest.mark.slow
