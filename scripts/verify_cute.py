@@ -27,7 +27,7 @@ def verified(folder: Path) -> list[str]:
         for step in json.loads(path.read_text(encoding="utf-8"))["steps"]:
             if step["name"].startswith(CUTE_STEP) and step["state"] not in ("not begun", "out of time", "not here"):
                 states.setdefault(step["name"].removeprefix(CUTE_STEP), set()).add(step["state"])
-    return sorted(name for name, found in states.items() if found == {"done"})
+    return sorted(name for name, seen in states.items() if seen == {"done"})
 
 
 def main() -> None:

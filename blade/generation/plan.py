@@ -133,10 +133,10 @@ def plan_run(request: GenerationRequest, *, card: str | None = None) -> RunPlan:
         ModelError: if there is no such model.
     """
     check_known(request)
-    found = None if card is None else find_card(card)
-    if found is not None:
+    known_card = None if card is None else find_card(card)
+    if known_card is not None:
         _check_predictable(request)
-        request = replace(request, dtype=request.dtype or found.default_dtype)
+        request = replace(request, dtype=request.dtype or known_card.default_dtype)
     model, resolved = resolve_without_weights(request)
     pipe, device = model.pipe, torch.device(resolved.device)
     latent = model.latent_size(*resolved.size)
@@ -173,13 +173,13 @@ def plan_run(request: GenerationRequest, *, card: str | None = None) -> RunPlan:
         },
         device_gib=torch.cuda.get_device_properties(device).total_memory / GIB if device.type == "cuda" else None,
     )
-    if found is None:
+    if known_card is None:
         return plan
     if resolved.precision == "int8":
         raise ValueError('`card` must not be given with `precision` "int8": its figures are not of 8-bit products.')
     # the VAE runs in float32 everywhere
     decoding = torch.float32 if model.decoder is None else decoder_dtype(transformer.dtype, torch.device("cuda"))
-    rates = found.rates(transformer.dtype, decoding, forward.grid.sequence_length, cost.density)
+    rates = known_card.rates(transformer.dtype, decoding, forward.grid.sequence_length, cost.density)
     return replace(plan, prediction=predict(cost, plan.text_flops, plan.decoding_flops, rates))
 
 

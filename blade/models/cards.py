@@ -156,8 +156,8 @@ class CardReport:
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{self._what} must be the JSON of a blade-bench gpu; it lacks {error}.") from None
         if len(dtypes) != 1 or not dtypes <= set(DTYPE_NAMES):
-            found = ", ".join(sorted(map(str, dtypes))) or "nothing"
-            raise ValueError(f"{self._what} must have timed attention or videos in one dtype, got {found}.")
+            timed = ", ".join(sorted(map(str, dtypes))) or "nothing"
+            raise ValueError(f"{self._what} must have timed attention or videos in one dtype, got {timed}.")
         self.default_dtype: DtypeName = dtypes.pop()
 
     def rates(self, dtype: torch.dtype, decoder_dtype: torch.dtype, tokens: int, density: float) -> CardRates:
@@ -202,10 +202,10 @@ class CardReport:
         size = f"{case['heads']} heads, {case['tokens']:,} tokens"
         if dense:
             rates["dense attention"] = self._rate(flops, min(dense), size)
-        if own := times.get(case["auto"]):
+        if taken := times.get(case["auto"]):
             kept = flops * case["realised_density"]
-            choosing = ", the choice of blocks included" if "whole" in own else ""
-            sparse = own.get("whole", own.get("forward"))
+            choosing = ", the choice of blocks included" if "whole" in taken else ""
+            sparse = taken.get("whole", taken.get("forward"))
             rates["sparse attention"] = self._rate(kept, sparse, f"{size}, density {case['density']:g}{choosing}")
         return rates
 

@@ -125,9 +125,9 @@ def _choose_file(files: list[str], name: str, file: str) -> str:
         return file
     best = next((kind for ending in ENDINGS if (kind := [item for item in weights if item.endswith(ending)])), [])
     if len(best) != 1:
-        found = f"it has {', '.join(best[:5])}{', ...' if len(best) > 5 else ''}" if best else "it has none"
+        held = f"it has {', '.join(best[:5])}{', ...' if len(best) > 5 else ''}" if best else "it has none"
         raise ModelError(
-            f"`decoder_weights` {name} must hold one file of weights, or the file be named as {name}/FILE; {found}."
+            f"`decoder_weights` {name} must hold one file of weights, or the file be named as {name}/FILE; {held}."
         )
     return best[0]
 

@@ -279,8 +279,8 @@ def make_tiny_decoder(weights: Mapping[str, torch.Tensor], what: str) -> TinyDec
         if key not in expected:
             raise ModelError(f"{what} has the key {key}, which {kind} does not have.")
         if value.layout != torch.strided or value.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-            found = f"{value.dtype}".removeprefix("torch.")
-            raise ModelError(f"{what} has {key} in {found}, which must be float16, bfloat16 or float32.")
+            dtype = f"{value.dtype}".removeprefix("torch.")
+            raise ModelError(f"{what} has {key} in {dtype}, which must be float16, bfloat16 or float32.")
         if not value.isfinite().all():
             raise ModelError(f"{what} has numbers in {key} that are infinite or not numbers.")
     decoder.load_state_dict({key: value.float().contiguous() for key, value in weights.items()}, assign=True)

@@ -28,8 +28,8 @@ def merged_attention(report: Report, blocks: str) -> Report | None:
         return None
     merged: dict[Any, Report] = {}
     for case in (case for item in results for case in item["cases"]):
-        place = attention_report.size_of(case), case["density"]
-        merged[place] = _joined(merged[place], case) if place in merged else case
+        key = attention_report.size_of(case), case["density"]
+        merged[key] = _joined(merged[key], case) if key in merged else case
     cases = [*merged.values()]
     sizes = list(dict.fromkeys(map(attention_report.size_of, cases)))
     cases.sort(key=lambda case: (sizes.index(attention_report.size_of(case)), case["density"]))

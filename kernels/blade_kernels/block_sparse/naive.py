@@ -43,9 +43,10 @@ def naive_attention(
     if pooled is not None:
         pooled = replace(pooled, k=pooled.k.to(dtype), v=pooled.v.to(dtype))
     with torch.autocast(q.device.type, enabled=False):
-        q, k, v, own = q.to(dtype), k.to(dtype), v.to(dtype), q.dtype
+        given = q.dtype
+        q, k, v = (x.to(dtype) for x in (q, k, v))
         out, lse = dense_attention(q, k, v, mask, pooled, key_lengths, scale, round_weights=round_weights)
-    return out.to(own), lse
+    return out.to(given), lse
 
 
 def dense_attention(

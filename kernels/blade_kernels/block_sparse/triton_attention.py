@@ -49,8 +49,10 @@ def unsupported(
         block_size: tokens in a (query block, key block).
         precision: one of `quantized.PRECISIONS`.
     """
-    if precision == "fp8" and device_type == "cuda" and (found := torch.cuda.get_device_capability()) < FLOAT8_FROM:
-        return "8-bit floats need compute capability {}.{}, got {}.{}".format(*FLOAT8_FROM, *found)
+    if precision == "fp8" and device_type == "cuda":
+        capability = torch.cuda.get_device_capability()
+        if capability < FLOAT8_FROM:
+            return "8-bit floats need compute capability {}.{}, got {}.{}".format(*FLOAT8_FROM, *capability)
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"the Triton kernels compute bfloat16, float16 and float32, not {dtype}"
     if head_size not in HEAD_SIZES:
