@@ -174,7 +174,7 @@ def test_pipelines_keep_choices_from_step_to_step(small_pipelines, chosen, name)
         first = videos()
         counts[steps] = len(chosen)
         assert all(map(torch.equal, first, videos()))  # the same again
-    assert 0 < counts[2] and 3 * counts[2] == 2 * counts[1]
+    assert counts[2] > 0 and 3 * counts[2] == 2 * counts[1]
     remove_blade(pipe)
 
 
