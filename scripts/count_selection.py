@@ -238,7 +238,7 @@ def as_benchmarked() -> list[Launch]:
 
 def measured_rate() -> float:
     """Return the rate of products that the measured selection came to, with the assumptions of a prediction."""
-    return float(json.loads(BEFORE.read_text())["product_rate"])
+    return float(json.loads(BEFORE.read_text(encoding="utf-8"))["product_rate"])
 
 
 def dense_seconds(tokens: int, heads: int, head_dim: int) -> float:
