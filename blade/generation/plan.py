@@ -175,8 +175,10 @@ def plan_run(request: GenerationRequest, *, card: str | None = None) -> RunPlan:
     )
     if known_card is None:
         return plan
-    if resolved.precision == "int8":
-        raise ValueError('`card` must not be given with `precision` "int8": its figures are not of 8-bit products.')
+    if resolved.precision not in (None, "full"):
+        raise ValueError(
+            f'`card` must not be given with `precision` "{resolved.precision}": its figures are not of 8-bit products.'
+        )
     # the VAE runs in float32 everywhere
     decoding = torch.float32 if model.decoder is None else decoder_dtype(transformer.dtype, torch.device("cuda"))
     rates = known_card.rates(transformer.dtype, decoding, forward.grid.sequence_length, cost.density)
