@@ -38,10 +38,10 @@ from blade.generation.run import Generation, run_request
 from blade.media.video import encode_mp4
 from blade.metrics.measures import VideoSample, record_video
 from blade.metrics.registry import measures
-from blade.models.acceleration import merge_loras
 from blade.models.dense_kernel import watch_dense_kernel
 from blade.models.devices import resolve_dtype
 from blade.models.loading import load_model
+from blade.models.loras import merge_loras
 from blade.moving_shapes.captions import Caption, parse_caption
 from blade.students.loading import load_student
 
