@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from blade.common.checks import shortened
 from blade.common.errors import first_line
 from blade.common.rollback import unchanged_on_error
 from blade.common.terminal import logger
 from blade.families.transformers import Transformer
-from blade.models.adapters import Reach, adapter_layers, check_reach, unused_keys
-from blade.models.choices import LoraChoice, parse_lora
+from blade.models.adapters import Reach, check_reach
+from blade.models.choices import parse_lora
 from blade.models.loaded import LoadedModel
-from blade.models.untrusted import find_lora
+from blade.models.lora_files import read_lora
+from blade.models.lora_layouts import Pair, Translation, translate
 
 BOTH_LORAS = (
     "Name a source for each transformer: `--lora FIRST:SECOND=STRENGTH`, in Python "
@@ -22,17 +24,27 @@ BOTH_LORAS = (
 )
 """Advice for a LoRA that is for one of two transformers."""
 
-LOADERS = tuple(map(logging.getLogger, ("diffusers.loaders.peft", "diffusers.utils.peft_utils")))
-"""Loggers of what Diffusers says about a LoRA's keys, in different versions."""
+EXPECTED_WARNINGS = ("Already found a `peft_config`", "While injecting the PEFT adapters, an inconsistency")
+"""Beginnings of PEFT's warnings of several adapters, and of names that end alike, of which the file has some alone."""
 
-SHOWN_KEYS = 4
-"""Most keys of a LoRA that a message names."""
+SHOWN_MODULES = 4
+"""Most modules of a LoRA that a message names."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """What a file of a LoRA changes in a transformer."""
+
+    transformer: Transformer
+    translation: Translation
+    strength: float
 
 
 def load_loras(model: LoadedModel, loras: Sequence[str]) -> dict[str, Reach]:
     """Load LoRAs onto a pipeline, all active together, or none if one of them fails.
 
-    Keys of their files that match no module are told in a warning.
+    Files are read in every common layout (`blade.models.lora_layouts`). Modules of a file that the model lacks, or
+    that have another shape, are named in a warning. Differences of whole parameters are added to the weights at once.
 
     Args:
         model: the model.
@@ -44,28 +56,41 @@ def load_loras(model: LoadedModel, loras: Sequence[str]) -> dict[str, Reach]:
     Raises:
         ValueError: if one cannot be loaded onto this model, is pickled, or is for one of two transformers only.
     """
-    choices = [parse_lora(text) for text in loras]
     check_sources(model, loras)
     reached: dict[str, Reach] = {}
+    adapters: dict[str, list[_Part]] = {}
     with unchanged_on_error(model.pipe):
-        for number, choice in enumerate(choices):
-            reached[choice.name] = _load_lora(model, choice, f"lora_{number}")
-        if choices:
-            strengths = [_strengths(model, choice, f"lora_{number}") for number, choice in enumerate(choices)]
-            model.pipe.set_adapters([f"lora_{number}" for number in range(len(choices))], strengths)
+        for number, choice in enumerate(map(parse_lora, loras)):
+            adapter, reach = f"lora_{number}", dict.fromkeys(model.transformers, 0)
+            adapters[adapter] = []
+            for source, strength, part in zip(choice.sources, choice.strengths, reach, strict=False):
+                translation = _load_source(model, source, adapter, part)
+                adapters[adapter].append(_Part(model.transformers[part], translation, strength))
+                reach[part] = len(translation.modules)
+            check_reach(f"`loras` {choice.name}", reach, BOTH_LORAS)
+            reached[choice.name] = reach
+        _activate(model, adapters)
+    for changed in (changed for parts in adapters.values() for changed in parts):  # nothing fails any more
+        for parameter, difference in changed.translation.differences:
+            parameter.data.add_(difference.to(parameter), alpha=changed.strength)
     return reached
 
 
 def check_sources(model: LoadedModel, loras: Sequence[str]) -> None:
-    """Check that no LoRA names two sources for a model of one transformer.
+    """Check that Diffusers loads LoRAs onto a model, and that none names two sources for one transformer.
 
     Args:
         model: the model, with its weights or without.
         loras: see `load_loras`.
 
     Raises:
-        ValueError: if one does.
+        ValueError: if it does not, or one does.
     """
+    if loras and not hasattr(model.pipe, "load_lora_weights"):
+        raise ValueError(
+            f"`loras` must not be given for a {type(model.pipe).__name__}: Diffusers loads no LoRAs onto it, got "
+            f"{shortened(loras[0])}; merge it into the transformer's weights."
+        )
     for choice in map(parse_lora, loras):
         if len(choice.sources) > len(model.transformers):
             raise ValueError(
@@ -74,73 +99,56 @@ def check_sources(model: LoadedModel, loras: Sequence[str]) -> None:
             )
 
 
-def _load_lora(model: LoadedModel, choice: LoraChoice, adapter: str) -> Reach:
-    """Load a LoRA's one or two files, and return how many modules they change in each transformer."""
-    if len(choice.sources) == 1:
-        _load_source(model, choice.sources[0], adapter, model.transformers)
-    else:
-        for source, (part, transformer) in zip(choice.sources, model.transformers.items(), strict=True):
-            _load_source(model, source, adapter, {part: transformer})
-    reach = {part: len(adapter_layers(transformer, adapter)) for part, transformer in model.transformers.items()}
-    for source, part in zip(choice.sources, reach, strict=False):
-        if len(choice.sources) > 1 and reach[part] == 0:
-            raise ValueError(f"`loras` {source} holds no weights for this model's {part}.")
-    check_reach(f"`loras` {choice.name}", reach, BOTH_LORAS)
-    return reach
-
-
-def _load_source(model: LoadedModel, source: str, adapter: str, transformers: Mapping[str, Transformer]) -> None:
-    """Load a file onto the first of the transformers that it may change."""
-    place = find_lora(source, f"`loras` {source}")
-    into = {"load_into_transformer_2": True} if next(iter(transformers)) == "transformer_2" else {}
-    try:
-        with _without_unexpected_keys():  # which `_tell_unused` tells shorter, those of other parts too
-            model.pipe.load_lora_weights(**place, adapter_name=adapter, **into)
-    except Exception as error:  # whatever Diffusers, PEFT, safetensors and the Hub's client raise
-        raise ValueError(f"`loras` {source} cannot be loaded onto this model: {first_line(error)}") from error
-    _tell_unused(model, source, place, adapter, transformers)
-
-
-def _strengths(model: LoadedModel, choice: LoraChoice, adapter: str) -> float | dict[str, float]:
-    """Return what Diffusers' `set_adapters` takes for a LoRA: a strength, or those of the transformers it changes."""
-    if len(set(choice.strengths)) == 1:
-        return choice.strengths[0]
-    return dict(zip(model.transformers, choice.strengths, strict=True))
-
-
-@contextmanager
-def _without_unexpected_keys() -> Iterator[None]:
-    """Keep Diffusers from listing every key of a LoRA that matches nothing."""
-
-    def is_other(record: logging.LogRecord) -> bool:
-        return "unexpected keys" not in record.getMessage()
-
-    for log in LOADERS:
-        log.addFilter(is_other)
-    try:
-        yield
-    finally:
-        for log in LOADERS:
-            log.removeFilter(is_other)
-
-
-def _tell_unused(
-    model: LoadedModel,
-    source: str,
-    place: Mapping[str, Any],
-    adapter: str,
-    transformers: Mapping[str, Transformer],
-) -> None:
-    """Warn of the keys of a LoRA's file that have no use."""
-    state = model.pipe.lora_state_dict(**place)
-    keys = state[0] if isinstance(state, tuple) else state
-    unused = unused_keys(keys, transformers, adapter)
-    if 0 < len(unused) < len(keys):  # where all of them are unknown, they are named in another way
-        shown = ", ".join(unused[:SHOWN_KEYS]) + (", ..." if len(unused) > SHOWN_KEYS else "")
-        logger.warning(
-            f"`loras` {source}: {len(unused):,} of {len(keys):,} keys match no module of "
-            f"{' or '.join(transformers)} and are left out: {shown}"
+def _load_source(model: LoadedModel, source: str, adapter: str, part: str) -> Translation:
+    """Load a file's pairs of matrices onto a transformer, and return all that it is to change there."""
+    file, transformer = read_lora(source), model.transformers[part]
+    translation = translate(file, transformer, model.family.original_names)
+    unused = translation.unused
+    shown = ", ".join(f"{module} ({reason})" for module, reason in list(unused.items())[:SHOWN_MODULES])
+    shown += ", ..." if len(unused) > SHOWN_MODULES else ""
+    count = len(translation.modules) + len(unused)
+    if not translation.modules:
+        raise ValueError(
+            f"`loras` {source} cannot be loaded onto this model: none of its {count:,} modules fits {part}: "
+            f"{shown or 'the file is empty'}. Take a LoRA that was trained from this model."
         )
+    if unused:
+        logger.warning(f"`loras` {source}: {len(unused):,} of {count:,} modules are left out of {part}: {shown}")
+    if translation.pairs:
+        _load_pairs(model, source, adapter, part, translation.pairs)
+    return translation
+
+
+def _load_pairs(model: LoadedModel, source: str, adapter: str, part: str, pairs: Mapping[str, Pair]) -> None:
+    """Load pairs of matrices with Diffusers, in its own layout, and set their scales."""
+    state = {}
+    for module, pair in pairs.items():
+        state[f"transformer.{module}.lora_A.weight"] = pair.down.contiguous()
+        state[f"transformer.{module}.lora_B.weight"] = pair.up.contiguous()
+    into = {"load_into_transformer_2": True} if part == "transformer_2" else {}
+    try:
+        with warnings.catch_warnings():
+            for message in EXPECTED_WARNINGS:
+                warnings.filterwarnings("ignore", message=message)
+            model.pipe.load_lora_weights(state, adapter_name=adapter, **into)
+    except Exception as error:  # whatever Diffusers and PEFT raise
+        raise ValueError(f"`loras` {source} cannot be loaded onto this model: {first_line(error)}") from error
+    for module, pair in pairs.items():
+        layer: Any = model.transformers[part].get_submodule(module)
+        layer.lora_alpha[adapter] = pair.scale * layer.r[adapter]
+
+
+def _activate(model: LoadedModel, adapters: Mapping[str, Sequence[_Part]]) -> None:
+    """Make the adapters active together, each with its strength in each transformer."""
+    for transformer in model.transformers.values():
+        strengths = {
+            adapter: part.strength
+            for adapter, parts in adapters.items()
+            for part in parts
+            if part.transformer is transformer and part.translation.pairs
+        }
+        if strengths:
+            transformer.set_adapters(list(strengths), list(strengths.values()))
 
 
 def merge_loras(model: LoadedModel) -> None:
