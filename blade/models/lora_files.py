@@ -70,10 +70,15 @@ def read_lora(source: str) -> LoraFile:
 
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is no mapping)
+            tensors = {key: _as_float(file.get_tensor(key)) for key in file.keys()}  # noqa: SIM118 (it is no mapping)
     except Exception as error:  # whatever safetensors raises for a damaged file
         raise ModelError(f"{what} cannot be read as safetensors: {first_line(error)}") from error
     return LoraFile(path, tensors, _read_config(metadata, others, what))
+
+
+def _as_float(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor that can be multiplied: in float32 where it has 8 bits or is of integers."""
+    return tensor if tensor.is_floating_point() and tensor.itemsize > 1 else tensor.float()
 
 
 def _of_module(config: Mapping[str, Any], pattern: str, module: str, default: Any) -> Any:

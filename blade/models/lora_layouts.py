@@ -19,10 +19,12 @@ PREFIXES = (
     "diffusion_model.",
     "transformer.",
     "pipe.dit.",
+    "lora_unet__",
     "lora_unet_",
     "lora_transformer_",
+    "lycoris_",
 )
-"""Beginnings of keys before the module's name: of PEFT, ComfyUI, Diffusers, DiffSynth, and of kohya's trainers."""
+"""Beginnings of keys before the module's name: of PEFT, ComfyUI, Diffusers, DiffSynth, kohya's trainers, LyCORIS."""
 
 ENDINGS = {
     "down": r"\.(lora_A|lora_down|lora\.down)(\.default)?\.weight",
@@ -87,6 +89,8 @@ def translate(file: LoraFile, transformer: Transformer, original_names: Sequence
     for module, parts in _by_module(file.tensors).items():
         bare, targets = names.find(module)
         try:
+            if result.modules & set(targets):
+                raise _UnusableError("the file has this module twice")
             change = _Change(parts, [_Target(transformer, name) for name in targets], file, bare)
         except _UnusableError as reason:
             result.unused[module] = str(reason)

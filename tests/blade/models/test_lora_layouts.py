@@ -215,6 +215,7 @@ PEFT = {"r": RANK, "lora_alpha": 6, "rank_pattern": {}, "alpha_pattern": {}}
 METADATA = {"lora_adapter_metadata": json.dumps({f"transformer.{key}": value for key, value in PEFT.items()})}
 SELF_ATTENTION = ("blocks.0.attn1.to_q", "blocks.0.attn1.to_out.0")
 Q = "transformer.blocks.0.attn1.to_q"
+Q2 = "lora_unet_blocks_0_self_attn_q.lora_up.weight"
 
 LOADED: dict[str, list[tuple[str, Write]]] = {
     "Diffusers: transformer.": [(pipeline, DIFFUSERS) for pipeline in ORIGINAL],
@@ -239,6 +240,12 @@ LOADED: dict[str, list[tuple[str, Write]]] = {
     "ComfyUI: diffusion_model.": [(pipeline, COMFY) for pipeline in ORIGINAL],
     "ComfyUI, lora_down and alpha": [(pipeline, pairs(comfy, alpha=3.0, **KOHYA)) for pipeline in ORIGINAL],
     "kohya, musubi: lora_unet_ with alpha": [(pipeline, pairs(flat, alpha=3.0, **KOHYA)) for pipeline in ORIGINAL],
+    "kohya, a second underscore": [
+        ("WanPipeline", pairs(lambda _, original: "lora_unet__" + original.replace(".", "_"), alpha=1.0, **KOHYA))
+    ],
+    "LyCORIS": [
+        ("WanPipeline", pairs(lambda _, original: "lycoris_" + original.replace(".", "_"), alpha=1.0, **KOHYA))
+    ],
     "kohya, Diffusers' names": [
         (pipeline, pairs(lambda name, _: "lora_unet_" + name.replace(".", "_"), alpha=1.0, **KOHYA))
         for pipeline in ORIGINAL
@@ -299,6 +306,19 @@ LOADED: dict[str, list[tuple[str, Write]]] = {
                 tensors(
                     {"lora_te1_layer.lora_down.weight": (2, 8), "lora_te1_layer.lora_up.weight": (8, 2)},
                     "1 of 11 modules are left out of transformer: lora_te1_layer (no such module)",
+                ),
+            ),
+        )
+    ],
+    "a module twice": [
+        (
+            "WanPipeline",
+            both(
+                pairs(comfy, only=SELF_ATTENTION),
+                tensors(
+                    {"lora_unet_blocks_0_self_attn_q.lora_down.weight": (2, 32), Q2: (32, 2)},
+                    "1 of 3 modules are left out of transformer: lora_unet_blocks_0_self_attn_q (the file has this "
+                    "module twice)",
                 ),
             ),
         )
@@ -558,3 +578,32 @@ def test_the_authors_names_are_those_that_diffusers_converts(pipeline, small_pip
     converted = getattr(single_file_utils, f"convert_{family}_transformer_{ending}")(original)
     assert set(converted) == set(weights)
     assert all(torch.equal(converted[name], weights[name]) for name in weights)
+
+
+def test_a_lora_of_text_to_video_fits_a_model_that_sees_images(small_pipelines, make_wan, tmp_path) -> None:
+    """For which Diffusers adds pairs of zeros."""
+    model = LoadedModel(small_pipelines["WanImageToVideoPipeline"]())
+    model.pipe.transformer = make_wan(image_dim=8, added_kv_proj_dim=32)
+    written = pairs(comfy, alpha=3.0, **KOHYA)(model.transformer, WAN)
+    path, before = written.save(tmp_path), weights_of(model.transformer)
+    assert load_loras(model, [str(path)]) == {str(path): {"transformer": len(WAN)}}
+    merge_loras(model)
+    for name, weight in weights_of(model.transformer).items():
+        torch.testing.assert_close(weight, before[name] + written.changes.get(name, torch.zeros(())))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn], ids=str)
+def test_files_of_few_bits_are_loaded_into_a_model_of_few_bits(dtype, small_pipelines, tmp_path) -> None:
+    model = LoadedModel(small_pipelines["WanPipeline"]())
+    model.transformer.to(torch.bfloat16)
+    write = both(pairs(comfy, only=["blocks.0.attn1.to_q"]), *(write for _, write in LOADED["diff_b alone"]))
+    written = write(model.transformer, WAN)
+    written.tensors = {key: tensor.to(dtype) for key, tensor in written.tensors.items()}
+    path, before = written.save(tmp_path), weights_of(model.transformer)
+    load_loras(model, [str(path)])
+    merge_loras(model)
+    for name, weight in weights_of(model.transformer).items():
+        change = written.changes.get(name, torch.zeros(1))
+        expected = before[name].float() + change
+        error = (weight.float() - expected).abs().max()
+        assert weight.dtype == torch.bfloat16 and error <= 0.1 * change.abs().max() + 0.01 * expected.abs().max()
