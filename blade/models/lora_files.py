@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -13,8 +12,9 @@ from typing import Any
 
 import torch
 
-from blade.common.checks import meant
+from blade.common.checks import is_number, meant, shortened
 from blade.common.errors import first_line
+from blade.common.reading import parse_json
 from blade.models.source import MOST_BESIDE, ModelError, repository_info
 from blade.models.untrusted import find_local_lora, read_json
 
@@ -91,15 +91,19 @@ def _of_module(config: Mapping[str, Any], pattern: str, module: str, default: An
 
 def _read_config(metadata: Mapping[str, str], path: Path | None, what: str) -> dict[str, Any]:
     """Return PEFT's configuration, from the header of the file or from the file beside it."""
-    try:
-        config = json.loads(metadata.get(ADAPTER_METADATA, "{}"))
-    except ValueError as error:
-        raise ModelError(f"{what} has {ADAPTER_METADATA} that is no JSON: {first_line(error)}.") from error
-    if not isinstance(config, dict):
-        raise ModelError(f"{what} has {ADAPTER_METADATA} that is no JSON object, but a {type(config).__name__}.")
-    if config:
-        return {key.removeprefix("transformer."): value for key, value in config.items()}
-    return read_json(path, what) if path is not None else {}
+    header = parse_json(metadata.get(ADAPTER_METADATA, "{}"), f"{what}: {ADAPTER_METADATA}")
+    if not isinstance(header, dict):
+        raise ModelError(f"{what} has {ADAPTER_METADATA} that is no JSON object, but a {type(header).__name__}.")
+    config: dict[str, Any] = {key.removeprefix("transformer."): value for key, value in header.items()}
+    if not config and path is not None:
+        config = read_json(path, what)
+    patterns = config.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict):
+        raise ModelError(f"{what} must have an `alpha_pattern` by module, got {shortened(patterns)}.")
+    for value in (config.get("lora_alpha"), *patterns.values()):
+        if value is not None and not is_number(value):
+            raise ModelError(f"{what} must have numbers for `lora_alpha`, got {shortened(value)}.")
+    return config
 
 
 def _find(source: str, what: str) -> tuple[Path, Path | None]:

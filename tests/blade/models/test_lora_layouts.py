@@ -607,3 +607,19 @@ def test_files_of_few_bits_are_loaded_into_a_model_of_few_bits(dtype, small_pipe
         expected = before[name].float() + change
         error = (weight.float() - expected).abs().max()
         assert weight.dtype == torch.bfloat16 and error <= 0.1 * change.abs().max() + 0.01 * expected.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ("[1]", "no JSON object, but a list"),
+        ("{", "cannot be read as JSON"),
+        ('{"lora_alpha": "much"}', "must have numbers for `lora_alpha`, got 'much'"),
+        ('{"transformer.alpha_pattern": [1]}', "must have an `alpha_pattern` by module"),
+        ('{"alpha_pattern": {"to_q": {}}}', "must have numbers for `lora_alpha`"),
+    ],
+)
+def test_a_header_of_other_values_is_refused(header, message, tmp_path) -> None:
+    save_file({"a.diff": torch.zeros(1)}, tmp_path / "a.safetensors", {"lora_adapter_metadata": header})
+    with pytest.raises(ValueError, match=message):
+        read_lora(str(tmp_path / "a.safetensors"))
