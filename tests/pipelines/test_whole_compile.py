@@ -171,7 +171,7 @@ def test_pipelines_make_the_same_video(small_pipelines, name, config):
     pipe.transformer.compile(backend=backend, fullgraph=True)
     for video in expected:
         torch.testing.assert_close(latents(), video, rtol=1e-4, atol=1e-4)
-    assert backend.frame_count <= 2
+    assert 0 < backend.frame_count <= 2
     assert [layer[:2] for layer in calls(pipe)] == [layer[:2] for layer in expected_calls]
 
 
@@ -222,12 +222,10 @@ def test_hunyuan_video_15_does_not_compile_in_diffusers_either(family):
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("c++") is None, reason="Inductor needs a C++ compiler")
-@pytest.mark.parametrize("config", [PRESET, PATTERNS], ids=["preset", "patterns"])
-def test_inductor_compiles_wan(make_wan, wan_inputs, config):
-    transformer = apply_blade(make_wan(), config)
-    expected = [run(transformer, wan_inputs(grid)) for grid in SIZES]
+def test_inductor_compiles_wan(make_wan, wan_inputs):
+    transformer = apply_blade(make_wan(layers=2), PRESET)
+    expected = run(transformer, wan_inputs())
     backend = CompileCounterWithBackend("inductor")
-    compiled = torch.compile(apply_blade(transformer, config), backend=backend, fullgraph=True)
-    for grid, outputs in zip(SIZES, expected):
-        torch.testing.assert_close(run(compiled, wan_inputs(grid)), outputs, rtol=1e-4, atol=1e-4)
-    assert backend.frame_count <= 4
+    compiled = torch.compile(apply_blade(transformer, PRESET), backend=backend, fullgraph=True)
+    torch.testing.assert_close(run(compiled, wan_inputs()), expected, rtol=1e-4, atol=1e-4)
+    assert backend.frame_count == 2
