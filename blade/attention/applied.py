@@ -125,8 +125,8 @@ class AppliedBlade(ModelHook):  # type: ignore[misc]  # Diffusers has no types
                 attention.set_processor(self.family.make_processor(layer, attention.processor))
             self._handles = (
                 *self.family.hook_positions(transformer, lambda: self.permutation),
-                transformer.register_forward_pre_hook(uncompiled(self._before_forward), with_kwargs=True),
-                transformer.register_forward_hook(uncompiled(self._after_forward), always_call=True),
+                transformer.register_forward_pre_hook(self._before_forward, with_kwargs=True),
+                transformer.register_forward_hook(self._after_forward, always_call=True),
             )
             with _beneath_offloading(transformer):
                 HookRegistry.check_if_exists_or_initialize(transformer).register_hook(self, HOOK_NAME)
@@ -168,9 +168,11 @@ class AppliedBlade(ModelHook):  # type: ignore[misc]  # Diffusers has no types
             self._end_pass()
         return output if inverse is None else self.family.restore_output(module, output, inverse)
 
+    @uncompiled
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: Inputs) -> None:
         self._begin_pass(module, self._named(args, kwargs))
 
+    @uncompiled
     def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
         """End the pass, after an error too; not that of another thread, which was the error."""
         if self._turn.leave():
