@@ -51,8 +51,8 @@ class RunOptions(OptionGroup):
     NAME=DIR (a folder or Hub id with a BLADE configuration), each with ,KEY=VALUE,... or without, or
     NAME=KEY=VALUE,...; repeatable. Keys: steps, guidance, attention (dense, preset, asa, asa-gt, asa-dropped, or a
     selector), preset (training-free, few-step, student), selector (a name such as random; a wrong one lists them all),
-    config (a DIR), student (a DIR), noise_kept, sparsity, precision (full, int8, fp8), dense_steps, dense_layers (such
-    as 0-1+5, or none). By default dense and preset."""
+    config (a DIR), student (a DIR), noise_kept, lora (as blade-generate takes it), sparsity, precision (full, int8,
+    fp8), dense_steps, dense_layers (such as 0-1+5, or none). By default dense and preset."""
     steps: int | None = option()
     """Denoising steps of runs that name none; by default the model's."""
     guidance_scale: float | None = option(old_flags=("guidance",))

@@ -19,6 +19,7 @@ from blade.generation.request import GenerationRequest, ResolvedRequest, refused
 from blade.generation.resolve import resolve_request
 from blade.metrics.measures import Measure
 from blade.metrics.registry import choose_measures
+from blade.models.choices import SEPARATOR, parse_lora
 from blade.models.devices import resolve_device, resolve_dtype
 from blade.models.loaded import LoadedModel
 from blade.models.loading import load_empty_model
@@ -129,6 +130,8 @@ class EvaluationPlan:
     """Fingerprint of the model's weights; see `blade.generation.fingerprint.model_fingerprint`."""
     student_fingerprints: dict[str, str | None]
     """Fingerprints of the students' weights, by run."""
+    lora_fingerprints: dict[str, str]
+    """Fingerprints of the LoRAs' weights, with their strengths, by run."""
 
     @property
     def reference_run(self) -> RunSettings:
@@ -182,6 +185,7 @@ def plan_evaluation(evaluation: Evaluation) -> EvaluationPlan:
         requests=requests,
         fingerprint=next(iter(requests.values())).revision or model_fingerprint(evaluation.model),
         student_fingerprints={run.name: model_fingerprint(run.student) for run in runs if run.student is not None},
+        lora_fingerprints={run.name: _lora_fingerprint(run.lora) for run in runs if run.lora is not None},
     )
 
 
@@ -196,6 +200,13 @@ def _resolve(evaluation: Evaluation, run: RunSettings, model: LoadedModel) -> Re
         return resolved
     noise_kept = student_settings(run.student).noise_kept if run.noise_kept is None else run.noise_kept
     return replace(resolved, student=run.student, noise_kept=noise_kept)
+
+
+def _lora_fingerprint(text: str) -> str:
+    """Return what tells a LoRA from others, wherever its files are: fingerprints, or Hub ids, and strengths."""
+    lora = parse_lora(text)
+    strengths = SEPARATOR.join(f"{strength:g}" for strength in lora.strengths)
+    return f"{SEPARATOR.join(model_fingerprint(source) or source for source in lora.sources)}={strengths}"
 
 
 def _others(names: list[str]) -> str:
@@ -232,6 +243,7 @@ def _request(evaluation: Evaluation, run: RunSettings, model: LoadedModel) -> Ge
         model=evaluation.model,
         attention="dense" if config is None else None,
         blade_config=config,
+        loras=() if run.lora is None else (run.lora,),
         vae_tiling=evaluation.vae_tiling,
         **values,
     )

@@ -103,7 +103,11 @@ def _draw(axes: Axes, runs: list[dict[str, Any]], group: str, measure: str, by_d
     for run in runs:
         if measure in run["groups"].get(group, {}):
             settings = () if not by_density else (run["steps"],)
-            kind = run["name"] if run["student"] or run["attention"] in STANDING_ALONE else run["attention"]
+            kind = (
+                run["name"]
+                if run["student"] or run.get("lora") or run["attention"] in STANDING_ALONE
+                else run["attention"]
+            )
             series[(kind, run["guidance"], *settings)].append(run)
     for index, ((attention, guidance, *steps), members) in enumerate(series.items()):
         guided = f"guidance {guidance:g}" if guidance > 1 else "no guidance"

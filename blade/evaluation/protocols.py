@@ -15,7 +15,7 @@ from blade.generation.prompts import read_prompts
 GENERATION = ("model", "height", "width", "frames", "dtype", "vae_tiling")
 """Fields of an evaluation for which a protocol has values."""
 
-SETTLED = ("steps", "guidance", "student")
+SETTLED = ("steps", "guidance", "student", "lora")
 """Fields of a run that a protocol settles for all runs, so that each sparse one has its dense reference."""
 
 

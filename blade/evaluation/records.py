@@ -56,6 +56,7 @@ def read_records(plan: EvaluationPlan) -> Records:
             **_settings(run.to_dict()),
             "fingerprint": plan.fingerprint,
             "student_fingerprint": plan.student_fingerprints.get(run.name),
+            "lora_fingerprint": plan.lora_fingerprints.get(run.name),
             **plan.size,
         }
         for run in plan.evaluation.runs
@@ -108,5 +109,5 @@ def _check_measured(measure: Measure, record: Record) -> None:
 
 
 def _settings(run: dict[str, Any]) -> dict[str, Any]:
-    """Return a run's settings without the paths of configuration and student, whose contents are compared instead."""
-    return {name: value for name, value in run.items() if name not in ("config", "student")}
+    """Return a run's settings without the paths of its files, whose contents are compared instead."""
+    return {name: value for name, value in run.items() if name not in ("config", "student", "lora")}

@@ -14,6 +14,7 @@ from blade.common.checks import MOST_STEPS, check_choice, check_integer, check_n
 from blade.common.names import is_portable
 from blade.families.kinds import PRESET_KINDS, PresetKind
 from blade.generation.request import read_config
+from blade.models.choices import parse_lora
 from blade.students.source import student_settings
 
 NAME_BYTES = 100
@@ -68,6 +69,8 @@ class RunSettings:
     """A folder or Hub id of a few-step student, whose steps, guidance and attention are the defaults."""
     noise_kept: float | None = None
     """Share of the noise that the student's steps keep; None takes the student's value."""
+    lora: str | None = None
+    """A LoRA: a source, or FIRST:SECOND for two transformers, with =STRENGTH or =STRENGTH:STRENGTH, or without."""
     selector: str | None = None
     """A name of `blade.attention.selectors.SELECTORS`, which scores key blocks; None takes the configuration's. By
     itself or with "asa", it becomes the kind of attention of that name."""
@@ -101,6 +104,8 @@ class RunSettings:
             check_number("guidance", self.guidance, "at least 0", lambda x: x >= 0)
         if self.noise_kept is not None and self.student is None:
             raise ValueError("`noise_kept` must not be given without `student`.")
+        if self.lora is not None:
+            parse_lora(self.lora)
         changes = self._changes()
         if self.is_dense and changes:
             raise ValueError(f'`{next(iter(changes))}` must not be given where `attention` is "dense".')
@@ -135,7 +140,9 @@ class RunSettings:
 
     def is_reference_of(self, other: RunSettings) -> bool:
         """Return whether this is `other` with dense attention."""
-        settings, other_settings = ((run.steps, run.guidance, run.student, run.noise_kept) for run in (self, other))
+        settings, other_settings = (
+            (run.steps, run.guidance, run.student, run.noise_kept, run.lora) for run in (self, other)
+        )
         return self.is_dense and settings == other_settings
 
     def blade_config(self, preset: Callable[[], BladeConfig]) -> BladeConfig | None:
@@ -187,6 +194,7 @@ READERS: dict[str, Callable[[str], Any]] = {
     "config": str,
     "student": str,
     "noise_kept": float,
+    "lora": str,
     "selector": str,
     "sparsity": float,
     "dense_steps": lambda value: parse_dense_steps(float(value)),

@@ -82,6 +82,7 @@ class FoundSparsity:
         run, evaluation = self.run, self.plan.evaluation
         command = ["blade-generate", *([] if evaluation.model == BUNDLED else ["--model", evaluation.model])]
         command += [] if run.student is None else ["--student", run.student]
+        command += [] if run.lora is None else ["--lora", run.lora]
         command += [] if run.steps is None else ["--steps", f"{run.steps}"]
         command += [] if run.guidance is None else ["--guidance-scale", f"{run.guidance:g}"]
         if run != RunSettings(
@@ -147,7 +148,7 @@ def plan_search(evaluation: Evaluation) -> EvaluationPlan:
     dense = RunSettings(
         name="dense",
         attention="dense",
-        **{name: getattr(run, name) for name in ("steps", "guidance", "student", "noise_kept")},
+        **{name: getattr(run, name) for name in ("steps", "guidance", "student", "noise_kept", "lora")},
     )
     plan = plan_evaluation(replace(evaluation, runs=(dense, run, *(_at(run, sparsity) for sparsity in GRID))))
     config = plan.requests[run.name].blade_config

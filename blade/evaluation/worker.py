@@ -38,17 +38,26 @@ from blade.generation.run import Generation, run_request
 from blade.media.video import encode_mp4
 from blade.metrics.measures import VideoSample, record_video
 from blade.metrics.registry import measures
-from blade.models.acceleration import merge_loras
 from blade.models.dense_kernel import watch_dense_kernel
 from blade.models.devices import resolve_dtype
 from blade.models.loading import load_model
+from blade.models.loras import load_loras, merge_loras
 from blade.moving_shapes.captions import Caption, parse_caption
 from blade.students.loading import load_student
 
 KEPT_FIELDS = ("model", "device", "dtype", "vae_tiling", "blade_config", "fps", "machine", "versions")
 """Fields of a generation's record that are copied into an evaluation's record."""
 
-OWN_FIELDS = ("run", "prompt", "seed", "fingerprint", "student_fingerprint", "dense_kernel", "date")
+OWN_FIELDS = (
+    "run",
+    "prompt",
+    "seed",
+    "fingerprint",
+    "student_fingerprint",
+    "lora_fingerprint",
+    "dense_kernel",
+    "date",
+)
 """Fields of an evaluation's record beside those that are copied, and the size of its videos."""
 
 COSTS = ("layer_density", "run_density", "seconds", "seconds_denoising")
@@ -109,7 +118,7 @@ class VideoWorker:
         self.reference_caches = defaultdict[Path, dict[Hashable, Any]](dict)
         self.device = torch.device(self._first_request.device)
         self.model: Any = None
-        self.loaded: tuple[str | None, float | None] | None = None
+        self.loaded: tuple[str | None, float | None, str | None] | None = None
         self.seconds_loading = 0.0
 
     def make_missing(
@@ -137,8 +146,8 @@ class VideoWorker:
         # dense runs first: the others are compared with them
         runs = sorted(runs, key=lambda run: not run.is_dense)
         missing = [(prompt, run) for prompt in prompts for run in runs if (run.name, *prompt.key) not in done]
-        # grouped by student, since loading one takes time
-        missing.sort(key=lambda pair: (pair[1].student or "", pair[1].noise_kept or 0.0))
+        # grouped by student and LoRA, since loading one takes time
+        missing.sort(key=lambda pair: (pair[1].lora or "", pair[1].student or "", pair[1].noise_kept or 0.0))
         failed: dict[str, Exception] = {}
         if not missing:
             return failed
@@ -171,7 +180,7 @@ class VideoWorker:
         return next(iter(self.plan.requests.values()))
 
     def _load(self, run: RunSettings) -> None:
-        """Load a run's model and merge its student into the weights, so that LoRA layers do not slow the run."""
+        """Load a run's model and merge its LoRA and student into the weights, so that they do not slow it."""
         began, first = time.perf_counter(), self._first_request
         self.model = None  # frees its memory before the next one is loaded
         gc.collect()
@@ -181,18 +190,19 @@ class VideoWorker:
             device=self.device,
             dtype=resolve_dtype(first.dtype, self.device),
         )
+        self.model.changes.update(load_loras(self.model, self.plan.requests[run.name].loras))
         if run.student is not None:
             student = load_student(self.model.pipe, run.student, noise_kept=run.noise_kept)
             self.model.changes[student.source] = student.reach
-            merge_loras(self.model)
+        merge_loras(self.model)
         first.prepare(self.model)
-        self.loaded = (run.student, run.noise_kept)
+        self.loaded = (run.student, run.noise_kept, run.lora)
         self.seconds_loading = time.perf_counter() - began
         self.model.pipe.set_progress_bar_config(disable=True)
 
     def make(self, prompt: EvaluationPrompt, run: RunSettings) -> Record:
         """Generate a video, measure it and write it."""
-        if (run.student, run.noise_kept) != self.loaded:
+        if (run.student, run.noise_kept, run.lora) != self.loaded:
             self._load(run)
         with watch_dense_kernel(self.model) if run.is_dense else nullcontext() as kernel:
             request, generation = self._generate(prompt, run)
@@ -214,6 +224,7 @@ class VideoWorker:
             "seed": prompt.seed,
             "fingerprint": self.plan.fingerprint,
             "student_fingerprint": self.plan.student_fingerprints.get(run.name),
+            "lora_fingerprint": self.plan.lora_fingerprints.get(run.name),
             **self.plan.size,
             **{name: getattr(generation, name) for name in COSTS},
             **{name: generation_record[name] for name in KEPT_FIELDS},

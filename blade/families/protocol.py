@@ -78,6 +78,11 @@ class ModelFamily(Protocol):
     """Names of the published tiny decoders (TAEHV) that take latents as the pipelines return them, with
     `output_type="latent"`, by the number of latent channels; none where no published one does."""
 
+    original_names: Sequence[tuple[str, str]]
+    """Regular expressions and what replaces them, in order, by which a module's name in Diffusers becomes its name in
+    the authors' own code, as trainers write it into LoRA files. Modules that get the same name are rows of a fused
+    one, in the order of the first expressions that match them."""
+
     @property
     def data(self) -> FamilyData:
         """Presets, released students and sizes for benchmarks."""

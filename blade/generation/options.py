@@ -35,7 +35,7 @@ from blade.models.choices import (
     Offload,
     Quantization,
     parse_cache,
-    split_lora,
+    parse_lora,
 )
 from blade.models.source import BUNDLED
 
@@ -79,7 +79,8 @@ class ModelOptions(OptionGroup):
     revision: str | None = option()
     """Branch, tag or commit of a Hub id; by default its main branch."""
     loras: tuple[str, ...] = option((), flag="lora", settled_by_student=True, of_model=True)
-    """A LoRA: folder, file or Hub id, with =STRENGTH or without; repeatable."""
+    """A LoRA: folder, file or Hub id, with =STRENGTH or without; repeatable. For a model of two transformers
+    FIRST:SECOND=STRENGTH, or =STRENGTH:STRENGTH."""
 
     def check(self) -> None:
         """Check that there is a model, and that the strengths of the LoRAs are numbers."""
@@ -88,7 +89,7 @@ class ModelOptions(OptionGroup):
         check_type("loras", self.loras, tuple[str, ...])
         object.__setattr__(self, "loras", tuple(self.loras))
         for lora in self.loras:
-            split_lora(lora)
+            parse_lora(lora)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,12 +7,13 @@ from dataclasses import replace
 from blade.generation.plan import plan_run
 from blade.generation.request import GenerationRequest, ResolvedRequest, check_known, read_config
 from blade.generation.resolve import resolve_request
-from blade.models.acceleration import check_quantizable, choose_offload, load_loras, merge_loras, place
+from blade.models.acceleration import check_quantizable, choose_offload, place
 from blade.models.conditions import model_for
 from blade.models.decoder_weights import decoder_dtype, load_tiny_decoder
 from blade.models.devices import resolve_device, resolve_dtype
 from blade.models.loaded import LoadedModel
 from blade.models.loading import load_empty_model, load_model
+from blade.models.loras import load_loras, merge_loras
 from blade.students.loading import load_student
 
 

@@ -11,9 +11,10 @@ from blade.common.terminal import logger
 from blade.families.registry import available_kind
 from blade.generation.inputs import input_state
 from blade.generation.request import SPARSE_OPTIONS, GenerationRequest, ResolvedRequest
-from blade.models.choices import split_lora
+from blade.models.choices import SEPARATOR, parse_lora
 from blade.models.conditions import measure_video, read_image, size_like
 from blade.models.loaded import LoadedModel
+from blade.models.loras import check_sources
 from blade.models.source import BUNDLED, hub_commit
 from blade.moving_shapes.bundled import BUNDLED_DEFAULTS
 from blade.students.description import Student
@@ -60,6 +61,7 @@ def resolve_request(
     if student is not None:
         student.check_steps(settings["steps"])
     model.check_size(settings["height"], settings["width"], settings["frames"])
+    check_sources(model, request.loras)
     if request.video is not None:
         _tell_frames(request.video, settings["frames"], settings["fps"])
     values = {item.name: getattr(request, item.name) for item in fields(GenerationRequest)}
@@ -169,5 +171,6 @@ def _absolute(source: str | None) -> str | None:
 
 
 def _absolute_lora(text: str) -> str:
-    source, _ = split_lora(text)
-    return f"{_absolute(source)}{text.removeprefix(source)}"
+    """Return a LoRA with the whole paths of its files."""
+    lora = parse_lora(text)
+    return SEPARATOR.join(f"{_absolute(source)}" for source in lora.sources) + text.removeprefix(lora.name)

@@ -1,10 +1,7 @@
-"""Optional accelerations: LoRA merging, quantization, caching, compilation, offloading."""
+"""Optional accelerations: quantization, caching, compilation, offloading."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
@@ -12,22 +9,11 @@ import torch
 from torch import nn
 
 from blade.common.errors import first_line
-from blade.common.rollback import unchanged_on_error
-from blade.common.terminal import logger
-from blade.models.adapters import Reach, adapter_layers, check_reach, unused_keys
-from blade.models.choices import OFFLOADS, Offload, parse_cache, split_lora
+from blade.models.choices import OFFLOADS, Offload, parse_cache
 from blade.models.loaded import LoadedModel
-from blade.models.untrusted import find_lora
 
 HEADROOM = 0.92
 """Share of a device's memory that weights and activations may fill."""
-
-BOTH_LORAS = (
-    "In Python, give each transformer its own file: `pipe.load_lora_weights(FILE, adapter_name=NAME)`, then "
-    "`pipe.load_lora_weights(FILE_2, adapter_name=NAME, load_into_transformer_2=True)`, and `pipe.set_adapters(NAME)`."
-)
-"""Advice for a LoRA that is for one of two transformers."""
-
 
 TORCHAO_CONFIGS = {
     "int8": ("torchao.quantization", "Int8WeightOnlyConfig"),
@@ -40,89 +26,6 @@ TORCHAO_CONFIGS = {
 
 LEAST_CAPABILITIES = {"int8-dynamic": (8, 0), "fp8-dynamic": (8, 9), "nvfp4": (10, 0)}
 """Compute capability from which on a GPU multiplies in the type of a quantization."""
-
-LOADERS = tuple(map(logging.getLogger, ("diffusers.loaders.peft", "diffusers.utils.peft_utils")))
-"""Loggers of what Diffusers says about a LoRA's keys, in different versions."""
-
-SHOWN_KEYS = 4
-"""Most keys of a LoRA that a message names."""
-
-
-def load_loras(model: LoadedModel, loras: Sequence[str]) -> dict[str, Reach]:
-    """Load LoRAs onto a pipeline, all active together, or none if one of them fails.
-
-    Keys of their files that match no module are told in a warning.
-
-    Args:
-        model: the model.
-        loras: folders, files or Hub ids, each with "=STRENGTH" or without.
-
-    Returns:
-        By source, the number of modules that it changes in each transformer.
-
-    Raises:
-        ValueError: if one cannot be loaded onto this model, is pickled, or is for one of two transformers only.
-    """
-    names, weights, reached = [], [], dict[str, Reach]()
-    with unchanged_on_error(model.pipe):
-        for number, text in enumerate(loras):
-            source, weight = split_lora(text)
-            name, place = f"lora_{number}", find_lora(source, f"`loras` {source}")
-            try:
-                with _without_unexpected_keys():  # which `_tell_unused` tells shorter, those of other parts too
-                    model.pipe.load_lora_weights(**place, adapter_name=name)
-            except Exception as error:  # whatever Diffusers, PEFT, safetensors and the Hub's client raise
-                raise ValueError(f"`loras` {source} cannot be loaded onto this model: {first_line(error)}") from error
-            _tell_unused(model, source, place, name)
-            reach = {part: len(adapter_layers(one, name)) for part, one in model.transformers.items()}
-            check_reach(f"`loras` {source}", reach, BOTH_LORAS)
-            reached[source] = reach
-            names.append(name)
-            weights.append(weight)
-        if names:
-            model.pipe.set_adapters(names, weights)
-    return reached
-
-
-@contextmanager
-def _without_unexpected_keys() -> Iterator[None]:
-    """Keep Diffusers from listing every key of a LoRA that matches nothing."""
-
-    def is_other(record: logging.LogRecord) -> bool:
-        return "unexpected keys" not in record.getMessage()
-
-    for log in LOADERS:
-        log.addFilter(is_other)
-    try:
-        yield
-    finally:
-        for log in LOADERS:
-            log.removeFilter(is_other)
-
-
-def _tell_unused(model: LoadedModel, source: str, place: Mapping[str, Any], adapter: str) -> None:
-    """Warn of the keys of a LoRA's file that have no use."""
-    state = model.pipe.lora_state_dict(**place)
-    keys = state[0] if isinstance(state, tuple) else state
-    unused = unused_keys(keys, model.transformers, adapter)
-    if 0 < len(unused) < len(keys):  # where all of them are unknown, they are named in another way
-        shown = ", ".join(unused[:SHOWN_KEYS]) + (", ..." if len(unused) > SHOWN_KEYS else "")
-        logger.warning(
-            f"`loras` {source}: {len(unused):,} of {len(keys):,} keys match no module of "
-            f"{' or '.join(model.transformers)} and are left out: {shown}"
-        )
-
-
-def merge_loras(model: LoadedModel) -> None:
-    """Add all LoRAs, a student's too, to the transformers' weights, where they cost no time; none can be taken off.
-
-    Args:
-        model: the model, its LoRAs loaded.
-    """
-    names = [name for name, transformer in model.transformers.items() if getattr(transformer, "peft_config", None)]
-    if names:  # by the pipeline, which notes what it has merged
-        model.pipe.fuse_lora(components=names)
-        model.pipe.unload_lora_weights()
 
 
 def quantize(model: LoadedModel, kind: str) -> None:

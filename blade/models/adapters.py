@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,11 +11,6 @@ from blade.families.transformers import Transformer
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
 
-PARAMETER = re.compile(
-    r"\.(lora_(A|B|embedding_A|embedding_B|magnitude_vector)|lora\.(down|up)|alpha|diff|diff_b)\b.*$"
-)
-"""Ending of a LoRA's key, behind the module's name."""
-
 Reach = Mapping[str, int]
 """Number of modules that a LoRA or student changes, by transformer."""
 
@@ -24,24 +18,6 @@ Reach = Mapping[str, int]
 def adapter_layers(transformer: Transformer, adapter: str) -> list[LoraLayer]:
     """Return the modules of a transformer that an adapter changes."""
     return [layer for layer in _lora_layers(transformer) if adapter in layer.scaling]
-
-
-def unused_keys(state: Mapping[str, Any], transformers: Mapping[str, Transformer], adapter: str) -> list[str]:
-    """Return the keys of a LoRA's file that match no module which the loaded adapter changes, in their order.
-
-    Args:
-        state: the LoRA, its keys as Diffusers has them.
-        transformers: by the names that the keys may begin with.
-        adapter: the adapter's name.
-    """
-    changed = {
-        f"{prefix}{name}"
-        for part, transformer in transformers.items()
-        for name, layer in transformer.named_modules()
-        if adapter in getattr(layer, "scaling", ())
-        for prefix in (f"{part}.", "transformer.", "")
-    }
-    return [key for key in state if PARAMETER.sub("", key) not in changed]
 
 
 def check_reach(what: str, reach: Reach, mend: str) -> None:

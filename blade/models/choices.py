@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+import re
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 from blade.common.checks import MOST_STEPS, meant, shortened
@@ -31,24 +33,80 @@ CACHES = {"first-block": 0.05, "pyramid": 2}
 first are skipped, and the steps from one computation of attention to the next."""
 
 
-def split_lora(text: str) -> tuple[str, float]:
+SEPARATOR = ":"
+"""Stands between the LoRAs of two transformers, and between their strengths."""
+
+DRIVE = re.compile(r"(^|:)[A-Za-z]:[\\/]$")
+"""Beginning of a Windows path, such as C:\\ or C:/, up to the slash."""
+
+
+@dataclass(frozen=True)
+class LoraChoice:
+    """A LoRA as `--lora` names it: `FILE`, `FILE=0.8`, `FIRST:SECOND=0.8` or `FIRST:SECOND=0.8:0.6`."""
+
+    sources: tuple[str, ...]
+    """A folder, file or Hub id; two of them for a model of two transformers, a source each."""
+    strengths: tuple[float, ...]
+    """A strength for each source."""
+
+    @property
+    def name(self) -> str:
+        """The sources as they are written on the command line."""
+        return SEPARATOR.join(self.sources)
+
+
+def parse_lora(text: str) -> LoraChoice:
     """Read a LoRA and its strength, such as "style.safetensors=0.8"; without a strength: 1.
 
-    A name with "=" that is a file or folder here is one, as it is.
+    A name with "=" or ":" that is a file or folder here is one, as it is; so is a Windows drive letter.
+
+    Args:
+        text: a source, or two with ":" between them, then "=STRENGTH", "=STRENGTH:STRENGTH" or nothing.
 
     Raises:
-        ValueError: if the strength is no finite number.
+        ValueError: if a strength is no finite number, a source is empty, or there are more than two.
     """
-    source, separator, weight = text.rpartition("=")
-    if not separator or os.path.exists(os.path.expanduser(text)):
-        return text, 1.0
+    sources = _split_sources(text)
+    if sources is not None and all(map(_exists, sources)):
+        return LoraChoice(sources, (1.0,) * len(sources))
+    named, equals, ending = text.rpartition("=")
+    sources = _split_sources(named if equals else text)
+    if sources is None:
+        raise ValueError(
+            f"`loras` must name one source, or FIRST:SECOND, one for each of two transformers, got {shortened(text)}."
+        )
+    strengths = _read_strengths(ending, text) if equals else (1.0,)
+    if len(strengths) > len(sources):
+        raise ValueError(f"`loras` must name a source for each strength, FIRST:SECOND=0.8:0.6, got {shortened(text)}.")
+    return LoraChoice(sources, strengths if len(strengths) == len(sources) else strengths * len(sources))
+
+
+def _split_sources(text: str) -> tuple[str, ...] | None:
+    """Return the one or two sources in a text, None if it has an empty one, or cannot be cut in one way."""
+    if _exists(text):
+        return (text,)
+    marks = [match.start() for match in re.finditer(SEPARATOR, text) if not DRIVE.search(text[: match.end() + 1])]
+    pairs = [(text[:mark], text[mark + 1 :]) for mark in marks if not text.startswith("//", mark + 1)]
+    if len(pairs) > 1:
+        pairs = [pair for pair in pairs if all(map(_exists, pair))]
+        if len(pairs) != 1:
+            return None
+    sources = pairs[0] if pairs else (text,)
+    return sources if all(sources) else None
+
+
+def _exists(source: str) -> bool:
+    return os.path.exists(os.path.expanduser(source))
+
+
+def _read_strengths(text: str, whole: str) -> tuple[float, ...]:
     try:
-        number = float(weight)
+        strengths = tuple(map(float, text.split(SEPARATOR)))
     except ValueError:
-        number = math.nan
-    if not math.isfinite(number):
-        raise ValueError(f"`loras` must be sources, each with =STRENGTH or not, got {shortened(text)}.")
-    return source, number
+        strengths = ()
+    if not 1 <= len(strengths) <= 2 or not all(map(math.isfinite, strengths)):
+        raise ValueError(f"`loras` must be sources, each with =STRENGTH or not, got {shortened(whole)}.")
+    return strengths
 
 
 def parse_cache(text: str) -> tuple[str, float]:

@@ -206,28 +206,30 @@ def check_files(folder: Path, part: str, what: str) -> None:
         raise ModelError(f"{what} has its weights in {name}, a pickle, which can run code; convert it to safetensors.")
 
 
-def find_lora(source: str, what: str) -> dict[str, Any]:
-    """Return what to hand to Diffusers' `load_lora_weights` for a LoRA by others, which is checked.
+def find_local_lora(source: str, what: str) -> Path | None:
+    """Return the file or folder here of a LoRA by others, which is checked.
 
     Args:
         source: a safetensors file, a folder with one at its top, or a Hub id.
         what: see `find_component_class`.
 
+    Returns:
+        The file or folder; None for what is neither, such as a Hub id.
+
     Raises:
         ModelError: if it is pickled, or a link that leads out of its folder.
     """
     path = Path(source).expanduser()
-    options: dict[str, Any] = {"pretrained_model_name_or_path_or_dict": source, "use_safetensors": True}
     if path.is_dir():
         files = sorted(item for item in path.iterdir() if item.suffix.lower() in (".safetensors", *PICKLES))
         for file in [item for item in files if item.suffix == ".safetensors"] or files:
             check_files(path, file.name, what)
-        return options | {"pretrained_model_name_or_path_or_dict": str(path)}
+        return path
     if path.is_file():
         if path.suffix != ".safetensors":
             raise ModelError(f"{what} must be a safetensors file, which cannot run code; convert it.")
-        return options | {"pretrained_model_name_or_path_or_dict": str(path.parent), "weight_name": path.name}
-    return options
+        return path
+    return None
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:

@@ -36,6 +36,49 @@ TINY_DECODERS: dict[int, tuple[str, ...]] = {16: ("taehv",)}
 TINY_DECODERS_15: dict[int, tuple[str, ...]] = {32: ("taehv1_5", "taehv1_5_super")}
 """Of HunyuanVideo-1.5; the same source."""
 
+_DOUBLE, _SINGLE = r"^transformer_blocks\.(\d+)\.", r"^single_transformer_blocks\.(\d+)\."
+_REFINER = r"^context_embedder\.token_refiner\.refiner_blocks\.(\d+)\."
+_ORIGINAL_REFINER = r"txt_in.individual_token_refiner.blocks.\1."
+ORIGINAL_NAMES = (
+    *((rf"{_DOUBLE}attn\.to_{part}$", r"double_blocks.\1.img_attn_qkv") for part in "qkv"),
+    *((rf"{_DOUBLE}attn\.add_{part}_proj$", r"double_blocks.\1.txt_attn_qkv") for part in "qkv"),
+    *((rf"{_SINGLE}attn\.to_{part}$", r"single_blocks.\1.linear1") for part in "qkv"),
+    (rf"{_SINGLE}proj_mlp$", r"single_blocks.\1.linear1"),
+    *((rf"{_REFINER}attn\.to_{part}$", rf"{_ORIGINAL_REFINER}self_attn_qkv") for part in "qkv"),
+    (rf"{_DOUBLE}attn\.to_out\.0$", r"double_blocks.\1.img_attn_proj"),
+    (rf"{_DOUBLE}attn\.to_add_out$", r"double_blocks.\1.txt_attn_proj"),
+    (rf"{_DOUBLE}attn\.norm_(q|k)$", r"double_blocks.\1.img_attn_\2_norm"),
+    (rf"{_DOUBLE}attn\.norm_added_(q|k)$", r"double_blocks.\1.txt_attn_\2_norm"),
+    (rf"{_DOUBLE}norm1\.linear$", r"double_blocks.\1.img_mod.linear"),
+    (rf"{_DOUBLE}norm1_context\.linear$", r"double_blocks.\1.txt_mod.linear"),
+    (rf"{_DOUBLE}ff\.net\.0\.proj$", r"double_blocks.\1.img_mlp.fc1"),
+    (rf"{_DOUBLE}ff\.net\.2$", r"double_blocks.\1.img_mlp.fc2"),
+    (rf"{_DOUBLE}ff_context\.net\.0\.proj$", r"double_blocks.\1.txt_mlp.fc1"),
+    (rf"{_DOUBLE}ff_context\.net\.2$", r"double_blocks.\1.txt_mlp.fc2"),
+    (rf"{_SINGLE}proj_out$", r"single_blocks.\1.linear2"),
+    (rf"{_SINGLE}norm\.linear$", r"single_blocks.\1.modulation.linear"),
+    (rf"{_SINGLE}attn\.norm_(q|k)$", r"single_blocks.\1.\2_norm"),
+    (rf"{_REFINER}attn\.to_out\.0$", rf"{_ORIGINAL_REFINER}self_attn_proj"),
+    (rf"{_REFINER}ff\.net\.0\.proj$", rf"{_ORIGINAL_REFINER}mlp.fc1"),
+    (rf"{_REFINER}ff\.net\.2$", rf"{_ORIGINAL_REFINER}mlp.fc2"),
+    (rf"{_REFINER}norm_out\.linear$", rf"{_ORIGINAL_REFINER}adaLN_modulation.1"),
+    (rf"{_REFINER}", _ORIGINAL_REFINER),
+    (r"^context_embedder\.proj_in$", "txt_in.input_embedder"),
+    (r"^context_embedder\.time_text_embed\.timestep_embedder\.linear_1$", "txt_in.t_embedder.mlp.0"),
+    (r"^context_embedder\.time_text_embed\.timestep_embedder\.linear_2$", "txt_in.t_embedder.mlp.2"),
+    (r"^context_embedder\.time_text_embed\.text_embedder\.", "txt_in.c_embedder."),
+    (r"^x_embedder\.", "img_in."),
+    (r"^time_text_embed\.timestep_embedder\.linear_1$", "time_in.mlp.0"),
+    (r"^time_text_embed\.timestep_embedder\.linear_2$", "time_in.mlp.2"),
+    (r"^time_text_embed\.guidance_embedder\.linear_1$", "guidance_in.mlp.0"),
+    (r"^time_text_embed\.guidance_embedder\.linear_2$", "guidance_in.mlp.2"),
+    (r"^time_text_embed\.text_embedder\.linear_1$", "vector_in.in_layer"),
+    (r"^time_text_embed\.text_embedder\.linear_2$", "vector_in.out_layer"),
+    (r"^proj_out$", "final_layer.linear"),
+)
+"""Names in HunyuanVideo's own code, but of the last layer's modulation, whose halves are swapped in Diffusers.
+Source: `scripts/convert_hunyuan_video_to_diffusers.py` of Diffusers."""
+
 
 class HunyuanVideoSparseProcessor(SparseProcessor):
     """Attention of a dual- or single-stream HunyuanVideo block with BLADE."""
@@ -101,6 +144,7 @@ class HunyuanVideoFamily(DiffusersFamily):
     attention_name = "attn"
     time_embedding_name = "time_text_embed.timestep_embedder"
     tiny_decoders = TINY_DECODERS
+    original_names = ORIGINAL_NAMES
 
     def preset_name(self, transformer: DiffusersModule) -> str:
         """Return the family's only preset."""
@@ -186,6 +230,7 @@ class HunyuanVideo15Family(HunyuanVideoFamily):
     processors = (HunyuanVideo15AttnProcessor2_0,)
     time_embedding_name = "time_embed.timestep_embedder"
     tiny_decoders = TINY_DECODERS_15
+    original_names = ()
 
     def sampling_defaults(self, pipe: Any, height: int | None, width: int | None) -> SamplingDefaults:
         """Return the size that Diffusers' pipeline derives from the model, and its guider's guidance scale."""

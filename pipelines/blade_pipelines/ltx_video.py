@@ -27,6 +27,13 @@ Tables = tuple[torch.Tensor, torch.Tensor]
 NEGATIVE_PROMPT = "worst quality, inconsistent motion, blurry, jittery, distorted"
 """Negative prompt recommended by LTX-Video."""
 
+ORIGINAL_NAMES = (
+    (r"^proj_in$", "patchify_proj"),
+    (r"^time_embed\.", "adaln_single."),
+    (r"\.norm_(q|k)$", r".\1_norm"),
+)
+"""Names in LTX-Video's own code. Source: `scripts/convert_ltx_to_diffusers.py` of Diffusers."""
+
 
 class LTXVideoSparseProcessor(SparseProcessor):
     """Self-attention of an LTX-Video block with BLADE."""
@@ -69,6 +76,7 @@ class LTXVideoFamily(DiffusersFamily):
     sparse_processor = LTXVideoSparseProcessor
     attention_name = "attn1"
     time_embedding_name = "time_embed.emb.timestep_embedder"
+    original_names = ORIGINAL_NAMES
     condition_pipelines: ClassVar[Mapping[tuple[str, Condition], str]] = {
         ("LTXPipeline", "image"): "LTXImageToVideoPipeline"
     }

@@ -33,6 +33,31 @@ LARGE_VIDEO = 704 * 1280
 TINY_DECODERS: dict[int, tuple[str, ...]] = {16: ("taew2_1",), 48: ("taew2_2", "taew2_2_super")}
 """Of Wan 2.1 and 2.2 14B, and of Wan 2.2 5B. Source: the README of https://github.com/madebyollin/taehv."""
 
+ORIGINAL_NAMES = (
+    (r"^condition_embedder\.(text|time)_embedder\.linear_1$", r"\1_embedding.0"),
+    (r"^condition_embedder\.(text|time)_embedder\.linear_2$", r"\1_embedding.2"),
+    (r"^condition_embedder\.time_proj$", "time_projection.1"),
+    (r"^condition_embedder\.image_embedder\.norm1$", "img_emb.proj.0"),
+    (r"^condition_embedder\.image_embedder\.ff\.net\.0\.proj$", "img_emb.proj.1"),
+    (r"^condition_embedder\.image_embedder\.ff\.net\.2$", "img_emb.proj.3"),
+    (r"^condition_embedder\.image_embedder\.norm2$", "img_emb.proj.4"),
+    (r"^proj_out$", "head.head"),
+    (r"^scale_shift_table$", "head.modulation"),
+    (r"\.scale_shift_table$", ".modulation"),
+    (r"^(vace_blocks\.\d+)\.proj_in$", r"\1.before_proj"),
+    (r"^(vace_blocks\.\d+)\.proj_out$", r"\1.after_proj"),
+    (r"\.attn1\.", ".self_attn."),
+    (r"\.attn2\.", ".cross_attn."),
+    (r"\.to_out\.0$", ".o"),
+    (r"\.to_(q|k|v)$", r".\1"),
+    (r"\.add_(k|v)_proj$", r".\1_img"),
+    (r"\.norm_added_k$", ".norm_k_img"),
+    (r"\.ffn\.net\.0\.proj$", ".ffn.0"),
+    (r"\.ffn\.net\.2$", ".ffn.2"),
+    (r"\.norm2$", ".norm3"),
+)
+"""Names in Wan's own code. Source: `scripts/convert_wan_to_diffusers.py` of Diffusers."""
+
 
 class WanSparseProcessor(SparseProcessor):
     """Self-attention of a Wan block with BLADE."""
@@ -91,6 +116,7 @@ class WanFamily(DiffusersFamily):
         ("WanPipeline", "video"): "WanVideoToVideoPipeline"
     }
     tiny_decoders = TINY_DECODERS
+    original_names = ORIGINAL_NAMES
 
     def recognises(self, transformer: nn.Module) -> bool:
         """Return whether the transformer is one of the two.

@@ -51,7 +51,7 @@ def test_reference_is_the_former_name_of_cpu(name):
 def test_auto_never_takes_the_specification(name, monkeypatch):
     operator, module, naive = OPERATORS[name]
 
-    def refuse(*_):
+    def refuse(*_, **__):
         raise AssertionError("the specification is not to be taken")
 
     monkeypatch.setattr(module, naive, refuse)
@@ -63,13 +63,13 @@ def test_auto_never_takes_the_specification(name, monkeypatch):
 @pytest.mark.parametrize("name", OPERATORS)
 def test_unknown_names_are_refused(name):
     operator, *_ = OPERATORS[name]
-    names = "auto, triton, flex, cpu, naive" if name == "attention" else "auto, triton, cpu, naive"
+    names = "auto, triton, cute, flex, cpu, naive" if name == "attention" else "auto, triton, cpu, naive"
     with pytest.raises(ValueError, match=f"`implementation` must be one of {names}, got 'cuda'"):
         operator(implementation="cuda")
 
 
-def test_every_operator_has_the_same_names_but_for_flex():
-    assert set(block_sparse.IMPLEMENTATIONS) == {*implementations.IMPLEMENTATIONS, "flex"}
+def test_attention_alone_has_kernels_of_others():
+    assert set(block_sparse.IMPLEMENTATIONS) == {*implementations.IMPLEMENTATIONS, "cute", "flex"}
 
 
 @pytest.mark.parametrize(

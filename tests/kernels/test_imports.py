@@ -9,6 +9,8 @@ import blade_kernels
 
 FOLDER = Path(blade_kernels.__file__).parent
 ALLOWED = set(sys.stdlib_module_names) | {"torch", "triton", "blade_kernels"}
+OF_ONE_FILE = {"cute_libraries.py": {"cudnn", "flash_attn"}}
+"""Packages that single files import when they are first used."""
 
 
 def imported(file):
@@ -27,7 +29,7 @@ def test_sources_import_torch_and_themselves_alone():
     assert len(files) > 5
     for file in files:
         for name in imported(file):
-            assert name.split(".")[0] in ALLOWED, f"{file.name} imports {name}"
+            assert name.split(".")[0] in ALLOWED | OF_ONE_FILE.get(file.name, set()), f"{file.name} imports {name}"
 
 
 def test_specifications_depend_on_no_implementation():
@@ -43,7 +45,7 @@ def test_importing_loads_nothing_of_blade_and_no_compiler():
     code = (
         "import sys, blade_kernels.block_sparse, blade_kernels.block_selection, blade_kernels.qk_norm_rope\n"
         "print([name for name in sys.modules if name.split('.')[0] in ('blade', 'blade_pipelines', 'diffusers')])\n"
-        "print('torch._inductor.compile_fx' in sys.modules)\n"
+        "print([name for name in ('torch._inductor.compile_fx', 'cutlass', 'cudnn') if name in sys.modules])\n"
     )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert shown.splitlines() == ["[]", "False"]
+    assert shown.splitlines() == ["[]", "[]"]

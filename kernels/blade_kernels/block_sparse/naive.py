@@ -20,7 +20,6 @@ from torch import Tensor
 
 from blade_kernels.block_mask import BlockMask
 from blade_kernels.block_sparse.pooled import PooledTokens
-from blade_kernels.block_sparse.quantized import rounded_weights
 
 
 def naive_attention(
@@ -93,3 +92,8 @@ def dense_attention(
         total = weights.sum(-1, keepdim=True)  # of weights that added up to 1 before, or of none
         weights, lse = weights / total.clamp_min(torch.finfo(total.dtype).tiny), lse + total.log()
     return (weights @ v).transpose(1, 2).contiguous(), lse.squeeze(-1).transpose(1, 2).contiguous()
+
+
+def rounded_weights(weights: Tensor) -> Tensor:
+    """Return what the 8-bit floats of 448 times weights from 0 to 1 stand for, in the dtype of the weights."""
+    return (weights.float() * 448).to(torch.float8_e4m3fn).to(weights.dtype) / 448

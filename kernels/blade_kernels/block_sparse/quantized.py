@@ -96,11 +96,6 @@ def rounded_values(v: Tensor, key_lengths: Tensor | None) -> Tensor:
     return (values.float() / scales).to(torch.float8_e4m3fn).float() * scales
 
 
-def rounded_weights(weights: Tensor) -> Tensor:
-    """Return what the 8-bit floats of weights from 0 to 1 stand for, in the dtype of the weights."""
-    return (weights.float() * LARGEST).to(torch.float8_e4m3fn).to(weights.dtype) / LARGEST
-
-
 def rounded_inputs(
     q: Tensor, k: Tensor, pooled: PooledTokens | None, key_lengths: Tensor | None, block_size: tuple[int, int]
 ) -> tuple[Tensor, Tensor, PooledTokens | None, Tensor]:

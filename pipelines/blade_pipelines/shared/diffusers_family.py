@@ -43,6 +43,9 @@ class DiffusersFamily:
     tiny_decoders: Mapping[int, tuple[str, ...]] = MappingProxyType({})
     """Published tiny decoders of the pipelines' latents by the number of latent channels; here none."""
 
+    original_names: Sequence[tuple[str, str]] = ()
+    """Replacements that turn Diffusers' names of modules into the authors' own; here none, where they are the same."""
+
     @property
     def data(self) -> FamilyData:
         """Presets, released students and benchmark sizes."""

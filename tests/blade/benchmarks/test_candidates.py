@@ -110,6 +110,7 @@ def test_versions_of_peers_are_recorded():
 
 def test_why_peers_are_not_measured_is_said(monkeypatch):
     q = torch.zeros(1, 64, 2, 8)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     absent = absent_candidates(q, 64)
     assert absent["flash-attn 4"] == "`flash-attn-4` is not installed" and "triton" not in absent
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())

@@ -11,7 +11,7 @@ from blade.cli.command import run_command
 from blade.common.files import OutputError
 from blade.evaluation.runs import parse_run
 from blade.generation.request import read_config
-from blade.models.choices import split_lora
+from blade.models.choices import LoraChoice, parse_lora
 from blade.models.loading import load_model
 from blade.models.source import ModelError, locate
 
@@ -128,12 +128,52 @@ def test_paths_may_begin_at_home(tmp_path: Path, monkeypatch, capsys) -> None:
 def test_a_path_may_have_an_equals_sign(tmp_path: Path) -> None:
     path = tmp_path / "rank=8"
     path.mkdir()
-    assert split_lora(str(path)) == (str(path), 1.0)
-    assert split_lora(f"{path}=0.5") == (str(path), 0.5)
-    assert split_lora("style.safetensors=0.5") == ("style.safetensors", 0.5)
-    for wrong in ("style=much", "style=nan", "style=inf"):
+    assert parse_lora(str(path)) == LoraChoice((str(path),), (1.0,))
+    assert parse_lora(f"{path}=0.5") == LoraChoice((str(path),), (0.5,))
+    assert parse_lora("style.safetensors=0.5") == LoraChoice(("style.safetensors",), (0.5,))
+    for wrong in ("style=much", "style=nan", "style=inf", "a:b=1:much", "a:b=1:2:3", "a:b="):
         with pytest.raises(ValueError, match=f"with =STRENGTH or not, got '{wrong}'"):
-            split_lora(wrong)
+            parse_lora(wrong)
+
+
+@pytest.mark.parametrize(
+    ("text", "sources", "strengths"),
+    [
+        ("high:low", ("high", "low"), (1.0, 1.0)),
+        ("high.safetensors:low.safetensors=0.8", ("high.safetensors", "low.safetensors"), (0.8, 0.8)),
+        ("high:low=0.8:-0.6", ("high", "low"), (0.8, -0.6)),
+        ("me/lora/high.safetensors:me/other", ("me/lora/high.safetensors", "me/other"), (1.0, 1.0)),
+        (r"C:\loras\high=2", (r"C:\loras\high",), (2.0,)),
+        (r"C:\high:D:\low=0.5", (r"C:\high", r"D:\low"), (0.5, 0.5)),
+        ("c:/high:low=0.5:1", ("c:/high", "low"), (0.5, 1.0)),
+        ("low:c:/high", ("low", "c:/high"), (1.0, 1.0)),
+    ],
+)
+def test_a_lora_may_name_a_source_for_each_of_two_transformers(text, sources, strengths) -> None:
+    assert parse_lora(text) == LoraChoice(sources, strengths)
+    assert parse_lora(text).name == ":".join(sources)
+
+
+def test_files_with_colons_and_equals_signs_are_told_apart(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a:b", "r=1", "c"):
+        (tmp_path / name).touch()
+    assert parse_lora("a:b") == LoraChoice(("a:b",), (1.0,))
+    assert parse_lora("a:b=0.5") == LoraChoice(("a:b",), (0.5,))
+    assert parse_lora("a:b:c=0.5") == LoraChoice(("a:b", "c"), (0.5, 0.5))
+    assert parse_lora("c:r=1") == LoraChoice(("c", "r=1"), (1.0, 1.0))
+    assert parse_lora("c:r=1=0.5:2") == LoraChoice(("c", "r=1"), (0.5, 2.0))
+
+
+@pytest.mark.parametrize("text", ["a:", ":b=1", "a:b:c", "=0.5"])
+def test_a_lora_of_no_clear_sources_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="`loras` must name one source, or FIRST:SECOND"):
+        parse_lora(text)
+
+
+def test_two_strengths_need_two_sources() -> None:
+    with pytest.raises(ValueError, match=r"`loras` must name a source for each strength, .*got 'style=0.8:0.6'"):
+        parse_lora("style=0.8:0.6")
 
 
 def test_weights_that_a_model_lacks_are_named_by_part(monkeypatch) -> None:

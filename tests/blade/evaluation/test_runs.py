@@ -51,6 +51,8 @@ def test_keys_and_values_are_read():
             "few=student=a/b,preset=few-step",
             RunSettings(name="few", attention="preset", student="a/b", preset="few-step"),
         ),
+        ("x=asa,lora=a/b=0.5", RunSettings(name="x", attention="asa", lora="a/b=0.5")),
+        ("x=lora=high:low=0.8:1", RunSettings(name="x", attention="dense", lora="high:low=0.8:1")),
     ],
 )
 def test_short_forms_are_read(text, run):
@@ -93,6 +95,7 @@ def test_defaults_fill_in_what_a_run_leaves_open():
         ("x=dense,preset=few-step", "`preset` must not be given with `attention` \"dense\", got 'few-step'"),
         ("x=folder,preset=few-step", "`preset` must not be given with `config`, got 'few-step'"),
         ("x=noise_kept=0.5", "`noise_kept` must not be given without `student`"),
+        ("x=asa,lora=high:low=much", "`loras` must be sources, each with =STRENGTH or not, got 'high:low=much'"),
     ],
 )
 def test_bad_runs_are_refused(text, message):

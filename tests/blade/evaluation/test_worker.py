@@ -6,6 +6,8 @@ import weakref
 from dataclasses import replace
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from blade.attention.config import BladeConfig
 from blade.attention.pattern_table import uniform_table
@@ -79,6 +81,29 @@ def test_models_of_other_worlds_are_not_scored(evaluation):
     measured = {key for measure in evaluation.chosen_measures for key in measure.recorders}
     own = {*evaluation_worker.OWN_FIELDS, *evaluation_worker.COSTS, *evaluation_worker.KEPT_FIELDS}
     assert set(record) - measured == own | {"height", "width", "frames", "fps"}, "a measure could write over a field"
+
+
+def test_runs_with_loras_are_compared_with_their_own_dense_run(evaluation, tmp_path):
+    """And are told from the same run with other weights, or with another strength."""
+    shape = (32, 32)  # of the tiny pipeline's queries
+    path = tmp_path / "style.safetensors"
+    save_file({"transformer.blocks.0.attn1.to_q.diff": torch.randn(shape)}, path)
+    runs = [replace(run, lora=f"{path}=0.5", name=f"{run.name}-style") for run in evaluation.runs]
+    evaluation = replace(evaluation, runs=(*evaluation.runs, *runs), prompts=evaluation.prompts[:1])
+    plan = plan_evaluation(evaluation)
+    assert plan.evaluation.reference_of(plan.evaluation.runs[2]) == plan.evaluation.runs[3]
+    records = evaluate(evaluation)
+    by_run = {run: record for (run, *_), record in records.items()}
+    assert by_run["asa-style"]["psnr"] > 5 and by_run["dense-style"]["motion"] != by_run["dense"]["motion"]
+    assert by_run["dense-style"]["run"]["lora"] == f"{path}=0.5" and by_run["dense"]["lora_fingerprint"] is None
+    moved = path.rename(tmp_path / "moved.safetensors")
+    elsewhere = [replace(run, lora=f"{moved}=0.5") for run in runs]
+    assert evaluate(replace(evaluation, runs=tuple(elsewhere))).keys() < records.keys()
+    for other in (f"{moved}=1", f"{moved}"):
+        with pytest.raises(ValueError, match=r"holds run `asa-style` with another `lora_fingerprint`"):
+            evaluate(replace(evaluation, runs=(replace(elsewhere[0], lora=other),)))
+    with pytest.raises(ValueError, match=r"run `x`: `loras` must name one source for a model of one transformer"):
+        plan_evaluation(replace(evaluation, runs=(parse_run(f"x=lora={moved}:{moved}"),)))
 
 
 def test_head_patterns_are_evaluated(evaluation, patterns_folder):

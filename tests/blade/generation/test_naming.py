@@ -224,6 +224,8 @@ def test_an_input_is_refused_as_output_before_anything_is_loaded(saved_tiny_pipe
     lora.write_bytes(b"lora")
     with pytest.raises(ValueError, match=r"got lora\.mp4, which is `loras`"):
         generate_files(tiny(loras=("lora.mp4=0.5",)), lora)
+    with pytest.raises(ValueError, match=r"got lora\.mp4, which is `loras`"):
+        generate_files(tiny(loras=("other:lora.mp4=0.5",)), lora)
 
 
 def test_a_file_that_is_no_record_is_not_replaced_by_one(tiny, monkeypatch) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from blade_kernels.crashes import DeviceCrashError
+from diffusers import WanPipeline
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -32,14 +33,13 @@ from blade.models.acceleration import (
     advise,
     choose_offload,
     compile_blocks,
-    load_loras,
-    merge_loras,
     parse_cache,
     place,
 )
 from blade.models.conditions import cover, model_for, size_like
 from blade.models.loaded import LoadedModel
 from blade.models.loading import load_model
+from blade.models.loras import load_loras, merge_loras
 
 PROMPT = "a red ball moving right"
 TINY = {"height": 64, "width": 64, "frames": 9, "steps": 3, "device": "cpu"}
@@ -253,6 +253,35 @@ def test_the_fastest_offloading_that_fits_is_chosen() -> None:
     assert "--vae-tiling" in advise("none", quantized=False, tiled=False, decoding=True)
     steps = [advise(offload, quantized=False, tiled=True, decoding=False) for offload in ("none", "model", "group")]
     assert ["--offload model" in steps[0], "--offload group" in steps[1], "--quantize" in steps[2]] == [True] * 3
+
+
+def test_two_transformers_take_a_lora_each(saved_tiny_pipeline: Path, tmp_path: Path, monkeypatch) -> None:
+    """In the plan, in the video, in the record, from the record, and in what marks the state of the inputs."""
+    pipe = load_model(saved_tiny_pipeline).pipe
+    folder = tmp_path / "two"
+    WanPipeline(**pipe.components | {"transformer_2": pipe.transformer}, boundary_ratio=0.5).save_pretrained(folder)
+    monkeypatch.chdir(tmp_path)
+    for seed, name in enumerate(("high", "low")):
+        lora(pipe, tmp_path / f"{name}.safetensors", seed)
+    request = tiny(folder, loras=("high.safetensors:low.safetensors=0.5:50",))
+    paths = [str(tmp_path / f"{name}.safetensors") for name in ("high", "low")]
+    plan = plan_run(request)
+    assert plan.request.loras == (f"{paths[0]}:{paths[1]}=0.5:50",)
+    report = generate_files(request, tmp_path / "video.mp4")
+    changed = {"transformer": 2, "transformer_2": 2}
+    assert report.record["changed_modules"] == {"high.safetensors:low.safetensors": changed}
+    again = read_request(report.record_path)
+    assert again.loras == plan.request.loras
+    video = make(again)
+    assert torch.equal(video, make(request))
+    for other in ("high.safetensors:low.safetensors=0", "high.safetensors:low.safetensors=0.5"):
+        assert (video - make(tiny(folder, loras=(other,)))).abs().max() > 1e-5
+    lora(pipe, tmp_path / "low.safetensors", 7)
+    assert plan_run(request).request.input_state != plan.request.input_state
+    with pytest.raises(ValueError, match=r"changes 2 modules of transformer and nothing in transformer_2\. Name a"):
+        make(tiny(folder, loras=("high.safetensors",)))
+    with pytest.raises(ValueError, match="must name one source for a model of one transformer"):
+        plan_run(tiny(saved_tiny_pipeline, loras=request.loras))
 
 
 def test_merged_loras_make_the_same_video(saved_tiny_pipeline: Path, tmp_path: Path) -> None:

@@ -19,9 +19,9 @@ from diffusers import WanPipeline
 from safetensors.torch import save_file
 
 from blade import BladeConfig, load_student
-from blade.models.acceleration import load_loras
 from blade.models.loaded import LoadedModel
 from blade.models.loading import load_empty_model, load_model
+from blade.models.loras import load_loras
 from blade.models.source import ModelError
 from blade.models.untrusted import check_files, find_component_class, leads_out
 from blade.students.scheduler import FewStepScheduler
@@ -298,7 +298,7 @@ LOADERS = {
         "blade/students/loading.py": 1,
         "blade/students/source.py": 1,
     },
-    "load_lora_weights": {"blade/models/acceleration.py": 1, "blade/students/loading.py": 1},
+    "load_lora_weights": {"blade/models/loras.py": 1, "blade/students/loading.py": 1},
     "download": {"blade/models/loading.py": 1},
 }
 """Calls that load what others wrote, by name and file: each follows the checks of `blade.models.untrusted`."""

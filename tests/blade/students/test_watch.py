@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 from tiny_students import lora, run
 
 from blade import load_student, unload_student
-from blade.models.acceleration import merge_loras
 from blade.models.loaded import LoadedModel
+from blade.models.loras import merge_loras
 
 
 @pytest.fixture

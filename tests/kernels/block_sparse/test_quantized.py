@@ -9,13 +9,13 @@ import torch
 from attention_call import DEVICE, attend
 from blade_kernels.block_mask import BlockMask
 from blade_kernels.block_sparse import api, block_sparse_attention, triton_attention
+from blade_kernels.block_sparse.naive import rounded_weights
 from blade_kernels.block_sparse.quantized import (
     dequantize,
     mean_keys,
     quantize,
     rounded_inputs,
     rounded_values,
-    rounded_weights,
 )
 
 SCRIPTS = Path(__file__).resolve().parents[3] / "scripts"

@@ -249,9 +249,11 @@ def test_says_what_it_can_not_do(monkeypatch, arguments, message):
 def test_auto_takes_triton_on_cuda_or_says_once_why_not(monkeypatch, caplog, problems, chosen, words):
     monkeypatch.setattr(api.triton_attention, "unsupported", lambda *_: problems[0])
     monkeypatch.setattr(api.flex, "unsupported", lambda *_: problems[1])
+    monkeypatch.setattr(api.cute, "unsupported", lambda *_, **__: "not verified")
     api._say_once.cache_clear()
     with caplog.at_level(logging.WARNING):
-        found = {api._resolve("auto", "cuda", torch.bfloat16, 64, (128, 128), False, False) for _ in range(2)}
+        call = api._Call("cuda", torch.bfloat16, 64, (128, 128), False, False, False, False, "full")
+        found = {api._resolve("auto", *call) for _ in range(2)}
     assert found == {chosen}
     assert [record.message for record in caplog.records] == (
         [] if words is None else [f"Block-sparse attention {words}"]
