@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 import torch
 from blade_kernels.block_sparse import IMPLEMENTATIONS
+from blade_kernels.compiler import uncompiled
 from blade_kernels.implementations import check_implementation
 from diffusers.hooks import HookRegistry, ModelHook
 from torch import nn
@@ -49,6 +50,9 @@ class AppliedBlade(ModelHook):  # type: ignore[misc]  # Diffusers has no types
     Before the transformer runs, it works out the token grid and the step, tells every layer whether it is sparse, and
     permutes the latent's patches; afterwards it puts the output's patches back. The token order is the same in all
     steps of a run, dense ones included, so that caches that carry hidden states from step to step see one order.
+
+    What the host works out is done in hooks around the transformer's call, which PyTorch runs outside of the graph
+    where the whole transformer is compiled. The graph holds the permutations.
     """
 
     _is_stateful = True  # so that Diffusers hands the cache context to `self.context` and resets the hook after a run
@@ -90,6 +94,7 @@ class AppliedBlade(ModelHook):  # type: ignore[misc]  # Diffusers has no types
         self.method = method_of(config) if method is None else method
         self.paused = False
         """True while everything is dense."""
+        self._begun_with: tuple[Any, ...] | None = None  # inputs of the pass that has begun
         self._plans: dict[tuple[TokenGrid, torch.device], Plan] = {}
         self._rows = 0
         self._choices = KeptChoices(1 if config.patterns is not None else config.asa.reselect_every)
@@ -120,6 +125,7 @@ class AppliedBlade(ModelHook):  # type: ignore[misc]  # Diffusers has no types
                 attention.set_processor(self.family.make_processor(layer, attention.processor))
             self._handles = (
                 *self.family.hook_positions(transformer, lambda: self.permutation),
+                transformer.register_forward_pre_hook(self._before_forward, with_kwargs=True),
                 transformer.register_forward_hook(self._after_forward, always_call=True),
             )
             with _beneath_offloading(transformer):
@@ -145,36 +151,57 @@ class AppliedBlade(ModelHook):  # type: ignore[misc]  # Diffusers has no types
     # the one that group offloading with streams needs in its first pass.
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], Inputs]:
-        """Put the tokens in order and tell the layers what to do."""
-        if not torch.compiler.is_compiling():
-            self._turn.take()
-        self._end_pass()  # which an error may have left open
-        _refuse_parallelism(module)
-        _refuse_skipped_scores(self.attentions)
-        inputs: Inputs = {**dict(zip(self._parameters, args)), **kwargs}
-        plan = self._prepare(module, inputs)
+        """Put the tokens in order."""
+        inputs = self._named(args, kwargs)
+        if not self._has_begun(inputs):  # called as `forward`, or other hooks have changed the inputs
+            self._begin_pass(module, inputs)
         for layer in self.layers:
             layer.running = True
-        if plan is None:
+        if self.permutation is None:
             return (), inputs
-        order, device = plan.token_order, self.step.device
-        self.permutation = plan.grid.order(order, device)
-        self._inverse = plan.grid.inverse_order(order, device)
         return (), self.family.permute_inputs(module, inputs, self.permutation)
 
     def post_forward(self, module: nn.Module, output: Any) -> Any:
         """Put the output's patches back."""
         inverse = self._inverse
-        self._end_pass()
+        if not torch.compiler.is_compiling():  # a graph leaves that to `_after_forward`
+            self._end_pass()
         return output if inverse is None else self.family.restore_output(module, output, inverse)
 
+    @uncompiled
+    def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: Inputs) -> None:
+        self._begin_pass(module, self._named(args, kwargs))
+
+    @uncompiled
     def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
         """End the pass, after an error too; not that of another thread, which was the error."""
-        if not torch.compiler.is_compiling() and self._turn.leave():
+        if self._turn.leave():
             self._end_pass()
 
+    def _named(self, args: tuple[Any, ...], kwargs: Inputs) -> Inputs:
+        return {**dict(zip(self._parameters, args)), **kwargs}
+
+    def _has_begun(self, inputs: Inputs) -> bool:
+        """Return whether the pass has begun with these inputs."""
+        begun = self._begun_with
+        return begun is not None and begun[0] is inputs["hidden_states"] and begun[1] is inputs["timestep"]
+
+    def _begin_pass(self, module: nn.Module, inputs: Inputs) -> None:
+        """Tell the layers what to do, and find the token order; a second time for the same pass changes nothing."""
+        if not torch.compiler.is_compiling():
+            self._turn.take()
+        self._end_pass()  # which an error may have left open
+        _refuse_parallelism(module)
+        _refuse_skipped_scores(self.attentions)
+        plan = self._prepare(module, inputs)
+        if plan is not None:
+            order, device = plan.token_order, self.step.device
+            self.permutation = plan.grid.order(order, device)
+            self._inverse = plan.grid.inverse_order(order, device)
+        self._begun_with = inputs["hidden_states"], inputs["timestep"]
+
     def _end_pass(self) -> None:
-        self.permutation = self._inverse = None
+        self.permutation = self._inverse = self._begun_with = None
         for layer in self.layers:
             layer.running = False
 

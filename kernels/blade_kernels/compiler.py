@@ -15,3 +15,9 @@ def constant_when_compiled(function: Callable[P, R]) -> Callable[P, R]:
     """Make the compiler call a function once, while tracing, and treat the result as a constant."""
     marked: Callable[P, R] = torch.compiler.assume_constant_result(function)
     return marked
+
+
+def uncompiled(function: Callable[P, R]) -> Callable[P, R]:
+    """Make a function run as plain Python; inside a graph it is a break."""
+    marked: Callable[P, R] = torch.compiler.disable(function)
+    return marked

@@ -189,6 +189,8 @@ def resolve_implementation(
     implementation = check_implementation(implementation, IMPLEMENTATIONS)
     if implementation == "naive" or (implementation == "cpu" and precision != "fp8"):
         return implementation
+    if pooled is not None and len(pooled) == 0:  # a branch, which makes a fact of it where sizes are symbols
+        pooled = None
     inputs = (q, k, v) if pooled is None else (q, k, v, pooled.k, pooled.v)
     kind = q.device.type
     call = _Call(
@@ -198,7 +200,7 @@ def resolve_implementation(
         block_size=mask.block_size,
         needs_grad=torch.is_grad_enabled() and any(x.requires_grad for x in inputs),
         return_lse=return_lse,
-        pooled=pooled is not None and len(pooled) > 0,
+        pooled=pooled is not None,
         lengths=key_lengths is not None,
         precision=precision,
     )
