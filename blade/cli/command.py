@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import ctypes
 import logging
 import os
@@ -29,6 +30,9 @@ USAGE_EXIT_CODE = 2
 
 INTERRUPTED_EXIT_CODE = 130
 """128 + SIGINT, as shells have it."""
+
+REPEAT_SECONDS = 0.05
+"""Time after which a Ctrl-C that a finalizer swallowed is raised again."""
 
 TERMINATED_EXIT_CODE = 143
 """128 + SIGTERM."""
@@ -125,14 +129,34 @@ def run_script(function: Callable[..., Any] | typer.Typer) -> None:
         make_click_command(function)()
 
 
+def interrupt_main_thread() -> None:
+    """Send the main thread what Ctrl-C sends, which wakes it from a wait where the operating system can do that."""
+    if hasattr(signal, "pthread_kill"):
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+    else:
+        _thread.interrupt_main()
+
+
 @contextmanager
 def ended_by_sigterm() -> Iterator[None]:
     """Let SIGTERM end what is inside as Ctrl-C does, so that nothing half-written is left.
 
+    Either may arrive while Python runs a finalizer, which swallows the exception; it is then raised again.
+
     Raises:
         SystemExit: 143 after SIGTERM, 130 after Ctrl-C.
     """
-    received = []
+    received: list[int] = []
+    repeated: list[threading.Timer] = []
+    report = sys.unraisablehook
+
+    def repeat(swallowed: sys.UnraisableHookArgs) -> None:
+        if not issubclass(swallowed.exc_type, KeyboardInterrupt):
+            report(swallowed)
+            return
+        repeated.append(threading.Timer(REPEAT_SECONDS, interrupt_main_thread))  # here it would be swallowed as well
+        repeated[-1].daemon = True
+        repeated[-1].start()
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         received.append(number)
@@ -143,6 +167,7 @@ def ended_by_sigterm() -> Iterator[None]:
     is_handled = is_handled and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     if is_handled:
         signal.signal(signal.SIGTERM, interrupt)
+        sys.unraisablehook = repeat
     try:
         yield
     except (KeyboardInterrupt, SystemExit) as end:
@@ -154,6 +179,9 @@ def ended_by_sigterm() -> Iterator[None]:
     finally:
         if is_handled:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            sys.unraisablehook = report
+            for timer in repeated:
+                timer.cancel()
 
 
 def keep_freed_memory() -> None:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -126,6 +127,23 @@ def test_sigterm_that_a_library_turns_into_an_error_is_still_that(tmp_path: Path
     _, error = process.communicate(timeout=30)
     assert process.returncode == 143 and error.endswith("error: terminated\n")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_that_a_finalizer_swallows_is_not_lost(
+    number: int, code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Finalized:
+        def __del__(self) -> None:
+            signal.raise_signal(number)
+
+    reports = sys.unraisablehook
+    with pytest.raises(SystemExit) as ended, ended_by_sigterm():
+        Finalized()
+        time.sleep(20)
+        raise AssertionError("the signal is lost")
+    assert ended.value.code == code and "Traceback" not in capsys.readouterr().err
+    assert sys.unraisablehook is reports
 
 
 def test_the_handler_is_gone_afterwards() -> None:
