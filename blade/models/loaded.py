@@ -19,6 +19,7 @@ from blade.families.sampling_defaults import SamplingDefaults
 from blade.families.transformers import Transformer, find_transformers
 from blade.families.video_lengths import VideoLengths
 from blade.models.adapters import Reach
+from blade.models.modular import call_parameters, is_modular
 from blade.models.tiny_decoder import TinyDecoder
 from blade.token_grid import TokenGrid
 
@@ -85,6 +86,8 @@ class LoadedModel:
     @cached_property
     def parameters(self) -> Mapping[str, inspect.Parameter]:
         """The parameters of the pipeline's call by name; those of its base where a subclass passes all on."""
+        if is_modular(self.pipe):
+            return call_parameters(self.pipe)
         calls = [vars(base)["__call__"] for base in type(self.pipe).__mro__ if "__call__" in vars(base)]
         signatures = [inspect.signature(call).parameters for call in calls]
         return next((names for names in signatures if not _passes_on(names)), signatures[0])

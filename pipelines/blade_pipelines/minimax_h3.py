@@ -150,6 +150,11 @@ class MiniMaxH3Family(DiffusersFamily):
             rule="17n + 5, of 5 to 15 seconds",
         )
 
+    def sound_rate(self, pipe: Any) -> int | None:
+        """Return the samples a second of the sound VAE."""
+        rate: int = pipe.audio_sampling_rate
+        return rate
+
     def evaluations(self, steps: int) -> int:
         """Return one less than the steps, which count the schedule's last point, where nothing is computed."""
         return steps - 1
@@ -197,6 +202,8 @@ class MiniMaxH3Family(DiffusersFamily):
         frames, height, width = (size // edge for size, edge in zip(latent_size, config.patch_size))
         text, video, audio = text_tokens or TEXT_TOKENS, frames * height * width, _audio_rows(latent_size[0])
         places = torch.arange(text + audio + video, device=like.device)
+        axes = (torch.arange(size, device=like.device) for size in (frames, height, width))
+        cells = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).view(-1, 3)
         inputs: Inputs = {
             "hidden_states": like.new_zeros(batch, video, transformer.proj_in.in_features),
             "audio_hidden_states": like.new_zeros(batch, audio, config.audio_in_channels),
@@ -204,7 +211,7 @@ class MiniMaxH3Family(DiffusersFamily):
             "timestep": like.new_zeros(2),
             "timestep_indices": torch.zeros_like(places),
             "token_tags": torch.zeros_like(places),
-            "position_ids": places.new_zeros(len(places), 3, dtype=torch.float32),
+            "position_ids": torch.cat((cells.new_zeros(text + audio, 3), cells)),
             "text_indices": places[:text],
             "audio_indices": places[text : text + audio],
             "video_indices": places[text + audio :],
