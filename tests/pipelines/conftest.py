@@ -264,6 +264,30 @@ def _minimax_h3_inputs(grid=(3, 5, 7), batch=1, seed=0, timestep=0.5, keyframes=
     return _minimax_h3_rows(dict(zip(MINIMAX_H3_LAYOUT, layout)), conditions, 0, batch, seed, timestep)
 
 
+REFERENCE_ROWS = 6 + 6 + 4 + 8
+"""Rows of an image of 2 x 3 tokens, a sound of three latents, and a video of two frames of 2 x 2 tokens with sound."""
+
+
+def _minimax_h3_references(grid=(3, 5, 7), batch=1, seed=0, timestep=0.5):
+    """Inputs for a grid of tokens, with references of all kinds, laid out by Diffusers' pipeline."""
+    from types import SimpleNamespace
+
+    from diffusers.modular_pipelines.minimax_h3.before_denoise import MiniMaxH3Ref2VAPrepareLayoutStep
+
+    frames, height, width = grid
+    kinds = [SimpleNamespace(kind=kind, has_audio=True) for kind in ("image", "audio", "video")]
+    latents = [torch.empty(1, 2, 1, 4, 6), torch.empty(1, 2, 2, 4, 4)]
+    *layout, video, audio = MiniMaxH3Ref2VAPrepareLayoutStep.build_ref2va_packed_sequence(
+        torch.ones(TEXT_TOKENS, dtype=torch.int64),
+        *(kinds, latents, [torch.empty(6, 3), torch.empty(4, 3)]),
+        *(frames, 2 * height, 2 * width, AUDIO_LATENTS, (1, 2, 2)),
+        audio_channels=2,
+        audio_tag=2,
+        video_tag=0,
+    )
+    return _minimax_h3_rows(dict(zip(MINIMAX_H3_LAYOUT, layout)), video, audio, batch, seed, timestep)
+
+
 def _minimax_h3_rows(layout, condition_video, condition_audio, batch=1, seed=0, timestep=0.5):
     """Random rows for a layout, with the timesteps that Diffusers' pipeline gives them."""
     from diffusers.modular_pipelines.minimax_h3.before_denoise import MiniMaxH3SetTimestepsStep
@@ -298,9 +322,9 @@ def minimax_h3_inputs():
 
 
 @pytest.fixture
-def minimax_h3_rows():
-    """Return a function that makes its inputs for a layout of rows."""
-    return _minimax_h3_rows
+def minimax_h3_references():
+    """Return a function that makes its inputs for a grid of tokens, with references."""
+    return _minimax_h3_references
 
 
 @pytest.fixture
@@ -326,6 +350,7 @@ FAMILIES = (
     "hunyuan-video-1.5",
     "ltx-video",
     "minimax-h3",
+    "minimax-h3-references",
 )
 
 
@@ -342,9 +367,12 @@ def family(request, make_wan, wan_inputs):
         return Family(_make_wan_vace, inputs)
     if request.param == "ltx-video":
         return Family(_make_ltx_video, _ltx_video_inputs)
-    if request.param == "minimax-h3":
+    if request.param.startswith("minimax-h3"):
+        inputs, others = _minimax_h3_inputs, TEXT_TOKENS + 2 * AUDIO_LATENTS
+        if request.param.endswith("references"):
+            inputs, others = _minimax_h3_references, others + REFERENCE_ROWS
         shared = ("timestep", "timestep_indices", *MINIMAX_H3_LAYOUT)
-        return Family(_make_minimax_h3, _minimax_h3_inputs, TEXT_TOKENS + 2 * AUDIO_LATENTS, shared=shared)
+        return Family(_make_minimax_h3, inputs, others, shared=shared)
     if request.param == "hunyuan-video-1.5":
         return Family(_make_hunyuan_video_15, _hunyuan_video_15_inputs, 11, text_first=False)
     if request.param.startswith("hunyuan-video"):

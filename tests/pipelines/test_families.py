@@ -83,7 +83,8 @@ def test_sparse_layers_are_diffusers_own_with_the_blocks_as_a_mask(family, monke
 
     monkeypatch.setattr(adaptive, "block_sparse_attention", spy)
     sparse = run(apply_blade(transformer, BladeConfig(sparsity=0.5, asa=DETAILS)), inputs)
-    assert len(masks) == 3 and 0.2 < blade_summary(transformer).layer_density < 0.8
+    most = 0.8 if family.text < grid[1] * grid[2] else 0.95  # what is no video is most of a short sequence
+    assert len(masks) == 3 and 0.2 < blade_summary(transformer).layer_density < most
     remove_blade(transformer)
     plain = run(transformer, inputs)
 
