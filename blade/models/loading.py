@@ -178,7 +178,7 @@ def load_empty_model(
         folder = Path(source)
         what = f"`model` {model} cannot be read: it"
         modular = check_modular_folder(folder, what) if is_modular_folder(folder) else None
-        kind, arguments = check_model_folder(folder, what) if modular is None else (None, dict(modular.parts))
+        kind, arguments = check_model_folder(folder, what) if modular is None else (modular.kind, {**modular.parts})
         parts: dict[str, Any] = {name: value for name, value in arguments.items() if inspect.isclass(value)}
         for name, part in parts.items():
             arguments[name], is_model = None, issubclass(part, (ModelMixin, PreTrainedModel))

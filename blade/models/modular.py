@@ -154,7 +154,7 @@ def call_modular(pipe: Any, arguments: Mapping[str, Any]) -> Any:
 def _find_class(name: Any, what: str) -> Any:
     import diffusers
 
-    kind = getattr(diffusers, name, None) if isinstance(name, str) else None
+    kind: Any = getattr(diffusers, name, None) if isinstance(name, str) else None
     base = getattr(diffusers, "ModularPipeline", None)
     if base is None or not inspect.isclass(kind) or not issubclass(kind, base) or kind.default_blocks_name is None:
         raise ModelError(f"{what} names {name!r} as its pipeline, which must be one of Diffusers' modular pipelines.")

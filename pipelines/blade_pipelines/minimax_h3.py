@@ -281,8 +281,8 @@ def _video_grid(
     if _lies_on(places, *grid):
         return grid
     raise ValueError(
-        f"`position_ids` of the {len(places)} rows of the video that is made, the last of `video_indices`, must lie on "
-        f"a grid of frames, rows and columns, in that order, got frames of {area} rows that make none."
+        f"`position_ids` of the {len(places)} rows of the video that is made, the last of `video_indices`, must lie "
+        f"on a grid of frames, rows and columns, in that order, got frames of {area} rows that make none."
     )
 
 
