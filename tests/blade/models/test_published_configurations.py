@@ -33,13 +33,20 @@ RELEASES = {
     "zai-org/CogVideoX-5b": (5_570_283_072, 4_762_310_656, 5e9, "in 42 layers of 48 heads"),
     "hunyuanvideo-community/HunyuanVideo": (12_821_012_544, 7_505_186_816, 13e9, "33 x 45 x 80 = 118,800 and 256"),
     "Lightricks/LTX-Video": (1_923_385_472, 4_762_310_656, 1.9e9, "21 x 16 x 22 = 7,392, in 28 layers of 32 heads"),
+    "MiniMaxAI/MiniMax-H3": (
+        33_122_992_896,
+        33_357_390_064,
+        33e9,
+        "37 x 24 x 42 = 37,296 and 670 of text, in 50 layers",
+    ),
     WAN: (1_418_996_800, 5_680_910_336, 1.3e9, "21 x 30 x 52 = 32,760, in 30 layers of 12 heads"),
     "Wan-AI/Wan2.1-T2V-14B-Diffusers": (14_288_491_584, 5_680_910_336, 14e9, "in 40 layers of 40 heads"),
     "Wan-AI/Wan2.2-T2V-A14B-Diffusers": (14_288_491_584, 5_680_910_336, 14e9, "21 x 45 x 80 = 75,600, in 40 layers"),
     "Wan-AI/Wan2.2-TI2V-5B-Diffusers": (4_999_787_712, 5_680_910_336, 5e9, "31 x 22 x 40 = 27,280, in 30 layers"),
 }
 """Of every configuration. Source of the rounded numbers: the model cards of CogVideoX, Wan 2.1 and Wan 2.2 (14B for
-each of two experts), and the papers of HunyuanVideo (arXiv 2412.03603) and LTX-Video (arXiv 2501.00103)."""
+each of two experts), the papers of HunyuanVideo (arXiv 2412.03603) and LTX-Video (arXiv 2501.00103), and Diffusers'
+documentation of MiniMax-H3."""
 
 SHIFTS = {
     WAN: 3.0,
