@@ -17,7 +17,8 @@ Inputs = dict[str, Any]
 """The arguments of a transformer's forward pass by name."""
 
 Permutation = Callable[[], torch.Tensor | None]
-"""Answers with the token order in force, an int64 permutation of the video tokens, or None for raster order."""
+"""Answers with the token order in force, an int64 permutation of the video tokens, or of the whole sequence with
+`ModelFamily.whole_sequence`; None for raster order."""
 
 
 Condition = Literal["image", "video"]
@@ -72,6 +73,9 @@ class ModelFamily(Protocol):
     """The family's name, for messages."""
     guidance_takes_two_passes: bool
     """True if the pipelines' `guidance_scale` is classifier-free guidance, and no input of the transformer."""
+    whole_sequence: bool
+    """True if one input holds the tokens that the grid calls text beside its video tokens. A token order is then a
+    permutation of the whole sequence, in which they stay where they are."""
     size_multiple: int
     """Pixels that the pipelines want heights and widths to be whole multiples of, whatever the VAE."""
     tiny_decoders: Mapping[int, tuple[str, ...]]
@@ -156,6 +160,10 @@ class ModelFamily(Protocol):
 
     def dense_reason(self, attention: nn.Module) -> str | None:
         """Return why the module cannot be made sparse, or None if it can."""
+        ...
+
+    def pass_dense_reason(self, transformer: nn.Module, inputs: Inputs) -> str | None:
+        """Return why no layer can be sparse in a forward pass with these inputs, or None if layers can."""
         ...
 
     def make_processor(self, layer: SparseAttention, previous: Any) -> Any:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from blade.families.data import FamilyData
-from blade.families.protocol import Condition, SparseAttention
+from blade.families.protocol import Condition, Inputs, SparseAttention
 from blade.families.sampling_defaults import SamplingDefaults
 from blade_pipelines.shared.diffusers_module import DiffusersModule
 from blade_pipelines.shared.processor import SparseProcessor
@@ -38,6 +38,8 @@ class DiffusersFamily:
     """Name of the submodule that computes the time embedding, (B, channels)."""
     condition_pipelines: ClassVar[Mapping[tuple[str, Condition], str]] = {}
     """Pipeline class that accepts a condition with the same weights, by the pipeline's class and the condition."""
+    whole_sequence: bool = False
+    """True if one input holds video tokens and the tokens that the grid calls text."""
     size_multiple: int = 16
     """Pixels of which the pipelines require heights and widths to be multiples."""
     tiny_decoders: Mapping[int, tuple[str, ...]] = MappingProxyType({})
@@ -98,6 +100,10 @@ class DiffusersFamily:
         if type(attention.processor) in self.processors:
             return None
         return f"its processor is a {type(attention.processor).__name__}, not Diffusers' {self.processors[0].__name__}"
+
+    def pass_dense_reason(self, transformer: DiffusersModule, inputs: Inputs) -> str | None:
+        """Return None: layers can be sparse in every forward pass."""
+        return None
 
     def make_processor(self, layer: SparseAttention, previous: Any) -> SparseProcessor:
         """Return the processor for a layer."""
