@@ -61,6 +61,10 @@ class DiffusersFamily:
         """Return the recommended sampling settings of a pipeline's model; here only Diffusers' own defaults."""
         return SamplingDefaults()
 
+    def sound_rate(self, pipe: Any) -> int | None:
+        """Return None: the pipelines make no sound."""
+        return None
+
     def condition_pipeline(self, pipe: Any, condition: Condition) -> str | None:
         """Return the pipeline class that accepts a condition with the same weights, from `condition_pipelines`."""
         return self.condition_pipelines.get((type(pipe).__name__, condition))
