@@ -73,6 +73,8 @@ class ModelFamily(Protocol):
     """The family's name, for messages."""
     guidance_takes_two_passes: bool
     """True if the pipelines' `guidance_scale` is classifier-free guidance, and no input of the transformer."""
+    guidance_passes: int
+    """Forward passes of a step with guidance, each batch item of the same video being one."""
     whole_sequence: bool
     """True if one input holds the tokens that the grid calls text beside its video tokens. A token order is then a
     permutation of the whole sequence, in which they stay where they are."""
@@ -107,6 +109,18 @@ class ModelFamily(Protocol):
             pipe: the pipeline.
             height: pixels that were asked for, if any.
             width: pixels that were asked for, if any.
+        """
+        ...
+
+    def call_options(self, pipe: Any, request: Any) -> Mapping[str, Any]:
+        """Return the arguments of a pipeline's call that a request entails, beside those of its own fields' names.
+
+        Args:
+            pipe: the pipeline.
+            request: the resolved request; `frames`, `fps`, `steps`, `guidance_scale` and `video` may be read.
+
+        Raises:
+            ValueError: if the pipeline would take a field for something else.
         """
         ...
 

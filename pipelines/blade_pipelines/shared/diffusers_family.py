@@ -38,6 +38,8 @@ class DiffusersFamily:
     """Name of the submodule that computes the time embedding, (B, channels)."""
     condition_pipelines: ClassVar[Mapping[tuple[str, Condition], str]] = {}
     """Pipeline class that accepts a condition with the same weights, by the pipeline's class and the condition."""
+    guidance_takes_two_passes: ClassVar[bool]
+    """True if guidance is no input of the transformer."""
     whole_sequence: bool = False
     """True if one input holds video tokens and the tokens that the grid calls text."""
     size_multiple: int = 16
@@ -47,6 +49,11 @@ class DiffusersFamily:
 
     original_names: Sequence[tuple[str, str]] = ()
     """Replacements that turn Diffusers' names of modules into the authors' own; here none, where they are the same."""
+
+    @property
+    def guidance_passes(self) -> int:
+        """Forward passes of a step with guidance: one more than without, unless guidance is an input of the model."""
+        return 2 if self.guidance_takes_two_passes else 1
 
     @property
     def data(self) -> FamilyData:
@@ -60,6 +67,10 @@ class DiffusersFamily:
     def sampling_defaults(self, pipe: Any, height: int | None, width: int | None) -> SamplingDefaults:
         """Return the recommended sampling settings of a pipeline's model; here only Diffusers' own defaults."""
         return SamplingDefaults()
+
+    def call_options(self, pipe: Any, request: Any) -> Mapping[str, Any]:
+        """Return no arguments of a call beside those of the request's fields."""
+        return {}
 
     def sound_rate(self, pipe: Any) -> int | None:
         """Return None: the pipelines make no sound."""
