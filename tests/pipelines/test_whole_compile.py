@@ -177,7 +177,8 @@ def test_pipelines_make_the_same_video(small_pipelines, name, config):
     pipe.transformer.compile(backend=backend, fullgraph=True)
     for video in expected:
         torch.testing.assert_close(latents(), video, rtol=1e-4, atol=1e-4)
-    assert 0 < backend.frame_count <= 2
+    kinds = 3 if name == "LTX2Pipeline" else 1  # of passes: guidance in a batch, perturbed, with modalities apart
+    assert 0 < backend.frame_count <= 2 * kinds
     assert [layer[:2] for layer in calls(pipe)] == [layer[:2] for layer in expected_calls]
 
 
