@@ -77,7 +77,6 @@ def wan_inputs():
 _SMALL = {"height": 128, "width": 128, "num_frames": 13, "num_inference_steps": 3}
 _LARGER = {"height": 512, "width": 512}
 """Of LTX-Video, whose patches are 32 pixels wide."""
-_NEEDS_LARGER = ("LTXPipeline", "LTXImageToVideoPipeline")
 _BLOCKS = {"block_out_channels": (8, 8, 8, 8), "layers_per_block": 1, "norm_num_groups": 4, "latent_channels": 4}
 
 
@@ -87,8 +86,13 @@ def _small(pipeline_class, **parts):
 
     class Small(pipeline_class):
         def __call__(self, *args, **options):
-            small = {**_SMALL, **(_LARGER if name in _NEEDS_LARGER else {})}
-            if "video" in options:  # as long as it is
+            small = {**_SMALL, **(_LARGER if name.startswith("LTX") and not name.startswith("LTX2") else {})}
+            if name == "LTX2DFRPipeline":  # its steps are given
+                small["num_frames"] = 17
+                small.pop("num_inference_steps")
+            if name == "LTXI2VLongMultiPromptPipeline":
+                small |= {"height": 256, "width": 256, "num_frames": 33}
+            if "video" in options or "latents" in options:  # as large as it is
                 small.pop("num_frames")
             return super().__call__(*args, **{**options, **small})
 
@@ -97,6 +101,8 @@ def _small(pipeline_class, **parts):
                 return torch.randn(1, 6, 8), torch.randn(1, 8), torch.ones(1, 6)
             if name.startswith("HunyuanVideo15"):
                 return torch.randn(1, 6, 8), torch.ones(1, 6), torch.randn(1, 3, 8), torch.ones(1, 3)
+            if name == "LTX2DFRPipeline":  # without guidance
+                return torch.randn(1, 6, 8), torch.ones(1, 6)
             if name.startswith("LTX"):
                 return torch.randn(1, 6, 8), torch.ones(1, 6), torch.randn(1, 6, 8), torch.ones(1, 6)
             return torch.randn(1, 6, 8), torch.randn(1, 6, 8)
@@ -178,14 +184,15 @@ def _ltx_video(task="LTXPipeline"):
         in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=16, cross_attention_dim=32,
         num_layers=2, caption_channels=8,
     )  # fmt: skip
+    # the condition pipeline makes its noise levels by itself
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=task != "LTXConditionPipeline")
+    if task == "LTXI2VLongMultiPromptPipeline":
+        scheduler = diffusers.LTXEulerAncestralRFScheduler()
     vae = AutoencoderKLLTXVideo(
         latent_channels=4, block_out_channels=(8, 8, 8, 8), decoder_block_out_channels=(8, 8, 8, 8),
         layers_per_block=(1,) * 5, decoder_layers_per_block=(1,) * 5, encoder_causal=True,
     )  # fmt: skip
-    return _small(
-        getattr(diffusers, task), vae=vae, transformer=transformer,
-        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
-    )  # fmt: skip
+    return _small(getattr(diffusers, task), vae=vae, transformer=transformer, scheduler=scheduler)
 
 
 def make_ltx2_parts(**config):
@@ -238,10 +245,13 @@ def make_ltx2_parts(**config):
     }
 
 
-def _ltx2(task="LTX2Pipeline"):
+def _ltx2(task="LTX2Pipeline", **config):
     import diffusers
 
-    return _small(getattr(diffusers, task), **make_ltx2_parts())
+    parts = make_ltx2_parts(**config)
+    if task == "LTX2DFRPipeline":  # of a distilled model, whose noise levels are taken as they are
+        parts["scheduler"] = diffusers.FlowMatchEulerDiscreteScheduler()
+    return _small(getattr(diffusers, task), **parts)
 
 
 @pytest.fixture
@@ -257,8 +267,13 @@ def small_pipelines(make_wan):
         "HunyuanVideo15Pipeline": _hunyuan_video_15,
         "LTXPipeline": _ltx_video,
         "LTXImageToVideoPipeline": lambda: _ltx_video("LTXImageToVideoPipeline"),
+        "LTXConditionPipeline": lambda: _ltx_video("LTXConditionPipeline"),
+        "LTXI2VLongMultiPromptPipeline": lambda: _ltx_video("LTXI2VLongMultiPromptPipeline"),
         "LTX2Pipeline": _ltx2,
         "LTX2ImageToVideoPipeline": lambda: _ltx2("LTX2ImageToVideoPipeline"),
+        "LTX2ConditionPipeline": lambda: _ltx2("LTX2ConditionPipeline"),
+        "LTX2InContextPipeline": lambda: _ltx2("LTX2InContextPipeline"),
+        "LTX2DFRPipeline": lambda: _ltx2("LTX2DFRPipeline", use_keyframes_abs_pos_embedding=True),
     }
 
 

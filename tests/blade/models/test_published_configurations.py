@@ -42,7 +42,8 @@ RELEASES = {
     "Wan-AI/Wan2.2-TI2V-5B-Diffusers": (4_999_787_712, 5_680_910_336, 5e9, "31 x 22 x 40 = 27,280, in 30 layers"),
 }
 """Of every configuration. Source of the rounded numbers: the model cards of CogVideoX, Wan 2.1 and Wan 2.2 (14B for
-each of two experts), and the papers of HunyuanVideo (arXiv 2412.03603) and LTX-Video (arXiv 2501.00103)."""
+each of two experts), the papers of HunyuanVideo (arXiv 2412.03603) and LTX-Video (arXiv 2501.00103), and the names
+of the files of LTX-2 (19b), 2.3 and 2.5 (22b), whose connectors count there."""
 
 SHIFTS = {
     WAN: 3.0,
@@ -63,6 +64,13 @@ def test_where_a_configuration_is_from_is_said(caplog):
     caplog.set_level("INFO", logger="blade")
     load_empty_model(WAN)
     assert f"the configuration of {WAN} is the one that comes with BLADE" in caplog.text
+
+
+def test_parts_that_a_configuration_lacks_are_named(caplog):
+    caplog.set_level("INFO", logger="blade")
+    pipe = load_empty_model("Lightricks/LTX-2.5-Diffusers").pipe
+    assert "comes with BLADE, without connectors and text_encoder" in caplog.text
+    assert pipe.connectors is None and pipe.text_encoder is None
 
 
 def test_every_configuration_is_tested():
@@ -95,6 +103,12 @@ def test_facts_beside_the_sizes():
     assert sum(x.numel() for x in pipes["HunyuanVideo"].text_encoder_2.parameters()) == 123_060_480  # CLIP ViT-L/14
     ltx = pipes["LTX-Video"]
     assert (ltx.vae_spatial_compression_ratio, ltx.vae_temporal_compression_ratio) == (32, 8)
+    pipe = pipes["LTX-2.3-Diffusers"]
+    size = (pipe.vae_spatial_compression_ratio, pipe.vae_temporal_compression_ratio)
+    assert (*size, pipe.vocoder.config.output_sampling_rate) == (32, 8, 48000)
+    assert pipes["LTX-2"].vocoder.config.output_sampling_rate == 24000
+    assert sum(x.numel() for x in pipe.connectors.parameters()) == 3_172_227_584  # 22 billion with the transformer's
+    assert not pipes["LTX-2.5-Diffusers"].scheduler.config.use_dynamic_shifting  # distilled
     shifts = [pipes[f"CogVideoX-{size}"].scheduler.config.snr_shift_scale for size in ("2b", "5b")]
     scales = [pipes[f"CogVideoX-{size}"].vae.config.scaling_factor for size in ("2b", "5b")]
     assert (shifts, scales) == ([3.0, 1.0], [1.15258426, 0.7])
