@@ -167,7 +167,12 @@ def load_empty_model(
     except HubUnreachableError:
         if revision is not None or str(model) not in published_configurations():
             raise
-        logger.info(f"the Hub cannot be reached; the configuration of {model} is the one that comes with BLADE")
+        index = published_configurations()[str(model)]["model_index"]
+        missing = [name for name, value in index.items() if value == [None, None]]
+        without = f", without {' and '.join(missing)}" if missing else ""
+        logger.info(
+            f"the Hub cannot be reached; the configuration of {model} is the one that comes with BLADE{without}"
+        )
         with TemporaryDirectory() as known:
             write_published_configuration(str(model), Path(known))
             return load_empty_model(known, dtype=dtype, random_weights_on=random_weights_on)
