@@ -42,11 +42,15 @@ class TokenGrid:
     """Text tokens that the self-attention sees after the video tokens."""
     first_frame_apart: bool = False
     """Put the first frame's tokens first in every order, for models that treat them apart."""
+    frames_apart: bool = False
+    """Keep the tokens of every frame together, and the frames in order: an order runs inside each frame. For models
+    that treat the frames one by one."""
 
     def __post_init__(self) -> None:
         for name, least in (("frames", 1), ("height", 1), ("width", 1), ("text_before", 0), ("text_after", 0)):
             check_integer(name, getattr(self, name), least, MOST_TOKENS)
         check_flag("first_frame_apart", self.first_frame_apart)
+        check_flag("frames_apart", self.frames_apart)
 
     @property
     def video_tokens(self) -> int:
@@ -173,7 +177,11 @@ def _find_order(name: str) -> tuple[TokenOrder, tuple[int, ...]]:
 def _permutation(
     grid: TokenGrid, order: TokenOrder, parameters: tuple[int, ...], device: torch.device, inverse: bool
 ) -> torch.Tensor:
-    if grid.first_frame_apart and grid.frames > 1:
+    if grid.frames_apart:
+        frame = _raster_indices(1, grid.height, grid.width, order, parameters)
+        starts = np.arange(grid.frames, dtype=np.int64)[:, None] * len(frame)
+        indices = (starts + frame).reshape(-1)
+    elif grid.first_frame_apart and grid.frames > 1:
         first = _raster_indices(1, grid.height, grid.width, order, parameters)
         rest = _raster_indices(grid.frames - 1, grid.height, grid.width, order, parameters)
         indices = np.concatenate((first, len(first) + rest))

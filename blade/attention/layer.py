@@ -102,6 +102,12 @@ class SparseLayer:
                 self.tally, *tables = (tensor.to(device) for tensor in (self.tally, *self.tables))
                 self.tables = tuple(tables)
 
+    @property
+    def video_tokens(self) -> int:
+        """Number of video tokens, which come first, in a sparse forward pass."""
+        assert self.plan is not None
+        return self.plan.grid.video_tokens
+
     def count_dense(self) -> None:
         """Note a dense forward pass."""
         self.tally[2:].add_(1)

@@ -161,7 +161,7 @@ class PatternTable:
             "token_order": self.token_order,
             "steps": self.steps,
             "group_starts": list(self.group_starts),
-            "grid": None if self.grid is None else asdict(self.grid),
+            "grid": None if self.grid is None else _grid_values(self.grid),
             "patterns": [pattern.to_dict() for pattern in self.patterns],
             "assignment": self.assignment.tolist(),
         }
@@ -230,3 +230,11 @@ def mixed_table(
 def _size(grid: TokenGrid) -> str:
     text = f" and {grid.text_tokens} of text" if grid.text_tokens else ""
     return f"{grid.frames} x {grid.height} x {grid.width} tokens{text}"
+
+
+def _grid_values(grid: TokenGrid) -> dict[str, Any]:
+    """Return a grid's fields: `frames_apart` only where it is in force, as earlier versions do not know it."""
+    values = asdict(grid)
+    if not grid.frames_apart:
+        del values["frames_apart"]
+    return values

@@ -30,6 +30,11 @@ class SparseAttention(Protocol):
     sparse: bool
     """True in a sparse forward pass."""
 
+    @property
+    def video_tokens(self) -> int:
+        """Number of video tokens, which come first, in a sparse forward pass."""
+        ...
+
     def count_dense(self) -> None:
         """Count a dense forward pass."""
         ...
@@ -106,6 +111,22 @@ class ModelFamily(Protocol):
         """
         ...
 
+    def call_options(self, pipe: Any, request: Any) -> Mapping[str, Any]:
+        """Return the arguments of a pipeline's call that a request entails, beside those of its own fields' names.
+
+        Args:
+            pipe: the pipeline.
+            request: the resolved request; `frames`, `fps`, `steps` and `video` may be read.
+
+        Raises:
+            ValueError: if the pipeline would take a field for something else.
+        """
+        ...
+
+    def plan_problem(self, pipe: Any) -> str | None:
+        """Return why a run's operations cannot be planned from its size and steps, or None if they can."""
+        ...
+
     def condition_pipeline(self, pipe: Any, condition: Condition) -> str | None:
         """Return the class of Diffusers that makes a video from a condition with a pipeline's weights.
 
@@ -156,6 +177,14 @@ class ModelFamily(Protocol):
 
     def dense_reason(self, attention: nn.Module) -> str | None:
         """Return why the module cannot be made sparse, or None if it can."""
+        ...
+
+    def pass_dense_reason(self, transformer: nn.Module, inputs: Inputs) -> str | None:
+        """Return why no layer can be sparse in a forward pass with these inputs, or None if layers can."""
+        ...
+
+    def scheduler_counts_steps(self, inputs: Inputs) -> bool:
+        """Return whether the pipeline's scheduler counts the steps; False where the pipeline steps copies of it."""
         ...
 
     def make_processor(self, layer: SparseAttention, previous: Any) -> Any:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from blade.families.data import FamilyData
-from blade.families.protocol import Condition, SparseAttention
+from blade.families.protocol import Condition, Inputs, SparseAttention
 from blade.families.sampling_defaults import SamplingDefaults
 from blade_pipelines.shared.diffusers_module import DiffusersModule
 from blade_pipelines.shared.processor import SparseProcessor
@@ -59,6 +59,14 @@ class DiffusersFamily:
         """Return the recommended sampling settings of a pipeline's model; here only Diffusers' own defaults."""
         return SamplingDefaults()
 
+    def call_options(self, pipe: Any, request: Any) -> Mapping[str, Any]:
+        """Return no arguments of a call beside those of the request's fields."""
+        return {}
+
+    def plan_problem(self, pipe: Any) -> str | None:
+        """Return None: a run is as many forward passes as it has steps."""
+        return None
+
     def condition_pipeline(self, pipe: Any, condition: Condition) -> str | None:
         """Return the pipeline class that accepts a condition with the same weights, from `condition_pipelines`."""
         return self.condition_pipelines.get((type(pipe).__name__, condition))
@@ -98,6 +106,14 @@ class DiffusersFamily:
         if type(attention.processor) in self.processors:
             return None
         return f"its processor is a {type(attention.processor).__name__}, not Diffusers' {self.processors[0].__name__}"
+
+    def pass_dense_reason(self, transformer: DiffusersModule, inputs: Inputs) -> str | None:
+        """Return None: layers can be sparse in every forward pass."""
+        return None
+
+    def scheduler_counts_steps(self, inputs: Inputs) -> bool:
+        """Return True: the pipelines step their scheduler itself."""
+        return True
 
     def make_processor(self, layer: SparseAttention, previous: Any) -> SparseProcessor:
         """Return the processor for a layer."""
