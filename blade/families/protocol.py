@@ -127,6 +127,13 @@ class ModelFamily(Protocol):
         """Return why a run's operations cannot be planned from its size and steps, or None if they can."""
         ...
 
+    def sound_rate(self, pipe: Any) -> int | None:
+        """Return the samples a second of the sound that a pipeline makes beside its video; None: it makes none.
+
+        The pipeline's output then holds the sound as `audio`, (B, channels, samples).
+        """
+        ...
+
     def condition_pipeline(self, pipe: Any, condition: Condition) -> str | None:
         """Return the class of Diffusers that makes a video from a condition with a pipeline's weights.
 

@@ -67,6 +67,10 @@ class DiffusersFamily:
         """Return None: a run is as many forward passes as it has steps."""
         return None
 
+    def sound_rate(self, pipe: Any) -> int | None:
+        """Return None: the pipelines make no sound."""
+        return None
+
     def condition_pipeline(self, pipe: Any, condition: Condition) -> str | None:
         """Return the pipeline class that accepts a condition with the same weights, from `condition_pipelines`."""
         return self.condition_pipelines.get((type(pipe).__name__, condition))
