@@ -103,10 +103,10 @@ class SparseLayer:
                 self.tables = tuple(tables)
 
     @property
-    def video_tokens(self) -> int:
-        """Number of video tokens, which come first, in a sparse forward pass."""
+    def grid(self) -> TokenGrid:
+        """The tokens in a sparse forward pass."""
         assert self.plan is not None
-        return self.plan.grid.video_tokens
+        return self.plan.grid
 
     def count_dense(self) -> None:
         """Note a dense forward pass."""

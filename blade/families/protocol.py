@@ -31,8 +31,8 @@ class SparseAttention(Protocol):
     """True in a sparse forward pass."""
 
     @property
-    def video_tokens(self) -> int:
-        """Number of video tokens, which come first, in a sparse forward pass."""
+    def grid(self) -> TokenGrid:
+        """The tokens in a sparse forward pass."""
         ...
 
     def count_dense(self) -> None:

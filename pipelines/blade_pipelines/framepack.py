@@ -48,7 +48,10 @@ class FramepackSparseProcessor(HunyuanVideoSparseProcessor):
         tables = image_rotary_emb
         if not self.layer.sparse:
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, tables)
-        history = hidden_states.shape[1] - self.layer.video_tokens
+        grid = self.layer.grid
+        history = hidden_states.shape[1] - grid.video_tokens
+        # a graph does not know where a single text was cut off
+        torch._check(encoder_hidden_states.shape[1] == grid.text_tokens - history)
         hidden_states = hidden_states.roll(-history, dims=1)
         if tables is not None:
             tables = (tables[0].roll(-history, dims=0), tables[1].roll(-history, dims=0))
