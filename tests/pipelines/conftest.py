@@ -338,6 +338,39 @@ def _framepack_history(grid):
 
 
 @pytest.fixture
+def wan_animate():
+    """A tiny Wan-Animate transformer, and its inputs."""
+    return Family(_make_wan_animate, _wan_animate_inputs, frames_apart=True, least_frames=2)
+
+
+@pytest.fixture
+def framepack():
+    """A tiny FramePack transformer, and its inputs."""
+    return Family(
+        _make_framepack, _framepack_inputs, TEXT_TOKENS + 2, text_first=False, history=_framepack_history,
+        of_all_items=FRAMEPACK_INDICES, least_frames=3,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def make_like_wan():
+    """Return a function that makes a tiny transformer of a class that is built as Wan's."""
+    return _make_like_wan
+
+
+@pytest.fixture
+def forcing_inputs(wan_inputs):
+    """Return a function that makes inputs of diffusion forcing for a grid of tokens."""
+    return _forcing_inputs(wan_inputs)
+
+
+@pytest.fixture
+def anyflow_inputs(wan_inputs):
+    """Return a function that makes inputs of AnyFlow for a grid of tokens."""
+    return _anyflow_inputs(wan_inputs)
+
+
+@pytest.fixture
 def make_hunyuan_video():
     """Return a function that makes a tiny HunyuanVideo transformer, with a kind of image condition."""
     return _make_hunyuan_video
@@ -394,13 +427,8 @@ def family(request, make_wan, wan_inputs):
         )
     if request.param == "wan":
         return Family(make_wan, wan_inputs)
-    if request.param == "framepack":
-        return Family(
-            _make_framepack, _framepack_inputs, TEXT_TOKENS + 2, text_first=False, history=_framepack_history,
-            of_all_items=FRAMEPACK_INDICES, least_frames=3,
-        )  # fmt: skip
-    if request.param == "wan-animate":
-        return Family(_make_wan_animate, _wan_animate_inputs, frames_apart=True, least_frames=2)
+    if request.param in ("framepack", "wan-animate"):
+        return request.getfixturevalue(request.param.replace("-", "_"))
     if request.param == "chronoedit":
         return Family(lambda: _make_like_wan(diffusers.ChronoEditTransformer3DModel), wan_inputs)
     if request.param == "anyflow":

@@ -26,6 +26,11 @@ PASSES = {
     "HunyuanVideo15Pipeline": 6,
     "LTXPipeline": 3,
     "LTXImageToVideoPipeline": 3,
+    "ChronoEditPipeline": 6,
+    "SkyReelsV2Pipeline": 6,
+    "SkyReelsV2DiffusionForcingPipeline": 6,
+    "AnyFlowPipeline": 3,
+    "HunyuanVideoFramepackPipeline": 3,
 }
 """Forward passes of three steps."""
 
@@ -36,8 +41,9 @@ def conditions(tmp_path):
     frames = torch.rand(13, 3, 128, 128, generator=torch.Generator().manual_seed(0))
     (tmp_path / "video.mp4").write_bytes(encode_mp4(frames, fps=8))
     Image.fromarray((frames[0].permute(1, 2, 0) * 255).byte().numpy()).save(tmp_path / "image.png")
+    image = {"image": str(tmp_path / "image.png")}
     return {
-        "Image": {"image": str(tmp_path / "image.png")},
+        **dict.fromkeys(("Image", "ChronoEdit", "Framepack"), image),
         "VideoToVideo": {"video": str(tmp_path / "video.mp4"), "fps": 8},
     }
 
