@@ -58,9 +58,9 @@ def test_causal_attention_stays_dense_and_exact(make, forcing_inputs, caplog):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("ar_step", "size", "calls"), [(0, None, (2, 4)), (2, 1, (2, 16)), (2, 2, (10, 0))])
+@pytest.mark.parametrize(("ar_step", "size", "calls"), [(0, None, (2, 4)), (2, 1, (14, 4)), (2, 2, (10, 0))])
 def test_a_video_is_made_in_step_and_frame_after_frame(small_pipelines, ar_step, size, calls):
-    """Frame after frame, the noisiest frame in the window decides; the mask of blocks of frames stays dense."""
+    """Frame after frame, the noisiest one decides, which has not begun for long; with a mask all stays dense."""
     torch.manual_seed(0)
     pipe = small_pipelines["SkyReelsV2DiffusionForcingPipeline"]()
     config = BladeConfig(sparsity=0.5, asa=AdaptiveConfig(block_size=16))

@@ -145,9 +145,8 @@ def test_a_scheduler_of_which_copies_are_stepped_is_read_at_the_largest_timestep
         assert steps.resolve(frames, counts_itself=False) == (step, 5)
         assert steps.resolve(frames) == (0, 5)  # it is thought to be at its first step
     pipe.scheduler.num_inference_steps = None
-    assert [steps.resolve(at(value), counts_itself=False) for value in (900, 900, 500)] == [(0, None)] * 2 + [
-        (1, None)
-    ]
+    compared = [steps.resolve(at(value), counts_itself=False) for value in (900, 900, 500)]
+    assert compared == [(0, None), (0, None), (1, None)]
 
 
 def test_a_reset_begins_a_new_run():
