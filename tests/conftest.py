@@ -89,6 +89,8 @@ def _small(pipeline_class, **parts):
             small = {**_SMALL, **(_LARGER if name.startswith("LTX") else {})}
             if "video" in options:  # as long as it is
                 small.pop("num_frames")
+            if name == "Kandinsky5I2VPipeline":  # which compares the first four latent frames with later ones
+                small["num_frames"] = 17
             if name == "WanAnimatePipeline":  # as long as that of the poses
                 small["segment_frame_length"] = small.pop("num_frames")
             return super().__call__(*args, **{**options, **small})
@@ -99,6 +101,8 @@ def _small(pipeline_class, **parts):
         def encode_prompt(self, *args, **options):
             if name in ("WanAnimatePipeline", "ChronoEditPipeline"):  # whose processors know where an image ends
                 return torch.randn(1, 512, 8), torch.randn(1, 512, 8)
+            if name.startswith("Kandinsky5"):
+                return torch.randn(1, 6, 8), torch.randn(1, 8), torch.tensor([0, 6])
             if name in ("HunyuanVideoPipeline", "HunyuanVideoFramepackPipeline"):
                 return torch.randn(1, 6, 8), torch.randn(1, 8), torch.ones(1, 6)
             if name.startswith("HunyuanVideo15"):
@@ -184,6 +188,20 @@ def _framepack():
         HunyuanVideoFramepackPipeline, vae=AutoencoderKLHunyuanVideo(**_BLOCKS), transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), text_encoder_2=None, tokenizer_2=None,
         image_encoder=None, feature_extractor=None,
+    )  # fmt: skip
+
+
+def _kandinsky5(task="Kandinsky5T2VPipeline"):
+    import diffusers
+    from diffusers import AutoencoderKLHunyuanVideo, FlowMatchEulerDiscreteScheduler, Kandinsky5Transformer3DModel
+
+    transformer = Kandinsky5Transformer3DModel(
+        in_visual_dim=4, out_visual_dim=4, in_text_dim=8, in_text_dim2=8, time_dim=16, model_dim=32, ff_dim=24,
+        num_text_blocks=1, num_visual_blocks=2, axes_dims=(4, 6, 6), visual_cond="I2V" in task,
+    )  # fmt: skip
+    return _small(
+        getattr(diffusers, task), vae=AutoencoderKLHunyuanVideo(**_BLOCKS), transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(), text_encoder_2=None, tokenizer_2=None,
     )  # fmt: skip
 
 
@@ -287,6 +305,8 @@ def small_pipelines(make_wan):
         "SkyReelsV2DiffusionForcingPipeline": lambda: _skyreels_v2("SkyReelsV2DiffusionForcingPipeline"),
         "AnyFlowPipeline": _anyflow,
         "HunyuanVideoFramepackPipeline": _framepack,
+        "Kandinsky5T2VPipeline": _kandinsky5,
+        "Kandinsky5I2VPipeline": lambda: _kandinsky5("Kandinsky5I2VPipeline"),
     }
 
 

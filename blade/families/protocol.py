@@ -175,6 +175,10 @@ class ModelFamily(Protocol):
         """Return the number of heads of a self-attention module."""
         ...
 
+    def head_dim(self, transformer: nn.Module) -> int:
+        """Return the numbers in one head of one token."""
+        ...
+
     def output_projection(self, attention: nn.Module) -> torch.Tensor | None:
         """Return the weights (channels, H * D) that a self-attention module's output is multiplied with.
 

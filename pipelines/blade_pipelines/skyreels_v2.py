@@ -25,9 +25,6 @@ SKYREELS_ORIGINAL_NAMES = (
 )
 """Names in SkyReels-V2's own code. Source: `scripts/convert_skyreelsv2_to_diffusers.py` of Diffusers."""
 
-HD_AREA = 720 * 1280
-"""Pixels per frame from which the 720P models' settings apply."""
-
 
 class SkyReelsV2Family(WanFamily):
     """Adapter for `SkyReelsV2Transformer3DModel`: text and image to video, and diffusion forcing.
@@ -51,16 +48,16 @@ class SkyReelsV2Family(WanFamily):
         return "skyreels-v2"
 
     def sampling_defaults(self, pipe: Any, height: int | None, width: int | None) -> SamplingDefaults:
-        """Return the frame rate and the flow shift: 8 from text, 5 from an image, 3 for the 1.3B image model.
+        """Return the frame rate and the flow shift: 8 from text, 5 from an image.
 
-        Source: the documentation of SkyReels-V2 in Diffusers.
+        Source: the documentation of SkyReels-V2 in Diffusers, whose pipelines set the rest.
         """
-        image = pipe.transformer.config.image_dim is not None or "Image" in type(pipe).__name__
+        image = pipe.transformer.config.image_dim is not None or _is_a(pipe, "Image")
         return SamplingDefaults(fps=24, flow_shift=5.0 if image else 8.0)
 
     def call_options(self, pipe: Any, request: Any) -> Mapping[str, Any]:
         """Return the frame rate, which diffusion forcing tells the transformer."""
-        return {"fps": request.fps} if "DiffusionForcing" in type(pipe).__name__ else {}
+        return {"fps": request.fps} if _is_a(pipe, "DiffusionForcing") else {}
 
     def pass_dense_reason(self, transformer: DiffusersModule, inputs: Inputs) -> str | None:
         """Return that the model has a causal mask, or None."""
@@ -100,6 +97,11 @@ class SkyReelsV2Family(WanFamily):
         """Permute the latent's patches; timesteps belong to frames."""
         single = {**inputs, "timestep": inputs["timestep"].flatten()[:1]}
         return {**super().permute_inputs(transformer, single, permutation), "timestep": inputs["timestep"]}
+
+
+def _is_a(pipe: Any, kind: str) -> bool:
+    """Return whether a word is in the name of a pipeline's class, or of one that it comes from."""
+    return any(kind in base.__name__ for base in type(pipe).__mro__)
 
 
 FAMILIES = (SkyReelsV2Family(),)

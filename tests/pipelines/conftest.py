@@ -34,6 +34,8 @@ class Family:
     """The fewest frames that Diffusers' own class takes, or that are more than its history."""
     of_all_items: tuple[str, ...] = ()
     """Inputs that are no batches."""
+    float32_parts: tuple[str, ...] = ()
+    """Endings of the names of modules that the class runs in float32, whatever the dtype of the others."""
 
     def grid(self, grid: tuple[int, int, int]) -> tuple[int, int, int]:
         """Return a grid with as many frames as the class needs."""
@@ -337,6 +339,53 @@ def _framepack_history(grid):
     return 2 * height * width + -(-height // 2) * -(-width // 2) + -(-height // 4) * -(-width // 4)
 
 
+def _make_kandinsky5(**config):
+    """A tiny `Kandinsky5Transformer3DModel`, whose modulations are no zeros."""
+    from diffusers import Kandinsky5Transformer3DModel
+
+    torch.manual_seed(0)
+    transformer = Kandinsky5Transformer3DModel(
+        **{
+            "in_visual_dim": 4, "out_visual_dim": 4, "in_text_dim": 8, "in_text_dim2": 8, "time_dim": 16,
+            "model_dim": 32, "ff_dim": 24, "num_text_blocks": 1, "num_visual_blocks": 3, "axes_dims": (4, 6, 6),
+            **config,
+        }
+    ).eval()  # fmt: skip
+    for name, parameter in transformer.named_parameters():
+        if "modulation" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    for block in transformer.visual_transformer_blocks:
+        for norm in (block.self_attention.query_norm, block.self_attention.key_norm):
+            norm.weight.data.mul_(2.0)
+    return transformer
+
+
+def _kandinsky5_inputs(grid=(3, 5, 7), batch=1, seed=0, timestep=500.0):
+    """Inputs for a grid of tokens; positions are the same for all items."""
+    generator = torch.Generator().manual_seed(seed)
+    frames, height, width = grid
+    return {
+        "hidden_states": torch.randn(batch, frames, 2 * height, 2 * width, 4, generator=generator),
+        "encoder_hidden_states": torch.randn(batch, TEXT_TOKENS, 8, generator=generator),
+        "timestep": torch.full((batch,), timestep),
+        "pooled_projections": torch.randn(batch, 8, generator=generator),
+        "visual_rope_pos": [torch.arange(size) for size in grid],
+        "text_rope_pos": torch.arange(TEXT_TOKENS),
+    }
+
+
+@pytest.fixture
+def make_kandinsky5():
+    """Return a function that makes a tiny Kandinsky 5 transformer."""
+    return _make_kandinsky5
+
+
+@pytest.fixture
+def kandinsky5_inputs():
+    """Return a function that makes its inputs for a grid of tokens."""
+    return _kandinsky5_inputs
+
+
 @pytest.fixture
 def wan_animate():
     """A tiny Wan-Animate transformer, and its inputs."""
@@ -398,6 +447,7 @@ FAMILIES = (
     "skyreels-v2-forcing",
     "anyflow",
     "framepack",
+    "kandinsky5",
 )
 
 
@@ -427,6 +477,13 @@ def family(request, make_wan, wan_inputs):
         )
     if request.param == "wan":
         return Family(make_wan, wan_inputs)
+    if request.param == "kandinsky5":
+        # it rounds rotated queries and keys to this dtype, which hides errors; `test_kandinsky5.py` tests the rounding
+        request.getfixturevalue("monkeypatch").setattr(torch, "bfloat16", torch.float32)
+        return Family(
+            _make_kandinsky5, _kandinsky5_inputs, of_all_items=("text_rope_pos",),
+            float32_parts=("time_embeddings", "query_norm", "key_norm"),
+        )  # fmt: skip
     if request.param in ("framepack", "wan-animate"):
         return request.getfixturevalue(request.param.replace("-", "_"))
     if request.param == "chronoedit":

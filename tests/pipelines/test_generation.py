@@ -31,6 +31,8 @@ PASSES = {
     "SkyReelsV2DiffusionForcingPipeline": 6,
     "AnyFlowPipeline": 3,
     "HunyuanVideoFramepackPipeline": 3,
+    "Kandinsky5T2VPipeline": 6,
+    "Kandinsky5I2VPipeline": 6,
 }
 """Forward passes of three steps."""
 
@@ -43,7 +45,7 @@ def conditions(tmp_path):
     Image.fromarray((frames[0].permute(1, 2, 0) * 255).byte().numpy()).save(tmp_path / "image.png")
     image = {"image": str(tmp_path / "image.png")}
     return {
-        **dict.fromkeys(("Image", "ChronoEdit", "Framepack"), image),
+        **dict.fromkeys(("Image", "ChronoEdit", "Framepack", "I2V"), image),
         "VideoToVideo": {"video": str(tmp_path / "video.mp4"), "fps": 8},
     }
 
@@ -60,7 +62,7 @@ def test_a_video_is_made_and_summed_up(small_pipelines, conditions, name):
         steps=3,
         height=size,
         width=size,
-        frames=13,
+        frames=17 if name == "Kandinsky5I2VPipeline" else 13,
         guidance_scale=3.0,
         blade_config=CONFIG,
         **given,

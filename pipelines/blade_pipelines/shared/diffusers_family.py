@@ -100,6 +100,11 @@ class DiffusersFamily:
         heads: int = attention.heads
         return heads
 
+    def head_dim(self, transformer: DiffusersModule) -> int:
+        """Return the numbers in one head of one token, as the transformer's configuration says."""
+        size: int = transformer.config.attention_head_dim
+        return size
+
     def output_projection(self, attention: DiffusersModule) -> torch.Tensor | None:
         """Return the weight of the first layer of `to_out`, or None if there is no floating-point one."""
         weight = getattr(attention.to_out[0], "weight", None) if getattr(attention, "to_out", None) else None
