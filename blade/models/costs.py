@@ -171,7 +171,7 @@ def forward_cost(
         grid=family.token_grid(transformer, inputs),
         layers=len(attentions),
         heads=heads,
-        head_dim=transformer.config.attention_head_dim,
+        head_dim=family.head_dim(transformer),
         parameters=sum(parameter.numel() for parameter in transformer.parameters()),
         flops=flops,
     )

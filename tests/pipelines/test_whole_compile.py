@@ -96,7 +96,20 @@ def test_all_steps_share_a_graph(make_wan, wan_inputs, config):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "family",
-    ["wan-vace", "cogvideox-2b", "cogvideox-1.5", "hunyuan-video-i2v", "ltx-2", "minimax-h3-references"],
+    [
+        "wan-vace",
+        "cogvideox-2b",
+        "cogvideox-1.5",
+        "hunyuan-video-i2v",
+        "ltx-2",
+        "minimax-h3-references",
+        "wan-animate",
+        "chronoedit",
+        "skyreels-v2",
+        "skyreels-v2-forcing",
+        "anyflow",
+        "framepack",
+    ],
     indirect=True,
 )
 def test_every_other_kind_compiles(family):
