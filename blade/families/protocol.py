@@ -18,7 +18,8 @@ Inputs = dict[str, Any]
 """The arguments of a transformer's forward pass by name."""
 
 Permutation = Callable[[], torch.Tensor | None]
-"""Answers with the token order in force, an int64 permutation of the video tokens, or None for raster order."""
+"""Answers with the token order in force, an int64 permutation of the video tokens, or of the whole sequence with
+`ModelFamily.whole_sequence`; None for raster order."""
 
 
 Condition = Literal["image", "video"]
@@ -30,6 +31,11 @@ class SparseAttention(Protocol):
 
     sparse: bool
     """True in a sparse forward pass."""
+
+    @property
+    def grid(self) -> TokenGrid:
+        """The tokens in a sparse forward pass."""
+        ...
 
     def count_dense(self) -> None:
         """Count a dense forward pass."""
@@ -75,6 +81,11 @@ class ModelFamily(Protocol):
     """True if the pipelines' `guidance_scale` is classifier-free guidance, and no input of the transformer."""
     timesteps_rise: bool
     """True if timesteps rise from step to step, as the noise falls."""
+    guidance_passes: int
+    """Forward passes of a step with guidance, each batch item of the same video being one."""
+    whole_sequence: bool
+    """True if one input holds the tokens that the grid calls text beside its video tokens. A token order is then a
+    permutation of the whole sequence, in which they stay where they are."""
     size_multiple: int
     """Pixels that the pipelines want heights and widths to be whole multiples of, whatever the VAE."""
     tiny_decoders: Mapping[int, tuple[str, ...]]
@@ -115,6 +126,22 @@ class ModelFamily(Protocol):
 
     def evaluations(self, steps: int) -> int:
         """Return how often a schedule of so many steps, as the pipelines' call counts them, computes a step."""
+        ...
+
+    def call_options(self, pipe: Any, request: Any) -> Mapping[str, Any]:
+        """Return the arguments of a pipeline's call that a request entails, beside those of its own fields' names.
+
+        Args:
+            pipe: the pipeline.
+            request: the resolved request; `frames`, `fps`, `steps`, `guidance_scale` and `video` may be read.
+
+        Raises:
+            ValueError: if the pipeline would take a field for something else.
+        """
+        ...
+
+    def plan_problem(self, pipe: Any) -> str | None:
+        """Return why a run's operations cannot be planned from its size and steps, or None if they can."""
         ...
 
     def sound_rate(self, pipe: Any) -> int | None:
@@ -165,6 +192,10 @@ class ModelFamily(Protocol):
         """Return the number of heads of a self-attention module."""
         ...
 
+    def head_dim(self, transformer: nn.Module) -> int:
+        """Return the numbers in one head of one token."""
+        ...
+
     def output_projection(self, attention: nn.Module) -> torch.Tensor | None:
         """Return the weights (channels, H * D) that a self-attention module's output is multiplied with.
 
@@ -174,6 +205,14 @@ class ModelFamily(Protocol):
 
     def dense_reason(self, attention: nn.Module) -> str | None:
         """Return why the module cannot be made sparse, or None if it can."""
+        ...
+
+    def pass_dense_reason(self, transformer: nn.Module, inputs: Inputs) -> str | None:
+        """Return why no layer can be sparse in a forward pass with these inputs, or None if layers can."""
+        ...
+
+    def scheduler_counts_steps(self, inputs: Inputs) -> bool:
+        """Return whether the pipeline's scheduler counts the steps; False where the pipeline steps copies of it."""
         ...
 
     def make_processor(self, layer: SparseAttention, previous: Any) -> Any:

@@ -140,6 +140,9 @@ def plan_run(request: GenerationRequest, *, card: str | None = None) -> RunPlan:
         request = replace(request, dtype=request.dtype or known_card.default_dtype)
     model, resolved = resolve_without_weights(request)
     pipe, device = model.pipe, torch.device(resolved.device)
+    problem = model.family.plan_problem(pipe)
+    if problem is not None:
+        raise ValueError(f"`dry_run` must not be given for a {type(pipe).__name__}: {problem}.")
     latent = model.latent_size(*resolved.size)
     transformer, family = model.transformer, model.family
     guidance = resolved.guidance_scale > 1 and family.guidance_takes_two_passes
@@ -149,6 +152,7 @@ def plan_run(request: GenerationRequest, *, card: str | None = None) -> RunPlan:
         family.evaluations(resolved.steps),
         skipped_steps=resolved.skipped_steps,
         guidance=guidance,
+        guidance_passes=family.guidance_passes,
         config=resolved.blade_config,
     )
     models = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}

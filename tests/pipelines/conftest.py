@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 
@@ -23,10 +24,22 @@ class Family:
     """Text tokens that self-attention sees."""
     text_first: bool = True
     """True if the model puts them before the video."""
+    history: Callable[[tuple[int, int, int]], int] = lambda grid: 0
+    """Tokens before the video in the model and behind it under BLADE, by the grid."""
     first_frame_apart: bool = False
     """True if the first frame stays first in every order."""
     shared: tuple[str, ...] = ()
     """Names of inputs that all items of a batch share."""
+    frames_apart: bool = False
+    """True if an order runs inside each frame."""
+    least_frames: int = 1
+    """The fewest frames that Diffusers' own class takes, or that are more than its history."""
+    float32_parts: tuple[str, ...] = ()
+    """Endings of the names of modules that the class runs in float32, whatever the dtype of the others."""
+
+    def grid(self, grid: tuple[int, int, int]) -> tuple[int, int, int]:
+        """Return a grid with as many frames as the class needs."""
+        return (max(grid[0], self.least_frames), *grid[1:])
 
 
 def _make_cogvideox(**config):
@@ -172,6 +185,85 @@ def _ltx_video_inputs(grid=(3, 5, 7), batch=1, seed=0, timestep=500.0):
     }
 
 
+def _make_ltx2(**config):
+    """A tiny `LTX2VideoTransformer3DModel`, as LTX-2's; its modulation is strong enough to show in every output."""
+    from diffusers import LTX2VideoTransformer3DModel
+
+    torch.manual_seed(0)
+    transformer = LTX2VideoTransformer3DModel(
+        **{
+            "in_channels": 4,
+            "out_channels": 4,
+            "num_attention_heads": 2,
+            "attention_head_dim": 16,
+            "cross_attention_dim": 32,
+            "audio_in_channels": 4,
+            "audio_out_channels": 4,
+            "audio_num_attention_heads": 2,
+            "audio_attention_head_dim": 8,
+            "audio_cross_attention_dim": 16,
+            "num_layers": 3,
+            "caption_channels": 8,
+            "norm_elementwise_affine": True,
+            **config,
+        }
+    ).eval()
+    for block in transformer.transformer_blocks:
+        for norm in (block.attn1.norm_q, block.attn1.norm_k):
+            norm.weight.data.mul_(3.0)
+        if block.attn1.to_gate_logits is not None:
+            block.attn1.to_gate_logits.weight.data.mul_(4.0)
+    return transformer
+
+
+LTX2_3 = {
+    "rope_type": "split",
+    "gated_attn": True,
+    "cross_attn_mod": True,
+    "audio_gated_attn": True,
+    "audio_cross_attn_mod": True,
+    "use_prompt_embeddings": False,
+    "perturbed_attn": True,
+}
+"""Options of LTX-2.3's transformer."""
+LTX2_5 = {**LTX2_3, "ff_bias": False, "use_keyframes_abs_pos_embedding": True}
+"""Options of LTX-2.5's."""
+
+
+def _ltx2_inputs(grid=(3, 5, 7), batch=1, seed=0, timestep=500.0, *, projected=False):
+    """Inputs for a grid of video tokens and nine of audio; `projected` texts are as wide as cross-attention takes."""
+    generator = torch.Generator().manual_seed(seed)
+    frames, height, width = grid
+    widths = (32, 16) if projected else (8, 8)
+    video_text, audio_text = (torch.randn(batch, TEXT_TOKENS, size, generator=generator) for size in widths)
+    return {
+        "hidden_states": torch.randn(batch, frames * height * width, 4, generator=generator),
+        "audio_hidden_states": torch.randn(batch, 9, 4, generator=generator),
+        "encoder_hidden_states": video_text,
+        "audio_encoder_hidden_states": audio_text,
+        "timestep": torch.full((batch,), timestep),
+        "sigma": torch.full((batch,), timestep),
+        "encoder_attention_mask": torch.ones(batch, TEXT_TOKENS),
+        "audio_encoder_attention_mask": torch.ones(batch, TEXT_TOKENS),
+        "num_frames": frames,
+        "height": height,
+        "width": width,
+        "audio_num_frames": 9,
+    }
+
+
+@pytest.fixture
+def make_ltx2():
+    """Return a function that makes a tiny LTX-2 transformer of a version: "2", "2.3" or "2.5"."""
+    return lambda version="2", **config: _make_ltx2(**{"2": {}, "2.3": LTX2_3, "2.5": LTX2_5}[version], **config)
+
+
+@pytest.fixture
+def ltx2_inputs():
+    """Return a function that makes its inputs for a grid of tokens."""
+    return _ltx2_inputs
+
+
 def _make_hunyuan_video_15():
     """A tiny `HunyuanVideo15Transformer3DModel`."""
     from diffusers import HunyuanVideo15Transformer3DModel
@@ -236,6 +328,98 @@ def _make_minimax_h3(**config):
         }
     ).eval()
     for block in transformer.transformer_blocks:
+        for norm in (block.attn.norm_q, block.attn.norm_k):
+            norm.weight.data.mul_(2.0)
+    return transformer
+
+
+def _make_like_wan(kind, peak=4.0, **config):
+    """A tiny transformer of a class that is built as Wan's."""
+    torch.manual_seed(0)
+    transformer = kind(
+        **{
+            "patch_size": (1, 2, 2),
+            "num_attention_heads": 2,
+            "attention_head_dim": 16,
+            "in_channels": 4,
+            "out_channels": 4,
+            "text_dim": 8,
+            "freq_dim": 16,
+            "ffn_dim": 24,
+            "num_layers": 3,
+            "rope_max_seq_len": 32,
+            **config,
+        }
+    ).eval()
+    for block in transformer.blocks:
+        for norm in (block.attn1.norm_q, block.attn1.norm_k):
+            norm.weight.data.mul_(peak)
+    return transformer
+
+
+def _make_wan_animate():
+    """A tiny `WanAnimateTransformer3DModel`, with a face adapter after each block."""
+    from diffusers import WanAnimateTransformer3DModel
+
+    return _make_like_wan(
+        WanAnimateTransformer3DModel, in_channels=12, latent_channels=4, image_dim=None,
+        motion_encoder_channel_sizes={"4": 4, "8": 4, "16": 4}, motion_encoder_size=16, motion_style_dim=8,
+        motion_dim=4, motion_encoder_dim=8, face_encoder_hidden_dim=8, face_encoder_num_heads=2,
+        inject_face_latents_blocks=1,
+    )  # fmt: skip
+
+
+def _wan_animate_inputs(grid=(3, 5, 7), batch=1, seed=0, timestep=500.0):
+    """Inputs for a grid of tokens, whose first frame is the reference image; every other has a pose and faces."""
+    generator = torch.Generator().manual_seed(seed)
+    frames, height, width = grid
+    return {
+        "hidden_states": torch.randn(batch, 12, frames, 2 * height, 2 * width, generator=generator),
+        "timestep": torch.full((batch,), timestep),
+        "encoder_hidden_states": torch.randn(batch, TEXT_TOKENS, 8, generator=generator),
+        "pose_hidden_states": torch.randn(batch, 4, frames - 1, 2 * height, 2 * width, generator=generator),
+        "face_pixel_values": torch.randn(batch, 3, (frames - 2) * 4 + 1, 16, 16, generator=generator),
+    }
+
+
+def _forcing_inputs(make_inputs):
+    """Inputs of diffusion forcing: every frame has a timestep of its own, the first the highest."""
+
+    def inputs(grid=(3, 5, 7), batch=1, seed=0, timestep=500.0):
+        made = make_inputs(grid, batch, seed, timestep)
+        steps = timestep * 0.5 ** torch.arange(grid[0], dtype=torch.float32)
+        return {**made, "timestep": steps.expand(batch, -1).clone(), "enable_diffusion_forcing": True}
+
+    return inputs
+
+
+def _anyflow_inputs(make_inputs):
+    """Inputs with the frames before the channels; every frame begins and ends at times of its own."""
+
+    def inputs(grid=(3, 5, 7), batch=1, seed=0, timestep=500.0):
+        made = make_inputs(grid, batch, seed, timestep)
+        steps = timestep * 0.5 ** torch.arange(grid[0], dtype=torch.float32)
+        return {
+            **made,
+            "hidden_states": made["hidden_states"].transpose(1, 2).contiguous(),
+            "timestep": steps.expand(batch, -1).clone(),
+            "r_timestep": (0.5 * steps).expand(batch, -1).clone(),
+        }
+
+    return inputs
+
+
+def _make_framepack():
+    """A tiny `HunyuanVideoFramepackTransformer3DModel`: a block of two streams, and two of one."""
+    from diffusers import HunyuanVideoFramepackTransformer3DModel
+
+    torch.manual_seed(0)
+    transformer = HunyuanVideoFramepackTransformer3DModel(
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=16, num_layers=1,
+        num_single_layers=2, num_refiner_layers=1, guidance_embeds=False, text_embed_dim=8, pooled_projection_dim=8,
+        rope_axes_dim=(4, 6, 6), has_image_proj=True, image_proj_dim=8, has_clean_x_embedder=True,
+    ).eval()  # fmt: skip
+    for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
         for norm in (block.attn.norm_q, block.attn.norm_k):
             norm.weight.data.mul_(2.0)
     return transformer
@@ -309,88 +493,61 @@ def _minimax_h3_rows(layout, condition_video, condition_audio, batch=1, seed=0, 
     }
 
 
-def _qwen3_vl():
-    """A tiny text encoder of Qwen3-VL's with the 51 layers that MiniMax-H3 needs, its tokenizer and processor."""
-    from transformers import (
-        Qwen2Tokenizer,
-        Qwen2VLImageProcessor,
-        Qwen3VLConfig,
-        Qwen3VLForConditionalGeneration,
-        Qwen3VLProcessor,
-    )
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-
-    class WithoutVideo(Qwen3VLProcessor):
-        """Its part for video needs torchvision, and is for references alone."""
-
-        def check_argument_for_proper_class(self, name, value):
-            pass
-
-        def save_pretrained(self, folder, **options):
-            self.image_processor.save_pretrained(folder)
-
-    special = ["<|endoftext|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
-    vocabulary = {token: number for number, token in enumerate(bytes_to_unicode().values())}
-    tokenizer = Qwen2Tokenizer(vocab=vocabulary, merges=[], additional_special_tokens=special)
-    _, start, end, image, video = tokenizer.convert_tokens_to_ids(special)
-    config = Qwen3VLConfig(
-        text_config={
-            "vocab_size": len(tokenizer), "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 51,
-            "num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 512,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]},
-        },
-        vision_config={
-            "depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 1, "patch_size": 16,
-            "spatial_merge_size": 2, "out_hidden_size": 8, "num_position_embeddings": 16,
-            "deepstack_visual_indexes": [0],
-        },
-        image_token_id=image, video_token_id=video, vision_start_token_id=start, vision_end_token_id=end,
-    )  # fmt: skip
-    images = Qwen2VLImageProcessor(patch_size=16, merge_size=2, size={"shortest_edge": 32**2, "longest_edge": 64**2})
-    return {
-        "text_encoder": Qwen3VLForConditionalGeneration(config).eval(),
-        "tokenizer": tokenizer,
-        "processor": WithoutVideo(image_processor=images, tokenizer=tokenizer, video_processor=None),
-    }
+FRAMEPACK_INDICES = ("indices_latents", *(f"indices_latents_{name}" for name in ("clean", "history_2x", "history_4x")))
 
 
-def _make_minimax_h3_pipeline():
-    """A small random `MiniMaxH3ModularPipeline`, whose sound is of 8 kHz."""
-    from diffusers import (
-        AutoencoderKLMiniMaxH3,
-        AutoencoderKLMiniMaxH3Audio,
-        MiniMaxH3ModularPipeline,
-        MiniMaxH3Scheduler,
-    )
+def _framepack_inputs(grid=(3, 5, 7), batch=1, seed=0, timestep=500.0):
+    """Inputs for a grid of tokens: two tokens of an image, and three kinds of earlier frames."""
+    made = _hunyuan_video_inputs(grid, batch, seed, timestep)
+    generator = torch.Generator().manual_seed(seed + 1)
+    frames, height, width = grid
+    made["image_embeds"] = torch.randn(batch, 2, 8, generator=generator)
+    made["indices_latents"] = torch.arange(frames)
+    for name, count in (("latents_clean", 2), ("latents_history_2x", 2), ("latents_history_4x", 4)):
+        made[name] = torch.randn(batch, 4, count, 2 * height, 2 * width, generator=generator)
+        made[f"indices_{name}"] = torch.arange(count) + frames
+    return made
+
+
+def _framepack_history(grid):
+    """Tokens of the earlier frames: 2 whole ones, 2 in patches of twice, and 4 in patches of four times the size."""
+    _, height, width = grid
+    return 2 * height * width + -(-height // 2) * -(-width // 2) + -(-height // 4) * -(-width // 4)
+
+
+def _make_kandinsky5(**config):
+    """A tiny `Kandinsky5Transformer3DModel`, whose modulations are no zeros."""
+    from diffusers import Kandinsky5Transformer3DModel
 
     torch.manual_seed(0)
-    vae = AutoencoderKLMiniMaxH3(
-        latent_channels=2, block_out_channels=(8, 8, 8, 8), layers_per_block=1,
-        spatial_downsample_factors=(2, 2, 2, 2), temporal_downsample_factors=(1, 2, 2, 1), norm_num_groups=4,
-        decoder_num_layers=1, decoder_num_attention_heads=2, decoder_attention_head_dim=8,
-        decoder_num_register_tokens=2, decoder_ffn_mult=2, latents_mean=(0.0,) * 2, latents_std=(1.0,) * 2,
-    )  # fmt: skip
-    audio_vae = AutoencoderKLMiniMaxH3Audio(
-        encoder_dim=4, encoder_rates=(2, 5, 20), latent_dim=8, latent_channels=4, num_attention_heads=2,
-        decoder_dim=16, decoder_rates=(20, 5, 2), decoder_kernel_sizes=(40, 9, 4), resblock_kernel_sizes=(3,),
-        resblock_dilation_sizes=((1, 3),), sampling_rate=8000, latents_mean=[0.0] * 4, latents_std=[1.0] * 4,
-    )  # fmt: skip
-    pipe = MiniMaxH3ModularPipeline()
-    pipe.update_components(
-        transformer=_make_minimax_h3(audio_in_channels=4, num_layers=2),
-        vae=vae,
-        audio_vae=audio_vae,
-        scheduler=MiniMaxH3Scheduler(),
-        audio_scheduler=MiniMaxH3Scheduler(shift=3.0),
-        **_qwen3_vl(),
-    )
-    return pipe
+    transformer = Kandinsky5Transformer3DModel(
+        **{
+            "in_visual_dim": 4, "out_visual_dim": 4, "in_text_dim": 8, "in_text_dim2": 8, "time_dim": 16,
+            "model_dim": 32, "ff_dim": 24, "num_text_blocks": 1, "num_visual_blocks": 3, "axes_dims": (4, 6, 6),
+            **config,
+        }
+    ).eval()  # fmt: skip
+    for name, parameter in transformer.named_parameters():
+        if "modulation" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    for block in transformer.visual_transformer_blocks:
+        for norm in (block.self_attention.query_norm, block.self_attention.key_norm):
+            norm.weight.data.mul_(2.0)
+    return transformer
 
 
-@pytest.fixture
-def make_minimax_h3_pipeline():
-    """Return a function that makes a small random pipeline for video with sound."""
-    return _make_minimax_h3_pipeline
+def _kandinsky5_inputs(grid=(3, 5, 7), batch=1, seed=0, timestep=500.0):
+    """Inputs for a grid of tokens; positions are the same for all items."""
+    generator = torch.Generator().manual_seed(seed)
+    frames, height, width = grid
+    return {
+        "hidden_states": torch.randn(batch, frames, 2 * height, 2 * width, 4, generator=generator),
+        "encoder_hidden_states": torch.randn(batch, TEXT_TOKENS, 8, generator=generator),
+        "timestep": torch.full((batch,), timestep),
+        "pooled_projections": torch.randn(batch, 8, generator=generator),
+        "visual_rope_pos": [torch.arange(size) for size in grid],
+        "text_rope_pos": torch.arange(TEXT_TOKENS),
+    }
 
 
 @pytest.fixture
@@ -409,6 +566,51 @@ def minimax_h3_inputs():
 def minimax_h3_references():
     """Return a function that makes its inputs for a grid of tokens, with references."""
     return _minimax_h3_references
+
+
+@pytest.fixture
+def make_kandinsky5():
+    """Return a function that makes a tiny Kandinsky 5 transformer."""
+    return _make_kandinsky5
+
+
+@pytest.fixture
+def kandinsky5_inputs():
+    """Return a function that makes its inputs for a grid of tokens."""
+    return _kandinsky5_inputs
+
+
+@pytest.fixture
+def wan_animate():
+    """A tiny Wan-Animate transformer, and its inputs."""
+    return Family(_make_wan_animate, _wan_animate_inputs, frames_apart=True, least_frames=2)
+
+
+@pytest.fixture
+def framepack():
+    """A tiny FramePack transformer, and its inputs."""
+    return Family(
+        _make_framepack, _framepack_inputs, TEXT_TOKENS + 2, text_first=False, history=_framepack_history,
+        shared=FRAMEPACK_INDICES, least_frames=3,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def make_like_wan():
+    """Return a function that makes a tiny transformer of a class that is built as Wan's."""
+    return _make_like_wan
+
+
+@pytest.fixture
+def forcing_inputs(wan_inputs):
+    """Return a function that makes inputs of diffusion forcing for a grid of tokens."""
+    return _forcing_inputs(wan_inputs)
+
+
+@pytest.fixture
+def anyflow_inputs(wan_inputs):
+    """Return a function that makes inputs of AnyFlow for a grid of tokens."""
+    return _anyflow_inputs(wan_inputs)
 
 
 @pytest.fixture
@@ -435,6 +637,15 @@ FAMILIES = (
     "ltx-video",
     "minimax-h3",
     "minimax-h3-references",
+    "ltx-2",
+    "ltx-2.3",
+    "wan-animate",
+    "chronoedit",
+    "skyreels-v2",
+    "skyreels-v2-forcing",
+    "anyflow",
+    "framepack",
+    "kandinsky5",
 )
 
 
@@ -457,6 +668,12 @@ def family(request, make_wan, wan_inputs):
             inputs, others = _minimax_h3_references, others + REFERENCE_ROWS
         shared = ("timestep", "timestep_indices", *MINIMAX_H3_LAYOUT)
         return Family(_make_minimax_h3, inputs, others, shared=shared)
+    if request.param == "ltx-2":
+        return Family(_make_ltx2, _ltx2_inputs)
+    if request.param == "ltx-2.3":
+        return Family(
+            lambda: _make_ltx2(**LTX2_3), lambda *args, **options: _ltx2_inputs(*args, **options, projected=True)
+        )
     if request.param == "hunyuan-video-1.5":
         return Family(_make_hunyuan_video_15, _hunyuan_video_15_inputs, 11, text_first=False)
     if request.param.startswith("hunyuan-video"):
@@ -470,6 +687,26 @@ def family(request, make_wan, wan_inputs):
         )
     if request.param == "wan":
         return Family(make_wan, wan_inputs)
+    if request.param == "kandinsky5":
+        # it rounds rotated queries and keys to this dtype, which hides errors; `test_kandinsky5.py` tests the rounding
+        request.getfixturevalue("monkeypatch").setattr(torch, "bfloat16", torch.float32)
+        return Family(
+            _make_kandinsky5, _kandinsky5_inputs, shared=("text_rope_pos",),
+            float32_parts=("time_embeddings", "query_norm", "key_norm"),
+        )  # fmt: skip
+    if request.param in ("framepack", "wan-animate"):
+        return request.getfixturevalue(request.param.replace("-", "_"))
+    if request.param == "chronoedit":
+        return Family(lambda: _make_like_wan(diffusers.ChronoEditTransformer3DModel), wan_inputs)
+    if request.param == "anyflow":
+        return Family(lambda: _make_like_wan(diffusers.AnyFlowTransformer3DModel), _anyflow_inputs(wan_inputs))
+    if request.param.startswith("skyreels-v2"):
+        forcing = request.param.endswith("forcing")
+        return Family(
+            lambda: _make_like_wan(diffusers.SkyReelsV2Transformer3DModel),
+            _forcing_inputs(wan_inputs) if forcing else wan_inputs,
+            frames_apart=forcing,
+        )
     if request.param == "cogvideox-2b":
         return Family(
             lambda: _make_cogvideox(use_rotary_positional_embeddings=False),
