@@ -15,11 +15,13 @@ from blade.attention.applied import applied_to
 from blade.attention.budget import BlockBudget
 from blade.attention.config import AdaptiveConfig
 from blade.attention.patterns import HeadPattern
+from blade.benchmarks.generation import GenerationBenchmark, run_generation_benchmark
 from blade.families.registry import find_family
 from blade.generation.outputs import generate_files
 from blade.generation.request import GenerationRequest
 from blade.generation.resolve import resolve_request
 from blade.generation.run import run_request
+from blade.models.acceleration import place
 from blade.models.loaded import LoadedModel
 from blade.models.loading import load_empty_model, load_model
 from blade.models.source import ModelError
@@ -239,6 +241,19 @@ def test_references_are_made_sparse_too(pipe):
     assert (layer.dense_calls, layer.sparse_calls) == (1, 2)
 
 
+@pytest.mark.parametrize("offload", ["model", "sequential", "group"])
+def test_offloaded_parts_make_the_same_video(make_minimax_h3_pipeline, offload):
+    """On the CPU, to which parts are brought as they would be to another device."""
+    made = []
+    for kind in ("none", offload):
+        model = LoadedModel(make_minimax_h3_pipeline())
+        place(model, torch.device("cpu"), kind)
+        assert model.device.type == "cpu"
+        made.append(run_request(model, resolve_request(REQUEST, model)))
+    assert torch.equal(made[0].video, made[1].video) and torch.equal(made[0].sound.samples, made[1].sound.samples)
+    assert made[1].summary.transformers[0].layers[0].sparse_calls == 2
+
+
 def test_removal_from_a_pipeline_is_exact(pipe):
     def latents():
         torch.manual_seed(0)
@@ -307,6 +322,20 @@ def test_a_folder_is_loaded_without_what_its_tasks_do_not_need(folder):
     assert not {"references", "guidance_scale", "negative_prompt"} & set(model.parameters)
     empty = load_empty_model(folder)
     assert empty.transformer.device.type == "meta" and empty.latent_size(128, 128, 141) == (42, 8, 8)
+
+
+def test_random_weights_are_measured(folder):
+    """Text, sound and positions are those of the request; the schedule's last point is no pass."""
+    settings = GenerationBenchmark(
+        model=str(folder), random_weights=True, height=128, width=128, sparsity=0.5, steps=3, student_steps=(2,),
+        repeats=1, measured_passes=1, device="cpu",
+    )  # fmt: skip
+    report = run_generation_benchmark(settings)
+    assert report["tokens"] == 592 + 256 + 414
+    assert [(run["run"], run["passes"]) for run in report["runs"]] == [
+        ("dense, guidance", 2), ("sparse, guidance", 2), ("sparse", 1),
+    ]  # fmt: skip
+    assert report["parts_ms"]["token permutation"] > 0
 
 
 def test_an_index_of_a_pipeline_that_diffusers_lacks_gives_way(folder):
