@@ -25,6 +25,7 @@ from blade.models.acceleration import place
 from blade.models.loaded import LoadedModel
 from blade.models.loading import load_empty_model, load_model
 from blade.models.source import ModelError
+from blade.profiling.recording import saved_passes
 from blade.token_grid import TokenGrid
 
 GRID = (4, 6, 8)
@@ -252,6 +253,24 @@ def test_offloaded_parts_make_the_same_video(make_minimax_h3_pipeline, offload):
         made.append(run_request(model, resolve_request(REQUEST, model)))
     assert torch.equal(made[0].video, made[1].video) and torch.equal(made[0].sound.samples, made[1].sound.samples)
     assert made[1].summary.transformers[0].layers[0].sparse_calls == 2
+
+
+def test_a_recorded_run_resumes_with_both_outputs(pipe, tmp_path):
+    def made():
+        torch.manual_seed(0)
+        outputs = ["latents", "audio_latents"]
+        return pipe(prompt="a cat", height=128, width=128, num_inference_steps=3, output=outputs)
+
+    with saved_passes(pipe.transformer, tmp_path):
+        first = made()
+    (tmp_path / "pass-00001.safetensors").unlink()
+    with saved_passes(pipe.transformer, tmp_path):
+        again = made()
+    assert len(list(tmp_path.iterdir())) == 2
+    for name, plain in made().items():
+        assert torch.equal(first[name], plain) and torch.equal(again[name], plain)
+    with saved_passes(pipe.transformer, tmp_path), pytest.raises(ValueError, match="`return_dict` must be False"):
+        pipe.transformer(**find_family(pipe.transformer).example_inputs(pipe.transformer, (37, 8, 8)))
 
 
 def test_removal_from_a_pipeline_is_exact(pipe):
