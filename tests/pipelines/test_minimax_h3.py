@@ -16,6 +16,7 @@ from blade.attention.budget import BlockBudget
 from blade.attention.config import AdaptiveConfig
 from blade.attention.patterns import HeadPattern
 from blade.benchmarks.generation import GenerationBenchmark, run_generation_benchmark
+from blade.distillation.conditioning import check_text_alone
 from blade.families.registry import find_family
 from blade.generation.outputs import generate_files
 from blade.generation.request import GenerationRequest
@@ -253,6 +254,13 @@ def test_offloaded_parts_make_the_same_video(make_minimax_h3_pipeline, offload):
         made.append(run_request(model, resolve_request(REQUEST, model)))
     assert torch.equal(made[0].video, made[1].video) and torch.equal(made[0].sound.samples, made[1].sound.samples)
     assert made[1].summary.transformers[0].layers[0].sparse_calls == 2
+
+
+def test_distillation_is_refused(pipe):
+    with pytest.raises(
+        ValueError, match="a MiniMaxH3ModularPipeline makes sound beside it, which cannot be distilled"
+    ):
+        check_text_alone(LoadedModel(pipe))
 
 
 def test_a_recorded_run_resumes_with_both_outputs(pipe, tmp_path):
