@@ -257,9 +257,7 @@ def test_offloaded_parts_make_the_same_video(make_minimax_h3_pipeline, offload):
 
 
 def test_distillation_is_refused(pipe):
-    with pytest.raises(
-        ValueError, match="a MiniMaxH3ModularPipeline makes sound beside it, which cannot be dist"
-    ):
+    with pytest.raises(ValueError, match="a MiniMaxH3ModularPipeline makes sound beside it, which cannot be dist"):
         check_text_alone(LoadedModel(pipe))
 
 
@@ -369,6 +367,21 @@ def test_an_index_of_a_pipeline_that_diffusers_lacks_gives_way(folder):
     """As in the published repository, which has both."""
     (folder / "model_index.json").write_text(json.dumps({"_class_name": "MiniMaxH3Pipeline"}))
     assert load_empty_model(folder).preset_name == "minimax-h3"
+
+
+def test_of_a_hub_id_only_the_parts_of_its_tasks_are_downloaded(folder, monkeypatch):
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "MiniMaxH3Pipeline"}))
+    asked, options = [], {"local_files_only": True, "revision": None}
+    monkeypatch.setattr("blade.models.loading.locate", lambda *_: ("owner/model", options))
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda _, name, **__: str(folder / name))
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download",
+        lambda _, allow_patterns, **__: asked.append(allow_patterns) or str(folder),
+    )
+    assert type(load_model("owner/model").pipe).__name__ == "MiniMaxH3ModularPipeline"
+    (patterns,) = asked
+    assert "transformer/*.safetensors" in patterns and "tokenizer/*.json" in patterns
+    assert not any(pattern.startswith("transformer_ref") or pattern.endswith((".py", ".bin")) for pattern in patterns)
 
 
 HOSTILE = {
