@@ -24,6 +24,11 @@ Condition = Literal["image", "video"]
 """An input beside the prompt that a video is made from."""
 
 
+RowOrder = Literal["swapped-halves", "by-head"]
+"""How the rows of a module of the authors' stand: its halves are the other way round than in Diffusers, or those of
+queries, keys and values alternate head by head, in files that keep them so (DiffSynth)."""
+
+
 class SparseAttention(Protocol):
     """One self-attention layer, as the processor of a family sees it."""
 
@@ -82,6 +87,9 @@ class ModelFamily(Protocol):
     """Regular expressions and what replaces them, in order, by which a module's name in Diffusers becomes its name in
     the authors' own code, as trainers write it into LoRA files. Modules that get the same name are rows of a fused
     one, in the order of the first expressions that match them."""
+
+    row_orders: Sequence[tuple[str, RowOrder]]
+    """Regular expressions of names in the authors' own code whose rows stand in another order than in Diffusers."""
 
     @property
     def data(self) -> FamilyData:

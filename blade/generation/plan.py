@@ -27,6 +27,7 @@ from blade.models.decoder_weights import decoder_dtype, load_tiny_decoder
 from blade.models.devices import resolve_device, resolve_dtype
 from blade.models.loaded import LatentSize, LoadedModel
 from blade.models.loading import load_empty_model
+from blade.models.loras import peek_loras
 from blade.models.tiny_decoder import TinyDecoder
 from blade.students.loading import read_student
 
@@ -113,6 +114,7 @@ def resolve_without_weights(request: GenerationRequest) -> tuple[LoadedModel, Re
     model = model_for(load_empty_model(request.model, revision=request.revision, dtype=dtype), request.condition)
     if request.decoder_weights is not None:
         model = replace(model, decoder=load_tiny_decoder(model, request.decoder_weights))
+    peek_loras(model, request.loras)
     student = None
     if request.student is not None:
         student = read_student(model.pipe, request.student, scheduler=request.scheduler, noise_kept=request.noise_kept)

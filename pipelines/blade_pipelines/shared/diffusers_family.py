@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from blade.families.data import FamilyData
-from blade.families.protocol import Condition, SparseAttention
+from blade.families.protocol import Condition, RowOrder, SparseAttention
 from blade.families.sampling_defaults import SamplingDefaults
 from blade_pipelines.shared.diffusers_module import DiffusersModule
 from blade_pipelines.shared.processor import SparseProcessor
@@ -45,6 +45,8 @@ class DiffusersFamily:
 
     original_names: Sequence[tuple[str, str]] = ()
     """Replacements that turn Diffusers' names of modules into the authors' own; here none, where they are the same."""
+    row_orders: Sequence[tuple[str, RowOrder]] = ()
+    """Modules of the authors' code whose rows stand in another order; here none."""
 
     @property
     def data(self) -> FamilyData:
