@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -42,11 +42,16 @@ class TokenGrid:
     """Text tokens that the self-attention sees after the video tokens."""
     first_frame_apart: bool = False
     """Put the first frame's tokens first in every order, for models that treat them apart."""
+    dense_text: bool = False
+    """Compute queries of text, which is all that is no video, in a dense call of their own: exact in every method."""
 
     def __post_init__(self) -> None:
         for name, least in (("frames", 1), ("height", 1), ("width", 1), ("text_before", 0), ("text_after", 0)):
             check_integer(name, getattr(self, name), least, MOST_TOKENS)
         check_flag("first_frame_apart", self.first_frame_apart)
+        check_flag("dense_text", self.dense_text)
+        if self.dense_text and self.text_before:
+            raise ValueError(f"`dense_text` takes text after the video alone, got `text_before` {self.text_before}.")
 
     @property
     def video_tokens(self) -> int:
@@ -72,6 +77,16 @@ class TokenGrid:
     def video_stop(self) -> int:
         """Index in the sequence just past the last video token."""
         return self.text_before + self.video_tokens
+
+    @property
+    def block_queries(self) -> int:
+        """Number of queries, from the first, that attend by blocks: all but those that `dense_text` sets apart."""
+        return self.video_tokens if self.dense_text else self.sequence_length
+
+    def to_dict(self) -> dict[str, int | bool]:
+        """The fields as plain JSON values, without `dense_text` where it is off, as files of earlier versions are."""
+        values = asdict(self)
+        return values if self.dense_text else {name: value for name, value in values.items() if name != "dense_text"}
 
     def text_blocks(self, block_size: int) -> list[bool]:
         """Return for each block of the sequence whether it holds a text token."""

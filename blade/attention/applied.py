@@ -82,7 +82,7 @@ class AppliedBlade(ModelHook):  # type: ignore[misc]  # Diffusers has no types
         super().__init__()
         self.family = family
         self.config = config
-        self.steps = StepResolver(pipe)
+        self.steps = StepResolver(pipe, rising=family.timesteps_rise)
         self.context = self.steps.context
         self.grid: TokenGrid | None = None
         self.notes: list[str] = []
@@ -254,7 +254,7 @@ class AppliedBlade(ModelHook):  # type: ignore[misc]  # Diffusers has no types
                 )
         plan, step, dense_steps, row = None, 0, 0, 0
         if not self.paused and any(layer.dense_reason is None for layer in self.layers):
-            step, total = self.steps.resolve(inputs["timestep"])
+            step, total = self.steps.resolve(self.family.video_timestep(inputs))
             dense_steps = self._dense_steps(total)
             if total is None or dense_steps < total:
                 plan = self._plan(module, inputs)

@@ -11,6 +11,7 @@ from torch import nn
 
 from blade.families.data import FamilyData
 from blade.families.sampling_defaults import SamplingDefaults
+from blade.families.video_lengths import VideoLengths
 from blade.token_grid import TokenGrid
 
 Inputs = dict[str, Any]
@@ -77,6 +78,8 @@ class ModelFamily(Protocol):
     """The family's name, for messages."""
     guidance_takes_two_passes: bool
     """True if the pipelines' `guidance_scale` is classifier-free guidance, and no input of the transformer."""
+    timesteps_rise: bool
+    """True if timesteps rise from step to step, as the noise falls."""
     size_multiple: int
     """Pixels that the pipelines want heights and widths to be whole multiples of, whatever the VAE."""
     tiny_decoders: Mapping[int, tuple[str, ...]]
@@ -111,6 +114,21 @@ class ModelFamily(Protocol):
             pipe: the pipeline.
             height: pixels that were asked for, if any.
             width: pixels that were asked for, if any.
+        """
+        ...
+
+    def video_lengths(self, pipe: Any) -> VideoLengths | None:
+        """Return the numbers of frames that a pipeline makes; None: what its VAE's compression of time says."""
+        ...
+
+    def evaluations(self, steps: int) -> int:
+        """Return how often a schedule of so many steps, as the pipelines' call counts them, computes a step."""
+        ...
+
+    def sound_rate(self, pipe: Any) -> int | None:
+        """Return the samples a second of the sound that a pipeline makes beside its video; None: it makes none.
+
+        The pipeline's output then holds the sound as `audio`, (B, channels, samples).
         """
         ...
 
@@ -172,6 +190,10 @@ class ModelFamily(Protocol):
 
     def token_grid(self, transformer: nn.Module, inputs: Inputs) -> TokenGrid:
         """Return the grid of the tokens that these inputs make."""
+        ...
+
+    def video_timestep(self, inputs: Inputs) -> torch.Tensor:
+        """Return the timesteps of the video that is made, of any shape, out of all that the inputs have."""
         ...
 
     def example_inputs(

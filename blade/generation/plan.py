@@ -147,7 +147,7 @@ def plan_run(request: GenerationRequest, *, card: str | None = None) -> RunPlan:
     forward = forward_cost(transformer, latent)
     cost = run_cost(
         forward,
-        resolved.steps,
+        family.evaluations(resolved.steps),
         skipped_steps=resolved.skipped_steps,
         guidance=guidance,
         config=resolved.blade_config,

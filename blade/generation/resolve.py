@@ -134,9 +134,8 @@ def _defaults(model: LoadedModel, request: GenerationRequest) -> dict[str, Any]:
         height, width = size_like(model, read_image(request.image), area)
         defaults |= {"height": height, "width": width}
     if request.video is not None and request.frames is None:
-        step, _ = model.compression
         length = measure_video(request.video, request.fps or defaults["fps"])
-        defaults["frames"] = (length.count_at(request.fps or defaults["fps"]) - 1) // step * step + 1
+        defaults["frames"] = model.video_lengths.longest(length.count_at(request.fps or defaults["fps"]))
     return defaults
 
 

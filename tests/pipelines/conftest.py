@@ -25,6 +25,8 @@ class Family:
     """True if the model puts them before the video."""
     first_frame_apart: bool = False
     """True if the first frame stays first in every order."""
+    shared: tuple[str, ...] = ()
+    """Names of inputs that all items of a batch share."""
 
 
 def _make_cogvideox(**config):
@@ -210,6 +212,97 @@ def _hunyuan_video_15_inputs(*args, **options):
     }
 
 
+def _make_minimax_h3(**config):
+    """A tiny `MiniMaxH3Transformer3DModel`."""
+    from diffusers import MiniMaxH3Transformer3DModel
+
+    torch.manual_seed(0)
+    transformer = MiniMaxH3Transformer3DModel(
+        **{
+            "num_attention_heads": 2,
+            "attention_head_dim": 16,
+            "hidden_size": 24,
+            "num_layers": 3,
+            "num_refiner_layers": 1,
+            "ffn_dim": 32,
+            "in_channels": 2,
+            "audio_in_channels": 3,
+            "text_dim": 8,
+            "freq_dim": 16,
+            "time_embed_hidden_dim": 16,
+            "time_embed_dim": 8,
+            "rope_freq_dim": 2,
+            **config,
+        }
+    ).eval()
+    for block in transformer.transformer_blocks:
+        for norm in (block.attn.norm_q, block.attn.norm_k):
+            norm.weight.data.mul_(2.0)
+    return transformer
+
+
+MINIMAX_H3_LAYOUT = ("position_ids", "token_tags", "video_indices", "audio_indices", "text_indices")
+"""Inputs that lay out the packed sequence, in the order in which Diffusers' pipeline returns them."""
+
+AUDIO_LATENTS = 2
+"""Latents of sound of the tiny inputs, in each of two channels."""
+
+
+def _minimax_h3_inputs(grid=(3, 5, 7), batch=1, seed=0, timestep=0.5, keyframes=()):
+    """Inputs for a grid of tokens: text, conditions, sound and video, laid out by Diffusers' pipeline."""
+    from diffusers.modular_pipelines.minimax_h3.before_denoise import MiniMaxH3PrepareLayoutStep
+
+    frames, height, width = grid
+    *layout, conditions, _ = MiniMaxH3PrepareLayoutStep.build_packed_sequence(
+        torch.ones(TEXT_TOKENS, dtype=torch.int64),
+        *(frames, 2 * height, 2 * width, AUDIO_LATENTS, (1, 2, 2)),
+        audio_channels=2,
+        audio_tag=2,
+        video_tag=0,
+        keyframe_anchors=keyframes,
+    )
+    return _minimax_h3_rows(dict(zip(MINIMAX_H3_LAYOUT, layout)), conditions, 0, batch, seed, timestep)
+
+
+def _minimax_h3_rows(layout, condition_video, condition_audio, batch=1, seed=0, timestep=0.5):
+    """Random rows for a layout, with the timesteps that Diffusers' pipeline gives them."""
+    from diffusers.modular_pipelines.minimax_h3.before_denoise import MiniMaxH3SetTimestepsStep
+
+    text, video, audio = (len(layout[f"{name}_indices"]) for name in ("text", "video", "audio"))
+    times, indices = MiniMaxH3SetTimestepsStep.build_row_timesteps(
+        layout["video_indices"],
+        layout["audio_indices"],
+        *(condition_video, condition_audio, text, timestep, timestep / 2, 0.999, 1.0),
+    )
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "hidden_states": torch.randn(batch, video, 8, generator=generator),
+        "audio_hidden_states": torch.randn(batch, audio, 3, generator=generator),
+        "encoder_hidden_states": torch.randn(batch, text, 8, generator=generator),
+        "timestep": times,
+        "timestep_indices": indices,
+        **layout,
+    }
+
+
+@pytest.fixture
+def make_minimax_h3():
+    """Return a function that makes a tiny MiniMax-H3 transformer."""
+    return _make_minimax_h3
+
+
+@pytest.fixture
+def minimax_h3_inputs():
+    """Return a function that makes its inputs for a grid of tokens, with keyframes or without."""
+    return _minimax_h3_inputs
+
+
+@pytest.fixture
+def minimax_h3_rows():
+    """Return a function that makes its inputs for a layout of rows."""
+    return _minimax_h3_rows
+
+
 @pytest.fixture
 def make_hunyuan_video():
     """Return a function that makes a tiny HunyuanVideo transformer, with a kind of image condition."""
@@ -232,6 +325,7 @@ FAMILIES = (
     "hunyuan-video-i2v",
     "hunyuan-video-1.5",
     "ltx-video",
+    "minimax-h3",
 )
 
 
@@ -248,6 +342,9 @@ def family(request, make_wan, wan_inputs):
         return Family(_make_wan_vace, inputs)
     if request.param == "ltx-video":
         return Family(_make_ltx_video, _ltx_video_inputs)
+    if request.param == "minimax-h3":
+        shared = ("timestep", "timestep_indices", *MINIMAX_H3_LAYOUT)
+        return Family(_make_minimax_h3, _minimax_h3_inputs, TEXT_TOKENS + 2 * AUDIO_LATENTS, shared=shared)
     if request.param == "hunyuan-video-1.5":
         return Family(_make_hunyuan_video_15, _hunyuan_video_15_inputs, 11, text_first=False)
     if request.param.startswith("hunyuan-video"):

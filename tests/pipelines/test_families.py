@@ -30,7 +30,7 @@ def keep_all(monkeypatch):
 def in_float64(value):
     if isinstance(value, tuple):
         return tuple(in_float64(one) for one in value)
-    return value.double() if isinstance(value, torch.Tensor) else value
+    return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 
 def rounding_errors(transformer, inputs, output):
@@ -76,7 +76,9 @@ def test_sparse_layers_are_diffusers_own_with_the_blocks_as_a_mask(family, monke
     masks, attend = [], adaptive.block_sparse_attention
 
     def spy(query, key, value, mask, **options):
-        masks.append(mask.keep.repeat_interleave(8, -1).repeat_interleave(8, -2))
+        keep = mask.keep.repeat_interleave(8, -1).repeat_interleave(8, -2)
+        dense = keep.shape[-1] - keep.shape[-2]  # rows that have a dense call of their own
+        masks.append(torch.nn.functional.pad(keep, (0, 0, 0, dense), value=True))
         return attend(query, key, value, mask, **options)
 
     monkeypatch.setattr(adaptive, "block_sparse_attention", spy)
@@ -127,7 +129,7 @@ def test_guidance_as_a_batch_and_as_two_calls_is_the_same(family):
     together = run(transformer, inputs)
     for item in range(2):
         alone = {
-            name: value[item : item + 1] if isinstance(value, torch.Tensor) else value
+            name: value[item : item + 1] if isinstance(value, torch.Tensor) and name not in family.shared else value
             for name, value in inputs.items()
         }
         torch.testing.assert_close(run(transformer, alone), together[item : item + 1], rtol=1e-4, atol=1e-5)
@@ -138,7 +140,7 @@ def test_positional_arguments_and_tuples_are_as_good(family):
     expected = run(transformer, inputs)
     positional = [inputs.pop(name) for name in applied_to(transformer)._parameters[:3]]
     with torch.no_grad():
-        (output,) = transformer(*positional, **inputs, return_dict=False)
+        output, *_ = transformer(*positional, **inputs, return_dict=False)
     assert torch.equal(output, expected)
 
 

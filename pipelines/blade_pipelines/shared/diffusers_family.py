@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 from blade.families.data import FamilyData
-from blade.families.protocol import Condition, RowOrder, SparseAttention
+from blade.families.protocol import Condition, Inputs, RowOrder, SparseAttention
 from blade.families.sampling_defaults import SamplingDefaults
+from blade.families.video_lengths import VideoLengths
 from blade_pipelines.shared.diffusers_module import DiffusersModule
 from blade_pipelines.shared.processor import SparseProcessor
 
@@ -38,6 +39,8 @@ class DiffusersFamily:
     """Name of the submodule that computes the time embedding, (B, channels)."""
     condition_pipelines: ClassVar[Mapping[tuple[str, Condition], str]] = {}
     """Pipeline class that accepts a condition with the same weights, by the pipeline's class and the condition."""
+    timesteps_rise: bool = False
+    """Whether timesteps rise from step to step; here they fall, with the noise."""
     size_multiple: int = 16
     """Pixels of which the pipelines require heights and widths to be multiples."""
     tiny_decoders: Mapping[int, tuple[str, ...]] = MappingProxyType({})
@@ -61,6 +64,18 @@ class DiffusersFamily:
         """Return the recommended sampling settings of a pipeline's model; here only Diffusers' own defaults."""
         return SamplingDefaults()
 
+    def video_lengths(self, pipe: Any) -> VideoLengths | None:
+        """Return None: the VAE's compression says it."""
+        return None
+
+    def evaluations(self, steps: int) -> int:
+        """Return the steps: every one is computed."""
+        return steps
+
+    def sound_rate(self, pipe: Any) -> int | None:
+        """Return None: the pipelines make no sound."""
+        return None
+
     def condition_pipeline(self, pipe: Any, condition: Condition) -> str | None:
         """Return the pipeline class that accepts a condition with the same weights, from `condition_pipelines`."""
         return self.condition_pipelines.get((type(pipe).__name__, condition))
@@ -72,6 +87,11 @@ class DiffusersFamily:
     def without_values(self) -> AbstractContextManager[Any]:
         """Return a context that changes nothing: the forward pass does not depend on values."""
         return nullcontext()
+
+    def video_timestep(self, inputs: Inputs) -> torch.Tensor:
+        """Return all timesteps: those of conditions, where there are any, are the lower ones."""
+        timestep: torch.Tensor = inputs["timestep"]
+        return timestep
 
     def blocks(self, transformer: DiffusersModule) -> Sequence[nn.Module]:
         """Return the transformer's blocks."""

@@ -391,7 +391,7 @@ def measured(model, request, **options):
     object.__setattr__(generation, "video", larger)
     return generation
 outputs.run_request = measured
-outputs.encode_mp4 = lambda video, fps: b"a video"
+outputs.encode_mp4 = lambda video, fps, sound: b"a video"
 words = [f"a {{colour}} {{shape}} moving {{way}}" for colour in ("red", "green", "blue", "yellow", "white")
          for shape in ("ball", "square", "triangle") for way in ("left", "right", "up", "down")]
 request = GenerationRequest(
