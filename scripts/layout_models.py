@@ -198,9 +198,9 @@ class FileOf:
         self.tensors[self.prefix + name] = self.expected[parameter] = torch.randn_like(self.expected[parameter])
         return self
 
-    def add(self, **tensors: torch.Tensor) -> FileOf:
-        """Add tensors that the model has no place for; two underscores stand for a dot."""
-        self.tensors |= {self.prefix + name.replace("__", "."): tensor for name, tensor in tensors.items()}
+    def add(self, tensors: Mapping[str, torch.Tensor]) -> FileOf:
+        """Add tensors that the model has no place for, by their whole keys."""
+        self.tensors |= tensors
         return self
 
     def save(self, path: Path) -> Path:

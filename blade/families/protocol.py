@@ -89,7 +89,7 @@ class ModelFamily(Protocol):
     original_names: Sequence[tuple[str, str]]
     """Regular expressions and what replaces them, in order, by which a module's name in Diffusers becomes its name in
     the authors' own code, as trainers write it into LoRA files. Modules that get the same name are rows of a fused
-    one, in the order of the first expressions that match them."""
+    one, in the order of the expressions that match them."""
 
     row_orders: Sequence[tuple[str, RowOrder]]
     """Regular expressions of names in the authors' own code whose rows stand in another order than in Diffusers."""

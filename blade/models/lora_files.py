@@ -31,7 +31,7 @@ ADAPTER_METADATA = "lora_adapter_metadata"
 """Key of the same in the header of a file that Diffusers has saved."""
 
 ADAPTER_KEY = re.compile(
-    r"\.(lora_\w+|lora\.\w+|diff(_\w+)?|set_(weight|param)|dora_scale|alpha|lo(kr|ha)_.*|(hada|oft)_.*)"
+    r"\.(lora_\w+|lora\.\w+|diff(_[a-z]+)?|set_(weight|param)|dora_scale|alpha|lokr_\w+|hada_\w+|oft_\w+)(\.|$)"
 )
 """Part of a key that only files of LoRAs and their like have."""
 

@@ -135,13 +135,13 @@ class ModuleNames:
 
     def __init__(self, transformer: Transformer, family: ModelFamily) -> None:
         plain = {name: (name,) for name in _changeable(transformer)}
-        originals: dict[str, list[tuple[int, str]]] = {}
+        originals: dict[str, list[tuple[tuple[int, ...], str]]] = {}
         for name in plain:
-            original, first = name, len(family.original_names)
+            original, matched = name, []
             for number, (pattern, replacement) in enumerate(family.original_names):
                 original, count = re.subn(pattern, replacement, original)
-                first = min(first, number) if count else first
-            originals.setdefault(original, []).append((first, name))
+                matched += [number] if count else []
+            originals.setdefault(original, []).append((tuple(matched), name))
         self.originals = {name: tuple(target for _, target in sorted(ranked)) for name, ranked in originals.items()}
         """The modules by their name in the authors' own code; several are the rows of a fused one, in their order."""
         self.modules = self.originals | plain

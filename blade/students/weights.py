@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from blade.common.errors import first_line
+from blade.common.terminal import logger
 from blade.families.transformers import Transformer
 from blade.models.adapters import Reach, check_reach
 from blade.models.loaded import LoadedModel
@@ -21,6 +23,11 @@ from blade.students.source import TRANSFORMER_FOLDER, StudentFiles
 
 ADAPTER = "blade_student"
 """Name of the student's adapter."""
+
+OTHER_PARTS = re.compile(
+    r"(vae|audio_vae|vocoder|text_encoders?|text_embedding_projection|cond_stage_model|first_stage_model)\."
+)
+"""Beginnings of keys of other parts of a pipeline, in a file that holds all of them."""
 
 BOTH_STUDENTS = (
     "Give a file for each transformer: `FIRST:SECOND`, or in Python `load_student(pipe, source, weight_name=FILE, "
@@ -116,7 +123,10 @@ def _named(what: str, file: LoraFile) -> str:
 
 def _check_whole(transformer: Transformer, file: LoraFile, model: LoadedModel, what: str) -> Translation:
     """Return what a file of whole weights changes in a transformer: all of it."""
-    translation = translate(file, transformer, model.family)
+    tensors = {key: tensor for key, tensor in file.tensors.items() if not OTHER_PARTS.match(key)}
+    if others := sorted({key.partition(".")[0] for key in file.tensors if key not in tensors}):
+        logger.info(f"{what}: the weights of {' and '.join(others)} are left; the pipeline has its own.")
+    translation = translate(LoraFile(file.path, tensors), transformer, model.family)
     check_refused(translation, what)
     if translation.unused:
         raise ValueError(
