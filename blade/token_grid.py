@@ -96,27 +96,27 @@ class TokenGrid:
             for start in starts
         ]
 
-    def order(self, name: str, device: torch.device | str = "cpu") -> torch.Tensor:
+    def order(self, name: str, device: torch.device | str = "cpu", *, whole: bool = False) -> torch.Tensor:
         """Return the permutation that puts raster-ordered video tokens into a token order.
-
-        Text tokens are no part of it: they stay where they are.
 
         Args:
             name: one of `TOKEN_ORDERS`, with numbers for its parameters if it has any.
             device: where the permutation shall live.
+            whole: permute the whole sequence, in which text tokens stay where they are. By default they are no part
+                of the permutation.
 
         Returns:
-            int64 tensor of `video_tokens` raster indices, so that `ordered = raster.index_select(dim, permutation)`.
-            It is cached and shared: do not write to it.
+            int64 tensor of `video_tokens` raster indices, or `sequence_length` indices into the sequence, so that
+            `ordered = raster.index_select(dim, permutation)`. It is cached and shared: do not write to it.
 
         Raises:
             ValueError: if no order has this name.
         """
-        return _permutation(self, *_find_order(name), torch.device(device), False)
+        return _permutation(self, *_find_order(name), torch.device(device), False, whole)
 
-    def inverse_order(self, name: str, device: torch.device | str = "cpu") -> torch.Tensor:
+    def inverse_order(self, name: str, device: torch.device | str = "cpu", *, whole: bool = False) -> torch.Tensor:
         """Return the permutation that puts tokens of order `name` back into raster order. See `order`."""
-        return _permutation(self, *_find_order(name), torch.device(device), True)
+        return _permutation(self, *_find_order(name), torch.device(device), True, whole)
 
     def positions(self, name: str) -> torch.Tensor:
         """Return the (frame, row, column) of every video token in the order `name`: int64 (video_tokens, 3)."""
@@ -186,7 +186,7 @@ def _find_order(name: str) -> tuple[TokenOrder, tuple[int, ...]]:
 
 @lru_cache(maxsize=128)
 def _permutation(
-    grid: TokenGrid, order: TokenOrder, parameters: tuple[int, ...], device: torch.device, inverse: bool
+    grid: TokenGrid, order: TokenOrder, parameters: tuple[int, ...], device: torch.device, inverse: bool, whole: bool
 ) -> torch.Tensor:
     if grid.first_frame_apart and grid.frames > 1:
         first = _raster_indices(1, grid.height, grid.width, order, parameters)
@@ -197,6 +197,10 @@ def _permutation(
     if inverse:
         # argsort of a permutation is its inverse
         indices = np.argsort(indices, kind="stable")
+    if whole:
+        sequence = np.arange(grid.sequence_length)
+        sequence[grid.video_start : grid.video_stop] = grid.video_start + indices
+        indices = sequence
     # Not an inference tensor even if asked for in inference mode: it may be saved for a backward pass later.
     with torch.inference_mode(False):
         return torch.from_numpy(indices).to(device)

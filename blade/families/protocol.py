@@ -18,7 +18,8 @@ Inputs = dict[str, Any]
 """The arguments of a transformer's forward pass by name."""
 
 Permutation = Callable[[], torch.Tensor | None]
-"""Answers with the token order in force, an int64 permutation of the video tokens, or None for raster order."""
+"""Answers with the token order in force, an int64 permutation of the video tokens, or of the whole sequence with
+`ModelFamily.whole_sequence`; None for raster order."""
 
 
 Condition = Literal["image", "video"]
@@ -80,6 +81,11 @@ class ModelFamily(Protocol):
     """True if the pipelines' `guidance_scale` is classifier-free guidance, and no input of the transformer."""
     timesteps_rise: bool
     """True if timesteps rise from step to step, as the noise falls."""
+    guidance_passes: int
+    """Forward passes of a step with guidance, each batch item of the same video being one."""
+    whole_sequence: bool
+    """True if one input holds the tokens that the grid calls text beside its video tokens. A token order is then a
+    permutation of the whole sequence, in which they stay where they are."""
     size_multiple: int
     """Pixels that the pipelines want heights and widths to be whole multiples of, whatever the VAE."""
     tiny_decoders: Mapping[int, tuple[str, ...]]
@@ -123,6 +129,18 @@ class ModelFamily(Protocol):
 
     def evaluations(self, steps: int) -> int:
         """Return how often a schedule of so many steps, as the pipelines' call counts them, computes a step."""
+        ...
+
+    def call_options(self, pipe: Any, request: Any) -> Mapping[str, Any]:
+        """Return the arguments of a pipeline's call that a request entails, beside those of its own fields' names.
+
+        Args:
+            pipe: the pipeline.
+            request: the resolved request; `frames`, `fps`, `steps`, `guidance_scale` and `video` may be read.
+
+        Raises:
+            ValueError: if the pipeline would take a field for something else.
+        """
         ...
 
     def sound_rate(self, pipe: Any) -> int | None:
@@ -182,6 +200,10 @@ class ModelFamily(Protocol):
 
     def dense_reason(self, attention: nn.Module) -> str | None:
         """Return why the module cannot be made sparse, or None if it can."""
+        ...
+
+    def pass_dense_reason(self, transformer: nn.Module, inputs: Inputs) -> str | None:
+        """Return why no layer can be sparse in a forward pass with these inputs, or None if layers can."""
         ...
 
     def make_processor(self, layer: SparseAttention, previous: Any) -> Any:

@@ -36,7 +36,7 @@ def model_families() -> tuple[ModelFamily, ...]:
     """Return every model family that there is an adapter for, the project's own ones first."""
     package = import_module(OWN_FAMILIES)
     modules = [info.name for info in pkgutil.iter_modules(package.__path__) if not info.ispkg]
-    own = [family for name in sorted(modules) for family in import_module(f"{OWN_FAMILIES}.{name}").FAMILIES]
+    own = [family for name in sorted(modules) for family in _own(name)]
     added = [family for entry in entry_points(group=ENTRY_POINTS) for family in _load(entry)]
     return (*own, *added)
 
@@ -128,6 +128,16 @@ def _presets(kind: PresetKind) -> dict[str, Mapping[str, Any]]:
     """Return the presets of a kind by name."""
     check_choice("kind", kind, PRESET_KINDS)
     return {name: values for data in _data() for name, values in data.presets.get(kind, {}).items()}
+
+
+def _own(name: str) -> tuple[ModelFamily, ...]:
+    """Return the families of one of the project's modules; none where the installed Diffusers lacks their class."""
+    try:
+        return tuple(import_module(f"{OWN_FAMILIES}.{name}").FAMILIES)
+    except ModuleNotFoundError as error:
+        if not str(error.name).startswith("diffusers."):
+            raise
+        return ()
 
 
 def _load(entry: EntryPoint) -> tuple[ModelFamily, ...]:

@@ -150,6 +150,7 @@ def plan_run(request: GenerationRequest, *, card: str | None = None) -> RunPlan:
         family.evaluations(resolved.steps),
         skipped_steps=resolved.skipped_steps,
         guidance=guidance,
+        guidance_passes=family.guidance_passes,
         config=resolved.blade_config,
     )
     models = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}

@@ -158,6 +158,7 @@ def call_arguments(model: LoadedModel, request: ResolvedRequest) -> dict[str, An
         "guidance_scale": request.guidance_scale,
         "guidance_scale_2": request.guidance_scale_2,
         "strength": request.strength,
+        **model.family.call_options(model.pipe, request),
         "generator": torch.Generator("cpu").manual_seed(request.seed),
         "output_type": "pt" if request.decoder == "full" else "latent",
     }

@@ -54,7 +54,7 @@ class RunCost:
     forward: ForwardCost
     """One of them, dense."""
     passes: int
-    """Forward passes of one video: two a step with guidance."""
+    """Forward passes of one video: two a step with classifier-free guidance."""
     sparse_passes: int
     """Those in which layers are sparse."""
     sparse_layers: int
@@ -162,6 +162,7 @@ def run_cost(
     *,
     skipped_steps: int = 0,
     guidance: bool = True,
+    guidance_passes: int = 2,
     config: BladeConfig | None = None,
 ) -> RunCost:
     """Add up the forward passes of a run.
@@ -170,14 +171,16 @@ def run_cost(
         forward: one of them.
         steps: denoising steps of the schedule.
         skipped_steps: those of them, from the start, that the run does not take.
-        guidance: whether every step runs the transformer twice, for classifier-free guidance.
+        guidance: whether every step runs the transformer more than once, for guidance.
+        guidance_passes: how often it does: twice for classifier-free guidance. Each is charged like the first, also
+            those that leave something out.
         config: the configuration; None is dense. Its density is the planned one, which the rule of cumulative mass
             may fall short of.
 
     Returns:
         Operations by part. The choice of blocks is counted as its selector says.
     """
-    calls = 2 if guidance else 1
+    calls = guidance_passes if guidance else 1
     passes = sparse_passes = calls * (steps - skipped_steps)
     dense_steps = 0 if config is None else max(config.dense_step_count(steps) - skipped_steps, 0)
     layers, density, selection = forward.layers, 1.0, 0.0

@@ -96,7 +96,7 @@ def test_sparse_layers_are_diffusers_own_with_the_blocks_as_a_mask(family, monke
     dense = torch.nn.functional.scaled_dot_product_attention
 
     def masked(query, key, value, attn_mask=None, **options):
-        if key.shape[-2] == tokens:
+        if query.shape[-2] == key.shape[-2] == tokens:
             kept = next(waiting)[..., places, :][..., places]
             attn_mask = kept if attn_mask is None else kept & attn_mask
         return dense(query, key, value, attn_mask=attn_mask, **options)
@@ -161,7 +161,10 @@ def test_gradients_pass_and_survive_checkpointing(family):
 def test_fused_projections_give_the_same_before_and_are_noticed_after(family):
     inputs, config = family.inputs(), BladeConfig(asa=DETAILS)
     fused = family.make()
-    fused.fuse_qkv_projections()
+    try:
+        fused.fuse_qkv_projections()
+    except RuntimeError as error:
+        pytest.skip(f"Diffusers cannot fuse this transformer's projections: {error}")
     if (run(fused, inputs) - run(family.make(), inputs)).abs().max() > 1e-3:
         pytest.skip("this Diffusers computes something else with fused projections, as 0.36 does with VACE")
     expected = run(apply_blade(family.make(), config), inputs)

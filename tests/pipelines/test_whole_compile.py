@@ -16,7 +16,7 @@ from blade.families.registry import find_family
 SIZES = ((3, 5, 7), (2, 6, 4))
 STEPS = 4
 EACH_FAMILY = pytest.mark.parametrize(
-    "family", ["wan", "cogvideox", "hunyuan-video", "ltx-video", "minimax-h3"], indirect=True
+    "family", ["wan", "cogvideox", "hunyuan-video", "ltx-video", "minimax-h3", "ltx-2.3"], indirect=True
 )
 PRESET = BladeConfig(
     sparsity=0.6,
@@ -94,7 +94,9 @@ def test_all_steps_share_a_graph(make_wan, wan_inputs, config):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["wan-vace", "cogvideox-2b", "cogvideox-1.5", "hunyuan-video-i2v"], indirect=True)
+@pytest.mark.parametrize(
+    "family", ["wan-vace", "cogvideox-2b", "cogvideox-1.5", "hunyuan-video-i2v", "ltx-2"], indirect=True
+)
 def test_every_other_kind_compiles(family):
     transformer, inputs = apply_blade(family.make(), STUDENT), family.inputs()
     expected = run(transformer, inputs, steps=2)
@@ -158,7 +160,9 @@ def test_removal_leaves_the_plain_graph(family):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["WanPipeline", "CogVideoXPipeline", "HunyuanVideoPipeline", "LTXPipeline"])
+@pytest.mark.parametrize(
+    "name", ["WanPipeline", "CogVideoXPipeline", "HunyuanVideoPipeline", "LTXPipeline", "LTX2Pipeline"]
+)
 @pytest.mark.parametrize("config", [PRESET, CHANCE], ids=["preset", "chance"])
 def test_pipelines_make_the_same_video(small_pipelines, name, config):
     """Steps come from the scheduler, or from the context that newer pipelines name."""

@@ -41,6 +41,10 @@ class DiffusersFamily:
     """Pipeline class that accepts a condition with the same weights, by the pipeline's class and the condition."""
     timesteps_rise: bool = False
     """Whether timesteps rise from step to step; here they fall, with the noise."""
+    guidance_takes_two_passes: ClassVar[bool]
+    """True if guidance is no input of the transformer."""
+    whole_sequence: bool = False
+    """True if one input holds video tokens and the tokens that the grid calls text."""
     size_multiple: int = 16
     """Pixels of which the pipelines require heights and widths to be multiples."""
     tiny_decoders: Mapping[int, tuple[str, ...]] = MappingProxyType({})
@@ -50,6 +54,11 @@ class DiffusersFamily:
     """Replacements that turn Diffusers' names of modules into the authors' own; here none, where they are the same."""
     row_orders: Sequence[tuple[str, RowOrder]] = ()
     """Modules of the authors' code whose rows stand in another order; here none."""
+
+    @property
+    def guidance_passes(self) -> int:
+        """Forward passes of a step with guidance: one more than without, unless guidance is an input of the model."""
+        return 2 if self.guidance_takes_two_passes else 1
 
     @property
     def data(self) -> FamilyData:
@@ -71,6 +80,10 @@ class DiffusersFamily:
     def evaluations(self, steps: int) -> int:
         """Return the steps: every one is computed."""
         return steps
+
+    def call_options(self, pipe: Any, request: Any) -> Mapping[str, Any]:
+        """Return no arguments of a call beside those of the request's fields."""
+        return {}
 
     def sound_rate(self, pipe: Any) -> int | None:
         """Return None: the pipelines make no sound."""
@@ -120,6 +133,10 @@ class DiffusersFamily:
         if type(attention.processor) in self.processors:
             return None
         return f"its processor is a {type(attention.processor).__name__}, not Diffusers' {self.processors[0].__name__}"
+
+    def pass_dense_reason(self, transformer: DiffusersModule, inputs: Inputs) -> str | None:
+        """Return None: layers can be sparse in every forward pass."""
+        return None
 
     def make_processor(self, layer: SparseAttention, previous: Any) -> SparseProcessor:
         """Return the processor for a layer."""
