@@ -87,10 +87,14 @@ def load(row: Layout, folder: Path) -> Result:
 def load_all() -> list[Result]:
     """Return what comes of every layout."""
     results = []
-    for row in ROWS:
-        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            results.append(load(row, Path(folder)))
+    logging.disable(logging.WARNING)
+    try:
+        for row in ROWS:
+            with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                results.append(load(row, Path(folder)))
+    finally:
+        logging.disable(logging.NOTSET)
     return results
 
 
@@ -113,7 +117,6 @@ def main(
     """Print a table and write it."""
     if output is not None:
         check_table(output, "layouts")
-    logging.disable(logging.WARNING)
     results, branches = load_all(), branch_differences()
     lines = markdown_table(["layout", "what it is", "result"], list(map(row_of, results)))
     lines += [

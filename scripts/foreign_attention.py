@@ -78,7 +78,7 @@ def branch_differences() -> dict[str, float]:
     unit, zero = torch.eye(HEAD_DIM, dtype=q.dtype), q.new_zeros(HEAD_DIM, HEAD_DIM)
 
     def relative(theirs: Tensor, ours: Tensor) -> float:
-        return ((theirs - ours).norm() / theirs.norm()).item()
+        return ((theirs - ours).norm() / ours.norm()).item()
 
     return {
         "VSA, gate 1, against pooled dropped blocks": relative(sparse + coarse, pooled),

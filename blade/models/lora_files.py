@@ -30,6 +30,10 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_METADATA = "lora_adapter_metadata"
 """Key of the same in the header of a file that Diffusers has saved."""
 
+ALPHA = "alpha"
+"""Key of the alpha of all pairs in the header of some files, such as lightx2v's. Source: the documentation of Diffusers'
+LoRA loaders."""
+
 ADAPTER_KEY = re.compile(
     r"\.(lora_\w+|lora\.\w+|diff(_[a-z]+)?|set_(weight|param)|dora_scale|alpha|lokr_\w+|hada_\w+|oft_\w+)(\.|$)"
 )
@@ -159,6 +163,8 @@ def _read_config(metadata: Mapping[str, str], path: Path | None, what: str) -> d
     config: dict[str, Any] = {key.removeprefix("transformer."): value for key, value in header.items()}
     if not config and path is not None:
         config = read_json(path, what)
+    if not config and ALPHA in metadata:
+        config = {"lora_alpha": parse_json(metadata[ALPHA], f"{what}: {ALPHA}")}
     patterns = config.get("alpha_pattern") or {}
     if not isinstance(patterns, dict):
         raise ModelError(f"{what} must have an `alpha_pattern` by module, got {shortened(patterns)}.")
