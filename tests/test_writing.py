@@ -61,6 +61,8 @@ ALLOWED = {
     "scripts/fault_fuzz.py": "files that it damages, in a folder of its own",
     "scripts/unpack.py": "runs where BLADE is not installed, and writes into new folders alone",
     "scripts/try_faults.py": "inputs of commands and small disks, in a folder of its own",
+    "scripts/layout_models.py: save": "a file in a temporary folder of its caller",
+    "scripts/layout_rows.py: save": "a configuration in a temporary folder of its caller",
     "scripts/time_shapes.py: write_random_model": "a model in a temporary folder of its caller",
 }
 """Functions that write by themselves, with the reason."""

@@ -31,8 +31,8 @@ ADAPTER_METADATA = "lora_adapter_metadata"
 """Key of the same in the header of a file that Diffusers has saved."""
 
 ALPHA = "alpha"
-"""Key of the alpha of all pairs in the header of some files, such as lightx2v's. Source: the documentation of Diffusers'
-LoRA loaders."""
+"""Key of the alpha of all pairs in the header of some files, such as lightx2v's. Source: the documentation of
+Diffusers' LoRA loaders."""
 
 ADAPTER_KEY = re.compile(
     r"\.(lora_\w+|lora\.\w+|diff(_[a-z]+)?|set_(weight|param)|dora_scale|alpha|lokr_\w+|hada_\w+|oft_\w+)(\.|$)"
@@ -163,7 +163,7 @@ def _read_config(metadata: Mapping[str, str], path: Path | None, what: str) -> d
     config: dict[str, Any] = {key.removeprefix("transformer."): value for key, value in header.items()}
     if not config and path is not None:
         config = read_json(path, what)
-    if not config and ALPHA in metadata:
+    if not config and re.fullmatch(r"[\d.]+(e-?\d+)?", metadata.get(ALPHA, "")):  # others write words there
         config = {"lora_alpha": parse_json(metadata[ALPHA], f"{what}: {ALPHA}")}
     patterns = config.get("alpha_pattern") or {}
     if not isinstance(patterns, dict):
@@ -183,7 +183,7 @@ def _find(source: str, what: str, option: str, *, download: bool) -> tuple[Path 
         files = [item.name for item in local.iterdir() if item.suffix == ENDING]
         local = local / _choose_file(files, what, f"{source}/FILE")
     config = local.parent / ADAPTER_CONFIG
-    return local, config if _is_peft(local.name) and config.is_file() else None
+    return local, config if is_peft(local.name) and config.is_file() else None
 
 
 def _download(source: str, what: str, option: str, *, download: bool) -> tuple[Path | None, Path | None]:
@@ -214,7 +214,7 @@ def _download(source: str, what: str, option: str, *, download: bool) -> tuple[P
     config = (Path(file).parent / ADAPTER_CONFIG).as_posix()
     try:
         path = Path(hf_hub_download(name, file, local_files_only=info is None))
-        if not _is_peft(file) or config not in files:
+        if not is_peft(file) or config not in files:
             return path, None
         return path, Path(hf_hub_download(name, config))
     except Exception as error:  # whatever the Hub's client raises
@@ -230,7 +230,8 @@ def _beside(source: str) -> list[str]:
         return []
 
 
-def _is_peft(name: str) -> bool:
+def is_peft(name: str) -> bool:
+    """Return whether a file's name is PEFT's, which has its configuration beside it."""
     return name.endswith(WEIGHT_NAMES[1])
 
 

@@ -189,6 +189,8 @@ def _find_weights(
         _check_files(files, (files.within,))
         return subfolder, (files.within, second)
     subfolder = subfolder or files.within
+    if first is None and released is None and (only := files.only_weights(subfolder)) is not None:
+        return subfolder, (only, second)
     family = None if released is None else released.folder_word
     subfolder = files.find_subfolder(subfolder, first or WEIGHT_NAME, family)
     return subfolder, (first or WEIGHT_NAME, second)

@@ -16,7 +16,7 @@ from blade.common.errors import first_line
 from blade.common.leftovers import files_in, is_temporary
 from blade.families.registry import released_students
 from blade.models.choices import split_sources
-from blade.models.lora_files import LoraFile, peek_lora, read_lora, read_lora_file
+from blade.models.lora_files import ADAPTER_CONFIG, LoraFile, is_peft, peek_lora, read_lora, read_lora_file
 from blade.models.source import look_up
 from blade.models.untrusted import PICKLES, check_files, find_scheduler_class, read_json
 from blade.students.scheduler import MOST_TIMES, FewStepScheduler
@@ -220,7 +220,22 @@ class StudentFiles:
         if not values and self.folder is None and self.file is None:
             return None
         path = self.fetch(subfolder, name)
-        return None if path is None else read_lora_file(path, f"`source` {self.source}: {path.name}", values=values)
+        if path is None:
+            return None
+        what = path.name if self.source.endswith(path.name) else f"{self.source}: {path.name}"
+        return read_lora_file(path, f"`source` {what}", self._adapter_config(path, subfolder, name), values=values)
+
+    def _adapter_config(self, path: Path, subfolder: str | None, name: str) -> Path | None:
+        """PEFT's configuration beside its file of weights, if that is one."""
+        if not is_peft(path.name):
+            return None
+        if self.folder is None and self.file is None:
+            beside = "/".join([*([] if subfolder is None else [subfolder]), *name.split("/")[:-1], ADAPTER_CONFIG])
+            from huggingface_hub import hf_hub_download
+
+            return Path(hf_hub_download(self.repository, beside)) if beside in self.names else None
+        config = path.with_name(ADAPTER_CONFIG)
+        return config if config.is_file() else None
 
     def find_subfolder(self, subfolder: str | None, weight_name: str, family: str | None) -> str | None:
         """The subfolder that holds the LoRA, None for the top."""
@@ -240,6 +255,11 @@ class StudentFiles:
                 f"{listed}."
             )
         return found.pop() or None
+
+    def only_weights(self, subfolder: str | None) -> str | None:
+        """The only safetensors file at the top of a folder, whatever its name."""
+        tops = [name for name in self.inside(subfolder) if "/" not in name and name.endswith(".safetensors")]
+        return tops[0] if len(tops) == 1 else None
 
     def inside(self, subfolder: str | None) -> list[str]:
         """The names of the files in a subfolder."""

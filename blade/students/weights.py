@@ -19,7 +19,7 @@ from blade.models.lora_layouts import Translation, translate
 from blade.models.loras import Part, check_refused, load_part, shown_modules, translate_part
 from blade.models.untrusted import read_json
 from blade.students.lookup import FoundStudent
-from blade.students.source import TRANSFORMER_FOLDER, StudentFiles
+from blade.students.source import TRANSFORMER_FOLDER, StudentFiles, is_student_file
 
 ADAPTER = "blade_student"
 """Name of the student's adapter."""
@@ -171,7 +171,9 @@ def _read_folder(model: LoadedModel, files: StudentFiles, subfolder: str | None,
     folder = files.fetch_transformer(subfolder)
     assert folder is not None
     read = [
-        read_lora_file(shard, f"{what}: {shard.name}", values=values) for shard in sorted(folder.glob("*.safetensors"))
+        read_lora_file(shard, f"{what}: {shard.name}", values=values)
+        for shard in sorted(folder.glob("*.safetensors"))
+        if is_student_file(f"{TRANSFORMER_FOLDER}/{shard.name}")
     ]
     return LoraFile(folder, {key: tensor for file in read for key, tensor in file.tensors.items()})
 

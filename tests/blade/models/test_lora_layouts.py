@@ -620,3 +620,59 @@ def test_a_header_of_other_values_is_refused(header, message, tmp_path) -> None:
     save_file({"a.diff": torch.zeros(1)}, tmp_path / "a.safetensors", {"lora_adapter_metadata": header})
     with pytest.raises(ValueError, match=message):
         read_lora(str(tmp_path / "a.safetensors"))
+
+
+@pytest.mark.parametrize(("ending", "key"), [("lora_magnitude_vector", DIFFUSERS), ("dora_scale", COMFY)])
+def test_dora_is_what_peft_makes_of_it_at_every_strength(ending, key, small_pipelines, tmp_path) -> None:
+    ours, theirs = (LoadedModel(small_pipelines["WanPipeline"]()) for _ in range(2))
+    theirs.transformer.load_state_dict(ours.transformer.state_dict())
+    names = {name: original for name, original in WAN.items() if name != "patch_embedding"}
+    written, own = key(ours.transformer, names), DIFFUSERS(ours.transformer, names)
+    for (mine, tensor), (theirs_key, _) in list(zip(written.tensors.items(), own.tensors.items(), strict=True)):
+        own.tensors[theirs_key] = tensor
+        if mine.endswith("lora_B.weight"):
+            norms = torch.rand(len(tensor)) + 0.5
+            own.tensors[theirs_key.replace("lora_B.weight", "lora_magnitude_vector")] = norms
+            mine = mine.replace("lora_B.weight", ending)
+            written.tensors |= {mine: norms if ending == "lora_magnitude_vector" else norms[:, None]}
+    load_loras(ours, [f"{written.save(tmp_path)}={STRENGTH}"])
+    theirs.pipe.load_lora_weights(own.tensors, adapter_name="theirs")
+    theirs.pipe.set_adapters("theirs", STRENGTH)
+    for model in (ours, theirs):
+        merge_loras(model)
+    for name, weight in ours.transformer.named_parameters():
+        torch.testing.assert_close(weight, theirs.transformer.get_parameter(name))
+
+
+def test_dora_beside_plain_pairs_is_refused(small_pipelines, tmp_path) -> None:
+    model = LoadedModel(small_pipelines["WanPipeline"]())
+    written = pairs(comfy, only=SELF_ATTENTION)(model.transformer, WAN)
+    written.tensors["diffusion_model.blocks.0.self_attn.q.dora_scale"] = torch.ones(32, 1)
+    with pytest.raises(
+        ValueError,
+        match=r"1 of its 2 pairs are DoRA and others, such as blocks\.0\.attn1\.to_out\.0, are not, .* two LoR",
+    ):
+        load_loras(model, [str(written.save(tmp_path))])
+
+
+def test_a_weight_that_is_set_is_reached_at_full_strength(small_pipelines, tmp_path) -> None:
+    model = LoadedModel(small_pipelines["WanPipeline"]())
+    before, value = model.transformer.proj_out.weight.detach().clone(), noise(*model.transformer.proj_out.weight.shape)
+    save_file(
+        {"head.head.set_weight": value, "blocks.0.modulation.diff_param": torch.ones(1, 6, 32)},
+        tmp_path / "a.safetensors",
+    )
+    table = model.transformer.blocks[0].scale_shift_table.detach().clone()
+    load_loras(model, [f"{tmp_path / 'a.safetensors'}=0.5"])
+    torch.testing.assert_close(model.transformer.proj_out.weight, (before + value) / 2)
+    torch.testing.assert_close(model.transformer.blocks[0].scale_shift_table, table + 0.5)
+    load_loras(model, [str(tmp_path / "a.safetensors")])
+    assert torch.equal(model.transformer.proj_out.weight, value)
+
+
+def test_the_headers_alpha_is_of_pairs_without_their_own(tmp_path) -> None:
+    save_file({"a.lora_A.weight": torch.ones(4, 2)}, tmp_path / "a.safetensors", {"alpha": "8"})
+    file = read_lora(str(tmp_path / "a.safetensors"))
+    assert file.scale("a", 4) == 2.0 and not file.is_whole
+    save_file({"a.lora_A.weight": torch.ones(4, 2)}, tmp_path / "b.safetensors", {"alpha": "much"})
+    assert read_lora(str(tmp_path / "b.safetensors")).scale("a", 4) == 1.0

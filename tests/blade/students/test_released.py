@@ -242,3 +242,13 @@ def test_the_levels_that_pipelines_ask_for_may_be_the_grids_own() -> None:
     assert scheduler.timesteps.tolist() == [1000.0, 725.0, 421.875]
     with pytest.raises(ValueError, match="`sigmas` must be left to the scheduler"):
         scheduler.set_timesteps(sigmas=[1.0, 0.7, 0.3])
+
+
+def test_pefts_alpha_beside_the_file_is_taken(pipe, tmp_path) -> None:
+    """Also where a folder has no other file of weights."""
+    save_file(original(pipe.transformer), tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text('{"r": 64, "lora_alpha": 128}')
+    for source in (tmp_path, tmp_path / "adapter_model.safetensors"):
+        load_student(pipe, source, scheduler=TIMES)
+        assert pipe.transformer.blocks[0].attn1.to_q.scaling["blade_student"] == 2.0
+        unload_student(pipe)
