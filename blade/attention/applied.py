@@ -255,7 +255,9 @@ class AppliedBlade(ModelHook):  # type: ignore[misc]  # Diffusers has no types
                 )
         plan, step, dense_steps, row = None, 0, 0, 0
         if self._may_be_sparse(module, inputs):
-            step, total = self.steps.resolve(self.family.video_timestep(inputs))
+            step, total = self.steps.resolve(
+                self.family.video_timestep(inputs), counts_itself=self.family.scheduler_counts_steps(inputs)
+            )
             dense_steps = self._dense_steps(total)
             if total is None or dense_steps < total:
                 plan = self._plan(module, inputs)

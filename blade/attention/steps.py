@@ -84,15 +84,18 @@ class StepResolver:
         self._noise: float | None = None
         self._rising = rising
 
-    def resolve(self, timestep: torch.Tensor) -> tuple[int, int | None]:
+    def resolve(self, timestep: torch.Tensor, *, counts_itself: bool = True) -> tuple[int, int | None]:
         """Return the step of this forward pass, from 0, and the number of steps of the schedule, None if unknown.
 
         Args:
             timestep: the timesteps of the video that is made, of any shape; only the largest counts, or the smallest
                 where they rise.
+            counts_itself: False if the pipeline steps copies of its scheduler, so that only the timestep tells.
         """
         if self.fixed is not None:
             return self.fixed
+        if not counts_itself and (scheduler := self._scheduler()) is not None:
+            return self._nearest_step(timestep), len(scheduler.timesteps)
         scheduler_step, scheduler_total = self._from_scheduler(timestep)
         step = getattr(self.context.latest, "step_index", None)
         if step is not None:
@@ -144,9 +147,13 @@ class StepResolver:
         scheduler = self._scheduler()
         if (begin := getattr(scheduler, "begin_index", None)) is not None:
             return int(begin)
-        times = scheduler.timesteps
-        if getattr(self._pipe(), "num_timesteps", None) == len(times):
+        if getattr(self._pipe(), "num_timesteps", None) == len(scheduler.timesteps):
             return 0  # the pipeline's loop takes all
+        return self._nearest_step(timestep)
+
+    def _nearest_step(self, timestep: torch.Tensor) -> int:
+        """The place in the schedule of the timestep nearest to the noisiest; 0 if none is near."""
+        times = self._scheduler().timesteps
         value = float(timestep.min() if self._rising else timestep.max())
         differences = (times.float() - value).abs()
         place = int(differences.argmin())

@@ -37,6 +37,11 @@ class SparseAttention(Protocol):
     sparse: bool
     """True in a sparse forward pass."""
 
+    @property
+    def grid(self) -> TokenGrid:
+        """The tokens in a sparse forward pass."""
+        ...
+
     def count_dense(self) -> None:
         """Count a dense forward pass."""
         ...
@@ -143,6 +148,10 @@ class ModelFamily(Protocol):
         """
         ...
 
+    def plan_problem(self, pipe: Any) -> str | None:
+        """Return why a run's operations cannot be planned from its size and steps, or None if they can."""
+        ...
+
     def sound_rate(self, pipe: Any) -> int | None:
         """Return the samples a second of the sound that a pipeline makes beside its video; None: it makes none.
 
@@ -191,6 +200,10 @@ class ModelFamily(Protocol):
         """Return the number of heads of a self-attention module."""
         ...
 
+    def head_dim(self, transformer: nn.Module) -> int:
+        """Return the numbers in one head of one token."""
+        ...
+
     def output_projection(self, attention: nn.Module) -> torch.Tensor | None:
         """Return the weights (channels, H * D) that a self-attention module's output is multiplied with.
 
@@ -204,6 +217,10 @@ class ModelFamily(Protocol):
 
     def pass_dense_reason(self, transformer: nn.Module, inputs: Inputs) -> str | None:
         """Return why no layer can be sparse in a forward pass with these inputs, or None if layers can."""
+        ...
+
+    def scheduler_counts_steps(self, inputs: Inputs) -> bool:
+        """Return whether the pipeline's scheduler counts the steps; False where the pipeline steps copies of it."""
         ...
 
     def make_processor(self, layer: SparseAttention, previous: Any) -> Any:

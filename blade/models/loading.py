@@ -17,7 +17,7 @@ from blade.common.errors import first_line
 from blade.common.files import write_files
 from blade.common.leftovers import files_in
 from blade.common.terminal import logger
-from blade.families.registry import example_model, published_configurations
+from blade.families.registry import example_model, model_families, published_configurations
 from blade.models.cpu_convolutions import use_onednn_conv3d
 from blade.models.loaded import LoadedModel
 from blade.models.modular import (
@@ -167,7 +167,12 @@ def load_empty_model(
     except HubUnreachableError:
         if revision is not None or str(model) not in published_configurations():
             raise
-        logger.info(f"the Hub cannot be reached; the configuration of {model} is the one that comes with BLADE")
+        index = published_configurations()[str(model)]["model_index"]
+        missing = [name for name, value in index.items() if value == [None, None]]
+        without = f", without {' and '.join(missing)}" if missing else ""
+        logger.info(
+            f"the Hub cannot be reached; the configuration of {model} is the one that comes with BLADE{without}"
+        )
         with TemporaryDirectory() as known:
             write_published_configuration(str(model), Path(known))
             return load_empty_model(known, dtype=dtype, random_weights_on=random_weights_on)
@@ -237,14 +242,19 @@ def _checked(model: str | Path, pipe: Any) -> LoadedModel:
     """Return a pipeline with its facts, if it makes videos with a transformer from inputs that can be given."""
     kind, loaded = type(pipe).__name__, LoadedModel(pipe)
     parameters = loaded.parameters
-    if "num_frames" not in parameters or not (
-        getattr(pipe, "transformer", None) or getattr(pipe, "transformer_2", None)
-    ):
+    needed = [name for name, value in parameters.items() if value.default is value.empty and name != "self"]
+    needed = [name for name in needed if name not in INPUTS and parameters[name].kind != inspect.Parameter.VAR_KEYWORD]
+    transformer = getattr(pipe, "transformer", None) or getattr(pipe, "transformer_2", None)
+    if needed and transformer is not None and any(family.recognises(transformer) for family in model_families()):
+        named = " and ".join(f"`{name}`" for name in needed)
+        raise ModelError(
+            f"`model` {model} is a {kind}, which needs {named}: no option gives that. Call the pipeline from Python, "
+            f"where `apply_blade(pipe)` makes it sparse, or take {example_model()}."
+        )
+    if "num_frames" not in parameters or transformer is None:
         raise ModelError(
             f"`model` {model} is a {kind}, which makes no video with a transformer; take {example_model()}."
         )
-    needed = [name for name, value in parameters.items() if value.default is value.empty and name != "self"]
-    needed = [name for name in needed if name not in INPUTS and parameters[name].kind != inspect.Parameter.VAR_KEYWORD]
     if needed:
         raise ModelError(f"`model` {model} is a {kind}, which needs `{needed[0]}`; take {example_model()}.")
     return loaded

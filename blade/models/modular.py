@@ -162,7 +162,7 @@ def _find_class(name: Any, what: str) -> Any:
 
 
 def _workflows(pipe: Any) -> list[Any]:
-    """Return the blocks of each workflow that is chosen by inputs which can be given; all blocks where none is named."""
+    """Return the blocks of each workflow that is chosen by what can be given; all blocks where none is named."""
     blocks = pipe.blocks
     named = getattr(blocks, "_workflow_map", None) or {}
     possible = []

@@ -16,7 +16,7 @@ from blade.families.registry import find_family
 SIZES = ((3, 5, 7), (2, 6, 4))
 STEPS = 4
 EACH_FAMILY = pytest.mark.parametrize(
-    "family", ["wan", "cogvideox", "hunyuan-video", "ltx-video", "minimax-h3", "ltx-2.3"], indirect=True
+    "family", ["wan", "cogvideox", "hunyuan-video", "ltx-video", "ltx-2.3", "minimax-h3"], indirect=True
 )
 PRESET = BladeConfig(
     sparsity=0.6,
@@ -95,7 +95,22 @@ def test_all_steps_share_a_graph(make_wan, wan_inputs, config):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "family", ["wan-vace", "cogvideox-2b", "cogvideox-1.5", "hunyuan-video-i2v", "ltx-2"], indirect=True
+    "family",
+    [
+        "wan-vace",
+        "cogvideox-2b",
+        "cogvideox-1.5",
+        "hunyuan-video-i2v",
+        "ltx-2",
+        "minimax-h3-references",
+        "wan-animate",
+        "chronoedit",
+        "skyreels-v2",
+        "skyreels-v2-forcing",
+        "anyflow",
+        "framepack",
+    ],
+    indirect=True,
 )
 def test_every_other_kind_compiles(family):
     transformer, inputs = apply_blade(family.make(), STUDENT), family.inputs()
@@ -180,7 +195,8 @@ def test_pipelines_make_the_same_video(small_pipelines, name, config):
     pipe.transformer.compile(backend=backend, fullgraph=True)
     for video in expected:
         torch.testing.assert_close(latents(), video, rtol=1e-4, atol=1e-4)
-    assert 0 < backend.frame_count <= 2
+    kinds = 3 if name == "LTX2Pipeline" else 1  # of passes: guidance in a batch, perturbed, with modalities apart
+    assert 0 < backend.frame_count <= 2 * kinds
     assert [layer[:2] for layer in calls(pipe)] == [layer[:2] for layer in expected_calls]
 
 

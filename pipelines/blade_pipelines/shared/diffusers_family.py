@@ -85,6 +85,10 @@ class DiffusersFamily:
         """Return no arguments of a call beside those of the request's fields."""
         return {}
 
+    def plan_problem(self, pipe: Any) -> str | None:
+        """Return None: a run is as many forward passes as it has steps."""
+        return None
+
     def sound_rate(self, pipe: Any) -> int | None:
         """Return None: the pipelines make no sound."""
         return None
@@ -123,6 +127,11 @@ class DiffusersFamily:
         heads: int = attention.heads
         return heads
 
+    def head_dim(self, transformer: DiffusersModule) -> int:
+        """Return the numbers in one head of one token, as the transformer's configuration says."""
+        size: int = transformer.config.attention_head_dim
+        return size
+
     def output_projection(self, attention: DiffusersModule) -> torch.Tensor | None:
         """Return the weight of the first layer of `to_out`, or None if there is no floating-point one."""
         weight = getattr(attention.to_out[0], "weight", None) if getattr(attention, "to_out", None) else None
@@ -137,6 +146,10 @@ class DiffusersFamily:
     def pass_dense_reason(self, transformer: DiffusersModule, inputs: Inputs) -> str | None:
         """Return None: layers can be sparse in every forward pass."""
         return None
+
+    def scheduler_counts_steps(self, inputs: Inputs) -> bool:
+        """Return True: the pipelines step their scheduler itself."""
+        return True
 
     def make_processor(self, layer: SparseAttention, previous: Any) -> SparseProcessor:
         """Return the processor for a layer."""
