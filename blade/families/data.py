@@ -25,7 +25,8 @@ class ReleasedStudent:
     evidence: str
     """Where steps, times and guidance are from."""
     fits: Mapping[str, Any] = field(default_factory=dict)
-    """Values of the configuration of the transformers that it is for, and their number as `transformers`."""
+    """Values of the configuration of the transformers that it is for, their class as `class` and their number as
+    `transformers`; of a list, one."""
     preset: str | None = None
     """Name of the student preset of its attention, which its model's preset has too; None: it was trained dense."""
     folder_word: str | None = None
@@ -44,17 +45,17 @@ class ReleasedStudent:
     refused: str | None = None
     """Why it cannot be used, with the remedy; a clause."""
 
-    def suits(self, config: Mapping[str, Any], transformers: int, preset: str) -> bool:
+    def suits(self, facts: Mapping[str, Any], preset: str) -> bool:
         """Return whether it is for a model.
 
         Args:
-            config: the configuration of the model's first transformer.
-            transformers: their number.
+            facts: the configuration of the model's first transformer, with `class` and `transformers`.
             preset: name of the model's preset.
         """
-        facts = {**config, "transformers": transformers}
-        same = all(facts.get(name) == value for name, value in self.fits.items())
-        return same and (self.preset is None or self.preset == preset)
+        if self.preset is not None and self.preset != preset:
+            return False
+        wanted = {name: value if isinstance(value, list) else [value] for name, value in self.fits.items()}
+        return all(facts.get(name) in values for name, values in wanted.items())
 
 
 @dataclass(frozen=True, kw_only=True)

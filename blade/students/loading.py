@@ -23,7 +23,7 @@ from blade.models.loaded import LoadedModel
 from blade.models.loras import put_back
 from blade.models.untrusted import check_files
 from blade.students.description import Student
-from blade.students.lookup import FoundStudent, find_student
+from blade.students.lookup import FoundStudent, find_student, model_facts
 from blade.students.source import CONDITION_NAME, TRANSFORMER_FOLDER, WEIGHT_NAME, student_files
 from blade.students.step_condition import StepCondition, load_condition
 from blade.students.watch import StudentWatch
@@ -61,7 +61,7 @@ def loaded_student(pipe: Any) -> Student | None:
 
 def published_students(model: LoadedModel) -> tuple[str, ...]:
     """Return the Hub ids of the students that this project knows for a model."""
-    facts = (model.transformer.config, len(model.transformers), model.preset_name)
+    facts = (model_facts(model), model.preset_name)
     usable = [student for student in released_students() if student.refused is None]
     return tuple(dict.fromkeys(student.source for student in usable if student.suits(*facts)))
 

@@ -112,7 +112,7 @@ def find_released(files: StudentFiles, model: LoadedModel) -> ReleasedStudent | 
     Raises:
         ValueError: if the source is known, and is for other models.
     """
-    facts = (model.transformer.config, len(model.transformers), model.preset_name)
+    facts = (model_facts(model), model.preset_name)
     if files.pair is not None or files.file is not None:
         names = {Path(name).name for name in files.pair or (str(files.file),)} - {WEIGHT_NAME}
         known = [one for one in released_students() if names and names <= {Path(name).name for name in one.files}]
@@ -130,6 +130,12 @@ def find_released(files: StudentFiles, model: LoadedModel) -> ReleasedStudent | 
             f"`source` {files.source} has students of {listed}; this model is of the kind {model.preset_name}."
         )
     return fitting[0]
+
+
+def model_facts(model: LoadedModel) -> dict[str, Any]:
+    """Return what a published student's `fits` is compared with."""
+    transformer = model.transformer
+    return {**transformer.config, "class": type(transformer).__name__, "transformers": len(model.transformers)}
 
 
 def make_scheduler(released: ReleasedStudent, scheduler: Any) -> Any:

@@ -93,6 +93,9 @@ def test_each_entry_says_how_it_is_sampled_or_why_not(student) -> None:
         ("Wan-AI/Wan2.1-T2V-14B-Diffusers", "lightx2v/Wan2.1-Distill-Loras", "text to video, 14B"),
         ("Wan-AI/Wan2.2-T2V-A14B-Diffusers", LIGHTNING, "text to video, A14B (of 28 September 2025)"),
         ("Wan-AI/Wan2.2-TI2V-5B-Diffusers", "FastVideo/FastWan2.2-TI2V-5B-FullAttn-Diffusers", "TI2V-5B"),
+        ("Lightricks/LTX-2", "Lightricks/LTX-2", "LoRA, 19B"),
+        ("Lightricks/LTX-2.5-Diffusers", "Lightricks/LTX-2.5", "LoRA, 22B"),
+        ("MiniMaxAI/MiniMax-H3", "lightx2v/Minimax-h3-Turbo", "(v1.1), text or frames to video"),
         ("hunyuanvideo-community/HunyuanVideo", "FastVideo/FastHunyuan-diffusers", "text to video"),
         ("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "FastVideo/FastWan2.1-T2V-1.3B-Diffusers", "text to video, 1.3B"),
     ],
@@ -100,11 +103,9 @@ def test_each_entry_says_how_it_is_sampled_or_why_not(student) -> None:
 def test_an_entry_is_taken_by_the_published_models_configuration(model, source, about) -> None:
     configuration = published_configurations()[model]
     parts = [part for part in ("transformer", "transformer_2") if part in configuration]
-    fitting = [
-        student
-        for student in released_students()
-        if student.source == source and student.suits(configuration["transformer"], len(parts), "wan")
-    ]
+    kind = configuration["transformer"]["_class_name"]
+    facts = {**configuration["transformer"], "class": kind, "transformers": len(parts)}
+    fitting = [student for student in released_students() if student.source == source and student.suits(facts, "wan")]
     assert fitting and fitting[0].about.endswith(about)
 
 
