@@ -224,6 +224,13 @@ def h3(prefix: str, *, is_flat: bool = False, by_head: bool = False, **options: 
     return write
 
 
+def with_alpha(transformer: Any) -> FileOf:
+    """Return lightx2v's LoRA of MiniMax-H3 by Diffusers' names, with one alpha in the header."""
+    file = FileOf(transformer).add_pairs({name: name for name in H3}, endings=DEFAULT, scale=2.0)
+    file.metadata = {"alpha": str(2 * RANK)}
+    return file
+
+
 def fast_h3(gate: float | None) -> Write:
     """Return a writer of FastH3's LoRA: pairs, differences, and whole weights, those of gates among them."""
 
@@ -456,6 +463,15 @@ ROWS = (
         files=(h3("diffusion_model.", alpha=4.0),),
         is_student=True,
         names=("minimax_h3_fl2v_turbo_4step_v1.1_768p_comfyui_bf16.safetensors",),
+    ),
+    Layout(
+        name="H3-Turbo, alpha in the header",
+        what="student, MiniMax-H3",
+        source="the documentation of MiniMaxH3LoraLoaderMixin of Diffusers",
+        pipe=minimax_h3,
+        files=(with_alpha,),
+        is_student=True,
+        names=("minimax_h3_fl2v_turbo_8step_v1.0_768p_bf16.safetensors",),
     ),
     Layout(
         name="musubi, MiniMax-H3",

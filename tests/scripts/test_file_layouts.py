@@ -54,6 +54,7 @@ def test_the_table_in_the_documents_is_of_these_layouts() -> None:
     assert [row["layout"] for row in rows] == [row.name for row in layout_rows.ROWS] and len(rows) >= 20
     assert {row["layout"] for row in rows if row["refusal"] is not None} == set(REFUSED)
     assert all(row["difference"] < 1e-6 for row in rows if row["refusal"] is None)
+    assert f"has {len(rows)} layouts" in (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
     measured = foreign_attention.branch_differences()
     assert set(written["branches"]) == set(measured)
     assert all(written["branches"][name] == pytest.approx(value, abs=1e-6) for name, value in measured.items())
