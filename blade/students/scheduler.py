@@ -206,9 +206,9 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # Di
         """
         if sigmas is not None:
             count = len(sigmas)
-            grid = next((grid for grid in self.config.grids if len(grid) == count), ())
-            known = [[self._levels(time)[1] for time in grid], np.linspace(1.0, 0.0, count + 1)[:-1]]
-            if not any(len(levels) == count and np.allclose(sigmas, levels, atol=1e-4) for levels in known):
+            trained = [[self._levels(time)[1] for time in grid] for grid in self.config.grids if len(grid) == count]
+            known = [*trained, list(np.linspace(1.0, 0.0, count + 1)[:-1])]
+            if not any(np.allclose(sigmas, levels, atol=1e-4) for levels in known):
                 raise ValueError(
                     f"`sigmas` must be left to the scheduler, whose times are trained, got {list(sigmas)}."
                 )

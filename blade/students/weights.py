@@ -104,7 +104,10 @@ def make_whole(like: Transformer, file: LoraFile, model: LoadedModel, what: str)
         made = type(like).from_config(like.config)
     translation = _check_whole(made, file, model, what)
     names = {id(parameter): name for name, parameter in made.named_parameters()}
-    types = {name: (parameter.device, parameter.dtype) for name, parameter in like.named_parameters()}
+    types = {  # without the layers around those that have adapters
+        name.replace("base_layer.", ""): (parameter.device, parameter.dtype)
+        for name, parameter in like.named_parameters()
+    }
     weights: dict[str, torch.Tensor] = {}
     for parameter, tensor in translation.replacements:
         name = names[id(parameter)]

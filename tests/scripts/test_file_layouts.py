@@ -19,6 +19,7 @@ try:
     import foreign_attention
     import layout_models
     import layout_rows
+    import layout_writers
 finally:
     sys.path.remove(str(SCRIPTS))
 
@@ -78,7 +79,7 @@ def diffusers_version(file: layout_models.FileOf, convert) -> dict[str, torch.Te
     ],
 )
 def test_whole_weights_by_the_authors_names_are_those_that_diffusers_converts(pipe, convert) -> None:
-    file = layout_rows.whole_original(pipe().transformer)
+    file = layout_writers.whole_original(pipe().transformer)
     converted = diffusers_version(file, convert)
     assert set(converted) == set(file.expected)
     assert all(torch.equal(converted[name], weight) for name, weight in file.expected.items())
@@ -89,12 +90,12 @@ def test_whole_weights_by_the_authors_names_are_those_that_diffusers_converts(pi
     [
         (
             layout_models.minimax_h3,
-            layout_rows.h3("diffusion_model.", alpha=4.0, endings=layout_models.DOWN_UP),
+            layout_writers.h3("diffusion_model.", alpha=4.0, endings=layout_models.DOWN_UP),
             lora_conversion_utils._convert_non_diffusers_minimax_h3_lora_to_diffusers,
         ),
         (
             layout_models.ltx_2,
-            layout_rows.pairs(layout_rows.LTX_2, "diffusion_model."),
+            layout_writers.pairs(layout_writers.LTX_2, "diffusion_model."),
             lora_conversion_utils._convert_non_diffusers_ltx2_lora_to_diffusers,
         ),
     ],

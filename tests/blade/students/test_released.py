@@ -219,6 +219,10 @@ def test_whole_weights_in_a_file_take_the_transformers_place(pipe, make_wan, tmp
     save_file(weights, tmp_path / "less.safetensors")
     with pytest.raises(ValueError, match=r"less\.safetensors lacks 1 of this model's weights, such as proj_out\.bias"):
         load_student(pipe, tmp_path / "less.safetensors")
+    pipe.load_lora_weights(lora(pipe.transformer, rank=4), adapter_name="style")
+    with pytest.raises(ValueError, match=r"is a whole transformer, which the loaded LoRAs are not for; unload them"):
+        load_student(pipe, tmp_path / "w.safetensors", scheduler=TIMES)
+    pipe.unload_lora_weights()
     with pytest.raises(ValueError, match=r"`weight` must be 1: .* is a whole transformer and no LoRA, got 0.5"):
         load_student(pipe, tmp_path / "w.safetensors", weight=0.5)
 
