@@ -210,7 +210,8 @@ def main(
         for record in compare(prompt, missing, thresholds_of(records)):
             append_json_line(checkpoint, record)
             records[record["prompt"], record["method"], record["share"]] = record
-            print(f"{record['method']:24} {record['flops']:.3f} {record['psnr']:6.2f} dB  {prompt.text}", flush=True)
+            near = "" if record["psnr"] is None else f"{record['psnr']:.2f} dB"
+            print(f"{record['method']:24} {record['flops']:.3f} {near:9} {prompt.text}", flush=True)
     command = shlex.join(["python", "scripts/compare_caches.py", *sys.argv[1:]])
     versions = describe_versions(("blade-video", "torch", "diffusers"))
     texts = [prompt.text for prompt in chosen]

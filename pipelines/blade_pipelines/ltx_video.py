@@ -71,6 +71,7 @@ class LTXVideoFamily(DiffusersFamily):
 
     name = "LTX-Video (LTXVideoTransformer3DModel)"
     guidance_takes_two_passes = True
+    batched_guidance = "tokens"
     transformers = (LTXVideoTransformer3DModel,)
     processors = (LTXVideoAttnProcessor,)
     sparse_processor = LTXVideoSparseProcessor
