@@ -30,7 +30,9 @@ def register_innermost(transformer: Transformer, hook: ModelHook, name: str) -> 
     if not registry._fn_refs:
         with _beneath_offloading(transformer):
             registry.register_hook(hook, name)
-            return transformer.forward
+            innermost = transformer.forward
+        _let_cache_dit_put_back(innermost)
+        return innermost
     above, outermost = registry._fn_refs[0], transformer.forward
     calls = "forward" if above.original_forward is None else "original_forward"
     transformer.forward = getattr(above, calls)
@@ -68,6 +70,17 @@ def remove_innermost(transformer: Transformer, name: str, innermost: Any) -> Non
         registry.remove_hook(name, recurse=False)
         if current is not innermost:  # somebody has put another forward there since, which stays
             transformer.forward = current
+
+
+def _let_cache_dit_put_back(forward: Any) -> None:
+    """Give a forward the `__get__` that `cache_dit.disable_cache` calls, and a `partial` lacks before Python 3.14."""
+
+    def bound(transformer: Transformer) -> Any:
+        if transformer._original_forward is not forward:  # a hook above has copied this attribute
+            raise AttributeError("__get__")
+        return forward
+
+    forward.__get__ = bound
 
 
 def is_wrapped_by_cache_dit(transformer: Transformer) -> bool:
