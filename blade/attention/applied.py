@@ -82,7 +82,7 @@ class AppliedBlade(ModelHook):  # type: ignore[misc]  # Diffusers has no types
         super().__init__()
         self.family = family
         self.config = config
-        self.steps = StepResolver(pipe)
+        self.steps = StepResolver(pipe, rising=family.timesteps_rise)
         self.context = self.steps.context
         self.grid: TokenGrid | None = None
         self.notes: list[str] = []
@@ -195,8 +195,9 @@ class AppliedBlade(ModelHook):  # type: ignore[misc]  # Diffusers has no types
         plan = self._prepare(module, inputs)
         if plan is not None:
             order, device = plan.token_order, self.step.device
-            self.permutation = plan.grid.order(order, device)
-            self._inverse = plan.grid.inverse_order(order, device)
+            whole = self.family.whole_sequence
+            self.permutation = plan.grid.order(order, device, whole=whole)
+            self._inverse = plan.grid.inverse_order(order, device, whole=whole)
         self._begun_with = inputs["hidden_states"], inputs["timestep"]
 
     def _end_pass(self) -> None:
@@ -252,8 +253,10 @@ class AppliedBlade(ModelHook):  # type: ignore[misc]  # Diffusers has no types
                     "`set_attn_processor` do. Call `apply_blade` again."
                 )
         plan, step, dense_steps, row = None, 0, 0, 0
-        if not self.paused and any(layer.dense_reason is None for layer in self.layers):
-            step, total = self.steps.resolve(inputs["timestep"])
+        if self._may_be_sparse(module, inputs):
+            step, total = self.steps.resolve(
+                self.family.video_timestep(inputs), counts_itself=self.family.scheduler_counts_steps(inputs)
+            )
             dense_steps = self._dense_steps(total)
             if total is None or dense_steps < total:
                 plan = self._plan(module, inputs)
@@ -276,6 +279,15 @@ class AppliedBlade(ModelHook):  # type: ignore[misc]  # Diffusers has no types
         self.put_back(PassState(plan, row, tuple(sparse)))
         self._keep_choices(plan if any(sparse) else None, step, inputs)
         return plan
+
+    def _may_be_sparse(self, module: nn.Module, inputs: Inputs) -> bool:
+        """Return whether a layer can be sparse in a forward pass with these inputs, and say once why none can."""
+        if self.paused or all(layer.dense_reason is not None for layer in self.layers):
+            return False
+        reason = self.family.pass_dense_reason(module, inputs)
+        if reason is not None:
+            self._stays_dense(f"All layers stay dense in this forward pass: {reason}.")
+        return reason is None
 
     def _keep_choices(self, plan: Plan | None, step: int, inputs: Inputs) -> None:
         """Tell every layer where its choice of blocks is kept; `plan` is None where none is sparse."""
