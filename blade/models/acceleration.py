@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib import import_module
 
 import torch
 from torch import nn
+from torch.nn.utils.weight_norm import WeightNorm
 
 from blade.common.errors import first_line
 from blade.models.choices import OFFLOADS, Offload
 from blade.models.loaded import LoadedModel
+from blade.models.modular import is_modular
 
 HEADROOM = 0.92
 """Share of a device's memory that weights and activations may fill."""
@@ -106,6 +109,10 @@ def place(model: LoadedModel, device: torch.device, offload: str) -> None:
     """
     if offload == "none":
         model.pipe.to(device)
+    elif is_modular(model.pipe):
+        _offload_parts(
+            [part for part in model.pipe.components.values() if isinstance(part, nn.Module)], device, offload
+        )
     elif offload == "model":
         model.pipe.enable_model_cpu_offload(device=device)
     elif offload == "sequential":
@@ -113,6 +120,29 @@ def place(model: LoadedModel, device: torch.device, offload: str) -> None:
     else:
         stream = device.type == "cuda"
         model.pipe.enable_group_offload(device, offload_type="leaf_level", use_stream=stream, non_blocking=stream)
+
+
+def _offload_parts(parts: Sequence[nn.Module], device: torch.device, offload: str) -> None:
+    """Have each part brought to a device when it runs, as pipelines do that are not modular; see `place`.
+
+    Parts with normalised weights, which a hook computes before any other would bring them, stay on the device where
+    others are brought there layer by layer.
+    """
+    from accelerate import cpu_offload, cpu_offload_with_hook
+    from diffusers.hooks import apply_group_offloading
+
+    hook, stream = None, device.type == "cuda"
+    for part in parts:
+        if offload == "model":
+            _, hook = cpu_offload_with_hook(part, device, prev_module_hook=hook)
+        elif any(
+            isinstance(own, WeightNorm) for module in part.modules() for own in module._forward_pre_hooks.values()
+        ):
+            part.to(device)
+        elif offload == "sequential":
+            cpu_offload(part, device, offload_buffers=True)
+        else:
+            apply_group_offloading(part, device, offload_type="leaf_level", use_stream=stream, non_blocking=stream)
 
 
 def choose_offload(weights: dict[str, float], activations: dict[str, float], device_gib: float) -> Offload:
