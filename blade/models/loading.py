@@ -135,7 +135,9 @@ def load_empty_model(
         index = published_configurations()[str(model)]["model_index"]
         missing = [name for name, value in index.items() if value == [None, None]]
         without = f", without {' and '.join(missing)}" if missing else ""
-        logger.info(f"the Hub cannot be reached; the configuration of {model} is the one that comes with BLADE{without}")
+        logger.info(
+            f"the Hub cannot be reached; the configuration of {model} is the one that comes with BLADE{without}"
+        )
         with TemporaryDirectory() as known:
             write_published_configuration(str(model), Path(known))
             return load_empty_model(known, dtype=dtype, random_weights_on=random_weights_on)

@@ -138,7 +138,12 @@ def test_two_stages_with_upsampled_latents(small_pipelines):
     upsample = LTX2LatentUpsamplePipeline(vae=pipe.vae, latent_upsampler=upsampler)
     latents = upsample(latents=first.frames, output_type="latent").frames
     second = pipe(
-        prompt="a cat", latents=latents, audio_latents=first.audio, noise_scale=0.9, guidance_scale=1.0, output_type="pt"
+        prompt="a cat",
+        latents=latents,
+        audio_latents=first.audio,
+        noise_scale=0.9,
+        guidance_scale=1.0,
+        output_type="pt",
     )
     assert applied_to(pipe.transformer).grid == TokenGrid(4, 16, 16)
     assert second.frames.shape == (1, 13, 3, 256, 256) and second.frames.isfinite().all()

@@ -148,7 +148,7 @@ def test_conditions_behind_the_video_are_kept_exactly(sized, make_ltx2, ltx2_inp
     assert_equal_to_masked(transformer, inputs, recorded, monkeypatch, grid=grid)
     first = -(-VIDEO // 8) * 8  # of the blocks that hold conditions alone
     for mask in recorded:
-        assert mask[..., VIDEO:grid.sequence_length, : grid.sequence_length].all()
+        assert mask[..., VIDEO : grid.sequence_length, : grid.sequence_length].all()
         assert mask[..., : grid.sequence_length, VIDEO : grid.sequence_length].all()
         assert not mask[..., :first, :first].all()
 
