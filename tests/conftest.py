@@ -292,6 +292,8 @@ def configurations(small_pipelines, tmp_path):
             index[part] = ["diffusers", type(module).__name__]
         if name.startswith("HunyuanVideo"):
             index |= {"text_encoder_2": [None, None], "tokenizer_2": [None, None]}
+        if name.startswith("LTX2"):
+            index |= {part: [None, None] for part in ("audio_vae", "connectors", "vocoder")}
         if name == "HunyuanVideo15Pipeline":
             pipe.guider.save_config(folder / "guider")
             index["guider"] = ["diffusers", "ClassifierFreeGuidance"]

@@ -4,14 +4,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from blade_pipelines.ltx2 import ORIGINAL_NAMES, UNGUIDED, LTX2Family
 from diffusers import FlowMatchEulerDiscreteScheduler
+from PIL import Image
 
 from blade import BladeConfig, TokenGrid, apply_blade, blade_summary, remove_blade
 from blade.attention import adaptive
 from blade.attention.applied import applied_to
 from blade.attention.budget import BlockBudget
 from blade.attention.config import AdaptiveConfig
+from blade.generation.outputs import generate_files
 from blade.generation.request import GenerationRequest
 from blade.generation.run import run_request
 from blade.models.conditions import model_for
@@ -326,3 +329,57 @@ def test_an_image_is_taken_by_the_same_weights(small_pipelines):
     assert other.pipe.transformer is model.transformer and other.pipe.vocoder is model.pipe.vocoder
     with pytest.raises(ValueError, match="`video` must not be given: this model is a LTX2Pipeline"):
         model_for(model, "video")
+
+
+@pytest.fixture
+def model_folder(small_pipelines, tmp_path):
+    """A small LTX-2 pipeline in Diffusers' format, with a Gemma 3 of one layer and a tokenizer of three words."""
+    from diffusers import LTX2Pipeline
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    special = {"pad_token": "<pad>", "eos_token": "<eos>", "bos_token": "<bos>", "unk_token": "<unk>"}
+    words = {word: number for number, word in enumerate([*special.values(), "a", "red", "cat"])}
+    text = {
+        "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "head_dim": 4, "vocab_size": 16, "sliding_window": 16,
+    }  # fmt: skip
+    vision = {
+        "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
+        "patch_size": 14,
+    }  # fmt: skip
+    rules = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    rules.pre_tokenizer = pre_tokenizers.Whitespace()
+    parts = dict(small_pipelines["LTX2Pipeline"]().components)
+    # the embeddings and the layer
+    connectors = type(parts["connectors"]).from_config(parts["connectors"].config, text_proj_in_factor=2)
+    parts |= {
+        "connectors": connectors,
+        "text_encoder": transformers.Gemma3ForConditionalGeneration(
+            transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+        ),
+        "tokenizer": transformers.PreTrainedTokenizerFast(
+            tokenizer_object=rules, padding_side="left", model_max_length=1024, **special
+        ),
+    }
+    LTX2Pipeline(**parts).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("with_image", [False, True], ids=["text", "image"])
+def test_a_folder_makes_a_video_with_a_sound_track(with_image, model_folder, tmp_path):
+    av = pytest.importorskip("av")
+    given = {}
+    if with_image:
+        given["image"] = str(tmp_path / "image.png")
+        Image.new("RGB", (64, 64), (200, 30, 30)).save(given["image"])
+    request = GenerationRequest(
+        **REQUEST | {"prompt": "a red cat"}, steps=3, model=str(model_folder), device="cpu", **given
+    )
+    report = generate_files(request, tmp_path / "cat.mp4")
+    assert "13 frames of 128x128, 24 a second; stereo sound of 8000 Hz" in str(report)
+    assert report.record["layer_density"] < 1
+    with av.open(str(tmp_path / "cat.mp4")) as file:
+        assert [stream.type for stream in file.streams] == ["video", "audio"]
+        lengths = [float(stream.duration * stream.time_base) for stream in file.streams]
+    assert lengths == pytest.approx([13 / 24] * 2, abs=1 / 25)
