@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -42,11 +42,20 @@ class TokenGrid:
     """Text tokens that the self-attention sees after the video tokens."""
     first_frame_apart: bool = False
     """Put the first frame's tokens first in every order, for models that treat them apart."""
+    dense_text: bool = False
+    """Compute queries of text, which is all that is no video, in a dense call of their own: exact in every method."""
+    frames_apart: bool = False
+    """Keep the tokens of every frame together, and the frames in order: an order runs inside each frame. For models
+    that treat the frames one by one."""
 
     def __post_init__(self) -> None:
         for name, least in (("frames", 1), ("height", 1), ("width", 1), ("text_before", 0), ("text_after", 0)):
             check_integer(name, getattr(self, name), least, MOST_TOKENS)
         check_flag("first_frame_apart", self.first_frame_apart)
+        check_flag("frames_apart", self.frames_apart)
+        check_flag("dense_text", self.dense_text)
+        if self.dense_text and self.text_before:
+            raise ValueError(f"`dense_text` takes text after the video alone, got `text_before` {self.text_before}.")
 
     @property
     def video_tokens(self) -> int:
@@ -72,6 +81,16 @@ class TokenGrid:
     def video_stop(self) -> int:
         """Index in the sequence just past the last video token."""
         return self.text_before + self.video_tokens
+
+    @property
+    def block_queries(self) -> int:
+        """Number of queries, from the first, that attend by blocks: all but those that `dense_text` sets apart."""
+        return self.video_tokens if self.dense_text else self.sequence_length
+
+    def to_dict(self) -> dict[str, int | bool]:
+        """Return the fields as plain JSON values; newer flags only where they are set, as earlier versions lack them."""
+        newer = ("dense_text", "frames_apart")
+        return {name: value for name, value in asdict(self).items() if value or name not in newer}
 
     def text_blocks(self, block_size: int) -> list[bool]:
         """Return for each block of the sequence whether it holds a text token."""
@@ -173,7 +192,11 @@ def _find_order(name: str) -> tuple[TokenOrder, tuple[int, ...]]:
 def _permutation(
     grid: TokenGrid, order: TokenOrder, parameters: tuple[int, ...], device: torch.device, inverse: bool, whole: bool
 ) -> torch.Tensor:
-    if grid.first_frame_apart and grid.frames > 1:
+    if grid.frames_apart:
+        frame = _raster_indices(1, grid.height, grid.width, order, parameters)
+        starts = np.arange(grid.frames, dtype=np.int64)[:, None] * len(frame)
+        indices = (starts + frame).reshape(-1)
+    elif grid.first_frame_apart and grid.frames > 1:
         first = _raster_indices(1, grid.height, grid.width, order, parameters)
         rest = _raster_indices(grid.frames - 1, grid.height, grid.width, order, parameters)
         indices = np.concatenate((first, len(first) + rest))

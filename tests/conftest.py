@@ -94,10 +94,21 @@ def _small(pipeline_class, **parts):
                 small |= {"height": 256, "width": 256, "num_frames": 33}
             if "video" in options or "latents" in options:  # as large as it is
                 small.pop("num_frames")
+            if name == "Kandinsky5I2VPipeline":  # which compares the first four latent frames with later ones
+                small["num_frames"] = 17
+            if name == "WanAnimatePipeline":  # as long as that of the poses
+                small["segment_frame_length"] = small.pop("num_frames")
             return super().__call__(*args, **{**options, **small})
 
+        def encode_image(self, *args, **options):
+            return torch.randn(1, 3, 8)
+
         def encode_prompt(self, *args, **options):
-            if name == "HunyuanVideoPipeline":
+            if name in ("WanAnimatePipeline", "ChronoEditPipeline"):  # whose processors know where an image ends
+                return torch.randn(1, 512, 8), torch.randn(1, 512, 8)
+            if name.startswith("Kandinsky5"):
+                return torch.randn(1, 6, 8), torch.randn(1, 8), torch.tensor([0, 6])
+            if name in ("HunyuanVideoPipeline", "HunyuanVideoFramepackPipeline"):
                 return torch.randn(1, 6, 8), torch.randn(1, 8), torch.ones(1, 6)
             if name.startswith("HunyuanVideo15"):
                 return torch.randn(1, 6, 8), torch.ones(1, 6), torch.randn(1, 3, 8), torch.ones(1, 3)
@@ -110,14 +121,102 @@ def _small(pipeline_class, **parts):
     return Small(text_encoder=None, tokenizer=None, **parts)
 
 
-def _wan(make_wan, task="WanPipeline"):
-    import diffusers
-    from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler
+def _wan_vae():
+    from diffusers import AutoencoderKLWan
 
-    vae = AutoencoderKLWan(
+    return AutoencoderKLWan(
         base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True],
         latents_mean=[0.0] * 4, latents_std=[1.0] * 4,
     )  # fmt: skip
+
+
+_LIKE_WAN = {
+    "num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 4, "out_channels": 4, "text_dim": 8,
+    "freq_dim": 16, "ffn_dim": 24, "num_layers": 2, "rope_max_seq_len": 32,
+}  # fmt: skip
+_SEES_IMAGES = {"in_channels": 12, "image_dim": 8, "added_kv_proj_dim": 32}
+
+
+def _like_wan(name, scheduler="UniPCMultistepScheduler", **options):
+    """A pipeline of a class that is built as Wan's: `name` is that of its transformer without its ending."""
+    import diffusers
+
+    transformer = getattr(diffusers, f"{name}Transformer3DModel")(**{**_LIKE_WAN, **options})
+    flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True} if scheduler.startswith("Uni") else {}
+    return {"vae": _wan_vae(), "transformer": transformer, "scheduler": getattr(diffusers, scheduler)(**flow)}
+
+
+def _wan_animate():
+    from diffusers import WanAnimatePipeline
+
+    parts = _like_wan(
+        "WanAnimate", **_SEES_IMAGES, latent_channels=4, motion_encoder_size=16, motion_style_dim=8, motion_dim=4,
+        motion_encoder_channel_sizes={"4": 4, "8": 4, "16": 4}, motion_encoder_dim=8, face_encoder_hidden_dim=8,
+        face_encoder_num_heads=2, inject_face_latents_blocks=1,
+    )  # fmt: skip
+    return _small(WanAnimatePipeline, image_encoder=None, image_processor=None, **parts)
+
+
+def _chronoedit():
+    from diffusers import ChronoEditPipeline
+
+    return _small(
+        ChronoEditPipeline, image_encoder=None, image_processor=None, **_like_wan("ChronoEdit", **_SEES_IMAGES)
+    )
+
+
+def _skyreels_v2(task="SkyReelsV2Pipeline"):
+    import diffusers
+
+    forcing = "Forcing" in task
+    return _small(getattr(diffusers, task), **_like_wan("SkyReelsV2", inject_sample_info=forcing))
+
+
+def _anyflow():
+    from diffusers import AnyFlowPipeline
+
+    return _small(AnyFlowPipeline, **_like_wan("AnyFlow", "FlowMapEulerDiscreteScheduler"))
+
+
+def _framepack():
+    from diffusers import (
+        AutoencoderKLHunyuanVideo,
+        FlowMatchEulerDiscreteScheduler,
+        HunyuanVideoFramepackPipeline,
+        HunyuanVideoFramepackTransformer3DModel,
+    )
+
+    transformer = HunyuanVideoFramepackTransformer3DModel(
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=16, num_layers=1,
+        num_single_layers=1, num_refiner_layers=1, text_embed_dim=8, pooled_projection_dim=8, rope_axes_dim=(4, 6, 6),
+        has_image_proj=True, image_proj_dim=8, has_clean_x_embedder=True,
+    )  # fmt: skip
+    return _small(
+        HunyuanVideoFramepackPipeline, vae=AutoencoderKLHunyuanVideo(**_BLOCKS), transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), text_encoder_2=None, tokenizer_2=None,
+        image_encoder=None, feature_extractor=None,
+    )  # fmt: skip
+
+
+def _kandinsky5(task="Kandinsky5T2VPipeline"):
+    import diffusers
+    from diffusers import AutoencoderKLHunyuanVideo, FlowMatchEulerDiscreteScheduler, Kandinsky5Transformer3DModel
+
+    transformer = Kandinsky5Transformer3DModel(
+        in_visual_dim=4, out_visual_dim=4, in_text_dim=8, in_text_dim2=8, time_dim=16, model_dim=32, ff_dim=24,
+        num_text_blocks=1, num_visual_blocks=2, axes_dims=(4, 6, 6), visual_cond="I2V" in task,
+    )  # fmt: skip
+    return _small(
+        getattr(diffusers, task), vae=AutoencoderKLHunyuanVideo(**_BLOCKS), transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(), text_encoder_2=None, tokenizer_2=None,
+    )  # fmt: skip
+
+
+def _wan(make_wan, task="WanPipeline"):
+    import diffusers
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    vae = _wan_vae()
     # an image-to-video transformer also sees which frames are given, and their latents
     transformer = make_wan(in_channels=12) if "Image" in task else make_wan()
     return _small(
@@ -274,6 +373,14 @@ def small_pipelines(make_wan):
         "LTX2ConditionPipeline": lambda: _ltx2("LTX2ConditionPipeline"),
         "LTX2InContextPipeline": lambda: _ltx2("LTX2InContextPipeline"),
         "LTX2DFRPipeline": lambda: _ltx2("LTX2DFRPipeline", use_keyframes_abs_pos_embedding=True),
+        "WanAnimatePipeline": _wan_animate,
+        "ChronoEditPipeline": _chronoedit,
+        "SkyReelsV2Pipeline": _skyreels_v2,
+        "SkyReelsV2DiffusionForcingPipeline": lambda: _skyreels_v2("SkyReelsV2DiffusionForcingPipeline"),
+        "AnyFlowPipeline": _anyflow,
+        "HunyuanVideoFramepackPipeline": _framepack,
+        "Kandinsky5T2VPipeline": _kandinsky5,
+        "Kandinsky5I2VPipeline": lambda: _kandinsky5("Kandinsky5I2VPipeline"),
     }
 
 
@@ -290,6 +397,8 @@ def configurations(small_pipelines, tmp_path):
         for part, module in sorted(parts.items()):
             module.save_config(folder / part)
             index[part] = ["diffusers", type(module).__name__]
+        if name == "WanAnimatePipeline":
+            index |= {"image_encoder": [None, None], "image_processor": [None, None]}
         if name.startswith("HunyuanVideo"):
             index |= {"text_encoder_2": [None, None], "tokenizer_2": [None, None]}
         if name.startswith("LTX2"):

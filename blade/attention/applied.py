@@ -82,7 +82,7 @@ class AppliedBlade(ModelHook):  # type: ignore[misc]  # Diffusers has no types
         super().__init__()
         self.family = family
         self.config = config
-        self.steps = StepResolver(pipe)
+        self.steps = StepResolver(pipe, rising=family.timesteps_rise)
         self.context = self.steps.context
         self.grid: TokenGrid | None = None
         self.notes: list[str] = []
@@ -255,7 +255,9 @@ class AppliedBlade(ModelHook):  # type: ignore[misc]  # Diffusers has no types
                 )
         plan, step, dense_steps, row = None, 0, 0, 0
         if self._may_be_sparse(module, inputs):
-            step, total = self.steps.resolve(inputs["timestep"])
+            step, total = self.steps.resolve(
+                self.family.video_timestep(inputs), counts_itself=self.family.scheduler_counts_steps(inputs)
+            )
             dense_steps = self._dense_steps(total)
             if total is None or dense_steps < total:
                 plan = self._plan(module, inputs)

@@ -102,6 +102,12 @@ class SparseLayer:
                 self.tally, *tables = (tensor.to(device) for tensor in (self.tally, *self.tables))
                 self.tables = tuple(tables)
 
+    @property
+    def grid(self) -> TokenGrid:
+        """The tokens in a sparse forward pass."""
+        assert self.plan is not None
+        return self.plan.grid
+
     def count_dense(self) -> None:
         """Note a dense forward pass."""
         self.tally[2:].add_(1)

@@ -284,7 +284,7 @@ class _Model:
         report: dict[str, Any],
     ) -> dict[str, Any]:
         """Time a run's passes, after a warm-up pass."""
-        passes = steps * passes_of_step
+        passes = self.family.evaluations(steps) * passes_of_step
         measured = min(passes, measured or passes)
         with ExitStack() as stack:
             if config is not None:

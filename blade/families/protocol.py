@@ -11,6 +11,7 @@ from torch import nn
 
 from blade.families.data import FamilyData
 from blade.families.sampling_defaults import SamplingDefaults
+from blade.families.video_lengths import VideoLengths
 from blade.token_grid import TokenGrid
 
 Inputs = dict[str, Any]
@@ -30,6 +31,11 @@ class SparseAttention(Protocol):
 
     sparse: bool
     """True in a sparse forward pass."""
+
+    @property
+    def grid(self) -> TokenGrid:
+        """The tokens in a sparse forward pass."""
+        ...
 
     def count_dense(self) -> None:
         """Count a dense forward pass."""
@@ -73,6 +79,8 @@ class ModelFamily(Protocol):
     """The family's name, for messages."""
     guidance_takes_two_passes: bool
     """True if the pipelines' `guidance_scale` is classifier-free guidance, and no input of the transformer."""
+    timesteps_rise: bool
+    """True if timesteps rise from step to step, as the noise falls."""
     guidance_passes: int
     """Forward passes of a step with guidance, each batch item of the same video being one."""
     whole_sequence: bool
@@ -112,6 +120,14 @@ class ModelFamily(Protocol):
         """
         ...
 
+    def video_lengths(self, pipe: Any) -> VideoLengths | None:
+        """Return the numbers of frames that a pipeline makes; None: what its VAE's compression of time says."""
+        ...
+
+    def evaluations(self, steps: int) -> int:
+        """Return how often a schedule of so many steps, as the pipelines' call counts them, computes a step."""
+        ...
+
     def call_options(self, pipe: Any, request: Any) -> Mapping[str, Any]:
         """Return the arguments of a pipeline's call that a request entails, beside those of its own fields' names.
 
@@ -122,6 +138,10 @@ class ModelFamily(Protocol):
         Raises:
             ValueError: if the pipeline would take a field for something else.
         """
+        ...
+
+    def plan_problem(self, pipe: Any) -> str | None:
+        """Return why a run's operations cannot be planned from its size and steps, or None if they can."""
         ...
 
     def sound_rate(self, pipe: Any) -> int | None:
@@ -172,6 +192,10 @@ class ModelFamily(Protocol):
         """Return the number of heads of a self-attention module."""
         ...
 
+    def head_dim(self, transformer: nn.Module) -> int:
+        """Return the numbers in one head of one token."""
+        ...
+
     def output_projection(self, attention: nn.Module) -> torch.Tensor | None:
         """Return the weights (channels, H * D) that a self-attention module's output is multiplied with.
 
@@ -187,12 +211,20 @@ class ModelFamily(Protocol):
         """Return why no layer can be sparse in a forward pass with these inputs, or None if layers can."""
         ...
 
+    def scheduler_counts_steps(self, inputs: Inputs) -> bool:
+        """Return whether the pipeline's scheduler counts the steps; False where the pipeline steps copies of it."""
+        ...
+
     def make_processor(self, layer: SparseAttention, previous: Any) -> Any:
         """Return the attention processor for a layer; `previous` is the one it stands in for, its dense fallback."""
         ...
 
     def token_grid(self, transformer: nn.Module, inputs: Inputs) -> TokenGrid:
         """Return the grid of the tokens that these inputs make."""
+        ...
+
+    def video_timestep(self, inputs: Inputs) -> torch.Tensor:
+        """Return the timesteps of the video that is made, of any shape, out of all that the inputs have."""
         ...
 
     def example_inputs(

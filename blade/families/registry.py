@@ -15,8 +15,10 @@ from collections.abc import Mapping
 from functools import cache
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import Any
 
+import yaml
 from torch import nn
 
 from blade.common.checks import check_choice, meant
@@ -45,16 +47,28 @@ def find_family(transformer: nn.Module) -> ModelFamily:
     """Return the family that recognises a transformer.
 
     Raises:
-        ValueError: if none does; the message lists the families that there are.
+        ValueError: if none does; the message says why a class of Diffusers is not supported, and lists the families
+            that there are.
     """
     families = model_families()
     for family in families:
         if family.recognises(transformer):
             return family
-    listed = ", ".join(family.name for family in families)
-    raise ValueError(
-        f"`{type(transformer).__name__}` is of no model family that BLADE knows; it must be one of: {listed}."
-    )
+    name, listed = type(transformer).__name__, ", ".join(family.name for family in families)
+    refused, others = unsupported_classes()
+    if name in refused:
+        raise ValueError(f"`{name}` is not supported: {refused[name]}. It must be one of: {listed}.")
+    if name in others:
+        raise ValueError(f"`{name}` makes no video: it makes {others[name]}. It must be one of: {listed}.")
+    raise ValueError(f"`{name}` is of no model family that BLADE knows; it must be one of: {listed}.")
+
+
+@cache
+def unsupported_classes() -> tuple[Mapping[str, str], Mapping[str, str]]:
+    """Return Diffusers' transformer classes of no family: why those for videos are refused, what the others make."""
+    path = Path(import_module(OWN_FAMILIES).__path__[0]) / "unsupported.yaml"
+    listed = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return listed["video"], {name: made for made, names in listed["other"].items() for name in names}
 
 
 def preset_names(kind: PresetKind = "training-free") -> tuple[str, ...]:

@@ -107,29 +107,16 @@ class WanFamily(DiffusersFamily):
 
     name = "Wan (WanTransformer3DModel, WanVACETransformer3DModel)"
     guidance_takes_two_passes = True
-    transformers = (WanTransformer3DModel, WanVACETransformer3DModel)
-    processors = (WanAttnProcessor,)
-    sparse_processor = WanSparseProcessor
+    transformers: ClassVar[tuple[type[nn.Module], ...]] = (WanTransformer3DModel, WanVACETransformer3DModel)
+    processors: ClassVar[tuple[type, ...]] = (WanAttnProcessor,)
+    sparse_processor: ClassVar[type[SparseProcessor]] = WanSparseProcessor
     attention_name = "attn1"
     time_embedding_name = "condition_embedder.time_embedder"
     condition_pipelines: ClassVar[Mapping[tuple[str, Condition], str]] = {
         ("WanPipeline", "video"): "WanVideoToVideoPipeline"
     }
     tiny_decoders = TINY_DECODERS
-    original_names = ORIGINAL_NAMES
-
-    def recognises(self, transformer: nn.Module) -> bool:
-        """Return whether the transformer is one of the two.
-
-        Raises:
-            ValueError: the transformer is Wan-Animate's, which adds motion to the tokens of every frame.
-        """
-        if type(transformer).__name__ == "WanAnimateTransformer3DModel":
-            raise ValueError(
-                "`WanAnimateTransformer3DModel` is not supported: its face adapter adds motion to the tokens frame by "
-                "frame, and would have to follow the token order. Use a Wan text, image or video to video model."
-            )
-        return super().recognises(transformer)
+    original_names: Sequence[tuple[str, str]] = ORIGINAL_NAMES
 
     def preset_name(self, transformer: DiffusersModule) -> str:
         """Return the preset for the model's size."""

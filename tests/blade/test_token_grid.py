@@ -56,13 +56,22 @@ def test_gilbert_steps_are_short():
 
 
 @settings(max_examples=60, deadline=None)
-@given(sizes, sizes, sizes, orders, st.booleans())
-def test_an_order_then_its_inverse_is_the_identity(frames, height, width, name, apart):
-    grid = TokenGrid(frames, height, width, first_frame_apart=apart)
+@given(sizes, sizes, sizes, orders, st.booleans(), st.booleans())
+def test_an_order_then_its_inverse_is_the_identity(frames, height, width, name, first_apart, apart):
+    grid = TokenGrid(frames, height, width, first_frame_apart=first_apart, frames_apart=apart)
     tokens = torch.arange(grid.video_tokens)
     ordered = tokens[grid.order(name)]
     assert torch.equal(ordered.sort().values, tokens)
     assert torch.equal(ordered[grid.inverse_order(name)], tokens)
+
+
+@settings(max_examples=30, deadline=None)
+@given(sizes, sizes, sizes, orders)
+def test_frames_apart_stay_together_and_in_order(frames, height, width, name):
+    positions = TokenGrid(frames, height, width, frames_apart=True).positions(name).view(frames, -1, 3)
+    assert torch.equal(positions[..., 0], torch.arange(frames)[:, None].expand(frames, height * width))
+    inside = TokenGrid(1, height, width).positions(name)[:, 1:]
+    assert all(torch.equal(frame[:, 1:], inside) for frame in positions)
 
 
 def test_token_major_keeps_all_frames_of_a_pixel_together():

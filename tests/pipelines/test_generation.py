@@ -28,6 +28,13 @@ PASSES = {
     "LTXImageToVideoPipeline": 3,
     "LTX2Pipeline": 9,  # guidance in a batch, self-attention perturbed, both modalities apart
     "LTX2ImageToVideoPipeline": 9,
+    "ChronoEditPipeline": 6,
+    "SkyReelsV2Pipeline": 6,
+    "SkyReelsV2DiffusionForcingPipeline": 6,
+    "AnyFlowPipeline": 3,
+    "HunyuanVideoFramepackPipeline": 3,
+    "Kandinsky5T2VPipeline": 6,
+    "Kandinsky5I2VPipeline": 6,
 }
 """Forward passes of three steps."""
 
@@ -38,8 +45,9 @@ def conditions(tmp_path):
     frames = torch.rand(13, 3, 128, 128, generator=torch.Generator().manual_seed(0))
     (tmp_path / "video.mp4").write_bytes(encode_mp4(frames, fps=8))
     Image.fromarray((frames[0].permute(1, 2, 0) * 255).byte().numpy()).save(tmp_path / "image.png")
+    image = {"image": str(tmp_path / "image.png")}
     return {
-        "Image": {"image": str(tmp_path / "image.png")},
+        **dict.fromkeys(("Image", "ChronoEdit", "Framepack", "I2V"), image),
         "VideoToVideo": {"video": str(tmp_path / "video.mp4"), "fps": 8},
     }
 
@@ -56,7 +64,7 @@ def test_a_video_is_made_and_summed_up(small_pipelines, conditions, name):
         steps=3,
         height=size,
         width=size,
-        frames=13,
+        frames=17 if name == "Kandinsky5I2VPipeline" else 13,
         guidance_scale=3.0,
         blade_config=CONFIG,
         **given,

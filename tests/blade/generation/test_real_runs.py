@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import json
 import subprocess
 import sys
 import weakref
@@ -282,6 +284,32 @@ def test_two_transformers_take_a_lora_each(saved_tiny_pipeline: Path, tmp_path: 
         make(tiny(folder, loras=("high.safetensors",)))
     with pytest.raises(ValueError, match="must name one source for a model of one transformer"):
         plan_run(tiny(saved_tiny_pipeline, loras=request.loras))
+
+
+def test_the_command_gives_each_of_two_experts_its_lora(saved_tiny_pipeline: Path, tmp_path: Path) -> None:
+    """As Wan 2.2: other weights for less noise, a LoRA for each from a file of its own, both sparse."""
+    pipe = load_model(saved_tiny_pipeline).pipe
+    folder, second = tmp_path / "two", copy.deepcopy(pipe.transformer)
+    for parameter in second.parameters():
+        parameter.data.mul_(1.1)
+    WanPipeline(**pipe.components | {"transformer_2": second}, boundary_ratio=0.6).save_pretrained(folder)
+    high, low = (lora(pipe, tmp_path / f"{name}.safetensors", seed) for seed, name in enumerate(("high", "low")))
+    SPARSE.save_pretrained(tmp_path / "config")
+    given = {**TINY, "steps": 4, "model": folder, "config": tmp_path / "config", "guidance_scale": 2, "prompt": PROMPT}
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
+
+    def video(name: str, *loras: str) -> tuple[torch.Tensor, dict]:
+        with pytest.raises(SystemExit) as done:
+            main([*options, *(f"--lora={value}" for value in loras), f"--output={tmp_path / name}.mp4"])
+        assert done.value.code == 0
+        return read_mp4(tmp_path / f"{name}.mp4"), json.loads((tmp_path / f"{name}.json").read_text())
+
+    made, record = video("made", f"{high}:{low}=0.8")
+    assert record["changed_modules"] == {f"{high}:{low}": {"transformer": 2, "transformer_2": 2}}
+    assert 0.4 < record["layer_density"] < 0.6 and record["layer_density"] == record["run_density"]
+    for name, other in (("plain", ()), ("swapped", (f"{low}:{high}=0.8",)), ("weaker", (f"{high}:{low}=0.1",))):
+        assert (video(name, *other)[0] - made).abs().max() > 0.01
+    assert torch.equal(video("again", f"{high}:{low}=0.8")[0], made)
 
 
 def test_merged_loras_make_the_same_video(saved_tiny_pipeline: Path, tmp_path: Path) -> None:

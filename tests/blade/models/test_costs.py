@@ -11,6 +11,7 @@ from diffusers import (
     HunyuanVideoTransformer3DModel,
     LTX2VideoTransformer3DModel,
     LTXVideoTransformer3DModel,
+    MiniMaxH3Transformer3DModel,
     WanTransformer3DModel,
     WanVACETransformer3DModel,
 )
@@ -80,7 +81,12 @@ SMALL = {
     ),
     "LTX-2": lambda: LTX2VideoTransformer3DModel(**LTX2, caption_channels=8),
     "LTX-2.3": lambda: LTX2VideoTransformer3DModel(**LTX2, **GATED, use_prompt_embeddings=False, perturbed_attn=True),
-}
+    "MiniMax-H3": lambda: MiniMaxH3Transformer3DModel(
+        num_attention_heads=2, attention_head_dim=16, hidden_size=24, num_layers=2, num_refiner_layers=1, ffn_dim=32,
+        in_channels=2, audio_in_channels=3, text_dim=8, freq_dim=16, time_embed_hidden_dim=16, time_embed_dim=8,
+        rope_freq_dim=2,
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", SMALL)

@@ -36,14 +36,21 @@ RELEASES = {
     "diffusers/LTX-2.3-Diffusers": (18_988_838_144, 12_187_325_040, 22e9, "47 layers in 96 of 120 passes at density"),
     "Lightricks/LTX-2.5-Diffusers": (18_987_859_200, None, 22e9, "121 frames of 768x512, 8 steps, guidance 1"),
     "Lightricks/LTX-Video": (1_923_385_472, 4_762_310_656, 1.9e9, "21 x 16 x 22 = 7,392, in 28 layers of 32 heads"),
+    "MiniMaxAI/MiniMax-H3": (
+        33_122_992_896,
+        33_357_390_064,
+        33e9,
+        "37 x 24 x 42 = 37,296 and 670 of text, in 50 layers",
+    ),
     WAN: (1_418_996_800, 5_680_910_336, 1.3e9, "21 x 30 x 52 = 32,760, in 30 layers of 12 heads"),
     "Wan-AI/Wan2.1-T2V-14B-Diffusers": (14_288_491_584, 5_680_910_336, 14e9, "in 40 layers of 40 heads"),
     "Wan-AI/Wan2.2-T2V-A14B-Diffusers": (14_288_491_584, 5_680_910_336, 14e9, "21 x 45 x 80 = 75,600, in 40 layers"),
     "Wan-AI/Wan2.2-TI2V-5B-Diffusers": (4_999_787_712, 5_680_910_336, 5e9, "31 x 22 x 40 = 27,280, in 30 layers"),
 }
 """Of every configuration. Source of the rounded numbers: the model cards of CogVideoX, Wan 2.1 and Wan 2.2 (14B for
-each of two experts), the papers of HunyuanVideo (arXiv 2412.03603) and LTX-Video (arXiv 2501.00103), and the names
-of the files of LTX-2 (19b), 2.3 and 2.5 (22b), whose connectors count there."""
+each of two experts), the papers of HunyuanVideo (arXiv 2412.03603) and LTX-Video (arXiv 2501.00103), Diffusers'
+documentation of MiniMax-H3, and the names of the files of LTX-2 (19b), 2.3 and 2.5 (22b), whose connectors count
+there."""
 
 SHIFTS = {
     WAN: 3.0,
