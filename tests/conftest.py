@@ -497,6 +497,8 @@ def configurations(small_pipelines, tmp_path):
             index |= {"image_encoder": [None, None], "image_processor": [None, None]}
         if name.startswith("HunyuanVideo"):
             index |= {"text_encoder_2": [None, None], "tokenizer_2": [None, None]}
+        if name.startswith("LTX2"):
+            index |= {part: [None, None] for part in ("audio_vae", "connectors", "vocoder")}
         if name == "HunyuanVideo15Pipeline":
             pipe.guider.save_config(folder / "guider")
             index["guider"] = ["diffusers", "ClassifierFreeGuidance"]
