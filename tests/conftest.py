@@ -86,8 +86,13 @@ def _small(pipeline_class, **parts):
 
     class Small(pipeline_class):
         def __call__(self, *args, **options):
-            small = {**_SMALL, **(_LARGER if name.startswith("LTX") else {})}
-            if "video" in options:  # as long as it is
+            small = {**_SMALL, **(_LARGER if name.startswith("LTX") and not name.startswith("LTX2") else {})}
+            if name == "LTX2DFRPipeline":  # its steps are given
+                small["num_frames"] = 17
+                small.pop("num_inference_steps")
+            if name == "LTXI2VLongMultiPromptPipeline":
+                small |= {"height": 256, "width": 256, "num_frames": 33}
+            if "video" in options or "latents" in options:  # as large as it is
                 small.pop("num_frames")
             if name == "Kandinsky5I2VPipeline":  # which compares the first four latent frames with later ones
                 small["num_frames"] = 17
@@ -107,6 +112,8 @@ def _small(pipeline_class, **parts):
                 return torch.randn(1, 6, 8), torch.randn(1, 8), torch.ones(1, 6)
             if name.startswith("HunyuanVideo15"):
                 return torch.randn(1, 6, 8), torch.ones(1, 6), torch.randn(1, 3, 8), torch.ones(1, 3)
+            if name == "LTX2DFRPipeline":  # without guidance
+                return torch.randn(1, 6, 8), torch.ones(1, 6)
             if name.startswith("LTX"):
                 return torch.randn(1, 6, 8), torch.ones(1, 6), torch.randn(1, 6, 8), torch.ones(1, 6)
             return torch.randn(1, 6, 8), torch.randn(1, 6, 8)
@@ -276,14 +283,74 @@ def _ltx_video(task="LTXPipeline"):
         in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=16, cross_attention_dim=32,
         num_layers=2, caption_channels=8,
     )  # fmt: skip
+    # the condition pipeline makes its noise levels by itself
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=task != "LTXConditionPipeline")
+    if task == "LTXI2VLongMultiPromptPipeline":
+        scheduler = diffusers.LTXEulerAncestralRFScheduler()
     vae = AutoencoderKLLTXVideo(
         latent_channels=4, block_out_channels=(8, 8, 8, 8), decoder_block_out_channels=(8, 8, 8, 8),
         layers_per_block=(1,) * 5, decoder_layers_per_block=(1,) * 5, encoder_causal=True,
     )  # fmt: skip
-    return _small(
-        getattr(diffusers, task), vae=vae, transformer=transformer,
-        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+    return _small(getattr(diffusers, task), vae=vae, transformer=transformer, scheduler=scheduler)
+
+
+def make_ltx2_parts(**config):
+    """The parts of a small LTX-2 pipeline by name: 16 pixels and 4 frames make a token, text has 8 channels."""
+    from diffusers import (
+        AutoencoderKLLTX2Audio,
+        AutoencoderKLLTX2Video,
+        FlowMatchEulerDiscreteScheduler,
+        LTX2VideoTransformer3DModel,
+    )
+    from diffusers.pipelines.ltx2 import LTX2TextConnectors, LTX2Vocoder
+
+    torch.manual_seed(0)
+    vae = AutoencoderKLLTX2Video(
+        latent_channels=4, block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), layers_per_block=(1,) * 3,
+        decoder_layers_per_block=(1,) * 3, spatio_temporal_scaling=(True,) * 2,
+        decoder_spatio_temporal_scaling=(True,) * 2, decoder_inject_noise=(False,) * 3,
+        down_block_types=("LTX2VideoDownBlock3D",) * 2, downsample_type=("spatiotemporal",) * 2,
+        upsample_type=("spatiotemporal",) * 2, upsample_residual=(False,) * 2, upsample_factor=(1,) * 2,
     )  # fmt: skip
+    audio_vae = AutoencoderKLLTX2Audio(
+        base_channels=4, ch_mult=(1,), num_res_blocks=1, resolution=32, latent_channels=2, mel_bins=8
+    )
+    vocoder = LTX2Vocoder(
+        in_channels=16, hidden_channels=8, upsample_kernel_sizes=[20, 16], upsample_factors=[10, 8],
+        resnet_kernel_sizes=[3], resnet_dilations=[[1, 3, 5]], output_sampling_rate=8000,
+    )  # fmt: skip
+    connectors = LTX2TextConnectors(
+        caption_channels=8, text_proj_in_factor=1, video_connector_num_attention_heads=2,
+        video_connector_attention_head_dim=4, video_connector_num_layers=1,
+        video_connector_num_learnable_registers=None, audio_connector_num_attention_heads=2,
+        audio_connector_attention_head_dim=4, audio_connector_num_layers=1,
+        audio_connector_num_learnable_registers=None, connector_rope_base_seq_len=32,
+    )  # fmt: skip
+    transformer = LTX2VideoTransformer3DModel(
+        **{
+            "in_channels": 4, "out_channels": 4, "num_attention_heads": 2, "attention_head_dim": 16,
+            "cross_attention_dim": 32, "vae_scale_factors": (4, 16, 16), "audio_in_channels": 4,
+            "audio_out_channels": 4, "audio_num_attention_heads": 2, "audio_attention_head_dim": 8,
+            "audio_cross_attention_dim": 16, "num_layers": 2, "caption_channels": 8, "perturbed_attn": True, **config,
+        }
+    )  # fmt: skip
+    return {
+        "vae": vae,
+        "audio_vae": audio_vae,
+        "vocoder": vocoder,
+        "connectors": connectors,
+        "transformer": transformer,
+        "scheduler": FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift_terminal=0.1),
+    }
+
+
+def _ltx2(task="LTX2Pipeline", **config):
+    import diffusers
+
+    parts = make_ltx2_parts(**config)
+    if task == "LTX2DFRPipeline":  # of a distilled model, whose noise levels are taken as they are
+        parts["scheduler"] = diffusers.FlowMatchEulerDiscreteScheduler()
+    return _small(getattr(diffusers, task), **parts)
 
 
 @pytest.fixture
@@ -299,6 +366,13 @@ def small_pipelines(make_wan):
         "HunyuanVideo15Pipeline": _hunyuan_video_15,
         "LTXPipeline": _ltx_video,
         "LTXImageToVideoPipeline": lambda: _ltx_video("LTXImageToVideoPipeline"),
+        "LTXConditionPipeline": lambda: _ltx_video("LTXConditionPipeline"),
+        "LTXI2VLongMultiPromptPipeline": lambda: _ltx_video("LTXI2VLongMultiPromptPipeline"),
+        "LTX2Pipeline": _ltx2,
+        "LTX2ImageToVideoPipeline": lambda: _ltx2("LTX2ImageToVideoPipeline"),
+        "LTX2ConditionPipeline": lambda: _ltx2("LTX2ConditionPipeline"),
+        "LTX2InContextPipeline": lambda: _ltx2("LTX2InContextPipeline"),
+        "LTX2DFRPipeline": lambda: _ltx2("LTX2DFRPipeline", use_keyframes_abs_pos_embedding=True),
         "WanAnimatePipeline": _wan_animate,
         "ChronoEditPipeline": _chronoedit,
         "SkyReelsV2Pipeline": _skyreels_v2,

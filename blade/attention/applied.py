@@ -82,7 +82,7 @@ class AppliedBlade(ModelHook):  # type: ignore[misc]  # Diffusers has no types
         super().__init__()
         self.family = family
         self.config = config
-        self.steps = StepResolver(pipe)
+        self.steps = StepResolver(pipe, rising=family.timesteps_rise)
         self.context = self.steps.context
         self.grid: TokenGrid | None = None
         self.notes: list[str] = []
@@ -196,8 +196,9 @@ class AppliedBlade(ModelHook):  # type: ignore[misc]  # Diffusers has no types
         plan = self._prepare(module, inputs)
         if plan is not None:
             order, device = plan.token_order, self.step.device
-            self.permutation = plan.grid.order(order, device)
-            self._inverse = plan.grid.inverse_order(order, device)
+            whole = self.family.whole_sequence
+            self.permutation = plan.grid.order(order, device, whole=whole)
+            self._inverse = plan.grid.inverse_order(order, device, whole=whole)
         self._begun_with = inputs["hidden_states"], inputs["timestep"]
 
     def _end_pass(self) -> None:
@@ -255,7 +256,7 @@ class AppliedBlade(ModelHook):  # type: ignore[misc]  # Diffusers has no types
         plan, step, dense_steps, row = None, 0, 0, 0
         if self._may_be_sparse(module, inputs):
             step, total = self.steps.resolve(
-                inputs["timestep"], counts_itself=self.family.scheduler_counts_steps(inputs)
+                self.family.video_timestep(inputs), counts_itself=self.family.scheduler_counts_steps(inputs)
             )
             dense_steps = self._dense_steps(total)
             if total is None or dense_steps < total:

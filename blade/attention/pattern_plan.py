@@ -6,10 +6,9 @@ from dataclasses import dataclass, replace
 
 import torch
 from blade_kernels.block_mask import BlockMask
-from blade_kernels.block_sparse.api import block_sparse_attention, resolve_implementation
 from torch import Tensor
 
-from blade.attention.adaptive import DRAWN_STEPS, AdaptivePlan, draw_table, select
+from blade.attention.adaptive import DRAWN_STEPS, AdaptivePlan, attend_to_blocks, draw_table, select
 from blade.attention.config import BladeConfig
 from blade.attention.pattern_table import PatternTable
 from blade.attention.patterns import pattern_blocks
@@ -185,19 +184,10 @@ class PatternPlan:
             if self.adaptive is not None:
                 chosen = select(query, key, value, self.adaptive, rows[1], key_lengths)
             mask = self.mask(ids, chosen)
-            density = mask.density(query.shape[1], query.shape[1])
-        implementation = resolve_implementation(
-            query,
-            key,
-            value,
-            mask,
-            key_lengths=key_lengths,
-            implementation=self.implementation,
+        output, density, implementation = attend_to_blocks(
+            query, key, value, mask, self.grid, key_lengths=key_lengths, implementation=self.implementation,
             precision=self.precision,
-        )
-        output = block_sparse_attention(
-            query, key, value, mask, key_lengths=key_lengths, implementation=implementation, precision=self.precision
-        )
+        )  # fmt: skip
         if places is not None:
             output = _by_head(output, places)
         return output, density, implementation

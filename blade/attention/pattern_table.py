@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -161,7 +161,7 @@ class PatternTable:
             "token_order": self.token_order,
             "steps": self.steps,
             "group_starts": list(self.group_starts),
-            "grid": None if self.grid is None else _grid_values(self.grid),
+            "grid": None if self.grid is None else self.grid.to_dict(),
             "patterns": [pattern.to_dict() for pattern in self.patterns],
             "assignment": self.assignment.tolist(),
         }
@@ -230,11 +230,3 @@ def mixed_table(
 def _size(grid: TokenGrid) -> str:
     text = f" and {grid.text_tokens} of text" if grid.text_tokens else ""
     return f"{grid.frames} x {grid.height} x {grid.width} tokens{text}"
-
-
-def _grid_values(grid: TokenGrid) -> dict[str, Any]:
-    """Return a grid's fields: `frames_apart` only where it is in force, as earlier versions do not know it."""
-    values = asdict(grid)
-    if not grid.frames_apart:
-        del values["frames_apart"]
-    return values

@@ -11,13 +11,15 @@ from torch import nn
 
 from blade.families.data import FamilyData
 from blade.families.sampling_defaults import SamplingDefaults
+from blade.families.video_lengths import VideoLengths
 from blade.token_grid import TokenGrid
 
 Inputs = dict[str, Any]
 """The arguments of a transformer's forward pass by name."""
 
 Permutation = Callable[[], torch.Tensor | None]
-"""Answers with the token order in force, an int64 permutation of the video tokens, or None for raster order."""
+"""Answers with the token order in force, an int64 permutation of the video tokens, or of the whole sequence with
+`ModelFamily.whole_sequence`; None for raster order."""
 
 
 Condition = Literal["image", "video"]
@@ -77,6 +79,13 @@ class ModelFamily(Protocol):
     """The family's name, for messages."""
     guidance_takes_two_passes: bool
     """True if the pipelines' `guidance_scale` is classifier-free guidance, and no input of the transformer."""
+    timesteps_rise: bool
+    """True if timesteps rise from step to step, as the noise falls."""
+    guidance_passes: int
+    """Forward passes of a step with guidance, each batch item of the same video being one."""
+    whole_sequence: bool
+    """True if one input holds the tokens that the grid calls text beside its video tokens. A token order is then a
+    permutation of the whole sequence, in which they stay where they are."""
     size_multiple: int
     """Pixels that the pipelines want heights and widths to be whole multiples of, whatever the VAE."""
     tiny_decoders: Mapping[int, tuple[str, ...]]
@@ -111,12 +120,20 @@ class ModelFamily(Protocol):
         """
         ...
 
+    def video_lengths(self, pipe: Any) -> VideoLengths | None:
+        """Return the numbers of frames that a pipeline makes; None: what its VAE's compression of time says."""
+        ...
+
+    def evaluations(self, steps: int) -> int:
+        """Return how often a schedule of so many steps, as the pipelines' call counts them, computes a step."""
+        ...
+
     def call_options(self, pipe: Any, request: Any) -> Mapping[str, Any]:
         """Return the arguments of a pipeline's call that a request entails, beside those of its own fields' names.
 
         Args:
             pipe: the pipeline.
-            request: the resolved request; `frames`, `fps`, `steps` and `video` may be read.
+            request: the resolved request; `frames`, `fps`, `steps`, `guidance_scale` and `video` may be read.
 
         Raises:
             ValueError: if the pipeline would take a field for something else.
@@ -204,6 +221,10 @@ class ModelFamily(Protocol):
 
     def token_grid(self, transformer: nn.Module, inputs: Inputs) -> TokenGrid:
         """Return the grid of the tokens that these inputs make."""
+        ...
+
+    def video_timestep(self, inputs: Inputs) -> torch.Tensor:
+        """Return the timesteps of the video that is made, of any shape, out of all that the inputs have."""
         ...
 
     def example_inputs(

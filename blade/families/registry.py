@@ -22,7 +22,7 @@ import yaml
 from torch import nn
 
 from blade.common.checks import check_choice, meant
-from blade.families.data import BenchmarkLayer, ComparisonProtocol, FamilyData, ReleasedStudent
+from blade.families.data import BenchmarkLayer, ComparisonProtocol, FamilyData, ReleasedStudent, SupportedModel
 from blade.families.kinds import PRESET_KINDS, PresetKind
 from blade.families.protocol import ModelFamily
 
@@ -126,6 +126,11 @@ def find_comparison_protocol(name: str) -> ComparisonProtocol:
 def published_configurations() -> dict[str, Mapping[str, Mapping[str, Any]]]:
     """Return what the configuration files of published pipelines say, by Hub id; see `FamilyData`."""
     return {source: parts for data in _data() for source, parts in data.configurations.items()}
+
+
+def supported_models() -> dict[str, SupportedModel]:
+    """Return the rows of the table of models, by transformer class."""
+    return {name: model for data in _data() for name, model in data.models.items()}
 
 
 def example_model() -> str:

@@ -27,6 +27,7 @@ from blade.models.decoder_weights import decoder_dtype, load_tiny_decoder
 from blade.models.devices import resolve_device, resolve_dtype
 from blade.models.loaded import LatentSize, LoadedModel
 from blade.models.loading import load_empty_model
+from blade.models.repeats import once_per_shape
 from blade.models.tiny_decoder import TinyDecoder
 from blade.students.loading import read_student
 
@@ -148,9 +149,10 @@ def plan_run(request: GenerationRequest, *, card: str | None = None) -> RunPlan:
     forward = forward_cost(transformer, latent)
     cost = run_cost(
         forward,
-        resolved.steps,
+        family.evaluations(resolved.steps),
         skipped_steps=resolved.skipped_steps,
         guidance=guidance,
+        guidance_passes=family.guidance_passes,
         config=resolved.blade_config,
     )
     models = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
@@ -163,16 +165,18 @@ def plan_run(request: GenerationRequest, *, card: str | None = None) -> RunPlan:
     text_tokens = inputs["encoder_hidden_states"].shape[1]
     encoders = [part for name, part in models.items() if name.startswith("text_encoder")]
     text_flops = sum(count_flops(lambda: _encode(part, text_tokens)) for part in encoders)  # noqa: B023
+    decoder = getattr(pipe.vae, "decoder", None)  # which gets equal tiles of large videos
+    repeated = decoder if isinstance(decoder, nn.Module) else None
     decode, decoder_weights = _decoding(model, latent, decoder_dtype(transformer.dtype, device))
     plan = RunPlan(
         request=resolved,
         cost=cost,
         text_flops=text_flops * (2 if guidance else 1),
-        decoding_flops=count_flops(decode),
+        decoding_flops=count_flops(decode, repeated),
         weights_gib={name: _bytes(part) / GIB for name, part in models.items()} | decoder_weights,
         activations_gib={
             "transformer": peak_bytes(forward_pass) / GIB,
-            "decoding": peak_bytes(decode) / GIB,
+            "decoding": peak_bytes(decode, repeated) / GIB,
         },
         device_gib=torch.cuda.get_device_properties(device).total_memory / GIB if device.type == "cuda" else None,
     )
@@ -222,13 +226,18 @@ def _decoding(
     return decode, {"tiny decoder": _bytes(decoder) / GIB}
 
 
-def peak_bytes(function: Callable[[], object]) -> int:
+def peak_bytes(function: Callable[[], object], repeated: nn.Module | None = None) -> int:
     """Most memory that a call on the meta device would hold beside what there was before it.
 
     Attention is taken to hold its output and no logits, as every fused implementation does.
+
+    Args:
+        function: the call.
+        repeated: a module that it calls many times with equal shapes; see `once_per_shape`.
     """
     with torch.no_grad(), torch.device("meta"), _FusedAttention(), _Memory() as memory:
-        function()
+        with once_per_shape(repeated, memory):
+            function()
     return int(memory.peak)
 
 
@@ -250,7 +259,7 @@ class _Memory(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # PyTorch's
-        self.live = self.peak = 0
+        self.live = self.peak = self._before = 0
         self._known = WeakIdKeyDictionary()
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -269,6 +278,20 @@ class _Memory(TorchDispatchMode):
     def _free(self, size: int) -> None:
         self.live -= size
 
+    def begin(self) -> int:
+        """Begin a call, whose own peak is found; see `Gauge`."""
+        self._before, self.peak = self.peak, self.live
+        return self.live
+
+    def end(self, began: int) -> int:
+        """Return the peak of the call beside what there was before it."""
+        own, self.peak = self.peak - began, max(self.peak, self._before)
+        return own
+
+    def repeat(self, cost: int) -> None:
+        """Take the same peak again, beside what there is now."""
+        self.peak = max(self.peak, self.live + cost)
+
 
 def _storages(tree: Any) -> list[torch.UntypedStorage]:
     return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
@@ -278,7 +301,7 @@ def _encode(encoder: nn.Module, tokens: int) -> object:
     """Run a text encoder on as many tokens as it is given, or has positions for."""
     tokens = min(tokens, getattr(encoder.config, "max_position_embeddings", tokens))
     ids = torch.zeros(1, tokens, dtype=torch.int64, device="meta")
-    return encoder(input_ids=ids)
+    return getattr(encoder, "base_model", encoder)(input_ids=ids)  # without the head of a language model
 
 
 def _bytes(model: nn.Module) -> int:

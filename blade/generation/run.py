@@ -22,6 +22,7 @@ from blade.models.acceleration import advise
 from blade.models.adapters import Reach
 from blade.models.conditions import cover, read_frames, read_image
 from blade.models.loaded import LoadedModel
+from blade.models.modular import call_modular, is_modular
 from blade.students.scheduler import set_flow_shift
 
 
@@ -102,7 +103,7 @@ def run_request(
         else:
             stack.enter_context(_watch_scheduler(pipe, on_step_end))
         try:
-            output = pipe(**arguments)
+            output = call_modular(pipe, arguments) if is_modular(pipe) else pipe(**arguments)
             frames = output.frames[0]
             video = frames.float().cpu() if model.decoder is None else model.decoder.decode(frames)
         except torch.OutOfMemoryError as error:
@@ -110,7 +111,7 @@ def run_request(
                 request.offload,
                 quantized=request.quantize is not None,
                 tiled=request.vae_tiling or request.decoder == "tiny",
-                decoding=clock.steps == request.steps - request.skipped_steps,
+                decoding=clock.steps == model.family.evaluations(request.steps) - request.skipped_steps,
             )
             raise MemoryError(f"The device's memory does not hold this run ({first_line(error)}). {advice}") from error
         clock.finished()

@@ -72,7 +72,8 @@ def saved_passes(
             output = saved["output"].to(inputs["hidden_states"].device)
             applied = applied_to(transformer)
             if applied is not None:
-                applied.steps.resolve(inputs["timestep"])  # which counts the steps if the scheduler does not
+                # which counts the steps if the scheduler does not
+                applied.steps.resolve(applied.family.video_timestep(inputs))
         else:
             result = inner(**inputs)
             output = result[0] if isinstance(result, tuple) else result.sample

@@ -110,6 +110,17 @@ def test_permutations_are_cached_and_can_be_saved_for_backward():
     assert torch.equal(leaf.grad, torch.ones(30))
 
 
+@settings(max_examples=30, deadline=None)
+@given(sizes, sizes, orders, st.integers(0, 5), st.integers(0, 5))
+def test_an_order_of_the_whole_sequence_leaves_the_text_where_it_is(frames, height, name, before, after):
+    grid = TokenGrid(frames, height, 3, text_before=before, text_after=after)
+    whole, inverse = grid.order(name, whole=True), grid.inverse_order(name, whole=True)
+    assert torch.equal(whole[inverse], torch.arange(grid.sequence_length))
+    assert torch.equal(whole[before : grid.video_stop] - before, grid.order(name))
+    assert whole[:before].tolist() == list(range(before))
+    assert whole[grid.video_stop :].tolist() == list(range(grid.video_stop, grid.sequence_length))
+
+
 def test_text_counts_in_the_sequence_but_not_in_the_order():
     grid = TokenGrid(2, 2, 2, text_before=3, text_after=1)
     assert (grid.video_tokens, grid.text_tokens, grid.sequence_length) == (8, 4, 12)

@@ -28,12 +28,12 @@ class Family:
     """Tokens before the video in the model and behind it under BLADE, by the grid."""
     first_frame_apart: bool = False
     """True if the first frame stays first in every order."""
+    shared: tuple[str, ...] = ()
+    """Names of inputs that all items of a batch share."""
     frames_apart: bool = False
     """True if an order runs inside each frame."""
     least_frames: int = 1
     """The fewest frames that Diffusers' own class takes, or that are more than its history."""
-    of_all_items: tuple[str, ...] = ()
-    """Inputs that are no batches."""
     float32_parts: tuple[str, ...] = ()
     """Endings of the names of modules that the class runs in float32, whatever the dtype of the others."""
 
@@ -185,6 +185,85 @@ def _ltx_video_inputs(grid=(3, 5, 7), batch=1, seed=0, timestep=500.0):
     }
 
 
+def _make_ltx2(**config):
+    """A tiny `LTX2VideoTransformer3DModel`, as LTX-2's; its modulation is strong enough to show in every output."""
+    from diffusers import LTX2VideoTransformer3DModel
+
+    torch.manual_seed(0)
+    transformer = LTX2VideoTransformer3DModel(
+        **{
+            "in_channels": 4,
+            "out_channels": 4,
+            "num_attention_heads": 2,
+            "attention_head_dim": 16,
+            "cross_attention_dim": 32,
+            "audio_in_channels": 4,
+            "audio_out_channels": 4,
+            "audio_num_attention_heads": 2,
+            "audio_attention_head_dim": 8,
+            "audio_cross_attention_dim": 16,
+            "num_layers": 3,
+            "caption_channels": 8,
+            "norm_elementwise_affine": True,
+            **config,
+        }
+    ).eval()
+    for block in transformer.transformer_blocks:
+        for norm in (block.attn1.norm_q, block.attn1.norm_k):
+            norm.weight.data.mul_(3.0)
+        if block.attn1.to_gate_logits is not None:
+            block.attn1.to_gate_logits.weight.data.mul_(4.0)
+    return transformer
+
+
+LTX2_3 = {
+    "rope_type": "split",
+    "gated_attn": True,
+    "cross_attn_mod": True,
+    "audio_gated_attn": True,
+    "audio_cross_attn_mod": True,
+    "use_prompt_embeddings": False,
+    "perturbed_attn": True,
+}
+"""Options of LTX-2.3's transformer."""
+LTX2_5 = {**LTX2_3, "ff_bias": False, "use_keyframes_abs_pos_embedding": True}
+"""Options of LTX-2.5's."""
+
+
+def _ltx2_inputs(grid=(3, 5, 7), batch=1, seed=0, timestep=500.0, *, projected=False):
+    """Inputs for a grid of video tokens and nine of audio; `projected` texts are as wide as cross-attention takes."""
+    generator = torch.Generator().manual_seed(seed)
+    frames, height, width = grid
+    widths = (32, 16) if projected else (8, 8)
+    video_text, audio_text = (torch.randn(batch, TEXT_TOKENS, size, generator=generator) for size in widths)
+    return {
+        "hidden_states": torch.randn(batch, frames * height * width, 4, generator=generator),
+        "audio_hidden_states": torch.randn(batch, 9, 4, generator=generator),
+        "encoder_hidden_states": video_text,
+        "audio_encoder_hidden_states": audio_text,
+        "timestep": torch.full((batch,), timestep),
+        "sigma": torch.full((batch,), timestep),
+        "encoder_attention_mask": torch.ones(batch, TEXT_TOKENS),
+        "audio_encoder_attention_mask": torch.ones(batch, TEXT_TOKENS),
+        "num_frames": frames,
+        "height": height,
+        "width": width,
+        "audio_num_frames": 9,
+    }
+
+
+@pytest.fixture
+def make_ltx2():
+    """Return a function that makes a tiny LTX-2 transformer of a version: "2", "2.3" or "2.5"."""
+    return lambda version="2", **config: _make_ltx2(**{"2": {}, "2.3": LTX2_3, "2.5": LTX2_5}[version], **config)
+
+
+@pytest.fixture
+def ltx2_inputs():
+    """Return a function that makes its inputs for a grid of tokens."""
+    return _ltx2_inputs
+
+
 def _make_hunyuan_video_15():
     """A tiny `HunyuanVideo15Transformer3DModel`."""
     from diffusers import HunyuanVideo15Transformer3DModel
@@ -223,6 +302,35 @@ def _hunyuan_video_15_inputs(*args, **options):
         "encoder_attention_mask_2": mask,
         "image_embeds": torch.randn(batch, 2, 8, generator=generator),
     }
+
+
+def _make_minimax_h3(**config):
+    """A tiny `MiniMaxH3Transformer3DModel`."""
+    from diffusers import MiniMaxH3Transformer3DModel
+
+    torch.manual_seed(0)
+    transformer = MiniMaxH3Transformer3DModel(
+        **{
+            "num_attention_heads": 2,
+            "attention_head_dim": 16,
+            "hidden_size": 24,
+            "num_layers": 3,
+            "num_refiner_layers": 1,
+            "ffn_dim": 32,
+            "in_channels": 2,
+            "audio_in_channels": 3,
+            "text_dim": 8,
+            "freq_dim": 16,
+            "time_embed_hidden_dim": 16,
+            "time_embed_dim": 8,
+            "rope_freq_dim": 2,
+            **config,
+        }
+    ).eval()
+    for block in transformer.transformer_blocks:
+        for norm in (block.attn.norm_q, block.attn.norm_k):
+            norm.weight.data.mul_(2.0)
+    return transformer
 
 
 def _make_like_wan(kind, peak=4.0, **config):
@@ -317,6 +425,74 @@ def _make_framepack():
     return transformer
 
 
+MINIMAX_H3_LAYOUT = ("position_ids", "token_tags", "video_indices", "audio_indices", "text_indices")
+"""Inputs that lay out the packed sequence, in the order in which Diffusers' pipeline returns them."""
+
+AUDIO_LATENTS = 2
+"""Latents of sound of the tiny inputs, in each of two channels."""
+
+
+def _minimax_h3_inputs(grid=(3, 5, 7), batch=1, seed=0, timestep=0.5, keyframes=()):
+    """Inputs for a grid of tokens: text, conditions, sound and video, laid out by Diffusers' pipeline."""
+    from diffusers.modular_pipelines.minimax_h3.before_denoise import MiniMaxH3PrepareLayoutStep
+
+    frames, height, width = grid
+    *layout, conditions, _ = MiniMaxH3PrepareLayoutStep.build_packed_sequence(
+        torch.ones(TEXT_TOKENS, dtype=torch.int64),
+        *(frames, 2 * height, 2 * width, AUDIO_LATENTS, (1, 2, 2)),
+        audio_channels=2,
+        audio_tag=2,
+        video_tag=0,
+        keyframe_anchors=keyframes,
+    )
+    return _minimax_h3_rows(dict(zip(MINIMAX_H3_LAYOUT, layout)), conditions, 0, batch, seed, timestep)
+
+
+REFERENCE_ROWS = 6 + 6 + 4 + 8
+"""Rows of an image of 2 x 3 tokens, a sound of three latents, and a video of two frames of 2 x 2 tokens with sound."""
+
+
+def _minimax_h3_references(grid=(3, 5, 7), batch=1, seed=0, timestep=0.5):
+    """Inputs for a grid of tokens, with references of all kinds, laid out by Diffusers' pipeline."""
+    from types import SimpleNamespace
+
+    from diffusers.modular_pipelines.minimax_h3.before_denoise import MiniMaxH3Ref2VAPrepareLayoutStep
+
+    frames, height, width = grid
+    kinds = [SimpleNamespace(kind=kind, has_audio=True) for kind in ("image", "audio", "video")]
+    latents = [torch.empty(1, 2, 1, 4, 6), torch.empty(1, 2, 2, 4, 4)]
+    *layout, video, audio = MiniMaxH3Ref2VAPrepareLayoutStep.build_ref2va_packed_sequence(
+        torch.ones(TEXT_TOKENS, dtype=torch.int64),
+        *(kinds, latents, [torch.empty(6, 3), torch.empty(4, 3)]),
+        *(frames, 2 * height, 2 * width, AUDIO_LATENTS, (1, 2, 2)),
+        audio_channels=2,
+        audio_tag=2,
+        video_tag=0,
+    )
+    return _minimax_h3_rows(dict(zip(MINIMAX_H3_LAYOUT, layout)), video, audio, batch, seed, timestep)
+
+
+def _minimax_h3_rows(layout, condition_video, condition_audio, batch=1, seed=0, timestep=0.5):
+    """Random rows for a layout, with the timesteps that Diffusers' pipeline gives them."""
+    from diffusers.modular_pipelines.minimax_h3.before_denoise import MiniMaxH3SetTimestepsStep
+
+    text, video, audio = (len(layout[f"{name}_indices"]) for name in ("text", "video", "audio"))
+    times, indices = MiniMaxH3SetTimestepsStep.build_row_timesteps(
+        layout["video_indices"],
+        layout["audio_indices"],
+        *(condition_video, condition_audio, text, timestep, timestep / 2, 0.999, 1.0),
+    )
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "hidden_states": torch.randn(batch, video, 8, generator=generator),
+        "audio_hidden_states": torch.randn(batch, audio, 3, generator=generator),
+        "encoder_hidden_states": torch.randn(batch, text, 8, generator=generator),
+        "timestep": times,
+        "timestep_indices": indices,
+        **layout,
+    }
+
+
 FRAMEPACK_INDICES = ("indices_latents", *(f"indices_latents_{name}" for name in ("clean", "history_2x", "history_4x")))
 
 
@@ -375,6 +551,24 @@ def _kandinsky5_inputs(grid=(3, 5, 7), batch=1, seed=0, timestep=500.0):
 
 
 @pytest.fixture
+def make_minimax_h3():
+    """Return a function that makes a tiny MiniMax-H3 transformer."""
+    return _make_minimax_h3
+
+
+@pytest.fixture
+def minimax_h3_inputs():
+    """Return a function that makes its inputs for a grid of tokens, with keyframes or without."""
+    return _minimax_h3_inputs
+
+
+@pytest.fixture
+def minimax_h3_references():
+    """Return a function that makes its inputs for a grid of tokens, with references."""
+    return _minimax_h3_references
+
+
+@pytest.fixture
 def make_kandinsky5():
     """Return a function that makes a tiny Kandinsky 5 transformer."""
     return _make_kandinsky5
@@ -397,7 +591,7 @@ def framepack():
     """A tiny FramePack transformer, and its inputs."""
     return Family(
         _make_framepack, _framepack_inputs, TEXT_TOKENS + 2, text_first=False, history=_framepack_history,
-        of_all_items=FRAMEPACK_INDICES, least_frames=3,
+        shared=FRAMEPACK_INDICES, least_frames=3,
     )  # fmt: skip
 
 
@@ -441,6 +635,10 @@ FAMILIES = (
     "hunyuan-video-i2v",
     "hunyuan-video-1.5",
     "ltx-video",
+    "minimax-h3",
+    "minimax-h3-references",
+    "ltx-2",
+    "ltx-2.3",
     "wan-animate",
     "chronoedit",
     "skyreels-v2",
@@ -464,6 +662,18 @@ def family(request, make_wan, wan_inputs):
         return Family(_make_wan_vace, inputs)
     if request.param == "ltx-video":
         return Family(_make_ltx_video, _ltx_video_inputs)
+    if request.param.startswith("minimax-h3"):
+        inputs, others = _minimax_h3_inputs, TEXT_TOKENS + 2 * AUDIO_LATENTS
+        if request.param.endswith("references"):
+            inputs, others = _minimax_h3_references, others + REFERENCE_ROWS
+        shared = ("timestep", "timestep_indices", *MINIMAX_H3_LAYOUT)
+        return Family(_make_minimax_h3, inputs, others, shared=shared)
+    if request.param == "ltx-2":
+        return Family(_make_ltx2, _ltx2_inputs)
+    if request.param == "ltx-2.3":
+        return Family(
+            lambda: _make_ltx2(**LTX2_3), lambda *args, **options: _ltx2_inputs(*args, **options, projected=True)
+        )
     if request.param == "hunyuan-video-1.5":
         return Family(_make_hunyuan_video_15, _hunyuan_video_15_inputs, 11, text_first=False)
     if request.param.startswith("hunyuan-video"):
@@ -481,7 +691,7 @@ def family(request, make_wan, wan_inputs):
         # it rounds rotated queries and keys to this dtype, which hides errors; `test_kandinsky5.py` tests the rounding
         request.getfixturevalue("monkeypatch").setattr(torch, "bfloat16", torch.float32)
         return Family(
-            _make_kandinsky5, _kandinsky5_inputs, of_all_items=("text_rope_pos",),
+            _make_kandinsky5, _kandinsky5_inputs, shared=("text_rope_pos",),
             float32_parts=("time_embeddings", "query_norm", "key_norm"),
         )  # fmt: skip
     if request.param in ("framepack", "wan-animate"):

@@ -36,8 +36,7 @@ def keep_all(monkeypatch):
 def in_float64(value):
     if isinstance(value, tuple):
         return tuple(in_float64(one) for one in value)
-    is_number = isinstance(value, torch.Tensor) and value.is_floating_point()
-    return value.double() if is_number else value
+    return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 
 def rounding_errors(family, transformer, inputs, output):
@@ -87,12 +86,15 @@ def test_sparse_layers_are_diffusers_own_with_the_blocks_as_a_mask(family, monke
     masks, attend = [], adaptive.block_sparse_attention
 
     def spy(query, key, value, mask, **options):
-        masks.append(mask.keep.repeat_interleave(8, -1).repeat_interleave(8, -2))
+        keep = mask.keep.repeat_interleave(8, -1).repeat_interleave(8, -2)
+        dense = keep.shape[-1] - keep.shape[-2]  # rows that have a dense call of their own
+        masks.append(torch.nn.functional.pad(keep, (0, 0, 0, dense), value=True))
         return attend(query, key, value, mask, **options)
 
     monkeypatch.setattr(adaptive, "block_sparse_attention", spy)
     sparse = run(apply_blade(transformer, BladeConfig(sparsity=0.5, asa=DETAILS)), inputs)
-    assert len(masks) == len(applied_to(transformer).layers) and 0.2 < blade_summary(transformer).layer_density < 0.8
+    most = 0.8 if family.text < grid[1] * grid[2] else 0.95  # what is no video is most of a short sequence
+    assert len(masks) == len(applied_to(transformer).layers) and 0.2 < blade_summary(transformer).layer_density < most
     remove_blade(transformer)
     plain = run(transformer, inputs)
 
@@ -107,7 +109,7 @@ def test_sparse_layers_are_diffusers_own_with_the_blocks_as_a_mask(family, monke
     dense = torch.nn.functional.scaled_dot_product_attention
 
     def masked(query, key, value, attn_mask=None, **options):
-        if key.shape[-2] == tokens:
+        if query.shape[-2] == key.shape[-2] == tokens:
             kept = next(waiting)[..., places, :][..., places]
             attn_mask = kept if attn_mask is None else kept & attn_mask
         return dense(query, key, value, attn_mask=attn_mask, **options)
@@ -140,11 +142,9 @@ def test_guidance_as_a_batch_and_as_two_calls_is_the_same(family):
     together = run(transformer, inputs)
     for item in range(2):
         alone = {
-            name: value[item : item + 1] if isinstance(value, torch.Tensor) else value
+            name: value[item : item + 1] if isinstance(value, torch.Tensor) and name not in family.shared else value
             for name, value in inputs.items()
-            if name not in family.of_all_items
         }
-        alone |= {name: inputs[name] for name in family.of_all_items if name in inputs}
         torch.testing.assert_close(run(transformer, alone), together[item : item + 1], rtol=1e-4, atol=1e-5)
 
 
@@ -155,7 +155,7 @@ def test_positional_arguments_and_tuples_are_as_good(family):
     with torch.no_grad():
         output = transformer(*positional, **inputs, return_dict=False)
     if isinstance(output, tuple):
-        (output,) = output
+        output, *_ = output
     assert torch.equal(output, expected)
 
 
@@ -178,7 +178,10 @@ def test_fused_projections_give_the_same_before_and_are_noticed_after(family):
     fused = family.make()
     if not hasattr(fused, "fuse_qkv_projections") or not hasattr(attentions(fused)[0], "to_q"):
         pytest.skip("Diffusers cannot fuse this transformer's projections")
-    fused.fuse_qkv_projections()
+    try:
+        fused.fuse_qkv_projections()
+    except RuntimeError as error:
+        pytest.skip(f"Diffusers cannot fuse this transformer's projections: {error}")
     if (run(fused, inputs) - run(family.make(), inputs)).abs().max() > 1e-3:
         pytest.skip("this Diffusers computes something else with fused projections, as 0.36 does with VACE")
     expected = run(apply_blade(family.make(), config), inputs)

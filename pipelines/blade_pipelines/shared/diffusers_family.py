@@ -16,6 +16,7 @@ from torch import nn
 from blade.families.data import FamilyData
 from blade.families.protocol import Condition, Inputs, SparseAttention
 from blade.families.sampling_defaults import SamplingDefaults
+from blade.families.video_lengths import VideoLengths
 from blade_pipelines.shared.diffusers_module import DiffusersModule
 from blade_pipelines.shared.processor import SparseProcessor
 
@@ -38,6 +39,12 @@ class DiffusersFamily:
     """Name of the submodule that computes the time embedding, (B, channels)."""
     condition_pipelines: ClassVar[Mapping[tuple[str, Condition], str]] = {}
     """Pipeline class that accepts a condition with the same weights, by the pipeline's class and the condition."""
+    timesteps_rise: bool = False
+    """Whether timesteps rise from step to step; here they fall, with the noise."""
+    guidance_takes_two_passes: ClassVar[bool]
+    """True if guidance is no input of the transformer."""
+    whole_sequence: bool = False
+    """True if one input holds video tokens and the tokens that the grid calls text."""
     size_multiple: int = 16
     """Pixels of which the pipelines require heights and widths to be multiples."""
     tiny_decoders: Mapping[int, tuple[str, ...]] = MappingProxyType({})
@@ -45,6 +52,11 @@ class DiffusersFamily:
 
     original_names: Sequence[tuple[str, str]] = ()
     """Replacements that turn Diffusers' names of modules into the authors' own; here none, where they are the same."""
+
+    @property
+    def guidance_passes(self) -> int:
+        """Forward passes of a step with guidance: one more than without, unless guidance is an input of the model."""
+        return 2 if self.guidance_takes_two_passes else 1
 
     @property
     def data(self) -> FamilyData:
@@ -58,6 +70,14 @@ class DiffusersFamily:
     def sampling_defaults(self, pipe: Any, height: int | None, width: int | None) -> SamplingDefaults:
         """Return the recommended sampling settings of a pipeline's model; here only Diffusers' own defaults."""
         return SamplingDefaults()
+
+    def video_lengths(self, pipe: Any) -> VideoLengths | None:
+        """Return None: the VAE's compression says it."""
+        return None
+
+    def evaluations(self, steps: int) -> int:
+        """Return the steps: every one is computed."""
+        return steps
 
     def call_options(self, pipe: Any, request: Any) -> Mapping[str, Any]:
         """Return no arguments of a call beside those of the request's fields."""
@@ -82,6 +102,11 @@ class DiffusersFamily:
     def without_values(self) -> AbstractContextManager[Any]:
         """Return a context that changes nothing: the forward pass does not depend on values."""
         return nullcontext()
+
+    def video_timestep(self, inputs: Inputs) -> torch.Tensor:
+        """Return all timesteps: those of conditions, where there are any, are the lower ones."""
+        timestep: torch.Tensor = inputs["timestep"]
+        return timestep
 
     def blocks(self, transformer: DiffusersModule) -> Sequence[nn.Module]:
         """Return the transformer's blocks."""

@@ -10,7 +10,9 @@ from diffusers import (
     CogVideoXTransformer3DModel,
     HunyuanVideo15Transformer3DModel,
     HunyuanVideoTransformer3DModel,
+    LTX2VideoTransformer3DModel,
     LTXVideoTransformer3DModel,
+    MiniMaxH3Transformer3DModel,
     WanTransformer3DModel,
     WanVACETransformer3DModel,
 )
@@ -56,6 +58,13 @@ HUNYUAN_VIDEO = {
     "rope_axes_dim": (4, 6, 6),
 }
 
+LTX2 = {
+    **ATTENTION, "cross_attention_dim": 32, "num_layers": 2, "audio_in_channels": 4, "audio_out_channels": 4,
+    "audio_num_attention_heads": 2, "audio_attention_head_dim": 8, "audio_cross_attention_dim": 16,
+    "rope_type": "split",
+}  # fmt: skip
+GATED = dict.fromkeys(("gated_attn", "cross_attn_mod", "audio_gated_attn", "audio_cross_attn_mod"), True)
+
 SMALL = {
     "Wan": lambda: WanTransformer3DModel(**WAN),
     "Wan, image to video": lambda: WanTransformer3DModel(**WAN, image_dim=8, added_kv_proj_dim=32),
@@ -88,6 +97,13 @@ SMALL = {
     "Kandinsky 5": lambda: diffusers.Kandinsky5Transformer3DModel(
         in_visual_dim=4, out_visual_dim=4, in_text_dim=8, in_text_dim2=8, time_dim=16, model_dim=32, ff_dim=24,
         num_text_blocks=1, num_visual_blocks=3, axes_dims=(4, 6, 6),
+    ),
+    "LTX-2": lambda: LTX2VideoTransformer3DModel(**LTX2, caption_channels=8),
+    "LTX-2.3": lambda: LTX2VideoTransformer3DModel(**LTX2, **GATED, use_prompt_embeddings=False, perturbed_attn=True),
+    "MiniMax-H3": lambda: MiniMaxH3Transformer3DModel(
+        num_attention_heads=2, attention_head_dim=16, hidden_size=24, num_layers=2, num_refiner_layers=1, ffn_dim=32,
+        in_channels=2, audio_in_channels=3, text_dim=8, freq_dim=16, time_embed_hidden_dim=16, time_embed_dim=8,
+        rope_freq_dim=2,
     ),
 }  # fmt: skip
 
