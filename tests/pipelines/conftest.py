@@ -652,6 +652,16 @@ FAMILIES = (
 @pytest.fixture(params=FAMILIES)
 def family(request, make_wan, wan_inputs):
     """Every kind of transformer in turn."""
+    simple = {
+        "wan": (make_wan, wan_inputs),
+        "ltx-video": (_make_ltx_video, _ltx_video_inputs),
+        "ltx-2": (_make_ltx2, _ltx2_inputs),
+        "chronoedit": (lambda: _make_like_wan(diffusers.ChronoEditTransformer3DModel), wan_inputs),
+        "anyflow": (lambda: _make_like_wan(diffusers.AnyFlowTransformer3DModel), _anyflow_inputs(wan_inputs)),
+        "skyreels-v2": (lambda: _make_like_wan(diffusers.SkyReelsV2Transformer3DModel), wan_inputs),
+    }
+    if request.param in simple:
+        return Family(*simple[request.param])
     if request.param == "wan-vace":
 
         def inputs(*args, **options):
@@ -660,16 +670,12 @@ def family(request, make_wan, wan_inputs):
             return {**made, "control_hidden_states": torch.randn(shape, generator=torch.Generator().manual_seed(9))}
 
         return Family(_make_wan_vace, inputs)
-    if request.param == "ltx-video":
-        return Family(_make_ltx_video, _ltx_video_inputs)
     if request.param.startswith("minimax-h3"):
         inputs, others = _minimax_h3_inputs, TEXT_TOKENS + 2 * AUDIO_LATENTS
         if request.param.endswith("references"):
             inputs, others = _minimax_h3_references, others + REFERENCE_ROWS
         shared = ("timestep", "timestep_indices", *MINIMAX_H3_LAYOUT)
         return Family(_make_minimax_h3, inputs, others, shared=shared)
-    if request.param == "ltx-2":
-        return Family(_make_ltx2, _ltx2_inputs)
     if request.param == "ltx-2.3":
         return Family(
             lambda: _make_ltx2(**LTX2_3), lambda *args, **options: _ltx2_inputs(*args, **options, projected=True)
@@ -685,8 +691,6 @@ def family(request, make_wan, wan_inputs):
             text_first=False,
             first_frame_apart=condition is not None,
         )
-    if request.param == "wan":
-        return Family(make_wan, wan_inputs)
     if request.param == "kandinsky5":
         # it rounds rotated queries and keys to this dtype, which hides errors; `test_kandinsky5.py` tests the rounding
         request.getfixturevalue("monkeypatch").setattr(torch, "bfloat16", torch.float32)
@@ -696,17 +700,9 @@ def family(request, make_wan, wan_inputs):
         )  # fmt: skip
     if request.param in ("framepack", "wan-animate"):
         return request.getfixturevalue(request.param.replace("-", "_"))
-    if request.param == "chronoedit":
-        return Family(lambda: _make_like_wan(diffusers.ChronoEditTransformer3DModel), wan_inputs)
-    if request.param == "anyflow":
-        return Family(lambda: _make_like_wan(diffusers.AnyFlowTransformer3DModel), _anyflow_inputs(wan_inputs))
-    if request.param.startswith("skyreels-v2"):
-        forcing = request.param.endswith("forcing")
-        return Family(
-            lambda: _make_like_wan(diffusers.SkyReelsV2Transformer3DModel),
-            _forcing_inputs(wan_inputs) if forcing else wan_inputs,
-            frames_apart=forcing,
-        )
+    if request.param == "skyreels-v2-forcing":
+        make, _ = simple["skyreels-v2"]
+        return Family(make, _forcing_inputs(wan_inputs), frames_apart=True)
     if request.param == "cogvideox-2b":
         return Family(
             lambda: _make_cogvideox(use_rotary_positional_embeddings=False),
