@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from diffusers import WanAnimate2Transformer3DModel
 from diffusers.models.transformers import transformer_wan_animate_2
 from diffusers.models.transformers.transformer_wan_animate_2 import WanAnimate2KVCache
 
@@ -30,16 +29,10 @@ def without_compiler(monkeypatch):
     )
 
 
-def make():
-    torch.manual_seed(0)
-    transformer = WanAnimate2Transformer3DModel(
-        in_dim=12, out_dim=4, dim=32, ffn_dim=24, freq_dim=16, text_dim=8, text_len=6, num_heads=2, num_layers=3,
-        use_img_emb=False,
-    ).eval()  # fmt: skip
-    for block in transformer.blocks:
-        for norm in (block.self_attn.norm_q, block.self_attn.norm_k):
-            norm.weight.data.mul_(4.0)
-    return transformer
+@pytest.fixture
+def make(make_wan_animate_2):
+    """Return a function that makes the tiny transformer of the families' tests."""
+    return make_wan_animate_2
 
 
 def run(transformer, *, timestep=500.0, area=None, seed=0):
@@ -84,13 +77,13 @@ def assert_close(outputs, others, **tolerances):
 
 
 @pytest.mark.parametrize("config", [BladeConfig(attention="dense"), BladeConfig(dense_layers="0-2")])
-def test_where_every_layer_is_dense_the_output_is_bitwise_the_same(config):
+def test_where_every_layer_is_dense_the_output_is_bitwise_the_same(make, config):
     plain, dense = run(make()), run(apply_blade(make(), config))
     assert all(torch.equal(output, other) for output, other in zip(plain, dense))
 
 
 @pytest.mark.parametrize("order", ["gilbert", "token-major", "raster"])
-def test_with_every_block_kept_the_output_is_dense_but_for_rounding(monkeypatch, order):
+def test_with_every_block_kept_the_output_is_dense_but_for_rounding(make, monkeypatch, order):
     monkeypatch.setattr(BlockBudget, "is_full", False)
     details = AdaptiveConfig(block_size=8, probe_tokens=4, token_order=order)
     transformer = apply_blade(make(), BladeConfig(sparsity=0.0, dense_layers=[1], asa=details))
@@ -99,7 +92,7 @@ def test_with_every_block_kept_the_output_is_dense_but_for_rounding(monkeypatch,
     assert applied_to(transformer).grid.frames_apart
 
 
-def test_sparse_layers_are_dense_ones_with_the_blocks_in_their_mask(monkeypatch):
+def test_sparse_layers_are_dense_ones_with_the_blocks_in_their_mask(make, monkeypatch):
     """The oracle attends with a whole mask: kept blocks of the video, and the same frame of the reference."""
     kept, attend = [], adaptive.block_sparse_attention
 
@@ -140,7 +133,7 @@ def test_sparse_layers_are_dense_ones_with_the_blocks_in_their_mask(monkeypatch)
     assert_close(sparse, plain)
 
 
-def test_removal_is_exact_and_sparsity_changes_the_video():
+def test_removal_is_exact_and_sparsity_changes_the_video(make):
     transformer = make()
     plain = run(transformer)
     sparse = run(apply_blade(transformer, BladeConfig(asa=DETAILS)))
@@ -148,7 +141,7 @@ def test_removal_is_exact_and_sparsity_changes_the_video():
     assert all(torch.equal(output, other) for output, other in zip(run(remove_blade(transformer)), plain))
 
 
-def test_a_segment_that_does_not_fill_the_mask_stays_dense(caplog):
+def test_a_segment_that_does_not_fill_the_mask_stays_dense(make, caplog):
     """Diffusers pads it with keys of zeros, which every query attends to."""
     area = [16 * HEIGHT, 16 * (WIDTH + 1)]
     plain = run(make(), area=area)
@@ -160,7 +153,7 @@ def test_a_segment_that_does_not_fill_the_mask_stays_dense(caplog):
     assert [layer.dense_calls for layer in blade_summary(transformer).transformers[0].layers] == [1, 1, 1]
 
 
-def test_gradients_reach_both_videos():
+def test_gradients_reach_both_videos(make):
     """Through the queries, and the keys of both."""
     transformer = apply_blade(make(), BladeConfig(asa=DETAILS)).train()
     with torch.enable_grad():
@@ -169,7 +162,7 @@ def test_gradients_reach_both_videos():
     assert all(part.weight.grad.abs().max() > 0 for part in (attention.to_q, attention.to_k, attention.to_v))
 
 
-def test_head_patterns_with_orders_of_their_own_are_refused():
+def test_head_patterns_with_orders_of_their_own_are_refused(make):
     window = HeadPattern(kind="window", windows={"frame": Window(width=1)}, order="token-major")
     table = mixed_table([HeadPattern(kind="full"), window], 3, 2, block_size=8, token_order="gilbert")
     config = BladeConfig(attention="patterns", sparsity=0.5, patterns=table, asa=DETAILS)
@@ -177,7 +170,7 @@ def test_head_patterns_with_orders_of_their_own_are_refused():
         run(apply_blade(make(), config))
 
 
-def test_fused_projections_give_the_same():
+def test_fused_projections_give_the_same(make):
     expected, fused = run(apply_blade(make(), BladeConfig(asa=DETAILS))), make()
     fused.fuse_qkv_projections()
     assert_close(run(apply_blade(fused, BladeConfig(asa=DETAILS))), expected)
