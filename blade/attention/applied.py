@@ -263,7 +263,7 @@ class AppliedBlade(ModelHook):  # type: ignore[misc]  # Diffusers has no types
                 plan = None if plan.is_full else plan
                 self._fill_tables(total)
                 row = step % self._rows
-        device = inputs["hidden_states"].device
+        device = _device(inputs)
         if self.step.device != device:
             with torch.inference_mode(False):
                 self.step = self.step.to(device)
@@ -296,7 +296,7 @@ class AppliedBlade(ModelHook):  # type: ignore[misc]  # Diffusers has no types
             self._choices.begin_step(step)
             if plan is not None and not torch.is_grad_enabled():  # a backward pass may recompute a layer
                 choices = self._choices.of_pass(
-                    inputs.get("encoder_hidden_states"),
+                    _condition(inputs),
                     self.steps.schedule(),
                     plan,
                     batch=len(inputs["hidden_states"]),
@@ -334,7 +334,7 @@ class AppliedBlade(ModelHook):  # type: ignore[misc]  # Diffusers has no types
         return self.config.dense_step_count(ASSUMED_STEPS)
 
     def _plan(self, module: nn.Module, inputs: Inputs) -> Plan:
-        grid, device = self.family.token_grid(module, inputs), inputs["hidden_states"].device
+        grid, device = self.family.token_grid(module, inputs), _device(inputs)
         plan = self._plans.get((grid, device))
         if plan is None:
             plan = self.method.plan(grid, device)
@@ -362,6 +362,19 @@ class AppliedBlade(ModelHook):  # type: ignore[misc]  # Diffusers has no types
                 f"At {where}, text, pooled tokens and the one block that each row keeps take a density of "
                 f"{budget.density:.3f}, more than the {budget.requested_density:.3f} that was requested."
             )
+
+
+def _condition(inputs: Inputs) -> torch.Tensor | None:
+    """Return the condition of a pass, which some transformers take as a list."""
+    condition = inputs.get("encoder_hidden_states")
+    return condition[0] if isinstance(condition, list) else condition
+
+
+def _device(inputs: Inputs) -> torch.device:
+    """Return the device of the latents, which some transformers take as a list."""
+    latents = inputs["hidden_states"]
+    device: torch.device = (latents if isinstance(latents, torch.Tensor) else latents[0]).device
+    return device
 
 
 def applied_to(transformer: nn.Module) -> AppliedBlade | None:

@@ -56,6 +56,7 @@ class SparseAttention(Protocol):
         value: torch.Tensor,
         key_lengths: torch.Tensor | None = None,
         places: torch.Tensor | None = None,
+        frame_keys: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """Attend sparsely.
 
@@ -65,6 +66,8 @@ class SparseAttention(Protocol):
             value: (B, S, H, D).
             key_lengths: (B,) integers: the keys from there on, which are text, are absent. None: all are there.
             places: the result of `places`, if queries and keys are there already.
+            frame_keys: keys and values, (B, F, R, H, D) each, for the queries of each of the last F frames, of a grid
+                whose frames are apart. They share the softmax with the sequence's, and all are kept.
 
         Returns:
             (B, S, H, D).
