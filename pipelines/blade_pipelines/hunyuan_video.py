@@ -306,7 +306,7 @@ class AssumeUnmasked(TorchFunctionMode):
     """Run a forward pass that depends on values on the meta device, which has none: nothing is masked or missing.
 
     HunyuanVideo-1.5 checks whether its image is empty, and sorts the tokens of its texts by their masks; FramePack
-    cuts a single text off where its mask ends.
+    cuts a single text off where its mask ends, and marks the ends of several.
     """
 
     def __init__(self) -> None:
@@ -318,8 +318,8 @@ class AssumeUnmasked(TorchFunctionMode):
             return False
         if function is torch.Tensor.__getitem__ and _is_mask(args[1]):
             return args[0][:0] if args[1] in self._inverted else args[0]
-        if function is torch.Tensor.__getitem__ and isinstance(args[1], tuple):
-            args = (args[0], tuple(_unbounded(part) for part in args[1]))
+        if function in (torch.Tensor.__getitem__, torch.Tensor.__setitem__) and isinstance(args[1], tuple):
+            args = (args[0], tuple(_unbounded(part) for part in args[1]), *args[2:])
         result = function(*args, **(kwargs or {}))
         if function is torch.Tensor.__invert__ and _is_mask(result):
             self._inverted[result] = True

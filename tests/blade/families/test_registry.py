@@ -148,7 +148,7 @@ def test_every_transformer_of_diffusers_is_supported_or_refused_by_name() -> Non
     refused, others = unsupported_classes()
     assert set(classes) - supported - set(refused) - set(others) == set()
     assert supported.isdisjoint(refused) and supported.isdisjoint(others) and set(refused).isdisjoint(others)
-    assert {name for name in classes if "3D" in name or "Video" in name} - supported - set(refused) == {
+    assert {name for name in classes if "3DModel" in name or "Video" in name} - supported - set(refused) == {
         "JoyImageEditPlusTransformer3DModel", "JoyImageEditTransformer3DModel",
     }  # fmt: skip
 
