@@ -36,6 +36,8 @@ class Family:
     """The fewest frames that Diffusers' own class takes, or that are more than its history."""
     blocks_compile: bool = True
     """True if each block of Diffusers' own is one graph."""
+    checkpoints: bool = True
+    """True if Diffusers' own gradient checkpointing works."""
     float32_parts: tuple[str, ...] = ()
     """Endings of the names of modules that the class runs in float32, whatever the dtype of the others."""
 
@@ -742,7 +744,9 @@ def family(request, make_wan, wan_inputs):
             float32_parts=("time_embeddings", "query_norm", "key_norm"),
         )  # fmt: skip
     if request.param == "wan-animate-2":
-        return Family(_make_wan_animate_2, _wan_animate_2_inputs, frames_apart=True, blocks_compile=False)
+        return Family(
+            _make_wan_animate_2, _wan_animate_2_inputs, frames_apart=True, blocks_compile=False, checkpoints=False
+        )
     if request.param in ("framepack", "wan-animate"):
         return request.getfixturevalue(request.param.replace("-", "_"))
     if request.param == "skyreels-v2-forcing":
