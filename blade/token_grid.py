@@ -88,7 +88,7 @@ class TokenGrid:
         return self.video_tokens if self.dense_text else self.sequence_length
 
     def to_dict(self) -> dict[str, int | bool]:
-        """Return the fields as plain JSON values; newer flags only where they are set, as earlier versions lack them."""
+        """Return the fields as plain JSON values; newer flags only where they are set, for earlier versions' sake."""
         newer = ("dense_text", "frames_apart")
         return {name: value for name, value in asdict(self).items() if value or name not in newer}
 

@@ -359,6 +359,101 @@ def _ltx2(task="LTX2Pipeline", **config):
     return _small(getattr(diffusers, task), **parts)
 
 
+def _qwen3_vl():
+    """A tiny text encoder of Qwen3-VL's with the 51 layers that MiniMax-H3 needs, its tokenizer and processor."""
+    from transformers import (
+        Qwen2Tokenizer,
+        Qwen2VLImageProcessor,
+        Qwen3VLConfig,
+        Qwen3VLForConditionalGeneration,
+        Qwen3VLProcessor,
+    )
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    class WithoutVideo(Qwen3VLProcessor):
+        """Its part for video needs torchvision, and is for references alone."""
+
+        def check_argument_for_proper_class(self, name, value):
+            pass
+
+        def save_pretrained(self, folder, **options):
+            self.image_processor.save_pretrained(folder)
+
+    special = ["<|endoftext|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+    vocabulary = {token: number for number, token in enumerate(bytes_to_unicode().values())}
+    tokenizer = Qwen2Tokenizer(vocab=vocabulary, merges=[], additional_special_tokens=special)
+    _, start, end, image, video = tokenizer.convert_tokens_to_ids(special)
+    config = Qwen3VLConfig(
+        text_config={
+            "vocab_size": len(tokenizer), "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 51,
+            "num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 512,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]},
+        },
+        vision_config={
+            "depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 1, "patch_size": 16,
+            "spatial_merge_size": 2, "out_hidden_size": 8, "num_position_embeddings": 16,
+            "deepstack_visual_indexes": [0],
+        },
+        image_token_id=image, video_token_id=video, vision_start_token_id=start, vision_end_token_id=end,
+    )  # fmt: skip
+    images = Qwen2VLImageProcessor(patch_size=16, merge_size=2, size={"shortest_edge": 32**2, "longest_edge": 64**2})
+    return {
+        "text_encoder": Qwen3VLForConditionalGeneration(config).eval(),
+        "tokenizer": tokenizer,
+        "processor": WithoutVideo(image_processor=images, tokenizer=tokenizer, video_processor=None),
+    }
+
+
+def _minimax_h3(*, small=False):
+    """A small random `MiniMaxH3ModularPipeline`, whose sound is of 8 kHz; `small` makes small videos of it."""
+    from diffusers import (
+        AutoencoderKLMiniMaxH3,
+        AutoencoderKLMiniMaxH3Audio,
+        MiniMaxH3ModularPipeline,
+        MiniMaxH3Scheduler,
+        MiniMaxH3Transformer3DModel,
+    )
+
+    torch.manual_seed(0)
+    vae = AutoencoderKLMiniMaxH3(
+        latent_channels=2, block_out_channels=(8, 8, 8, 8), layers_per_block=1,
+        spatial_downsample_factors=(2, 2, 2, 2), temporal_downsample_factors=(1, 2, 2, 1), norm_num_groups=4,
+        decoder_num_layers=1, decoder_num_attention_heads=2, decoder_attention_head_dim=8,
+        decoder_num_register_tokens=2, decoder_ffn_mult=2, latents_mean=(0.0,) * 2, latents_std=(1.0,) * 2,
+    )  # fmt: skip
+    audio_vae = AutoencoderKLMiniMaxH3Audio(
+        encoder_dim=4, encoder_rates=(2, 5, 20), latent_dim=8, latent_channels=4, num_attention_heads=2,
+        decoder_dim=16, decoder_rates=(20, 5, 2), decoder_kernel_sizes=(40, 9, 4), resblock_kernel_sizes=(3,),
+        resblock_dilation_sizes=((1, 3),), sampling_rate=8000, latents_mean=[0.0] * 4, latents_std=[1.0] * 4,
+    )  # fmt: skip
+
+    class Small(MiniMaxH3ModularPipeline):
+        def __call__(self, *args, **options):
+            return super().__call__(*args, **{**options, "height": 128, "width": 128, "num_inference_steps": 4})
+
+    transformer = MiniMaxH3Transformer3DModel(
+        num_attention_heads=2, attention_head_dim=16, hidden_size=24, num_layers=2, num_refiner_layers=1, ffn_dim=32,
+        in_channels=2, audio_in_channels=4, text_dim=8, freq_dim=16, time_embed_hidden_dim=16, time_embed_dim=8,
+        rope_freq_dim=2,
+    ).eval()  # fmt: skip
+    pipe = Small() if small else MiniMaxH3ModularPipeline()
+    pipe.update_components(
+        transformer=transformer,
+        vae=vae,
+        audio_vae=audio_vae,
+        scheduler=MiniMaxH3Scheduler(),
+        audio_scheduler=MiniMaxH3Scheduler(shift=3.0),
+        **_qwen3_vl(),
+    )
+    return pipe
+
+
+@pytest.fixture
+def make_minimax_h3_pipeline():
+    """Return a function that makes a small random pipeline for video with sound."""
+    return _minimax_h3
+
+
 @pytest.fixture
 def small_pipelines(make_wan):
     """Functions that make a small random pipeline of every family, by the name of its class."""
@@ -372,6 +467,7 @@ def small_pipelines(make_wan):
         "HunyuanVideo15Pipeline": _hunyuan_video_15,
         "LTXPipeline": _ltx_video,
         "LTXImageToVideoPipeline": lambda: _ltx_video("LTXImageToVideoPipeline"),
+        "MiniMaxH3ModularPipeline": lambda: _minimax_h3(small=True),
         "LTXConditionPipeline": lambda: _ltx_video("LTXConditionPipeline"),
         "LTXI2VLongMultiPromptPipeline": lambda: _ltx_video("LTXI2VLongMultiPromptPipeline"),
         "LTX2Pipeline": _ltx2,
@@ -411,6 +507,8 @@ def configurations(small_pipelines, tmp_path):
             index |= {"image_encoder": [None, None], "image_processor": [None, None]}
         if name.startswith("HunyuanVideo"):
             index |= {"text_encoder_2": [None, None], "tokenizer_2": [None, None]}
+        if name.startswith("LTX2"):
+            index |= {part: [None, None] for part in ("audio_vae", "connectors", "vocoder")}
         if name == "HunyuanVideo15Pipeline":
             pipe.guider.save_config(folder / "guider")
             index["guider"] = ["diffusers", "ClassifierFreeGuidance"]

@@ -180,6 +180,8 @@ class FamilyData:
     """Protocols of comparisons by name."""
     configurations: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
     """By Hub id, what the configuration files of a published pipeline say: `model_index` and each part's."""
+    magnitude_ratios: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    """By preset, the ratios of magnitudes that MagCache skips by, one for each step of a run."""
     ddim_scheduler: str | None = None
     """Diffusers' deterministic sampler of this family's v-prediction models."""
 

@@ -26,6 +26,10 @@ Condition = Literal["image", "video"]
 """An input beside the prompt that a video is made from."""
 
 
+GuidanceBatch = Literal["BCFHW", "BFCHW", "tokens"]
+"""Layout of a batch of latents: batch, channels, frames, height and width, or packed tokens."""
+
+
 class SparseAttention(Protocol):
     """One self-attention layer, as the processor of a family sees it."""
 
@@ -82,6 +86,8 @@ class ModelFamily(Protocol):
     """The family's name, for messages."""
     guidance_takes_two_passes: bool
     """True if the pipelines' `guidance_scale` is classifier-free guidance, and no input of the transformer."""
+    batched_guidance: GuidanceBatch | None
+    """Layout of the latents where the pipelines run the passes of guidance as one batch; None: one after the other."""
     timesteps_rise: bool
     """True if timesteps rise from step to step, as the noise falls."""
     guidance_passes: int

@@ -235,9 +235,9 @@ def peak_bytes(function: Callable[[], object], repeated: nn.Module | None = None
         function: the call.
         repeated: a module that it calls many times with equal shapes; see `once_per_shape`.
     """
-    with torch.no_grad(), torch.device("meta"), _FusedAttention(), _Memory() as memory:
-        with once_per_shape(repeated, memory):
-            function()
+    memory = _Memory()
+    with torch.no_grad(), torch.device("meta"), _FusedAttention(), memory, once_per_shape(repeated, memory):
+        function()
     return int(memory.peak)
 
 

@@ -46,7 +46,7 @@ INPUTS = ("prompt", "image", "video")
 SMALL_PARTS = ("scheduler_config.json", "guider_config.json")
 """Configuration files of a pipeline's parts that have no weights."""
 
-WANTED_FILES = (".json", ".safetensors", ".txt", ".model", ".jinja")
+NEEDED_FILES = (".json", ".safetensors", ".txt", ".model", ".jinja")
 """Endings of the files of a modular pipeline's parts that are downloaded."""
 
 FLOAT32_PARTS = ("vae", "audio_vae")
@@ -130,7 +130,7 @@ def _fetch(model: str | Path, source: str, options: Mapping[str, Any]) -> str:
             info = repository_info(source, "model", MODULAR_INDEX_NAME, options["revision"])
             names = [] if info is None else [item.rfilename for item in info.siblings or []]
             announce_download(source, [name for name in names if name.partition("/")[0] in parts], folder.name)
-        patterns = [f"{name}/*{ending}" for name in parts for ending in WANTED_FILES]
+        patterns = [f"{name}/*{ending}" for name in parts for ending in NEEDED_FILES]
         return str(snapshot_download(source, allow_patterns=[*INDEX_NAMES, *patterns], **options))
     read_model_index(folder / INDEX_NAME, f"{what} loaded: it")
     return str(DiffusionPipeline.download(source, use_safetensors=True, trust_remote_code=False, **options))
@@ -183,7 +183,8 @@ def load_empty_model(
         folder = Path(source)
         what = f"`model` {model} cannot be read: it"
         modular = check_modular_folder(folder, what) if is_modular_folder(folder) else None
-        kind, arguments = check_model_folder(folder, what) if modular is None else (None, dict(modular.parts))
+        kind, arguments = (None, dict[str, Any]()) if modular else check_model_folder(folder, what)
+        arguments |= {} if modular is None else modular.parts
         parts: dict[str, Any] = {name: value for name, value in arguments.items() if inspect.isclass(value)}
         for name, part in parts.items():
             arguments[name], is_model = None, issubclass(part, (ModelMixin, PreTrainedModel))

@@ -154,9 +154,10 @@ def call_modular(pipe: Any, arguments: Mapping[str, Any]) -> Any:
 def _find_class(name: Any, what: str) -> Any:
     import diffusers
 
-    kind = getattr(diffusers, name, None) if isinstance(name, str) else None
+    kind: Any = getattr(diffusers, name, None) if isinstance(name, str) else None
     base = getattr(diffusers, "ModularPipeline", None)
-    if base is None or not inspect.isclass(kind) or not issubclass(kind, base) or kind.default_blocks_name is None:
+    is_one = base is not None and isinstance(kind, type) and issubclass(kind, base)
+    if not is_one or kind.default_blocks_name is None:
         raise ModelError(f"{what} names {name!r} as its pipeline, which must be one of Diffusers' modular pipelines.")
     return kind
 

@@ -55,7 +55,7 @@ def once_per_shape(module: nn.Module | None, gauge: Gauge) -> Iterator[None]:
             known[key] = output.shape, output.dtype, gauge.end(began)
         return output
 
-    module.forward = run  # type: ignore[method-assign]  # until `del` uncovers the method
+    module.forward = run  # until `del` uncovers the method
     try:
         yield
     finally:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,10 +97,8 @@ class MiniMaxH3SparseProcessor(SparseProcessor):
 class _Layout:
     """A grid that was read from rows, and where they said it."""
 
-    video_indices: int
-    """`id` of the places of the video's rows that it was read with."""
-    rows: int
-    """Rows of the sequence."""
+    video_indices: Callable[[], torch.Tensor | None]
+    """Weak reference to the places of the video's rows."""
     grid: TokenGrid
     """The grid."""
 
@@ -167,7 +166,7 @@ class MiniMaxH3Family(DiffusersFamily):
         """
         positions, video_indices = inputs["position_ids"], inputs["video_indices"]
         known = self._layouts.get(positions)
-        if known is not None and known.video_indices == id(video_indices) and known.rows == len(positions):
+        if known is not None and known.video_indices() is video_indices:
             grid: TokenGrid = known.grid
             return grid
         if positions.ndim != 2 or positions.shape[1] != 3:
@@ -180,8 +179,7 @@ class MiniMaxH3Family(DiffusersFamily):
 
     def _remember(self, inputs: Inputs, grid: TokenGrid) -> None:
         """Keep a grid for as long as the positions last, which are a run's, and cannot always be read."""
-        positions = inputs["position_ids"]
-        self._layouts[positions] = _Layout(id(inputs["video_indices"]), len(positions), grid)
+        self._layouts[inputs["position_ids"]] = _Layout(weakref.ref(inputs["video_indices"]), grid)
 
     def video_timestep(self, inputs: Inputs) -> torch.Tensor:
         """Return the timestep of the video that is made, (1,): that of its last row, the last of all video rows."""
@@ -281,8 +279,8 @@ def _video_grid(
     if _lies_on(places, *grid):
         return grid
     raise ValueError(
-        f"`position_ids` of the {len(places)} rows of the video that is made, the last of `video_indices`, must lie on "
-        f"a grid of frames, rows and columns, in that order, got frames of {area} rows that make none."
+        f"`position_ids` of the {len(places)} rows of the video that is made, the last of `video_indices`, must lie "
+        f"on a grid of frames, rows and columns, in that order, got frames of {area} rows that make none."
     )
 
 

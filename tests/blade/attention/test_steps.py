@@ -1,5 +1,7 @@
 """The step of a forward pass is found whichever way it is told, or not told."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
@@ -163,3 +165,12 @@ def test_the_pipeline_is_not_kept_alive():
     steps = StepResolver(pipe)
     del pipe
     assert steps.resolve(at(900)) == (0, None)
+
+
+def test_timesteps_may_rise_as_the_noise_falls():
+    steps = StepResolver(rising=True)
+    found = [steps.resolve(torch.tensor([value]))[0] for value in (0.0, 0.0, 0.2, 0.9, 0.1)]
+    assert found == [0, 0, 1, 2, 0]
+    scheduler = SimpleNamespace(timesteps=torch.tensor([0.0, 0.2, 0.9]), num_inference_steps=3, step_index=None)
+    pipe = Pipe(scheduler)
+    assert StepResolver(pipe, rising=True).resolve(torch.tensor([0.2, 0.999])) == (1, 3)
