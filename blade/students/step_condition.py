@@ -32,8 +32,7 @@ class StepCondition(nn.Module):
         """
         super().__init__()
         like = next(weight for weight in reversed(list(time_embedding.parameters())))
-        *_, last = (module for module in time_embedding.modules() if hasattr(module, "out_features"))
-        channels: int = last.out_features
+        *_, channels = (module.out_features for module in time_embedding.modules() if isinstance(module, nn.Linear))
         self.vectors = nn.ModuleDict({role: nn.Embedding(size, channels) for role, size in sizes.items()})
         for weight in self.vectors.parameters():
             nn.init.zeros_(weight)
@@ -56,7 +55,7 @@ class StepCondition(nn.Module):
             return None
         role, index = chosen
         added: torch.Tensor = self.vectors[role](index.to(output.device))
-        # with a time for each token or frame, the rows of the embedding are those of all items, or a dimension of its own
+        # with a time for each token or frame, those are rows of the embedding, or a dimension of its own
         added = added.repeat_interleave(len(output) // len(added), dim=0).to(output.dtype)
         return output + added.view(len(added), *[1] * (output.ndim - 2), -1)
 
