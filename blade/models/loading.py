@@ -167,7 +167,8 @@ def load_empty_model(
     except HubUnreachableError:
         if revision is not None or str(model) not in published_configurations():
             raise
-        index = published_configurations()[str(model)]["model_index"]
+        parts = published_configurations()[str(model)]
+        index = parts.get("model_index", {})
         missing = [name for name, value in index.items() if value == [None, None]]
         without = f", without {' and '.join(missing)}" if missing else ""
         logger.info(
