@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from diffusers.models.transformers import transformer_wan_animate_2
-from diffusers.models.transformers.transformer_wan_animate_2 import WanAnimate2KVCache
 
 from blade import BladeConfig, apply_blade, blade_summary, remove_blade
 from blade.attention import adaptive
@@ -13,6 +11,7 @@ from blade.attention.config import AdaptiveConfig
 from blade.attention.pattern_table import mixed_table
 from blade.attention.patterns import HeadPattern, Window
 
+transformer_wan_animate_2 = pytest.importorskip("diffusers.models.transformers.transformer_wan_animate_2")
 DETAILS = AdaptiveConfig(block_size=8, probe_tokens=4, pooled_window=4)
 FRAMES, HEIGHT, WIDTH = 3, 4, 6
 TOKENS = HEIGHT * WIDTH
@@ -38,7 +37,7 @@ def make(make_wan_animate_2):
 def run(transformer, *, timestep=500.0, area=None, seed=0):
     """The output of the pass over the driving video, and of one that makes the video."""
     generator = torch.Generator().manual_seed(seed)
-    cache, outputs = WanAnimate2KVCache(len(transformer.blocks)), []
+    cache, outputs = transformer_wan_animate_2.WanAnimate2KVCache(len(transformer.blocks)), []
     grid = torch.tensor([[FRAMES, HEIGHT, WIDTH]])
     for mode, frames in (("extract", FRAMES), ("cached", FRAMES + 1)):
         latent, condition = (
