@@ -167,8 +167,8 @@ def load_empty_model(
     except HubUnreachableError:
         if revision is not None or str(model) not in published_configurations():
             raise
-        parts = published_configurations()[str(model)]
-        index = parts.get("model_index", {})
+        published = published_configurations()[str(model)]
+        index = published.get("model_index", {})
         missing = [name for name, value in index.items() if value == [None, None]]
         without = f", without {' and '.join(missing)}" if missing else ""
         logger.info(
