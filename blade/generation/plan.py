@@ -28,6 +28,7 @@ from blade.models.devices import resolve_device, resolve_dtype
 from blade.models.loaded import LatentSize, LoadedModel
 from blade.models.loading import load_empty_model
 from blade.models.tiny_decoder import TinyDecoder
+from blade.models.transformer_files import load_transformers
 from blade.students.loading import read_student
 
 
@@ -111,6 +112,9 @@ def resolve_without_weights(request: GenerationRequest) -> tuple[LoadedModel, Re
     device = resolve_device(request.device)
     dtype = resolve_dtype(request.dtype, device)
     model = model_for(load_empty_model(request.model, revision=request.revision, dtype=dtype), request.condition)
+    if request.transformer is not None:
+        for name, part in load_transformers(model, request.transformer, dtype=dtype, device="meta").items():
+            model.pipe.register_modules(**{name: part})
     if request.decoder_weights is not None:
         model = replace(model, decoder=load_tiny_decoder(model, request.decoder_weights))
     student = None

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -39,6 +40,7 @@ def load_model(
     revision: str | None = None,
     device: torch.device | str | None = "cpu",
     dtype: torch.dtype = torch.float32,
+    components: Mapping[str, nn.Module] = MappingProxyType({}),
 ) -> LoadedModel:
     """Load a Diffusers video pipeline.
 
@@ -47,14 +49,16 @@ def load_model(
         revision: branch, tag or commit of a Hub id; None takes its main branch.
         device: where it runs; None leaves it where it was loaded, on the CPU.
         dtype: dtype of all parts but the VAE, which runs in float32.
+        components: parts that are loaded already, by name; the model's own are then neither read nor downloaded.
 
     Raises:
         ModelError: if there is no such model, it cannot be read, or it makes no video.
     """
     source, options = locate(model, revision)
     try:
-        source = _fetch(model, source, options)
-        pipe = load_pipeline(source, f"`model` {model} cannot be loaded: it", {"default": dtype, "vae": torch.float32})
+        source = _fetch(model, source, {**components, **options})
+        dtypes = {"default": dtype, "vae": torch.float32}
+        pipe = load_pipeline(source, f"`model` {model} cannot be loaded: it", dtypes, components)
     except ModelError:
         raise
     except Exception as error:  # whatever Diffusers, Transformers and safetensors raise for a broken model
@@ -67,13 +71,19 @@ def load_model(
     return loaded
 
 
-def load_pipeline(folder: str | Path, what: str, dtype: torch.dtype | Mapping[str, torch.dtype]) -> Any:
+def load_pipeline(
+    folder: str | Path,
+    what: str,
+    dtype: torch.dtype | Mapping[str, torch.dtype],
+    components: Mapping[str, nn.Module] = MappingProxyType({}),
+) -> Any:
     """Load a pipeline from a folder in Diffusers format by others: none of its code runs, and nothing is unpickled.
 
     Args:
         folder: the folder.
         what: the subject of the error's message, such as "`model` folder".
         dtype: dtype of all parts, or of each by name.
+        components: see `load_model`.
 
     Raises:
         ModelError: see `blade.models.untrusted.check_model_folder`.
@@ -86,7 +96,7 @@ def load_pipeline(folder: str | Path, what: str, dtype: torch.dtype | Mapping[st
         options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": False}
     else:  # which takes the first by another name, and knows the second for downloads alone
         options = {"torch_dtype": dtype}
-    return kind.from_pretrained(folder, use_safetensors=True, local_files_only=True, **options)
+    return kind.from_pretrained(folder, use_safetensors=True, local_files_only=True, **options, **components)
 
 
 def _fetch(model: str | Path, source: str, options: Mapping[str, Any]) -> str:
@@ -97,7 +107,8 @@ def _fetch(model: str | Path, source: str, options: Mapping[str, Any]) -> str:
     from huggingface_hub import hf_hub_download
 
     # before anything else: Diffusers looks at its classes while it downloads
-    read_model_index(Path(hf_hub_download(source, INDEX_NAME, **options)), f"`model` {model} cannot be loaded: it")
+    hub = {name: options[name] for name in ("local_files_only", "revision")}
+    read_model_index(Path(hf_hub_download(source, INDEX_NAME, **hub)), f"`model` {model} cannot be loaded: it")
     return str(DiffusionPipeline.download(source, use_safetensors=True, trust_remote_code=False, **options))
 
 

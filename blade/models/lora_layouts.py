@@ -12,6 +12,7 @@ from torch import nn
 
 from blade.families.transformers import Transformer
 from blade.models.lora_files import LoraFile
+from blade.models.stored_weights import weight_shape
 
 PREFIXES = (
     "base_model.model.",
@@ -166,6 +167,7 @@ class _Target:
         self.name = name
         self.layer = None if isinstance(item, torch.Tensor) else getattr(item, "base_layer", item)  # in an adapter
         self.weight: torch.Tensor = item if self.layer is None else self.layer.weight
+        self.shape = self.weight.shape if self.layer is None else weight_shape(self.layer)
         self.bias: torch.Tensor | None = getattr(self.layer, "bias", None)
 
 
@@ -213,7 +215,7 @@ class _Change:
 
     def _rows(self, tensor: torch.Tensor) -> Sequence[torch.Tensor]:
         """Split a tensor into the rows of each target."""
-        rows = [target.weight.shape[0] for target in self.targets]
+        rows = [target.shape[0] for target in self.targets]
         if tensor.ndim == 0 or (len(rows) > 1 and tensor.shape[0] != sum(rows)):
             raise _UnusableError(f"{_size(tensor.shape)} instead of {sum(rows)} rows")
         return tensor.split(rows) if len(rows) > 1 else [tensor]
@@ -221,6 +223,8 @@ class _Change:
     def _add(self, parameter: torch.Tensor | None, difference: torch.Tensor, factor: float) -> None:
         if parameter is None:
             raise _UnusableError("it has no bias here")
+        if not parameter.is_floating_point():
+            raise _UnusableError("its weights are stored in fewer bits, to which nothing can be added")
         if parameter.shape != difference.shape:
             raise _UnusableError(f"{_size(difference.shape)} instead of {_size(parameter.shape)}")
         self.differences.append((parameter, difference if factor == 1 else difference.float() * factor))
@@ -235,10 +239,10 @@ def _fitting(target: _Target, pair: Pair) -> Pair:
     if not isinstance(target.layer, LINEAR):
         raise _UnusableError("it takes no pair of matrices here")
     rank = pair.down.shape[0] if pair.down.ndim else 0
-    kernel = (1,) * (target.weight.ndim - 2)
+    kernel = (1,) * (len(target.shape) - 2)
     product = (*pair.up.shape[:1], *pair.down.shape[1:])
-    if product != target.weight.shape or pair.up.shape[1:] != (rank, *kernel) or rank == 0:
-        raise _UnusableError(f"{_size(product)} of rank {rank} instead of {_size(target.weight.shape)}")
+    if product != target.shape or pair.up.shape[1:] != (rank, *kernel) or rank == 0:
+        raise _UnusableError(f"{_size(product)} of rank {rank} instead of {_size(target.shape)}")
     return pair
 
 
