@@ -72,6 +72,8 @@ class ModelFamily(Protocol):
     """The family's name, for messages."""
     guidance_takes_two_passes: bool
     """True if the pipelines' `guidance_scale` is classifier-free guidance, and no input of the transformer."""
+    guidance_as_batch: bool
+    """True if the two passes of classifier-free guidance are one of a batch of two, which takes more memory."""
     size_multiple: int
     """Pixels that the pipelines want heights and widths to be whole multiples of, whatever the VAE."""
     tiny_decoders: Mapping[int, tuple[str, ...]]

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 from blade.common.errors import first_line
+from blade.families.protocol import ModelFamily
+from blade.families.transformers import Transformer
 from blade.models.choices import OFFLOADS, Offload, parse_cache
 from blade.models.loaded import LoadedModel
 
@@ -38,6 +40,12 @@ def quantize(model: LoadedModel, kind: str) -> None:
     Raises:
         ValueError: if torchao is not installed, or its version lacks this.
     """
+    for transformer in model.transformers.values():
+        quantize_blocks(transformer, model.family, kind)
+
+
+def quantize_blocks(transformer: Transformer, family: ModelFamily, kind: str) -> None:
+    """Store the weights of one transformer's blocks in fewer bits; see `quantize`."""
     try:
         from torchao.quantization import quantize_
     except ImportError:
@@ -47,9 +55,8 @@ def quantize(model: LoadedModel, kind: str) -> None:
         config = getattr(import_module(module), name)()
     except (ImportError, AttributeError) as error:
         raise ValueError(f"`quantize` {kind} needs a newer torchao: {first_line(error)}") from error
-    for transformer in model.transformers.values():
-        for block in model.family.blocks(transformer):
-            quantize_(block, config)
+    for block in family.blocks(transformer):
+        quantize_(block, config)
 
 
 def check_quantizable(kind: str | None, device: torch.device) -> None:

@@ -12,6 +12,7 @@ from blade.common.errors import first_line
 from blade.families.transformers import Transformer
 from blade.models.choices import SEPARATOR, parse_transformer
 from blade.models.loaded import LoadedModel
+from blade.models.outlines import pack_nf4
 from blade.models.source import ModelError
 from blade.models.stored_weights import Float8Linear, packed_layers
 from blade.models.transformer_layouts import FLOAT8, Layout, translate_layout
@@ -85,10 +86,13 @@ def check_stored(transformers: Mapping[str, Transformer], *, quantize: str | Non
                 f"`quantize` must not be given with a `transformer` that is stored in fewer bits, as {name} is, got "
                 f"{quantize!r}."
             )
-        if offload == "sequential":
+        kinds = {type(layer).__module__.partition(".")[0] for _, layer in packed_layers(transformer)}
+        # what bitsandbytes knows of a packed weight would stay behind
+        refused = ("sequential", "group") if "bitsandbytes" in kinds else ("sequential",)
+        if offload in refused:
+            other = "model" if "group" in refused else "group"
             raise ValueError(
-                f"`offload` must not be sequential with a `transformer` that is stored in fewer bits, as {name} is; "
-                'take "group".'
+                f"`offload` must not be {offload} with a `transformer` that is stored as {name} is; take {other!r}."
             )
 
 
@@ -219,8 +223,6 @@ def _load_packed(
         weights[f"{key.partition(PACKED_STATE)[0]}.weight"] = torch.empty(shape, device="meta")
     _check_fit(weights, expected, type(like), what)
     if device.type == "meta":
-        from blade.models.packed_layers import pack_nf4
-
         packed = {key.partition(PACKED_STATE)[0] for key in tensors if PACKED_STATE in key}
         return pack_nf4(_empty(like, buffers_too=True).to(dtype), packed)
     try:

@@ -71,6 +71,7 @@ class LTXVideoFamily(DiffusersFamily):
 
     name = "LTX-Video (LTXVideoTransformer3DModel)"
     guidance_takes_two_passes = True
+    guidance_as_batch = True
     transformers = (LTXVideoTransformer3DModel,)
     processors = (LTXVideoAttnProcessor,)
     sparse_processor = LTXVideoSparseProcessor

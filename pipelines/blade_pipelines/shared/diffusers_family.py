@@ -38,6 +38,8 @@ class DiffusersFamily:
     """Name of the submodule that computes the time embedding, (B, channels)."""
     condition_pipelines: ClassVar[Mapping[tuple[str, Condition], str]] = {}
     """Pipeline class that accepts a condition with the same weights, by the pipeline's class and the condition."""
+    guidance_as_batch: bool = False
+    """Whether guidance takes a batch of two; here two calls, or none."""
     size_multiple: int = 16
     """Pixels of which the pipelines require heights and widths to be multiples."""
     tiny_decoders: Mapping[int, tuple[str, ...]] = MappingProxyType({})
