@@ -15,9 +15,9 @@ from blade.models.loaded import LoadedModel
 from blade.models.outlines import AS_IT_IS, EVERY_WAY, LAYERWISE, STORAGES, WHOLE_PARTS, PackedNf4Linear, Storage
 from blade.models.stored_weights import packed_layers
 
-SLOWNESS = {"none": 0, "model": 0, "group": 1, "sequential": 2}
-"""How often offloading brings weights: once at most for a video, in every step, or in every step with nothing else
-going on meanwhile."""
+SLOWNESS = {"none": 0, "model": 0, "group": 1}
+"""How often offloading brings weights: once at most for a video, or in every step. Sequential offloading is never
+better: it brings the same layers as by group, with nothing else going on meanwhile."""
 
 LOSSES = {16: 0.0, 8: 1.0, 4: 2.0}
 """Rank of a setting by the bits that weights are rounded to."""
@@ -153,7 +153,7 @@ def _ordered(stages: Stages, request: ResolvedRequest, storages: Iterable[Storag
         for storage in storages
         for offload in offloads
         for decoding in decodings
-        if offload in storage.offloads and not (offload == "sequential" and request.compile)
+        if offload in storage.offloads
     ]
 
     def rank(setting: tuple[Storage, str, str]) -> tuple[float, ...]:

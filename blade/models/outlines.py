@@ -15,10 +15,8 @@ from blade.families.transformers import Transformer
 from blade.models.stored_weights import Float8Linear
 
 NF4_BLOCK = 64
-"""Weights of a block of NF4 that share a scale, which has 8 bits. Source: bitsandbytes' `Linear4bit`, its defaults."""
-
-NF4_SCALE_BLOCK = 256
-"""Scales that share one of theirs, of 32 bits; the same source."""
+"""Weights of a block of NF4 that share a scale, of 32 bits. Source: `BitsAndBytesConfig` of Diffusers, its defaults;
+with `bnb_4bit_use_double_quant` the scales take a quarter."""
 
 AS_IT_IS = "as it is"
 """Name of the storage of a transformer that is left alone."""
@@ -78,11 +76,9 @@ class PackedNf4Linear(nn.Linear):
         with torch.device("meta"):
             super().__init__(plain.in_features, plain.out_features, bias=plain.bias is not None)
         count = plain.in_features * plain.out_features
-        blocks = -(-count // NF4_BLOCK)
         self.weight = nn.Parameter(_bytes(-(-count // 2)), requires_grad=False)
         self.bias = plain.bias
-        self.register_buffer("absmax", _bytes(blocks))
-        self.register_buffer("nested_absmax", _bytes(4 * -(-blocks // NF4_SCALE_BLOCK)))
+        self.register_buffer("absmax", _bytes(4 * -(-count // NF4_BLOCK)))
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Return a tensor of the result's shape, holding the unpacked weights meanwhile."""
