@@ -107,7 +107,7 @@ def test_files_are_in_plans_records_and_summaries(folder: Path, tmp_path: Path, 
     request = tiny(folder / "model", transformer="high-fp8.safetensors:low-fp8.safetensors")
     plan, whole = plan_run(request), both(folder, "-fp8.safetensors")
     assert plan.request.transformer == whole and f"file        {whole}" in str(plan)
-    assert plan.weights_gib["transformer"] < 0.5 * plan_run(tiny(folder / "model")).weights_gib["transformer"]
+    assert plan.weights_gib["transformer"] < 0.7 * plan_run(tiny(folder / "model")).weights_gib["transformer"]
     report = generate_files(request, tmp_path / "video.mp4")
     assert report.record["transformer"] == whole and f"file        {whole}" in str(report)
     again = read_request(report.record_path)
@@ -142,9 +142,7 @@ def test_a_lora_of_each_expert_comes_on_top_unmerged(folder: Path, tmp_path: Pat
     model.pipe.set_progress_bar_config(disable=True)
     video = run_request(model, resolved).video
     assert video.isfinite().all()
-    assert (
-        video - make(tiny(folder / "model", transformer=request.transformer, attention=None, blade_config=SPARSE))
-    ).abs().max() > 1e-4
+    assert (video - make(tiny(folder / "model", **sparse))).abs().max() > 1e-4
 
 
 def load_weights(path: Path) -> dict[str, torch.Tensor]:
@@ -156,13 +154,9 @@ def load_weights(path: Path) -> dict[str, torch.Tensor]:
 def test_what_does_not_go_together_is_refused(folder: Path, tmp_path: Path) -> None:
     write_scaled(tmp_path / "high.safetensors", load_weights(folder / "high.safetensors"))
     one = str(tmp_path / "high.safetensors")
-    with pytest.raises(
-        ValueError, match=r"a file for each of this model's transformers, FIRST:SECOND for transformer and"
-    ):
+    with pytest.raises(ValueError, match="a file for each of this model's transformers, FIRST:SECOND for"):
         make(tiny(folder / "model", transformer=one))
-    with pytest.raises(
-        ValueError, match="`quantize` must not be given with a `transformer` that is stored in fewer bits"
-    ):
+    with pytest.raises(ValueError, match="`quantize` must not be given with a `transformer` that is stored"):
         make(tiny(folder / "model", transformer=f"{one}:{one}", quantize="int8"))
     with pytest.raises(ValueError, match="`transformer` must name one file, or FIRST:SECOND"):
         tiny(folder / "model", transformer="a:b:c")
