@@ -292,10 +292,8 @@ def test_a_published_model_is_planned_offline_at_its_own_size(monkeypatch):
 def test_the_option_belongs_to_a_dry_run(capsys):
     with pytest.raises(SystemExit) as ended:
         main(["a red ball moving right", "--memory", "24"])
-    assert (
-        ended.value.code == 2
-        and "`--memory` must not be given without `--dry-run`, got 24." in capsys.readouterr().err
-    )
+    message = "`--memory` must not be given without `--dry-run`, got 24."
+    assert ended.value.code == 2 and message in capsys.readouterr().err
     with pytest.raises(SystemExit) as ended:
         main(["a red ball moving right", "--dry-run", "--memory", "0"])
     assert ended.value.code == 2 and "`memory` must be above 0 and finite, got 0" in capsys.readouterr().err

@@ -124,18 +124,11 @@ def test_a_lora_of_each_expert_comes_on_top_unmerged(folder: Path, tmp_path: Pat
         write_scaled(tmp_path / f"{name}.safetensors", load_weights(folder / f"{name}.safetensors"))
         key = "diffusion_model.blocks.0.attn1.to_q"
         pair = {"A": torch.randn(2, 64, generator=generator), "B": torch.randn(64, 2, generator=generator)}
-        save_file(
-            {f"{key}.lora_{letter}.weight": value for letter, value in pair.items()},
-            tmp_path / f"lora-{name}.safetensors",
-        )
-    request = tiny(
-        folder / "model",
-        transformer=both(tmp_path, ".safetensors"),
-        loras=(f"{tmp_path / 'lora-high.safetensors'}:{tmp_path / 'lora-low.safetensors'}=0.5",),
-        attention=None,
-        blade_config=SPARSE,
-    )
-    model, resolved = prepare_model(request)
+        path = tmp_path / f"lora-{name}.safetensors"
+        save_file({f"{key}.lora_{letter}.weight": value for letter, value in pair.items()}, path)
+    sparse = {"transformer": both(tmp_path, ".safetensors"), "attention": None, "blade_config": SPARSE}
+    lora = f"{tmp_path / 'lora-high.safetensors'}:{tmp_path / 'lora-low.safetensors'}=0.5"
+    model, resolved = prepare_model(tiny(folder / "model", loras=(lora,), **sparse))
     for part in model.transformers.values():
         layer = part.blocks[0].attn1.to_q
         assert isinstance(layer.base_layer, Float8Linear) and layer.scaling["lora_0"] == 0.5
