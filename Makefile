@@ -3,18 +3,20 @@
 # make test-slow                                    types, and the tests that take longer: cubins, trainings, large kernels
 # make test-long                                    tests that take many minutes each, run by hand
 # make test-oldest                                  the model families with the oldest Diffusers that is supported
+# make test-diffusers DIFFUSERS=PATH                Diffusers' own tests, of a checkout, with BLADE applied
 # make test-report                                  the profiler's report in Debian's Chromium, installed if missing
 # make docs                                         the documentation in site/; a link that leads nowhere is an error
 # make wheel                                        sdist and wheel in dist/, checked as a package index does
 #
 # All set up .venv if it is missing. Overridable: PYTHON, VENV, TORCH, WORKERS, and ARGS with further options of
-# blade-generate, such as ARGS="--compare --seed 3".
+# blade-generate, such as ARGS="--compare --seed 3", or of test-diffusers, such as ARGS="--group models".
 
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 WORKERS ?= 2
 OLDEST ?= diffusers==0.36.0
+DIFFUSERS ?=
 PROMPT ?= a red ball moving right
 ARGS ?=
 
@@ -28,14 +30,18 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations=15
 
 # A misspelled variable would be ignored, and `make generate PROMT=...` make another video.
-KNOWN := PYTHON VENV TORCH WORKERS OLDEST PROMPT ARGS SHELL MAKE MAKEFLAGS MAKEOVERRIDES
+KNOWN := PYTHON VENV TORCH WORKERS OLDEST DIFFUSERS PROMPT ARGS SHELL MAKE MAKEFLAGS MAKEOVERRIDES
 GIVEN := $(foreach name,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(name)))),$(name)))
 UNKNOWN := $(filter-out $(KNOWN),$(GIVEN))
 ifneq ($(UNKNOWN),)
-$(error unknown variable $(UNKNOWN); there are PYTHON, VENV, TORCH, WORKERS, OLDEST, PROMPT and ARGS)
+$(error unknown variable $(UNKNOWN); there are PYTHON, VENV, TORCH, WORKERS, OLDEST, DIFFUSERS, PROMPT and ARGS)
 endif
 
-.PHONY: generate test test-slow test-long test-oldest test-report docs wheel clean
+ifeq ($(filter test-diffusers,$(MAKECMDGOALS))-$(DIFFUSERS),test-diffusers-)
+$(error name a checkout of Diffusers: make test-diffusers DIFFUSERS=../diffusers)
+endif
+
+.PHONY: generate test test-slow test-long test-oldest test-diffusers test-report docs wheel clean
 
 # The prompt travels in the environment, where no character of it means anything to a shell.
 generate: export BLADE_PROMPT = $(value PROMPT)
@@ -57,6 +63,10 @@ test-long: $(VENV)/.installed-dev
 test-oldest: $(VENV)-oldest/.oldest
 	OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest -n $(WORKERS) tests/pipelines tests/blade/attention \
 	  tests/blade/students tests/blade/models/test_untrusted.py
+
+# By hand: some twenty minutes of two cores. The table is in outputs/diffusers-tests/.
+test-diffusers: $(VENV)/.installed-diffusers-tests
+	$(BIN)/python scripts/run_diffusers_tests.py "$(DIFFUSERS)" --workers $(WORKERS) $(ARGS)
 
 test-report: $(VENV)/.installed-browser | $(CHROMIUM)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser tests/report
@@ -99,6 +109,10 @@ $(VENV)/.installed-dev: pyproject.toml | $(VENV)/.torch-installed
 
 $(VENV)/.installed-browser: pyproject.toml | $(VENV)/.torch-installed
 	$(INSTALL) -e ".[dev,browser]"
+	@touch $@ $(VENV)/.installed-dev $(VENV)/.installed
+
+$(VENV)/.installed-diffusers-tests: pyproject.toml | $(VENV)/.torch-installed
+	$(INSTALL) -e ".[dev,diffusers-tests]"
 	@touch $@ $(VENV)/.installed-dev $(VENV)/.installed
 
 clean:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -42,11 +42,20 @@ class TokenGrid:
     """Text tokens that the self-attention sees after the video tokens."""
     first_frame_apart: bool = False
     """Put the first frame's tokens first in every order, for models that treat them apart."""
+    dense_text: bool = False
+    """Compute queries of text, which is all that is no video, in a dense call of their own: exact in every method."""
+    frames_apart: bool = False
+    """Keep the tokens of every frame together, and the frames in order: an order runs inside each frame. For models
+    that treat the frames one by one."""
 
     def __post_init__(self) -> None:
         for name, least in (("frames", 1), ("height", 1), ("width", 1), ("text_before", 0), ("text_after", 0)):
             check_integer(name, getattr(self, name), least, MOST_TOKENS)
         check_flag("first_frame_apart", self.first_frame_apart)
+        check_flag("frames_apart", self.frames_apart)
+        check_flag("dense_text", self.dense_text)
+        if self.dense_text and self.text_before:
+            raise ValueError(f"`dense_text` takes text after the video alone, got `text_before` {self.text_before}.")
 
     @property
     def video_tokens(self) -> int:
@@ -73,6 +82,16 @@ class TokenGrid:
         """Index in the sequence just past the last video token."""
         return self.text_before + self.video_tokens
 
+    @property
+    def block_queries(self) -> int:
+        """Number of queries, from the first, that attend by blocks: all but those that `dense_text` sets apart."""
+        return self.video_tokens if self.dense_text else self.sequence_length
+
+    def to_dict(self) -> dict[str, int | bool]:
+        """Return the fields as plain JSON values; newer flags only where they are set, for earlier versions' sake."""
+        newer = ("dense_text", "frames_apart")
+        return {name: value for name, value in asdict(self).items() if value or name not in newer}
+
     def text_blocks(self, block_size: int) -> list[bool]:
         """Return for each block of the sequence whether it holds a text token."""
         starts = range(0, self.sequence_length, block_size)
@@ -81,27 +100,27 @@ class TokenGrid:
             for start in starts
         ]
 
-    def order(self, name: str, device: torch.device | str = "cpu") -> torch.Tensor:
+    def order(self, name: str, device: torch.device | str = "cpu", *, whole: bool = False) -> torch.Tensor:
         """Return the permutation that puts raster-ordered video tokens into a token order.
-
-        Text tokens are no part of it: they stay where they are.
 
         Args:
             name: one of `TOKEN_ORDERS`, with numbers for its parameters if it has any.
             device: where the permutation shall live.
+            whole: permute the whole sequence, in which text tokens stay where they are. By default they are no part
+                of the permutation.
 
         Returns:
-            int64 tensor of `video_tokens` raster indices, so that `ordered = raster.index_select(dim, permutation)`.
-            It is cached and shared: do not write to it.
+            int64 tensor of `video_tokens` raster indices, or `sequence_length` indices into the sequence, so that
+            `ordered = raster.index_select(dim, permutation)`. It is cached and shared: do not write to it.
 
         Raises:
             ValueError: if no order has this name.
         """
-        return _permutation(self, *_find_order(name), torch.device(device), False)
+        return _permutation(self, *_find_order(name), torch.device(device), False, whole)
 
-    def inverse_order(self, name: str, device: torch.device | str = "cpu") -> torch.Tensor:
+    def inverse_order(self, name: str, device: torch.device | str = "cpu", *, whole: bool = False) -> torch.Tensor:
         """Return the permutation that puts tokens of order `name` back into raster order. See `order`."""
-        return _permutation(self, *_find_order(name), torch.device(device), True)
+        return _permutation(self, *_find_order(name), torch.device(device), True, whole)
 
     def positions(self, name: str) -> torch.Tensor:
         """Return the (frame, row, column) of every video token in the order `name`: int64 (video_tokens, 3)."""
@@ -171,9 +190,13 @@ def _find_order(name: str) -> tuple[TokenOrder, tuple[int, ...]]:
 
 @lru_cache(maxsize=128)
 def _permutation(
-    grid: TokenGrid, order: TokenOrder, parameters: tuple[int, ...], device: torch.device, inverse: bool
+    grid: TokenGrid, order: TokenOrder, parameters: tuple[int, ...], device: torch.device, inverse: bool, whole: bool
 ) -> torch.Tensor:
-    if grid.first_frame_apart and grid.frames > 1:
+    if grid.frames_apart:
+        frame = _raster_indices(1, grid.height, grid.width, order, parameters)
+        starts = np.arange(grid.frames, dtype=np.int64)[:, None] * len(frame)
+        indices = (starts + frame).reshape(-1)
+    elif grid.first_frame_apart and grid.frames > 1:
         first = _raster_indices(1, grid.height, grid.width, order, parameters)
         rest = _raster_indices(grid.frames - 1, grid.height, grid.width, order, parameters)
         indices = np.concatenate((first, len(first) + rest))
@@ -182,6 +205,10 @@ def _permutation(
     if inverse:
         # argsort of a permutation is its inverse
         indices = np.argsort(indices, kind="stable")
+    if whole:
+        sequence = np.arange(grid.sequence_length)
+        sequence[grid.video_start : grid.video_stop] = grid.video_start + indices
+        indices = sequence
     # Not an inference tensor even if asked for in inference mode: it may be saved for a backward pass later.
     with torch.inference_mode(False):
         return torch.from_numpy(indices).to(device)

@@ -17,6 +17,7 @@ from blade_kernels.block_sparse.pooled import PooledTokens, pool_tokens
 
 from blade.attention.budget import BlockBudget, configured_budget
 from blade.attention.config import AdaptiveConfig, BladeConfig
+from blade.attention.frame_keys import FrameKeys
 from blade.attention.reuse import Kept
 from blade.attention.selectors import Selector, SelectorContext, find_selector
 from blade.token_grid import TokenGrid
@@ -91,9 +92,10 @@ class AdaptivePlan:
         key_lengths: torch.Tensor | None = None,
         places: torch.Tensor | None = None,
         kept: Kept | None = None,
+        beside: FrameKeys | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, str]:
         """Attend; `rows` is this layer's and step's row of `draw_table`. See `adaptive_attention`."""
-        return adaptive_attention(query, key, value, self, rows[0], key_lengths, kept)
+        return adaptive_attention(query, key, value, self, rows[0], key_lengths, kept, beside)
 
     @property
     def min_blocks(self) -> int:
@@ -111,6 +113,7 @@ def adaptive_attention(
     draw: torch.Tensor,
     key_lengths: torch.Tensor | None = None,
     kept: Kept | None = None,
+    beside: FrameKeys | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, str]:
     """Attend to the key blocks that matter. Differentiable, but for the choice of blocks.
 
@@ -122,6 +125,7 @@ def adaptive_attention(
         draw: this layer's and step's row of `draw_table`.
         key_lengths: (B,) integers: the keys from there on, which are text, are absent. The density counts them.
         kept: returns the mask of an earlier step, or keeps the one that it calls for. None: choose.
+        beside: keys for the queries of single frames, all of which are kept. The density does not count them.
 
     Returns:
         (B, S, H, D) output, the realised density, a float32 tensor of no dimensions, and the implementation that
@@ -132,20 +136,83 @@ def adaptive_attention(
             mask = select(query, key, value, plan, draw, key_lengths)
         else:
             mask = kept(lambda: select(query, key, value, plan, draw, key_lengths))
-    pooled = _pool(key, value, plan)
+    return attend_to_blocks(
+        query, key, value, mask, plan.grid, pooled=_pool(key, value, plan), key_lengths=key_lengths, beside=beside,
+        implementation=plan.implementation, precision=plan.precision,
+    )  # fmt: skip
+
+
+def attend_to_blocks(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: BlockMask,
+    grid: TokenGrid,
+    *,
+    pooled: PooledTokens | None = None,
+    key_lengths: torch.Tensor | None = None,
+    beside: FrameKeys | None = None,
+    implementation: str,
+    precision: str,
+) -> tuple[torch.Tensor, torch.Tensor, str]:
+    """Attend to the blocks of a mask; where a grid has `dense_text`, queries of text attend densely. Differentiable.
+
+    Args:
+        query: (B, S, H, D), in token order, after position embeddings.
+        key: (B, S, H, D).
+        value: (B, S, H, D).
+        mask: the kept blocks of all S queries.
+        grid: the tokens.
+        pooled: pooled tokens that share the softmax with the kept keys.
+        key_lengths: (B,) integers: the keys from there on, which are text, are absent. The density counts them.
+        beside: see `adaptive_attention`; of a grid whose frames are apart and that has no text.
+        implementation: see `BladeConfig`.
+        precision: see `BladeConfig`; dense queries have the inputs' own.
+
+    Returns:
+        (B, S, H, D) output, the density over all S queries, a float32 tensor of no dimensions, and the implementation
+        that computed the blocks.
+    """
+    tokens, rows, every = query.shape[1], query.shape[1], query
+    if grid.dense_text and grid.text_after:
+        rows = grid.block_queries
+        query, mask = query[:, :rows], mask.first_rows(-(-rows // mask.block_size[0]))
     implementation = resolve_implementation(
-        query, key, value, mask, pooled=pooled, key_lengths=key_lengths, implementation=plan.implementation,
-        precision=plan.precision,
+        query, key, value, mask, pooled=pooled, key_lengths=key_lengths, return_lse=beside is not None,
+        implementation=implementation, precision=precision,
     )  # fmt: skip
-    output = block_sparse_attention(
-        query, key, value, mask, pooled=pooled, key_lengths=key_lengths, implementation=implementation,
-        precision=plan.precision,
-    )  # fmt: skip
-    tokens = query.shape[1]
+    if beside is None:
+        output = block_sparse_attention(
+            query, key, value, mask, pooled=pooled, key_lengths=key_lengths, implementation=implementation,
+            precision=precision,
+        )  # fmt: skip
+    else:
+        output, lse = block_sparse_attention(
+            query, key, value, mask, pooled=pooled, key_lengths=key_lengths, return_lse=True,
+            implementation=implementation, precision=precision,
+        )  # fmt: skip
+        output = beside.join(
+            query, output, lse, grid.height * grid.width, block_size=mask.block_size, implementation=implementation
+        )
     with torch.no_grad():
-        pooled_pairs = 0 if pooled is None else pooled.pairs(mask, tokens)
-        density = mask.density(tokens, tokens, pooled_pairs=pooled_pairs)
-    return output, density, implementation
+        pooled_pairs = 0 if pooled is None else pooled.pairs(mask, rows)
+        density = mask.density(rows, tokens, pooled_pairs=pooled_pairs)
+    if query is every:
+        return output, density, implementation
+    dense = _dense_attention(every[:, rows:], key, value, key_lengths)
+    return torch.cat((output, dense), dim=1), (density * rows + (tokens - rows)) / tokens, implementation
+
+
+def _dense_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, key_lengths: torch.Tensor | None
+) -> torch.Tensor:
+    """Attend from (B, Q, H, D) to all keys that are there."""
+    there = None
+    if key_lengths is not None:
+        there = torch.arange(key.shape[1], device=key.device) < key_lengths[:, None]
+        there = there[:, None, None]  # (B, 1, 1, S)
+    query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
+    return torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=there).transpose(1, 2)
 
 
 def select(

@@ -76,17 +76,18 @@ def plan_budget(
     if sparsity == 0:
         pooled_tokens = "none"
     pooled_everywhere = math.ceil(grid.video_tokens / pooled_window) if pooled_tokens == "all" else 0
+    pooled_share = pooled_everywhere / tokens * (grid.block_queries / tokens)
     # in "dropped" mode a block that is not kept is replaced by its pooled tokens
     pooled_in_block = block_size / pooled_window if pooled_tokens == "dropped" else 0.0
 
     def density(kept: float) -> float:
         video_row = forced + min(kept * block_size, tokens - forced) + (video_blocks - kept) * pooled_in_block
         text_row = tokens
-        return (forced * text_row + (tokens - forced) * video_row) / tokens**2 + pooled_everywhere / tokens
+        return (forced * text_row + (tokens - forced) * video_row) / tokens**2 + pooled_share
 
     kept, extra = min(1, video_blocks), 0
     if video_blocks:
-        pairs = (1 - sparsity - pooled_everywhere / tokens) * tokens**2 - forced * tokens
+        pairs = (1 - sparsity - pooled_share) * tokens**2 - forced * tokens
         video_row = pairs / (tokens - forced) - forced - video_blocks * pooled_in_block
         whole = block_size - pooled_in_block
         wanted = min(video_row / whole + 1e-6, video_blocks) if whole > 0 else float(video_blocks)
@@ -97,7 +98,7 @@ def plan_budget(
         if density(video_blocks) <= 1 - sparsity + 1e-9:
             kept = video_blocks
     if kept == video_blocks:
-        pooled_tokens, pooled_everywhere, extra = "none", 0, 0
+        pooled_tokens, pooled_share, extra = "none", 0.0, 0
     planned = density(kept + extra / blocks)
     return BlockBudget(blocks, text_blocks, kept, extra, pooled_tokens, planned, 1 - sparsity)
 

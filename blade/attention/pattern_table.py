@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -161,7 +161,7 @@ class PatternTable:
             "token_order": self.token_order,
             "steps": self.steps,
             "group_starts": list(self.group_starts),
-            "grid": None if self.grid is None else asdict(self.grid),
+            "grid": None if self.grid is None else self.grid.to_dict(),
             "patterns": [pattern.to_dict() for pattern in self.patterns],
             "assignment": self.assignment.tolist(),
         }

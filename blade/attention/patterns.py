@@ -249,9 +249,10 @@ def _reach(pattern: HeadPattern, grid: TokenGrid, block_size: int, marked: Tenso
     if pattern.kind == "diagonal":
         return _spread(marked, half_width(pattern, grid, block_size))
     if pattern.kind == "multi-diagonal":
-        together = marked.index_select(1, grid.order("token-major", marked.device))
+        whole = TokenGrid(grid.frames, grid.height, grid.width)  # pairs across frames, even of a model that parts them
+        together = marked.index_select(1, whole.order("token-major", marked.device))
         spread = _spread(together, half_width(pattern, grid, block_size))
-        return spread.index_select(1, grid.inverse_order("token-major", marked.device))
+        return spread.index_select(1, whole.inverse_order("token-major", marked.device))
     if pattern.kind != "window":
         raise NotImplementedError(f"the pairs of a {pattern.kind} pattern must be worked out here")
     # a product of conditions on single axes: what a marked token reaches, one axis after the other

@@ -64,31 +64,38 @@ class StepResolver:
     """Resolves the step of each forward pass: from the cache context, else the scheduler, else the timestep.
 
     Only the last way looks at a value on the device, once a forward pass: while the timestep stays (classifier-free
-    guidance runs the transformer twice) so does the step; a lower one is the next step, a higher one a new run. A run
-    that leaves steps out, without telling the scheduler, is looked at before its first step.
+    guidance runs the transformer twice) so does the step; a lower one is the next step, a higher one a new run (or
+    the other way round, where timesteps rise). A run that leaves steps out, without telling the scheduler, is looked
+    at before its first step.
     """
 
-    def __init__(self, pipe: Any = None) -> None:
+    def __init__(self, pipe: Any = None, *, rising: bool = False) -> None:
         """Make a resolver.
 
         Args:
             pipe: the pipeline whose scheduler drives the transformer, if there is one. It is not kept alive.
+            rising: whether timesteps rise from step to step, as the noise falls.
         """
         self.context = ContextRecorder()
         self.fixed: tuple[int, int | None] | None = None
         """Answer of `resolve` whatever else there is, set by a caller that runs the transformer by itself."""
         self._pipe: Callable[[], Any] = weakref.ref(pipe) if pipe is not None else lambda: None
         self._step = 0
-        self._timestep: float | None = None
+        self._noise: float | None = None
+        self._rising = rising
 
-    def resolve(self, timestep: torch.Tensor) -> tuple[int, int | None]:
+    def resolve(self, timestep: torch.Tensor, *, counts_itself: bool = True) -> tuple[int, int | None]:
         """Return the step of this forward pass, from 0, and the number of steps of the schedule, None if unknown.
 
         Args:
-            timestep: the transformer's timesteps, of any shape; only the largest counts.
+            timestep: the timesteps of the video that is made, of any shape; only the largest counts, or the smallest
+                where they rise.
+            counts_itself: False if the pipeline steps copies of its scheduler, so that only the timestep tells.
         """
         if self.fixed is not None:
             return self.fixed
+        if not counts_itself and (scheduler := self._scheduler()) is not None:
+            return self._nearest_step(timestep), len(scheduler.timesteps)
         scheduler_step, scheduler_total = self._from_scheduler(timestep)
         step = getattr(self.context.latest, "step_index", None)
         if step is not None:
@@ -106,7 +113,7 @@ class StepResolver:
     def reset(self) -> None:
         """Start over: the next forward pass is the first of a run."""
         self.context.reset()
-        self._timestep = None
+        self._noise = None
 
     def _from_scheduler(self, timestep: torch.Tensor) -> tuple[int | None, int | None]:
         scheduler = self._scheduler()
@@ -122,12 +129,12 @@ class StepResolver:
         return (step, total) if step < total else (None, None)
 
     def _from_timestep(self, timestep: torch.Tensor, is_scheduled: bool) -> int:
-        value = float(timestep.max())
-        if self._timestep is None or value > self._timestep:
+        noise = float((-timestep if self._rising else timestep).max())
+        if self._noise is None or noise > self._noise:
             self._step = self._first_step(timestep) if is_scheduled else 0
-        elif value < self._timestep:
+        elif noise < self._noise:
             self._step += 1
-        self._timestep = value
+        self._noise = noise
         return self._step
 
     def _scheduler(self) -> Any:
@@ -140,10 +147,14 @@ class StepResolver:
         scheduler = self._scheduler()
         if (begin := getattr(scheduler, "begin_index", None)) is not None:
             return int(begin)
-        times = scheduler.timesteps
-        if getattr(self._pipe(), "num_timesteps", None) == len(times):
+        if getattr(self._pipe(), "num_timesteps", None) == len(scheduler.timesteps):
             return 0  # the pipeline's loop takes all
-        value = float(timestep.max())
+        return self._nearest_step(timestep)
+
+    def _nearest_step(self, timestep: torch.Tensor) -> int:
+        """The place in the schedule of the timestep nearest to the noisiest; 0 if none is near."""
+        times = self._scheduler().timesteps
+        value = float(timestep.min() if self._rising else timestep.max())
         differences = (times.float() - value).abs()
         place = int(differences.argmin())
         # some pipelines tell the transformer another number than the scheduler's

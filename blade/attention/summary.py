@@ -64,12 +64,10 @@ class TransformerSummary:
         lines = [f"{self.name}: {method}"]
         grid = self.grid
         if grid is not None and config.patterns is not None:
-            lines.append(
-                f"  {grid.frames} x {grid.height} x {grid.width} tokens in blocks of {config.patterns.block_size}"
-            )
+            lines.append(f"  {_tokens(grid)} in blocks of {config.patterns.block_size}")
         elif grid is not None and budget is not None:
             lines.append(
-                f"  {grid.frames} x {grid.height} x {grid.width} tokens in {budget.blocks} blocks of "
+                f"  {_tokens(grid)} in {budget.blocks} blocks of "
                 f"{config.asa.block_size}; a row keeps {'at most ' if config.asa.cumulative_mass else ''}"
                 f"{budget.kept_blocks + budget.text_blocks + budget.extra_blocks / budget.blocks:.4g}, pooled tokens: "
                 f"{budget.pooled_tokens}"
@@ -85,6 +83,12 @@ class TransformerSummary:
         lines += [f"  dense {_named(indices)}: {reason}" for reason, indices in reasons.items()]
         lines += [f"  note: {note}" for note in self.notes]
         return "\n".join(lines)
+
+
+def _tokens(grid: TokenGrid) -> str:
+    """Return the size of a grid, and that the token order runs inside each frame where the model needs that."""
+    apart = ", ordered inside each frame," if grid.frames_apart else ""
+    return f"{grid.frames} x {grid.height} x {grid.width} tokens{apart}"
 
 
 @dataclass(frozen=True)

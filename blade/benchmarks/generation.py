@@ -166,7 +166,7 @@ def run_generation_benchmark(
         decoding = time_decoding(loaded, latent, device)
         report["runs"], report["pass_ms"], report["peak_gib"] = [], {}, {"decoding": _gib(decoding.peak_bytes)}
         report["decoding_seconds"] = decoding.median / 1e3
-        guided = 2 if model.family.guidance_takes_two_passes else 1
+        guided = model.family.guidance_passes
         plans = [("dense, guidance", None, request.steps, guided), ("sparse, guidance", config, request.steps, guided)]
         plans += [("sparse", config, steps, 1) for steps in settings.student_steps]
         for name, run_config, steps, passes in plans:
@@ -284,14 +284,14 @@ class _Model:
         report: dict[str, Any],
     ) -> dict[str, Any]:
         """Time a run's passes, after a warm-up pass."""
-        passes = steps * passes_of_step
+        passes = self.family.evaluations(steps) * passes_of_step
         measured = min(passes, measured or passes)
         with ExitStack() as stack:
             if config is not None:
                 stack.enter_context(use_blade(self.transformer, config, dense_steps=0))
             self.forward()
             measurement = time_calls(self.forward, self.device, measured)
-        kind, texts = "dense" if config is None else "sparse", passes_of_step
+        kind, texts = "dense" if config is None else "sparse", min(passes_of_step, 2)
         report["pass_ms"].setdefault(kind, measurement.median)
         report["peak_gib"].setdefault(kind, _gib(measurement.peak_bytes))
         seconds = sum(measurement.milliseconds) / measured * passes / 1e3

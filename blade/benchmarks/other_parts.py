@@ -52,8 +52,9 @@ def time_encoding(model: LoadedModel, tokens: int, device: torch.device, dtype: 
 def _time_encoder(encoder: Any, tokens: int, device: torch.device, dtype: torch.dtype, repeats: int) -> float:
     if encoder.device.type == "meta":
         encoder = _make_anew(encoder, device, dtype)
-    tokens = min(tokens, getattr(encoder.config, "max_position_embeddings", tokens))
-    ids = torch.randint(encoder.config.vocab_size, (1, tokens), device=device)
+    config = encoder.config.get_text_config()  # of an encoder that also sees images, the part for text
+    tokens = min(tokens, getattr(config, "max_position_embeddings", tokens))
+    ids = torch.randint(config.vocab_size, (1, tokens), device=device)
     mask = torch.ones_like(ids)
     return measure(lambda _: encoder(input_ids=ids, attention_mask=mask), device, repeats).median
 

@@ -99,12 +99,17 @@ class Conditions:
 
 
 def check_text_alone(model: LoadedModel) -> None:
-    """Raise a `ValueError` for a pipeline that requires more than a prompt, such as an image."""
+    """Raise a `ValueError` for a pipeline that requires more than a prompt, such as an image, or that makes sound."""
     required = [name for name, value in model.parameters.items() if name in INPUTS and value.default is value.empty]
     if others := [name for name in required if name != "prompt"]:
         raise ValueError(
             "`model` must be one that makes videos from text alone, but a "
             f"{type(model.pipe).__name__} needs `{others[0]}`."
+        )
+    if model.family.sound_rate(model.pipe) is not None:  # whose noise would be taken for a condition
+        raise ValueError(
+            f"`model` must be one that makes video alone, but a {type(model.pipe).__name__} makes sound beside it, "
+            "which cannot be distilled."
         )
 
 

@@ -60,12 +60,12 @@ def validate(
                 )
                 with torch.no_grad(), roles.acting(STUDENT):
                     roles.networks[STUDENT].numbers = (STUDENT, torch.tensor([trainer.trajectory_number(steps)]))
-                    video = run_request(trainer.model, sampled, attention=nullcontext()).video
+                    made = run_request(trainer.model, sampled, attention=nullcontext())
                 stem = f"{file_name(sampled.prompt)}-{number}-steps-{steps}"
-                record = {"prompt": sampled.prompt, "seed": number, "steps": steps, **_scores(sampled, video)}
+                record = {"prompt": sampled.prompt, "seed": number, "steps": steps, **_scores(sampled, made.video)}
                 write_files(
                     {
-                        folder / f"{stem}.mp4": encode_mp4(video, sampled.fps),
+                        folder / f"{stem}.mp4": encode_mp4(made.video, sampled.fps, made.sound),
                         folder / f"{stem}.json": (json.dumps(record, indent=2) + "\n").encode(),
                     }
                 )

@@ -233,7 +233,7 @@ class VideoWorker:
         }
         measured = record_video(self.measures, sample)
         path = video_path(self.evaluation.folder, run.name, prompt)
-        write_files({path: encode_mp4(video, generation_record["fps"])})
+        write_files({path: encode_mp4(video, generation_record["fps"], generation.sound)})
         return record | measured
 
     def _generate(self, prompt: EvaluationPrompt, run: RunSettings) -> tuple[ResolvedRequest, Generation]:

@@ -135,11 +135,41 @@ class ComparisonProtocol:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SupportedModel:
+    """A transformer class that a family supports, as the table of models shows it."""
+
+    title: str
+    """The models that are of this class."""
+    tasks: str
+    """What videos are made from."""
+    pipelines: tuple[str, ...]
+    """Pipeline classes of Diffusers that work."""
+    tested: tuple[str, ...]
+    """Those of `pipelines` of which the tests make whole small ones, with a video."""
+    instances: tuple[str, ...]
+    """Names of its small instances in the tests that all families pass."""
+    presets: tuple[str, ...]
+    """Presets that suit one or the other checkpoint."""
+    refused: Mapping[str, str] = field(default_factory=dict)
+    """Pipeline classes that take this transformer and do not work with BLADE, with the reason."""
+    limits: str = ""
+    """What does not work, or differently than one would expect."""
+
+    def __post_init__(self) -> None:
+        for name in ("pipelines", "tested", "instances", "presets"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if not set(self.tested) <= set(self.pipelines):
+            raise ValueError(f"`tested` must be of the pipelines {self.pipelines}, got {self.tested}.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class FamilyData:
     """Everything about a model family that is data."""
 
     example_model: str | None = None
     """Hub id of a published pipeline, named in messages."""
+    models: Mapping[str, SupportedModel] = field(default_factory=dict)
+    """By transformer class, the rows of the table of models."""
     presets: Mapping[PresetKind, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
     """By kind and name, the values of a `BladeConfig` as plain JSON values."""
     released_students: tuple[ReleasedStudent, ...] = ()
@@ -150,6 +180,8 @@ class FamilyData:
     """Protocols of comparisons by name."""
     configurations: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
     """By Hub id, what the configuration files of a published pipeline say: `model_index` and each part's."""
+    magnitude_ratios: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    """By preset, the ratios of magnitudes that MagCache skips by, one for each step of a run."""
     ddim_scheduler: str | None = None
     """Diffusers' deterministic sampler of this family's v-prediction models."""
 
@@ -159,7 +191,8 @@ class FamilyData:
 
         Args:
             path: a YAML file with the fields of this class. `presets` holds one mapping of names for each kind,
-                `released_students` a list for each Hub id, `benchmark_layers` a mapping of names whose `grid` has the
+                `released_students` a list for each Hub id, `models` a mapping of transformer classes to the fields of
+                `SupportedModel`, `benchmark_layers` a mapping of names whose `grid` has the
                 fields of `TokenGrid`, `protocols` a mapping of names to the other fields of `ComparisonProtocol`. Keys
                 that begin with a dot are ignored, so that they can hold shared values.
 
@@ -182,6 +215,7 @@ class FamilyData:
                 for source, listed in values.pop("released_students", {}).items()
                 for student in listed
             )
+            models = {name: SupportedModel(**model) for name, model in values.pop("models", {}).items()}
             layers = {
                 name: BenchmarkLayer(**{**layer, "grid": TokenGrid(**layer["grid"])})
                 for name, layer in values.pop("benchmark_layers", {}).items()
@@ -192,7 +226,7 @@ class FamilyData:
             }
         except (TypeError, KeyError) as error:
             raise ValueError(f"`{path}` has an entry with a wrong or missing field: {error}.") from error
-        return cls(released_students=students, benchmark_layers=layers, protocols=protocols, **values)
+        return cls(models=models, released_students=students, benchmark_layers=layers, protocols=protocols, **values)
 
 
 def _released_student(source: str, values: Mapping[str, Any]) -> ReleasedStudent:

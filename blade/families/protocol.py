@@ -11,17 +11,23 @@ from torch import nn
 
 from blade.families.data import FamilyData
 from blade.families.sampling_defaults import SamplingDefaults
+from blade.families.video_lengths import VideoLengths
 from blade.token_grid import TokenGrid
 
 Inputs = dict[str, Any]
 """The arguments of a transformer's forward pass by name."""
 
 Permutation = Callable[[], torch.Tensor | None]
-"""Answers with the token order in force, an int64 permutation of the video tokens, or None for raster order."""
+"""Answers with the token order in force, an int64 permutation of the video tokens, or of the whole sequence with
+`ModelFamily.whole_sequence`; None for raster order."""
 
 
 Condition = Literal["image", "video"]
 """An input beside the prompt that a video is made from."""
+
+
+GuidanceBatch = Literal["BCFHW", "BFCHW", "tokens"]
+"""Layout of a batch of latents: batch, channels, frames, height and width, or packed tokens."""
 
 
 class SparseAttention(Protocol):
@@ -29,6 +35,11 @@ class SparseAttention(Protocol):
 
     sparse: bool
     """True in a sparse forward pass."""
+
+    @property
+    def grid(self) -> TokenGrid:
+        """The tokens in a sparse forward pass."""
+        ...
 
     def count_dense(self) -> None:
         """Count a dense forward pass."""
@@ -45,6 +56,7 @@ class SparseAttention(Protocol):
         value: torch.Tensor,
         key_lengths: torch.Tensor | None = None,
         places: torch.Tensor | None = None,
+        frame_keys: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """Attend sparsely.
 
@@ -54,6 +66,8 @@ class SparseAttention(Protocol):
             value: (B, S, H, D).
             key_lengths: (B,) integers: the keys from there on, which are text, are absent. None: all are there.
             places: the result of `places`, if queries and keys are there already.
+            frame_keys: keys and values, (B, F, R, H, D) each, for the queries of each of the last F frames, of a grid
+                whose frames are apart. They share the softmax with the sequence's, and all are kept.
 
         Returns:
             (B, S, H, D).
@@ -72,8 +86,15 @@ class ModelFamily(Protocol):
     """The family's name, for messages."""
     guidance_takes_two_passes: bool
     """True if the pipelines' `guidance_scale` is classifier-free guidance, and no input of the transformer."""
-    guidance_as_batch: bool
-    """True if the two passes of classifier-free guidance are one of a batch of two, which takes more memory."""
+    batched_guidance: GuidanceBatch | None
+    """Layout of the latents where the pipelines run the passes of guidance as one batch; None: one after the other."""
+    timesteps_rise: bool
+    """True if timesteps rise from step to step, as the noise falls."""
+    guidance_passes: int
+    """Forward passes of a step with guidance, each batch item of the same video being one."""
+    whole_sequence: bool
+    """True if one input holds the tokens that the grid calls text beside its video tokens. A token order is then a
+    permutation of the whole sequence, in which they stay where they are."""
     size_multiple: int
     """Pixels that the pipelines want heights and widths to be whole multiples of, whatever the VAE."""
     tiny_decoders: Mapping[int, tuple[str, ...]]
@@ -105,6 +126,37 @@ class ModelFamily(Protocol):
             pipe: the pipeline.
             height: pixels that were asked for, if any.
             width: pixels that were asked for, if any.
+        """
+        ...
+
+    def video_lengths(self, pipe: Any) -> VideoLengths | None:
+        """Return the numbers of frames that a pipeline makes; None: what its VAE's compression of time says."""
+        ...
+
+    def evaluations(self, steps: int) -> int:
+        """Return how often a schedule of so many steps, as the pipelines' call counts them, computes a step."""
+        ...
+
+    def call_options(self, pipe: Any, request: Any) -> Mapping[str, Any]:
+        """Return the arguments of a pipeline's call that a request entails, beside those of its own fields' names.
+
+        Args:
+            pipe: the pipeline.
+            request: the resolved request; `frames`, `fps`, `steps`, `guidance_scale` and `video` may be read.
+
+        Raises:
+            ValueError: if the pipeline would take a field for something else.
+        """
+        ...
+
+    def plan_problem(self, pipe: Any) -> str | None:
+        """Return why a run's operations cannot be planned from its size and steps, or None if they can."""
+        ...
+
+    def sound_rate(self, pipe: Any) -> int | None:
+        """Return the samples a second of the sound that a pipeline makes beside its video; None: it makes none.
+
+        The pipeline's output then holds the sound as `audio`, (B, channels, samples).
         """
         ...
 
@@ -149,6 +201,10 @@ class ModelFamily(Protocol):
         """Return the number of heads of a self-attention module."""
         ...
 
+    def head_dim(self, transformer: nn.Module) -> int:
+        """Return the numbers in one head of one token."""
+        ...
+
     def output_projection(self, attention: nn.Module) -> torch.Tensor | None:
         """Return the weights (channels, H * D) that a self-attention module's output is multiplied with.
 
@@ -160,12 +216,24 @@ class ModelFamily(Protocol):
         """Return why the module cannot be made sparse, or None if it can."""
         ...
 
+    def pass_dense_reason(self, transformer: nn.Module, inputs: Inputs) -> str | None:
+        """Return why no layer can be sparse in a forward pass with these inputs, or None if layers can."""
+        ...
+
+    def scheduler_counts_steps(self, inputs: Inputs) -> bool:
+        """Return whether the pipeline's scheduler counts the steps; False where the pipeline steps copies of it."""
+        ...
+
     def make_processor(self, layer: SparseAttention, previous: Any) -> Any:
         """Return the attention processor for a layer; `previous` is the one it stands in for, its dense fallback."""
         ...
 
     def token_grid(self, transformer: nn.Module, inputs: Inputs) -> TokenGrid:
         """Return the grid of the tokens that these inputs make."""
+        ...
+
+    def video_timestep(self, inputs: Inputs) -> torch.Tensor:
+        """Return the timesteps of the video that is made, of any shape, out of all that the inputs have."""
         ...
 
     def example_inputs(

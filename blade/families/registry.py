@@ -15,12 +15,14 @@ from collections.abc import Mapping
 from functools import cache
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import Any
 
+import yaml
 from torch import nn
 
 from blade.common.checks import check_choice, meant
-from blade.families.data import BenchmarkLayer, ComparisonProtocol, FamilyData, ReleasedStudent
+from blade.families.data import BenchmarkLayer, ComparisonProtocol, FamilyData, ReleasedStudent, SupportedModel
 from blade.families.kinds import PRESET_KINDS, PresetKind
 from blade.families.protocol import ModelFamily
 
@@ -36,7 +38,7 @@ def model_families() -> tuple[ModelFamily, ...]:
     """Return every model family that there is an adapter for, the project's own ones first."""
     package = import_module(OWN_FAMILIES)
     modules = [info.name for info in pkgutil.iter_modules(package.__path__) if not info.ispkg]
-    own = [family for name in sorted(modules) for family in import_module(f"{OWN_FAMILIES}.{name}").FAMILIES]
+    own = [family for name in sorted(modules) for family in _own(name)]
     added = [family for entry in entry_points(group=ENTRY_POINTS) for family in _load(entry)]
     return (*own, *added)
 
@@ -45,16 +47,28 @@ def find_family(transformer: nn.Module) -> ModelFamily:
     """Return the family that recognises a transformer.
 
     Raises:
-        ValueError: if none does; the message lists the families that there are.
+        ValueError: if none does; the message says why a class of Diffusers is not supported, and lists the families
+            that there are.
     """
     families = model_families()
     for family in families:
         if family.recognises(transformer):
             return family
-    listed = ", ".join(family.name for family in families)
-    raise ValueError(
-        f"`{type(transformer).__name__}` is of no model family that BLADE knows; it must be one of: {listed}."
-    )
+    name, listed = type(transformer).__name__, ", ".join(family.name for family in families)
+    refused, others = unsupported_classes()
+    if name in refused:
+        raise ValueError(f"`{name}` is not supported: {refused[name]}. It must be one of: {listed}.")
+    if name in others:
+        raise ValueError(f"`{name}` makes no video: it makes {others[name]}. It must be one of: {listed}.")
+    raise ValueError(f"`{name}` is of no model family that BLADE knows; it must be one of: {listed}.")
+
+
+@cache
+def unsupported_classes() -> tuple[Mapping[str, str], Mapping[str, str]]:
+    """Return Diffusers' transformer classes of no family: why those for videos are refused, what the others make."""
+    path = Path(import_module(OWN_FAMILIES).__path__[0]) / "unsupported.yaml"
+    listed = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return listed["video"], {name: made for made, names in listed["other"].items() for name in names}
 
 
 def preset_names(kind: PresetKind = "training-free") -> tuple[str, ...]:
@@ -114,6 +128,11 @@ def published_configurations() -> dict[str, Mapping[str, Mapping[str, Any]]]:
     return {source: parts for data in _data() for source, parts in data.configurations.items()}
 
 
+def supported_models() -> dict[str, SupportedModel]:
+    """Return the rows of the table of models, by transformer class."""
+    return {name: model for data in _data() for name, model in data.models.items()}
+
+
 def example_model() -> str:
     """Return the Hub id of a published pipeline, for messages."""
     return next(data.example_model for data in _data() if data.example_model is not None)
@@ -128,6 +147,16 @@ def _presets(kind: PresetKind) -> dict[str, Mapping[str, Any]]:
     """Return the presets of a kind by name."""
     check_choice("kind", kind, PRESET_KINDS)
     return {name: values for data in _data() for name, values in data.presets.get(kind, {}).items()}
+
+
+def _own(name: str) -> tuple[ModelFamily, ...]:
+    """Return the families of one of the project's modules; none where the installed Diffusers lacks their class."""
+    try:
+        return tuple(import_module(f"{OWN_FAMILIES}.{name}").FAMILIES)
+    except ModuleNotFoundError as error:
+        if not str(error.name).startswith("diffusers."):
+            raise
+        return ()
 
 
 def _load(entry: EntryPoint) -> tuple[ModelFamily, ...]:

@@ -22,7 +22,7 @@ def find_transformers(pipe_or_transformer: Any) -> dict[str, Transformer]:
         # what `torch.compile` returns stands around the transformer
         return {"transformer": getattr(pipe_or_transformer, "_orig_mod", pipe_or_transformer)}
     found: dict[str, Transformer] = {}
-    for name in ("transformer", "transformer_2"):
+    for name in ("transformer", "transformer_2", "transformer_ref"):
         transformer = getattr(pipe_or_transformer, name, None)
         if isinstance(transformer, nn.Module):
             transformer = getattr(transformer, "_orig_mod", transformer)

@@ -101,15 +101,24 @@ class Stages:
             assert self.tiny is not None
             return self._count((decoding,), self.tiny[1], self.tiny[0], "none")
         vae = self.model.pipe.vae
+        decoder = getattr(vae, "decoder", None)  # which gets equal tiles of large videos
+        repeated = decoder if isinstance(decoder, nn.Module) else None
         if decoding == "tiled":
             vae.enable_tiling()
         try:
-            return self._count((decoding,), self.decode, vae, offload)
+            return self._count((decoding,), self.decode, vae, offload, repeated)
         finally:
             if decoding == "tiled":
                 vae.disable_tiling()
 
-    def _count(self, key: tuple[object, ...], call: Callable[[], object], part: nn.Module, offload: str) -> int:
+    def _count(
+        self,
+        key: tuple[object, ...],
+        call: Callable[[], object],
+        part: nn.Module,
+        offload: str,
+        repeated: nn.Module | None = None,
+    ) -> int:
         """Return a call's activations, with a part's weights as far as offloading has them on the device."""
         by_leaf = offload in ("group", "sequential")
         ahead = offload == "group" and self.streams
@@ -117,5 +126,5 @@ class Stages:
         if key not in self._counted:
             held: AbstractContextManager[Any] = weights_by_leaf(part, ahead=ahead) if by_leaf else nullcontext()
             with held:
-                self._counted[key] = peak_bytes(call)
+                self._counted[key] = peak_bytes(call, repeated)
         return self._counted[key] + (weight_bytes(part) if offload == "model" else 0)

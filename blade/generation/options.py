@@ -248,10 +248,9 @@ class AccelerationOptions(OptionGroup):
     quantize: Quantization | None = option(choices=QUANTIZATIONS, prepare="blade.models.acceleration:quantize")
     """Store the transformer's weights as int8 or fp8 (torchao). int8-dynamic, fp8-dynamic (from sm_89 on) and nvfp4
     (from sm_100 on) multiply in that type too, which is faster with --compile."""
-    cache: str | None = option(
-        settled_by_student=True, of_model=True, choices=tuple(CACHES), prepare="blade.models.acceleration:enable_cache"
-    )
-    """One of Diffusers' caches: first-block or pyramid, with =NUMBER or without."""
+    cache: str | None = option(settled_by_student=True, of_model=True, choices=tuple(CACHES))
+    """Reuse what changes little from step to step: first-block, mag, sea or cache-dit, with =THRESHOLD or without;
+    taylor-seer, pyramid or faster, with =STEPS or without."""
     compile: bool = option(False, prepare="blade.models.acceleration:compile_blocks")
     """Compile the transformer's blocks and the decoder."""
     vae_tiling: bool = option(False, prepare="blade.models.acceleration:enable_tiling")

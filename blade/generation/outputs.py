@@ -70,7 +70,7 @@ class GenerationReport:
         record = self.record
         lines = [
             f"video       {self.video_path} ({record['frames']} frames of {record['width']}x{record['height']}, "
-            f"{record['fps']} a second)",
+            f"{record['fps']} a second{_sound(record)})",
             f"record      {self.record_path} (the same again: blade-generate --from-json)",
             f"seconds     text {record['seconds_text']:.2f}, denoising {record['seconds_denoising']:.2f} "
             f"({record['steps']} steps), decoding {record['seconds_decoding']:.2f}; "
@@ -269,7 +269,7 @@ def _make_files(
     generation = run_request(model, resolved)
     record = make_record(resolved, generation, seconds_loading=seconds_loading)
     record["score"] = _score(resolved, generation)
-    video = encode_mp4(generation.video, record["fps"])
+    video = encode_mp4(generation.video, record["fps"], generation.sound)
     record[VIDEO_DIGEST] = sha256(video).hexdigest()
     comparison: dict[Path, bytes] = {}
     if compare:
@@ -316,6 +316,13 @@ def describe_attention(record: Mapping[str, Any]) -> str:
 def _kind(record: Mapping[str, Any]) -> str | None:
     """Return the kind of a record's configuration; None: dense."""
     return (record.get("blade_config") or {}).get("kind")
+
+
+def _sound(record: Mapping[str, Any]) -> str:
+    """Say what sound a video has, as the end of a list."""
+    sound = record.get("sound")
+    channels = "" if sound is None else "stereo" if sound["channels"] == 2 else "mono"
+    return "" if sound is None else f"; {channels} sound of {sound['rate']} Hz"
 
 
 def describe_score(score: Mapping[str, Any]) -> str:

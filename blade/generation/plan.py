@@ -27,7 +27,7 @@ from blade.models.loaded import LatentSize, LoadedModel
 from blade.models.loading import load_empty_model
 from blade.models.memory_use import peak_bytes, weight_bytes
 from blade.models.tiny_decoder import TinyDecoder, TinyDecoderLayout
-from blade.models.transformer_files import load_transformers
+from blade.models.transformer_files import load_transformers, replace_transformers
 from blade.students.loading import read_student
 
 
@@ -117,8 +117,7 @@ def resolve_without_weights(request: GenerationRequest) -> tuple[LoadedModel, Re
     dtype = resolve_dtype(request.dtype, device)
     model = model_for(load_empty_model(request.model, revision=request.revision, dtype=dtype), request.condition)
     if request.transformer is not None:
-        for name, part in load_transformers(model, request.transformer, dtype=dtype, device="meta").items():
-            model.pipe.register_modules(**{name: part})
+        replace_transformers(model, load_transformers(model, request.transformer, dtype=dtype, device="meta"))
     if request.decoder_weights is not None:
         model = replace(model, decoder=load_tiny_decoder(model, request.decoder_weights))
     student = None
@@ -152,15 +151,19 @@ def plan_run(request: GenerationRequest, *, card: str | None = None, memory_gib:
         request = replace(request, dtype=request.dtype or "bfloat16")
     model, resolved = resolve_without_weights(request)
     pipe, device = model.pipe, torch.device(resolved.device)
+    problem = model.family.plan_problem(pipe)
+    if problem is not None:
+        raise ValueError(f"`dry_run` must not be given for a {type(pipe).__name__}: {problem}.")
     latent = model.latent_size(*resolved.size)
     transformer, family = model.transformer, model.family
     guidance = resolved.guidance_scale > 1 and family.guidance_takes_two_passes
     forward = forward_cost(transformer, latent)
     cost = run_cost(
         forward,
-        resolved.steps,
+        family.evaluations(resolved.steps),
         skipped_steps=resolved.skipped_steps,
         guidance=guidance,
+        guidance_passes=family.guidance_passes,
         config=resolved.blade_config,
     )
     models = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
@@ -173,16 +176,18 @@ def plan_run(request: GenerationRequest, *, card: str | None = None, memory_gib:
     text_tokens = inputs["encoder_hidden_states"].shape[1]
     encoders = {name: part for name, part in models.items() if name.startswith("text_encoder")}
     text_flops = sum(count_flops(partial(_encode, part, text_tokens)) for part in encoders.values())
+    decoder = getattr(pipe.vae, "decoder", None)  # which gets equal tiles of large videos
+    repeated = decoder if isinstance(decoder, nn.Module) else None
     decode, decoder_weights = _decoding(model, latent, decoder_dtype(transformer.dtype, device))
     plan = RunPlan(
         request=resolved,
         cost=cost,
         text_flops=text_flops * (2 if guidance else 1),
-        decoding_flops=count_flops(decode),
+        decoding_flops=count_flops(decode, repeated),
         weights_gib={name: weight_bytes(part) / GIB for name, part in models.items()} | decoder_weights,
         activations_gib={
             "transformer": peak_bytes(forward_pass) / GIB,
-            "decoding": peak_bytes(decode) / GIB,
+            "decoding": peak_bytes(decode, repeated) / GIB,
         },
         device_gib=torch.cuda.get_device_properties(device).total_memory / GIB if device.type == "cuda" else None,
     )
@@ -190,7 +195,7 @@ def plan_run(request: GenerationRequest, *, card: str | None = None, memory_gib:
         stages = Stages(
             model=model,
             latent=latent,
-            batch=2 if guidance and family.guidance_as_batch else 1,
+            batch=family.guidance_passes if guidance and family.batched_guidance is not None else 1,
             encoders={name: partial(_encode, part, text_tokens) for name, part in encoders.items()},
             decode=lambda: pipe.vae.decode(model.empty_latent(latent), return_dict=False),
             tiny=_tiny_decoding(model, latent),
@@ -262,7 +267,7 @@ def _encode(encoder: nn.Module, tokens: int) -> object:
     """Run a text encoder on as many tokens as it is given, or has positions for."""
     tokens = min(tokens, getattr(encoder.config, "max_position_embeddings", tokens))
     ids = torch.zeros(1, tokens, dtype=torch.int64, device="meta")
-    return encoder(input_ids=ids)
+    return getattr(encoder, "base_model", encoder)(input_ids=ids)  # without the head of a language model
 
 
 def _count(flops: float) -> str:

@@ -9,6 +9,7 @@ from blade.generation.plan import plan_run
 from blade.generation.request import GenerationRequest, ResolvedRequest, check_known, read_config
 from blade.generation.resolve import resolve_request
 from blade.models.acceleration import check_quantizable, choose_offload, place
+from blade.models.caches import enable_cache
 from blade.models.conditions import model_for
 from blade.models.decoder_weights import decoder_dtype, load_tiny_decoder
 from blade.models.devices import resolve_device, resolve_dtype
@@ -72,6 +73,9 @@ def prepare_model(request: GenerationRequest) -> tuple[LoadedModel, ResolvedRequ
     resolved = replace(resolve_request(request, model), offload=offload, device=str(device))
     merge_loras(model)
     request.prepare(model)
+    if request.cache is not None:
+        guidance = model.family.guidance_takes_two_passes and resolved.guidance_scale > 1
+        enable_cache(model, request.cache, steps=resolved.steps, guidance=guidance)
     place(model, device, offload)
     if decoder is not None:
         decoder.to(device, decoder_dtype(dtype, device))

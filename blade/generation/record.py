@@ -47,14 +47,15 @@ def make_record(request: ResolvedRequest, generation: Generation, *, seconds_loa
     Returns:
         First the fields of the request, by name, and the state of the files that it names (`inputs`), then what it
         cost (`seconds_...`, densities, `peak_memory_gib`), how many modules of each transformer LoRAs and a student
-        change (`changed_modules`), `machine` and `versions`.
+        change (`changed_modules`), the channels and samples a second of its `sound`, `machine` and `versions`.
     """
-    device = torch.device(request.device)
+    device, sound = torch.device(request.device), generation.sound
     return _recorded_fields(request) | {
         "inputs": request.input_state,
         "layer_density": generation.layer_density,
         "run_density": generation.run_density,
         "changed_modules": {source: dict(reach) for source, reach in generation.changes.items()},
+        "sound": None if sound is None else {"channels": len(sound.samples), "rate": sound.rate},
         "seconds_loading": round(seconds_loading, 4),
         "seconds_text": round(generation.seconds_text, 4),
         "seconds_denoising": round(generation.seconds_denoising, 4),

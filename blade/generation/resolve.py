@@ -58,6 +58,7 @@ def resolve_request(
     missing = [name for name in NEEDED if settings[name] is None]
     if missing:
         raise ValueError(f"`{missing[0]}` must be given: {type(model.pipe).__name__} has no default for it.")
+    _refuse_ignored(request, model)
     if student is not None:
         student.check_steps(settings["steps"])
     model.check_size(settings["height"], settings["width"], settings["frames"])
@@ -129,10 +130,20 @@ def _defaults(model: LoadedModel, request: GenerationRequest) -> dict[str, Any]:
         height, width = size_like(model, read_image(request.image), area)
         defaults |= {"height": height, "width": width}
     if request.video is not None and request.frames is None:
-        step, _ = model.compression
         length = measure_video(request.video, request.fps or defaults["fps"])
-        defaults["frames"] = (length.count_at(request.fps or defaults["fps"]) - 1) // step * step + 1
+        defaults["frames"] = model.video_lengths.longest(length.count_at(request.fps or defaults["fps"]))
     return defaults
+
+
+def _refuse_ignored(request: GenerationRequest, model: LoadedModel) -> None:
+    """Refuse guidance that a pipeline would not even see."""
+    guided = "guidance_scale" in model.parameters or getattr(model.pipe, "guider", None) is not None
+    given = {
+        "guidance_scale": not guided and request.guidance_scale not in (None, 1),
+        "negative_prompt": "negative_prompt" not in model.parameters and bool(request.negative_prompt),
+    }
+    for name in [name for name, is_ignored in given.items() if is_ignored]:
+        raise ValueError(f"`{name}` must not be given: a {type(model.pipe).__name__} does not take it.")
 
 
 def _tell_frames(path: str, frames: int, fps: int) -> None:

@@ -17,10 +17,12 @@ from blade.attention.summary import BladeSummary, blade_summary
 from blade.common.errors import first_line
 from blade.generation.finite import NonFiniteError, watch_finite
 from blade.generation.request import ResolvedRequest
+from blade.media.sound import Sound
 from blade.models.acceleration import advise
 from blade.models.adapters import Reach
 from blade.models.conditions import cover, read_frames, read_image
 from blade.models.loaded import LoadedModel
+from blade.models.modular import call_modular, is_modular
 from blade.students.scheduler import set_flow_shift
 
 
@@ -30,6 +32,8 @@ class Generation:
 
     video: torch.Tensor
     """(frames, 3, H, W), float32 on the CPU, in [0, 1]."""
+    sound: Sound | None = None
+    """The sound, of models that make one."""
     seconds_text: float
     """From the start to the transformer's first forward pass: text encoding."""
     seconds_denoising: float
@@ -99,14 +103,15 @@ def run_request(
         else:
             stack.enter_context(_watch_scheduler(pipe, on_step_end))
         try:
-            frames = pipe(**arguments).frames[0]
+            output = call_modular(pipe, arguments) if is_modular(pipe) else pipe(**arguments)
+            frames = output.frames[0]
             video = frames.float().cpu() if model.decoder is None else model.decoder.decode(frames)
         except torch.OutOfMemoryError as error:
             advice = advise(
                 request.offload,
                 quantized=request.quantize is not None,
                 tiled=request.vae_tiling or request.decoder == "tiny",
-                decoding=clock.steps == request.steps - request.skipped_steps,
+                decoding=clock.steps == model.family.evaluations(request.steps) - request.skipped_steps,
             )
             raise MemoryError(f"The device's memory does not hold this run ({first_line(error)}). {advice}") from error
         clock.finished()
@@ -115,12 +120,28 @@ def run_request(
         raise NonFiniteError("Non-finite values in the decoded video, made by the decoder; the latents were finite.")
     return Generation(
         video=video,
+        sound=_read_sound(model, output),
         seconds_text=clock.denoising - clock.start,
         seconds_denoising=clock.decoding - clock.denoising,
         seconds_decoding=clock.end - clock.decoding,
         summary=summary,
         changes=dict(model.changes),
     )
+
+
+def _read_sound(model: LoadedModel, output: Any) -> Sound | None:
+    """Return the sound in a pipeline's output, if the model makes one.
+
+    Raises:
+        NonFiniteError: if it holds non-finite samples.
+    """
+    rate = model.family.sound_rate(model.pipe)
+    if rate is None:
+        return None
+    samples = torch.as_tensor(output.audio[0]).float().cpu()
+    if not samples.isfinite().all():
+        raise NonFiniteError("Non-finite values in the decoded sound; the latents were finite.")
+    return Sound(samples, rate)
 
 
 def call_arguments(model: LoadedModel, request: ResolvedRequest) -> dict[str, Any]:
@@ -137,6 +158,7 @@ def call_arguments(model: LoadedModel, request: ResolvedRequest) -> dict[str, An
         "guidance_scale": request.guidance_scale,
         "guidance_scale_2": request.guidance_scale_2,
         "strength": request.strength,
+        **model.family.call_options(model.pipe, request),
         "generator": torch.Generator("cpu").manual_seed(request.seed),
         "output_type": "pt" if request.decoder == "full" else "latent",
     }

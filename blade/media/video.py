@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from blade.media.sound import Sound, SoundTrack
+
 if TYPE_CHECKING:
     from av import VideoFrame
     from av.container import InputContainer
@@ -40,12 +42,13 @@ WIDEST_PIXEL = 8
 """Largest ratio of a pixel's edges that is believed: a file that says more is broken, or meant to fill the memory."""
 
 
-def encode_mp4(frames: Iterable[torch.Tensor], fps: int) -> bytes:
+def encode_mp4(frames: Iterable[torch.Tensor], fps: int, sound: Sound | None = None) -> bytes:
     """Encode frames as an H.264 MP4 that any player shows (4:2:0), in memory.
 
     Args:
         frames: a video, or anything that yields its frames (3, H, W) in [0, 1]; H and W are even.
         fps: frames a second.
+        sound: the sound, which begins with the first frame and is encoded as AAC; None: the file has none.
 
     Returns:
         The file's bytes.
@@ -57,8 +60,8 @@ def encode_mp4(frames: Iterable[torch.Tensor], fps: int) -> bytes:
 
     buffer = io.BytesIO()
     with av.open(buffer, mode="w", format="mp4") as container:
-        stream = None
-        for frame in frames:
+        stream = track = None
+        for number, frame in enumerate(frames):
             pixels = to_pixels(frame)
             height, width = pixels.shape[:2]
             if stream is None:
@@ -66,12 +69,17 @@ def encode_mp4(frames: Iterable[torch.Tensor], fps: int) -> bytes:
                     raise ValueError(f"`frames` must have an even height and width, got {height}x{width}.")
                 stream = container.add_stream("libx264", rate=Fraction(fps), options=ENCODER_OPTIONS)
                 stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
+                track = None if sound is None else SoundTrack(container, sound)
             if (height, width) != (stream.height, stream.width):
                 raise ValueError(f"`frames` must all be {stream.height}x{stream.width}, got one of {height}x{width}.")
             container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+            if track is not None:
+                track.write(until=Fraction(number) / Fraction(fps))
         if stream is None:
             raise ValueError("`frames` must hold at least one frame.")
         container.mux(stream.encode())
+        if track is not None:
+            track.write()
     return buffer.getvalue()
 
 

@@ -1,18 +1,20 @@
-"""Optional accelerations: quantization, caching, compilation, offloading."""
+"""Optional accelerations: quantization, compilation, offloading."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib import import_module
-from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.weight_norm import WeightNorm
 
 from blade.common.errors import first_line
 from blade.families.protocol import ModelFamily
 from blade.families.transformers import Transformer
-from blade.models.choices import OFFLOADS, Offload, parse_cache
+from blade.models.choices import OFFLOADS, Offload
 from blade.models.loaded import LoadedModel
+from blade.models.modular import is_modular
 
 HEADROOM = 0.92
 """Share of a device's memory that weights and activations may fill."""
@@ -81,37 +83,6 @@ def check_quantizable(kind: str | None, device: torch.device) -> None:
         )
 
 
-def enable_cache(model: LoadedModel, text: str) -> None:
-    """Let Diffusers reuse what changes little from step to step.
-
-    Args:
-        model: the model.
-        text: one of `CACHES`, with "=NUMBER" or without.
-
-    Raises:
-        ValueError: if there is no such cache, or Diffusers does not know this model.
-    """
-    import diffusers
-
-    name, number = parse_cache(text)
-    for transformer in model.transformers.values():
-        if name == "first-block":
-            config: Any = diffusers.FirstBlockCacheConfig(threshold=number)
-        else:
-            config = diffusers.PyramidAttentionBroadcastConfig(
-                spatial_attention_block_skip_range=int(number),
-                current_timestep_callback=lambda: model.pipe.current_timestep,
-            )
-        kind = type(transformer).__name__
-        problem = model.family.cache_problem(transformer, name)
-        if problem is not None:
-            raise ValueError(f"`cache` must not be {name}: {problem}; use another cache.")
-        try:
-            transformer.enable_cache(config)
-        except (ValueError, AttributeError, NotImplementedError) as error:
-            raise ValueError(f"`cache` {name} is not known to Diffusers for a {kind}: {first_line(error)}") from error
-
-
 def compile_blocks(model: LoadedModel) -> None:
     """Compile the transformers' blocks one by one, and the decoder, when they first run."""
     for transformer in model.transformers.values():
@@ -145,6 +116,10 @@ def place(model: LoadedModel, device: torch.device, offload: str) -> None:
     """
     if offload == "none":
         model.pipe.to(device)
+    elif is_modular(model.pipe):
+        _offload_parts(
+            [part for part in model.pipe.components.values() if isinstance(part, nn.Module)], device, offload
+        )
     elif offload == "model":
         model.pipe.enable_model_cpu_offload(device=device)
     elif offload == "sequential":
@@ -152,6 +127,29 @@ def place(model: LoadedModel, device: torch.device, offload: str) -> None:
     else:
         stream = device.type == "cuda"
         model.pipe.enable_group_offload(device, offload_type="leaf_level", use_stream=stream, non_blocking=stream)
+
+
+def _offload_parts(parts: Sequence[nn.Module], device: torch.device, offload: str) -> None:
+    """Have each part brought to a device when it runs, as pipelines do that are not modular; see `place`.
+
+    Parts with normalised weights, which a hook computes before any other would bring them, stay on the device where
+    others are brought there layer by layer.
+    """
+    from accelerate import cpu_offload, cpu_offload_with_hook
+    from diffusers.hooks import apply_group_offloading
+
+    hook, stream = None, device.type == "cuda"
+    for part in parts:
+        if offload == "model":
+            _, hook = cpu_offload_with_hook(part, device, prev_module_hook=hook)
+        elif any(
+            isinstance(own, WeightNorm) for module in part.modules() for own in module._forward_pre_hooks.values()
+        ):
+            part.to(device)
+        elif offload == "sequential":
+            cpu_offload(part, device, offload_buffers=True)
+        else:
+            apply_group_offloading(part, device, offload_type="leaf_level", use_stream=stream, non_blocking=stream)
 
 
 def choose_offload(weights: dict[str, float], activations: dict[str, float], device_gib: float) -> Offload:

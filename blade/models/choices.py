@@ -28,9 +28,21 @@ QUANTIZATIONS = get_args(Quantization)
 """Types that the weights of the transformers' linear layers can be stored in; with `-dynamic`, and as `nvfp4`, the
 layers also multiply in that type, their inputs being rounded as they come."""
 
-CACHES = {"first-block": 0.05, "pyramid": 2}
-"""Diffusers' caches, each with the default of its number: the residual's threshold below which all blocks but the
-first are skipped, and the steps from one computation of attention to the next."""
+CACHES = {
+    "first-block": 0.05,
+    "mag": 0.06,
+    "sea": 0.25,
+    "cache-dit": 0.08,
+    "taylor-seer": 5,
+    "pyramid": 2,
+    "faster": 2,
+}
+"""Caches, each with the default of its number, which is that of its configuration: the change below which blocks are
+skipped, and, of the last three, the steps from one computation of attention to the next. Source: Diffusers 0.42
+(FirstBlockCache, MagCache, SeaCache, TaylorSeer, PyramidAttentionBroadcast, FasterCache), cache-dit 1.5 (DBCache)."""
+
+CACHE_THRESHOLDS = ("first-block", "mag", "sea", "cache-dit")
+"""Caches whose number is a threshold; that of the others is a count of steps."""
 
 
 SEPARATOR = ":"
@@ -141,8 +153,9 @@ def parse_cache(text: str) -> tuple[str, float]:
         number = float(value) if separator else float(CACHES[name])
     except ValueError:
         number = -1.0
-    if name == "first-block" and not 0 < number < math.inf:
-        raise ValueError(f"`cache` first-block takes a threshold above 0, such as 0.05, got {value!r}.")
-    if name == "pyramid" and not (number.is_integer() and 2 <= number <= MOST_STEPS):
-        raise ValueError(f"`cache` pyramid takes a whole number of steps from 2, got {value!r}.")
+    if name in CACHE_THRESHOLDS:
+        if not 0 < number < math.inf:
+            raise ValueError(f"`cache` {name} takes a threshold above 0, such as {CACHES[name]:g}, got {value!r}.")
+    elif not (number.is_integer() and 2 <= number <= MOST_STEPS):
+        raise ValueError(f"`cache` {name} takes a whole number of steps from 2, got {value!r}.")
     return name, number

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from blade.attention.budget import configured_budget
@@ -17,6 +18,7 @@ from blade.attention.pattern_plan import PatternPlan
 from blade.attention.selectors import find_selector
 from blade.families.registry import find_family
 from blade.families.transformers import Transformer
+from blade.models.repeats import once_per_shape
 from blade.token_grid import TokenGrid
 
 PARTS = ("self-attention", "other attention", "linear layers", "convolutions")
@@ -54,7 +56,7 @@ class RunCost:
     forward: ForwardCost
     """One of them, dense."""
     passes: int
-    """Forward passes of one video: two a step with guidance."""
+    """Forward passes of one video: two a step with classifier-free guidance."""
     sparse_passes: int
     """Those in which layers are sparse."""
     sparse_layers: int
@@ -81,19 +83,38 @@ class RunCost:
         return sum(self.flops.values())
 
 
-def count_flops(function: Callable[[], object]) -> int:
+class _CountedRepeats:
+    """Operations of calls that are not run again."""
+
+    def __init__(self, counter: FlopCounterMode) -> None:
+        self._counter, self.total = counter, 0
+
+    def begin(self) -> int:
+        return int(self._counter.get_total_flops())
+
+    def end(self, began: int) -> int:
+        return int(self._counter.get_total_flops()) - began
+
+    def repeat(self, cost: int) -> None:
+        self.total += cost
+
+
+def count_flops(function: Callable[[], object], repeated: nn.Module | None = None) -> int:
     """Count the operations of a call on PyTorch's meta device, by PyTorch's own counter.
 
     Args:
         function: makes and takes tensors of the meta device alone.
+        repeated: a module that it calls many times with equal shapes; see `once_per_shape`.
 
     Returns:
         Floating-point operations of products of matrices, convolutions and attention; a multiplication and an
         addition are two.
     """
     with torch.no_grad(), torch.device("meta"), FlopCounterMode(display=False) as counter:
-        function()
-    return int(counter.get_total_flops())
+        repeats = _CountedRepeats(counter)
+        with once_per_shape(repeated, repeats):
+            function()
+    return int(counter.get_total_flops()) + repeats.total
 
 
 def forward_cost(
@@ -150,7 +171,7 @@ def forward_cost(
         grid=family.token_grid(transformer, inputs),
         layers=len(attentions),
         heads=heads,
-        head_dim=transformer.config.attention_head_dim,
+        head_dim=family.head_dim(transformer),
         parameters=sum(parameter.numel() for parameter in transformer.parameters()),
         flops=flops,
     )
@@ -162,6 +183,7 @@ def run_cost(
     *,
     skipped_steps: int = 0,
     guidance: bool = True,
+    guidance_passes: int = 2,
     config: BladeConfig | None = None,
 ) -> RunCost:
     """Add up the forward passes of a run.
@@ -170,14 +192,16 @@ def run_cost(
         forward: one of them.
         steps: denoising steps of the schedule.
         skipped_steps: those of them, from the start, that the run does not take.
-        guidance: whether every step runs the transformer twice, for classifier-free guidance.
+        guidance: whether every step runs the transformer more than once, for guidance.
+        guidance_passes: how often it does: twice for classifier-free guidance. Each is charged like the first, also
+            those that leave something out.
         config: the configuration; None is dense. Its density is the planned one, which the rule of cumulative mass
             may fall short of.
 
     Returns:
         Operations by part. The choice of blocks is counted as its selector says.
     """
-    calls = 2 if guidance else 1
+    calls = guidance_passes if guidance else 1
     passes = sparse_passes = calls * (steps - skipped_steps)
     dense_steps = 0 if config is None else max(config.dense_step_count(steps) - skipped_steps, 0)
     layers, density, selection = forward.layers, 1.0, 0.0

@@ -17,7 +17,9 @@ from blade.families.protocol import Inputs, ModelFamily
 from blade.families.registry import find_family, preset_names
 from blade.families.sampling_defaults import SamplingDefaults
 from blade.families.transformers import Transformer, find_transformers
+from blade.families.video_lengths import VideoLengths
 from blade.models.adapters import Reach
+from blade.models.modular import call_parameters, is_modular
 from blade.models.tiny_decoder import TinyDecoder
 from blade.token_grid import TokenGrid
 
@@ -84,6 +86,8 @@ class LoadedModel:
     @cached_property
     def parameters(self) -> Mapping[str, inspect.Parameter]:
         """The parameters of the pipeline's call by name; those of its base where a subclass passes all on."""
+        if is_modular(self.pipe):
+            return call_parameters(self.pipe)
         calls = [vars(base)["__call__"] for base in type(self.pipe).__mro__ if "__call__" in vars(base)]
         signatures = [inspect.signature(call).parameters for call in calls]
         return next((names for names in signatures if not _passes_on(names)), signatures[0])
@@ -107,8 +111,13 @@ class LoadedModel:
 
     def latent_size(self, height: int, width: int, frames: int) -> LatentSize:
         """Return the size of the latent of a video of so many pixels and frames."""
-        time, space = self.compression
-        return (frames - 1) // time + 1, height // space, width // space
+        _, space = self.compression
+        return self.video_lengths.latent_frames(frames), height // space, width // space
+
+    @cached_property
+    def video_lengths(self) -> VideoLengths:
+        """The numbers of frames that the pipeline makes."""
+        return self.family.video_lengths(self.pipe) or VideoLengths.of_compression(self.compression[0])
 
     @property
     def latent_channels(self) -> int:
@@ -152,8 +161,8 @@ class LoadedModel:
         """
         for name, value, multiple in zip(("height", "width"), (height, width), self.size_multiples, strict=True):
             _check_step(name, value, first=multiple, step=multiple, rule=f"a multiple of {multiple}")
-        step, _ = self.compression
-        _check_step("frames", frames, first=1, step=step, rule=f"{step}n + 1 for a whole number n")
+        lengths = self.video_lengths
+        _check_step("frames", frames, first=lengths.first, step=lengths.step, last=lengths.last, rule=lengths.rule)
 
 
 def _passes_on(parameters: Mapping[str, inspect.Parameter]) -> bool:
@@ -161,9 +170,10 @@ def _passes_on(parameters: Mapping[str, inspect.Parameter]) -> bool:
     return any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
 
 
-def _check_step(name: str, value: int, *, first: int, step: int, rule: str) -> None:
+def _check_step(name: str, value: int, *, first: int, step: int, rule: str, last: int | None = None) -> None:
     below = first + (value - first) // step * step
-    if value == below and value >= first:
+    last = max(value, below + step) if last is None else last
+    if value == below and first <= value <= last:
         return
-    nearest = f"{first}" if value < first else f"{below} or {below + step}"
+    nearest = f"{first}" if value < first else f"{last}" if value > last else f"{below} or {below + step}"
     raise ValueError(f"`{name}` must be {rule} for this model, got {value}; the nearest is {nearest}.")

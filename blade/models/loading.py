@@ -18,10 +18,27 @@ from blade.common.errors import first_line
 from blade.common.files import write_files
 from blade.common.leftovers import files_in
 from blade.common.terminal import logger
-from blade.families.registry import example_model, published_configurations
+from blade.families.registry import example_model, model_families, published_configurations
 from blade.models.cpu_convolutions import use_onednn_conv3d
 from blade.models.loaded import LoadedModel
-from blade.models.source import BUNDLED, INDEX_NAME, HubUnreachableError, ModelError, locate
+from blade.models.modular import (
+    check_modular_folder,
+    is_modular_folder,
+    load_modular_pipeline,
+    make_modular_pipeline,
+    read_modular_index,
+)
+from blade.models.source import (
+    BUNDLED,
+    INDEX_NAME,
+    INDEX_NAMES,
+    MODULAR_INDEX_NAME,
+    HubUnreachableError,
+    ModelError,
+    announce_download,
+    locate,
+    repository_info,
+)
 from blade.models.untrusted import check_model_folder, read_model_index
 
 INPUTS = ("prompt", "image", "video")
@@ -29,6 +46,12 @@ INPUTS = ("prompt", "image", "video")
 
 SMALL_PARTS = ("scheduler_config.json", "guider_config.json")
 """Configuration files of a pipeline's parts that have no weights."""
+
+NEEDED_FILES = (".json", ".safetensors", ".txt", ".model", ".jinja")
+"""Endings of the files of a modular pipeline's parts that are downloaded."""
+
+FLOAT32_PARTS = ("vae", "audio_vae")
+"""Parts that run in float32 whatever the others do."""
 
 RANDOM_PARTS = ("transformer", "transformer_2")
 """Of a pipeline without weights, the parts of which one can be given random ones, beside the VAE."""
@@ -56,8 +79,8 @@ def load_model(
     """
     source, options = locate(model, revision)
     try:
-        source = _fetch(model, source, {**components, **options})
-        dtypes = {"default": dtype, "vae": torch.float32}
+        source = _fetch(model, source, options, components)
+        dtypes = {"default": dtype, **dict.fromkeys(FLOAT32_PARTS, torch.float32)}
         pipe = load_pipeline(source, f"`model` {model} cannot be loaded: it", dtypes, components)
     except ModelError:
         raise
@@ -91,6 +114,8 @@ def load_pipeline(
     import diffusers
     from packaging.version import Version
 
+    if is_modular_folder(Path(folder)):
+        return load_modular_pipeline(Path(folder), what, dtype, components)
     kind, _ = check_model_folder(Path(folder), what)
     if Version(diffusers.__version__) >= Version("0.40"):
         options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": False}
@@ -99,17 +124,26 @@ def load_pipeline(
     return kind.from_pretrained(folder, use_safetensors=True, local_files_only=True, **options, **components)
 
 
-def _fetch(model: str | Path, source: str, options: Mapping[str, Any]) -> str:
-    """Download the pipeline of a Hub id into the local cache, and return its folder."""
+def _fetch(model: str | Path, source: str, options: Mapping[str, Any], components: Mapping[str, nn.Module]) -> str:
+    """Download the pipeline of a Hub id into the local cache, but for parts that are there; return its folder."""
     if Path(source).is_dir():
         return source
     from diffusers import DiffusionPipeline
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import snapshot_download
 
     # before anything else: Diffusers looks at its classes while it downloads
-    hub = {name: options[name] for name in ("local_files_only", "revision")}
-    read_model_index(Path(hf_hub_download(source, INDEX_NAME, **hub)), f"`model` {model} cannot be loaded: it")
-    return str(DiffusionPipeline.download(source, use_safetensors=True, trust_remote_code=False, **options))
+    folder, what = Path(snapshot_download(source, allow_patterns=INDEX_NAMES, **options)), f"`model` {model} cannot be"
+    if is_modular_folder(folder):
+        parts = read_modular_index(folder / MODULAR_INDEX_NAME, f"{what} loaded: it").parts
+        if not options["local_files_only"]:
+            info = repository_info(source, "model", MODULAR_INDEX_NAME, options["revision"])
+            names = [] if info is None else [item.rfilename for item in info.siblings or []]
+            announce_download(source, [name for name in names if name.partition("/")[0] in parts], folder.name)
+        patterns = [f"{name}/*{ending}" for name in parts if name not in components for ending in NEEDED_FILES]
+        return str(snapshot_download(source, allow_patterns=[*INDEX_NAMES, *patterns], **options))
+    read_model_index(folder / INDEX_NAME, f"{what} loaded: it")
+    options = {**options, **components, "trust_remote_code": False}
+    return str(DiffusionPipeline.download(source, use_safetensors=True, **options))
 
 
 def load_empty_model(
@@ -143,23 +177,31 @@ def load_empty_model(
     except HubUnreachableError:
         if revision is not None or str(model) not in published_configurations():
             raise
-        logger.info(f"the Hub cannot be reached; the configuration of {model} is the one that comes with BLADE")
+        index = published_configurations()[str(model)]["model_index"]
+        missing = [name for name, value in index.items() if value == [None, None]]
+        without = f", without {' and '.join(missing)}" if missing else ""
+        logger.info(
+            f"the Hub cannot be reached; the configuration of {model} is the one that comes with BLADE{without}"
+        )
         with TemporaryDirectory() as known:
             write_published_configuration(str(model), Path(known))
             return load_empty_model(known, dtype=dtype, random_weights_on=random_weights_on)
     try:
         if not Path(source).is_dir():
-            patterns = [INDEX_NAME, "*/config.json", *(f"*/{file}" for file in SMALL_PARTS)]
+            patterns = [*INDEX_NAMES, "*/config.json", *(f"*/{file}" for file in SMALL_PARTS)]
             source = snapshot_download(source, allow_patterns=patterns, **options)
         folder = Path(source)
-        kind, arguments = check_model_folder(folder, f"`model` {model} cannot be read: it")
+        what = f"`model` {model} cannot be read: it"
+        modular = check_modular_folder(folder, what) if is_modular_folder(folder) else None
+        kind, arguments = (None, dict[str, Any]()) if modular else check_model_folder(folder, what)
+        arguments |= {} if modular is None else modular.parts
         parts: dict[str, Any] = {name: value for name, value in arguments.items() if inspect.isclass(value)}
         for name, part in parts.items():
             arguments[name], is_model = None, issubclass(part, (ModelMixin, PreTrainedModel))
             if not is_model and any((folder / name / file).exists() for file in SMALL_PARTS):
                 arguments[name] = part.from_pretrained(folder, subfolder=name)
             elif is_model and (folder / name / "config.json").exists():
-                wanted = torch.float32 if name == "vae" else dtype
+                wanted = torch.float32 if name in FLOAT32_PARTS else dtype
                 # a second transformer is as large, and would only take memory
                 made = any(isinstance(arguments.get(other), nn.Module) for other in RANDOM_PARTS)
                 first = name in RANDOM_PARTS and not made
@@ -167,7 +209,7 @@ def load_empty_model(
                 with _making(random_weights_on if real else None, wanted):
                     arguments[name] = _without_weights(part, folder / name)
                 nn.Module.to(arguments[name].eval(), wanted)
-        pipe = kind(**arguments)
+        pipe = kind(**arguments) if modular is None else make_modular_pipeline(modular, arguments)
     except ModelError:
         raise
     except Exception as error:  # whatever Diffusers, Transformers and the Hub's client raise for a broken model
@@ -178,9 +220,10 @@ def load_empty_model(
 def write_published_configuration(model: str, folder: Path) -> None:
     """Write the configuration files of a published pipeline into a folder; see `published_configurations`."""
     parts = dict(published_configurations()[model])
-    files = {folder / INDEX_NAME: parts.pop("model_index")}
+    indices = {"model_index": INDEX_NAME, "modular_model_index": MODULAR_INDEX_NAME}
+    files = {folder / file: parts.pop(name) for name, file in indices.items() if name in parts}
     for name, values in parts.items():
-        files[folder / name / ("scheduler_config.json" if name == "scheduler" else "config.json")] = values
+        files[folder / name / ("scheduler_config.json" if name.endswith("scheduler") else "config.json")] = values
     write_files({path: json.dumps(values).encode() for path, values in files.items()})
 
 
@@ -210,14 +253,19 @@ def _checked(model: str | Path, pipe: Any) -> LoadedModel:
     """Return a pipeline with its facts, if it makes videos with a transformer from inputs that can be given."""
     kind, loaded = type(pipe).__name__, LoadedModel(pipe)
     parameters = loaded.parameters
-    if "num_frames" not in parameters or not (
-        getattr(pipe, "transformer", None) or getattr(pipe, "transformer_2", None)
-    ):
+    needed = [name for name, value in parameters.items() if value.default is value.empty and name != "self"]
+    needed = [name for name in needed if name not in INPUTS and parameters[name].kind != inspect.Parameter.VAR_KEYWORD]
+    transformer = getattr(pipe, "transformer", None) or getattr(pipe, "transformer_2", None)
+    if needed and transformer is not None and any(family.recognises(transformer) for family in model_families()):
+        named = " and ".join(f"`{name}`" for name in needed)
+        raise ModelError(
+            f"`model` {model} is a {kind}, which needs {named}: no option gives that. Call the pipeline from Python, "
+            f"where `apply_blade(pipe)` makes it sparse, or take {example_model()}."
+        )
+    if "num_frames" not in parameters or transformer is None:
         raise ModelError(
             f"`model` {model} is a {kind}, which makes no video with a transformer; take {example_model()}."
         )
-    needed = [name for name, value in parameters.items() if value.default is value.empty and name != "self"]
-    needed = [name for name in needed if name not in INPUTS and parameters[name].kind != inspect.Parameter.VAR_KEYWORD]
     if needed:
         raise ModelError(f"`model` {model} is a {kind}, which needs `{needed[0]}`; take {example_model()}.")
     return loaded

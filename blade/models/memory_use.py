@@ -13,6 +13,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from blade.models.repeats import once_per_shape
+
 
 def weight_bytes(model: nn.Module, *, recurse: bool = True) -> int:
     """Return the bytes of a model's parameters and buffers as they are stored.
@@ -33,12 +35,17 @@ def _tensor_bytes(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def peak_bytes(function: Callable[[], object]) -> int:
+def peak_bytes(function: Callable[[], object], repeated: nn.Module | None = None) -> int:
     """Return the most memory that a call on the meta device would hold beside what there was before it.
 
     Attention is taken to hold its output and no logits, as every fused implementation does.
+
+    Args:
+        function: the call.
+        repeated: a module that it calls many times with equal shapes; see `once_per_shape`.
     """
-    with torch.no_grad(), torch.device("meta"), _FusedAttention(), Allocations() as memory:
+    memory = Allocations()
+    with torch.no_grad(), torch.device("meta"), _FusedAttention(), memory, once_per_shape(repeated, memory):
         function()
     return int(memory.peak)
 
@@ -101,7 +108,7 @@ class Allocations(TorchDispatchMode):
         """
         super().__init__()  # type: ignore[no-untyped-call]  # PyTorch's
         self.device = device
-        self.live = self.peak = 0
+        self.live = self.peak = self._before = 0
         self._known: set[int] = set()
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -130,6 +137,20 @@ class Allocations(TorchDispatchMode):
     def _free(self, key: int, size: int) -> None:
         self._known.discard(key)
         self.live -= size
+
+    def begin(self) -> int:
+        """Begin a call, whose own peak is found; see `Gauge`."""
+        self._before, self.peak = self.peak, self.live
+        return self.live
+
+    def end(self, began: int) -> int:
+        """Return the peak of the call beside what there was before it."""
+        own, self.peak = self.peak - began, max(self.peak, self._before)
+        return own
+
+    def repeat(self, cost: int) -> None:
+        """Take the same peak again, beside what there is now."""
+        self.peak = max(self.peak, self.live + cost)
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:

@@ -22,6 +22,12 @@ BUNDLED = "bundled"
 INDEX_NAME = "model_index.json"
 """The file that makes a folder a Diffusers pipeline."""
 
+MODULAR_INDEX_NAME = "modular_model_index.json"
+"""The file that makes a folder a modular pipeline of Diffusers."""
+
+INDEX_NAMES = (INDEX_NAME, MODULAR_INDEX_NAME)
+"""The files one of which makes a folder a pipeline."""
+
 MOST_BESIDE = 10_000
 """Most files of a folder among which a misspelled one is looked for."""
 
@@ -68,8 +74,8 @@ def hub_commit(model: str | Path, revision: str | None = None) -> str | None:
 
     if str(model) == BUNDLED or Path(model).expanduser().exists():
         return None
-    cached = try_to_load_from_cache(str(model), INDEX_NAME, revision=revision)
-    return Path(cached).parent.name if isinstance(cached, str) else None
+    cached = (try_to_load_from_cache(str(model), name, revision=revision) for name in INDEX_NAMES)
+    return next((Path(path).parent.name for path in cached if isinstance(path, str)), None)
 
 
 def look_up(
@@ -130,7 +136,8 @@ def repository_info(
     except HfHubHTTPError as error:
         raise ModelError(f"{problem}, and the Hub refused to look it up: {first_line(error)}") from error
     except Exception as error:  # no network: each version of the Hub's client has another class for it
-        if isinstance(try_to_load_from_cache(name, file, revision=revision), str):
+        looked_for = INDEX_NAMES if file == INDEX_NAME else (file,)
+        if any(isinstance(try_to_load_from_cache(name, known, revision=revision), str) for known in looked_for):
             return None
         raise HubUnreachableError(
             f"{problem} and not in the Hub's local cache, and the Hub cannot be reached ({first_line(error)})"
@@ -197,6 +204,13 @@ def bytes_to_download(name: str, files: Iterable[str], commit: str | None = None
     return sum(file.file_size or 0 for file in listed if file.will_download)
 
 
+def announce_download(name: str, files: Iterable[str], commit: str | None = None) -> None:
+    """Say how much of a repository is downloaded, if that is much. See `bytes_to_download`."""
+    size = bytes_to_download(name, files, commit)
+    if size >= LARGE_DOWNLOAD:
+        logger.info(f"downloading {size / 1e9:.1f} GB of {name} to the Hub's local cache")
+
+
 def locate(model: str | Path, revision: str | None, *, announce: bool = True) -> tuple[str, dict[str, Any]]:
     """Return what to hand to Diffusers for a model that seems to be one.
 
@@ -225,11 +239,11 @@ def locate(model: str | Path, revision: str | None, *, announce: bool = True) ->
     else:
         info = repository_info(name, "model", INDEX_NAME, revision, known=[BUNDLED])
         files = [INDEX_NAME] if info is None else _file_names(info)
-        size = bytes_to_download(name, files, info.sha) if info is not None and announce else 0
-        if size >= LARGE_DOWNLOAD:
-            logger.info(f"downloading {size / 1e9:.1f} GB of {name} to the Hub's local cache")
+        # of a modular pipeline, only what its workflows need is downloaded, which its index says
+        if info is not None and announce and MODULAR_INDEX_NAME not in files:
+            announce_download(name, files, info.sha)
         options = {"local_files_only": info is None, "revision": revision}
-    if INDEX_NAME not in files:
+    if not set(INDEX_NAMES) & set(files):
         raise ModelError(f"`model` {name} is no Diffusers pipeline: it has no {INDEX_NAME}{_resemblance(files)}.")
     return (str(path) if path.is_dir() else name), options
 

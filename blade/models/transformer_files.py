@@ -12,6 +12,7 @@ from blade.common.errors import first_line
 from blade.families.transformers import Transformer
 from blade.models.choices import SEPARATOR, parse_transformer
 from blade.models.loaded import LoadedModel
+from blade.models.modular import is_modular
 from blade.models.outlines import pack_nf4
 from blade.models.source import ModelError
 from blade.models.stored_weights import Float8Linear, packed_layers
@@ -65,6 +66,12 @@ def load_transformers(
         name: _load(part, path, f"`transformer` {source}", dtype, torch.device(device))
         for (name, part), path, source in zip(parts.items(), paths, files, strict=True)
     }
+
+
+def replace_transformers(model: LoadedModel, transformers: Mapping[str, Transformer]) -> None:
+    """Put transformers into a model's pipeline, by their component's name."""
+    register = model.pipe.update_components if is_modular(model.pipe) else model.pipe.register_modules
+    register(**transformers)
 
 
 def check_stored(transformers: Mapping[str, Transformer], *, quantize: str | None, offload: str) -> None:

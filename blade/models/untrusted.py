@@ -160,14 +160,28 @@ def check_model_folder(folder: Path, what: str) -> tuple[Any, dict[str, Any]]:
     Raises:
         ModelError: if loading it would run code, or read files elsewhere; see also `read_model_index`.
     """
-    _check_place(folder / INDEX_NAME, folder, what)
-    if (folder / CUSTOM_PIPELINE).exists():
-        raise ModelError(f"{what} holds Python code, {CUSTOM_PIPELINE}, which is never run; delete it.")
+    check_index_place(folder, INDEX_NAME, what)
     kind, arguments = read_model_index(folder / INDEX_NAME, what)
     for name, value in arguments.items():
         if inspect.isclass(value):
             check_files(folder, name, what)
     return kind, arguments
+
+
+def check_index_place(folder: Path, name: str, what: str) -> None:
+    """Check that a pipeline's index is a file of its folder, and that there is no pipeline of the folder's own.
+
+    Args:
+        folder: the folder.
+        name: the index's name.
+        what: see `find_component_class`.
+
+    Raises:
+        ModelError: if it is not, or there is one.
+    """
+    _check_place(folder / name, folder, what)
+    if (folder / CUSTOM_PIPELINE).exists():
+        raise ModelError(f"{what} holds Python code, {CUSTOM_PIPELINE}, which is never run; delete it.")
 
 
 def check_files(folder: Path, part: str, what: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,7 @@ class ProfileSource:
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
         values = {item.name: getattr(self, item.name) for item in fields(self)}
-        values["grid"] = asdict(self.grid)
+        values["grid"] = self.grid.to_dict()
         values["candidates"] = [pattern.to_dict() for pattern in self.candidates]
         values["adaptive"] = [config.to_dict() for config in self.adaptive]
         plain: dict[str, Any] = json.loads(json.dumps(values))

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,10 @@ class RecordedPass:
     """Attention weight that key blocks receive, by layer: (H, blocks)."""
 
 
+OUTPUT = "output"
+"""Name of a pass's output in its file; further ones, such as that of sound, have a digit at its end."""
+
+
 @contextmanager
 def saved_passes(
     transformer: nn.Module,
@@ -61,6 +66,7 @@ def saved_passes(
     parameters = tuple(inspect.signature(type(transformer).forward).parameters)[1:]
     inner, count = transformer.forward, 0
 
+    @wraps(inner)  # a pipeline may ask for its arguments
     def forward(*args: Any, **kwargs: Any) -> Any:
         nonlocal count
         inputs = {**dict(zip(parameters, args)), **kwargs}
@@ -69,23 +75,28 @@ def saved_passes(
         read = _read(path)
         if read is not None:
             saved = read
-            output = saved["output"].to(inputs["hidden_states"].device)
+            device = inputs["hidden_states"].device
+            outputs = tuple(tensor.to(device) for name, tensor in sorted(saved.items()) if name.startswith(OUTPUT))
             applied = applied_to(transformer)
             if applied is not None:
-                applied.steps.resolve(inputs["timestep"])  # which counts the steps if the scheduler does not
+                # which counts the steps if the scheduler does not
+                applied.steps.resolve(applied.family.video_timestep(inputs))
         else:
             result = inner(**inputs)
-            output = result[0] if isinstance(result, tuple) else result.sample
+            outputs = result if isinstance(result, tuple) else result.to_tuple()
             saved = {} if look is None else look()
+            named = {f"{OUTPUT}{number or ''}": tensor for number, tensor in enumerate(outputs)}
             with replaced_whole(path) as temporary:
-                save_file({"output": output.detach().cpu().contiguous(), **saved}, temporary)
+                save_file({name: x.detach().cpu().contiguous() for name, x in named.items()} | saved, temporary)
         if on_pass is not None:
             on_pass(number, read is not None, int(saved["step"]) if "step" in saved else None)
         if kwargs.get("return_dict", True):
             from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
-            return Transformer2DModelOutput(sample=output)
-        return (output,)
+            if len(outputs) > 1:
+                raise ValueError("`return_dict` must be False for a transformer of several outputs that is recorded.")
+            return Transformer2DModelOutput(sample=outputs[0])
+        return outputs
 
     transformer.forward = forward
     try:
@@ -154,7 +165,7 @@ def read_pass(path: Path) -> RecordedPass:
             step = int(tensor)
         elif quantity == "columns":
             columns[int(layer)] = tensor
-        elif name != "output":
+        elif not name.startswith(OUTPUT):
             measurements.setdefault(int(layer), {})[quantity] = tensor
     layers = {layer: LayerMeasurement.from_tensors(tensors) for layer, tensors in sorted(measurements.items())}
     return RecordedPass(step=step, layers=layers, columns=columns)

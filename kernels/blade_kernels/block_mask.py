@@ -169,6 +169,26 @@ class BlockMask:
                 f"key block {block}."
             )
 
+    def first_rows(self, count: int) -> BlockMask:
+        """Return the mask of the first query blocks.
+
+        Args:
+            count: number of query blocks, from 1 to `query_blocks`.
+
+        Raises:
+            ValueError: there are fewer query blocks.
+        """
+        if not 1 <= count <= self.query_blocks:
+            raise ValueError(f"`count` must be from 1 to {self.query_blocks} query blocks, got {count}.")
+        first = replace(
+            self,
+            keep=self.keep[:, :, :count].contiguous(),
+            counts=self.counts[:, :, :count].contiguous(),
+            indices=self.indices[:, :, :count].contiguous(),
+            order=None,
+        )
+        return first if self.order is None else first.longest_rows_first()
+
     def longest_rows_first(self) -> BlockMask:
         """Order the rows from longest to shortest, so that no long row starts last.
 

@@ -301,7 +301,8 @@ def _patch(transformer: DiffusersModule) -> tuple[int, int, int]:
 class AssumeUnmasked(TorchFunctionMode):
     """Run a forward pass that depends on values on the meta device, which has none: nothing is masked or missing.
 
-    HunyuanVideo-1.5 checks whether its image is empty, and sorts the tokens of its texts by their masks.
+    HunyuanVideo-1.5 checks whether its image is empty, and sorts the tokens of its texts by their masks; FramePack
+    cuts a single text off where its mask ends, and marks the ends of several.
     """
 
     def __init__(self) -> None:
@@ -313,6 +314,8 @@ class AssumeUnmasked(TorchFunctionMode):
             return False
         if function is torch.Tensor.__getitem__ and _is_mask(args[1]):
             return args[0][:0] if args[1] in self._inverted else args[0]
+        if function in (torch.Tensor.__getitem__, torch.Tensor.__setitem__) and isinstance(args[1], tuple):
+            args = (args[0], tuple(_unbounded(part) for part in args[1]), *args[2:])
         result = function(*args, **(kwargs or {}))
         if function is torch.Tensor.__invert__ and _is_mask(result):
             self._inverted[result] = True
@@ -322,6 +325,13 @@ class AssumeUnmasked(TorchFunctionMode):
 def _is_mask(value: Any) -> bool:
     """Return whether the value is one row of a mask."""
     return isinstance(value, torch.Tensor) and value.is_meta and value.dtype == torch.bool and value.ndim == 1
+
+
+def _unbounded(index: Any) -> Any:
+    """Return a slice whose end is a value that is not there without its end."""
+    if isinstance(index, slice) and isinstance(index.stop, torch.Tensor) and index.stop.is_meta:
+        return slice(index.start, None)
+    return index
 
 
 FAMILIES = (HunyuanVideoFamily(), HunyuanVideo15Family())

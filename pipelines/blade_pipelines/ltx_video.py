@@ -17,6 +17,7 @@ from torch import nn
 from blade.families.protocol import Condition, Inputs, Permutation
 from blade.families.sampling_defaults import SamplingDefaults
 from blade.token_grid import TokenGrid
+from blade_pipelines.shared.coordinates import grid_of_coordinates
 from blade_pipelines.shared.diffusers_family import DiffusersFamily
 from blade_pipelines.shared.diffusers_module import DiffusersModule
 from blade_pipelines.shared.processor import SparseProcessor
@@ -67,11 +68,15 @@ class LTXVideoSparseProcessor(SparseProcessor):
 
 
 class LTXVideoFamily(DiffusersFamily):
-    """Adapter for `LTXVideoTransformer3DModel`: text and image to video, including per-token timesteps."""
+    """Adapter for `LTXVideoTransformer3DModel`: text, image and conditions to video, with timesteps of single tokens.
+
+    The tokens of the video that is made form the grid; condition tokens beside it are kept exactly.
+    """
 
     name = "LTX-Video (LTXVideoTransformer3DModel)"
     guidance_takes_two_passes = True
-    guidance_as_batch = True
+    batched_guidance = "tokens"
+    whole_sequence = True
     transformers = (LTXVideoTransformer3DModel,)
     processors = (LTXVideoAttnProcessor,)
     sparse_processor = LTXVideoSparseProcessor
@@ -94,15 +99,22 @@ class LTXVideoFamily(DiffusersFamily):
         return SamplingDefaults(fps=25, negative_prompt=NEGATIVE_PROMPT)
 
     def token_grid(self, transformer: DiffusersModule, inputs: Inputs) -> TokenGrid:
-        """Return the grid given by `num_frames`, `height` and `width`; only cross-attention sees the text."""
+        """Return the grid given by `num_frames`, `height` and `width`, or else by the tokens' coordinates.
+
+        `LTXConditionPipeline` puts condition tokens before the video's, and `LTXI2VLongMultiPromptPipeline` those of
+        earlier windows behind them. Only cross-attention sees the text.
+        """
         frames, height, width = (inputs.get(name) or 0 for name in ("num_frames", "height", "width"))
         tokens = inputs["hidden_states"].shape[1]
-        if frames * height * width != tokens:
+        if frames * height * width == tokens:
+            return TokenGrid(frames, height, width)
+        coordinates = inputs.get("video_coords")
+        if coordinates is None or coordinates.shape[2] != tokens:
             raise ValueError(
-                f"`num_frames`, `height` and `width` must say how {tokens} tokens lie, got {frames}, {height} and "
-                f"{width}: conditions that add tokens of their own (LTXConditionPipeline) are not supported."
+                f"`num_frames`, `height` and `width`, or `video_coords`, must say how {tokens} tokens lie, got "
+                f"{frames}, {height}, {width} and {'none' if coordinates is None else tuple(coordinates.shape)}."
             )
-        return TokenGrid(frames, height, width)
+        return grid_of_coordinates(coordinates)
 
     def example_inputs(
         self,
@@ -129,7 +141,7 @@ class LTXVideoFamily(DiffusersFamily):
     def permute_inputs(self, transformer: DiffusersModule, inputs: Inputs, permutation: torch.Tensor) -> Inputs:
         """Permute the tokens and per-token timesteps."""
         permuted = {**inputs, "hidden_states": inputs["hidden_states"].index_select(1, permutation)}
-        if inputs["timestep"].ndim == 2 and inputs["timestep"].shape[1] == len(permutation):
+        if inputs["timestep"].ndim > 1 and inputs["timestep"].shape[1] == len(permutation):
             permuted["timestep"] = inputs["timestep"].index_select(1, permutation)
         return permuted
 

@@ -33,6 +33,9 @@ LARGE_VIDEO = 704 * 1280
 TINY_DECODERS: dict[int, tuple[str, ...]] = {16: ("taew2_1",), 48: ("taew2_2", "taew2_2_super")}
 """Of Wan 2.1 and 2.2 14B, and of Wan 2.2 5B. Source: the README of https://github.com/madebyollin/taehv."""
 
+BLOCK_CACHES = {"first-block": "FirstBlockCache", "mag": "MagCache", "sea": "SeaCache"}
+"""Diffusers' caches that skip whole blocks."""
+
 ORIGINAL_NAMES = (
     (r"^condition_embedder\.(text|time)_embedder\.linear_1$", r"\1_embedding.0"),
     (r"^condition_embedder\.(text|time)_embedder\.linear_2$", r"\1_embedding.2"),
@@ -107,29 +110,16 @@ class WanFamily(DiffusersFamily):
 
     name = "Wan (WanTransformer3DModel, WanVACETransformer3DModel)"
     guidance_takes_two_passes = True
-    transformers = (WanTransformer3DModel, WanVACETransformer3DModel)
-    processors = (WanAttnProcessor,)
-    sparse_processor = WanSparseProcessor
+    transformers: ClassVar[tuple[type[nn.Module], ...]] = (WanTransformer3DModel, WanVACETransformer3DModel)
+    processors: ClassVar[tuple[type, ...]] = (WanAttnProcessor,)
+    sparse_processor: ClassVar[type[SparseProcessor]] = WanSparseProcessor
     attention_name = "attn1"
     time_embedding_name = "condition_embedder.time_embedder"
     condition_pipelines: ClassVar[Mapping[tuple[str, Condition], str]] = {
         ("WanPipeline", "video"): "WanVideoToVideoPipeline"
     }
     tiny_decoders = TINY_DECODERS
-    original_names = ORIGINAL_NAMES
-
-    def recognises(self, transformer: nn.Module) -> bool:
-        """Return whether the transformer is one of the two.
-
-        Raises:
-            ValueError: the transformer is Wan-Animate's, which adds motion to the tokens of every frame.
-        """
-        if type(transformer).__name__ == "WanAnimateTransformer3DModel":
-            raise ValueError(
-                "`WanAnimateTransformer3DModel` is not supported: its face adapter adds motion to the tokens frame by "
-                "frame, and would have to follow the token order. Use a Wan text, image or video to video model."
-            )
-        return super().recognises(transformer)
+    original_names: Sequence[tuple[str, str]] = ORIGINAL_NAMES
 
     def preset_name(self, transformer: DiffusersModule) -> str:
         """Return the preset for the model's size."""
@@ -188,9 +178,12 @@ class WanFamily(DiffusersFamily):
         return super().condition_pipeline(pipe, condition)
 
     def cache_problem(self, transformer: nn.Module, cache: str) -> str | None:
-        """Return that FirstBlockCache is broken for VACE, whose control blocks it ignores; None for other caches."""
-        if cache == "first-block" and isinstance(transformer, WanVACETransformer3DModel):
-            return f"FirstBlockCache is broken for a {type(transformer).__name__} in Diffusers itself"
+        """Return that caches of whole blocks are broken for VACE, or None.
+
+        Its control is added between the blocks: once within what is kept of them, and again where they are skipped.
+        """
+        if cache in BLOCK_CACHES and isinstance(transformer, WanVACETransformer3DModel):
+            return f"{BLOCK_CACHES[cache]} is broken for a {type(transformer).__name__} in Diffusers itself"
         return None
 
     def blocks(self, transformer: DiffusersModule) -> Sequence[nn.Module]:

@@ -56,13 +56,22 @@ def test_gilbert_steps_are_short():
 
 
 @settings(max_examples=60, deadline=None)
-@given(sizes, sizes, sizes, orders, st.booleans())
-def test_an_order_then_its_inverse_is_the_identity(frames, height, width, name, apart):
-    grid = TokenGrid(frames, height, width, first_frame_apart=apart)
+@given(sizes, sizes, sizes, orders, st.booleans(), st.booleans())
+def test_an_order_then_its_inverse_is_the_identity(frames, height, width, name, first_apart, apart):
+    grid = TokenGrid(frames, height, width, first_frame_apart=first_apart, frames_apart=apart)
     tokens = torch.arange(grid.video_tokens)
     ordered = tokens[grid.order(name)]
     assert torch.equal(ordered.sort().values, tokens)
     assert torch.equal(ordered[grid.inverse_order(name)], tokens)
+
+
+@settings(max_examples=30, deadline=None)
+@given(sizes, sizes, sizes, orders)
+def test_frames_apart_stay_together_and_in_order(frames, height, width, name):
+    positions = TokenGrid(frames, height, width, frames_apart=True).positions(name).view(frames, -1, 3)
+    assert torch.equal(positions[..., 0], torch.arange(frames)[:, None].expand(frames, height * width))
+    inside = TokenGrid(1, height, width).positions(name)[:, 1:]
+    assert all(torch.equal(frame[:, 1:], inside) for frame in positions)
 
 
 def test_token_major_keeps_all_frames_of_a_pixel_together():
@@ -99,6 +108,17 @@ def test_permutations_are_cached_and_can_be_saved_for_backward():
     leaf = torch.ones(30, requires_grad=True)
     leaf.index_select(0, first).sum().backward()
     assert torch.equal(leaf.grad, torch.ones(30))
+
+
+@settings(max_examples=30, deadline=None)
+@given(sizes, sizes, orders, st.integers(0, 5), st.integers(0, 5))
+def test_an_order_of_the_whole_sequence_leaves_the_text_where_it_is(frames, height, name, before, after):
+    grid = TokenGrid(frames, height, 3, text_before=before, text_after=after)
+    whole, inverse = grid.order(name, whole=True), grid.inverse_order(name, whole=True)
+    assert torch.equal(whole[inverse], torch.arange(grid.sequence_length))
+    assert torch.equal(whole[before : grid.video_stop] - before, grid.order(name))
+    assert whole[:before].tolist() == list(range(before))
+    assert whole[grid.video_stop :].tolist() == list(range(grid.video_stop, grid.sequence_length))
 
 
 def test_text_counts_in_the_sequence_but_not_in_the_order():

@@ -11,6 +11,7 @@ from blade.attention import adaptive
 from blade.attention.applied import applied_to
 from blade.attention.budget import BlockBudget
 from blade.attention.config import AdaptiveConfig
+from blade.families.registry import find_family
 
 GRIDS = [(3, 5, 7), (1, 6, 5), (4, 1, 9), (5, 4, 1), (1, 1, 11)]
 DETAILS = AdaptiveConfig(block_size=8, probe_tokens=4, pooled_window=4)
@@ -18,7 +19,17 @@ DETAILS = AdaptiveConfig(block_size=8, probe_tokens=4, pooled_window=4)
 
 def run(transformer, inputs):
     with torch.no_grad():
-        return transformer(**inputs).sample
+        return as_batch(transformer(**inputs).sample)
+
+
+def as_batch(sample):
+    """A batch of what a class that takes lists of latents predicts for each."""
+    return torch.stack(sample) if isinstance(sample, list) else sample
+
+
+def attentions(transformer):
+    """The self-attention modules that BLADE makes sparse."""
+    return find_family(transformer).attention_layers(transformer)
 
 
 @pytest.fixture
@@ -30,12 +41,17 @@ def keep_all(monkeypatch):
 def in_float64(value):
     if isinstance(value, tuple):
         return tuple(in_float64(one) for one in value)
-    return value.double() if isinstance(value, torch.Tensor) else value
+    if isinstance(value, list):
+        return [in_float64(one) for one in value]
+    return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 
-def rounding_errors(transformer, inputs, output):
+def rounding_errors(family, transformer, inputs, output):
     """Largest errors of an output and of the plain model's, both against the plain model in float64."""
     exact = copy.deepcopy(transformer).double()
+    for name, module in exact.named_modules():
+        if name.endswith(family.float32_parts):
+            module.float()
     if hasattr(getattr(exact, "rope", None), "freqs_cos"):
         for name in ("freqs_cos", "freqs_sin"):
             setattr(exact.rope, name, getattr(transformer.rope, name).double())
@@ -60,41 +76,47 @@ def test_where_every_layer_is_dense_the_output_is_bitwise_the_same(family, confi
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("order", ["gilbert", "token-major"])
 def test_with_every_block_kept_the_output_is_dense_but_for_rounding(family, keep_all, grid, order):
-    transformer, inputs = family.make(), family.inputs(grid, batch=2)
+    transformer, inputs = family.make(), family.inputs(family.grid(grid), batch=2)
     details = AdaptiveConfig(block_size=8, probe_tokens=4, token_order=order)
     sparse = run(apply_blade(transformer, BladeConfig(sparsity=0.0, asa=details)), inputs)
     calls = [layer.sparse_calls for layer in blade_summary(transformer).transformers[0].layers]
-    assert calls == [1, 1, 1]
-    error, plain_error = rounding_errors(remove_blade(transformer), inputs, sparse)
+    assert calls == [1] * len(calls)
+    error, plain_error = rounding_errors(family, remove_blade(transformer), inputs, sparse)
     assert error < 6 * plain_error
 
 
 @pytest.mark.parametrize("grid", GRIDS[:2])
 def test_sparse_layers_are_diffusers_own_with_the_blocks_as_a_mask(family, monkeypatch, grid):
     """Blocks are cut from tokens in Gilbert order, before the text; the oracle has the model's own order."""
+    grid = family.grid(grid)
     transformer, inputs = family.make(), family.inputs(grid, batch=2)
     masks, attend = [], adaptive.block_sparse_attention
 
     def spy(query, key, value, mask, **options):
-        masks.append(mask.keep.repeat_interleave(8, -1).repeat_interleave(8, -2))
+        keep = mask.keep.repeat_interleave(8, -1).repeat_interleave(8, -2)
+        dense = keep.shape[-1] - keep.shape[-2]  # rows that have a dense call of their own
+        masks.append(torch.nn.functional.pad(keep, (0, 0, 0, dense), value=True))
         return attend(query, key, value, mask, **options)
 
     monkeypatch.setattr(adaptive, "block_sparse_attention", spy)
     sparse = run(apply_blade(transformer, BladeConfig(sparsity=0.5, asa=DETAILS)), inputs)
-    assert len(masks) == 3 and 0.2 < blade_summary(transformer).layer_density < 0.8
+    most = 0.8 if family.text < grid[1] * grid[2] else 0.95  # what is no video is most of a short sequence
+    assert len(masks) == len(applied_to(transformer).layers) and 0.2 < blade_summary(transformer).layer_density < most
     remove_blade(transformer)
     plain = run(transformer, inputs)
 
-    grid = TokenGrid(*grid, first_frame_apart=family.first_frame_apart)
-    tokens = grid.video_tokens + family.text
-    video, text = grid.order("gilbert"), torch.arange(family.text)
-    places = (video + family.text, text) if family.text_first else (video, text + grid.video_tokens)
-    places = torch.cat(places).argsort()
+    before = family.history(grid) + (family.text if family.text_first else 0)
+    after = 0 if family.text_first else family.text
+    grid = TokenGrid(*grid, first_frame_apart=family.first_frame_apart, frames_apart=family.frames_apart)
+    video, tokens = grid.video_tokens, grid.video_tokens + before + after
+    text = torch.arange(before + after)
+    text = torch.where(text < before, text, text + video)
+    places = torch.cat((grid.order("gilbert") + before, text)).argsort()
     waiting = iter(masks)
     dense = torch.nn.functional.scaled_dot_product_attention
 
     def masked(query, key, value, attn_mask=None, **options):
-        if key.shape[-2] == tokens:
+        if query.shape[-2] == key.shape[-2] == tokens:
             kept = next(waiting)[..., places, :][..., places]
             attn_mask = kept if attn_mask is None else kept & attn_mask
         return dense(query, key, value, attn_mask=attn_mask, **options)
@@ -127,7 +149,9 @@ def test_guidance_as_a_batch_and_as_two_calls_is_the_same(family):
     together = run(transformer, inputs)
     for item in range(2):
         alone = {
-            name: value[item : item + 1] if isinstance(value, torch.Tensor) else value
+            name: value[item : item + 1]
+            if isinstance(value, torch.Tensor | list) and name not in family.shared
+            else value
             for name, value in inputs.items()
         }
         torch.testing.assert_close(run(transformer, alone), together[item : item + 1], rtol=1e-4, atol=1e-5)
@@ -138,8 +162,10 @@ def test_positional_arguments_and_tuples_are_as_good(family):
     expected = run(transformer, inputs)
     positional = [inputs.pop(name) for name in applied_to(transformer)._parameters[:3]]
     with torch.no_grad():
-        (output,) = transformer(*positional, **inputs, return_dict=False)
-    assert torch.equal(output, expected)
+        output = transformer(*positional, **inputs, return_dict=False)
+    if isinstance(output, tuple):
+        output, *_ = output
+    assert torch.equal(as_batch(output), expected)
 
 
 def test_gradients_pass_and_survive_checkpointing(family):
@@ -148,7 +174,7 @@ def test_gradients_pass_and_survive_checkpointing(family):
         transformer = apply_blade(family.make(), BladeConfig(attention="asa-gt", asa=DETAILS)).train()
         if checkpointing:
             transformer.enable_gradient_checkpointing()
-        transformer(**family.inputs()).sample.square().sum().backward()
+        as_batch(transformer(**family.inputs()).sample).square().sum().backward()
         attention = applied_to(transformer).attentions[0]
         gradients.append([parameter.grad for parameter in attention.parameters()])
     for plain, recomputed in zip(*gradients):
@@ -159,7 +185,12 @@ def test_gradients_pass_and_survive_checkpointing(family):
 def test_fused_projections_give_the_same_before_and_are_noticed_after(family):
     inputs, config = family.inputs(), BladeConfig(asa=DETAILS)
     fused = family.make()
-    fused.fuse_qkv_projections()
+    if not hasattr(fused, "fuse_qkv_projections") or not hasattr(attentions(fused)[0], "to_q"):
+        pytest.skip("Diffusers cannot fuse this transformer's projections")
+    try:
+        fused.fuse_qkv_projections()
+    except RuntimeError as error:
+        pytest.skip(f"Diffusers cannot fuse this transformer's projections: {error}")
     if (run(fused, inputs) - run(family.make(), inputs)).abs().max() > 1e-3:
         pytest.skip("this Diffusers computes something else with fused projections, as 0.36 does with VACE")
     expected = run(apply_blade(family.make(), config), inputs)
@@ -179,6 +210,8 @@ def test_fused_projections_give_the_same_before_and_are_noticed_after(family):
 @pytest.mark.slow
 def test_compiled_blocks_give_the_same_at_two_sizes(family):
     """One by one, since Diffusers does not name CogVideoX's repeated blocks."""
+    if not family.blocks_compile:
+        pytest.skip("Diffusers' own blocks are no single graph: they read values of their inputs")
     torch._dynamo.reset()
     config = BladeConfig(sparsity=0.5, dense_layers=[0], pooled_tokens="dropped", asa=DETAILS)
     plain, compiled = apply_blade(family.make(), config), apply_blade(family.make(), config)
@@ -193,9 +226,13 @@ def test_a_lora_works_whenever_it_is_loaded(family, keep_all, loaded):
     transformer, inputs = family.make(), family.inputs()
     without = run(transformer, inputs)
     generator = torch.Generator().manual_seed(1)
-    attention = next(name for name, _ in transformer.named_modules() if name.endswith((".attn1", ".attn")))
+    names = {module: name for name, module in transformer.named_modules()}
+    attention = names[attentions(transformer)[0]]
+    projections = [f"{attention}.{name}" for name in ("to_q", "to_v", "to_query", "to_value")]
     lora = {}
-    for projection in (f"{attention}.to_q", f"{attention}.to_v", "proj_out"):
+    for projection in (*projections, "proj_out", "out_layer.out_layer", "head.head"):
+        if projection not in names.values():
+            continue
         rows, columns = transformer.get_submodule(projection).weight.shape
         lora[f"transformer.{projection}.lora_A.weight"] = torch.randn(2, columns, generator=generator)
         lora[f"transformer.{projection}.lora_B.weight"] = torch.randn(rows, 2, generator=generator)
@@ -223,6 +260,8 @@ def with_and_without_first_block_cache(make, inputs):
 
 def test_first_block_cache_runs_on_tokens_in_order(family):
     inputs = family.inputs()
+    if not hasattr(family.make(), "enable_cache"):
+        pytest.skip("Diffusers has no caches for this transformer")
     try:
         plain = with_and_without_first_block_cache(family.make, inputs)
     except ValueError as error:

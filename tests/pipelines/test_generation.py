@@ -26,6 +26,17 @@ PASSES = {
     "HunyuanVideo15Pipeline": 6,
     "LTXPipeline": 3,
     "LTXImageToVideoPipeline": 3,
+    "LTX2Pipeline": 9,  # guidance in a batch, self-attention perturbed, both modalities apart
+    "LTX2ImageToVideoPipeline": 9,
+    "ChronoEditPipeline": 6,
+    "SkyReelsV2Pipeline": 6,
+    "SkyReelsV2ImageToVideoPipeline": 6,
+    "SkyReelsV2DiffusionForcingPipeline": 6,
+    "SkyReelsV2DiffusionForcingImageToVideoPipeline": 6,
+    "AnyFlowPipeline": 3,
+    "HunyuanVideoFramepackPipeline": 3,
+    "Kandinsky5T2VPipeline": 6,
+    "Kandinsky5I2VPipeline": 6,
 }
 """Forward passes of three steps."""
 
@@ -36,8 +47,9 @@ def conditions(tmp_path):
     frames = torch.rand(13, 3, 128, 128, generator=torch.Generator().manual_seed(0))
     (tmp_path / "video.mp4").write_bytes(encode_mp4(frames, fps=8))
     Image.fromarray((frames[0].permute(1, 2, 0) * 255).byte().numpy()).save(tmp_path / "image.png")
+    image = {"image": str(tmp_path / "image.png")}
     return {
-        "Image": {"image": str(tmp_path / "image.png")},
+        **dict.fromkeys(("Image", "ChronoEdit", "Framepack", "I2V"), image),
         "VideoToVideo": {"video": str(tmp_path / "video.mp4"), "fps": 8},
     }
 
@@ -47,14 +59,14 @@ def conditions(tmp_path):
 def test_a_video_is_made_and_summed_up(small_pipelines, conditions, name):
     torch.manual_seed(0)
     pipe = small_pipelines[name]()
-    size = 512 if name.startswith("LTX") else 128
+    size = 512 if name in ("LTXPipeline", "LTXImageToVideoPipeline") else 128
     given = next((options for task, options in conditions.items() if task in name), {})
     request = GenerationRequest(
         prompt="a cat",
         steps=3,
         height=size,
         width=size,
-        frames=13,
+        frames=17 if name == "Kandinsky5I2VPipeline" else 13,
         guidance_scale=3.0,
         blade_config=CONFIG,
         **given,
@@ -63,9 +75,14 @@ def test_a_video_is_made_and_summed_up(small_pipelines, conditions, name):
     assert made.video.shape[1:] == (3, size, size) and made.video.isfinite().all()
     assert min(made.seconds_text, made.seconds_denoising, made.seconds_decoding) >= 0
     layers, passes = made.summary.transformers[0].layers, PASSES[name]
-    dense = 0 if "VideoToVideo" in name else 2 if passes == 6 else 1  # the first step of the schedule
+    dense = 0 if "VideoToVideo" in name else passes // 3  # the first step of the schedule
     assert all((layer.dense_calls, layer.sparse_calls) == (dense, passes - dense) for layer in layers)
     assert "step" not in vars(pipe.scheduler)
+    if name.startswith("LTX2"):  # as long as the video, but for what the tokens of the audio are rounded to
+        assert made.sound.rate == 8000 and made.sound.seconds == pytest.approx(13 / 24, abs=1 / 25)
+        assert made.sound.samples.abs().max() > 0
+    else:
+        assert made.sound is None
     if name == "HunyuanVideo15Pipeline":  # whose call takes no `guidance_scale`
         assert pipe.guider.guidance_scale == 3.0
 

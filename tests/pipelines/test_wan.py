@@ -175,14 +175,6 @@ def test_parallelism_is_refused_before_and_after(make_wan, wan_inputs):
         run(transformer, wan_inputs())
 
 
-def test_a_wan_animate_transformer_is_refused_by_name():
-    class WanAnimateTransformer3DModel(torch.nn.Module):
-        pass
-
-    with pytest.raises(ValueError, match=r"`WanAnimateTransformer3DModel` is not supported: its face adapter"):
-        apply_blade(WanAnimateTransformer3DModel(), BladeConfig())
-
-
 def test_control_latents_of_another_size_are_refused(make_wan, wan_inputs):
     from blade_pipelines.wan import WanFamily
 

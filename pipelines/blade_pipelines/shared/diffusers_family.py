@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 from blade.families.data import FamilyData
-from blade.families.protocol import Condition, SparseAttention
+from blade.families.protocol import Condition, GuidanceBatch, Inputs, SparseAttention
 from blade.families.sampling_defaults import SamplingDefaults
+from blade.families.video_lengths import VideoLengths
 from blade_pipelines.shared.diffusers_module import DiffusersModule
 from blade_pipelines.shared.processor import SparseProcessor
 
@@ -38,8 +39,14 @@ class DiffusersFamily:
     """Name of the submodule that computes the time embedding, (B, channels)."""
     condition_pipelines: ClassVar[Mapping[tuple[str, Condition], str]] = {}
     """Pipeline class that accepts a condition with the same weights, by the pipeline's class and the condition."""
-    guidance_as_batch: bool = False
-    """Whether guidance takes a batch of two; here two calls, or none."""
+    batched_guidance: GuidanceBatch | None = None
+    """Layout of the latents where the passes of guidance are one batch; here they run one after the other."""
+    timesteps_rise: bool = False
+    """Whether timesteps rise from step to step; here they fall, with the noise."""
+    guidance_takes_two_passes: ClassVar[bool]
+    """True if guidance is no input of the transformer."""
+    whole_sequence: bool = False
+    """True if one input holds video tokens and the tokens that the grid calls text."""
     size_multiple: int = 16
     """Pixels of which the pipelines require heights and widths to be multiples."""
     tiny_decoders: Mapping[int, tuple[str, ...]] = MappingProxyType({})
@@ -47,6 +54,11 @@ class DiffusersFamily:
 
     original_names: Sequence[tuple[str, str]] = ()
     """Replacements that turn Diffusers' names of modules into the authors' own; here none, where they are the same."""
+
+    @property
+    def guidance_passes(self) -> int:
+        """Forward passes of a step with guidance: one more than without, unless guidance is an input of the model."""
+        return 2 if self.guidance_takes_two_passes else 1
 
     @property
     def data(self) -> FamilyData:
@@ -61,6 +73,26 @@ class DiffusersFamily:
         """Return the recommended sampling settings of a pipeline's model; here only Diffusers' own defaults."""
         return SamplingDefaults()
 
+    def video_lengths(self, pipe: Any) -> VideoLengths | None:
+        """Return None: the VAE's compression says it."""
+        return None
+
+    def evaluations(self, steps: int) -> int:
+        """Return the steps: every one is computed."""
+        return steps
+
+    def call_options(self, pipe: Any, request: Any) -> Mapping[str, Any]:
+        """Return no arguments of a call beside those of the request's fields."""
+        return {}
+
+    def plan_problem(self, pipe: Any) -> str | None:
+        """Return None: a run is as many forward passes as it has steps."""
+        return None
+
+    def sound_rate(self, pipe: Any) -> int | None:
+        """Return None: the pipelines make no sound."""
+        return None
+
     def condition_pipeline(self, pipe: Any, condition: Condition) -> str | None:
         """Return the pipeline class that accepts a condition with the same weights, from `condition_pipelines`."""
         return self.condition_pipelines.get((type(pipe).__name__, condition))
@@ -72,6 +104,11 @@ class DiffusersFamily:
     def without_values(self) -> AbstractContextManager[Any]:
         """Return a context that changes nothing: the forward pass does not depend on values."""
         return nullcontext()
+
+    def video_timestep(self, inputs: Inputs) -> torch.Tensor:
+        """Return all timesteps: those of conditions, where there are any, are the lower ones."""
+        timestep: torch.Tensor = inputs["timestep"]
+        return timestep
 
     def blocks(self, transformer: DiffusersModule) -> Sequence[nn.Module]:
         """Return the transformer's blocks."""
@@ -90,6 +127,11 @@ class DiffusersFamily:
         heads: int = attention.heads
         return heads
 
+    def head_dim(self, transformer: DiffusersModule) -> int:
+        """Return the numbers in one head of one token, as the transformer's configuration says."""
+        size: int = transformer.config.attention_head_dim
+        return size
+
     def output_projection(self, attention: DiffusersModule) -> torch.Tensor | None:
         """Return the weight of the first layer of `to_out`, or None if there is no floating-point one."""
         weight = getattr(attention.to_out[0], "weight", None) if getattr(attention, "to_out", None) else None
@@ -100,6 +142,14 @@ class DiffusersFamily:
         if type(attention.processor) in self.processors:
             return None
         return f"its processor is a {type(attention.processor).__name__}, not Diffusers' {self.processors[0].__name__}"
+
+    def pass_dense_reason(self, transformer: DiffusersModule, inputs: Inputs) -> str | None:
+        """Return None: layers can be sparse in every forward pass."""
+        return None
+
+    def scheduler_counts_steps(self, inputs: Inputs) -> bool:
+        """Return True: the pipelines step their scheduler itself."""
+        return True
 
     def make_processor(self, layer: SparseAttention, previous: Any) -> SparseProcessor:
         """Return the processor for a layer."""

@@ -1,5 +1,7 @@
 """The step of a forward pass is found whichever way it is told, or not told."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
@@ -135,6 +137,20 @@ def test_timesteps_of_tokens_count_by_the_largest():
     assert seen == [(0, None), (1, None)]
 
 
+def test_a_scheduler_of_which_copies_are_stepped_is_read_at_the_largest_timestep():
+    pipe = Pipe(unipc())
+    pipe.num_timesteps = 5
+    pipe.scheduler.set_timesteps(5)
+    steps = StepResolver(pipe)
+    for step, timestep in enumerate(pipe.scheduler.timesteps):
+        frames = torch.stack((timestep, timestep // 2, torch.tensor(0)))[None].to(torch.bfloat16)
+        assert steps.resolve(frames, counts_itself=False) == (step, 5)
+        assert steps.resolve(frames) == (0, 5)  # it is thought to be at its first step
+    pipe.scheduler.num_inference_steps = None
+    compared = [steps.resolve(at(value), counts_itself=False) for value in (900, 900, 500)]
+    assert compared == [(0, None), (0, None), (1, None)]
+
+
 def test_a_reset_begins_a_new_run():
     steps = StepResolver()
     steps.resolve(at(900))
@@ -149,3 +165,12 @@ def test_the_pipeline_is_not_kept_alive():
     steps = StepResolver(pipe)
     del pipe
     assert steps.resolve(at(900)) == (0, None)
+
+
+def test_timesteps_may_rise_as_the_noise_falls():
+    steps = StepResolver(rising=True)
+    found = [steps.resolve(torch.tensor([value]))[0] for value in (0.0, 0.0, 0.2, 0.9, 0.1)]
+    assert found == [0, 0, 1, 2, 0]
+    scheduler = SimpleNamespace(timesteps=torch.tensor([0.0, 0.2, 0.9]), num_inference_steps=3, step_index=None)
+    pipe = Pipe(scheduler)
+    assert StepResolver(pipe, rising=True).resolve(torch.tensor([0.2, 0.999])) == (1, 3)

@@ -1,6 +1,8 @@
 """Families are found without installed metadata, third parties' by entry point, and their data by name."""
 
+import inspect
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -8,6 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from diffusers.models import transformers
 
 from blade import BladeConfig
 from blade.families.data import FamilyData
@@ -16,9 +20,11 @@ from blade.families.registry import (
     available_kind,
     benchmark_layers,
     example_model,
+    find_family,
     model_families,
     preset_names,
     released_students,
+    unsupported_classes,
 )
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -127,6 +133,45 @@ def test_every_family_has_values_for_dense_few_step_students() -> None:
         assert (config.pooled_tokens, config.dense_layers, config.asa.rounding) == ("dropped", (0,), "spread"), name
         assert config.asa.pooled_window == config.asa.block_size, name
     assert BladeConfig.from_preset("wan").dense_step_count(8) == 2  # a fraction
+
+
+def transformer_classes() -> dict[str, type[torch.nn.Module]]:
+    """Return the transformers that Diffusers exports, by name."""
+    named = {name: getattr(transformers, name) for name in dir(transformers)}
+    return {name: kind for name, kind in named.items() if inspect.isclass(kind) and issubclass(kind, torch.nn.Module)}
+
+
+def test_every_transformer_of_diffusers_is_supported_or_refused_by_name() -> None:
+    """A class that a newer Diffusers adds must be put into a family, or into `unsupported.yaml`."""
+    classes = transformer_classes()
+    supported = {kind.__name__ for family in model_families() for kind in family.transformers}
+    refused, others = unsupported_classes()
+    assert set(classes) - supported - set(refused) - set(others) == set()
+    assert supported.isdisjoint(refused) and supported.isdisjoint(others) and set(refused).isdisjoint(others)
+    assert {name for name in classes if "3DModel" in name or "Video" in name} - supported - set(refused) == {
+        "JoyImageEditPlusTransformer3DModel", "JoyImageEditTransformer3DModel",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("SanaVideoTransformer3DModel", "is not supported: its self-attention is linear: .*It must be one of: .*Wan"),
+        ("FluxTransformer2DModel", "makes no video: it makes images"),
+        ("StableAudioDiTModel", "makes no video: it makes sound"),
+        ("SomethingElse", "is of no model family that BLADE knows"),
+    ],
+)
+def test_a_transformer_of_no_family_is_refused_with_the_reason(name, message) -> None:
+    transformer = type(name, (torch.nn.Module,), {})()
+    with pytest.raises(ValueError, match=rf"`{name}` {message}"):
+        find_family(transformer)
+
+
+def test_reasons_read_as_sentences() -> None:
+    refused, _ = unsupported_classes()
+    for name, reason in refused.items():
+        assert re.fullmatch(r"[a-z][^\n]+[^.\s]", reason), name
 
 
 def test_a_family_without_a_kind_of_preset_has_training_free_ones() -> None:

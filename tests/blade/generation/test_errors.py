@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from blade.attention.config import BladeConfig
 from blade.cli.generate import main
+from blade.media.sound import Sound
 
 OK = ("--prompt", "a red ball moving right")
 SIZE = ("--height", "64", "--width", "64", "--frames", "9", "--steps", "2", "--device", "cpu")
@@ -269,12 +270,12 @@ def test_ctrl_c_during_encoding(
 
     real = outputs.encode_mp4
 
-    def interrupted(video: torch.Tensor, fps: int) -> bytes:
+    def interrupted(video: torch.Tensor, fps: int, sound: Sound | None) -> bytes:
         def frames():
             yield from video[:3]
             raise KeyboardInterrupt
 
-        return real(frames(), fps)
+        return real(frames(), fps, sound)
 
     monkeypatch.setattr(outputs, "encode_mp4", interrupted)
     line = command.fails(*OK, "--model", str(saved_tiny_pipeline), *SIZE, code=130)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.hooks import CpuOffload, UserCpuOffloadHook
+from accelerate.hooks import CpuOffload
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
 from diffusers.hooks.group_offloading import ModuleGroup
 from torch.profiler import ProfilerActivity, profile
@@ -198,8 +198,16 @@ class _Device:
 
         around(ModuleGroup, "onload_", group_size, lambda group: group)
         around(ModuleGroup, "offload_", None, lambda group: group)
-        around(CpuOffload, "pre_forward", lambda hook, module, *_, **__: weight_bytes(module), lambda h, m, *_: m)
-        around(UserCpuOffloadHook, "offload", None, lambda hook: hook.model)
+        before = CpuOffload.pre_forward
+
+        def pre_forward(hook: CpuOffload, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if hook.prev_module_hook is not None:  # whose weights a CPU has already, so that Accelerate leaves them
+                self.held.pop(id(hook.prev_module_hook.model), None)
+            if id(module) not in self.held:
+                self.held[id(module)] = torch.empty(weight_bytes(module), dtype=torch.uint8)
+            return before(hook, module, *args, **kwargs)
+
+        monkeypatch.setattr(CpuOffload, "pre_forward", pre_forward)
 
 
 @pytest.mark.slow

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import json
 import subprocess
 import sys
 import weakref
@@ -33,9 +35,9 @@ from blade.models.acceleration import (
     advise,
     choose_offload,
     compile_blocks,
-    parse_cache,
     place,
 )
+from blade.models.choices import parse_cache
 from blade.models.conditions import cover, model_for, size_like
 from blade.models.loaded import LoadedModel
 from blade.models.loading import load_model
@@ -284,6 +286,32 @@ def test_two_transformers_take_a_lora_each(saved_tiny_pipeline: Path, tmp_path: 
         plan_run(tiny(saved_tiny_pipeline, loras=request.loras))
 
 
+def test_the_command_gives_each_of_two_experts_its_lora(saved_tiny_pipeline: Path, tmp_path: Path) -> None:
+    """As Wan 2.2: other weights for less noise, a LoRA for each from a file of its own, both sparse."""
+    pipe = load_model(saved_tiny_pipeline).pipe
+    folder, second = tmp_path / "two", copy.deepcopy(pipe.transformer)
+    for parameter in second.parameters():
+        parameter.data.mul_(1.1)
+    WanPipeline(**pipe.components | {"transformer_2": second}, boundary_ratio=0.6).save_pretrained(folder)
+    high, low = (lora(pipe, tmp_path / f"{name}.safetensors", seed) for seed, name in enumerate(("high", "low")))
+    SPARSE.save_pretrained(tmp_path / "config")
+    given = {**TINY, "steps": 4, "model": folder, "config": tmp_path / "config", "guidance_scale": 2, "prompt": PROMPT}
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
+
+    def video(name: str, *loras: str) -> tuple[torch.Tensor, dict]:
+        with pytest.raises(SystemExit) as done:
+            main([*options, *(f"--lora={value}" for value in loras), f"--output={tmp_path / name}.mp4"])
+        assert done.value.code == 0
+        return read_mp4(tmp_path / f"{name}.mp4"), json.loads((tmp_path / f"{name}.json").read_text())
+
+    made, record = video("made", f"{high}:{low}=0.8")
+    assert record["changed_modules"] == {f"{high}:{low}": {"transformer": 2, "transformer_2": 2}}
+    assert 0.4 < record["layer_density"] < 0.6 and record["layer_density"] == record["run_density"]
+    for name, other in (("plain", ()), ("swapped", (f"{low}:{high}=0.8",)), ("weaker", (f"{high}:{low}=0.1",))):
+        assert (video(name, *other)[0] - made).abs().max() > 0.01
+    assert torch.equal(video("again", f"{high}:{low}=0.8")[0], made)
+
+
 def test_merged_loras_make_the_same_video(saved_tiny_pipeline: Path, tmp_path: Path) -> None:
     pipe = load_model(saved_tiny_pipeline).pipe
     path = lora(pipe, tmp_path / "style.safetensors", 1)
@@ -309,9 +337,24 @@ def test_every_block_and_the_decoder_are_compiled(saved_tiny_pipeline: Path) -> 
     assert all(part._compiled_call_impl is not None for part in parts)
 
 
-@pytest.mark.parametrize("cache", ["first-block=1.0", "pyramid=2"])
-def test_caches_save_attention(saved_tiny_pipeline: Path, cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("cache", "guidance_scale"),
+    [
+        ("first-block=1.0", 2.0),
+        ("mag=10", 2.0),
+        ("sea=10", 2.0),
+        ("taylor-seer=2", 2.0),
+        ("cache-dit=10", 2.0),
+        ("pyramid=2", 1.0),
+        ("faster=2", 1.0),
+    ],
+)
+def test_caches_save_attention(
+    saved_tiny_pipeline: Path, cache: str, guidance_scale: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Counted where attention is computed, under BLADE, against the run without the cache."""
+    if cache.startswith("cache-dit"):
+        pytest.importorskip("cache_dit", reason="cache-dit is not installed")
     from blade.attention.layer import SparseLayer
 
     counts, attend = {}, SparseLayer.attend
@@ -323,14 +366,16 @@ def test_caches_save_attention(saved_tiny_pipeline: Path, cache: str, monkeypatc
     monkeypatch.setattr(SparseLayer, "attend", counted)
     for key in ("plain", "cached"):
         counts[key] = 0
-        video = make(tiny(saved_tiny_pipeline, steps=8, cache=cache if key == "cached" else None))
+        asked = cache if key == "cached" else None
+        video = make(tiny(saved_tiny_pipeline, steps=12, guidance_scale=guidance_scale, cache=asked))
         assert video.isfinite().all()
     assert 0 < counts["cached"] < counts["plain"]
 
 
 def test_caches_that_are_none_are_refused(saved_tiny_pipeline: Path) -> None:
     assert parse_cache("first-block") == ("first-block", 0.05)
-    for text in ("teacache", "first-block=0", "pyramid=1", "pyramid=2.5", "pyramid=many"):
+    assert parse_cache("taylor-seer") == ("taylor-seer", 5) and parse_cache("faster=3") == ("faster", 3)
+    for text in ("teacache", "first-block=0", "cache-dit=nan", "pyramid=1", "taylor-seer=2.5", "faster=many"):
         with pytest.raises(ValueError, match="`cache`"):
             tiny(saved_tiny_pipeline, cache=text)
 
@@ -391,7 +436,7 @@ def measured(model, request, **options):
     object.__setattr__(generation, "video", larger)
     return generation
 outputs.run_request = measured
-outputs.encode_mp4 = lambda video, fps: b"a video"
+outputs.encode_mp4 = lambda video, fps, sound: b"a video"
 words = [f"a {{colour}} {{shape}} moving {{way}}" for colour in ("red", "green", "blue", "yellow", "white")
          for shape in ("ball", "square", "triangle") for way in ("left", "right", "up", "down")]
 request = GenerationRequest(

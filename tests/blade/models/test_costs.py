@@ -3,13 +3,16 @@
 import runpy
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 from diffusers import (
     CogVideoXTransformer3DModel,
     HunyuanVideo15Transformer3DModel,
     HunyuanVideoTransformer3DModel,
+    LTX2VideoTransformer3DModel,
     LTXVideoTransformer3DModel,
+    MiniMaxH3Transformer3DModel,
     WanTransformer3DModel,
     WanVACETransformer3DModel,
 )
@@ -55,6 +58,13 @@ HUNYUAN_VIDEO = {
     "rope_axes_dim": (4, 6, 6),
 }
 
+LTX2 = {
+    **ATTENTION, "cross_attention_dim": 32, "num_layers": 2, "audio_in_channels": 4, "audio_out_channels": 4,
+    "audio_num_attention_heads": 2, "audio_attention_head_dim": 8, "audio_cross_attention_dim": 16,
+    "rope_type": "split",
+}  # fmt: skip
+GATED = dict.fromkeys(("gated_attn", "cross_attn_mod", "audio_gated_attn", "audio_cross_attn_mod"), True)
+
 SMALL = {
     "Wan": lambda: WanTransformer3DModel(**WAN),
     "Wan, image to video": lambda: WanTransformer3DModel(**WAN, image_dim=8, added_kv_proj_dim=32),
@@ -70,22 +80,47 @@ SMALL = {
     "LTX-Video": lambda: LTXVideoTransformer3DModel(
         **ATTENTION, cross_attention_dim=32, num_layers=2, caption_channels=8
     ),
-}
+    "Wan-Animate": lambda: diffusers.WanAnimateTransformer3DModel(
+        **WAN | {"in_channels": 12, "image_dim": 8, "added_kv_proj_dim": 32}, latent_channels=4,
+        motion_encoder_channel_sizes={"4": 4, "8": 4, "16": 4}, motion_encoder_size=16, motion_style_dim=8,
+        motion_dim=4, motion_encoder_dim=8, face_encoder_hidden_dim=8, face_encoder_num_heads=2,
+        inject_face_latents_blocks=1,
+    ),
+    "ChronoEdit": lambda: diffusers.ChronoEditTransformer3DModel(**WAN, image_dim=8, added_kv_proj_dim=32),
+    "SkyReels-V2": lambda: diffusers.SkyReelsV2Transformer3DModel(**WAN),
+    "SkyReels-V2, diffusion forcing": lambda: diffusers.SkyReelsV2Transformer3DModel(**WAN, inject_sample_info=True),
+    "AnyFlow": lambda: diffusers.AnyFlowTransformer3DModel(**WAN),
+    "FramePack": lambda: diffusers.HunyuanVideoFramepackTransformer3DModel(
+        **HUNYUAN_VIDEO, num_single_layers=2, pooled_projection_dim=8, has_image_proj=True, image_proj_dim=8,
+        has_clean_x_embedder=True,
+    ),
+    "Kandinsky 5": lambda: diffusers.Kandinsky5Transformer3DModel(
+        in_visual_dim=4, out_visual_dim=4, in_text_dim=8, in_text_dim2=8, time_dim=16, model_dim=32, ff_dim=24,
+        num_text_blocks=1, num_visual_blocks=3, axes_dims=(4, 6, 6),
+    ),
+    "LTX-2": lambda: LTX2VideoTransformer3DModel(**LTX2, caption_channels=8),
+    "LTX-2.3": lambda: LTX2VideoTransformer3DModel(**LTX2, **GATED, use_prompt_embeddings=False, perturbed_attn=True),
+    "MiniMax-H3": lambda: MiniMaxH3Transformer3DModel(
+        num_attention_heads=2, attention_head_dim=16, hidden_size=24, num_layers=2, num_refiner_layers=1, ffn_dim=32,
+        in_channels=2, audio_in_channels=3, text_dim=8, freq_dim=16, time_embed_hidden_dim=16, time_embed_dim=8,
+        rope_freq_dim=2,
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", SMALL)
 def test_counts_are_those_of_a_real_forward_pass(name):
     real, counted = SMALL[name](), on_meta(SMALL[name])
-    family, latent = find_family(real), (3, 10, 14)
-    cost = forward_cost(counted, latent, batch=2, text_tokens=6)
-    inputs = family.example_inputs(real, latent, batch=2, text_tokens=6)
+    family, latent, batch = find_family(real), (3, 10, 14), 1 if "forcing" in name else 2  # it is told one frame rate
+    cost = forward_cost(counted, latent, batch=batch, text_tokens=6)
+    inputs = family.example_inputs(real, latent, batch=batch, text_tokens=6)
     # PyTorch counts the CPU's fused attention as nothing
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         real(**inputs)
     assert cost.total == pytest.approx(counter.get_total_flops(), rel=1e-3)
     tokens, layers = cost.grid.sequence_length, len(family.attention_layers(real))
     assert (cost.layers, cost.heads, cost.head_dim) == (layers, 2, 16)
-    assert cost.flops["self-attention"] == 2 * layers * 4 * tokens**2 * 32
+    assert cost.flops["self-attention"] == batch * layers * 4 * tokens**2 * 32
     assert cost.parameters == sum(parameter.numel() for parameter in real.parameters())
 
 
