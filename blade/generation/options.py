@@ -36,6 +36,7 @@ from blade.models.choices import (
     Quantization,
     parse_cache,
     parse_lora,
+    parse_transformer,
 )
 from blade.models.source import BUNDLED
 
@@ -70,7 +71,7 @@ class PromptOptions(OptionGroup):
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions(OptionGroup):
-    """The model and its LoRAs."""
+    """The model, its weights and its LoRAs."""
 
     title: ClassVar[str] = "Model and LoRA"
 
@@ -78,14 +79,20 @@ class ModelOptions(OptionGroup):
     """A folder in Diffusers format or a Hub id; by default the bundled model of moving shapes."""
     revision: str | None = option()
     """Branch, tag or commit of a Hub id; by default its main branch."""
+    transformer: str | None = option(settled_by_student=True, of_model=True)
+    """Weights in place of the model's transformer: a .safetensors or .gguf file, a folder, or owner/name/FILE on the
+    Hub; for a model of two transformers FIRST:SECOND."""
     loras: tuple[str, ...] = option((), flag="lora", settled_by_student=True, of_model=True)
     """A LoRA: folder, file or Hub id, with =STRENGTH or without; repeatable. For a model of two transformers
     FIRST:SECOND=STRENGTH, or =STRENGTH:STRENGTH."""
 
     def check(self) -> None:
-        """Check that there is a model, and that the strengths of the LoRAs are numbers."""
+        """Check that there is a model, that its files can be told apart, and that LoRAs' strengths are numbers."""
         if not self.model:
             raise ValueError("`model` must be a folder or a Hub id, got an empty one.")
+        if self.transformer is not None:
+            check_type("transformer", self.transformer, str)
+            parse_transformer(self.transformer)
         check_type("loras", self.loras, tuple[str, ...])
         object.__setattr__(self, "loras", tuple(self.loras))
         for lora in self.loras:

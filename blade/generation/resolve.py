@@ -11,7 +11,7 @@ from blade.common.terminal import logger
 from blade.families.registry import available_kind
 from blade.generation.inputs import input_state
 from blade.generation.request import SPARSE_OPTIONS, GenerationRequest, ResolvedRequest
-from blade.models.choices import SEPARATOR, parse_lora, split_sources
+from blade.models.choices import SEPARATOR, parse_lora, parse_transformer, split_sources
 from blade.models.conditions import measure_video, read_image, size_like
 from blade.models.loaded import LoadedModel
 from blade.models.loras import check_sources
@@ -87,6 +87,7 @@ def resolve_request(
         "video": _absolute(request.video),
         "strength": _strength(request, model),
         "decoder_weights": _absolute(request.decoder_weights),
+        "transformer": _absolute_transformer(request.transformer),
         "loras": tuple(_absolute_lora(lora) for lora in request.loras),
         "device": str(model.device),
         "dtype": str(model.transformer.dtype).removeprefix("torch."),
@@ -198,3 +199,8 @@ def _absolute_lora(text: str) -> str:
     """Return a LoRA with the whole paths of its files."""
     lora = parse_lora(text)
     return SEPARATOR.join(f"{_absolute(source)}" for source in lora.sources) + text.removeprefix(lora.name)
+
+
+def _absolute_transformer(text: str | None) -> str | None:
+    """Return the files of transformers with their whole paths."""
+    return None if text is None else SEPARATOR.join(f"{_absolute(source)}" for source in parse_transformer(text))

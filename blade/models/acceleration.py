@@ -10,6 +10,8 @@ from torch import nn
 from torch.nn.utils.weight_norm import WeightNorm
 
 from blade.common.errors import first_line
+from blade.families.protocol import ModelFamily
+from blade.families.transformers import Transformer
 from blade.models.choices import OFFLOADS, Offload
 from blade.models.loaded import LoadedModel
 from blade.models.modular import is_modular
@@ -40,6 +42,12 @@ def quantize(model: LoadedModel, kind: str) -> None:
     Raises:
         ValueError: if torchao is not installed, or its version lacks this.
     """
+    for transformer in model.transformers.values():
+        quantize_blocks(transformer, model.family, kind)
+
+
+def quantize_blocks(transformer: Transformer, family: ModelFamily, kind: str) -> None:
+    """Store the weights of one transformer's blocks in fewer bits; see `quantize`."""
     try:
         from torchao.quantization import quantize_
     except ImportError:
@@ -49,9 +57,8 @@ def quantize(model: LoadedModel, kind: str) -> None:
         config = getattr(import_module(module), name)()
     except (ImportError, AttributeError) as error:
         raise ValueError(f"`quantize` {kind} needs a newer torchao: {first_line(error)}") from error
-    for transformer in model.transformers.values():
-        for block in model.family.blocks(transformer):
-            quantize_(block, config)
+    for block in family.blocks(transformer):
+        quantize_(block, config)
 
 
 def check_quantizable(kind: str | None, device: torch.device) -> None:

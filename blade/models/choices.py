@@ -1,4 +1,4 @@
-"""Names that options choose from: dtypes, offloading, quantization, caches, LoRAs. Imports nothing heavy."""
+"""Names that options choose from: dtypes, offloading, quantization, caches, LoRAs, files. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ CACHE_THRESHOLDS = ("first-block", "mag", "sea", "cache-dit")
 
 
 SEPARATOR = ":"
-"""Stands between the LoRAs of two transformers, and between their strengths."""
+"""Stands between the files or LoRAs of two transformers, and between their strengths."""
 
 DRIVE = re.compile(r"(^|:)[A-Za-z]:[\\/]$")
 """Beginning of a Windows path, such as C:\\ or C:/, up to the slash."""
@@ -91,6 +91,24 @@ def parse_lora(text: str) -> LoraChoice:
     if len(strengths) > len(sources):
         raise ValueError(f"`loras` must name a source for each strength, FIRST:SECOND=0.8:0.6, got {shortened(text)}.")
     return LoraChoice(sources, strengths if len(strengths) == len(sources) else strengths * len(sources))
+
+
+def parse_transformer(text: str) -> tuple[str, ...]:
+    """Return the file that replaces a transformer's weights, or the two of `FIRST:SECOND`, one for each of two.
+
+    Args:
+        text: files, folders or Hub ids; colons are read as `parse_lora` reads them.
+
+    Raises:
+        ValueError: if one is empty, or there are more than two.
+    """
+    sources = split_sources(text)
+    if sources is None:
+        raise ValueError(
+            "`transformer` must name one file, or FIRST:SECOND, one for each of two transformers, got "
+            f"{shortened(text)}."
+        )
+    return sources
 
 
 def split_sources(text: str) -> tuple[str, ...] | None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -62,6 +63,7 @@ def load_model(
     revision: str | None = None,
     device: torch.device | str | None = "cpu",
     dtype: torch.dtype = torch.float32,
+    components: Mapping[str, nn.Module] = MappingProxyType({}),
 ) -> LoadedModel:
     """Load a Diffusers video pipeline.
 
@@ -70,15 +72,16 @@ def load_model(
         revision: branch, tag or commit of a Hub id; None takes its main branch.
         device: where it runs; None leaves it where it was loaded, on the CPU.
         dtype: dtype of all parts but the VAE, which runs in float32.
+        components: parts that are loaded already, by name; the model's own are then neither read nor downloaded.
 
     Raises:
         ModelError: if there is no such model, it cannot be read, or it makes no video.
     """
     source, options = locate(model, revision)
     try:
-        source = _fetch(model, source, options)
+        source = _fetch(model, source, options, components)
         dtypes = {"default": dtype, **dict.fromkeys(FLOAT32_PARTS, torch.float32)}
-        pipe = load_pipeline(source, f"`model` {model} cannot be loaded: it", dtypes)
+        pipe = load_pipeline(source, f"`model` {model} cannot be loaded: it", dtypes, components)
     except ModelError:
         raise
     except Exception as error:  # whatever Diffusers, Transformers and safetensors raise for a broken model
@@ -91,13 +94,19 @@ def load_model(
     return loaded
 
 
-def load_pipeline(folder: str | Path, what: str, dtype: torch.dtype | Mapping[str, torch.dtype]) -> Any:
+def load_pipeline(
+    folder: str | Path,
+    what: str,
+    dtype: torch.dtype | Mapping[str, torch.dtype],
+    components: Mapping[str, nn.Module] = MappingProxyType({}),
+) -> Any:
     """Load a pipeline from a folder in Diffusers format by others: none of its code runs, and nothing is unpickled.
 
     Args:
         folder: the folder.
         what: the subject of the error's message, such as "`model` folder".
         dtype: dtype of all parts, or of each by name.
+        components: see `load_model`.
 
     Raises:
         ModelError: see `blade.models.untrusted.check_model_folder`.
@@ -106,17 +115,17 @@ def load_pipeline(folder: str | Path, what: str, dtype: torch.dtype | Mapping[st
     from packaging.version import Version
 
     if is_modular_folder(Path(folder)):
-        return load_modular_pipeline(Path(folder), what, dtype)
+        return load_modular_pipeline(Path(folder), what, dtype, components)
     kind, _ = check_model_folder(Path(folder), what)
     if Version(diffusers.__version__) >= Version("0.40"):
         options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": False}
     else:  # which takes the first by another name, and knows the second for downloads alone
         options = {"torch_dtype": dtype}
-    return kind.from_pretrained(folder, use_safetensors=True, local_files_only=True, **options)
+    return kind.from_pretrained(folder, use_safetensors=True, local_files_only=True, **options, **components)
 
 
-def _fetch(model: str | Path, source: str, options: Mapping[str, Any]) -> str:
-    """Download the pipeline of a Hub id into the local cache, and return its folder."""
+def _fetch(model: str | Path, source: str, options: Mapping[str, Any], components: Mapping[str, nn.Module]) -> str:
+    """Download the pipeline of a Hub id into the local cache, but for parts that are there; return its folder."""
     if Path(source).is_dir():
         return source
     from diffusers import DiffusionPipeline
@@ -130,10 +139,11 @@ def _fetch(model: str | Path, source: str, options: Mapping[str, Any]) -> str:
             info = repository_info(source, "model", MODULAR_INDEX_NAME, options["revision"])
             names = [] if info is None else [item.rfilename for item in info.siblings or []]
             announce_download(source, [name for name in names if name.partition("/")[0] in parts], folder.name)
-        patterns = [f"{name}/*{ending}" for name in parts for ending in NEEDED_FILES]
+        patterns = [f"{name}/*{ending}" for name in parts if name not in components for ending in NEEDED_FILES]
         return str(snapshot_download(source, allow_patterns=[*INDEX_NAMES, *patterns], **options))
     read_model_index(folder / INDEX_NAME, f"{what} loaded: it")
-    return str(DiffusionPipeline.download(source, use_safetensors=True, trust_remote_code=False, **options))
+    options = {**options, **components, "trust_remote_code": False}
+    return str(DiffusionPipeline.download(source, use_safetensors=True, **options))
 
 
 def load_empty_model(

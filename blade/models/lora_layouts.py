@@ -14,6 +14,7 @@ from blade.families.protocol import ModelFamily
 from blade.families.transformers import Transformer
 from blade.models.foreign_branches import branch_problem
 from blade.models.lora_files import LoraFile
+from blade.models.stored_weights import weight_shape
 
 PREFIXES = (
     "base_model.model.",
@@ -211,6 +212,7 @@ class _Target:
         self.name = name
         self.layer = None if isinstance(item, torch.Tensor) else getattr(item, "base_layer", item)  # in an adapter
         self.weight: torch.Tensor = item if self.layer is None else self.layer.weight
+        self.shape = self.weight.shape if self.layer is None else weight_shape(self.layer)
         self.bias: torch.Tensor | None = getattr(self.layer, "bias", None)
 
 
@@ -277,8 +279,10 @@ class _Change:
         magnitude = self.parts.get("magnitude")
         if magnitude is None:
             return [None] * len(self.targets)
-        rows = sum(target.weight.shape[0] for target in self.targets)
-        if tuple(magnitude.shape) not in ((rows,), (rows, 1)) or any(t.weight.ndim != 2 for t in self.targets):
+        rows = sum(target.shape[0] for target in self.targets)
+        if tuple(magnitude.shape) not in ((rows,), (rows, 1)) or any(
+            len(target.shape) != 2 for target in self.targets
+        ):
             raise _UnusableError(
                 f"its DoRA magnitude is {_size(magnitude.shape)} instead of one of each of {rows} rows"
             )
@@ -286,7 +290,7 @@ class _Change:
 
     def _rows(self, tensor: torch.Tensor) -> Sequence[torch.Tensor]:
         """Split a tensor into the rows of each target."""
-        rows = [target.weight.shape[0] for target in self.targets]
+        rows = [target.shape[0] for target in self.targets]
         if tensor.ndim == 0 or ((len(rows) > 1 or self.reorder) and tensor.shape[0] != sum(rows)):
             raise _UnusableError(f"{_size(tensor.shape)} instead of {sum(rows)} rows")
         tensor = tensor if self.reorder is None else self.reorder(tensor)
@@ -296,6 +300,8 @@ class _Change:
         """Return a parameter and a tensor of its shape."""
         if parameter is None:
             raise _UnusableError("it has no bias here")
+        if not parameter.is_floating_point():
+            raise _UnusableError("its weights are stored in fewer bits, to which nothing can be added")
         if parameter.shape != tensor.shape:
             raise _UnusableError(f"{_size(tensor.shape)} instead of {_size(parameter.shape)}")
         return parameter, tensor
@@ -310,10 +316,10 @@ def _fitting(target: _Target, pair: Pair) -> Pair:
     if not isinstance(target.layer, LINEAR):
         raise _UnusableError("it takes no pair of matrices here")
     rank = pair.down.shape[0] if pair.down.ndim else 0
-    kernel = (1,) * (target.weight.ndim - 2)
+    kernel = (1,) * (len(target.shape) - 2)
     product = (*pair.up.shape[:1], *pair.down.shape[1:])
-    if product != target.weight.shape or pair.up.shape[1:] != (rank, *kernel) or rank == 0:
-        raise _UnusableError(f"{_size(product)} of rank {rank} instead of {_size(target.weight.shape)}")
+    if product != target.shape or pair.up.shape[1:] != (rank, *kernel) or rank == 0:
+        raise _UnusableError(f"{_size(product)} of rank {rank} instead of {_size(target.shape)}")
     return pair
 
 

@@ -19,6 +19,7 @@ from blade.models.choices import parse_lora
 from blade.models.loaded import LoadedModel
 from blade.models.lora_files import LoraFile, peek_lora, read_lora
 from blade.models.lora_layouts import Pair, Translation, translate
+from blade.models.stored_weights import packed_layers
 
 BOTH_LORAS = (
     "Name a source for each transformer: `--lora FIRST:SECOND=STRENGTH`, in Python "
@@ -262,9 +263,13 @@ def _activate(model: LoadedModel, adapters: Mapping[str, Sequence[tuple[Part, fl
 def merge_loras(model: LoadedModel) -> None:
     """Add all LoRAs, a student's too, to the transformers' weights, where they cost no time; none can be taken off.
 
+    They stay beside weights that are stored in fewer bits, in which their sum would have to be rounded.
+
     Args:
         model: the model, its LoRAs loaded.
     """
+    if any(next(packed_layers(transformer), None) for transformer in model.transformers.values()):
+        return
     names = [name for name, transformer in model.transformers.items() if getattr(transformer, "peft_config", None)]
     if names:  # by the pipeline, which notes what it has merged
         model.pipe.fuse_lora(components=names)
