@@ -26,7 +26,7 @@ from blade.attention.applied import applied_to
 from blade.attention.config import AdaptiveConfig
 from blade.families.registry import model_families
 
-SMALL = AdaptiveConfig(block_size=8, probe_tokens=4, pooled_window=4)
+SMALL = AdaptiveConfig(block_size=2, probe_tokens=1, pooled_window=2)
 """Blocks for transformers of some dozen tokens, as the tests have them."""
 
 RECORD = "blade"

@@ -110,6 +110,7 @@ def compare(group: str, runs: dict[str, Tests], known: list[Known]) -> Row:
         if before["outcome"] != "passed":
             continue
         row.counts["outputs"] += len(before["digests"])
+        row.counts["running"] += bool(before["digests"])
         for sparsity, tests in ((DENSE, dense), (SPARSE, sparse)):
             after = tests.get(test, {"outcome": "failed", "reason": "it did not run", "digests": []})
             problem = None
@@ -177,13 +178,16 @@ def _version(folder: Path) -> str:
 
 def _write(output: Path, rows: list[Row], versions: dict[str, str], stand_ins: list[str], workers: int) -> None:
     headings = [
-        "tests", "pass without BLADE", "pass at 0, bitwise", "pass at 0.5", "of them with sparse layers",
-        "known to fail", "fail", "outputs compared", "skipped", "fail without BLADE",
+        "tests", "pass without BLADE", "pass at 0, bitwise", "pass at 0.5", "run a transformer",
+        "with sparse layers at 0.5", "known to fail", "fail", "outputs compared", "skipped", "fail without BLADE",
     ]  # fmt: skip
     table = [
         [
             row.group,
-            *(str(row.counts[name]) for name in ("passed", f"passed at {DENSE}", f"passed at {SPARSE}", "sparse")),
+            *(
+                str(row.counts[name])
+                for name in ("passed", f"passed at {DENSE}", f"passed at {SPARSE}", "running", "sparse")
+            ),
             *(str(len({test for test, _, _ in failures})) for failures in (row.known, row.unexpected)),
             *(str(row.counts[name]) for name in ("outputs", "skipped", "failed")),
         ]

@@ -104,7 +104,11 @@ def _small(pipeline_class, **parts):
             return torch.randn(1, 3, 8)
 
         def encode_prompt(self, *args, **options):
-            if name in ("WanAnimatePipeline", "ChronoEditPipeline"):  # whose processors know where an image ends
+            if name in (
+                "WanAnimatePipeline",
+                "ChronoEditPipeline",
+                "SkyReelsV2ImageToVideoPipeline",
+            ):  # whose processors know where an image ends
                 return torch.randn(1, 512, 8), torch.randn(1, 512, 8)
             if name.startswith("Kandinsky5"):
                 return torch.randn(1, 6, 8), torch.randn(1, 8), torch.tensor([0, 6])
@@ -168,8 +172,10 @@ def _chronoedit():
 def _skyreels_v2(task="SkyReelsV2Pipeline"):
     import diffusers
 
-    forcing = "Forcing" in task
-    return _small(getattr(diffusers, task), **_like_wan("SkyReelsV2", inject_sample_info=forcing))
+    if task == "SkyReelsV2ImageToVideoPipeline":
+        parts = _like_wan("SkyReelsV2", **_SEES_IMAGES)
+        return _small(getattr(diffusers, task), image_encoder=None, image_processor=None, **parts)
+    return _small(getattr(diffusers, task), **_like_wan("SkyReelsV2", inject_sample_info="Forcing" in task))
 
 
 def _anyflow():
@@ -449,6 +455,12 @@ def make_minimax_h3_pipeline():
 
 
 @pytest.fixture
+def make_wan_vae():
+    """Return a function that makes a small random VAE of Wan's."""
+    return _wan_vae
+
+
+@pytest.fixture
 def small_pipelines(make_wan):
     """Functions that make a small random pipeline of every family, by the name of its class."""
     return {
@@ -472,7 +484,11 @@ def small_pipelines(make_wan):
         "WanAnimatePipeline": _wan_animate,
         "ChronoEditPipeline": _chronoedit,
         "SkyReelsV2Pipeline": _skyreels_v2,
+        "SkyReelsV2ImageToVideoPipeline": lambda: _skyreels_v2("SkyReelsV2ImageToVideoPipeline"),
         "SkyReelsV2DiffusionForcingPipeline": lambda: _skyreels_v2("SkyReelsV2DiffusionForcingPipeline"),
+        "SkyReelsV2DiffusionForcingImageToVideoPipeline": lambda: _skyreels_v2(
+            "SkyReelsV2DiffusionForcingImageToVideoPipeline"
+        ),
         "AnyFlowPipeline": _anyflow,
         "HunyuanVideoFramepackPipeline": _framepack,
         "Kandinsky5T2VPipeline": _kandinsky5,
@@ -497,6 +513,8 @@ def configurations(small_pipelines, tmp_path):
             index |= {"image_encoder": [None, None], "image_processor": [None, None]}
         if name.startswith("HunyuanVideo"):
             index |= {"text_encoder_2": [None, None], "tokenizer_2": [None, None]}
+        if name.startswith("LTX2"):
+            index |= {part: [None, None] for part in ("audio_vae", "connectors", "vocoder")}
         if name == "HunyuanVideo15Pipeline":
             pipe.guider.save_config(folder / "guider")
             index["guider"] = ["diffusers", "ClassifierFreeGuidance"]

@@ -13,6 +13,7 @@ import diffusers
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
+from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = [
@@ -29,6 +30,12 @@ def test_the_example_runs(small_pipelines, monkeypatch, tmp_path, capsys, code):
         monkeypatch.setattr(getattr(diffusers, name), "from_pretrained", lambda *_, make=make, **__: make())
     monkeypatch.setattr(AutoencoderKLWan, "from_pretrained", lambda *_, **__: None)
     monkeypatch.chdir(tmp_path)
+    for name in (
+        "character.png",
+        *(f"{folder}/{frame:02}.png" for folder in ("poses", "faces") for frame in range(13)),
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (128, 128), "red").save(tmp_path / name)
     torch.manual_seed(0)
     exec(compile(code.replace('"cuda"', '"cpu"'), "example", "exec"), {})
     shown = capsys.readouterr().out

@@ -17,6 +17,7 @@ from blade_kernels.block_sparse.pooled import PooledTokens, pool_tokens
 
 from blade.attention.budget import BlockBudget, configured_budget
 from blade.attention.config import AdaptiveConfig, BladeConfig
+from blade.attention.frame_keys import FrameKeys
 from blade.attention.reuse import Kept
 from blade.attention.selectors import Selector, SelectorContext, find_selector
 from blade.token_grid import TokenGrid
@@ -91,9 +92,10 @@ class AdaptivePlan:
         key_lengths: torch.Tensor | None = None,
         places: torch.Tensor | None = None,
         kept: Kept | None = None,
+        beside: FrameKeys | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, str]:
         """Attend; `rows` is this layer's and step's row of `draw_table`. See `adaptive_attention`."""
-        return adaptive_attention(query, key, value, self, rows[0], key_lengths, kept)
+        return adaptive_attention(query, key, value, self, rows[0], key_lengths, kept, beside)
 
     @property
     def min_blocks(self) -> int:
@@ -111,6 +113,7 @@ def adaptive_attention(
     draw: torch.Tensor,
     key_lengths: torch.Tensor | None = None,
     kept: Kept | None = None,
+    beside: FrameKeys | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, str]:
     """Attend to the key blocks that matter. Differentiable, but for the choice of blocks.
 
@@ -122,6 +125,7 @@ def adaptive_attention(
         draw: this layer's and step's row of `draw_table`.
         key_lengths: (B,) integers: the keys from there on, which are text, are absent. The density counts them.
         kept: returns the mask of an earlier step, or keeps the one that it calls for. None: choose.
+        beside: keys for the queries of single frames, all of which are kept. The density does not count them.
 
     Returns:
         (B, S, H, D) output, the realised density, a float32 tensor of no dimensions, and the implementation that
@@ -133,7 +137,7 @@ def adaptive_attention(
         else:
             mask = kept(lambda: select(query, key, value, plan, draw, key_lengths))
     return attend_to_blocks(
-        query, key, value, mask, plan.grid, pooled=_pool(key, value, plan), key_lengths=key_lengths,
+        query, key, value, mask, plan.grid, pooled=_pool(key, value, plan), key_lengths=key_lengths, beside=beside,
         implementation=plan.implementation, precision=plan.precision,
     )  # fmt: skip
 
@@ -147,6 +151,7 @@ def attend_to_blocks(
     *,
     pooled: PooledTokens | None = None,
     key_lengths: torch.Tensor | None = None,
+    beside: FrameKeys | None = None,
     implementation: str,
     precision: str,
 ) -> tuple[torch.Tensor, torch.Tensor, str]:
@@ -160,6 +165,7 @@ def attend_to_blocks(
         grid: the tokens.
         pooled: pooled tokens that share the softmax with the kept keys.
         key_lengths: (B,) integers: the keys from there on, which are text, are absent. The density counts them.
+        beside: see `adaptive_attention`; of a grid whose frames are apart and that has no text.
         implementation: see `BladeConfig`.
         precision: see `BladeConfig`; dense queries have the inputs' own.
 
@@ -172,13 +178,22 @@ def attend_to_blocks(
         rows = grid.block_queries
         query, mask = query[:, :rows], mask.first_rows(-(-rows // mask.block_size[0]))
     implementation = resolve_implementation(
-        query, key, value, mask, pooled=pooled, key_lengths=key_lengths, implementation=implementation,
-        precision=precision,
+        query, key, value, mask, pooled=pooled, key_lengths=key_lengths, return_lse=beside is not None,
+        implementation=implementation, precision=precision,
     )  # fmt: skip
-    output = block_sparse_attention(
-        query, key, value, mask, pooled=pooled, key_lengths=key_lengths, implementation=implementation,
-        precision=precision,
-    )  # fmt: skip
+    if beside is None:
+        output = block_sparse_attention(
+            query, key, value, mask, pooled=pooled, key_lengths=key_lengths, implementation=implementation,
+            precision=precision,
+        )  # fmt: skip
+    else:
+        output, lse = block_sparse_attention(
+            query, key, value, mask, pooled=pooled, key_lengths=key_lengths, return_lse=True,
+            implementation=implementation, precision=precision,
+        )  # fmt: skip
+        output = beside.join(
+            query, output, lse, grid.height * grid.width, block_size=mask.block_size, implementation=implementation
+        )
     with torch.no_grad():
         pooled_pairs = 0 if pooled is None else pooled.pairs(mask, rows)
         density = mask.density(rows, tokens, pooled_pairs=pooled_pairs)

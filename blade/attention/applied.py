@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -12,11 +11,12 @@ import torch
 from blade_kernels.block_sparse import IMPLEMENTATIONS
 from blade_kernels.compiler import uncompiled
 from blade_kernels.implementations import check_implementation
-from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.hooks import ModelHook
 from torch import nn
 
 from blade.attention.adaptive import AdaptivePlan
 from blade.attention.config import BladeConfig
+from blade.attention.hook_order import register_innermost, remove_innermost
 from blade.attention.layer import Plan, SparseLayer
 from blade.attention.methods import Method, method_of
 from blade.attention.reuse import KeptChoices
@@ -76,8 +76,8 @@ class AppliedBlade(ModelHook):  # type: ignore[misc]  # Diffusers has no types
 
         Raises:
             ValueError: if there is no such implementation, `dense_layers` names a layer that isn't there, the
-                transformer is split by a parallelism, a cache that wraps the whole transformer is enabled, a table of
-                patterns is another model's, or, with `strict`, a layer cannot be made sparse.
+                transformer is split by a parallelism, a table of patterns is another model's, or, with `strict`, a
+                layer cannot be made sparse.
         """
         super().__init__()
         self.family = family
@@ -100,10 +100,10 @@ class AppliedBlade(ModelHook):  # type: ignore[misc]  # Diffusers has no types
         self._choices = KeptChoices(1 if config.patterns is not None else config.asa.reselect_every)
         self._parameters = tuple(inspect.signature(type(transformer).forward).parameters)[1:]
         self._handles: Sequence[Any] = ()
+        self._innermost: Any = None  # the forward that runs this hook
         self._turn = Turn(SHARED_TRANSFORMER)
 
         _refuse_parallelism(transformer)
-        _refuse_caches_around(transformer)
         check_implementation(config.implementation, IMPLEMENTATIONS)
         self.attentions: tuple[Any, ...] = tuple(family.attention_layers(transformer))
         beyond = [layer for layer in config.dense_layers if layer >= len(self.attentions)]
@@ -128,24 +128,23 @@ class AppliedBlade(ModelHook):  # type: ignore[misc]  # Diffusers has no types
                 transformer.register_forward_pre_hook(self._before_forward, with_kwargs=True),
                 transformer.register_forward_hook(self._after_forward, always_call=True),
             )
-            with _beneath_offloading(transformer):
-                HookRegistry.check_if_exists_or_initialize(transformer).register_hook(self, HOOK_NAME)
+            self._innermost = register_innermost(transformer, self, HOOK_NAME)
+            _forget_cached(transformer)
 
     def uninstall(self, transformer: Transformer) -> None:
         """Put the previous processors back and take the hooks away.
 
         Raises:
-            ValueError: if a cache that wraps the whole transformer is enabled.
+            ValueError: if cache-dit was enabled since.
         """
-        _refuse_caches_around(transformer)
+        remove_innermost(transformer, HOOK_NAME, self._innermost)
+        _forget_cached(transformer)
         for layer, attention in zip(self.layers, self.attentions):
             # somebody else's processor, set since, stays
             if getattr(attention.processor, "layer", None) is layer:
                 attention.set_processor(attention.processor.previous)
         for handle in self._handles:
             handle.remove()
-        with _beneath_offloading(transformer):
-            transformer._diffusers_hook.remove_hook(HOOK_NAME, recurse=False)
 
     # Two halves instead of one `new_forward`, which Diffusers loses when it takes off a hook beneath it, such as
     # the one that group offloading with streams needs in its first pass.
@@ -264,7 +263,7 @@ class AppliedBlade(ModelHook):  # type: ignore[misc]  # Diffusers has no types
                 plan = None if plan.is_full else plan
                 self._fill_tables(total)
                 row = step % self._rows
-        device = inputs["hidden_states"].device
+        device = _device(inputs)
         if self.step.device != device:
             with torch.inference_mode(False):
                 self.step = self.step.to(device)
@@ -297,7 +296,7 @@ class AppliedBlade(ModelHook):  # type: ignore[misc]  # Diffusers has no types
             self._choices.begin_step(step)
             if plan is not None and not torch.is_grad_enabled():  # a backward pass may recompute a layer
                 choices = self._choices.of_pass(
-                    inputs.get("encoder_hidden_states"),
+                    _condition(inputs),
                     self.steps.schedule(),
                     plan,
                     batch=len(inputs["hidden_states"]),
@@ -335,7 +334,7 @@ class AppliedBlade(ModelHook):  # type: ignore[misc]  # Diffusers has no types
         return self.config.dense_step_count(ASSUMED_STEPS)
 
     def _plan(self, module: nn.Module, inputs: Inputs) -> Plan:
-        grid, device = self.family.token_grid(module, inputs), inputs["hidden_states"].device
+        grid, device = self.family.token_grid(module, inputs), _device(inputs)
         plan = self._plans.get((grid, device))
         if plan is None:
             plan = self.method.plan(grid, device)
@@ -365,6 +364,19 @@ class AppliedBlade(ModelHook):  # type: ignore[misc]  # Diffusers has no types
             )
 
 
+def _condition(inputs: Inputs) -> torch.Tensor | None:
+    """Return the condition of a pass, which some transformers take as a list."""
+    condition = inputs.get("encoder_hidden_states")
+    return condition[0] if isinstance(condition, list) else condition
+
+
+def _device(inputs: Inputs) -> torch.device:
+    """Return the device of the latents, which some transformers take as a list."""
+    latents = inputs["hidden_states"]
+    device: torch.device = (latents if isinstance(latents, torch.Tensor) else latents[0]).device
+    return device
+
+
 def applied_to(transformer: nn.Module) -> AppliedBlade | None:
     """Return BLADE's hook on a transformer, or None if it isn't applied."""
     registry = getattr(transformer, "_diffusers_hook", None)
@@ -379,19 +391,13 @@ def _refuse_parallelism(transformer: nn.Module) -> None:
         )
 
 
-def _refuse_caches_around(transformer: nn.Module) -> None:
-    """Refuse hooks that replace the transformer's forward, as FasterCache's does.
-
-    Beneath ours it would see tokens in another order, and above it Diffusers would lose it when ours is removed.
-    """
-    registry = getattr(transformer, "_diffusers_hook", None)
-    names = [name for name, hook in getattr(registry, "hooks", {}).items() if hasattr(hook, "new_forward")]
-    names = [name for name in names if name != HOOK_NAME]
-    if names:
-        raise ValueError(
-            f"The transformer has a cache around its forward ({', '.join(names)}): call `disable_cache` first, and "
-            "`enable_cache` again afterwards."
-        )
+def _forget_cached(transformer: Transformer) -> None:
+    """Have Diffusers' caches start over: what they keep is in another token order now."""
+    for module in transformer.modules():
+        registry = vars(module).get("_diffusers_hook")
+        for hook in () if registry is None else registry.hooks.values():
+            if hook._is_stateful and not isinstance(hook, AppliedBlade):
+                hook.reset_state(module)
 
 
 def _refuse_skipped_scores(attentions: Sequence[nn.Module]) -> None:
@@ -403,22 +409,3 @@ def _refuse_skipped_scores(attentions: Sequence[nn.Module]) -> None:
                 f"Layer {index} skips its attention scores (`LayerSkipConfig(skip_attention_scores=True)`), which "
                 "BLADE cannot do; skip whole layers (`skip_attention=True, skip_ff=True`), or call `remove_blade`."
             )
-
-
-@contextmanager
-def _beneath_offloading(transformer: Transformer) -> Iterator[None]:
-    """Lift Accelerate's offloading hook off for a moment, so that ours goes beneath it.
-
-    Accelerate puts back the forward that it found whenever it takes its hook off, which `enable_model_cpu_offload`
-    does after every generation: a hook above it would then be lost.
-    """
-    if not hasattr(transformer, "_old_forward"):
-        yield
-        return
-    outer = transformer.forward
-    transformer.forward = transformer._old_forward
-    try:
-        yield
-    finally:
-        transformer._old_forward = transformer.forward
-        transformer.forward = outer

@@ -56,10 +56,10 @@ def apply_blade(
         The same object. A second call replaces the first.
 
     Raises:
-        ValueError: if the model is of no family that BLADE knows, has no preset of the `kind`, is split by a
-            parallelism, or has a cache around the whole transformer; if `dense_layers` names a layer that it doesn't
-            have, a change is no field of `BladeConfig`, or both `config` and `kind` are given; or, with `strict`, if a
-            layer cannot be made sparse. Nothing is changed then.
+        ValueError: if the model is of no family that BLADE knows, has no preset of the `kind`, or is split by a
+            parallelism; if `dense_layers` names a layer that it doesn't have, a change is no field of `BladeConfig`,
+            or both `config` and `kind` are given; or, with `strict`, if a layer cannot be made sparse. Nothing is
+            changed then.
 
     Example:
         ```python
@@ -103,7 +103,7 @@ def remove_blade(pipe_or_transformer: Target) -> Target:
         The same object.
 
     Raises:
-        ValueError: if a cache that wraps the whole transformer (FasterCache) was enabled since.
+        ValueError: if cache-dit was enabled since; call `cache_dit.disable_cache` first.
 
     Example:
         ```python

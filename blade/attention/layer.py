@@ -7,6 +7,7 @@ from typing import Protocol
 
 import torch
 
+from blade.attention.frame_keys import FrameKeys
 from blade.attention.reuse import Kept, PassChoices
 from blade.token_grid import TokenGrid
 
@@ -47,6 +48,7 @@ class Plan(Protocol):
         key_lengths: torch.Tensor | None = None,
         places: torch.Tensor | None = None,
         kept: Kept | None = None,
+        beside: FrameKeys | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, str]:
         """Attend.
 
@@ -58,6 +60,7 @@ class Plan(Protocol):
             key_lengths: (B,) integers: the keys from there on, which are text, are absent.
             places: `head_places`, if queries and keys are there already.
             kept: where the plan chooses blocks, the mask of an earlier step; see `Kept`.
+            beside: keys for the queries of single frames, all of which are kept. The density does not count them.
 
         Returns:
             (B, S, H, D) output, the density, a float32 tensor of no dimensions, and what computed the output.
@@ -125,6 +128,7 @@ class SparseLayer:
         value: torch.Tensor,
         key_lengths: torch.Tensor | None = None,
         places: torch.Tensor | None = None,
+        frame_keys: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """Attend sparsely and note the density.
 
@@ -134,6 +138,7 @@ class SparseLayer:
             value: (B, S, H, D).
             key_lengths: (B,) integers: the keys from there on, which are text, are absent. None: all are there.
             places: what `places` says, if queries and keys are there already.
+            frame_keys: keys and values, (B, F, R, H, D) each, for the queries of each of the last F frames.
 
         Returns:
             (B, S, H, D).
@@ -151,7 +156,10 @@ class SparseLayer:
         kept: Kept | None = None
         if not torch.compiler.is_compiling() and self.choices is not None:
             kept = partial(self.choices.mask, self.index)
-        output, density, self.implementation = plan.attend(query, key, value, self._rows(), key_lengths, places, kept)
+        beside = None if frame_keys is None else FrameKeys(*frame_keys)
+        output, density, self.implementation = plan.attend(
+            query, key, value, self._rows(), key_lengths, places, kept, beside
+        )
         self.tally[0:1].add_(density)
         self.tally[1:2].add_(1)
         return output

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from blade.attention.adaptive import DRAWN_STEPS, AdaptivePlan, attend_to_blocks, draw_table, select
 from blade.attention.config import BladeConfig
+from blade.attention.frame_keys import FrameKeys
 from blade.attention.pattern_table import PatternTable
 from blade.attention.patterns import pattern_blocks
 from blade.attention.reuse import Kept
@@ -156,6 +157,7 @@ class PatternPlan:
         key_lengths: Tensor | None = None,
         places: Tensor | None = None,
         kept: Kept | None = None,
+        beside: FrameKeys | None = None,
     ) -> tuple[Tensor, Tensor, str]:
         """Attend by the heads' patterns. Differentiable.
 
@@ -167,11 +169,19 @@ class PatternPlan:
             key_lengths: (B,) integers: the keys from there on, which are text, are absent. The density counts them.
             places: `head_places`, if queries and keys are there already.
             kept: not used: heads may change their patterns from step to step.
+            beside: see `adaptive_attention`.
 
         Returns:
             (B, S, H, D) output, the realised density, a float32 tensor of no dimensions, and the implementation that
             computed the output.
+
+        Raises:
+            ValueError: if heads have token orders of their own, and frames have keys beside the sequence.
         """
+        if self.tokens is not None and beside is not None:
+            raise ValueError(
+                "`order` of a head pattern must be the model's token order here: frames attend to keys of their own."
+            )
         ids = rows[0].long()
         if self.tokens is not None:
             assert self.order_of is not None
@@ -185,8 +195,8 @@ class PatternPlan:
                 chosen = select(query, key, value, self.adaptive, rows[1], key_lengths)
             mask = self.mask(ids, chosen)
         output, density, implementation = attend_to_blocks(
-            query, key, value, mask, self.grid, key_lengths=key_lengths, implementation=self.implementation,
-            precision=self.precision,
+            query, key, value, mask, self.grid, key_lengths=key_lengths, beside=beside,
+            implementation=self.implementation, precision=self.precision,
         )  # fmt: skip
         if places is not None:
             output = _by_head(output, places)

@@ -62,9 +62,15 @@ class KeptChoices:
         self._choices: list[PassChoices] = []
 
     def begin_step(self, step: int) -> None:
-        """Forget what is not for this step: choices whose steps have passed, and those of a later step."""
+        """Forget what is not for this step: choices whose steps have passed, and those of a later step.
+
+        So is one of an earlier step that is empty, since a cache has skipped every layer: its steps have not begun.
+        """
         self._choices = [
-            choices for choices in self._choices if choices.first_step <= step < choices.first_step + self._steps
+            choices
+            for choices in self._choices
+            if choices.first_step <= step < choices.first_step + self._steps
+            and (choices.masks or choices.first_step == step)
         ]
 
     def of_pass(

@@ -44,6 +44,8 @@ class OutputOptions(OptionGroup):
     """Make nothing: print tokens, operations and memory, from configuration files alone."""
     card: str | None = option()
     """With --dry-run, also predict the seconds on this GPU: a name such as H200, or the JSON of a blade-bench gpu."""
+    memory: float | None = option()
+    """With --dry-run, also name weights, offloading and decoding that fit a GPU of so many GiB, such as 24."""
     debug: bool = option(False)
     """Show the traceback of an error."""
 
@@ -61,6 +63,8 @@ def generate(given: dict[str, Any]) -> None:
     own = read_group(OutputOptions, given)
     if own.card is not None and not own.dry_run:
         raise ValueError(f"`--card` must not be given without `--dry-run`, got {own.card!r}.")
+    if own.memory is not None and not own.dry_run:
+        raise ValueError(f"`--memory` must not be given without `--dry-run`, got {own.memory:g}.")
     _check_lists(own, given)
     added = {name: given[name] for name in option_names(*added_groups()) if name in given}
     given = {name: value for name, value in given.items() if name in option_names(*GROUPS)}
@@ -94,7 +98,7 @@ def generate(given: dict[str, Any]) -> None:
     if own.dry_run:
         from blade.generation.plan import plan_run
 
-        print_line(plan_run(request, card=own.card))
+        print_line(plan_run(request, card=own.card, memory_gib=own.memory))
         return
     if request.model == BUNDLED:
         # loaded in a moment, so that progress bars would only hide what follows

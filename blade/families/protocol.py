@@ -26,6 +26,14 @@ Condition = Literal["image", "video"]
 """An input beside the prompt that a video is made from."""
 
 
+RowOrder = Literal["swapped-halves", "by-head"]
+"""How the rows of a module of the authors' stand: its halves are the other way round than in Diffusers, or those of
+queries, keys and values alternate head by head, in files that keep them so (DiffSynth)."""
+
+GuidanceBatch = Literal["BCFHW", "BFCHW", "tokens"]
+"""Layout of a batch of latents: batch, channels, frames, height and width, or packed tokens."""
+
+
 class SparseAttention(Protocol):
     """One self-attention layer, as the processor of a family sees it."""
 
@@ -52,6 +60,7 @@ class SparseAttention(Protocol):
         value: torch.Tensor,
         key_lengths: torch.Tensor | None = None,
         places: torch.Tensor | None = None,
+        frame_keys: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """Attend sparsely.
 
@@ -61,6 +70,8 @@ class SparseAttention(Protocol):
             value: (B, S, H, D).
             key_lengths: (B,) integers: the keys from there on, which are text, are absent. None: all are there.
             places: the result of `places`, if queries and keys are there already.
+            frame_keys: keys and values, (B, F, R, H, D) each, for the queries of each of the last F frames, of a grid
+                whose frames are apart. They share the softmax with the sequence's, and all are kept.
 
         Returns:
             (B, S, H, D).
@@ -79,6 +90,8 @@ class ModelFamily(Protocol):
     """The family's name, for messages."""
     guidance_takes_two_passes: bool
     """True if the pipelines' `guidance_scale` is classifier-free guidance, and no input of the transformer."""
+    batched_guidance: GuidanceBatch | None
+    """Layout of the latents where the pipelines run the passes of guidance as one batch; None: one after the other."""
     timesteps_rise: bool
     """True if timesteps rise from step to step, as the noise falls."""
     guidance_passes: int
@@ -95,7 +108,10 @@ class ModelFamily(Protocol):
     original_names: Sequence[tuple[str, str]]
     """Regular expressions and what replaces them, in order, by which a module's name in Diffusers becomes its name in
     the authors' own code, as trainers write it into LoRA files. Modules that get the same name are rows of a fused
-    one, in the order of the first expressions that match them."""
+    one, in the order of the expressions that match them."""
+
+    row_orders: Sequence[tuple[str, RowOrder]]
+    """Regular expressions of names in the authors' own code whose rows stand in another order than in Diffusers."""
 
     @property
     def data(self) -> FamilyData:

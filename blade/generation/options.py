@@ -36,6 +36,7 @@ from blade.models.choices import (
     Quantization,
     parse_cache,
     parse_lora,
+    parse_transformer,
 )
 from blade.models.source import BUNDLED
 
@@ -70,7 +71,7 @@ class PromptOptions(OptionGroup):
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions(OptionGroup):
-    """The model and its LoRAs."""
+    """The model, its weights and its LoRAs."""
 
     title: ClassVar[str] = "Model and LoRA"
 
@@ -78,14 +79,20 @@ class ModelOptions(OptionGroup):
     """A folder in Diffusers format or a Hub id; by default the bundled model of moving shapes."""
     revision: str | None = option()
     """Branch, tag or commit of a Hub id; by default its main branch."""
+    transformer: str | None = option(settled_by_student=True, of_model=True)
+    """Weights in place of the model's transformer: a .safetensors or .gguf file, a folder, or owner/name/FILE on the
+    Hub; for a model of two transformers FIRST:SECOND."""
     loras: tuple[str, ...] = option((), flag="lora", settled_by_student=True, of_model=True)
     """A LoRA: folder, file or Hub id, with =STRENGTH or without; repeatable. For a model of two transformers
     FIRST:SECOND=STRENGTH, or =STRENGTH:STRENGTH."""
 
     def check(self) -> None:
-        """Check that there is a model, and that the strengths of the LoRAs are numbers."""
+        """Check that there is a model, that its files can be told apart, and that LoRAs' strengths are numbers."""
         if not self.model:
             raise ValueError("`model` must be a folder or a Hub id, got an empty one.")
+        if self.transformer is not None:
+            check_type("transformer", self.transformer, str)
+            parse_transformer(self.transformer)
         check_type("loras", self.loras, tuple[str, ...])
         object.__setattr__(self, "loras", tuple(self.loras))
         for lora in self.loras:
@@ -207,12 +214,13 @@ class StudentOptions(OptionGroup):
     title: ClassVar[str] = "Student"
 
     student: str | None = option(of_student=True)
-    """A few-step student: a folder or Hub id, such as GYP666/VIDEO-BLADE; of the bundled model shapes-8-steps, which
+    """A few-step student: a folder, a safetensors file in any LoRA layout or of whole weights, or a Hub id, such as
+    GYP666/VIDEO-BLADE; FIRST:SECOND for a model of two transformers; of the bundled model shapes-8-steps, which
     blade-generate takes by default, or shapes-4-steps; none: the model itself."""
     student_weight: float | None = option(of_student=True, settled_by_student=True)
     """Strength of the student's LoRA; by default 1."""
     scheduler: str | None = option(of_student=True, settled_by_student=True)
-    """Times that the student was trained at, such as 999,856,665,399, if it brings none."""
+    """Times that the student was trained at, such as 999,856,665,399, if it brings none and none are known."""
     noise_kept: float | None = option(of_student=True, settled_by_student=True)
     """Share of the noise that the student's steps keep, in [0, 1]; by default its own."""
 
@@ -241,10 +249,9 @@ class AccelerationOptions(OptionGroup):
     quantize: Quantization | None = option(choices=QUANTIZATIONS, prepare="blade.models.acceleration:quantize")
     """Store the transformer's weights as int8 or fp8 (torchao). int8-dynamic, fp8-dynamic (from sm_89 on) and nvfp4
     (from sm_100 on) multiply in that type too, which is faster with --compile."""
-    cache: str | None = option(
-        settled_by_student=True, of_model=True, choices=tuple(CACHES), prepare="blade.models.acceleration:enable_cache"
-    )
-    """One of Diffusers' caches: first-block or pyramid, with =NUMBER or without."""
+    cache: str | None = option(settled_by_student=True, of_model=True, choices=tuple(CACHES))
+    """Reuse what changes little from step to step: first-block, mag, sea or cache-dit, with =THRESHOLD or without;
+    taylor-seer, pyramid or faster, with =STEPS or without."""
     compile: bool = option(False, prepare="blade.models.acceleration:compile_blocks")
     """Compile the transformer's blocks and the decoder."""
     vae_tiling: bool = option(False, prepare="blade.models.acceleration:enable_tiling")

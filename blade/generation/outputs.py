@@ -77,6 +77,8 @@ class GenerationReport:
             f"loading {record['seconds_loading']:.2f}",
             f"attention   {describe_attention(record)}",
         ]
+        if record["transformer"] is not None:
+            lines.append(f"file        {record['transformer']}")
         if record["student"] in BUNDLED_STUDENTS.values():
             lines.append(f"student     {record['student']} (the bundled model itself: --student {NO_STUDENT})")
         elif record["student"] is not None:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.weak import WeakIdKeyDictionary
 
+from blade.common.checks import check_number
 from blade.common.machine import GIB
 from blade.common.terminal import printable
+from blade.generation.memory import MemoryPlan, plan_memory
+from blade.generation.memory_stages import Stages
 from blade.generation.prediction import Prediction, predict
 from blade.generation.request import GenerationRequest, ResolvedRequest, check_known
 from blade.generation.resolve import describe_student, resolve_request
@@ -23,12 +21,14 @@ from blade.models.acceleration import LEAST_CAPABILITIES
 from blade.models.cards import find_card
 from blade.models.conditions import model_for
 from blade.models.costs import RunCost, count_flops, forward_cost, run_cost
-from blade.models.decoder_weights import decoder_dtype, load_tiny_decoder
+from blade.models.decoder_weights import decoder_dtype, load_tiny_decoder, published_layout
 from blade.models.devices import resolve_device, resolve_dtype
 from blade.models.loaded import LatentSize, LoadedModel
 from blade.models.loading import load_empty_model
-from blade.models.repeats import once_per_shape
-from blade.models.tiny_decoder import TinyDecoder
+from blade.models.loras import peek_loras
+from blade.models.memory_use import peak_bytes, weight_bytes
+from blade.models.tiny_decoder import TinyDecoder, TinyDecoderLayout
+from blade.models.transformer_files import load_transformers, replace_transformers
 from blade.students.loading import read_student
 
 
@@ -52,6 +52,8 @@ class RunPlan:
     """Memory of the CUDA device; None elsewhere."""
     prediction: Prediction | None = None
     """Seconds on a card, if one was named."""
+    memory: MemoryPlan | None = None
+    """Settings that fit a device, if its memory was named."""
 
     @property
     def flops(self) -> dict[str, float]:
@@ -76,6 +78,7 @@ class RunPlan:
         lines = [
             f"video       {request.frames} frames of {request.width}x{request.height}, {request.steps} steps"
             f"{skipped}, guidance {request.guidance_scale:g}",
+            *([] if request.transformer is None else [f"file        {request.transformer}"]),
             *([] if request.student is None else [f"student     {describe_student(request.student, kind)}"]),
             f"tokens      {grid.frames} x {grid.height} x {grid.width} = {grid.video_tokens:,}{text}, "
             f"in {cost.forward.layers} layers of {cost.forward.heads} heads",
@@ -97,6 +100,8 @@ class RunPlan:
         if self.fits is not None:
             verdict = "it fits" if self.fits else "it does not fit: take --offload auto, or a smaller video"
             lines.append(f"device      {self.device_gib:.1f} GiB: {verdict}")
+        if self.memory is not None:
+            lines += str(self.memory).splitlines()
         if self.prediction is not None:
             lines.append(f"prediction  {self.prediction}")
         return "\n".join(map(printable, lines))
@@ -112,21 +117,26 @@ def resolve_without_weights(request: GenerationRequest) -> tuple[LoadedModel, Re
     device = resolve_device(request.device)
     dtype = resolve_dtype(request.dtype, device)
     model = model_for(load_empty_model(request.model, revision=request.revision, dtype=dtype), request.condition)
+    if request.transformer is not None:
+        replace_transformers(model, load_transformers(model, request.transformer, dtype=dtype, device="meta"))
     if request.decoder_weights is not None:
         model = replace(model, decoder=load_tiny_decoder(model, request.decoder_weights))
+    peek_loras(model, request.loras)
     student = None
     if request.student is not None:
         student = read_student(model.pipe, request.student, scheduler=request.scheduler, noise_kept=request.noise_kept)
     return model, replace(resolve_request(request, model, student=student), device=str(device))
 
 
-def plan_run(request: GenerationRequest, *, card: str | None = None) -> RunPlan:
+def plan_run(request: GenerationRequest, *, card: str | None = None, memory_gib: float | None = None) -> RunPlan:
     """Work out the operations and the memory of a request.
 
     Args:
         request: the request.
         card: a GPU whose seconds to predict: its name, or the JSON of a `blade-bench gpu`; see
             `blade.models.cards.find_card`. A request that names no dtype then runs in the card's, bfloat16 by default.
+        memory_gib: memory of a GPU that settings are to be found for; see `blade.generation.memory.plan_memory`. A
+            request that names no dtype then runs in bfloat16.
 
     Raises:
         ValueError: for a request that cannot be met, a model whose operations cannot be counted, or a card that is
@@ -138,6 +148,9 @@ def plan_run(request: GenerationRequest, *, card: str | None = None) -> RunPlan:
     if known_card is not None:
         _check_predictable(request)
         request = replace(request, dtype=request.dtype or known_card.default_dtype)
+    if memory_gib is not None:
+        check_number("memory", memory_gib, "above 0 and finite", lambda x: x > 0)
+        request = replace(request, dtype=request.dtype or "bfloat16")
     model, resolved = resolve_without_weights(request)
     pipe, device = model.pipe, torch.device(resolved.device)
     problem = model.family.plan_problem(pipe)
@@ -163,8 +176,8 @@ def plan_run(request: GenerationRequest, *, card: str | None = None) -> RunPlan:
             transformer(**inputs)
 
     text_tokens = inputs["encoder_hidden_states"].shape[1]
-    encoders = [part for name, part in models.items() if name.startswith("text_encoder")]
-    text_flops = sum(count_flops(lambda: _encode(part, text_tokens)) for part in encoders)  # noqa: B023
+    encoders = {name: part for name, part in models.items() if name.startswith("text_encoder")}
+    text_flops = sum(count_flops(partial(_encode, part, text_tokens)) for part in encoders.values())
     decoder = getattr(pipe.vae, "decoder", None)  # which gets equal tiles of large videos
     repeated = decoder if isinstance(decoder, nn.Module) else None
     decode, decoder_weights = _decoding(model, latent, decoder_dtype(transformer.dtype, device))
@@ -173,13 +186,23 @@ def plan_run(request: GenerationRequest, *, card: str | None = None) -> RunPlan:
         cost=cost,
         text_flops=text_flops * (2 if guidance else 1),
         decoding_flops=count_flops(decode, repeated),
-        weights_gib={name: _bytes(part) / GIB for name, part in models.items()} | decoder_weights,
+        weights_gib={name: weight_bytes(part) / GIB for name, part in models.items()} | decoder_weights,
         activations_gib={
             "transformer": peak_bytes(forward_pass) / GIB,
             "decoding": peak_bytes(decode, repeated) / GIB,
         },
         device_gib=torch.cuda.get_device_properties(device).total_memory / GIB if device.type == "cuda" else None,
     )
+    if memory_gib is not None:
+        stages = Stages(
+            model=model,
+            latent=latent,
+            batch=family.guidance_passes if guidance and family.batched_guidance is not None else 1,
+            encoders={name: partial(_encode, part, text_tokens) for name, part in encoders.items()},
+            decode=lambda: pipe.vae.decode(model.empty_latent(latent), return_dict=False),
+            tiny=_tiny_decoding(model, latent),
+        )
+        plan = replace(plan, memory=plan_memory(stages, resolved, memory_gib))
     if known_card is None:
         return plan
     if resolved.precision not in (None, "full"):
@@ -212,89 +235,34 @@ def _decoding(
     model: LoadedModel, latent: LatentSize, dtype: torch.dtype
 ) -> tuple[Callable[[], object], dict[str, float]]:
     """Return what decodes a latent, on the meta device, and the GiB of the weights of a tiny decoder, if it does."""
-    sample = model.empty_latent(latent)
     if model.decoder is None:
+        sample = model.empty_latent(latent)
         return lambda: model.pipe.vae.decode(sample, return_dict=False), {}
+    decoder, decode = _stream(model, latent, model.decoder.layout, dtype)
+    return decode, {"tiny decoder": weight_bytes(decoder) / GIB}
+
+
+def _stream(
+    model: LoadedModel, latent: LatentSize, layout: TinyDecoderLayout, dtype: torch.dtype
+) -> tuple[TinyDecoder, Callable[[], object]]:
+    """Return a tiny decoder on the meta device, and what decodes a latent with it."""
     with torch.device("meta"):
-        decoder = TinyDecoder(model.decoder.layout).to(dtype)
-    sample = sample.to(dtype)
+        decoder = TinyDecoder(layout).to(dtype)
+    sample = model.empty_latent(latent).to(dtype)
 
     def decode() -> None:
         for _ in decoder.stream(sample):
             pass
 
-    return decode, {"tiny decoder": _bytes(decoder) / GIB}
+    return decoder, decode
 
 
-def peak_bytes(function: Callable[[], object], repeated: nn.Module | None = None) -> int:
-    """Most memory that a call on the meta device would hold beside what there was before it.
-
-    Attention is taken to hold its output and no logits, as every fused implementation does.
-
-    Args:
-        function: the call.
-        repeated: a module that it calls many times with equal shapes; see `once_per_shape`.
-    """
-    memory = _Memory()
-    with torch.no_grad(), torch.device("meta"), _FusedAttention(), memory, once_per_shape(repeated, memory):
-        function()
-    return int(memory.peak)
-
-
-class _FusedAttention(TorchFunctionMode):
-    """Lets attention make its output alone."""
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function is torch.nn.functional.scaled_dot_product_attention:
-            return _attended(*args, **(kwargs or {}))
-        return function(*args, **(kwargs or {}))
-
-
-def _attended(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-    return query.new_empty(*query.shape[:-1], value.shape[-1])
-
-
-class _Memory(TorchDispatchMode):
-    """Follows the storages that are made, until they are freed."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # PyTorch's
-        self.live = self.peak = self._before = 0
-        self._known = WeakIdKeyDictionary()
-
-    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        for storage in _storages((args, kwargs)):  # what was there before, weights among it
-            self._known.setdefault(storage, True)
-        result = operation(*args, **kwargs)
-        for storage in _storages(result):
-            if storage not in self._known:
-                self._known[storage] = True
-                self.live += storage.nbytes()
-                weakref.finalize(storage, self._free, storage.nbytes())
-        self.peak = max(self.peak, self.live)
-        return result
-
-    def _free(self, size: int) -> None:
-        self.live -= size
-
-    def begin(self) -> int:
-        """Begin a call, whose own peak is found; see `Gauge`."""
-        self._before, self.peak = self.peak, self.live
-        return self.live
-
-    def end(self, began: int) -> int:
-        """Return the peak of the call beside what there was before it."""
-        own, self.peak = self.peak - began, max(self.peak, self._before)
-        return own
-
-    def repeat(self, cost: int) -> None:
-        """Take the same peak again, beside what there is now."""
-        self.peak = max(self.peak, self.live + cost)
-
-
-def _storages(tree: Any) -> list[torch.UntypedStorage]:
-    return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+def _tiny_decoding(model: LoadedModel, latent: LatentSize) -> tuple[TinyDecoder, Callable[[], object]] | None:
+    """Return the tiny decoder that is given or published for a model, and what decodes with it on a GPU, if any."""
+    layout = published_layout(model) if model.decoder is None else model.decoder.layout
+    if layout is None:
+        return None
+    return _stream(model, latent, layout, decoder_dtype(model.transformer.dtype, torch.device("cuda")))
 
 
 def _encode(encoder: nn.Module, tokens: int) -> object:
@@ -302,10 +270,6 @@ def _encode(encoder: nn.Module, tokens: int) -> object:
     tokens = min(tokens, getattr(encoder.config, "max_position_embeddings", tokens))
     ids = torch.zeros(1, tokens, dtype=torch.int64, device="meta")
     return getattr(encoder, "base_model", encoder)(input_ids=ids)  # without the head of a language model
-
-
-def _bytes(model: nn.Module) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
 
 
 def _count(flops: float) -> str:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from blade.families.transformers import Transformer
 from blade.generation.plan import plan_run
 from blade.generation.request import GenerationRequest, ResolvedRequest, check_known, read_config
 from blade.generation.resolve import resolve_request
 from blade.models.acceleration import check_quantizable, choose_offload, place
+from blade.models.caches import enable_cache
 from blade.models.conditions import model_for
 from blade.models.decoder_weights import decoder_dtype, load_tiny_decoder
 from blade.models.devices import resolve_device, resolve_dtype
 from blade.models.loaded import LoadedModel
 from blade.models.loading import load_empty_model, load_model
 from blade.models.loras import load_loras, merge_loras
+from blade.models.tiny_decoder import TinyDecoder
+from blade.models.transformer_files import check_stored, load_transformers
 from blade.students.loading import load_student
 
 
@@ -43,11 +47,16 @@ def prepare_model(request: GenerationRequest) -> tuple[LoadedModel, ResolvedRequ
         plan = plan_run(request)
         assert plan.device_gib is not None  # a CUDA device, as nothing else offloads
         offload = choose_offload(plan.weights_gib, plan.activations_gib, plan.device_gib)
-    decoder = None
-    if request.decoder_weights is not None:  # before the model, whose weights are large
+    decoder: TinyDecoder | None = None
+    transformers: dict[str, Transformer] = {}
+    if (request.decoder_weights or request.transformer) is not None:  # before the model, whose weights are large
         empty = load_empty_model(request.model, revision=request.revision, dtype=dtype)
-        decoder = load_tiny_decoder(empty, request.decoder_weights)
-    model = load_model(request.model, revision=request.revision, device=None, dtype=dtype)
+        if request.decoder_weights is not None:
+            decoder = load_tiny_decoder(empty, request.decoder_weights)
+        if request.transformer is not None:
+            transformers = load_transformers(empty, request.transformer, dtype=dtype, device=device)
+            check_stored(transformers, quantize=request.quantize, offload=offload)
+    model = load_model(request.model, revision=request.revision, device=None, dtype=dtype, components=transformers)
     model = replace(model_for(model, request.condition), decoder=decoder)
     model.changes.update(load_loras(model, request.loras))
     if request.student is not None:
@@ -56,9 +65,17 @@ def prepare_model(request: GenerationRequest) -> tuple[LoadedModel, ResolvedRequ
             model.pipe, request.student, scheduler=request.scheduler, weight=weight, noise_kept=request.noise_kept
         )
         model.changes[student.source] = student.reach
+        if transformers and model.transformers.items() != transformers.items():
+            raise ValueError(
+                f"`student` {student.source} is a whole transformer, which would take the place of `transformer` "
+                f"{request.transformer}; leave one of the two out."
+            )
     resolved = replace(resolve_request(request, model), offload=offload, device=str(device))
     merge_loras(model)
     request.prepare(model)
+    if request.cache is not None:
+        guidance = model.family.guidance_takes_two_passes and resolved.guidance_scale > 1
+        enable_cache(model, request.cache, steps=resolved.steps, guidance=guidance)
     place(model, device, offload)
     if decoder is not None:
         decoder.to(device, decoder_dtype(dtype, device))

@@ -1,17 +1,18 @@
-"""Optional accelerations: quantization, caching, compilation, offloading."""
+"""Optional accelerations: quantization, compilation, offloading."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib import import_module
-from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.utils.weight_norm import WeightNorm
 
 from blade.common.errors import first_line
-from blade.models.choices import OFFLOADS, Offload, parse_cache
+from blade.families.protocol import ModelFamily
+from blade.families.transformers import Transformer
+from blade.models.choices import OFFLOADS, Offload
 from blade.models.loaded import LoadedModel
 from blade.models.modular import is_modular
 
@@ -41,6 +42,12 @@ def quantize(model: LoadedModel, kind: str) -> None:
     Raises:
         ValueError: if torchao is not installed, or its version lacks this.
     """
+    for transformer in model.transformers.values():
+        quantize_blocks(transformer, model.family, kind)
+
+
+def quantize_blocks(transformer: Transformer, family: ModelFamily, kind: str) -> None:
+    """Store the weights of one transformer's blocks in fewer bits; see `quantize`."""
     try:
         from torchao.quantization import quantize_
     except ImportError:
@@ -50,9 +57,8 @@ def quantize(model: LoadedModel, kind: str) -> None:
         config = getattr(import_module(module), name)()
     except (ImportError, AttributeError) as error:
         raise ValueError(f"`quantize` {kind} needs a newer torchao: {first_line(error)}") from error
-    for transformer in model.transformers.values():
-        for block in model.family.blocks(transformer):
-            quantize_(block, config)
+    for block in family.blocks(transformer):
+        quantize_(block, config)
 
 
 def check_quantizable(kind: str | None, device: torch.device) -> None:
@@ -75,37 +81,6 @@ def check_quantizable(kind: str | None, device: torch.device) -> None:
             f"`quantize` {kind} needs a GPU of compute capability {least[0]}.{least[1]} or later, got {shown}; "
             "int8 and fp8 run everywhere."
         )
-
-
-def enable_cache(model: LoadedModel, text: str) -> None:
-    """Let Diffusers reuse what changes little from step to step.
-
-    Args:
-        model: the model.
-        text: one of `CACHES`, with "=NUMBER" or without.
-
-    Raises:
-        ValueError: if there is no such cache, or Diffusers does not know this model.
-    """
-    import diffusers
-
-    name, number = parse_cache(text)
-    for transformer in model.transformers.values():
-        if name == "first-block":
-            config: Any = diffusers.FirstBlockCacheConfig(threshold=number)
-        else:
-            config = diffusers.PyramidAttentionBroadcastConfig(
-                spatial_attention_block_skip_range=int(number),
-                current_timestep_callback=lambda: model.pipe.current_timestep,
-            )
-        kind = type(transformer).__name__
-        problem = model.family.cache_problem(transformer, name)
-        if problem is not None:
-            raise ValueError(f"`cache` must not be {name}: {problem}; use another cache.")
-        try:
-            transformer.enable_cache(config)
-        except (ValueError, AttributeError, NotImplementedError) as error:
-            raise ValueError(f"`cache` {name} is not known to Diffusers for a {kind}: {first_line(error)}") from error
 
 
 def compile_blocks(model: LoadedModel) -> None:

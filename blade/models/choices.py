@@ -1,4 +1,4 @@
-"""Names that options choose from: dtypes, offloading, quantization, caches, LoRAs. Imports nothing heavy."""
+"""Names that options choose from: dtypes, offloading, quantization, caches, LoRAs, files. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -28,13 +28,25 @@ QUANTIZATIONS = get_args(Quantization)
 """Types that the weights of the transformers' linear layers can be stored in; with `-dynamic`, and as `nvfp4`, the
 layers also multiply in that type, their inputs being rounded as they come."""
 
-CACHES = {"first-block": 0.05, "pyramid": 2}
-"""Diffusers' caches, each with the default of its number: the residual's threshold below which all blocks but the
-first are skipped, and the steps from one computation of attention to the next."""
+CACHES = {
+    "first-block": 0.05,
+    "mag": 0.06,
+    "sea": 0.25,
+    "cache-dit": 0.08,
+    "taylor-seer": 5,
+    "pyramid": 2,
+    "faster": 2,
+}
+"""Caches, each with the default of its number, which is that of its configuration: the change below which blocks are
+skipped, and, of the last three, the steps from one computation of attention to the next. Source: Diffusers 0.42
+(FirstBlockCache, MagCache, SeaCache, TaylorSeer, PyramidAttentionBroadcast, FasterCache), cache-dit 1.5 (DBCache)."""
+
+CACHE_THRESHOLDS = ("first-block", "mag", "sea", "cache-dit")
+"""Caches whose number is a threshold; that of the others is a count of steps."""
 
 
 SEPARATOR = ":"
-"""Stands between the LoRAs of two transformers, and between their strengths."""
+"""Stands between the files or LoRAs of two transformers, and between their strengths."""
 
 DRIVE = re.compile(r"(^|:)[A-Za-z]:[\\/]$")
 """Beginning of a Windows path, such as C:\\ or C:/, up to the slash."""
@@ -66,11 +78,11 @@ def parse_lora(text: str) -> LoraChoice:
     Raises:
         ValueError: if a strength is no finite number, a source is empty, or there are more than two.
     """
-    sources = _split_sources(text)
+    sources = split_sources(text)
     if sources is not None and all(map(_exists, sources)):
         return LoraChoice(sources, (1.0,) * len(sources))
     named, equals, ending = text.rpartition("=")
-    sources = _split_sources(named if equals else text)
+    sources = split_sources(named if equals else text)
     if sources is None:
         raise ValueError(
             f"`loras` must name one source, or FIRST:SECOND, one for each of two transformers, got {shortened(text)}."
@@ -81,8 +93,35 @@ def parse_lora(text: str) -> LoraChoice:
     return LoraChoice(sources, strengths if len(strengths) == len(sources) else strengths * len(sources))
 
 
-def _split_sources(text: str) -> tuple[str, ...] | None:
-    """Return the one or two sources in a text, None if it has an empty one, or cannot be cut in one way."""
+def parse_transformer(text: str) -> tuple[str, ...]:
+    """Return the file that replaces a transformer's weights, or the two of `FIRST:SECOND`, one for each of two.
+
+    Args:
+        text: files, folders or Hub ids; colons are read as `parse_lora` reads them.
+
+    Raises:
+        ValueError: if one is empty, or there are more than two.
+    """
+    sources = split_sources(text)
+    if sources is None:
+        raise ValueError(
+            "`transformer` must name one file, or FIRST:SECOND, one for each of two transformers, got "
+            f"{shortened(text)}."
+        )
+    return sources
+
+
+def split_sources(text: str) -> tuple[str, ...] | None:
+    """Return the one or two sources in a text, "FIRST:SECOND".
+
+    A text that is a file or folder here is one source, as it is; so is a Windows drive letter.
+
+    Args:
+        text: the sources.
+
+    Returns:
+        None if it has an empty one, or cannot be cut in one way.
+    """
     if _exists(text):
         return (text,)
     marks = [match.start() for match in re.finditer(SEPARATOR, text) if not DRIVE.search(text[: match.end() + 1])]
@@ -123,8 +162,9 @@ def parse_cache(text: str) -> tuple[str, float]:
         number = float(value) if separator else float(CACHES[name])
     except ValueError:
         number = -1.0
-    if name == "first-block" and not 0 < number < math.inf:
-        raise ValueError(f"`cache` first-block takes a threshold above 0, such as 0.05, got {value!r}.")
-    if name == "pyramid" and not (number.is_integer() and 2 <= number <= MOST_STEPS):
-        raise ValueError(f"`cache` pyramid takes a whole number of steps from 2, got {value!r}.")
+    if name in CACHE_THRESHOLDS:
+        if not 0 < number < math.inf:
+            raise ValueError(f"`cache` {name} takes a threshold above 0, such as {CACHES[name]:g}, got {value!r}.")
+    elif not (number.is_integer() and 2 <= number <= MOST_STEPS):
+        raise ValueError(f"`cache` {name} takes a whole number of steps from 2, got {value!r}.")
     return name, number

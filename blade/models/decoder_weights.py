@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from blade.common.terminal import logger
 from blade.families.registry import model_families
 from blade.models.loaded import LoadedModel
 from blade.models.source import ModelError, repository_info
-from blade.models.tiny_decoder import TinyDecoder, make_tiny_decoder
+from blade.models.tiny_decoder import TinyDecoder, TinyDecoderLayout, make_tiny_decoder
 
 ENDINGS = (".safetensors", ".pth", ".pt")
 """Endings of files of weights, the best first. The last two are unpickled as tensors alone, which runs no code."""
@@ -56,6 +57,16 @@ def load_tiny_decoder(model: LoadedModel, source: str) -> TinyDecoder:
             f"{' and '.join(names)}: weights that were trained for another model decode to noise."
         )
     return decoder
+
+
+def published_layout(model: LoadedModel) -> TinyDecoderLayout | None:
+    """Return the sizes of the tiny decoder that is published for a model's latents, or None if none is."""
+    time, space = model.compression
+    if not model.family.tiny_decoders.get(model.latent_channels):
+        return None
+    layout = TinyDecoderLayout(latent_channels=model.latent_channels)
+    layout = replace(layout, patch=max(space // layout.space_scale, 1))
+    return layout if (layout.time_scale, layout.space_scale) == (time, space) else None
 
 
 def decoder_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -63,6 +64,7 @@ def load_model(
     revision: str | None = None,
     device: torch.device | str | None = "cpu",
     dtype: torch.dtype = torch.float32,
+    components: Mapping[str, nn.Module] = MappingProxyType({}),
 ) -> LoadedModel:
     """Load a Diffusers video pipeline.
 
@@ -71,15 +73,16 @@ def load_model(
         revision: branch, tag or commit of a Hub id; None takes its main branch.
         device: where it runs; None leaves it where it was loaded, on the CPU.
         dtype: dtype of all parts but the VAE, which runs in float32.
+        components: parts that are loaded already, by name; the model's own are then neither read nor downloaded.
 
     Raises:
         ModelError: if there is no such model, it cannot be read, or it makes no video.
     """
     source, options = locate(model, revision)
     try:
-        source = _fetch(model, source, options)
+        source = _fetch(model, source, options, components)
         dtypes = {"default": dtype, **dict.fromkeys(FLOAT32_PARTS, torch.float32)}
-        pipe = load_pipeline(source, f"`model` {model} cannot be loaded: it", dtypes)
+        pipe = load_pipeline(source, f"`model` {model} cannot be loaded: it", dtypes, components)
     except ModelError:
         raise
     except Exception as error:  # whatever Diffusers, Transformers and safetensors raise for a broken model
@@ -92,13 +95,19 @@ def load_model(
     return loaded
 
 
-def load_pipeline(folder: str | Path, what: str, dtype: torch.dtype | Mapping[str, torch.dtype]) -> Any:
+def load_pipeline(
+    folder: str | Path,
+    what: str,
+    dtype: torch.dtype | Mapping[str, torch.dtype],
+    components: Mapping[str, nn.Module] = MappingProxyType({}),
+) -> Any:
     """Load a pipeline from a folder in Diffusers format by others: none of its code runs, and nothing is unpickled.
 
     Args:
         folder: the folder.
         what: the subject of the error's message, such as "`model` folder".
         dtype: dtype of all parts, or of each by name.
+        components: see `load_model`.
 
     Raises:
         ModelError: see `blade.models.untrusted.check_model_folder`.
@@ -107,17 +116,17 @@ def load_pipeline(folder: str | Path, what: str, dtype: torch.dtype | Mapping[st
     from packaging.version import Version
 
     if is_modular_folder(Path(folder)):
-        return load_modular_pipeline(Path(folder), what, dtype)
+        return load_modular_pipeline(Path(folder), what, dtype, components)
     kind, _ = check_model_folder(Path(folder), what)
     if Version(diffusers.__version__) >= Version("0.40"):
         options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": False}
     else:  # which takes the first by another name, and knows the second for downloads alone
         options = {"torch_dtype": dtype}
-    return kind.from_pretrained(folder, use_safetensors=True, local_files_only=True, **options)
+    return kind.from_pretrained(folder, use_safetensors=True, local_files_only=True, **options, **components)
 
 
-def _fetch(model: str | Path, source: str, options: Mapping[str, Any]) -> str:
-    """Download the pipeline of a Hub id into the local cache, and return its folder."""
+def _fetch(model: str | Path, source: str, options: Mapping[str, Any], components: Mapping[str, nn.Module]) -> str:
+    """Download the pipeline of a Hub id into the local cache, but for parts that are there; return its folder."""
     if Path(source).is_dir():
         return source
     from diffusers import DiffusionPipeline
@@ -127,10 +136,12 @@ def _fetch(model: str | Path, source: str, options: Mapping[str, Any]) -> str:
     if index is None or is_unknown(index, what):
         modular = _fetch_index(source, MODULAR_INDEX_NAME, options)
         if modular is not None:
-            return _fetch_modular(source, read_modular_index(modular, what).parts, options, modular.parent.name)
+            parts = [name for name in read_modular_index(modular, what).parts if name not in components]
+            return _fetch_modular(source, parts, options, modular.parent.name)
     assert index is not None  # one of the two is there, as `locate` has seen
     read_model_index(index, what)
-    return str(DiffusionPipeline.download(source, use_safetensors=True, trust_remote_code=False, **options))
+    options = {**options, **components, "trust_remote_code": False}
+    return str(DiffusionPipeline.download(source, use_safetensors=True, **options))
 
 
 def _fetch_index(source: str, name: str, options: Mapping[str, Any]) -> Path | None:
@@ -205,8 +216,11 @@ def load_empty_model(
         folder = Path(source)
         what = f"`model` {model} cannot be read: it"
         modular = check_modular_folder(folder, what) if is_modular_folder(folder) else None
-        kind: Any
-        kind, arguments = (modular.kind, {**modular.parts}) if modular else check_model_folder(folder, what)
+        kind: Any = None
+        arguments = dict[str, Any]()
+        if modular is None:
+            kind, arguments = check_model_folder(folder, what)
+        arguments |= {} if modular is None else modular.parts
         parts: dict[str, Any] = {name: value for name, value in arguments.items() if inspect.isclass(value)}
         for name, part in parts.items():
             arguments[name], is_model = None, issubclass(part, (ModelMixin, PreTrainedModel))

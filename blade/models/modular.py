@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -105,13 +105,19 @@ def check_modular_folder(folder: Path, what: str) -> ModularIndex:
     return index
 
 
-def load_modular_pipeline(folder: Path, what: str, dtype: torch.dtype | Mapping[str, torch.dtype]) -> Any:
+def load_modular_pipeline(
+    folder: Path,
+    what: str,
+    dtype: torch.dtype | Mapping[str, torch.dtype],
+    components: Mapping[str, Any] = MappingProxyType({}),
+) -> Any:
     """Load a modular pipeline from a folder: no code of others runs, and nothing is unpickled.
 
     Args:
         folder: the folder.
         what: the subject of the error's message.
         dtype: dtype of all parts, or of each by name, with "default".
+        components: parts that are loaded already, by name.
 
     Raises:
         ModelError: see `check_modular_folder`.
@@ -120,8 +126,10 @@ def load_modular_pipeline(folder: Path, what: str, dtype: torch.dtype | Mapping[
     from transformers import PreTrainedModel
 
     index = check_modular_folder(folder, what)
-    parts = dict[str, Any]()
+    parts = dict[str, Any](components)
     for name, kind in index.parts.items():
+        if name in components:
+            continue
         if not (folder / name).is_dir():
             raise ModelError(f"{what} lacks the folder of its {name}.")
         options = dict[str, Any]()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from blade.attention.adaptive import AdaptivePlan, block_importance, draw_table, keep_most_important
 from blade.attention.config import AdaptiveConfig, BladeConfig
+from blade.attention.frame_keys import FrameKeys
 from blade.attention.pattern_plan import PatternPlan, order_places
 from blade.attention.pattern_table import uniform_table
 from blade.attention.patterns import HeadPattern, pattern_blocks
@@ -124,8 +125,15 @@ class RecordingPlan:
         key_lengths: Tensor | None = None,
         places: Tensor | None = None,
         kept: Kept | None = None,
+        beside: FrameKeys | None = None,
     ) -> tuple[Tensor, Tensor, str]:
-        """Attend and measure; see `PatternPlan.attend`. `rows` holds the layer and the step."""
+        """Attend and measure; see `PatternPlan.attend`. `rows` holds the layer and the step.
+
+        Raises:
+            ValueError: if frames have keys beside the sequence, which no measurement knows.
+        """
+        if beside is not None:
+            raise ValueError("This model cannot be profiled: its frames attend to keys beside the sequence.")
         layer, self.step = (int(number) for number in rows[0])
         recording = self.recording
         with torch.no_grad():

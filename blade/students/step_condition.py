@@ -32,7 +32,7 @@ class StepCondition(nn.Module):
         """
         super().__init__()
         like = next(weight for weight in reversed(list(time_embedding.parameters())))
-        channels: int = time_embedding.get_submodule("linear_2").out_features  # type: ignore[assignment]  # nn.Linear
+        *_, channels = (module.out_features for module in time_embedding.modules() if isinstance(module, nn.Linear))
         self.vectors = nn.ModuleDict({role: nn.Embedding(size, channels) for role, size in sizes.items()})
         for weight in self.vectors.parameters():
             nn.init.zeros_(weight)
@@ -55,8 +55,9 @@ class StepCondition(nn.Module):
             return None
         role, index = chosen
         added: torch.Tensor = self.vectors[role](index.to(output.device))
-        # with a time for each token, the rows of the embedding are tokens
-        return output + added.repeat_interleave(len(output) // len(added), dim=0).to(output.dtype)
+        # with a time for each token or frame, those are rows of the embedding, or a dimension of its own
+        added = added.repeat_interleave(len(output) // len(added), dim=0).to(output.dtype)
+        return output + added.view(len(added), *[1] * (output.ndim - 2), -1)
 
 
 def load_condition(pipe: Any, path: Path, sampler: Any, role: str, what: str) -> StepCondition:

@@ -72,6 +72,7 @@ class CogVideoXFamily(DiffusersFamily):
 
     name = "CogVideoX (CogVideoXTransformer3DModel)"
     guidance_takes_two_passes = True
+    batched_guidance = "BFCHW"
     transformers = (CogVideoXTransformer3DModel,)
     processors = (CogVideoXAttnProcessor2_0, FusedCogVideoXAttnProcessor2_0)
     sparse_processor = CogVideoXSparseProcessor

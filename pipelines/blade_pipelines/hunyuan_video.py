@@ -20,7 +20,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from blade.families.protocol import Inputs, Permutation
+from blade.families.protocol import Inputs, Permutation, RowOrder
 from blade.families.sampling_defaults import SamplingDefaults
 from blade.token_grid import TokenGrid
 from blade_pipelines.shared.diffusers_family import DiffusersFamily
@@ -35,6 +35,8 @@ TINY_DECODERS: dict[int, tuple[str, ...]] = {16: ("taehv",)}
 """Of HunyuanVideo. Source: the README of https://github.com/madebyollin/taehv."""
 TINY_DECODERS_15: dict[int, tuple[str, ...]] = {32: ("taehv1_5", "taehv1_5_super")}
 """Of HunyuanVideo-1.5; the same source."""
+ROW_ORDERS: tuple[tuple[str, RowOrder], ...] = ((r"^final_layer\.adaLN_modulation\.1$", "swapped-halves"),)
+"""Shift and scale are the other way round. Source: `convert_hunyuan_video_transformer_to_diffusers` of Diffusers."""
 
 _DOUBLE, _SINGLE = r"^transformer_blocks\.(\d+)\.", r"^single_transformer_blocks\.(\d+)\."
 _REFINER = r"^context_embedder\.token_refiner\.refiner_blocks\.(\d+)\."
@@ -75,6 +77,7 @@ ORIGINAL_NAMES = (
     (r"^time_text_embed\.text_embedder\.linear_1$", "vector_in.in_layer"),
     (r"^time_text_embed\.text_embedder\.linear_2$", "vector_in.out_layer"),
     (r"^proj_out$", "final_layer.linear"),
+    (r"^norm_out\.linear$", "final_layer.adaLN_modulation.1"),
 )
 """Names in HunyuanVideo's own code, but of the last layer's modulation, whose halves are swapped in Diffusers.
 Source: `scripts/convert_hunyuan_video_to_diffusers.py` of Diffusers."""
@@ -145,6 +148,7 @@ class HunyuanVideoFamily(DiffusersFamily):
     time_embedding_name = "time_text_embed.timestep_embedder"
     tiny_decoders = TINY_DECODERS
     original_names = ORIGINAL_NAMES
+    row_orders = ROW_ORDERS
 
     def preset_name(self, transformer: DiffusersModule) -> str:
         """Return the family's only preset."""
@@ -302,7 +306,7 @@ class AssumeUnmasked(TorchFunctionMode):
     """Run a forward pass that depends on values on the meta device, which has none: nothing is masked or missing.
 
     HunyuanVideo-1.5 checks whether its image is empty, and sorts the tokens of its texts by their masks; FramePack
-    cuts a single text off where its mask ends.
+    cuts a single text off where its mask ends, and marks the ends of several.
     """
 
     def __init__(self) -> None:
@@ -314,8 +318,8 @@ class AssumeUnmasked(TorchFunctionMode):
             return False
         if function is torch.Tensor.__getitem__ and _is_mask(args[1]):
             return args[0][:0] if args[1] in self._inverted else args[0]
-        if function is torch.Tensor.__getitem__ and isinstance(args[1], tuple):
-            args = (args[0], tuple(_unbounded(part) for part in args[1]))
+        if function in (torch.Tensor.__getitem__, torch.Tensor.__setitem__) and isinstance(args[1], tuple):
+            args = (args[0], tuple(_unbounded(part) for part in args[1]), *args[2:])
         result = function(*args, **(kwargs or {}))
         if function is torch.Tensor.__invert__ and _is_mask(result):
             self._inverted[result] = True

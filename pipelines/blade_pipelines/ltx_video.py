@@ -75,6 +75,7 @@ class LTXVideoFamily(DiffusersFamily):
 
     name = "LTX-Video (LTXVideoTransformer3DModel)"
     guidance_takes_two_passes = True
+    batched_guidance = "tokens"
     whole_sequence = True
     transformers = (LTXVideoTransformer3DModel,)
     processors = (LTXVideoAttnProcessor,)

@@ -39,8 +39,7 @@ class SkyReelsV2Family(WanFamily):
     processors = (SkyReelsV2AttnProcessor,)
     original_names = SKYREELS_ORIGINAL_NAMES
     condition_pipelines: ClassVar[Mapping[tuple[str, Condition], str]] = {
-        ("SkyReelsV2DiffusionForcingPipeline", "image"): "SkyReelsV2DiffusionForcingImageToVideoPipeline",
-        ("SkyReelsV2DiffusionForcingPipeline", "video"): "SkyReelsV2DiffusionForcingVideoToVideoPipeline",
+        ("SkyReelsV2DiffusionForcingPipeline", "image"): "SkyReelsV2DiffusionForcingImageToVideoPipeline"
     }
 
     def preset_name(self, transformer: DiffusersModule) -> str:
@@ -56,7 +55,16 @@ class SkyReelsV2Family(WanFamily):
         return SamplingDefaults(fps=24, flow_shift=5.0 if image else 8.0)
 
     def call_options(self, pipe: Any, request: Any) -> Mapping[str, Any]:
-        """Return the frame rate, which diffusion forcing tells the transformer."""
+        """Return the frame rate, which diffusion forcing tells the transformer.
+
+        Raises:
+            ValueError: for a video, which the pipelines continue, by rules that no option gives.
+        """
+        if request.video is not None:
+            raise ValueError(
+                "`video` must not be given: SkyReels-V2 continues it, which needs `overlap_history`. Call the "
+                "pipeline from Python for that; `apply_blade` works with it."
+            )
         return {"fps": request.fps} if _is_a(pipe, "DiffusionForcing") else {}
 
     def pass_dense_reason(self, transformer: DiffusersModule, inputs: Inputs) -> str | None:

@@ -33,6 +33,9 @@ LARGE_VIDEO = 704 * 1280
 TINY_DECODERS: dict[int, tuple[str, ...]] = {16: ("taew2_1",), 48: ("taew2_2", "taew2_2_super")}
 """Of Wan 2.1 and 2.2 14B, and of Wan 2.2 5B. Source: the README of https://github.com/madebyollin/taehv."""
 
+BLOCK_CACHES = {"first-block": "FirstBlockCache", "mag": "MagCache", "sea": "SeaCache"}
+"""Diffusers' caches that skip whole blocks."""
+
 ORIGINAL_NAMES = (
     (r"^condition_embedder\.(text|time)_embedder\.linear_1$", r"\1_embedding.0"),
     (r"^condition_embedder\.(text|time)_embedder\.linear_2$", r"\1_embedding.2"),
@@ -175,9 +178,12 @@ class WanFamily(DiffusersFamily):
         return super().condition_pipeline(pipe, condition)
 
     def cache_problem(self, transformer: nn.Module, cache: str) -> str | None:
-        """Return that FirstBlockCache is broken for VACE, whose control blocks it ignores; None for other caches."""
-        if cache == "first-block" and isinstance(transformer, WanVACETransformer3DModel):
-            return f"FirstBlockCache is broken for a {type(transformer).__name__} in Diffusers itself"
+        """Return that caches of whole blocks are broken for VACE, or None.
+
+        Its control is added between the blocks: once within what is kept of them, and again where they are skipped.
+        """
+        if cache in BLOCK_CACHES and isinstance(transformer, WanVACETransformer3DModel):
+            return f"{BLOCK_CACHES[cache]} is broken for a {type(transformer).__name__} in Diffusers itself"
         return None
 
     def blocks(self, transformer: DiffusersModule) -> Sequence[nn.Module]:

@@ -34,6 +34,10 @@ class Family:
     """True if an order runs inside each frame."""
     least_frames: int = 1
     """The fewest frames that Diffusers' own class takes, or that are more than its history."""
+    blocks_compile: bool = True
+    """True if each block of Diffusers' own is one graph."""
+    checkpoints: bool = True
+    """True if Diffusers' own gradient checkpointing works."""
     float32_parts: tuple[str, ...] = ()
     """Endings of the names of modules that the class runs in float32, whatever the dtype of the others."""
 
@@ -580,6 +584,46 @@ def kandinsky5_inputs():
     return _kandinsky5_inputs
 
 
+def _make_wan_animate_2():
+    """A tiny `WanAnimate2Transformer3DModel`."""
+    from diffusers import WanAnimate2Transformer3DModel
+
+    torch.manual_seed(0)
+    transformer = WanAnimate2Transformer3DModel(
+        in_dim=12, out_dim=4, dim=32, ffn_dim=24, freq_dim=16, text_dim=8, text_len=TEXT_TOKENS, num_heads=2,
+        num_layers=3, use_img_emb=False,
+    ).eval()  # fmt: skip
+    for block in transformer.blocks:
+        for norm in (block.self_attn.norm_q, block.self_attn.norm_k):
+            norm.weight.data.mul_(4.0)
+    return transformer
+
+
+def _wan_animate_2_inputs(grid=(3, 5, 7), batch=1, seed=0, timestep=500.0):
+    """Inputs of the pass over a driving video, for a grid of tokens; the other pass is in `test_wan_animate_2.py`."""
+    from diffusers.models.transformers.transformer_wan_animate_2 import WanAnimate2KVCache
+
+    generator = torch.Generator().manual_seed(seed)
+    frames, height, width = grid
+    latents = [torch.randn(12, frames, 2 * height, 2 * width, generator=generator) for _ in range(batch)]
+    return {
+        "hidden_states": [latent[:4] for latent in latents],
+        "timestep": torch.full((batch,), timestep),
+        "encoder_hidden_states": [torch.randn(TEXT_TOKENS, 8, generator=generator) for _ in range(batch)],
+        "condition_latents": [latent[4:] for latent in latents],
+        "kv_cache": WanAnimate2KVCache(3),
+        "kv_cache_mode": "extract",
+        "seq_len": frames * height * width,
+        "offset_grid_sizes": torch.tensor([grid] * batch),
+    }
+
+
+@pytest.fixture
+def make_wan_animate_2():
+    """Return a function that makes a tiny Wan-Animate-2 transformer."""
+    return _make_wan_animate_2
+
+
 @pytest.fixture
 def wan_animate():
     """A tiny Wan-Animate transformer, and its inputs."""
@@ -646,12 +690,41 @@ FAMILIES = (
     "anyflow",
     "framepack",
     "kandinsky5",
+    "wan-animate-2",
 )
+
+
+NEWER = {
+    "minimax-h3": "MiniMaxH3Transformer3DModel",
+    "minimax-h3-references": "MiniMaxH3Transformer3DModel",
+    "ltx-2": "LTX2VideoTransformer3DModel",
+    "ltx-2.3": "LTX2VideoTransformer3DModel",
+    "anyflow": "AnyFlowTransformer3DModel",
+    "wan-animate-2": "WanAnimate2Transformer3DModel",
+}
+"""Classes that the oldest Diffusers does not have."""
 
 
 @pytest.fixture(params=FAMILIES)
 def family(request, make_wan, wan_inputs):
     """Every kind of transformer in turn."""
+    if not hasattr(diffusers, NEWER.get(request.param, "ModelMixin")):
+        pytest.skip("this Diffusers lacks the class")
+    simple = {
+        "wan": (make_wan, wan_inputs),
+        "cogvideox-2b": (
+            lambda: _make_cogvideox(use_rotary_positional_embeddings=False),
+            lambda *args, **options: _cogvideox_inputs(*args, **options, rotary=False),
+            TEXT_TOKENS,
+        ),
+        "ltx-video": (_make_ltx_video, _ltx_video_inputs),
+        "ltx-2": (_make_ltx2, _ltx2_inputs),
+        "chronoedit": (lambda: _make_like_wan(diffusers.ChronoEditTransformer3DModel), wan_inputs),
+        "anyflow": (lambda: _make_like_wan(diffusers.AnyFlowTransformer3DModel), _anyflow_inputs(wan_inputs)),
+        "skyreels-v2": (lambda: _make_like_wan(diffusers.SkyReelsV2Transformer3DModel), wan_inputs),
+    }
+    if request.param in simple:
+        return Family(*simple[request.param])
     if request.param == "wan-vace":
 
         def inputs(*args, **options):
@@ -660,16 +733,12 @@ def family(request, make_wan, wan_inputs):
             return {**made, "control_hidden_states": torch.randn(shape, generator=torch.Generator().manual_seed(9))}
 
         return Family(_make_wan_vace, inputs)
-    if request.param == "ltx-video":
-        return Family(_make_ltx_video, _ltx_video_inputs)
     if request.param.startswith("minimax-h3"):
         inputs, others = _minimax_h3_inputs, TEXT_TOKENS + 2 * AUDIO_LATENTS
         if request.param.endswith("references"):
             inputs, others = _minimax_h3_references, others + REFERENCE_ROWS
         shared = ("timestep", "timestep_indices", *MINIMAX_H3_LAYOUT)
         return Family(_make_minimax_h3, inputs, others, shared=shared)
-    if request.param == "ltx-2":
-        return Family(_make_ltx2, _ltx2_inputs)
     if request.param == "ltx-2.3":
         return Family(
             lambda: _make_ltx2(**LTX2_3), lambda *args, **options: _ltx2_inputs(*args, **options, projected=True)
@@ -685,34 +754,22 @@ def family(request, make_wan, wan_inputs):
             text_first=False,
             first_frame_apart=condition is not None,
         )
-    if request.param == "wan":
-        return Family(make_wan, wan_inputs)
     if request.param == "kandinsky5":
         # it rounds rotated queries and keys to this dtype, which hides errors; `test_kandinsky5.py` tests the rounding
         request.getfixturevalue("monkeypatch").setattr(torch, "bfloat16", torch.float32)
         return Family(
-            _make_kandinsky5, _kandinsky5_inputs, shared=("text_rope_pos",),
+            _make_kandinsky5, _kandinsky5_inputs, shared=("text_rope_pos", "visual_rope_pos"),
             float32_parts=("time_embeddings", "query_norm", "key_norm"),
         )  # fmt: skip
+    if request.param == "wan-animate-2":
+        return Family(
+            _make_wan_animate_2, _wan_animate_2_inputs, frames_apart=True, blocks_compile=False, checkpoints=False
+        )
     if request.param in ("framepack", "wan-animate"):
         return request.getfixturevalue(request.param.replace("-", "_"))
-    if request.param == "chronoedit":
-        return Family(lambda: _make_like_wan(diffusers.ChronoEditTransformer3DModel), wan_inputs)
-    if request.param == "anyflow":
-        return Family(lambda: _make_like_wan(diffusers.AnyFlowTransformer3DModel), _anyflow_inputs(wan_inputs))
-    if request.param.startswith("skyreels-v2"):
-        forcing = request.param.endswith("forcing")
-        return Family(
-            lambda: _make_like_wan(diffusers.SkyReelsV2Transformer3DModel),
-            _forcing_inputs(wan_inputs) if forcing else wan_inputs,
-            frames_apart=forcing,
-        )
-    if request.param == "cogvideox-2b":
-        return Family(
-            lambda: _make_cogvideox(use_rotary_positional_embeddings=False),
-            lambda *args, **options: _cogvideox_inputs(*args, **options, rotary=False),
-            TEXT_TOKENS,
-        )
+    if request.param == "skyreels-v2-forcing":
+        make, _ = simple["skyreels-v2"]
+        return Family(make, _forcing_inputs(wan_inputs), frames_apart=True)
     patch_t = 2 if request.param == "cogvideox-1.5" else None
     return Family(
         lambda: _make_cogvideox(patch_size_t=patch_t),

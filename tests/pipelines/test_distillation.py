@@ -7,7 +7,7 @@ from blade import BladeConfig
 from blade.attention.apply import install_blade
 from blade.attention.config import AdaptiveConfig
 from blade.distillation.conditioning import PromptEmbeddings, capture, check_text_alone, encode_prompts
-from blade.distillation.roles import FAKE, STUDENT, TEACHER, Lora, adapter_roles
+from blade.distillation.roles import FAKE, STUDENT, TARGETS, TEACHER, Lora, adapter_roles
 from blade.families.registry import find_family
 from blade.generation.request import GenerationRequest
 from blade.generation.resolve import resolve_request
@@ -24,7 +24,9 @@ PIPELINES = ("WanPipeline", "CogVideoXPipeline", "HunyuanVideoPipeline", "Hunyua
 
 def test_gradients_reach_the_student_and_no_other(family):
     inputs, transformer = family.inputs(batch=2), family.make()
-    roles = adapter_roles(transformer, Lora(rank=2, alpha=2), (STUDENT,))
+    names = [name for name, _ in transformer.named_modules()]
+    targets = TARGETS if any(name.endswith(".to_q") for name in names) else ("to_query", "to_key", "to_value")
+    roles = adapter_roles(transformer, Lora(rank=2, alpha=2, targets=list(targets)), (STUDENT,))
     install_blade(transformer, CONFIG)
     roles.networks[STUDENT].enable_gradient_checkpointing()
     numbers = torch.zeros(2, dtype=torch.int64)

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import diffusers
 import pytest
 import torch
 from PIL import Image
@@ -30,7 +31,9 @@ PASSES = {
     "LTX2ImageToVideoPipeline": 9,
     "ChronoEditPipeline": 6,
     "SkyReelsV2Pipeline": 6,
+    "SkyReelsV2ImageToVideoPipeline": 6,
     "SkyReelsV2DiffusionForcingPipeline": 6,
+    "SkyReelsV2DiffusionForcingImageToVideoPipeline": 6,
     "AnyFlowPipeline": 3,
     "HunyuanVideoFramepackPipeline": 3,
     "Kandinsky5T2VPipeline": 6,
@@ -55,6 +58,8 @@ def conditions(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PASSES)
 def test_a_video_is_made_and_summed_up(small_pipelines, conditions, name):
+    if not hasattr(diffusers, name):
+        pytest.skip("this Diffusers lacks the pipeline")
     torch.manual_seed(0)
     pipe = small_pipelines[name]()
     size = 512 if name in ("LTXPipeline", "LTXImageToVideoPipeline") else 128

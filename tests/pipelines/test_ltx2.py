@@ -1,13 +1,25 @@
 """LTX-2 under BLADE: perturbed and gated attention, conditions in the sequence, and audio that is left alone."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+import transformers
+from blade_pipelines.ltx2 import ORIGINAL_NAMES, UNGUIDED, LTX2Family
+from diffusers import FlowMatchEulerDiscreteScheduler
+from PIL import Image
 
 from blade import BladeConfig, TokenGrid, apply_blade, blade_summary, remove_blade
 from blade.attention import adaptive
 from blade.attention.applied import applied_to
 from blade.attention.budget import BlockBudget
 from blade.attention.config import AdaptiveConfig
+from blade.generation.outputs import generate_files
+from blade.generation.request import GenerationRequest
+from blade.generation.run import run_request
+from blade.models.conditions import model_for
+from blade.models.loaded import LoadedModel
+from blade.models.lora_layouts import LoraNames
 
 DETAILS = AdaptiveConfig(block_size=8, probe_tokens=4, pooled_window=4)
 HALF = BladeConfig(sparsity=0.5, asa=DETAILS)
@@ -248,3 +260,126 @@ def test_patches_of_more_than_one_latent_are_counted(make_ltx2, ltx2_inputs):
 
 def test_the_preset_is_found(make_ltx2):
     assert applied_to(apply_blade(make_ltx2())).config == BladeConfig.from_preset("ltx-2")
+
+
+@pytest.mark.parametrize("version", ["2", "2.5"])
+def test_diffusers_translates_the_names_of_lightricks_code_back(version, make_ltx2):
+    """Of every module, in the keys of a LoRA."""
+    from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_ltx2_lora_to_diffusers as translate
+
+    names = LoraNames(make_ltx2(version), ORIGINAL_NAMES).originals
+    assert {"patchify_proj", "audio_patchify_proj", "adaln_single.linear", "av_ca_a2v_gate_adaln_single.linear"} < set(
+        names
+    )
+    for original, (name,) in names.items():
+        assert list(translate({f"diffusion_model.{original}.lora_A.weight": None})) == [
+            f"transformer.{name}.lora_A.weight"
+        ]
+
+
+def pipe_with(**scheduler):
+    return SimpleNamespace(scheduler=FlowMatchEulerDiscreteScheduler(**scheduler))
+
+
+FULL = {"use_dynamic_shifting": True, "shift_terminal": 0.1}
+
+
+def test_defaults_and_arguments_of_full_and_distilled_models():
+    from diffusers.pipelines.ltx2.utils import DEFAULT_NEGATIVE_PROMPT, DISTILLED_SIGMA_VALUES
+
+    family, full, distilled = LTX2Family(), pipe_with(**FULL), pipe_with()
+    values = family.sampling_defaults(full, None, None)
+    assert (values.frames, values.fps, values.steps, values.guidance_scale) == (121, 24, 30, 3.0)
+    assert values.negative_prompt == DEFAULT_NEGATIVE_PROMPT
+    values = family.sampling_defaults(distilled, None, None)
+    assert (values.frames, values.steps, values.guidance_scale, values.negative_prompt) == (121, 8, 1.0, None)
+    request = SimpleNamespace(guidance_scale=3.0, steps=30)
+    assert family.call_options(full, request) == {}
+    assert family.call_options(full, SimpleNamespace(guidance_scale=1.0, steps=30)) == UNGUIDED
+    options = family.call_options(distilled, SimpleNamespace(guidance_scale=1.0, steps=8))
+    assert options == {**UNGUIDED, "sigmas": DISTILLED_SIGMA_VALUES}
+    with pytest.raises(ValueError, match="`steps` must be 8 for a distilled LTX-2 model, whose noise levels"):
+        family.call_options(distilled, SimpleNamespace(guidance_scale=1.0, steps=4))
+
+
+REQUEST = {"prompt": "a cat", "height": 128, "width": 128, "frames": 13, "seed": 3}
+
+
+def test_without_guidance_a_step_is_one_pass(small_pipelines):
+    config = BladeConfig(sparsity=0.5, dense_steps=1, asa=AdaptiveConfig(block_size=16))
+    request = GenerationRequest(**REQUEST, steps=3, guidance_scale=1.0, blade_config=config)
+    made = run_request(LoadedModel(small_pipelines["LTX2Pipeline"]()), request)
+    layers = made.summary.transformers[0].layers
+    assert [(layer.sparse_calls, layer.dense_calls) for layer in layers] == [(2, 1), (2, 1)]
+
+
+def test_a_distilled_model_takes_its_noise_levels(small_pipelines):
+    pipe = small_pipelines["LTX2Pipeline"]()
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler()
+    run_request(LoadedModel(pipe), GenerationRequest(**REQUEST, steps=8, guidance_scale=1.0, attention="dense"))
+    levels = LTX2Family().call_options(pipe, SimpleNamespace(guidance_scale=1.0, steps=8))["sigmas"]
+    assert pipe.scheduler.sigmas.tolist() == pytest.approx([*levels, 0.0])
+
+
+def test_an_image_is_taken_by_the_same_weights(small_pipelines):
+    model = LoadedModel(small_pipelines["LTX2Pipeline"]())
+    type(model.pipe).__name__ = "LTX2Pipeline"
+    other = model_for(model, "image")
+    assert type(other.pipe).__name__ == "LTX2ImageToVideoPipeline"
+    assert other.pipe.transformer is model.transformer and other.pipe.vocoder is model.pipe.vocoder
+    with pytest.raises(ValueError, match="`video` must not be given: this model is a LTX2Pipeline"):
+        model_for(model, "video")
+
+
+@pytest.fixture
+def model_folder(small_pipelines, tmp_path):
+    """A small LTX-2 pipeline in Diffusers' format, with a Gemma 3 of one layer and a tokenizer of three words."""
+    from diffusers import LTX2Pipeline
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    special = {"pad_token": "<pad>", "eos_token": "<eos>", "bos_token": "<bos>", "unk_token": "<unk>"}
+    words = {word: number for number, word in enumerate([*special.values(), "a", "red", "cat"])}
+    text = {
+        "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "head_dim": 4, "vocab_size": 16, "sliding_window": 16,
+    }  # fmt: skip
+    vision = {
+        "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
+        "patch_size": 14,
+    }  # fmt: skip
+    rules = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    rules.pre_tokenizer = pre_tokenizers.Whitespace()
+    parts = dict(small_pipelines["LTX2Pipeline"]().components)
+    # the embeddings and the layer
+    connectors = type(parts["connectors"]).from_config(parts["connectors"].config, text_proj_in_factor=2)
+    parts |= {
+        "connectors": connectors,
+        "text_encoder": transformers.Gemma3ForConditionalGeneration(
+            transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+        ),
+        "tokenizer": transformers.PreTrainedTokenizerFast(
+            tokenizer_object=rules, padding_side="left", model_max_length=1024, **special
+        ),
+    }
+    LTX2Pipeline(**parts).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("with_image", [False, True], ids=["text", "image"])
+def test_a_folder_makes_a_video_with_a_sound_track(with_image, model_folder, tmp_path):
+    av = pytest.importorskip("av")
+    given = {}
+    if with_image:
+        given["image"] = str(tmp_path / "image.png")
+        Image.new("RGB", (64, 64), (200, 30, 30)).save(given["image"])
+    request = GenerationRequest(
+        **REQUEST | {"prompt": "a red cat"}, steps=3, model=str(model_folder), device="cpu", **given
+    )
+    report = generate_files(request, tmp_path / "cat.mp4")
+    assert "13 frames of 128x128, 24 a second; stereo sound of 8000 Hz" in str(report)
+    assert report.record["layer_density"] < 1
+    with av.open(str(tmp_path / "cat.mp4")) as file:
+        assert [stream.type for stream in file.streams] == ["video", "audio"]
+        lengths = [float(stream.duration * stream.time_base) for stream in file.streams]
+    assert lengths == pytest.approx([13 / 24] * 2, abs=1 / 25)

@@ -1,5 +1,7 @@
 """SkyReels-V2 under BLADE: frames with timesteps of their own stay apart, and causal passes stay dense."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from diffusers import SkyReelsV2Transformer3DModel
@@ -8,6 +10,8 @@ from blade import BladeConfig, apply_blade, blade_summary
 from blade.attention.applied import applied_to
 from blade.attention.budget import BlockBudget
 from blade.attention.config import AdaptiveConfig
+from blade.generation.request import GenerationRequest
+from blade.models.loaded import LoadedModel
 
 DETAILS = AdaptiveConfig(block_size=8, probe_tokens=4, pooled_window=4)
 
@@ -70,3 +74,17 @@ def test_a_video_is_made_in_step_and_frame_after_frame(small_pipelines, ar_step,
     assert video.shape == (13, 3, 128, 128) and video.isfinite().all()
     layers = blade_summary(pipe).transformers[0].layers
     assert [(layer.dense_calls, layer.sparse_calls) for layer in layers] == [calls] * 2
+
+
+def test_a_video_to_continue_is_refused_and_an_image_taken(small_pipelines):
+    """Of the command line; the pipeline from an image has the weights of the one from text."""
+    pipe = small_pipelines["SkyReelsV2DiffusionForcingPipeline"]()
+    family = LoadedModel(pipe).family
+    request = GenerationRequest(prompt="a cat", video="cat.mp4", fps=16)
+    with pytest.raises(ValueError, match="`video` must not be given: SkyReels-V2 continues it"):
+        family.call_options(pipe, request)
+    assert family.call_options(pipe, replace(request, video=None)) == {"fps": 16}
+    assert family.call_options(small_pipelines["SkyReelsV2Pipeline"](), replace(request, video=None)) == {}
+    pipe = type("SkyReelsV2DiffusionForcingPipeline", (), {"config": {}})()
+    assert family.condition_pipeline(pipe, "image") == "SkyReelsV2DiffusionForcingImageToVideoPipeline"
+    assert family.condition_pipeline(pipe, "video") is None

@@ -109,6 +109,7 @@ def test_all_steps_share_a_graph(make_wan, wan_inputs, config):
         "skyreels-v2-forcing",
         "anyflow",
         "framepack",
+        "kandinsky5",
     ],
     indirect=True,
 )

@@ -106,7 +106,7 @@ def test_a_suite_is_run_without_blade_and_with_it(tmp_path: Path) -> None:
         "test_wants_no_hook_of_ours",
     }
     assert group["outputs"] == 2
-    assert "| models | 4 | 2 | 2 | 2 | 0 | 2 | 2 |" in (output / "diffusers-tests.md").read_text(encoding="utf-8")
+    assert "| models | 4 | 2 | 2 | 2 | 2 | 0 | 2 | 2 |" in (output / "diffusers-tests.md").read_text(encoding="utf-8")
 
 
 def test_a_folder_that_is_no_checkout_is_refused(tmp_path: Path) -> None:

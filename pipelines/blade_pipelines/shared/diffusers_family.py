@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from blade.families.data import FamilyData
-from blade.families.protocol import Condition, Inputs, SparseAttention
+from blade.families.protocol import Condition, GuidanceBatch, Inputs, RowOrder, SparseAttention
 from blade.families.sampling_defaults import SamplingDefaults
 from blade.families.video_lengths import VideoLengths
 from blade_pipelines.shared.diffusers_module import DiffusersModule
@@ -39,6 +39,8 @@ class DiffusersFamily:
     """Name of the submodule that computes the time embedding, (B, channels)."""
     condition_pipelines: ClassVar[Mapping[tuple[str, Condition], str]] = {}
     """Pipeline class that accepts a condition with the same weights, by the pipeline's class and the condition."""
+    batched_guidance: GuidanceBatch | None = None
+    """Layout of the latents where the passes of guidance are one batch; here they run one after the other."""
     timesteps_rise: bool = False
     """Whether timesteps rise from step to step; here they fall, with the noise."""
     guidance_takes_two_passes: ClassVar[bool]
@@ -52,6 +54,8 @@ class DiffusersFamily:
 
     original_names: Sequence[tuple[str, str]] = ()
     """Replacements that turn Diffusers' names of modules into the authors' own; here none, where they are the same."""
+    row_orders: Sequence[tuple[str, RowOrder]] = ()
+    """Modules of the authors' code whose rows stand in another order; here none."""
 
     @property
     def guidance_passes(self) -> int:

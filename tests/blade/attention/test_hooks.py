@@ -5,7 +5,6 @@ import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from diffusers.hooks import HookRegistry
 from diffusers.hooks import ModelHook as DiffusersHook
-from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
 from blade import BladeConfig, apply_blade, blade_summary, remove_blade
 from blade.attention.applied import applied_to
@@ -69,29 +68,56 @@ def test_an_error_in_a_pass_leaves_nothing_behind(make_wan, wan_inputs):
     assert torch.equal(run(remove_blade(transformer), inputs), plain)
 
 
-def test_a_cache_around_the_transformer_goes_on_last_and_off_first(make_wan, wan_inputs):
-    class Cache(DiffusersHook):
-        def new_forward(self, module, *args, **kwargs):
-            return self.fn_ref.original_forward(*args, **kwargs)
+@pytest.mark.parametrize("blade_first", [True, False])
+@pytest.mark.parametrize("blade_off_first", [True, False])
+def test_a_cache_around_the_transformer_may_come_before_or_after(make_wan, wan_inputs, blade_first, blade_off_first):
+    """Whichever way, it sees latents and predictions in raster order, and the other one stays when one goes."""
 
-    transformer, inputs = make_wan(), wan_inputs()
+    class Cache(DiffusersHook):
+        seen = None
+
+        def new_forward(self, module, *args, **kwargs):
+            self.seen = kwargs["hidden_states"], self.fn_ref.original_forward(*args, **kwargs).sample
+            return (self.seen[1],)
+
+    def outputs():
+        with torch.no_grad():
+            return transformer(**inputs)[0]
+
+    transformer, inputs, cache = make_wan(), wan_inputs(), Cache()
     plain = run(transformer, inputs)
+    sparse = run(apply_blade(make_wan(), CONFIG), inputs)
     registry = HookRegistry.check_if_exists_or_initialize(transformer)
-    registry.register_hook(Cache(), "a_cache")
-    with pytest.raises(ValueError, match=r"has a cache around its forward \(a_cache\): call `disable_cache` first"):
+    if blade_first:
         apply_blade(transformer, CONFIG)
-    assert applied_to(transformer) is None
-    assert isinstance(transformer.blocks[0].attn1.processor, WanAttnProcessor)
-    registry.remove_hook("a_cache")
-    sparse = run(apply_blade(transformer, CONFIG), inputs)
-    registry.register_hook(Cache(), "a_cache")
-    assert torch.equal(run(transformer, inputs), sparse)
-    for change in (remove_blade, apply_blade):
-        with pytest.raises(ValueError, match="has a cache around its forward"):
-            change(transformer)
-    assert torch.equal(run(transformer, inputs), sparse)
-    registry.remove_hook("a_cache")
-    assert torch.equal(run(remove_blade(transformer), inputs), plain)
+    registry.register_hook(cache, "a_cache")
+    if not blade_first:
+        apply_blade(transformer, CONFIG)
+    for _ in range(2):
+        assert torch.equal(outputs(), sparse)
+        latent, predicted = cache.seen
+        assert latent is inputs["hidden_states"] and torch.equal(predicted, sparse)
+        apply_blade(transformer, CONFIG)  # a second time, in its place
+    if blade_off_first:
+        remove_blade(transformer)
+        assert torch.equal(outputs(), plain) and torch.equal(cache.seen[1], plain)
+        registry.remove_hook("a_cache")
+    else:
+        registry.remove_hook("a_cache")
+        assert torch.equal(run(transformer, inputs), sparse)
+        remove_blade(transformer)
+    cache.seen = None
+    assert torch.equal(run(transformer, inputs), plain) and cache.seen is None
+    assert applied_to(transformer) is None and registry.hooks == {}
+
+
+def test_a_forward_set_since_stays_when_blade_goes(make_wan, wan_inputs):
+    transformer, inputs = make_wan(), wan_inputs()
+    plain, original = run(transformer, inputs), transformer.forward
+    apply_blade(transformer, CONFIG)
+    transformer.forward = lambda **given: original(**given)  # as what came before BLADE puts back when it goes
+    remove_blade(transformer)
+    assert torch.equal(run(transformer, inputs), plain)
 
 
 def test_a_lost_hook_is_an_error_and_no_silent_damage(make_wan, wan_inputs):

@@ -35,9 +35,9 @@ from blade.models.acceleration import (
     advise,
     choose_offload,
     compile_blocks,
-    parse_cache,
     place,
 )
+from blade.models.choices import parse_cache
 from blade.models.conditions import cover, model_for, size_like
 from blade.models.loaded import LoadedModel
 from blade.models.loading import load_model
@@ -337,9 +337,24 @@ def test_every_block_and_the_decoder_are_compiled(saved_tiny_pipeline: Path) -> 
     assert all(part._compiled_call_impl is not None for part in parts)
 
 
-@pytest.mark.parametrize("cache", ["first-block=1.0", "pyramid=2"])
-def test_caches_save_attention(saved_tiny_pipeline: Path, cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("cache", "guidance_scale"),
+    [
+        ("first-block=1.0", 2.0),
+        ("mag=10", 2.0),
+        ("sea=10", 2.0),
+        ("taylor-seer=2", 2.0),
+        ("cache-dit=10", 2.0),
+        ("pyramid=2", 1.0),
+        ("faster=2", 1.0),
+    ],
+)
+def test_caches_save_attention(
+    saved_tiny_pipeline: Path, cache: str, guidance_scale: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Counted where attention is computed, under BLADE, against the run without the cache."""
+    if cache.startswith("cache-dit"):
+        pytest.importorskip("cache_dit", reason="cache-dit is not installed")
     from blade.attention.layer import SparseLayer
 
     counts, attend = {}, SparseLayer.attend
@@ -351,14 +366,16 @@ def test_caches_save_attention(saved_tiny_pipeline: Path, cache: str, monkeypatc
     monkeypatch.setattr(SparseLayer, "attend", counted)
     for key in ("plain", "cached"):
         counts[key] = 0
-        video = make(tiny(saved_tiny_pipeline, steps=8, cache=cache if key == "cached" else None))
+        asked = cache if key == "cached" else None
+        video = make(tiny(saved_tiny_pipeline, steps=12, guidance_scale=guidance_scale, cache=asked))
         assert video.isfinite().all()
     assert 0 < counts["cached"] < counts["plain"]
 
 
 def test_caches_that_are_none_are_refused(saved_tiny_pipeline: Path) -> None:
     assert parse_cache("first-block") == ("first-block", 0.05)
-    for text in ("teacache", "first-block=0", "pyramid=1", "pyramid=2.5", "pyramid=many"):
+    assert parse_cache("taylor-seer") == ("taylor-seer", 5) and parse_cache("faster=3") == ("faster", 3)
+    for text in ("teacache", "first-block=0", "cache-dit=nan", "pyramid=1", "taylor-seer=2.5", "faster=many"):
         with pytest.raises(ValueError, match="`cache`"):
             tiny(saved_tiny_pipeline, cache=text)
 

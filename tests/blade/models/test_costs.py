@@ -3,6 +3,7 @@
 import runpy
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 from diffusers import (
@@ -79,6 +80,24 @@ SMALL = {
     "LTX-Video": lambda: LTXVideoTransformer3DModel(
         **ATTENTION, cross_attention_dim=32, num_layers=2, caption_channels=8
     ),
+    "Wan-Animate": lambda: diffusers.WanAnimateTransformer3DModel(
+        **WAN | {"in_channels": 12, "image_dim": 8, "added_kv_proj_dim": 32}, latent_channels=4,
+        motion_encoder_channel_sizes={"4": 4, "8": 4, "16": 4}, motion_encoder_size=16, motion_style_dim=8,
+        motion_dim=4, motion_encoder_dim=8, face_encoder_hidden_dim=8, face_encoder_num_heads=2,
+        inject_face_latents_blocks=1,
+    ),
+    "ChronoEdit": lambda: diffusers.ChronoEditTransformer3DModel(**WAN, image_dim=8, added_kv_proj_dim=32),
+    "SkyReels-V2": lambda: diffusers.SkyReelsV2Transformer3DModel(**WAN),
+    "SkyReels-V2, diffusion forcing": lambda: diffusers.SkyReelsV2Transformer3DModel(**WAN, inject_sample_info=True),
+    "AnyFlow": lambda: diffusers.AnyFlowTransformer3DModel(**WAN),
+    "FramePack": lambda: diffusers.HunyuanVideoFramepackTransformer3DModel(
+        **HUNYUAN_VIDEO, num_single_layers=2, pooled_projection_dim=8, has_image_proj=True, image_proj_dim=8,
+        has_clean_x_embedder=True,
+    ),
+    "Kandinsky 5": lambda: diffusers.Kandinsky5Transformer3DModel(
+        in_visual_dim=4, out_visual_dim=4, in_text_dim=8, in_text_dim2=8, time_dim=16, model_dim=32, ff_dim=24,
+        num_text_blocks=1, num_visual_blocks=3, axes_dims=(4, 6, 6),
+    ),
     "LTX-2": lambda: LTX2VideoTransformer3DModel(**LTX2, caption_channels=8),
     "LTX-2.3": lambda: LTX2VideoTransformer3DModel(**LTX2, **GATED, use_prompt_embeddings=False, perturbed_attn=True),
     "MiniMax-H3": lambda: MiniMaxH3Transformer3DModel(
@@ -92,16 +111,16 @@ SMALL = {
 @pytest.mark.parametrize("name", SMALL)
 def test_counts_are_those_of_a_real_forward_pass(name):
     real, counted = SMALL[name](), on_meta(SMALL[name])
-    family, latent = find_family(real), (3, 10, 14)
-    cost = forward_cost(counted, latent, batch=2, text_tokens=6)
-    inputs = family.example_inputs(real, latent, batch=2, text_tokens=6)
+    family, latent, batch = find_family(real), (3, 10, 14), 1 if "forcing" in name else 2  # it is told one frame rate
+    cost = forward_cost(counted, latent, batch=batch, text_tokens=6)
+    inputs = family.example_inputs(real, latent, batch=batch, text_tokens=6)
     # PyTorch counts the CPU's fused attention as nothing
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         real(**inputs)
     assert cost.total == pytest.approx(counter.get_total_flops(), rel=1e-3)
     tokens, layers = cost.grid.sequence_length, len(family.attention_layers(real))
     assert (cost.layers, cost.heads, cost.head_dim) == (layers, 2, 16)
-    assert cost.flops["self-attention"] == 2 * layers * 4 * tokens**2 * 32
+    assert cost.flops["self-attention"] == batch * layers * 4 * tokens**2 * 32
     assert cost.parameters == sum(parameter.numel() for parameter in real.parameters())
 
 

@@ -4,14 +4,16 @@ from functools import cache
 
 import pytest
 import torch
+from diffusers import WanAnimateTransformer3DModel
 from huggingface_hub import HfApi
 
 from blade.families.registry import published_configurations
 from blade.generation.plan import plan_run
 from blade.generation.request import GenerationRequest
+from blade.models.costs import forward_cost
 from blade.models.loaded import LoadedModel
 from blade.models.loading import load_empty_model
-from blade.models.source import HubUnreachableError
+from blade.models.source import HubUnreachableError, ModelError
 
 WAN = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
 
@@ -46,6 +48,11 @@ RELEASES = {
     "Wan-AI/Wan2.1-T2V-14B-Diffusers": (14_288_491_584, 5_680_910_336, 14e9, "in 40 layers of 40 heads"),
     "Wan-AI/Wan2.2-T2V-A14B-Diffusers": (14_288_491_584, 5_680_910_336, 14e9, "21 x 45 x 80 = 75,600, in 40 layers"),
     "Wan-AI/Wan2.2-TI2V-5B-Diffusers": (4_999_787_712, 5_680_910_336, 5e9, "31 x 22 x 40 = 27,280, in 30 layers"),
+    "Skywork/SkyReels-V2-DF-1.3B-540P-Diffusers": (1_435_525_696, 5_680_910_336, 1.3e9, "25 x 34 x 60 = 51,000"),
+    "Skywork/SkyReels-V2-DF-14B-540P-Diffusers": (14_288_491_584, 5_680_910_336, 14e9, "in 40 layers of 40 heads"),
+    "Skywork/SkyReels-V2-T2V-14B-540P-Diffusers": (14_288_491_584, 5_680_910_336, 14e9, "in 40 layers of 40 heads"),
+    "nvidia/AnyFlow-Wan2.1-T2V-1.3B-Diffusers": (1_421_752_384, 5_680_910_336, 1.3e9, "21 x 30 x 52 = 32,760"),
+    "nvidia/AnyFlow-Wan2.1-T2V-14B-Diffusers": (14_316_026_944, 5_680_910_336, 14e9, "in 40 layers of 40 heads"),
 }
 """Of every configuration. Source of the rounded numbers: the model cards of CogVideoX, Wan 2.1 and Wan 2.2 (14B for
 each of two experts), the papers of HunyuanVideo (arXiv 2412.03603) and LTX-Video (arXiv 2501.00103), Diffusers'
@@ -57,8 +64,13 @@ SHIFTS = {
     "Wan-AI/Wan2.1-T2V-14B-Diffusers": 5.0,
     "Wan-AI/Wan2.2-T2V-A14B-Diffusers": 3.0,
     "Wan-AI/Wan2.2-TI2V-5B-Diffusers": 5.0,
+    # Diffusers' conversion leaves it at the default
+    **{model: 1.0 for model in RELEASES if model.startswith("Skywork/")},
 }
 """Flow shifts of the releases."""
+
+ANIMATE = "Wan-AI/Wan2.2-Animate-14B-Diffusers"
+"""A configuration of a pipeline that needs inputs that no option gives."""
 
 
 @cache
@@ -81,7 +93,18 @@ def test_parts_that_a_configuration_lacks_are_named(caplog):
 
 
 def test_every_configuration_is_tested():
-    assert set(published_configurations()) == set(RELEASES)
+    assert set(published_configurations()) == {*RELEASES, ANIMATE}
+
+
+def test_the_configuration_of_wan_animate_counts_its_operations():
+    """The pipeline is for Python alone; its transformer holds Wan's of 14B, and what follows faces and poses."""
+    with pytest.raises(ModelError, match=r"is a WanAnimatePipeline, which needs `pose_video` and `face_video`: no"):
+        load_empty_model(ANIMATE)
+    with torch.device("meta"):
+        transformer = WanAnimateTransformer3DModel.from_config(published_configurations()[ANIMATE]["transformer"])
+    cost = forward_cost(transformer.to(torch.bfloat16), (21, 90, 160))
+    assert cost.parameters == 17_274_816_884
+    assert (cost.grid.video_tokens, cost.layers, cost.heads, cost.head_dim) == (75_600, 40, 40, 128)
 
 
 @pytest.mark.parametrize("model", RELEASES)
@@ -121,7 +144,9 @@ def test_facts_beside_the_sizes():
     assert (shifts, scales) == ([3.0, 1.0], [1.15258426, 0.7])
 
 
-@pytest.mark.parametrize("model", RELEASES)
+@pytest.mark.parametrize(
+    "model", [pytest.param(model, marks=pytest.mark.slow) if "LTX-2" in model else model for model in RELEASES]
+)
 def test_the_dry_run_of_a_published_model_needs_no_network(model):
     assert RELEASES[model][3] in str(plan_run(GenerationRequest(prompt="a cat", model=model, device="cpu")))
 
