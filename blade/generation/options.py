@@ -214,9 +214,9 @@ class StudentOptions(OptionGroup):
     title: ClassVar[str] = "Student"
 
     student: str | None = option(of_student=True)
-    """A few-step student: a folder, a safetensors file in any LoRA layout or of whole weights, or a Hub id, such as
-    GYP666/VIDEO-BLADE; FIRST:SECOND for a model of two transformers; of the bundled model shapes-8-steps, which
-    blade-generate takes by default, or shapes-4-steps; none: the model itself."""
+    """A few-step student: a folder, a file (any LoRA layout or whole weights) or a Hub id, such as GYP666/VIDEO-BLADE;
+    FIRST:SECOND for two transformers; of the bundled model shapes-8-steps, blade-generate's default, or
+    shapes-4-steps; none: no student."""
     student_weight: float | None = option(of_student=True, settled_by_student=True)
     """Strength of the student's LoRA; by default 1."""
     scheduler: str | None = option(of_student=True, settled_by_student=True)
