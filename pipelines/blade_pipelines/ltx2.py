@@ -162,7 +162,7 @@ class LTX2Family(DiffusersFamily):
                 options["sigmas"] = list(DISTILLED_SIGMA_VALUES)
             elif (
                 "use_dynamic_shifting" in pipe.scheduler.config
-            ):  # else it is a student's sampler, with its own levels
+            ):  # else a student samples at its own
                 raise ValueError(
                     f"`steps` must be {len(DISTILLED_SIGMA_VALUES)} for a distilled LTX-2 model, whose noise levels "
                     f"are given, got {request.steps}."
