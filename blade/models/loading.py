@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,6 +24,7 @@ from blade.models.loaded import LoadedModel
 from blade.models.modular import (
     check_modular_folder,
     is_modular_folder,
+    is_unknown,
     load_modular_pipeline,
     make_modular_pipeline,
     read_modular_index,
@@ -129,21 +130,43 @@ def _fetch(model: str | Path, source: str, options: Mapping[str, Any], component
     if Path(source).is_dir():
         return source
     from diffusers import DiffusionPipeline
-    from huggingface_hub import snapshot_download
 
     # before anything else: Diffusers looks at its classes while it downloads
-    folder, what = Path(snapshot_download(source, allow_patterns=INDEX_NAMES, **options)), f"`model` {model} cannot be"
-    if is_modular_folder(folder):
-        parts = read_modular_index(folder / MODULAR_INDEX_NAME, f"{what} loaded: it").parts
-        if not options["local_files_only"]:
-            info = repository_info(source, "model", MODULAR_INDEX_NAME, options["revision"])
-            names = [] if info is None else [item.rfilename for item in info.siblings or []]
-            announce_download(source, [name for name in names if name.partition("/")[0] in parts], folder.name)
-        patterns = [f"{name}/*{ending}" for name in parts if name not in components for ending in NEEDED_FILES]
-        return str(snapshot_download(source, allow_patterns=[*INDEX_NAMES, *patterns], **options))
-    read_model_index(folder / INDEX_NAME, f"{what} loaded: it")
+    what, index = f"`model` {model} cannot be loaded: it", _fetch_index(source, INDEX_NAME, options)
+    if index is None or is_unknown(index, what):
+        modular = _fetch_index(source, MODULAR_INDEX_NAME, options)
+        if modular is not None:
+            parts = [name for name in read_modular_index(modular, what).parts if name not in components]
+            return _fetch_modular(source, parts, options, modular.parent.name)
+    assert index is not None  # one of the two is there, as `locate` has seen
+    read_model_index(index, what)
     options = {**options, **components, "trust_remote_code": False}
     return str(DiffusionPipeline.download(source, use_safetensors=True, **options))
+
+
+def _fetch_index(source: str, name: str, options: Mapping[str, Any]) -> Path | None:
+    """Download the index of a Hub id, and return its path; None if there is none of this name."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        path = Path(hf_hub_download(source, name, **options))
+    except EntryNotFoundError:
+        return None
+    return path if path.is_file() else None
+
+
+def _fetch_modular(source: str, parts: Iterable[str], options: Mapping[str, Any], commit: str) -> str:
+    """Download the parts of a modular pipeline, and return their folder."""
+    from huggingface_hub import snapshot_download
+
+    parts = set(parts)
+    if not options["local_files_only"]:
+        info = repository_info(source, "model", MODULAR_INDEX_NAME, options["revision"])
+        names = [] if info is None else [item.rfilename for item in info.siblings or []]
+        announce_download(source, [name for name in names if name.partition("/")[0] in parts], commit)
+    patterns = [f"{name}/*{ending}" for name in sorted(parts) for ending in NEEDED_FILES]
+    return str(snapshot_download(source, allow_patterns=[*INDEX_NAMES, *patterns], **options))
 
 
 def load_empty_model(

@@ -42,14 +42,25 @@ def is_modular(pipe: Any) -> bool:
 
 def is_modular_folder(folder: Path) -> bool:
     """Return whether a folder holds a modular pipeline, and no ordinary one that this Diffusers has."""
-    import diffusers
-
     if not (folder / MODULAR_INDEX_NAME).is_file():
         return False
-    if not (folder / INDEX_NAME).is_file():
-        return True
-    name = read_json(folder / INDEX_NAME, f"`{folder}`").get("_class_name")
-    return not (isinstance(name, str) and hasattr(diffusers, name))
+    return not (folder / INDEX_NAME).is_file() or is_unknown(folder / INDEX_NAME, f"`{folder}`")
+
+
+def is_unknown(index: Path, what: str) -> bool:
+    """Return whether a `model_index.json` names a pipeline that this Diffusers lacks.
+
+    Args:
+        index: the file.
+        what: see `blade.models.untrusted.find_component_class`.
+
+    Raises:
+        ModelError: if it is not JSON.
+    """
+    import diffusers
+
+    name = read_json(index, what).get("_class_name")
+    return isinstance(name, str) and not hasattr(diffusers, name)
 
 
 def read_modular_index(path: Path, what: str) -> ModularIndex:

@@ -369,6 +369,21 @@ def test_an_index_of_a_pipeline_that_diffusers_lacks_gives_way(folder):
     assert load_empty_model(folder).preset_name == "minimax-h3"
 
 
+def test_of_a_hub_id_only_the_parts_of_its_tasks_are_downloaded(folder, monkeypatch):
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "MiniMaxH3Pipeline"}))
+    asked, options = [], {"local_files_only": True, "revision": None}
+    monkeypatch.setattr("blade.models.loading.locate", lambda *_: ("owner/model", options))
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda _, name, **__: str(folder / name))
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download",
+        lambda _, allow_patterns, **__: asked.append(allow_patterns) or str(folder),
+    )
+    assert type(load_model("owner/model").pipe).__name__ == "MiniMaxH3ModularPipeline"
+    (patterns,) = asked
+    assert "transformer/*.safetensors" in patterns and "tokenizer/*.json" in patterns
+    assert not any(pattern.startswith("transformer_ref") or pattern.endswith((".py", ".bin")) for pattern in patterns)
+
+
 HOSTILE = {
     "a class of its own": (lambda index: index.update(_class_name="Evil"), "names 'Evil' as its pipeline"),
     "an ordinary class": (

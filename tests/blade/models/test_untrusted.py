@@ -295,6 +295,7 @@ def test_of_a_hub_id_the_index_is_checked_before_the_rest_is_downloaded(
 LOADERS = {
     "from_pretrained": {
         "blade/models/loading.py": 3,
+        "blade/models/modular.py": 1,
         "blade/students/loading.py": 1,
         "blade/students/source.py": 1,
     },
