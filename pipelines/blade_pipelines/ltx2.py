@@ -160,9 +160,7 @@ class LTX2Family(DiffusersFamily):
         if _is_distilled(pipe):
             if request.steps == len(DISTILLED_SIGMA_VALUES):
                 options["sigmas"] = list(DISTILLED_SIGMA_VALUES)
-            elif (
-                "use_dynamic_shifting" in pipe.scheduler.config
-            ):  # else a student samples at its own
+            elif "use_dynamic_shifting" in pipe.scheduler.config:  # else a student samples at its own
                 raise ValueError(
                     f"`steps` must be {len(DISTILLED_SIGMA_VALUES)} for a distilled LTX-2 model, whose noise levels "
                     f"are given, got {request.steps}."
