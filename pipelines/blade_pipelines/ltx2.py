@@ -158,12 +158,13 @@ class LTX2Family(DiffusersFamily):
 
         options: dict[str, Any] = {} if request.guidance_scale > 1 else dict(UNGUIDED)
         if _is_distilled(pipe):
-            if request.steps != len(DISTILLED_SIGMA_VALUES):
+            if request.steps == len(DISTILLED_SIGMA_VALUES):
+                options["sigmas"] = list(DISTILLED_SIGMA_VALUES)
+            elif "use_dynamic_shifting" in pipe.scheduler.config:  # else a student samples at its own
                 raise ValueError(
                     f"`steps` must be {len(DISTILLED_SIGMA_VALUES)} for a distilled LTX-2 model, whose noise levels "
                     f"are given, got {request.steps}."
                 )
-            options["sigmas"] = list(DISTILLED_SIGMA_VALUES)
         return options
 
     def sound_rate(self, pipe: Any) -> int | None:

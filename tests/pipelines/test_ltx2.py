@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from blade_pipelines.ltx2 import ORIGINAL_NAMES, UNGUIDED, LTX2Family
+from blade_pipelines.ltx2 import UNGUIDED, LTX2Family
 from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 
@@ -19,7 +19,8 @@ from blade.generation.request import GenerationRequest
 from blade.generation.run import run_request
 from blade.models.conditions import model_for
 from blade.models.loaded import LoadedModel
-from blade.models.lora_layouts import LoraNames
+from blade.models.lora_layouts import ModuleNames
+from blade.students.scheduler import FewStepScheduler
 
 DETAILS = AdaptiveConfig(block_size=8, probe_tokens=4, pooled_window=4)
 HALF = BladeConfig(sparsity=0.5, asa=DETAILS)
@@ -267,7 +268,7 @@ def test_diffusers_translates_the_names_of_lightricks_code_back(version, make_lt
     """Of every module, in the keys of a LoRA."""
     from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_ltx2_lora_to_diffusers as translate
 
-    names = LoraNames(make_ltx2(version), ORIGINAL_NAMES).originals
+    names = ModuleNames(make_ltx2(version), LTX2Family()).originals
     assert {"patchify_proj", "audio_patchify_proj", "adaln_single.linear", "av_ca_a2v_gate_adaln_single.linear"} < set(
         names
     )
@@ -298,6 +299,8 @@ def test_defaults_and_arguments_of_full_and_distilled_models():
     assert family.call_options(full, SimpleNamespace(guidance_scale=1.0, steps=30)) == UNGUIDED
     options = family.call_options(distilled, SimpleNamespace(guidance_scale=1.0, steps=8))
     assert options == {**UNGUIDED, "sigmas": DISTILLED_SIGMA_VALUES}
+    student = SimpleNamespace(scheduler=FewStepScheduler())
+    assert family.call_options(student, SimpleNamespace(guidance_scale=1.0, steps=4)) == UNGUIDED
     with pytest.raises(ValueError, match="`steps` must be 8 for a distilled LTX-2 model, whose noise levels"):
         family.call_options(distilled, SimpleNamespace(guidance_scale=1.0, steps=4))
 
