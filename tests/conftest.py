@@ -455,6 +455,12 @@ def make_minimax_h3_pipeline():
 
 
 @pytest.fixture
+def make_wan_vae():
+    """Return a function that makes a small random VAE of Wan's."""
+    return _wan_vae
+
+
+@pytest.fixture
 def small_pipelines(make_wan):
     """Functions that make a small random pipeline of every family, by the name of its class."""
     return {

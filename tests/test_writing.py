@@ -59,8 +59,11 @@ ALLOWED = {
     "scripts/compare_revisions_work.py: write_json": "inputs of the work, in a folder of its own",
     "scripts/compare_revisions_work.py: main": "the result of the work, in a folder of its own",
     "scripts/fault_fuzz.py": "files that it damages, in a folder of its own",
+    "scripts/diffusers_stand_ins.py": "small models in a temporary folder, moved from there through `files`",
     "scripts/unpack.py": "runs where BLADE is not installed, and writes into new folders alone",
     "scripts/try_faults.py": "inputs of commands and small disks, in a folder of its own",
+    "scripts/layout_models.py: save": "a file in a temporary folder of its caller",
+    "scripts/layout_rows.py: save": "a configuration in a temporary folder of its caller",
     "scripts/time_shapes.py: write_random_model": "a model in a temporary folder of its caller",
 }
 """Functions that write by themselves, with the reason."""

@@ -16,30 +16,46 @@ from blade.token_grid import TokenGrid
 
 @dataclass(frozen=True, kw_only=True)
 class ReleasedStudent:
-    """A published LoRA that is no folder of this project, and what it needs beside its weights."""
+    """A published student that is no folder of this project, and what it needs beside its weights."""
 
     source: str
     """Hub id."""
-    folder_word: str
-    """A word of the subfolder that holds it."""
-    preset: str
-    """Name of the student preset of its attention."""
-    steps: tuple[int, ...]
+    about: str
+    """What it is, for lists."""
+    evidence: str
+    """Where steps, times and guidance are from."""
+    fits: Mapping[str, Any] = field(default_factory=dict)
+    """Values of the configuration of the transformers that it is for, their class as `class` and their number as
+    `transformers`; of a list, one."""
+    preset: str | None = None
+    """Name of the student preset of its attention, which its model's preset has too; None: it was trained dense."""
+    folder_word: str | None = None
+    """A word of the subfolder that holds it, where its files are not known."""
+    files: tuple[str, ...] = ()
+    """Paths of its files in the repository, one for each transformer."""
+    steps: tuple[int, ...] = ()
     """Numbers of steps that it was trained for."""
-    scheduler: str
-    """Class of its sampler in Diffusers."""
+    guidance_scale: float = 1.0
+    """Weight of guidance that it was trained for: 1 is none."""
+    scheduler: str = ""
+    """Class of its sampler: of Diffusers, or `FewStepScheduler`."""
     scheduler_options: Mapping[str, Any] = field(default_factory=dict)
-    """Options of the sampler over the configuration of the model's own scheduler."""
+    """Options of the sampler over the configuration of the model's own scheduler; of a `FewStepScheduler` its `times`,
+    the `flow_shift` that they are to get, and `noise_kept`."""
+    refused: str | None = None
+    """Why it cannot be used, with the remedy; a clause."""
 
-    def make_scheduler(self, scheduler: Any) -> Any:
-        """Return the student's sampler.
+    def suits(self, facts: Mapping[str, Any], preset: str) -> bool:
+        """Return whether it is for a model.
 
         Args:
-            scheduler: the model's own scheduler.
+            facts: the configuration of the model's first transformer, with `class` and `transformers`.
+            preset: name of the model's preset.
         """
-        import diffusers
-
-        return getattr(diffusers, self.scheduler).from_config(scheduler.config, **self.scheduler_options)
+        if self.preset is not None and self.preset != preset:
+            return False
+        wanted = {name: value if isinstance(value, list) else [value] for name, value in self.fits.items()}
+        return all(facts.get(name) in values for name, values in wanted.items())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,7 +247,9 @@ class FamilyData:
 
 def _released_student(source: str, values: Mapping[str, Any]) -> ReleasedStudent:
     """Return the student of one entry, whose `scheduler` holds a `class` and options."""
-    options = dict(values["scheduler"])
-    scheduler = options.pop("class")
-    settings = {**values, "steps": tuple(values["steps"]), "scheduler": scheduler, "scheduler_options": options}
+    options = dict(values.get("scheduler", {}))
+    settings = {**values, "scheduler": options.pop("class") if options else "", "scheduler_options": options}
+    settings |= {name: tuple(values.get(name, ())) for name in ("steps", "files")}
+    if not settings["scheduler"] and "refused" not in values:
+        raise KeyError("scheduler")
     return ReleasedStudent(source=source, **settings)

@@ -26,6 +26,10 @@ Condition = Literal["image", "video"]
 """An input beside the prompt that a video is made from."""
 
 
+RowOrder = Literal["swapped-halves", "by-head"]
+"""How the rows of a module of the authors' stand: its halves are the other way round than in Diffusers, or those of
+queries, keys and values alternate head by head, in files that keep them so (DiffSynth)."""
+
 GuidanceBatch = Literal["BCFHW", "BFCHW", "tokens"]
 """Layout of a batch of latents: batch, channels, frames, height and width, or packed tokens."""
 
@@ -104,7 +108,10 @@ class ModelFamily(Protocol):
     original_names: Sequence[tuple[str, str]]
     """Regular expressions and what replaces them, in order, by which a module's name in Diffusers becomes its name in
     the authors' own code, as trainers write it into LoRA files. Modules that get the same name are rows of a fused
-    one, in the order of the first expressions that match them."""
+    one, in the order of the expressions that match them."""
+
+    row_orders: Sequence[tuple[str, RowOrder]]
+    """Regular expressions of names in the authors' own code whose rows stand in another order than in Diffusers."""
 
     @property
     def data(self) -> FamilyData:

@@ -153,7 +153,7 @@ def _own(name: str) -> tuple[ModelFamily, ...]:
     """Return the families of one of the project's modules; none where the installed Diffusers lacks their class."""
     try:
         return tuple(import_module(f"{OWN_FAMILIES}.{name}").FAMILIES)
-    except ModuleNotFoundError as error:
+    except ImportError as error:  # of a module that is not there, or of a name in one
         if not str(error.name).startswith("diffusers."):
             raise
         return ()

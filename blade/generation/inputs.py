@@ -7,9 +7,9 @@ import os
 from pathlib import Path
 
 from blade.generation.request import GenerationRequest
-from blade.models.choices import parse_lora, parse_transformer
+from blade.models.choices import parse_lora, parse_transformer, split_sources
 
-FILE_FIELDS = ("image", "last_image", "video", "model", "student", "config", "decoder_weights")
+FILE_FIELDS = ("image", "last_image", "video", "model", "config", "decoder_weights")
 """Fields of a request that may name a file or folder here."""
 
 DECISIVE = ("*.safetensors", "*.bin", "*config.json")
@@ -19,6 +19,7 @@ DECISIVE = ("*.safetensors", "*.bin", "*config.json")
 def input_paths(request: GenerationRequest) -> dict[Path, str]:
     """Return the files and folders here that a request names, with the options that name them."""
     named = [(getattr(request, field), field) for field in FILE_FIELDS]
+    named += [(source, "student") for source in split_sources(request.student or "") or ()]
     if request.transformer is not None:
         named += [(source, "transformer") for source in parse_transformer(request.transformer)]
     named += [(source, "loras") for lora in request.loras for source in parse_lora(lora).sources]

@@ -214,12 +214,13 @@ class StudentOptions(OptionGroup):
     title: ClassVar[str] = "Student"
 
     student: str | None = option(of_student=True)
-    """A few-step student: a folder or Hub id, such as GYP666/VIDEO-BLADE; of the bundled model shapes-8-steps, which
+    """A few-step student: a folder, a safetensors file in any LoRA layout or of whole weights, or a Hub id, such as
+    GYP666/VIDEO-BLADE; FIRST:SECOND for a model of two transformers; of the bundled model shapes-8-steps, which
     blade-generate takes by default, or shapes-4-steps; none: the model itself."""
     student_weight: float | None = option(of_student=True, settled_by_student=True)
     """Strength of the student's LoRA; by default 1."""
     scheduler: str | None = option(of_student=True, settled_by_student=True)
-    """Times that the student was trained at, such as 999,856,665,399, if it brings none."""
+    """Times that the student was trained at, such as 999,856,665,399, if it brings none and none are known."""
     noise_kept: float | None = option(of_student=True, settled_by_student=True)
     """Share of the noise that the student's steps keep, in [0, 1]; by default its own."""
 

@@ -25,6 +25,7 @@ from blade.models.decoder_weights import decoder_dtype, load_tiny_decoder, publi
 from blade.models.devices import resolve_device, resolve_dtype
 from blade.models.loaded import LatentSize, LoadedModel
 from blade.models.loading import load_empty_model
+from blade.models.loras import peek_loras
 from blade.models.memory_use import peak_bytes, weight_bytes
 from blade.models.tiny_decoder import TinyDecoder, TinyDecoderLayout
 from blade.models.transformer_files import load_transformers, replace_transformers
@@ -120,6 +121,7 @@ def resolve_without_weights(request: GenerationRequest) -> tuple[LoadedModel, Re
         replace_transformers(model, load_transformers(model, request.transformer, dtype=dtype, device="meta"))
     if request.decoder_weights is not None:
         model = replace(model, decoder=load_tiny_decoder(model, request.decoder_weights))
+    peek_loras(model, request.loras)
     student = None
     if request.student is not None:
         student = read_student(model.pipe, request.student, scheduler=request.scheduler, noise_kept=request.noise_kept)

@@ -26,7 +26,7 @@ from blade.generation.options import (
 from blade.models.choices import DtypeName
 from blade.models.source import BUNDLED, look_up
 from blade.moving_shapes.bundled import BUNDLED_DEFAULTS, check_prompt
-from blade.students.loading import parse_times
+from blade.students.lookup import parse_times
 from blade.students.source import BUNDLED_STUDENTS, DEFAULT_STUDENT_STEPS
 
 SPARSE_OPTIONS = ("sparsity", "dense_steps", "dense_layers", "precision")

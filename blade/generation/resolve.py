@@ -11,7 +11,7 @@ from blade.common.terminal import logger
 from blade.families.registry import available_kind
 from blade.generation.inputs import input_state
 from blade.generation.request import SPARSE_OPTIONS, GenerationRequest, ResolvedRequest
-from blade.models.choices import SEPARATOR, parse_lora, parse_transformer
+from blade.models.choices import SEPARATOR, parse_lora, parse_transformer, split_sources
 from blade.models.conditions import measure_video, read_image, size_like
 from blade.models.loaded import LoadedModel
 from blade.models.loras import check_sources
@@ -51,8 +51,14 @@ def resolve_request(
     config = request.sparse_config(lambda: _attention(request, model, student))
     defaults = _defaults(model, request)
     if student is not None:
-        steps = {} if student.steps is None else {"steps": student.steps}
-        defaults |= {**steps, "guidance_scale": student.guidance_scale, "flow_shift": None}
+        if student.steps is None and request.steps is None:
+            raise ValueError(
+                f"`steps` must be given: nothing says for how many the student {student.source} was trained; give "
+                "--steps, and the times that it was trained at with --scheduler."
+            )
+        defaults |= {"steps": student.steps, "guidance_scale": student.guidance_scale, "flow_shift": None}
+        if defaults.get("guidance_scale_2") is not None:
+            defaults["guidance_scale_2"] = student.guidance_scale
     settings: dict[str, Any] = {name: getattr(request, name) for name in DEFAULTED}
     settings = {name: defaults.get(name) if value is None else value for name, value in settings.items()}
     missing = [name for name in NEEDED if settings[name] is None]
@@ -72,7 +78,7 @@ def resolve_request(
         "attention": _method(config),
         "model": request.model if request.model == BUNDLED else _absolute(request.model),
         "revision": hub_commit(request.model, request.revision),
-        "student": request.student if request.student in BUNDLED_STUDENTS.values() else _absolute(request.student),
+        "student": _absolute_student(request.student),
         "config": None,
         "preset": None,
         "blade_config": config,
@@ -180,6 +186,13 @@ def _absolute(source: str | None) -> str | None:
     """Return a file's or folder's whole path, so that a record names it wherever it is read; a Hub id as it is."""
     path = Path(source or "").expanduser()
     return str(path.resolve()) if source and path.exists() else source
+
+
+def _absolute_student(source: str | None) -> str | None:
+    """Return a student with the whole paths of its files."""
+    if source is None or source in BUNDLED_STUDENTS.values():
+        return source
+    return SEPARATOR.join(f"{_absolute(part)}" for part in split_sources(source) or (source,))
 
 
 def _absolute_lora(text: str) -> str:

@@ -78,11 +78,11 @@ def parse_lora(text: str) -> LoraChoice:
     Raises:
         ValueError: if a strength is no finite number, a source is empty, or there are more than two.
     """
-    sources = _split_sources(text)
+    sources = split_sources(text)
     if sources is not None and all(map(_exists, sources)):
         return LoraChoice(sources, (1.0,) * len(sources))
     named, equals, ending = text.rpartition("=")
-    sources = _split_sources(named if equals else text)
+    sources = split_sources(named if equals else text)
     if sources is None:
         raise ValueError(
             f"`loras` must name one source, or FIRST:SECOND, one for each of two transformers, got {shortened(text)}."
@@ -102,7 +102,7 @@ def parse_transformer(text: str) -> tuple[str, ...]:
     Raises:
         ValueError: if one is empty, or there are more than two.
     """
-    sources = _split_sources(text)
+    sources = split_sources(text)
     if sources is None:
         raise ValueError(
             "`transformer` must name one file, or FIRST:SECOND, one for each of two transformers, got "
@@ -111,8 +111,17 @@ def parse_transformer(text: str) -> tuple[str, ...]:
     return sources
 
 
-def _split_sources(text: str) -> tuple[str, ...] | None:
-    """Return the one or two sources in a text, None if it has an empty one, or cannot be cut in one way."""
+def split_sources(text: str) -> tuple[str, ...] | None:
+    """Return the one or two sources in a text, "FIRST:SECOND".
+
+    A text that is a file or folder here is one source, as it is; so is a Windows drive letter.
+
+    Args:
+        text: the sources.
+
+    Returns:
+        None if it has an empty one, or cannot be cut in one way.
+    """
     if _exists(text):
         return (text,)
     marks = [match.start() for match in re.finditer(SEPARATOR, text) if not DRIVE.search(text[: match.end() + 1])]

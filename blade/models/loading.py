@@ -177,7 +177,7 @@ def load_empty_model(
     except HubUnreachableError:
         if revision is not None or str(model) not in published_configurations():
             raise
-        index = published_configurations()[str(model)]["model_index"]
+        index = published_configurations()[str(model)].get("model_index", {})
         missing = [name for name, value in index.items() if value == [None, None]]
         without = f", without {' and '.join(missing)}" if missing else ""
         logger.info(
@@ -193,7 +193,10 @@ def load_empty_model(
         folder = Path(source)
         what = f"`model` {model} cannot be read: it"
         modular = check_modular_folder(folder, what) if is_modular_folder(folder) else None
-        kind, arguments = (None, dict[str, Any]()) if modular else check_model_folder(folder, what)
+        kind: Any = None
+        arguments = dict[str, Any]()
+        if modular is None:
+            kind, arguments = check_model_folder(folder, what)
         arguments |= {} if modular is None else modular.parts
         parts: dict[str, Any] = {name: value for name, value in arguments.items() if inspect.isclass(value)}
         for name, part in parts.items():

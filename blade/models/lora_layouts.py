@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
+from blade.families.protocol import ModelFamily
 from blade.families.transformers import Transformer
+from blade.models.foreign_branches import branch_problem
 from blade.models.lora_files import LoraFile
 from blade.models.stored_weights import weight_shape
 
@@ -31,14 +33,24 @@ ENDINGS = {
     "down": r"\.(lora_A|lora_down|lora\.down)(\.default)?\.weight",
     "up": r"\.(lora_B|lora_up|lora\.up)(\.default)?\.weight",
     "up_bias": r"\.(lora_B|lora_up|lora\.up)(\.default)?\.bias",
-    "alpha": r"\.alpha",
-    "weight": r"\.diff",
+    "magnitude": r"\.(lora_magnitude_vector(\.default)?(\.weight)?|dora_scale)",
+    "alpha": r"\.(lora_)?alpha",
+    "rank": r"\.lora_rank",
+    "weight": r"\.diff(_param)?",
     "bias": r"\.diff_b",
+    "set": r"\.set_(weight|param)",
 }
-"""Endings of keys behind the module's name, by what the tensor is; `weight` and `bias` are differences."""
+"""Endings of keys behind the module's name, by what the tensor is; `weight` and `bias` are differences, `magnitude` is
+DoRA's (arXiv 2402.09353), `set` takes a weight's place, and `rank` says again what the matrices show."""
 
-OTHER_KINDS = re.compile(r"\.(dora_scale|lora_magnitude_vector|lora_mid|lokr_\w+|hada_\w+|oft_\w+|set_weight)\b.*$")
-"""Endings of adapters that are no plain LoRA."""
+WHOLE_ENDINGS = {"set": r"\.weight", "set_bias": r"\.bias"}
+"""The same in files of whole weights, where a key without either is a parameter."""
+
+MODULATION_DIFFERENCE = re.compile(r"\.diff_m$")
+"""Ending of a difference of a block's modulation. Source: `lora_adapter.py` of lightx2v."""
+
+OTHER_KINDS = re.compile(r"\.(lora_mid|lokr_\w+|hada_\w+|oft_\w+)\b.*$")
+"""Endings of adapters that are no LoRA."""
 
 UNKNOWN = "unknown"
 """Kind of a tensor whose key ends in nothing known."""
@@ -60,6 +72,8 @@ class Pair:
     """(rows, rank)"""
     scale: float
     """Alpha over rank, or 1."""
+    magnitude: torch.Tensor | None = None
+    """(rows,) the norms of the rows of the changed weight, of DoRA."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,34 +84,45 @@ class Translation:
     """By module."""
     differences: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
     """Whole parameters and what is added to them: norms, biases, and weights that the file has in full."""
+    replacements: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    """Whole parameters and what takes their place."""
     unused: dict[str, str] = field(default_factory=dict)
     """Modules that cannot be changed, as the file names them, with the reason."""
+    needless: dict[str, str] = field(default_factory=dict)
+    """Modules that change nothing, being zero, as the file names them, with the reason."""
+    refused: dict[str, str] = field(default_factory=dict)
+    """Modules without which the rest must not be used, as the file names them, with the reason and the remedy."""
     modules: set[str] = field(default_factory=set)
     """All modules that are changed."""
 
 
-def translate(file: LoraFile, transformer: Transformer, original_names: Sequence[tuple[str, str]]) -> Translation:
-    """Assign the tensors of a LoRA to the modules of a transformer.
+def translate(file: LoraFile, transformer: Transformer, family: ModelFamily) -> Translation:
+    """Assign the tensors of a LoRA, or of whole weights, to the modules of a transformer.
 
     A module whose tensors do not all fit is left as it is, and is in `unused`.
 
     Args:
-        file: the LoRA.
+        file: the file.
         transformer: the transformer, with or without adapters.
-        original_names: see `ModelFamily.original_names`.
+        family: the transformer's, which knows the names that its authors use.
     """
-    names, result = LoraNames(transformer, original_names), Translation()
-    for module, parts in _by_module(file.tensors).items():
-        bare, targets = names.find(module)
+    names, result = ModuleNames(transformer, family), Translation()
+    for module, parts in _by_module(file.tensors, file.is_whole).items():
+        name, targets = names.find(module)
+        if not targets and (problem := branch_problem(name, parts)):
+            (result.refused if problem.changes else result.needless)[module] = problem.reason
+            continue
+        reorder = names.reordering(name, by_head=file.is_by_head)
         try:
             if result.modules & set(targets):
                 raise _UnusableError("the file has this module twice")
-            change = _Change(parts, [_Target(transformer, name) for name in targets], file, bare)
+            change = _Change(parts, [_Target(transformer, target) for target in targets], file, name, reorder)
         except _UnusableError as reason:
             result.unused[module] = str(reason)
             continue
         result.pairs.update(change.pairs)
         result.differences.extend(change.differences)
+        result.replacements.extend(change.replacements)
         result.modules.update(targets)
     return result
 
@@ -106,31 +131,48 @@ class _UnusableError(Exception):
     """Why a module cannot be changed."""
 
 
-class LoraNames:
+class ModuleNames:
     """Names of a transformer's modules and parameters in every layout."""
 
-    def __init__(self, transformer: Transformer, original_names: Sequence[tuple[str, str]]) -> None:
+    def __init__(self, transformer: Transformer, family: ModelFamily) -> None:
         plain = {name: (name,) for name in _changeable(transformer)}
-        originals: dict[str, list[tuple[int, str]]] = {}
+        originals: dict[str, list[tuple[tuple[int, ...], str]]] = {}
         for name in plain:
-            original, first = name, len(original_names)
-            for number, (pattern, replacement) in enumerate(original_names):
+            original, matched = name, []
+            for number, (pattern, replacement) in enumerate(family.original_names):
                 original, count = re.subn(pattern, replacement, original)
-                first = min(first, number) if count else first
-            originals.setdefault(original, []).append((first, name))
+                matched += [number] if count else []
+            originals.setdefault(original, []).append((tuple(matched), name))
         self.originals = {name: tuple(target for _, target in sorted(ranked)) for name, ranked in originals.items()}
         """The modules by their name in the authors' own code; several are the rows of a fused one, in their order."""
         self.modules = self.originals | plain
-        self.flat = {name.replace(".", "_"): targets for name, targets in self.modules.items()}
+        self._plain = plain
+        self._flat = {name.replace(".", "_"): name for name in self.modules}
+        self._orders = family.row_orders
+        self._head_dim = getattr(transformer.config, "attention_head_dim", 0)
 
     def find(self, name: str) -> tuple[str, tuple[str, ...]]:
-        """Return a file's name for a module without prefixes, and the modules that it stands for, if there are any."""
+        """Return a module's name without prefixes, with dots, and the modules that it stands for, if there are any."""
         while True:
-            targets = self.modules.get(name) or self.flat.get(name)
+            known = name if name in self.modules else self._flat.get(name)
             prefix = next((prefix for prefix in PREFIXES if name.startswith(prefix)), None)
-            if targets or prefix is None:
-                return name, targets or ()
+            if known is not None or prefix is None:
+                return (name, ()) if known is None else (known, self.modules[known])
             name = name.removeprefix(prefix)
+
+    def reordering(self, name: str, *, by_head: bool) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        """Return what puts the rows of a module of the authors' into Diffusers' order; None: they are in it.
+
+        Args:
+            name: the module's name, with dots.
+            by_head: fused projections have their rows head by head.
+        """
+        order = next((order for pattern, order in self._orders if re.search(pattern, name)), None)
+        if name in self._plain or order is None or (order == "by-head" and not by_head):
+            return None
+        if order == "swapped-halves":
+            return lambda rows: torch.cat(rows.chunk(2)[::-1])
+        return lambda rows: rows.unflatten(0, (-1, 3, self._head_dim)).transpose(0, 1).flatten(0, 2)
 
 
 def _changeable(transformer: Transformer) -> Iterator[str]:
@@ -144,17 +186,20 @@ def _changeable(transformer: Transformer) -> Iterator[str]:
             yield name
 
 
-def _by_module(tensors: Mapping[str, torch.Tensor]) -> dict[str, Parts]:
+def _by_module(tensors: Mapping[str, torch.Tensor], is_whole: bool) -> dict[str, Parts]:
     """Sort the tensors of a file by module; those of other kinds are under their own ending."""
+    endings = {kind: re.compile(f"{ending}$") for kind, ending in (WHOLE_ENDINGS if is_whole else ENDINGS).items()}
     modules: dict[str, Parts] = {}
-    for key, tensor in tensors.items():
-        for kind, ending in ENDINGS.items():
-            if match := re.search(f"{ending}$", key):
+    for file_key, tensor in tensors.items():
+        key = MODULATION_DIFFERENCE.sub(".modulation.diff", file_key)
+        for kind, ending in endings.items():
+            if match := ending.search(key):
                 modules.setdefault(key[: match.start()], {})[kind] = tensor
                 break
         else:
             match = OTHER_KINDS.search(key)
-            modules.setdefault(key[: match.start()] if match else key, {})[match[1] if match else UNKNOWN] = tensor
+            kind = match[1] if match else "set" if is_whole else UNKNOWN
+            modules.setdefault(key[: match.start()] if match else key, {})[kind] = tensor
     return modules
 
 
@@ -178,29 +223,45 @@ class _Change:
         _UnusableError: with the reason, if not all of it fits.
     """
 
-    def __init__(self, parts: Parts, targets: Sequence[_Target], file: LoraFile, name: str) -> None:
-        self.parts, self.targets = parts, targets
+    def __init__(
+        self,
+        parts: Parts,
+        targets: Sequence[_Target],
+        file: LoraFile,
+        name: str,
+        reorder: Callable[[torch.Tensor], torch.Tensor] | None,
+    ) -> None:
+        self.parts, self.targets, self.reorder = parts, targets, reorder
         self.pairs: dict[str, Pair] = {}
         self.differences: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.replacements: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._check_kinds()
         scale = self._scale(file, name)
         if "down" in parts:
-            for target, up in zip(targets, self._rows(parts["up"]), strict=True):
-                self.pairs[target.name] = _fitting(target, Pair(parts["down"], up, scale))
+            magnitudes = self._magnitudes()
+            for target, up, magnitude in zip(targets, self._rows(parts["up"]), magnitudes, strict=True):
+                self.pairs[target.name] = _fitting(target, Pair(parts["down"], up, scale, magnitude))
         for kind, factor in (("weight", 1.0), ("bias", 1.0), ("up_bias", scale)):
             if kind in parts:
                 for target, rows in zip(targets, self._rows(parts[kind]), strict=True):
-                    self._add(target.weight if kind == "weight" else target.bias, rows, factor)
+                    difference = rows if factor == 1 else rows.float() * factor
+                    self.differences.append(
+                        self._whole(target.weight if kind == "weight" else target.bias, difference)
+                    )
+        for kind in ("set", "set_bias"):
+            if kind in parts:
+                for target, rows in zip(targets, self._rows(parts[kind]), strict=True):
+                    self.replacements.append(self._whole(target.weight if kind == "set" else target.bias, rows))
 
     def _check_kinds(self) -> None:
-        others = sorted(set(self.parts) - set(ENDINGS))
+        others = sorted(set(self.parts) - set(ENDINGS) - set(WHOLE_ENDINGS))
         if UNKNOWN in others or not self.targets:
             raise _UnusableError("no such module")
         if others:
-            raise _UnusableError(f"{others[0]} is of no plain LoRA")
+            raise _UnusableError(f"{others[0]} is of no LoRA")
         if ("down" in self.parts) != ("up" in self.parts):
             raise _UnusableError(f"its lora_{'B' if 'down' in self.parts else 'A'} is missing")
-        if not set(self.parts) & {"down", "weight", "bias"}:
+        if not set(self.parts) & {"down", "weight", "bias", "set", "set_bias"}:
             raise _UnusableError(f"{' and '.join(sorted(self.parts))} alone")
 
     def _scale(self, file: LoraFile, name: str) -> float:
@@ -211,23 +272,39 @@ class _Change:
             return file.scale(name, rank)
         if alpha.numel() != 1:
             raise _UnusableError(f"its alpha has {alpha.numel()} values")
-        return float(alpha) / rank
+        return float(alpha) / rank if not alpha.is_meta else 1.0
+
+    def _magnitudes(self) -> Sequence[torch.Tensor | None]:
+        """Return the rows' norms for each target, None where the pair is no DoRA."""
+        magnitude = self.parts.get("magnitude")
+        if magnitude is None:
+            return [None] * len(self.targets)
+        rows = sum(target.shape[0] for target in self.targets)
+        if tuple(magnitude.shape) not in ((rows,), (rows, 1)) or any(
+            len(target.shape) != 2 for target in self.targets
+        ):
+            raise _UnusableError(
+                f"its DoRA magnitude is {_size(magnitude.shape)} instead of one of each of {rows} rows"
+            )
+        return self._rows(magnitude.flatten())
 
     def _rows(self, tensor: torch.Tensor) -> Sequence[torch.Tensor]:
         """Split a tensor into the rows of each target."""
         rows = [target.shape[0] for target in self.targets]
-        if tensor.ndim == 0 or (len(rows) > 1 and tensor.shape[0] != sum(rows)):
+        if tensor.ndim == 0 or ((len(rows) > 1 or self.reorder) and tensor.shape[0] != sum(rows)):
             raise _UnusableError(f"{_size(tensor.shape)} instead of {sum(rows)} rows")
+        tensor = tensor if self.reorder is None else self.reorder(tensor)
         return tensor.split(rows) if len(rows) > 1 else [tensor]
 
-    def _add(self, parameter: torch.Tensor | None, difference: torch.Tensor, factor: float) -> None:
+    def _whole(self, parameter: torch.Tensor | None, tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return a parameter and a tensor of its shape."""
         if parameter is None:
             raise _UnusableError("it has no bias here")
         if not parameter.is_floating_point():
             raise _UnusableError("its weights are stored in fewer bits, to which nothing can be added")
-        if parameter.shape != difference.shape:
-            raise _UnusableError(f"{_size(difference.shape)} instead of {_size(parameter.shape)}")
-        self.differences.append((parameter, difference if factor == 1 else difference.float() * factor))
+        if parameter.shape != tensor.shape:
+            raise _UnusableError(f"{_size(tensor.shape)} instead of {_size(parameter.shape)}")
+        return parameter, tensor
 
 
 def _fitting(target: _Target, pair: Pair) -> Pair:

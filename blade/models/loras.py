@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from blade.common.checks import shortened
 from blade.common.errors import first_line
 from blade.common.rollback import unchanged_on_error
@@ -15,7 +17,7 @@ from blade.families.transformers import Transformer
 from blade.models.adapters import Reach, check_reach
 from blade.models.choices import parse_lora
 from blade.models.loaded import LoadedModel
-from blade.models.lora_files import read_lora
+from blade.models.lora_files import LoraFile, peek_lora, read_lora
 from blade.models.lora_layouts import Pair, Translation, translate
 from blade.models.stored_weights import packed_layers
 
@@ -33,12 +35,47 @@ SHOWN_MODULES = 4
 
 
 @dataclass(frozen=True, eq=False)
-class _Part:
-    """What a file of a LoRA changes in a transformer."""
+class Part:
+    """What a file changes in a transformer."""
 
     transformer: Transformer
+    """The transformer."""
     translation: Translation
-    strength: float
+    """The change; its pairs are an adapter of the transformer."""
+
+    def apply_whole(self, strength: float) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Change whole parameters at once, as no adapter can.
+
+        Args:
+            strength: 1 for the change as the file has it.
+
+        Returns:
+            The parameters and their values before.
+        """
+        changes = [(parameter, difference, False) for parameter, difference in self.translation.differences]
+        changes += [(parameter, value, True) for parameter, value in self.translation.replacements]
+        before = [(parameter, parameter.detach().clone()) for parameter, _, _ in changes]
+        try:
+            for parameter, tensor, replaces in changes:
+                tensor = tensor.to(parameter)
+                if replaces:
+                    parameter.data.lerp_(tensor, strength)  # which gives the tensor itself at 1
+                else:
+                    parameter.data.add_(tensor, alpha=strength)
+        except BaseException:
+            put_back(before)
+            raise
+        return before
+
+
+def put_back(before: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Give parameters the values that they had before; the later changes are undone first.
+
+    Args:
+        before: parameters and values, in the order of their changes.
+    """
+    for parameter, value in reversed(before):
+        parameter.data.copy_(value)
 
 
 def load_loras(model: LoadedModel, loras: Sequence[str]) -> dict[str, Reach]:
@@ -59,22 +96,41 @@ def load_loras(model: LoadedModel, loras: Sequence[str]) -> dict[str, Reach]:
     """
     check_sources(model, loras)
     reached: dict[str, Reach] = {}
-    adapters: dict[str, list[_Part]] = {}
+    adapters: dict[str, list[tuple[Part, float]]] = {}
     with unchanged_on_error(model.pipe):
         for number, choice in enumerate(map(parse_lora, loras)):
             adapter, reach = f"lora_{number}", dict.fromkeys(model.transformers, 0)
             adapters[adapter] = []
             for source, strength, part in zip(choice.sources, choice.strengths, reach, strict=False):
-                translation = _load_source(model, source, adapter, part)
-                adapters[adapter].append(_Part(model.transformers[part], translation, strength))
-                reach[part] = len(translation.modules)
+                loaded = load_part(model, read_lora(source), adapter, part, f"`loras` {source}")
+                adapters[adapter].append((loaded, strength))
+                reach[part] = len(loaded.translation.modules)
             check_reach(f"`loras` {choice.name}", reach, BOTH_LORAS)
             reached[choice.name] = reach
         _activate(model, adapters)
-    for changed in (changed for parts in adapters.values() for changed in parts):  # nothing fails any more
-        for parameter, difference in changed.translation.differences:
-            parameter.data.add_(difference.to(parameter), alpha=changed.strength)
+    for changed, strength in (item for parts in adapters.values() for item in parts):  # nothing fails any more
+        changed.apply_whole(strength)
     return reached
+
+
+def peek_loras(model: LoadedModel, loras: Sequence[str]) -> None:
+    """Check that LoRAs exist, can be read and fit a model, without loading or downloading them.
+
+    Args:
+        model: the model, with its weights or without.
+        loras: see `load_loras`.
+
+    Raises:
+        ValueError: see `load_loras`; of those on the Hub that are not in its cache, only the names are checked.
+    """
+    check_sources(model, loras)
+    for choice in map(parse_lora, loras):
+        reach = dict.fromkeys(model.transformers, 0)
+        for source, part in zip(choice.sources, reach, strict=False):
+            file = peek_lora(source)
+            translation = None if file is None else translate_part(model, file, part, f"`loras` {source}")
+            reach[part] = 1 if translation is None else len(translation.modules)
+        check_reach(f"`loras` {choice.name}", reach, BOTH_LORAS)
 
 
 def check_sources(model: LoadedModel, loras: Sequence[str]) -> None:
@@ -100,32 +156,84 @@ def check_sources(model: LoadedModel, loras: Sequence[str]) -> None:
             )
 
 
-def _load_source(model: LoadedModel, source: str, adapter: str, part: str) -> Translation:
-    """Load a file's pairs of matrices onto a transformer, and return all that it is to change there."""
-    file, transformer = read_lora(source), model.transformers[part]
-    translation = translate(file, transformer, model.family.original_names)
-    unused = translation.unused
-    shown = ", ".join(f"{module} ({reason})" for module, reason in list(unused.items())[:SHOWN_MODULES])
-    shown += ", ..." if len(unused) > SHOWN_MODULES else ""
+def load_part(model: LoadedModel, file: LoraFile, adapter: str, part: str, what: str) -> Part:
+    """Load a file's pairs of matrices onto a transformer, and return all that it is to change there.
+
+    Args:
+        model: the model.
+        file: the LoRA.
+        adapter: name of the adapter.
+        part: the transformer's name in the pipeline.
+        what: the subject of the errors' messages, such as "`loras` FILE".
+
+    Raises:
+        ValueError: if it does not fit, or must not be used without what BLADE lacks.
+    """
+    translation = translate_part(model, file, part, what)
+    if translation.pairs:
+        _load_pairs(model, what, adapter, part, translation.pairs)
+    return Part(model.transformers[part], translation)
+
+
+def translate_part(model: LoadedModel, file: LoraFile, part: str, what: str) -> Translation:
+    """Return what a LoRA changes in a transformer; what it leaves out is named in a warning.
+
+    The arguments and errors are those of `load_part`.
+    """
+    if file.is_whole:
+        raise ValueError(
+            f"{what} holds whole weights and no LoRA, such as {next(iter(file.tensors))}: give it as `student`."
+        )
+    translation = translate(file, model.transformers[part], model.family)
+    check_refused(translation, what)
+    unused = translation.unused | translation.needless
     count = len(translation.modules) + len(unused)
     if not translation.modules:
         raise ValueError(
-            f"`loras` {source} cannot be loaded onto this model: none of its {count:,} modules fits {part}: "
-            f"{shown or 'the file is empty'}. Take a LoRA that was trained from this model."
+            f"{what} cannot be loaded onto this model: none of its {count:,} modules fits {part}: "
+            f"{shown_modules(unused) or 'the file is empty'}. Take a LoRA that was trained from this model."
         )
     if unused:
-        logger.warning(f"`loras` {source}: {len(unused):,} of {count:,} modules are left out of {part}: {shown}")
-    if translation.pairs:
-        _load_pairs(model, source, adapter, part, translation.pairs)
+        logger.warning(f"{what}: {len(unused):,} of {count:,} modules are left out of {part}: {shown_modules(unused)}")
     return translation
 
 
-def _load_pairs(model: LoadedModel, source: str, adapter: str, part: str, pairs: Mapping[str, Pair]) -> None:
+def check_refused(translation: Translation, what: str) -> None:
+    """Check that a file holds no weights that change the output and cannot be used.
+
+    Args:
+        translation: what it changes.
+        what: the subject of the error's message.
+
+    Raises:
+        ValueError: if it does; the message names the modules and what to do.
+    """
+    if translation.refused:
+        raise ValueError(
+            f"{what} must not be used without {len(translation.refused):,} of its modules, which BLADE does not "
+            f"compute: {shown_modules(dict(list(translation.refused.items())[:1]))}."
+        )
+
+
+def shown_modules(reasons: Mapping[str, str]) -> str:
+    """Return the first of some modules with their reasons."""
+    shown = ", ".join(f"{module} ({reason})" for module, reason in list(reasons.items())[:SHOWN_MODULES])
+    return shown + (", ..." if len(reasons) > SHOWN_MODULES else "")
+
+
+def _load_pairs(model: LoadedModel, what: str, adapter: str, part: str, pairs: Mapping[str, Pair]) -> None:
     """Load pairs of matrices with Diffusers, in its own layout, and set their scales."""
-    state = {}
+    state, plain = {}, [module for module, pair in pairs.items() if pair.magnitude is None]
     for module, pair in pairs.items():
         state[f"transformer.{module}.lora_A.weight"] = pair.down.contiguous()
         state[f"transformer.{module}.lora_B.weight"] = pair.up.contiguous()
+        if pair.magnitude is not None:
+            state[f"transformer.{module}.lora_magnitude_vector"] = pair.magnitude.contiguous()
+    if 0 < len(plain) < len(pairs):
+        raise ValueError(
+            f"{what} cannot be loaded onto this model: {len(pairs) - len(plain):,} of its {len(pairs):,} pairs are "
+            f"DoRA and others, such as {plain[0]}, are not, which PEFT does not load together; make it two LoRAs."
+        )
     into = {"load_into_transformer_2": True} if part == "transformer_2" else {}
     try:
         with warnings.catch_warnings():
@@ -133,19 +241,19 @@ def _load_pairs(model: LoadedModel, source: str, adapter: str, part: str, pairs:
                 warnings.filterwarnings("ignore", message=message)
             model.pipe.load_lora_weights(state, adapter_name=adapter, **into)
     except Exception as error:  # whatever Diffusers and PEFT raise
-        raise ValueError(f"`loras` {source} cannot be loaded onto this model: {first_line(error)}") from error
+        raise ValueError(f"{what} cannot be loaded onto this model: {first_line(error)}") from error
     for module, pair in pairs.items():
         layer: Any = model.transformers[part].get_submodule(module)
         layer.lora_alpha[adapter] = pair.scale * layer.r[adapter]
 
 
-def _activate(model: LoadedModel, adapters: Mapping[str, Sequence[_Part]]) -> None:
+def _activate(model: LoadedModel, adapters: Mapping[str, Sequence[tuple[Part, float]]]) -> None:
     """Make the adapters active together, each with its strength in each transformer."""
     for transformer in model.transformers.values():
         strengths = {
-            adapter: part.strength
+            adapter: strength
             for adapter, parts in adapters.items()
-            for part in parts
+            for part, strength in parts
             if part.transformer is transformer and part.translation.pairs
         }
         if strengths:

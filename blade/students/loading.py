@@ -2,43 +2,32 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from diffusers import SchedulerMixin
+import torch
 from torch import nn
 
 from blade.attention.applied import applied_to
 from blade.attention.apply import STUDENT_ATTRIBUTE, install_blade, remove_blade
 from blade.attention.config import BladeConfig
-from blade.common.errors import first_line
 from blade.common.rollback import unchanged_on_error
 from blade.common.terminal import logger
 from blade.families.registry import released_students
 from blade.families.transformers import Transformer, find_transformers
-from blade.models.adapters import Reach, activate_adapters, active_adapters, adapter_layers, check_reach
+from blade.models.adapters import activate_adapters, active_adapters
 from blade.models.loaded import LoadedModel
+from blade.models.loras import put_back
 from blade.models.untrusted import check_files
 from blade.students.description import Student
-from blade.students.scheduler import FewStepScheduler
-from blade.students.source import CONDITION_NAME, TRANSFORMER_FOLDER, WEIGHT_NAME, StudentFiles, student_files
+from blade.students.lookup import FoundStudent, find_student, model_facts
+from blade.students.source import CONDITION_NAME, TRANSFORMER_FOLDER, WEIGHT_NAME, student_files
 from blade.students.step_condition import StepCondition, load_condition
 from blade.students.watch import StudentWatch
-
-if TYPE_CHECKING:
-    from blade.families.data import ReleasedStudent
-
-ADAPTER = "blade_student"
-"""Name of the student's adapter."""
-
-BOTH_STUDENTS = (
-    "Give both LoRAs, in Python: `load_student(pipe, source, weight_name=FILE, weight_name_2=FILE_2)`, the second for "
-    "transformer_2."
-)
-"""Advice for a student that is for one of two transformers."""
+from blade.students.weights import ADAPTER, load_weights, peek_weights
 
 
 @dataclass(frozen=True)
@@ -60,6 +49,8 @@ class _Loaded:
     student: Student
     condition: StepCondition | None
     watch: StudentWatch
+    values: list[tuple[torch.Tensor, torch.Tensor]]
+    """Parameters that were changed at once, and their values before."""
 
 
 def loaded_student(pipe: Any) -> Student | None:
@@ -70,22 +61,9 @@ def loaded_student(pipe: Any) -> Student | None:
 
 def published_students(model: LoadedModel) -> tuple[str, ...]:
     """Return the Hub ids of the students that this project knows for a model."""
-    fitting = [student.source for student in released_students() if student.preset == model.preset_name]
-    return tuple(dict.fromkeys(fitting))
-
-
-def parse_times(text: str) -> tuple[float, ...]:
-    """Read the times of a `FewStepScheduler`, such as "999,856,665,399".
-
-    Raises:
-        ValueError: if these are no numbers separated by commas.
-    """
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise ValueError(
-            f"`scheduler` must be times separated by commas, such as 999,856,665,399, got {text!r}."
-        ) from None
+    facts = (model_facts(model), model.preset_name)
+    usable = [student for student in released_students() if student.refused is None]
+    return tuple(dict.fromkeys(student.source for student in usable if student.suits(*facts)))
 
 
 def load_student(
@@ -112,8 +90,9 @@ def load_student(
     Args:
         pipe: the pipeline of the model that the student was trained from.
         source: a folder or Hub id: one of this project (a LoRA or a whole transformer, a `blade_config.json` and a
-            scheduler), a published one that this project knows (BLADE's `GYP666/VIDEO-BLADE`), or any few-step LoRA
-            that Diffusers loads.
+            scheduler), a published one that this project knows, whose steps, guidance and sampler are in a table (such
+            as BLADE's `GYP666/VIDEO-BLADE`), or any few-step LoRA; a safetensors file of a LoRA in any common layout,
+            or of a whole transformer; a file of a Hub id, "owner/name/FILE"; "FIRST:SECOND" for two transformers.
         subfolder: where in it; found by itself where only one fits the model.
         weight_name: name of the LoRA's file.
         weight_name_2: of the LoRA of the second transformer, for pipelines that have two.
@@ -146,10 +125,10 @@ def load_student(
         )
         ```
     """
-    with unchanged_on_error(pipe):
+    with unchanged_on_error(pipe), _values_unchanged_on_error(pipe):
         unload_student(pipe, missing_ok=True)
-        found = _find(pipe, str(source), subfolder, weight_name, scheduler, steps, noise_kept)
-        return _load(pipe, found, weight, (weight_name or WEIGHT_NAME, weight_name_2))
+        names = (weight_name, weight_name_2)
+        return _load(pipe, find_student(pipe, str(source), subfolder, names, scheduler, steps, noise_kept), weight)
 
 
 def read_student(pipe: Any, source: str | Path, *, scheduler: Any = None, noise_kept: float | None = None) -> Student:
@@ -164,7 +143,9 @@ def read_student(pipe: Any, source: str | Path, *, scheduler: Any = None, noise_
     Raises:
         ValueError: if the source has no student of this model, or none that can be sampled so.
     """
-    return _find(pipe, str(source), None, None, scheduler, None, noise_kept).student
+    found = find_student(pipe, str(source), None, (None, None), scheduler, None, noise_kept)
+    peek_weights(pipe, found)
+    return found.student
 
 
 def unload_student(pipe: Any, *, missing_ok: bool = False) -> None:
@@ -191,7 +172,7 @@ def unload_student(pipe: Any, *, missing_ok: bool = False) -> None:
             return
         raise ValueError("No student is loaded here; call `load_student` first.")
     before = loaded.before
-    with unchanged_on_error(pipe, *before.transformers.values()):
+    with unchanged_on_error(pipe, *before.transformers.values()), _values_unchanged_on_error(pipe):
         loaded.watch.remove()
         if loaded.condition is not None:
             loaded.condition.remove()
@@ -205,6 +186,7 @@ def unload_student(pipe: Any, *, missing_ok: bool = False) -> None:
                 transformer.delete_adapters(ADAPTER)
                 if not getattr(transformer, "peft_config", None):
                     transformer.unload_lora()
+        put_back(loaded.values)
         for parameter in before.trained:
             parameter.requires_grad_(True)
         install_blade(pipe, {name: config for name, config in before.configs.items() if config is not None})
@@ -252,84 +234,22 @@ def push_student(
     return str(commit.commit_url)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Found:
-    """A student before it is loaded."""
-
-    files: StudentFiles
-    is_whole: bool
-    """A whole transformer instead of a LoRA."""
-    sampler: Any
-    """None: the pipeline's own."""
-    student: Student
-
-
-def _find(
-    pipe: Any,
-    source: str,
-    subfolder: str | None,
-    weight_name: str | None,
-    scheduler: Any,
-    steps: int | Sequence[int] | None,
-    noise_kept: float | None,
-) -> _Found:
-    """Find a student's files, and the sampler, attention and steps that belong to them; see `load_student`."""
-    files = StudentFiles(source)
-    released = _released(files, LoadedModel(pipe))
-    is_whole = weight_name is None and files.fetch(subfolder, f"{TRANSFORMER_FOLDER}/config.json") is not None
-    if is_whole and len(names := find_transformers(pipe)) > 1:
-        raise ValueError(
-            f"`source` {source} is one whole transformer, and this model has {' and '.join(names)}; give LoRAs."
-        )
-    if not is_whole:
-        subfolder = files.find_subfolder(
-            subfolder, weight_name or WEIGHT_NAME, released.folder_word if released else None
-        )
-    config = files.read_config(subfolder)
-    sampler = scheduler = parse_times(scheduler) if isinstance(scheduler, str) else scheduler
-    if isinstance(scheduler, Sequence):
-        sampler = FewStepScheduler.like(pipe.scheduler, [list(scheduler)])
-    elif scheduler is not None and not isinstance(scheduler, SchedulerMixin):
-        raise ValueError(f"`scheduler` must be a Diffusers scheduler or times, got {scheduler!r}.")
-    sampler = sampler or files.read_scheduler(subfolder)
-    if released is not None:
-        config = config or BladeConfig.from_preset(released.preset, "student")
-        sampler = sampler or released.make_scheduler(pipe.scheduler)
-        steps = steps or released.steps
-    if noise_kept is not None:
-        if not isinstance(sampler, FewStepScheduler):
-            sampled_by = type(pipe.scheduler if sampler is None else sampler).__name__
-            raise ValueError(
-                f"`noise_kept` must not be given: {source} is sampled by a {sampled_by}, which keeps all."
-            )
-        sampler = FewStepScheduler.from_config(sampler.config, noise_kept=noise_kept)
-    if isinstance(sampler, FewStepScheduler):
-        steps = sampler.step_counts
-    counts = (steps,) if isinstance(steps, int) else None if steps is None else tuple(steps)
-    student = Student(source=source, subfolder=subfolder, step_counts=counts, guidance_scale=1.0, config=config)
-    return _Found(files=files, is_whole=is_whole, sampler=sampler, student=student)
+@contextmanager
+def _values_unchanged_on_error(pipe: Any) -> Iterator[None]:
+    """Put back the values of weights that a pipeline's student has changed at once, if the block fails."""
+    loaded = getattr(pipe, STUDENT_ATTRIBUTE, None)
+    now = [] if loaded is None else [(parameter, parameter.detach().clone()) for parameter, _ in loaded.values]
+    try:
+        yield
+    except BaseException:
+        put_back(now)
+        raise
 
 
-def _released(files: StudentFiles, model: LoadedModel) -> ReleasedStudent | None:
-    """Return the published student of a source that fits a model, if the source is one that this project knows."""
-    known = [student for student in released_students() if student.source == files.source]
-    if not known:
-        return None
-    fitting = [student for student in known if student.preset == model.preset_name]
-    if not fitting:
-        listed = " and ".join(student.preset for student in known)
-        raise ValueError(
-            f"`source` {files.source} has students of {listed}; this model is of the kind {model.preset_name}."
-        )
-    return fitting[0]
-
-
-def _load(pipe: Any, found: _Found, weight: float, weight_names: tuple[str, str | None]) -> Student:
+def _load(pipe: Any, found: FoundStudent, weight: float) -> Student:
     """Load a student onto a pipeline without one; see `load_student`."""
-    source, subfolder = found.student.source, found.student.subfolder
+    subfolder = found.student.subfolder
     transformers = find_transformers(pipe)
-    if found.is_whole and weight != 1.0:
-        raise ValueError(f"`weight` must be 1: {source} is a whole transformer and no LoRA, got {weight}.")
     before = _Before(
         pipe.scheduler,
         {name: applied.config if (applied := applied_to(one)) else None for name, one in transformers.items()},
@@ -337,79 +257,46 @@ def _load(pipe: Any, found: _Found, weight: float, weight_names: tuple[str, str 
         transformers,
         [parameter for one in transformers.values() for parameter in one.parameters() if parameter.requires_grad],
     )
-    if found.is_whole:
-        if any(before.adapters.values()):
-            raise ValueError(
-                f"`source` {source} is a whole transformer, which the loaded LoRAs are not for; unload them."
-            )
-        _replace_transformer(pipe, found.files, subfolder)
-        transformers = find_transformers(pipe)
-        reach: Reach = {
-            name: sum(1 for part in one.modules() if part._parameters) for name, one in transformers.items()
-        }
-    else:
-        reach = _load_weights(pipe, found.files, subfolder, *weight_names)
-        for name, transformer in transformers.items():
+    reach, parts = load_weights(pipe, found)
+    _check_replaced(found, transformers, find_transformers(pipe), before.adapters, weight)
+    transformers = find_transformers(pipe)
+    for name, transformer in transformers.items():
+        if ADAPTER in getattr(transformer, "peft_config", {}):
             activate_adapters(transformer, [*before.adapters[name], ADAPTER], {ADAPTER: weight})
     path = found.files.fetch(subfolder, CONDITION_NAME)
-    condition = None if path is None else load_condition(pipe, path, found.sampler, ADAPTER, f"`source` {source}")
+    condition = (
+        None
+        if path is None
+        else load_condition(pipe, path, found.sampler, ADAPTER, f"`source` {found.student.source}")
+    )
     if found.student.config is not None:
         install_blade(pipe, found.student.config)
     if found.sampler is not None:
         pipe.scheduler = found.sampler
     student = replace(found.student, reach=reach)
-    watch = StudentWatch(pipe, student, transformers, None if found.is_whole else ADAPTER)
+    watch = StudentWatch(pipe, student, transformers, ADAPTER)
+    values: list[tuple[torch.Tensor, torch.Tensor]] = []
     for owner in (pipe, *transformers.values()):
-        setattr(owner, STUDENT_ATTRIBUTE, _Loaded(before, student, condition, watch))
+        setattr(owner, STUDENT_ATTRIBUTE, _Loaded(before, student, condition, watch, values))
+    for part in parts:  # nothing fails any more
+        values.extend(part.apply_whole(weight))
     if student.config is None:
         logger.info(str(student))
     return student
 
 
-def _load_weights(
-    pipe: Any, files: StudentFiles, subfolder: str | None, weight_name: str, weight_name_2: str | None
-) -> Reach:
-    """Load a student's LoRAs, and return how many modules they change in each transformer."""
-    from safetensors.torch import load_file
-
-    transformers = find_transformers(pipe)
-    if weight_name_2 is not None and len(transformers) == 1:
-        raise ValueError(f"`weight_name_2` must not be given: this model has one transformer, got {weight_name_2!r}.")
-    for field, name, options in (
-        ("weight_name", weight_name, {}),
-        ("weight_name_2", weight_name_2, {"load_into_transformer_2": True}),
-    ):
-        if name is None:
-            continue
-        path = files.fetch(subfolder, name)
-        if path is None:
-            raise ValueError(f"`{field}` must be a file of {files.source}, got {name!r}.")
-        try:
-            pipe.load_lora_weights(load_file(path), adapter_name=ADAPTER, **options)
-        except Exception as error:  # whatever Diffusers, PEFT and safetensors raise for weights that do not fit
-            raise ValueError(
-                f"`source` {files.source}: {name} cannot be loaded onto this model: {first_line(error)}"
-            ) from error
-    reach = {name: len(adapter_layers(transformer, ADAPTER)) for name, transformer in transformers.items()}
-    check_reach(f"`source` {files.source}", reach, BOTH_STUDENTS)
-    return reach
-
-
-def _replace_transformer(pipe: Any, files: StudentFiles, subfolder: str | None) -> None:
-    """Put a student of whole weights in the transformer's place."""
-    before = LoadedModel(pipe).transformer
-    folder = files.fetch_transformer(subfolder)
-    try:
-        transformer = type(before).from_pretrained(folder, use_safetensors=True, local_files_only=True)
-    except Exception as error:  # whatever Diffusers and safetensors raise for a broken model
-        raise ValueError(f"`source` {files.source}: the transformer cannot be loaded: {first_line(error)}") from error
-    # as JSON: a model that was not read from a file may have tuples where the file has lists
-    mine, theirs = (json.loads(model.to_json_string()) for model in (before, transformer))
-    differing = [key for key, value in mine.items() if key[0] != "_" and theirs.get(key) != value]
-    if differing:
-        raise ValueError(
-            f"`source` {files.source} is a student of another model: its `{differing[0]}` is "
-            f"{theirs.get(differing[0])} instead of {mine[differing[0]]}."
-        )
-    like = next(before.parameters())
-    pipe.transformer = transformer.to(like.device, like.dtype).eval().requires_grad_(False)
+def _check_replaced(
+    found: FoundStudent,
+    before: Mapping[str, Transformer],
+    after: Mapping[str, Transformer],
+    adapters: Mapping[str, list[str]],
+    weight: float,
+) -> None:
+    """Check that whole weights, which replace transformers, are not to be weaker, and that no LoRA is lost."""
+    source = found.student.source
+    if all(before[name] is after[name] for name in before):
+        return
+    if weight != 1.0:
+        raise ValueError(f"`weight` must be 1: {source} is a whole transformer and no LoRA, got {weight}.")
+    if any(adapters.values()):
+        raise ValueError(f"`source` {source} is a whole transformer, which the loaded LoRAs are not for; unload them.")

@@ -190,20 +190,25 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # Di
         num_inference_steps: int | None = None,
         device: torch.device | str | None = None,
         sigmas: Sequence[float] | None = None,
+        mu: float | None = None,
     ) -> None:
         """Take the grid of a number of steps.
 
         Args:
             num_inference_steps: how many.
             device: where `timesteps` shall be.
-            sigmas: the even levels of noise that HunyuanVideo's pipeline asks for by itself; only their number counts.
+            sigmas: the even levels of noise that some pipelines ask for by themselves, of which only the number
+                counts, or those of the grid.
+            mu: a shift that some pipelines work out by themselves; the times are trained, and have theirs.
 
         Raises:
             ValueError: if there is no grid of so many steps, or `sigmas` are others than those.
         """
         if sigmas is not None:
             count = len(sigmas)
-            if not np.allclose(sigmas, np.linspace(1.0, 0.0, count + 1)[:-1]):
+            trained = [[self._levels(time)[1] for time in grid] for grid in self.config.grids if len(grid) == count]
+            known = [*trained, list(np.linspace(1.0, 0.0, count + 1)[:-1])]
+            if not any(np.allclose(sigmas, levels, atol=1e-4) for levels in known):
                 raise ValueError(
                     f"`sigmas` must be left to the scheduler, whose times are trained, got {list(sigmas)}."
                 )

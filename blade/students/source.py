@@ -15,8 +15,10 @@ from blade.common.checks import check_integer, check_number, shortened
 from blade.common.errors import first_line
 from blade.common.leftovers import files_in, is_temporary
 from blade.families.registry import released_students
+from blade.models.choices import split_sources
+from blade.models.lora_files import ADAPTER_CONFIG, LoraFile, is_peft, peek_lora, read_lora, read_lora_file
 from blade.models.source import look_up
-from blade.models.untrusted import check_files, find_scheduler_class, read_json
+from blade.models.untrusted import PICKLES, check_files, find_scheduler_class, read_json
 from blade.students.scheduler import MOST_TIMES, FewStepScheduler
 
 BUNDLED_STUDENTS = {4: "shapes-4-steps", 8: "shapes-8-steps"}
@@ -136,35 +138,104 @@ def check_scheduler_values(values: Mapping[str, Any], problem: str) -> None:
 
 
 class StudentFiles:
-    """The files of a bundled student, of a folder, or of a repository of the Hub."""
+    """The files of a bundled student, of a folder, of a repository of the Hub, or one file for each transformer."""
 
     def __init__(self, source: str) -> None:
+        """Find the files.
+
+        Args:
+            source: one of `BUNDLED_STUDENTS`, a folder, a safetensors file, a Hub id, a folder or file of one
+                (`owner/name/FILE`), or two of them with ":" between, one for each of two transformers.
+
+        Raises:
+            ValueError: if there is none of them, or it is pickled.
+        """
         self.source = source
-        is_bundled = source in BUNDLED_STUDENTS.values()
-        path = bundled_student_path(source) if is_bundled else Path(source).expanduser()
+        self.repository = source
+        """The Hub id, of a student that is there."""
+        self.within: str | None = None
+        """The folder or file of the Hub id that was named behind it."""
         self.file: Path | None = None
         """The only file that is the student, whatever else is in its folder."""
-        if path.is_file():
-            if path.suffix != ".safetensors":
-                wanted = "a folder, a Hub id or a .safetensors file"
-                raise ValueError(f"`source` must be {wanted}, got the file {source}.")
+        self.folder: Path | None = None
+        self.names: list[str] = []
+        sources = split_sources(source)
+        self.pair = sources if sources is not None and len(sources) == 2 else None
+        """Sources of each of two transformers."""
+        if self.pair is not None:
+            return
+        is_bundled = source in BUNDLED_STUDENTS.values()
+        path = bundled_student_path(source) if is_bundled else Path(source).expanduser()
+        if path.is_file() or path.suffix in PICKLES:
+            self._check_ending(path)
             if path.name != WEIGHT_NAME:
                 self.file, self.names = path, [WEIGHT_NAME]
             path = path.parent
-        self.folder: Path | None = path
+        self.folder = path
         if self.file is not None:
             return
         if not self.folder.is_dir():
-            published = [student.source for student in released_students()]
-            names = look_up(source, "source", WEIGHT_NAME, known=[*BUNDLED_STUDENTS.values(), *published])
-            self.folder = None
-            if names is not None:
-                self.names = [name for name in names if not is_temporary(name)]
+            self._look_up()
+            if self.folder is None:
                 return
-            from huggingface_hub import snapshot_download  # the Hub cannot be reached: what its cache has
-
-            self.folder = Path(snapshot_download(source, local_files_only=True))
         self.names = [path.relative_to(self.folder).as_posix() for path in files_in(self.folder)]
+
+    def _check_ending(self, path: Path) -> None:
+        """Refuse a file that is no safetensors."""
+        if path.suffix in PICKLES:
+            raise ValueError(
+                f"`source` must be a .safetensors file, got {self.source}, a pickle, which can run code; write "
+                "`torch.load(FILE, weights_only=True)` with `safetensors.torch.save_file`, and give that."
+            )
+        if path.suffix != ".safetensors":
+            raise ValueError(
+                f"`source` must be a folder, a Hub id or a .safetensors file, got the file {self.source}."
+            )
+
+    def _look_up(self) -> None:
+        """Find a repository of the Hub, or its cache where the Hub cannot be reached."""
+        parts = self.source.split("/")
+        if len(parts) > 2 and all(parts) and self.source[0] not in ".~":
+            self.repository, self.within = "/".join(parts[:2]), "/".join(parts[2:])
+        known = [*BUNDLED_STUDENTS.values(), *(student.source for student in released_students())]
+        names = look_up(self.repository, "source", self.within or WEIGHT_NAME, known=list(dict.fromkeys(known)))
+        if names is not None:
+            self.folder, self.names = None, [name for name in names if not is_temporary(name)]
+            return
+        from huggingface_hub import snapshot_download  # the Hub cannot be reached: what its cache has
+
+        self.folder = Path(snapshot_download(self.repository, local_files_only=True))
+
+    def read_pair(self, *, values: bool = True) -> list[LoraFile | None]:
+        """The files of the two transformers.
+
+        Args:
+            values: read the tensors; else their shapes alone, and None for what would have to be downloaded.
+        """
+        assert self.pair is not None
+        return [read_lora(source, "source") if values else peek_lora(source, "source") for source in self.pair]
+
+    def read_weights(self, subfolder: str | None, name: str, *, values: bool = True) -> LoraFile | None:
+        """A file of weights; None if there is none, or, where its values are not wanted, if it is on the Hub."""
+        if not values and self.folder is None and self.file is None:
+            return None
+        path = self.fetch(subfolder, name)
+        if path is None:
+            return None
+        what = path.name if self.source.endswith(path.name) else f"{self.source}: {path.name}"
+        return read_lora_file(path, f"`source` {what}", self._adapter_config(path, subfolder, name), values=values)
+
+    def _adapter_config(self, path: Path, subfolder: str | None, name: str) -> Path | None:
+        """PEFT's configuration beside its file of weights, if that is one."""
+        if not is_peft(path.name):
+            return None
+        if self.folder is None and self.file is None:
+            beside = "/".join([*([] if subfolder is None else [subfolder]), *name.split("/")[:-1], ADAPTER_CONFIG])
+            from huggingface_hub import hf_hub_download
+
+            return Path(hf_hub_download(self.repository, beside)) if beside in self.names else None
+        config = path.with_name(ADAPTER_CONFIG)
+        return config if config.is_file() else None
 
     def find_subfolder(self, subfolder: str | None, weight_name: str, family: str | None) -> str | None:
         """The subfolder that holds the LoRA, None for the top."""
@@ -185,13 +256,26 @@ class StudentFiles:
             )
         return found.pop() or None
 
+    def only_weights(self, subfolder: str | None) -> str | None:
+        """The only safetensors file at the top of a folder, whatever its name."""
+        tops = [name for name in self.inside(subfolder) if "/" not in name and name.endswith(".safetensors")]
+        return tops[0] if len(tops) == 1 else None
+
     def inside(self, subfolder: str | None) -> list[str]:
         """The names of the files in a subfolder."""
         prefix = "" if subfolder is None else f"{subfolder}/"
         return [name.removeprefix(prefix) for name in self.names if name.startswith(prefix)]
 
+    def has(self, subfolder: str | None, name: str) -> bool:
+        """Whether there is a file, without downloading it."""
+        if self.folder is None and self.file is None:
+            return (name if subfolder is None else f"{subfolder}/{name}") in self.names
+        return self.fetch(subfolder, name) is not None
+
     def fetch(self, subfolder: str | None, name: str) -> Path | None:
         """The path of a file here; None if there is none."""
+        if self.pair is not None:
+            return None
         name = name if subfolder is None else f"{subfolder}/{name}"
         folder = self.folder
         if self.file is not None:
@@ -204,7 +288,7 @@ class StudentFiles:
         if folder is None:
             from huggingface_hub import hf_hub_download
 
-            folder = Path(hf_hub_download(self.source, name)).parents[name.count("/")]
+            folder = Path(hf_hub_download(self.repository, name)).parents[name.count("/")]
         check_files(folder, name, f"`source` {self.source}")
         return folder / name
 

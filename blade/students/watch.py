@@ -19,22 +19,20 @@ from blade.students.description import Student
 class StudentWatch:
     """The hooks before the forward passes of a student's transformers."""
 
-    def __init__(self, pipe: Any, student: Student, transformers: dict[str, Transformer], adapter: str | None) -> None:
+    def __init__(self, pipe: Any, student: Student, transformers: dict[str, Transformer], adapter: str) -> None:
         """Put the hooks in place.
 
         Args:
             pipe: the pipeline, which is not kept alive.
             student: the student.
             transformers: its transformers, by name.
-            adapter: the name of its adapter; None: it is a whole transformer.
+            adapter: the name of its adapter, where it has one.
         """
         self._pipe = weakref.ref(pipe)
         self._student = student
         self._adapter = adapter
         self._names = {id(transformer): name for name, transformer in transformers.items()}
-        self._layers = (
-            {} if adapter is None else {id(one): adapter_layers(one, adapter) for one in transformers.values()}
-        )
+        self._layers = {id(one): adapter_layers(one, adapter) for one in transformers.values()}
         family = find_family(next(iter(transformers.values())))
         self._two_passes = family.guidance_takes_two_passes
         self._said: set[str] = set()
@@ -60,7 +58,7 @@ class StudentWatch:
         pipe = self._pipe()
         if pipe is None or torch.compiler.is_compiling():
             return
-        if self._adapter is not None and (mend := self._switched_off(pipe, module)) is not None:
+        if self._layers[id(module)] and (mend := self._switched_off(pipe, module)) is not None:
             self._say("adapter", lambda: f"The student {self._student.source} is switched off: {mend}")
         if self._student.guidance_scale == 1.0 and self._has_guidance(pipe):
             self._say("guidance", lambda: self._guidance(pipe))
@@ -68,7 +66,6 @@ class StudentWatch:
     def _switched_off(self, pipe: Any, module: Transformer) -> str | None:
         """Return what has switched the adapter off, and the call that mends it, or None if it is on."""
         adapter, name = self._adapter, self._names[id(module)]
-        assert adapter is not None
         if adapter not in getattr(module, "peft_config", {}):
             if adapter in pipe.fused_loras:
                 return None

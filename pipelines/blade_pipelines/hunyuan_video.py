@@ -20,7 +20,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from blade.families.protocol import Inputs, Permutation
+from blade.families.protocol import Inputs, Permutation, RowOrder
 from blade.families.sampling_defaults import SamplingDefaults
 from blade.token_grid import TokenGrid
 from blade_pipelines.shared.diffusers_family import DiffusersFamily
@@ -35,6 +35,8 @@ TINY_DECODERS: dict[int, tuple[str, ...]] = {16: ("taehv",)}
 """Of HunyuanVideo. Source: the README of https://github.com/madebyollin/taehv."""
 TINY_DECODERS_15: dict[int, tuple[str, ...]] = {32: ("taehv1_5", "taehv1_5_super")}
 """Of HunyuanVideo-1.5; the same source."""
+ROW_ORDERS: tuple[tuple[str, RowOrder], ...] = ((r"^final_layer\.adaLN_modulation\.1$", "swapped-halves"),)
+"""Shift and scale are the other way round. Source: `convert_hunyuan_video_transformer_to_diffusers` of Diffusers."""
 
 _DOUBLE, _SINGLE = r"^transformer_blocks\.(\d+)\.", r"^single_transformer_blocks\.(\d+)\."
 _REFINER = r"^context_embedder\.token_refiner\.refiner_blocks\.(\d+)\."
@@ -75,6 +77,7 @@ ORIGINAL_NAMES = (
     (r"^time_text_embed\.text_embedder\.linear_1$", "vector_in.in_layer"),
     (r"^time_text_embed\.text_embedder\.linear_2$", "vector_in.out_layer"),
     (r"^proj_out$", "final_layer.linear"),
+    (r"^norm_out\.linear$", "final_layer.adaLN_modulation.1"),
 )
 """Names in HunyuanVideo's own code, but of the last layer's modulation, whose halves are swapped in Diffusers.
 Source: `scripts/convert_hunyuan_video_to_diffusers.py` of Diffusers."""
@@ -145,6 +148,7 @@ class HunyuanVideoFamily(DiffusersFamily):
     time_embedding_name = "time_text_embed.timestep_embedder"
     tiny_decoders = TINY_DECODERS
     original_names = ORIGINAL_NAMES
+    row_orders = ROW_ORDERS
 
     def preset_name(self, transformer: DiffusersModule) -> str:
         """Return the family's only preset."""

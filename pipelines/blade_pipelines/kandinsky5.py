@@ -89,9 +89,7 @@ class Kandinsky5Family(DiffusersFamily):
         Raises:
             ValueError: for a video from an image that is too short for Diffusers' pipeline.
         """
-        from diffusers import Kandinsky5I2VPipeline
-
-        if isinstance(pipe, Kandinsky5I2VPipeline) and request.frames < LEAST_IMAGE_FRAMES:
+        if _is_from_image(pipe) and request.frames < LEAST_IMAGE_FRAMES:
             raise ValueError(
                 f"`frames` must be at least {LEAST_IMAGE_FRAMES} for a Kandinsky5I2VPipeline, which compares the "
                 f"first four latent frames with later ones, got {request.frames}."
@@ -166,6 +164,13 @@ class Kandinsky5Family(DiffusersFamily):
             return table.flatten(1, 3).index_select(1, order).view_as(table)
 
         return [transformer.visual_rope_embeddings.register_forward_hook(follow)]
+
+
+def _is_from_image(pipe: Any) -> bool:
+    """Return whether a pipeline makes videos from images; older versions of Diffusers have none that does."""
+    import diffusers
+
+    return isinstance(pipe, getattr(diffusers, "Kandinsky5I2VPipeline", ()))
 
 
 def _rotate(tensor: torch.Tensor, rope: torch.Tensor | None) -> torch.Tensor:

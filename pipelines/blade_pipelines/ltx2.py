@@ -178,7 +178,7 @@ class LTX2Family(DiffusersFamily):
         """
         config, tokens = transformer.config, inputs["hidden_states"].shape[1]
         patches = (config.patch_size_t, config.patch_size, config.patch_size)
-        sizes = [inputs.get(name) for name in ("num_frames", "height", "width")]
+        sizes: list[Any] = [inputs.get(name) for name in ("num_frames", "height", "width")]
         if all(sizes):
             frames, height, width = (-(-size // patch) for size, patch in zip(sizes, patches))
             if frames * height * width <= tokens:

@@ -16,7 +16,7 @@ from diffusers.models.transformers.transformer_minimax_h3 import (
 )
 from torch.utils.weak import WeakIdKeyDictionary
 
-from blade.families.protocol import Inputs, Permutation
+from blade.families.protocol import Inputs, Permutation, RowOrder
 from blade.families.sampling_defaults import SamplingDefaults
 from blade.families.video_lengths import VideoLengths
 from blade.token_grid import TokenGrid
@@ -55,11 +55,18 @@ ORIGINAL_NAMES = (
     (r"\.attn\.to_v$", ".attn.qkv_proj"),
     (r"\.attn\.norm_(q|k)$", r".attn.\1_norm"),
     (r"\.attn\.to_out\.0$", ".attn.out_proj"),
+    (r"\.ff\.net\.0\.proj$", ".mlp.fc1"),
     (r"\.ff\.net\.2$", ".mlp.fc2"),
 )
 """Names in MiniMax-H3's own code, with its rows of queries, keys and values in that order. Source:
-`scripts/convert_minimax_h3_to_diffusers.py` of Diffusers. Its `mlp.fc1` has no name here: the two halves of its rows
-are the other way round."""
+`scripts/convert_minimax_h3_to_diffusers.py` of Diffusers."""
+
+ROW_ORDERS: tuple[tuple[str, RowOrder], ...] = (
+    (r"\.mlp\.fc1$", "swapped-halves"),
+    (r"\.attn\.qkv_proj$", "by-head"),
+)
+"""Gate and value of its MLPs are the other way round; DiffSynth keeps queries, keys and values head by head. Source:
+`_convert_non_diffusers_minimax_h3_lora_to_diffusers` of Diffusers."""
 
 
 class MiniMaxH3SparseProcessor(SparseProcessor):
@@ -121,6 +128,7 @@ class MiniMaxH3Family(DiffusersFamily):
     attention_name = "attn"
     time_embedding_name = "time_embedder"
     original_names = ORIGINAL_NAMES
+    row_orders = ROW_ORDERS
 
     def __init__(self) -> None:
         self._layouts: Any = WeakIdKeyDictionary()

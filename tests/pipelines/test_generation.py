@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import diffusers
 import pytest
 import torch
 from PIL import Image
@@ -57,6 +58,8 @@ def conditions(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PASSES)
 def test_a_video_is_made_and_summed_up(small_pipelines, conditions, name):
+    if not hasattr(diffusers, name):
+        pytest.skip("this Diffusers lacks the pipeline")
     torch.manual_seed(0)
     pipe = small_pipelines[name]()
     size = 512 if name in ("LTXPipeline", "LTXImageToVideoPipeline") else 128

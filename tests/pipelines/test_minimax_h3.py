@@ -257,9 +257,7 @@ def test_offloaded_parts_make_the_same_video(make_minimax_h3_pipeline, offload):
 
 
 def test_distillation_is_refused(pipe):
-    with pytest.raises(
-        ValueError, match="a MiniMaxH3ModularPipeline makes sound beside it, which cannot be dist"
-    ):
+    with pytest.raises(ValueError, match="a MiniMaxH3ModularPipeline makes sound beside it, which cannot be dist"):
         check_text_alone(LoadedModel(pipe))
 
 

@@ -1,10 +1,15 @@
 """Wan-Animate-2 under BLADE: sparse over the video that is made, whole over the frame of the reference."""
 
+from pathlib import Path
+
+import diffusers
+import numpy as np
 import pytest
 import torch
-from diffusers.models.transformers import transformer_wan_animate_2
-from diffusers.models.transformers.transformer_wan_animate_2 import WanAnimate2KVCache
+from PIL import Image
+from transformers import AutoTokenizer, CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
 
+import blade
 from blade import BladeConfig, apply_blade, blade_summary, remove_blade
 from blade.attention import adaptive
 from blade.attention.applied import applied_to
@@ -13,6 +18,7 @@ from blade.attention.config import AdaptiveConfig
 from blade.attention.pattern_table import mixed_table
 from blade.attention.patterns import HeadPattern, Window
 
+transformer_wan_animate_2 = pytest.importorskip("diffusers.models.transformers.transformer_wan_animate_2")
 DETAILS = AdaptiveConfig(block_size=8, probe_tokens=4, pooled_window=4)
 FRAMES, HEIGHT, WIDTH = 3, 4, 6
 TOKENS = HEIGHT * WIDTH
@@ -38,7 +44,7 @@ def make(make_wan_animate_2):
 def run(transformer, *, timestep=500.0, area=None, seed=0):
     """The output of the pass over the driving video, and of one that makes the video."""
     generator = torch.Generator().manual_seed(seed)
-    cache, outputs = WanAnimate2KVCache(len(transformer.blocks)), []
+    cache, outputs = transformer_wan_animate_2.WanAnimate2KVCache(len(transformer.blocks)), []
     grid = torch.tensor([[FRAMES, HEIGHT, WIDTH]])
     for mode, frames in (("extract", FRAMES), ("cached", FRAMES + 1)):
         latent, condition = (
@@ -174,3 +180,35 @@ def test_fused_projections_give_the_same(make):
     expected, fused = run(apply_blade(make(), BladeConfig(asa=DETAILS))), make()
     fused.fuse_qkv_projections()
     assert_close(run(apply_blade(fused, BladeConfig(asa=DETAILS))), expected)
+
+
+@pytest.mark.slow
+def test_a_character_is_animated_in_two_segments(make_wan_vae):
+    """The pass over the driving video counts as of the first step; two passes a step with guidance."""
+    torch.manual_seed(0)
+    folder = Path(blade.__file__).parent / "assets" / "shapes" / "tokenizer"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    text = UMT5Config(vocab_size=len(tokenizer), d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+    vision = CLIPVisionConfig(
+        hidden_size=1280, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=224,
+        patch_size=112,
+    )  # fmt: skip
+    transformer = diffusers.WanAnimate2Transformer3DModel(
+        in_dim=12, out_dim=4, dim=32, ffn_dim=24, freq_dim=16, text_dim=8, text_len=16, num_heads=2, num_layers=2
+    ).eval()
+    pipe = diffusers.modular_pipelines.WanAnimate2Blocks().init_pipeline()
+    assert type(pipe).__name__ == "WanAnimate2ModularPipeline"
+    pipe.update_components(
+        text_encoder=UMT5EncoderModel(text).eval(), tokenizer=tokenizer, image_encoder=CLIPVisionModel(vision).eval(),
+        vae=make_wan_vae(), transformer=transformer, scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+    )  # fmt: skip
+    apply_blade(pipe, BladeConfig(sparsity=0.5, asa=AdaptiveConfig(block_size=16)), dense_steps=1)
+    pixels = np.random.default_rng(0).integers(0, 255, (17, 64, 64, 3), dtype=np.uint8)
+    frames = [Image.fromarray(frame) for frame in pixels]
+    video = pipe(
+        prompt="a cat", image=frames[0], driving_video=frames, num_inference_steps=3, height=128, width=128,
+        segment_frame_length=9, max_sequence_length=16, output_type="pt", output="videos",
+    )[0]  # fmt: skip
+    assert video.shape == (17, 3, 128, 128) and video.isfinite().all()
+    layers = blade_summary(pipe).transformers[0].layers
+    assert [(layer.dense_calls, layer.sparse_calls) for layer in layers] == [(6, 8)] * 2

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from blade.families.data import FamilyData
-from blade.families.protocol import Condition, GuidanceBatch, Inputs, SparseAttention
+from blade.families.protocol import Condition, GuidanceBatch, Inputs, RowOrder, SparseAttention
 from blade.families.sampling_defaults import SamplingDefaults
 from blade.families.video_lengths import VideoLengths
 from blade_pipelines.shared.diffusers_module import DiffusersModule
@@ -54,6 +54,8 @@ class DiffusersFamily:
 
     original_names: Sequence[tuple[str, str]] = ()
     """Replacements that turn Diffusers' names of modules into the authors' own; here none, where they are the same."""
+    row_orders: Sequence[tuple[str, RowOrder]] = ()
+    """Modules of the authors' code whose rows stand in another order; here none."""
 
     @property
     def guidance_passes(self) -> int:

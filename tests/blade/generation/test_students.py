@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from blade.attention.config import AdaptiveConfig, BladeConfig
 from blade.cli.generate import main
@@ -273,3 +273,60 @@ def test_a_model_with_a_published_student_says_so(saved_tiny_pipeline, tmp_path,
     request = GenerationRequest(model=str(saved_tiny_pipeline), attention="dense", steps=1, **TINY)
     report = generate_files(request, tmp_path / "video.mp4")
     assert "there is one for this model, for fewer steps: --student GYP666/VIDEO-BLADE" in str(report)
+
+
+@pytest.fixture(scope="module")
+def comfy(student: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The LoRA of the student in ComfyUI's layout, with a difference of a norm, and nothing else."""
+    path, tensors = tmp_path_factory.mktemp("comfy") / "lightning.safetensors", {}
+    for key, tensor in load_file(student / "pytorch_lora_weights.safetensors").items():
+        name = key.removeprefix("transformer.").replace("attn1.to_", "self_attn.").replace("attn2.to_", "cross_attn.")
+        tensors[f"diffusion_model.{name}"] = tensor
+    width = next(tensor.shape[1] for key, tensor in tensors.items() if key.endswith("self_attn.q.lora_A.weight"))
+    save_file({**tensors, "diffusion_model.blocks.0.self_attn.norm_q.diff": torch.ones(width)}, path)
+    return path
+
+
+@pytest.mark.slow
+def test_a_file_in_another_layout_is_a_student(saved_tiny_pipeline, comfy, tmp_path):
+    request = GenerationRequest(
+        model=str(saved_tiny_pipeline), student=str(comfy), scheduler="999,500", attention="dense", **TINY
+    )
+    report = generate_files(request, tmp_path / "video.mp4")
+    record = json.loads(report.record_path.read_text())
+    assert (record["steps"], record["guidance_scale"], record["student"]) == (2, 1.0, str(comfy))
+    assert record["changed_modules"] == {str(comfy): {"transformer": 9}}
+
+
+def exit_code(command: list[str]) -> int | str | None:
+    try:
+        main(command)
+    except SystemExit as ended:
+        return ended.code
+    return 0
+
+
+def test_a_student_of_unknown_steps_says_what_to_give(saved_tiny_pipeline, comfy, capsys):
+    command = ["a ball", "--model", str(saved_tiny_pipeline), "--student", str(comfy), "--dry-run"]
+    assert exit_code(command) == 2
+    assert "`steps` must be given: nothing says for how many the student" in capsys.readouterr().err
+    assert exit_code([*command, "--steps", "4", "--height", "64", "--width", "64", "--frames", "9"]) == 0
+    assert f"student     {comfy}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("option", ["--lora", "--student"])
+def test_a_dry_run_reads_the_files(saved_tiny_pipeline, student, comfy, tmp_path, capsys, option):
+    """Whether they are there, can be read and fit; nothing of a model is loaded."""
+    command = ["a ball", "--model", str(saved_tiny_pipeline), "--dry-run", "--height", "64", "--width", "64"]
+    command += ["--frames", "9", "--steps", "3", option]
+    assert exit_code([*command, str(student if option == "--student" else comfy)]) == 0
+    (tmp_path / "broken.safetensors").write_bytes(b"nothing")
+    save_file({"blocks.0.elsewhere.lora_A.weight": torch.zeros(2, 2)}, tmp_path / "other.safetensors")
+    capsys.readouterr()
+    for name, message in (
+        ("broken.safetensors", "broken.safetensors cannot be read as safetensors"),
+        ("other.safetensors", "none of its 1 modules fits transformer: blocks.0.elsewhere (no such module)"),
+        ("missing.safetensors", "missing.safetensors is no f"),
+    ):
+        assert exit_code([*command, str(tmp_path / name)]) == 2
+        assert message in capsys.readouterr().err

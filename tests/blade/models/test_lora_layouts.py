@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from blade.models import lora_files
 from blade.models.loaded import LoadedModel
 from blade.models.lora_files import LoraFile, read_lora
-from blade.models.lora_layouts import LoraNames
+from blade.models.lora_layouts import ModuleNames
 from blade.models.loras import load_loras, merge_loras
 
 STRENGTH = 0.5
@@ -327,15 +327,15 @@ LOADED: dict[str, list[tuple[str, Write]]] = {
 """Layouts that are loaded, each with the pipelines that it is written for."""
 
 REFUSED: dict[str, tuple[Write, str]] = {
-    "DoRA": (
-        tensors({f"{Q}.lora_A.weight": (2, 32), f"{Q}.lora_B.weight": (32, 2), f"{Q}.dora_scale": (32, 1)}),
-        "none of its 1 modules fits transformer: transformer.blocks.0.attn1.to_q (dora_scale is of no plain LoRA)",
+    "DoRA by columns": (
+        tensors({f"{Q}.lora_A.weight": (2, 32), f"{Q}.lora_B.weight": (32, 2), f"{Q}.dora_scale": (1, 32)}),
+        "transformer.blocks.0.attn1.to_q (its DoRA magnitude is 1x32 instead of one of each of 32 rows)",
     ),
     "LoKr": (
         tensors({f"{Q}.lokr_w1": (2, 2), f"{Q}.lokr_w2": (16, 16)}),
-        "transformer.blocks.0.attn1.to_q (lokr_w1 is of no plain LoRA)",
+        "transformer.blocks.0.attn1.to_q (lokr_w1 is of no LoRA)",
     ),
-    "LoHa": (tensors({f"{Q}.hada_w1_a": (32, 2)}), "(hada_w1_a is of no plain LoRA)"),
+    "LoHa": (tensors({f"{Q}.hada_w1_a": (32, 2)}), "(hada_w1_a is of no LoRA)"),
     "half a pair": (
         tensors({f"{Q}.lora_A.weight": (2, 32)}),
         "transformer.blocks.0.attn1.to_q (its lora_B is missing)",
@@ -351,8 +351,8 @@ REFUSED: dict[str, tuple[Write, str]] = {
         ),
         "none of its 1 modules fits transformer: lora_unet_down_blocks_0 (no such module)",
     ),
-    "whole weights": (
-        tensors({"blocks.0.attn1.to_q.weight": (32, 32)}),
+    "whole weights beside": (
+        tensors({"blocks.0.attn1.to_q.weight": (32, 32), "blocks.0.attn1.to_k.alpha": ()}),
         "blocks.0.attn1.to_q.weight (no such module)",
     ),
     "a pair for a norm": (
@@ -548,11 +548,6 @@ def test_a_misspelled_file_is_named_with_what_is_beside_it(tmp_path) -> None:
         read_lora(str(tmp_path / "stile.safetensors"))
 
 
-def parts_of(transformer: Any) -> dict[str, torch.Tensor]:
-    """Return a transformer's weights without the last modulation, whose halves HunyuanVideo swaps."""
-    return {name: weight for name, weight in transformer.state_dict().items() if not name.startswith("norm_out.")}
-
-
 @pytest.mark.parametrize("pipeline", ["WanPipeline", "WanImageToVideoPipeline", "LTXPipeline", "HunyuanVideoPipeline"])
 def test_the_authors_names_are_those_that_diffusers_converts(pipeline, small_pipelines, make_wan, monkeypatch) -> None:
     """Weights under the translated names become the model's own again."""
@@ -561,12 +556,14 @@ def test_the_authors_names_are_those_that_diffusers_converts(pipeline, small_pip
     model = LoadedModel(small_pipelines[pipeline]())
     if pipeline == "WanImageToVideoPipeline":
         model.pipe.transformer = make_wan(image_dim=8, added_kv_proj_dim=32)
-    weights, original = parts_of(model.transformer), {}
-    for name, targets in LoraNames(model.transformer, model.family.original_names).originals.items():
+    weights, original = model.transformer.state_dict(), {}
+    names = ModuleNames(model.transformer, model.family)
+    for name, targets in names.originals.items():
+        reorder = names.reordering(name, by_head=False) or (lambda rows: rows)  # its own inverse
         if set(targets) <= {key.rpartition(".")[0] for key in weights}:
             for kind in ("weight", "bias"):
                 rows = [weights[f"{target}.{kind}"] for target in targets if f"{target}.{kind}" in weights]
-                original |= {f"{name}.{kind}": torch.cat(rows)} if rows else {}
+                original |= {f"{name}.{kind}": reorder(torch.cat(rows))} if rows else {}
         elif targets[0] in weights:
             original[name] = weights[targets[0]]
     if pipeline == "HunyuanVideoPipeline":  # Diffusers' converter has the width of the published model written into it
@@ -623,3 +620,59 @@ def test_a_header_of_other_values_is_refused(header, message, tmp_path) -> None:
     save_file({"a.diff": torch.zeros(1)}, tmp_path / "a.safetensors", {"lora_adapter_metadata": header})
     with pytest.raises(ValueError, match=message):
         read_lora(str(tmp_path / "a.safetensors"))
+
+
+@pytest.mark.parametrize(("ending", "key"), [("lora_magnitude_vector", DIFFUSERS), ("dora_scale", COMFY)])
+def test_dora_is_what_peft_makes_of_it_at_every_strength(ending, key, small_pipelines, tmp_path) -> None:
+    ours, theirs = (LoadedModel(small_pipelines["WanPipeline"]()) for _ in range(2))
+    theirs.transformer.load_state_dict(ours.transformer.state_dict())
+    names = {name: original for name, original in WAN.items() if name != "patch_embedding"}
+    written, own = key(ours.transformer, names), DIFFUSERS(ours.transformer, names)
+    for (mine, tensor), (theirs_key, _) in list(zip(written.tensors.items(), own.tensors.items(), strict=True)):
+        own.tensors[theirs_key] = tensor
+        if mine.endswith("lora_B.weight"):
+            norms = torch.rand(len(tensor)) + 0.5
+            own.tensors[theirs_key.replace("lora_B.weight", "lora_magnitude_vector")] = norms
+            mine = mine.replace("lora_B.weight", ending)
+            written.tensors |= {mine: norms if ending == "lora_magnitude_vector" else norms[:, None]}
+    load_loras(ours, [f"{written.save(tmp_path)}={STRENGTH}"])
+    theirs.pipe.load_lora_weights(own.tensors, adapter_name="theirs")
+    theirs.pipe.set_adapters("theirs", STRENGTH)
+    for model in (ours, theirs):
+        merge_loras(model)
+    for name, weight in ours.transformer.named_parameters():
+        torch.testing.assert_close(weight, theirs.transformer.get_parameter(name))
+
+
+def test_dora_beside_plain_pairs_is_refused(small_pipelines, tmp_path) -> None:
+    model = LoadedModel(small_pipelines["WanPipeline"]())
+    written = pairs(comfy, only=SELF_ATTENTION)(model.transformer, WAN)
+    written.tensors["diffusion_model.blocks.0.self_attn.q.dora_scale"] = torch.ones(32, 1)
+    with pytest.raises(
+        ValueError,
+        match=r"1 of its 2 pairs are DoRA and others, such as blocks\.0\.attn1\.to_out\.0, are not, .* two LoR",
+    ):
+        load_loras(model, [str(written.save(tmp_path))])
+
+
+def test_a_weight_that_is_set_is_reached_at_full_strength(small_pipelines, tmp_path) -> None:
+    model = LoadedModel(small_pipelines["WanPipeline"]())
+    before, value = model.transformer.proj_out.weight.detach().clone(), noise(*model.transformer.proj_out.weight.shape)
+    save_file(
+        {"head.head.set_weight": value, "blocks.0.modulation.diff_param": torch.ones(1, 6, 32)},
+        tmp_path / "a.safetensors",
+    )
+    table = model.transformer.blocks[0].scale_shift_table.detach().clone()
+    load_loras(model, [f"{tmp_path / 'a.safetensors'}=0.5"])
+    torch.testing.assert_close(model.transformer.proj_out.weight, (before + value) / 2)
+    torch.testing.assert_close(model.transformer.blocks[0].scale_shift_table, table + 0.5)
+    load_loras(model, [str(tmp_path / "a.safetensors")])
+    assert torch.equal(model.transformer.proj_out.weight, value)
+
+
+def test_the_headers_alpha_is_of_pairs_without_their_own(tmp_path) -> None:
+    save_file({"a.lora_A.weight": torch.ones(4, 2)}, tmp_path / "a.safetensors", {"alpha": "8"})
+    file = read_lora(str(tmp_path / "a.safetensors"))
+    assert file.scale("a", 4) == 2.0 and not file.is_whole
+    save_file({"a.lora_A.weight": torch.ones(4, 2)}, tmp_path / "b.safetensors", {"alpha": "much"})
+    assert read_lora(str(tmp_path / "b.safetensors")).scale("a", 4) == 1.0

@@ -144,7 +144,9 @@ def test_facts_beside_the_sizes():
     assert (shifts, scales) == ([3.0, 1.0], [1.15258426, 0.7])
 
 
-@pytest.mark.parametrize("model", RELEASES)
+@pytest.mark.parametrize(
+    "model", [pytest.param(model, marks=pytest.mark.slow) if "LTX-2" in model else model for model in RELEASES]
+)
 def test_the_dry_run_of_a_published_model_needs_no_network(model):
     assert RELEASES[model][3] in str(plan_run(GenerationRequest(prompt="a cat", model=model, device="cpu")))
 

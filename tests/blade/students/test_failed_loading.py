@@ -79,7 +79,7 @@ def replace_whole(other):
 
 
 BROKEN = {
-    "LoRA": (break_file(WEIGHTS), "cannot be loaded onto this model"),
+    "LoRA": (break_file(WEIGHTS), "cannot be read as safetensors"),
     "LoRA of nothing here": (
         lambda other: save_file({"transformer.elsewhere.lora_A.weight": torch.zeros(2, 2)}, other / WEIGHTS),
         "cannot be loaded onto this model|holds no weights for this model's transformer",
@@ -119,7 +119,7 @@ def test_a_broken_student_changes_nothing(pipe, folder, other, before, name):
 
 
 CALLS = (
-    "remove_blade", "unload_student", "_find", "find_transformers", "_load_weights", "activate_adapters",
+    "remove_blade", "unload_student", "find_student", "find_transformers", "load_weights", "activate_adapters",
     "load_condition", "install_blade", "StudentWatch", "replace", "setattr",
 )  # fmt: skip
 """What `load_student` calls, in the module, the first only if there is a student; each fails once it has worked."""
@@ -193,7 +193,8 @@ def test_a_student_for_one_of_two_transformers_is_refused(two, folder):
     saved = state(two)
     with pytest.raises(
         ValueError,
-        match=r"changes 16 modules of transformer and nothing in transformer_2. Give both LoRAs, .*weight_name_2=",
+        match=r"changes 16 modules of transformer and nothing in transformer_2. Give a file for each transformer: "
+        r"`FIRST:SECOND`, .*weight_name_2=",
     ):
         load_student(two, folder)
     assert state(two) == saved
@@ -206,7 +207,7 @@ def test_a_student_of_two_files_is_for_both_transformers(two, folder, other):
     assert [applied_to(one).config for one in (two.transformer, two.transformer_2)] == [CONFIG, CONFIG]
     saved = state(two)
     for break_it, options, message in (
-        (break_file("second.safetensors"), {"weight_name_2": "second.safetensors"}, "second.safetensors cannot be lo"),
+        (break_file("second.safetensors"), {"weight_name_2": "second.safetensors"}, "second.safetensors cannot be"),
         (break_file("README.md"), {"weight_name_2": "third.safetensors"}, "`weight_name_2` must be a file of"),
     ):
         break_it(other)

@@ -33,11 +33,21 @@ def test_the_file_of_a_students_folder_is_the_student(tmp_path: Path) -> None:
 
 
 def test_another_file_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "student.pt").write_bytes(b"")
+    (tmp_path / "student.gguf").write_bytes(b"")
     with pytest.raises(
         ValueError, match=r"^`source` must be a folder, a Hub id or a \.safetensors file, got the file"
     ):
-        StudentFiles(str(tmp_path / "student.pt"))
+        StudentFiles(str(tmp_path / "student.gguf"))
+
+
+@pytest.mark.parametrize("name", ["student.pt", "TurboDiffusion/TurboWan2.1-T2V-1.3B-480P/student.pth"])
+def test_a_pickle_is_refused_with_what_to_do(tmp_path: Path, monkeypatch, name: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "student.pt").write_bytes(b"")
+    with pytest.raises(
+        ValueError, match=r"`source` must be a \.safetensors file, got .*, a pickle, .*weights_only=True.*save_file"
+    ):
+        StudentFiles(name)
 
 
 @pytest.mark.parametrize(
