@@ -30,7 +30,7 @@ from blade.evaluation.prompts import EvaluationPrompt, held_out_prompts
 from blade.generation.prepare import prepare_model
 from blade.generation.request import GenerationRequest
 from blade.generation.run import run_request
-from blade.metrics.estimates import bootstrap, paired_difference
+from blade.metrics.estimates import Estimate, bootstrap, paired_difference
 from blade.metrics.similarity import psnr, ssim
 from blade.models.costs import ForwardCost, forward_cost
 from blade.moving_shapes.scoring import score
@@ -339,8 +339,13 @@ def table(records: dict[Any, dict[str, Any]], texts: Sequence[str]) -> list[str]
 
 
 def _interval(found: Sequence[dict[str, Any]], name: str, shown: str) -> str:
-    estimate = bootstrap([one[name] for one in found])
-    return f"{shown.format(estimate.mean)} ({shown.format(estimate.low)} to {shown.format(estimate.high)})"
+    return _shown(bootstrap([one[name] for one in found]), shown)
+
+
+def _shown(estimate: Estimate, shown: str) -> str:
+    """Return a mean with its interval, where there are enough videos for one."""
+    mean = shown.format(estimate.mean)
+    return mean if estimate.low is None else f"{mean} ({shown.format(estimate.low)} to {shown.format(estimate.high)})"
 
 
 def _difference(records: dict[Any, dict[str, Any]], method: Method, texts: Sequence[str]) -> str:
@@ -352,7 +357,7 @@ def _difference(records: dict[Any, dict[str, Any]], method: Method, texts: Seque
         {(text, 0): records[text, "fewer steps", method.share]["psnr"] for text in texts},
     )
     assert difference is not None
-    return f"{difference.mean:+.1f} ({difference.low:+.1f} to {difference.high:+.1f})"
+    return _shown(difference, "{:+.1f}")
 
 
 if __name__ == "__main__":

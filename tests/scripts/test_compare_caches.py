@@ -10,6 +10,7 @@ from diffusers import FirstBlockCacheConfig
 from blade import BladeConfig, apply_blade
 from blade.models.costs import forward_cost
 
+CAPTIONS = ("a", "bb", "ccc", "dddd", "eeeee")
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "compare_caches.py"
 
 
@@ -77,9 +78,11 @@ def test_the_table_has_a_row_for_every_method(script):
             "right": 1.0,
             "all_attributes": True,
         }
-        for text in ("a", "bb")
+        for text in CAPTIONS
         for method in (script.DENSE, *script.METHODS)
     }
-    lines = script.table(records, ["a", "bb"])
+    lines = script.table(records, CAPTIONS)
     assert len(lines) == 2 + 1 + len(script.METHODS)
-    assert "31.5 (31.0 to 32.0)" in lines[4] and lines[4].endswith("2 of 2 |")
+    fewer, sparse = lines[3].split(" | "), lines[4].split(" | ")
+    assert fewer[3].startswith("33.0 (3") and fewer[5] == ""
+    assert sparse[5] == "+0.0 (+0.0 to +0.0)" and sparse[7] == "5 of 5 |"
