@@ -7,8 +7,6 @@ steps. The cache is Diffusers' FirstBlockCache, whose threshold is found beforeh
 caption: the residuals of its first block say which passes a threshold would skip.
 """
 
-from __future__ import annotations
-
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
@@ -32,7 +30,7 @@ from blade.evaluation.prompts import EvaluationPrompt, held_out_prompts
 from blade.generation.prepare import prepare_model
 from blade.generation.request import GenerationRequest
 from blade.generation.run import run_request
-from blade.metrics.estimates import bootstrap, paired_difference
+from blade.metrics.estimates import Estimate, bootstrap, paired_difference
 from blade.metrics.similarity import psnr, ssim
 from blade.models.costs import ForwardCost, forward_cost
 from blade.moving_shapes.scoring import score
@@ -197,6 +195,7 @@ def main(
     checkpoint: Annotated[Path, typer.Option(help="Finished videos, for a run that resumes.")] = Path(
         "outputs/compare_caches.jsonl"
     ),
+    tables_only: Annotated[bool, typer.Option(help="Tabulate the captions that are finished.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Make every video by every method, and tabulate how near they are to dense, and what they show."""
@@ -205,19 +204,28 @@ def main(
     records = {(one["prompt"], one["method"], one["share"]): one for one in read_json_lines(checkpoint)}
     for prompt in chosen:
         missing = [method for method in METHODS if (prompt.text, method.name, method.share) not in records]
-        if not missing:
+        if not missing or tables_only:
             continue
         for record in compare(prompt, missing, thresholds_of(records)):
             append_json_line(checkpoint, record)
             records[record["prompt"], record["method"], record["share"]] = record
             near = "" if record["psnr"] is None else f"{record['psnr']:.2f} dB"
             print(f"{record['method']:24} {record['flops']:.3f} {near:9} {prompt.text}", flush=True)
+    finished = [one for one in chosen if all((one.text, it.name, it.share) in records for it in (DENSE, *METHODS))]
+    if not finished:
+        raise ValueError(f"`checkpoint` must hold all videos of a caption, got none in {checkpoint}.")
     command = shlex.join(["python", "scripts/compare_caches.py", *sys.argv[1:]])
     versions = describe_versions(("blade-video", "torch", "diffusers"))
-    texts = [prompt.text for prompt in chosen]
-    values = {"command": command, "versions": versions, "steps": STEPS, "videos": list(records.values())}
+    texts = [prompt.text for prompt in finished]
+    two = sum(prompt.group == "two" for prompt in finished)
+    values = {
+        "command": command,
+        "versions": versions,
+        "steps": STEPS,
+        "videos": [records[key] for key in records if key[0] in texts],
+    }
     note = (
-        f"The bundled model, {len(texts)} captions that no training saw, half of them of two objects, each with one "
+        f"The bundled model, {len(texts)} captions that no training saw, {two} of them of two objects, each with one "
         f"seed; PSNR and SSIM to the dense video of {STEPS} steps, with 95 % bootstrap intervals. Operations are of "
         "the transformer, counted by what really ran, as shares of the dense run's. Right: named attributes that the "
         "video shows. The cache is FirstBlockCache, its threshold found from the first caption's dense video."
@@ -331,8 +339,13 @@ def table(records: dict[Any, dict[str, Any]], texts: Sequence[str]) -> list[str]
 
 
 def _interval(found: Sequence[dict[str, Any]], name: str, shown: str) -> str:
-    estimate = bootstrap([one[name] for one in found])
-    return f"{shown.format(estimate.mean)} ({shown.format(estimate.low)} to {shown.format(estimate.high)})"
+    return _shown(bootstrap([one[name] for one in found]), shown)
+
+
+def _shown(estimate: Estimate, shown: str) -> str:
+    """Return a mean with its interval, where there are enough videos for one."""
+    mean = shown.format(estimate.mean)
+    return mean if estimate.low is None else f"{mean} ({shown.format(estimate.low)} to {shown.format(estimate.high)})"
 
 
 def _difference(records: dict[Any, dict[str, Any]], method: Method, texts: Sequence[str]) -> str:
@@ -344,7 +357,7 @@ def _difference(records: dict[Any, dict[str, Any]], method: Method, texts: Seque
         {(text, 0): records[text, "fewer steps", method.share]["psnr"] for text in texts},
     )
     assert difference is not None
-    return f"{difference.mean:+.1f} ({difference.low:+.1f} to {difference.high:+.1f})"
+    return _shown(difference, "{:+.1f}")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,9 @@ from blade.models.loaded import LoadedModel
 ONE_STATE = ("pyramid", "faster")
 """Caches that keep one state for all passes of a step."""
 
+OF_ATTENTION = ("taylor-seer", "pyramid", "faster")
+"""Caches that skip attention, where they know it."""
+
 STATE_BY_CONTEXT = ("first-block", "mag", "sea", "taylor-seer")
 """Caches that tell the passes of a step apart by the name that the pipeline gives each, `cache_context(name)`."""
 
@@ -51,6 +54,8 @@ def enable_cache(model: LoadedModel, text: str, *, steps: int, guidance: bool) -
             except (ValueError, AttributeError, NotImplementedError) as error:
                 known = f"`cache` {name} is not known to Diffusers for a {kind}"
                 raise ValueError(f"{known}: {first_line(error)}") from error
+            if name in OF_ATTENTION and not _attention_hooks(model, transformer):
+                raise ValueError(f"`cache` {name} does not know the attention of a {kind}; use another cache.")
             if name == "sea" and transformer._diffusers_hook.get_hook("sea_cache_root").raw_vision_callback is None:
                 raise ValueError(f"`cache` sea is not known to Diffusers for this {kind}; use another cache.")
 
@@ -65,8 +70,8 @@ def _check(model: LoadedModel, name: str, *, guidance: bool) -> None:
     if name in ONE_STATE and guidance:
         if family.batched_guidance is None:
             raise ValueError(
-                f"`cache` must not be {name} with guidance: a {pipeline} runs its two passes one after the other, and "
-                "Diffusers keeps one state for both, so that each would get the other's attention. Use another cache, "
+                f"`cache` must not be {name} with guidance: a {pipeline} runs its passes one after the other, and "
+                "Diffusers keeps one state for all, so that each would get another's attention. Use another cache, "
                 "or a `guidance_scale` of 1."
             )
         if name == "faster" and family.batched_guidance == "tokens":
@@ -137,6 +142,12 @@ def _config(
     if not hasattr(diffusers, config):
         raise ValueError(f"Diffusers {diffusers.__version__} has no {config}")
     return getattr(diffusers, config)(**options())
+
+
+def _attention_hooks(model: LoadedModel, transformer: Transformer) -> list[str]:
+    """Return the names of Diffusers' hooks on a transformer's self-attention modules."""
+    registries = [vars(module).get("_diffusers_hook") for module in model.family.attention_layers(transformer)]
+    return [name for registry in registries if registry is not None for name in registry.hooks]
 
 
 def _attention_names(model: LoadedModel, transformer: Transformer) -> list[str]:

@@ -79,6 +79,12 @@ class Kandinsky5Family(DiffusersFamily):
         """Return the family's only preset."""
         return "kandinsky5"
 
+    def cache_problem(self, transformer: nn.Module, cache: str) -> str | None:
+        """Return that FirstBlockCache fails at the first step, where it asks for `hidden_states`; None for others."""
+        if cache == "first-block":
+            return f"FirstBlockCache is broken for a {type(transformer).__name__} in Diffusers itself"
+        return None
+
     def sampling_defaults(self, pipe: Any, height: int | None, width: int | None) -> SamplingDefaults:
         """Return the frame rate of Kandinsky 5's documentation in Diffusers, whose pipelines set the rest."""
         return SamplingDefaults(fps=24)

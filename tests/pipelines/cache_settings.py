@@ -13,6 +13,7 @@ from diffusers import CacheMixin
 
 from blade.families.registry import find_family
 
+ATTENTION_HOOKS = {"pyramid_attention_broadcast", "faster_cache_block"}
 STEPS = 4
 TIMES = (900.0, 700.0, 500.0, 300.0)
 
@@ -92,9 +93,21 @@ CACHES = {
 
 def enable(transformer, cache, skips):
     """Enable a cache, or skip the test where this Diffusers lacks it or does not know the transformer."""
-    name, values = CACHES[cache]
+    name, _ = CACHES[cache]
     if not hasattr(diffusers, name):
         pytest.skip(f"Diffusers {diffusers.__version__} has no {name}")
+    problem = find_family(transformer).cache_problem(transformer, cache)
+    if problem is not None:
+        pytest.skip(f"refused: {problem}")
+    enable_unchecked(transformer, cache, skips)
+    if cache in ("pyramid", "faster") and not set(hooks_of(transformer)) & ATTENTION_HOOKS:
+        pytest.skip("Diffusers' cache does not know the attention of this transformer")
+    return transformer
+
+
+def enable_unchecked(transformer, cache, skips):
+    """Enable a cache, or skip the test where Diffusers does not know the transformer; it may be broken there."""
+    name, values = CACHES[cache]
     try:
         transformer.enable_cache(getattr(diffusers, name)(**values(transformer, skips)))
     except (ValueError, AttributeError) as error:
@@ -125,6 +138,8 @@ def context(transformer, name, index):
 
 def run_steps(transformer, steps, names=("cond",)):
     """Outputs of all steps, each with a pass for every name; the caches start over, as at a pipeline's end."""
+    if not isinstance(transformer, CacheMixin):
+        pytest.skip("Diffusers has no caches for this transformer")
     outputs = []
     for index, (inputs, time) in enumerate(zip(steps, TIMES)):
         transformer.time_now = time

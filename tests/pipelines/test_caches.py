@@ -4,7 +4,7 @@ from itertools import product
 
 import pytest
 import torch
-from cache_settings import CACHES, STEPS, TIMES, context, enable, hooks_of, run_steps, steps_of
+from cache_settings import CACHES, STEPS, TIMES, context, enable, enable_unchecked, hooks_of, run_steps, steps_of
 
 from blade import BladeConfig, apply_blade, blade_summary, remove_blade
 from blade.attention.applied import applied_to
@@ -93,6 +93,7 @@ def test_skipped_calls_are_not_counted(family, cache, monkeypatch):
         assert layer.sparse_calls == sum(time < first for time in times)
 
 
+@pytest.mark.slow
 @every_cache
 def test_both_come_off_in_either_order(family, cache):
     steps = steps_of(family)
@@ -114,6 +115,7 @@ def test_both_come_off_in_either_order(family, cache):
         assert [type(attention.processor) for attention in attentions_of(both)] == processors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cache", ["first-block", "mag", "taylor-seer", "taylor-seer-lite", "sea"])
 def test_the_passes_of_guidance_have_a_state_each(family, cache, keep_all):
     """The other caches of Diffusers have one state for both passes, with BLADE or without."""
@@ -127,6 +129,7 @@ def test_the_passes_of_guidance_have_a_state_each(family, cache, keep_all):
     torch.testing.assert_close(expected[1::2], alone, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @every_cache
 def test_nothing_kept_outlives_a_change_of_the_order(family, cache):
     """BLADE is applied and removed between two steps, without the reset that ends a pipeline's run."""
@@ -152,7 +155,10 @@ def test_nothing_kept_outlives_a_change_of_the_order(family, cache):
 @pytest.mark.parametrize("cache", ["first-block", "mag", "sea"])
 def test_a_cache_of_blocks_is_refused_where_it_changes_what_does_not_change(family, cache):
     """Of two equal steps the second, whose blocks are skipped, must give what the first gave; in Diffusers alone."""
-    transformer, steps = enable(family.make(), cache, skips=True), steps_of(family)
-    outputs = run_steps(transformer, [steps[0]] * STEPS)
-    broken = bool((outputs[1] - outputs[0]).abs().max() > 1e-3)
+    transformer, steps = enable_unchecked(family.make(), cache, skips=True), steps_of(family)
+    try:
+        outputs = run_steps(transformer, [steps[0]] * STEPS)
+        broken = bool((outputs[1] - outputs[0]).abs().max() > 1e-3)
+    except (KeyError, ValueError):
+        broken = True
     assert broken == (find_family(transformer).cache_problem(transformer, cache) is not None)

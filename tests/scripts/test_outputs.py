@@ -11,6 +11,7 @@ from blade.common.files import OutputError
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 
 OPTIONS = {
+    "compare_caches": {},
     "compare_runs": {"folder": Path("missing"), "pairs": []},
     "compare_selectors": {},
     "contact_sheet": {"videos": [Path("missing.mp4")]},

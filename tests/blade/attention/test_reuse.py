@@ -50,6 +50,19 @@ def test_a_mask_is_as_it_was():
     assert torch.equal(again.counts, mask.counts) and torch.equal(again.indices, mask.indices)
 
 
+def test_the_steps_of_a_choice_begin_when_it_is_made():
+    """At step 4 a cache skips all layers, so that nothing is chosen before step 5, and kept until step 7."""
+    condition, mask = torch.zeros(1), select_blocks(torch.rand(2, 3, 9, 9), (8, 8), max_blocks=4)
+    choices, made = KeptChoices(3), {}
+    for step in range(4, 10):
+        choices.begin_step(step)
+        made[step] = choices.of_pass(condition, None, PLAN, batch=2, step=step)
+        if step > 4:
+            made[step].mask(0, lambda: mask)
+    assert made[5] is not made[4] and made[5] is made[6] is made[7]
+    assert made[8] is not made[7] and made[8] is made[9]
+
+
 @pytest.mark.parametrize("steps", [1, 2, 3])
 def test_blocks_are_chosen_at_every_so_many_steps(make_wan, wan_inputs, chosen, steps):
     transformer, inputs = apply_blade(make_wan(), config(steps, dense_steps=1, dense_layers=[0])), wan_inputs()

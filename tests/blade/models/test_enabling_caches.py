@@ -52,7 +52,7 @@ def test_a_cache_is_enabled_on_both_experts(two_experts, cache):
 
 
 REFUSED = [
-    ("WanPipeline", "pyramid", "must not be pyramid with guidance: a Small runs its two passes one after the other"),
+    ("WanPipeline", "pyramid", "must not be pyramid with guidance: a Small runs its passes one after the other"),
     ("WanPipeline", "faster", "must not be faster with guidance"),
     ("WanPipeline", "mag", "mag needs the magnitude ratios of these weights, and none are known for shapes-unknown"),
     ("WanImageToVideoPipeline", "sea", "sea is not known to Diffusers for this WanTransformer3DModel"),
