@@ -46,3 +46,9 @@ def model_shapes() -> dict[str, AttentionShape]:
         )
         for name, layer in benchmark_layers().items()
     }
+
+
+def reference_shape() -> AttentionShape:
+    """Return the layer that cards are measured at first."""
+    name = next(name for name, layer in benchmark_layers().items() if layer.reference)
+    return model_shapes()[name]

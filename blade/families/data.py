@@ -70,6 +70,8 @@ class BenchmarkLayer:
     """Attention heads."""
     head_dim: int = 128
     """Numbers in one head of one token."""
+    reference: bool = False
+    """True for the one size that cards are measured at first, and tuned for."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -49,6 +49,10 @@ class StepCondition(nn.Module):
         self.remove = remove
         """Takes it out of the transformer."""
 
+    def forward(self, embedding: torch.Tensor) -> torch.Tensor:
+        """Return an embedding as it is, where the time embedding is a sequence of modules that this one ends."""
+        return embedding
+
     def _add(self, module: nn.Module, args: object, output: torch.Tensor) -> torch.Tensor | None:
         chosen = self.choose()
         if chosen is None or chosen[0] not in self.vectors:

@@ -346,7 +346,7 @@ def test_a_number_of_many_digits_is_no_json() -> None:
 
 
 READERS_OF_JSON = {
-    "common/reading.py", "common/files.py", "common/locks.py", "models/untrusted.py", "students/loading.py",
+    "common/reading.py", "common/files.py", "common/locks.py", "models/untrusted.py", "students/weights.py",
 }  # fmt: skip
 """Modules that parse JSON: the one for all, those of lines, locks and the files of models, which may hold NaN, and one
 that compares configurations as Diffusers writes them."""

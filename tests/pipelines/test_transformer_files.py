@@ -1,7 +1,6 @@
 """Transformers made of files: 8-bit floats, GGUF and NF4 do what Diffusers' own loaders and formats say, BLADE too."""
 
 import importlib.util
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
+from small_family import Family
 from weight_files import (
     COMFY,
     all_of,
@@ -45,17 +45,6 @@ SIZES = {"heads": 16, "ffn_dim": 256, "text_dim": 8}
 KINDS = ("fp8", "fp8-scaled", "fp8-rows", "q8_0", "q4_k", "mixed", "nf4")
 
 
-@dataclass(frozen=True)
-class Stored:
-    """What the tests of all families need of a kind of transformer."""
-
-    make: Any
-    inputs: Any
-    text: int = 0
-    text_first: bool = True
-    first_frame_apart: bool = False
-
-
 def load(like, path, device="cpu", dtype=torch.float32):
     model = LoadedModel(SimpleNamespace(transformer=like, components={}))
     return load_transformers(model, str(path), dtype=dtype, device=device)["transformer"]
@@ -82,7 +71,7 @@ def family(request, make_wan, wan_inputs, tmp_path, monkeypatch):
     """A transformer of every kind of file in turn, in place of every kind of model."""
     like = make_wan(**SIZES)
     path, _ = write(request.param, like, tmp_path, monkeypatch)
-    return Stored(lambda: load(like, path), wan_inputs)
+    return Family(lambda: load(like, path), wan_inputs)
 
 
 def unpacked(layer):

@@ -22,7 +22,7 @@ from blade.benchmarks.card.checks import (
 )
 from blade.benchmarks.card.quality import sparsities
 from blade.benchmarks.card.suspects import SUSPECTS, LayerSize, call_suspect
-from blade.benchmarks.layers import AttentionShape, model_shapes
+from blade.benchmarks.layers import AttentionShape, model_shapes, reference_shape
 from blade.families.data import ComparisonProtocol
 from blade.families.registry import comparison_protocols, published_configurations
 from blade.models.source import BUNDLED
@@ -72,8 +72,8 @@ class Step:
 def card_steps(device: torch.device) -> list[Step]:
     """Return what is measured on a device, in this order."""
     small = device.type != "cuda"
-    published = sorted(model_shapes().values(), key=_work)
-    first, *others = [AttentionShape(tokens=250, heads=2, head_dim=16)] if small else published
+    first = AttentionShape(tokens=250, heads=2, head_dim=16) if small else reference_shape()
+    others = [] if small else sorted((shape for shape in model_shapes().values() if shape != first), key=_work)
     densities = DENSITIES[:1] if small else DENSITIES
     checks, suspects = _checks(small), [_suspect(name, small) for name in SUSPECTS]
     usual, unusual = _cute_kernels(device)
@@ -212,7 +212,7 @@ def _tune(device: torch.device, on_partial: OnPartial) -> Report:
 
     if device.type != "cuda":
         raise NotImplementedError("launch configurations are those of a CUDA GPU")
-    shape = min(model_shapes().values(), key=_work)
+    shape = reference_shape()
     case = TuningCase(
         tokens=shape.tokens,
         heads=shape.heads,

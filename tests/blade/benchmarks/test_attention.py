@@ -156,7 +156,7 @@ def test_the_command_writes_its_files(tmp_path, capsys):
     [
         (["attention", "--tokens", "8k"], "`tokens` must be numbers separated by commas, got '8k'."),
         (["attention", "--tokens", "0"], "`tokens` must be at least 1, got 0."),
-        (["attention", "--model", "wan-1.3b,sora"], "`model` must be of cogvideox-1.5, hunyuan-video, wan-1.3b, "),
+        (["attention", "--model", "wan-1.3b,sora"], "`model` must be of chronoedit, cogvideox-1.5, "),
         (["attention", "--density", "2"], "`densities` must be in (0, 1], got (2.0,)."),
         (["attention", "--device", "cuda"], "no CUDA device is available"),
         (["tune"], "`device` must be a CUDA device that is there, got 'cuda'."),

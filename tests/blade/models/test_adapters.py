@@ -132,7 +132,7 @@ def test_a_second_file_that_fails_takes_the_first_along(two, tmp_path):
     good, bad = str(tmp_path / "good.safetensors"), str(tmp_path / "bad.safetensors")
     save_file(lora(two.transformer), good)
     save_file({"unrelated.weight": torch.zeros(2, 2)}, bad)
-    with pytest.raises(ValueError, match=r"`loras` \S*bad.safetensors cannot be loaded onto this model"):
+    with pytest.raises(ValueError, match=r"`loras` \S*bad.safetensors holds whole weights and no LoRA"):
         load_loras(two, [f"{good}:{bad}"])
     assert not any(getattr(part, "peft_config", None) for part in two.transformers.values())
 
@@ -142,7 +142,7 @@ def test_a_second_lora_that_fails_takes_the_first_along(model, tmp_path):
     save_file(lora(model.transformer), good)
     save_file({"unrelated.weight": torch.zeros(2, 2)}, bad)
     before = [name for name, _ in model.transformer.named_modules()]
-    with pytest.raises(ValueError, match=r"bad.safetensors cannot be loaded onto this model"):
+    with pytest.raises(ValueError, match=r"bad.safetensors holds whole weights and no LoRA"):
         load_loras(model, [good, bad])
     assert [name for name, _ in model.transformer.named_modules()] == before
     assert not getattr(model.transformer, "peft_config", None)

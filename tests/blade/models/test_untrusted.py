@@ -296,10 +296,10 @@ LOADERS = {
     "from_pretrained": {
         "blade/models/loading.py": 3,
         "blade/models/modular.py": 1,
-        "blade/students/loading.py": 1,
+        "blade/models/transformer_files.py": 1,
         "blade/students/source.py": 1,
     },
-    "load_lora_weights": {"blade/models/loras.py": 1, "blade/students/loading.py": 1},
+    "load_lora_weights": {"blade/models/loras.py": 1},
     "download": {"blade/models/loading.py": 1},
 }
 """Calls that load what others wrote, by name and file: each follows the checks of `blade.models.untrusted`."""
