@@ -28,7 +28,8 @@ def test_gradients_reach_the_student_and_no_other(family):
     targets = TARGETS if any(name.endswith(".to_q") for name in names) else ("to_query", "to_key", "to_value")
     roles = adapter_roles(transformer, Lora(rank=2, alpha=2, targets=list(targets)), (STUDENT,))
     install_blade(transformer, CONFIG)
-    roles.networks[STUDENT].enable_gradient_checkpointing()
+    if family.checkpoints:  # Diffusers' own fails otherwise
+        roles.networks[STUDENT].enable_gradient_checkpointing()
     numbers = torch.zeros(2, dtype=torch.int64)
     roles.add_step_conditions(find_family(transformer), {STUDENT: 2})
     with roles.acting(STUDENT, (2, None)):
@@ -36,6 +37,7 @@ def test_gradients_reach_the_student_and_no_other(family):
         for other in (TEACHER, FAKE):
             with torch.no_grad(), roles.acting(other):
                 roles.predict(other, inputs, numbers)
+        output = torch.stack(output) if isinstance(output, list) else output
         output.square().mean().backward()
     found = {name: one.grad for name, one in roles.named_parameters(STUDENT).items()}
     assert "step_condition" in next(reversed([name for name in found if "lora" not in name]))

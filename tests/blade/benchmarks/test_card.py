@@ -200,8 +200,8 @@ def test_the_steps_of_a_gpu_are_ones_that_can_be_begun(monkeypatch) -> None:
     assert (video.steps, video.measured_passes, video.random_weights) == (50, 6, True)
     assert video.preset_sparsities == (0.5, 0.7, 0.75, 0.8, 0.9)
     densities = {
-        size: {x.densities[0] for kind, x in begun if kind == "attention" and x.shapes[0].tokens == size}
-        for size in sizes
+        shape: {x.densities[0] for kind, x in begun if kind == "attention" and x.shapes[0] == shape}
+        for shape in {settings.shapes[0] for kind, settings in begun if kind == "attention"}
     }
     apart = [settings.tried for kind, settings in begun if kind == "attention"]
     assert apart[:5] == [False] * 5 and apart.count(True) == 4 * len(densities)  # what may crash a card comes later
