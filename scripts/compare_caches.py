@@ -55,7 +55,7 @@ class Method:
     sparsity: float | None = None
     """Sparsity of the preset's attention; None is dense."""
     cached: bool = False
-    """Whether a FirstBlockCache is set so that the run takes `share`."""
+    """True if a FirstBlockCache is enabled, set so that the run takes `share`."""
 
     @property
     def config(self) -> BladeConfig:

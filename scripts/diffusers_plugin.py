@@ -34,7 +34,7 @@ RECORD = "blade"
 
 
 class Recorder:
-    """What the transformers of the running test computed."""
+    """Outputs of the transformers of the running test."""
 
     def __init__(self, sparsity: float | None) -> None:
         self.sparsity = sparsity

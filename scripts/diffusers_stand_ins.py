@@ -166,4 +166,4 @@ STAND_INS: dict[str, Callable[[Path], None]] = {
     "finetrainers/dummy-hunyaunvideo": _make_hunyuan_video_tokenizer,
     "hf-internal-testing/tiny-gemma3": _make_gemma,
 }
-"""What makes each, by its id."""
+"""Functions that make each, by its id."""

@@ -29,13 +29,13 @@ SEED = 0
 
 @dataclass(frozen=True)
 class Result:
-    """What came of a layout."""
+    """Result of a layout."""
 
     layout: str
     what: str
     """LoRA or student, and of which model."""
     source: str
-    """Where the names of the keys are from."""
+    """Source of the names of the keys."""
     modules: int | None = None
     """Number of modules that were changed; None: refused."""
     change: float | None = None

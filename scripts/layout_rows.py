@@ -48,9 +48,9 @@ class Layout:
 
     name: str
     what: str
-    """What it is."""
+    """Description."""
     source: str
-    """Where the names of its keys are from."""
+    """Source of the names of its keys."""
     pipe: Callable[[], Any] = wan
     files: tuple[Write, ...]
     """Makes the file of each transformer."""

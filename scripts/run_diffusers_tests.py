@@ -36,7 +36,7 @@ GROUPS = ("models", "lora", "hooks", "pipelines", "modular_pipelines", "single_f
 HERE = Path(__file__).resolve().parent
 
 Tests = dict[str, dict[str, Any]]
-"""What was recorded of every test, by its id."""
+"""Records of every test, by its id."""
 
 
 @dataclass(frozen=True)

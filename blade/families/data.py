@@ -21,9 +21,9 @@ class ReleasedStudent:
     source: str
     """Hub id."""
     about: str
-    """What it is, for lists."""
+    """Title for lists."""
     evidence: str
-    """Where steps, times and guidance are from."""
+    """Source of steps, times and guidance."""
     fits: Mapping[str, Any] = field(default_factory=dict)
     """Values of the configuration of the transformers that it is for, their class as `class` and their number as
     `transformers`; of a list, one."""
@@ -43,7 +43,7 @@ class ReleasedStudent:
     """Options of the sampler over the configuration of the model's own scheduler; of a `FewStepScheduler` its `times`,
     the `flow_shift` that they are to get, and `noise_kept`."""
     refused: str | None = None
-    """Why it cannot be used, with the remedy; a clause."""
+    """Reason why it cannot be used, with the remedy; a clause."""
 
     def suits(self, facts: Mapping[str, Any], preset: str) -> bool:
         """Return whether it is for a model.
@@ -159,7 +159,7 @@ class SupportedModel:
     title: str
     """The models that are of this class."""
     tasks: str
-    """What videos are made from."""
+    """Inputs that videos are made from."""
     pipelines: tuple[str, ...]
     """Pipeline classes of Diffusers that work."""
     tested: tuple[str, ...]
@@ -171,7 +171,7 @@ class SupportedModel:
     refused: Mapping[str, str] = field(default_factory=dict)
     """Pipeline classes that take this transformer and do not work with BLADE, with the reason."""
     limits: str = ""
-    """What does not work, or differently than one would expect."""
+    """Limits: features that do not work, or differently than one would expect."""
 
     def __post_init__(self) -> None:
         for name in ("pipelines", "tested", "instances", "presets"):

@@ -23,7 +23,7 @@ LOSSES = {16: 0.0, 8: 1.0, 4: 2.0}
 """Rank of a setting by the bits that weights are rounded to."""
 
 TINY_LOSS = 1.5
-"""What a tiny decoder adds to that rank: more than weights of 8 bits, and less than those of 4."""
+"""Addition of a tiny decoder to that rank: more than weights of 8 bits, and less than those of 4."""
 
 DECODINGS = {"full": None, "tiled": "--vae-tiling", "tiny": "--decoder tiny"}
 """Ways of decoding, the most faithful first, and the option that asks for each."""
@@ -50,7 +50,7 @@ class MemorySetting:
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryPlan:
-    """What fits a device; `print` it."""
+    """Settings that fit a device; `print` it."""
 
     memory_gib: float
     """The device's memory."""

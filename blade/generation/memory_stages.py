@@ -35,7 +35,7 @@ class Stages:
     tiny: tuple[nn.Module, Callable[[], object]] | None = None
     """A tiny decoder, and a call that decodes with it; None: there is none for this model."""
     streams: bool = True
-    """Whether group offloading brings weights while others are multiplied, as it does on CUDA devices."""
+    """True if group offloading brings weights while others are multiplied, as on CUDA devices."""
     _outlines: dict[str, list[Transformer]] = field(default_factory=dict)
     _counted: dict[tuple[object, ...], int] = field(default_factory=dict)
 

@@ -16,9 +16,9 @@ class ForeignBranch:
     pattern: str
     """Regular expression of the names of its modules."""
     title: str
-    """What it is."""
+    """Description."""
     remedy: str
-    """What to take instead; a clause."""
+    """Remedy; a clause."""
 
 
 FOREIGN_BRANCHES = (
@@ -39,7 +39,7 @@ all tiles is added to a softmax over the kept ones; `SLA/core.py` of TurboDiffus
 
 @dataclass(frozen=True)
 class BranchProblem:
-    """Why a module of a file is not loaded."""
+    """Reason why a module of a file is not loaded."""
 
     changes: bool
     """True if the branch changes the output, so that the rest must not be used without it."""

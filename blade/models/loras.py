@@ -36,7 +36,7 @@ SHOWN_MODULES = 4
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """What a file changes in a transformer."""
+    """Changes that a file makes to a transformer."""
 
     transformer: Transformer
     """The transformer."""

@@ -267,7 +267,7 @@ class StudentFiles:
         return [name.removeprefix(prefix) for name in self.names if name.startswith(prefix)]
 
     def has(self, subfolder: str | None, name: str) -> bool:
-        """Whether there is a file, without downloading it."""
+        """Return whether there is a file, without downloading it."""
         if self.folder is None and self.file is None:
             return (name if subfolder is None else f"{subfolder}/{name}") in self.names
         return self.fetch(subfolder, name) is not None

@@ -25,7 +25,7 @@ def attention_names(transformer):
 
 
 def _latents(module, args, kwargs):
-    """What SeaCache's indicator is made of: (C, T, H, W) each, of whatever shape the latents are."""
+    """Latents that SeaCache's indicator is made of: (C, T, H, W) each, of whatever shape the latents are."""
     return [latent.reshape(latent.shape[0], -1, 1, 1) for latent in kwargs["hidden_states"]]
 
 

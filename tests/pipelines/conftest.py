@@ -145,7 +145,7 @@ FAMILIES = {
     "minimax-h3": lambda *_: small_minimax_h3.family(),
     "minimax-h3-references": lambda *_: small_minimax_h3.family(references=True),
 }
-"""What makes each kind of transformer, of its name and Wan's fixtures."""
+"""Functions that make each kind of transformer, of its name and Wan's fixtures."""
 
 NEWER = {
     "minimax-h3": "MiniMaxH3Transformer3DModel",

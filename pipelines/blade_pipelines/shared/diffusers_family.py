@@ -42,7 +42,7 @@ class DiffusersFamily:
     batched_guidance: GuidanceBatch | None = None
     """Layout of the latents where the passes of guidance are one batch; here they run one after the other."""
     timesteps_rise: bool = False
-    """Whether timesteps rise from step to step; here they fall, with the noise."""
+    """True if timesteps rise from step to step; here they fall, with the noise."""
     guidance_takes_two_passes: ClassVar[bool]
     """True if guidance is no input of the transformer."""
     whole_sequence: bool = False

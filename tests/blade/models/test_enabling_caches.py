@@ -22,7 +22,7 @@ def enable(pipe, text, *, guidance=True, steps=3):
 
 
 def latents(pipe):
-    """What a small pipeline makes, and the timesteps that it went through."""
+    """Output of a small pipeline, and the timesteps that it went through."""
     pipe.set_progress_bar_config(disable=True)
     torch.manual_seed(0)
     return pipe(prompt="", output_type="latent", generator=torch.Generator().manual_seed(0))[0]
