@@ -246,12 +246,17 @@ def test_hunyuan_video_15_does_not_compile_in_diffusers_either(family):
             run(compiled_as_one(transformer)[0], family.inputs(), steps=1)
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("c++") is None, reason="Inductor needs a C++ compiler")
-def test_inductor_compiles_wan(make_wan, wan_inputs):
+@pytest.mark.parametrize(
+    "sizes",
+    [pytest.param(SIZES[:1], marks=pytest.mark.slow), pytest.param(SIZES, marks=pytest.mark.long)],
+    ids=["one size", "two sizes"],
+)
+def test_inductor_compiles_wan(make_wan, wan_inputs, sizes):
     transformer = apply_blade(make_wan(layers=2), PRESET)
-    expected = run(transformer, wan_inputs())
+    expected = [run(transformer, wan_inputs(grid)) for grid in sizes]
     backend = CompileCounterWithBackend("inductor")
     compiled = torch.compile(apply_blade(transformer, PRESET), backend=backend, fullgraph=True)
-    torch.testing.assert_close(run(compiled, wan_inputs()), expected, rtol=1e-4, atol=1e-4)
-    assert backend.frame_count == 2
+    for grid, plain in zip(sizes, expected):
+        torch.testing.assert_close(run(compiled, wan_inputs(grid)), plain, rtol=1e-4, atol=1e-4)
+    assert backend.frame_count == 2 * len(sizes)  # a dense and a sparse one of each
