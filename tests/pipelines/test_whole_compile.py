@@ -15,9 +15,9 @@ from blade.families.registry import find_family
 
 SIZES = ((3, 5, 7), (2, 6, 4))
 STEPS = 4
-EACH_FAMILY = pytest.mark.parametrize(
-    "family", ["wan", "cogvideox", "hunyuan-video", "ltx-video", "ltx-2.3", "minimax-h3"], indirect=True
-)
+LONG = pytest.mark.long
+COMPILED = ("wan", "cogvideox", "hunyuan-video", "ltx-video", "ltx-2.3", "minimax-h3")
+EACH_FAMILY = pytest.mark.parametrize("family", COMPILED, indirect=True)
 PRESET = BladeConfig(
     sparsity=0.6,
     pooled_tokens="dropped",
@@ -121,12 +121,15 @@ def test_every_other_kind_compiles(family):
     assert backend.frame_count == 1
 
 
-@EACH_FAMILY
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("config", "graphs"),
-    [(PRESET, 2), (STUDENT, 1), (PATTERNS, 2)],
-    ids=["preset", "student", "patterns"],
+    ("family", "config", "graphs"),
+    [
+        pytest.param(name, config, graphs, id=f"{kind}-{name}", marks=LONG if name != "wan" and graphs == 2 else ())
+        for name in COMPILED
+        for kind, config, graphs in (("preset", PRESET, 2), ("student", STUDENT, 1), ("patterns", PATTERNS, 2))
+    ],
+    indirect=["family"],
 )
 def test_every_step_of_two_sizes_is_right(family, config, graphs):
     transformer = apply_blade(family.make(), config)
@@ -177,7 +180,14 @@ def test_removal_leaves_the_plain_graph(family):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["WanPipeline", "CogVideoXPipeline", "HunyuanVideoPipeline", "LTXPipeline", "LTX2Pipeline"]
+    "name",
+    [
+        "WanPipeline",
+        "CogVideoXPipeline",
+        "HunyuanVideoPipeline",
+        "LTXPipeline",
+        pytest.param("LTX2Pipeline", marks=LONG),
+    ],
 )
 @pytest.mark.parametrize("config", [PRESET, CHANCE], ids=["preset", "chance"])
 def test_pipelines_make_the_same_video(small_pipelines, name, config):
