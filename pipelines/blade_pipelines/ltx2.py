@@ -235,6 +235,8 @@ class LTX2Family(DiffusersFamily):
     def permute_inputs(self, transformer: DiffusersModule, inputs: Inputs, permutation: torch.Tensor) -> Inputs:
         """Permute the video tokens, and their coordinates, timesteps and marks.
 
+        A `perturbation_mask` is of batch items, for the sound too.
+
         Both tables of positions, of self-attention and of attention to the audio, are made from the coordinates.
         """
         tokens = inputs["hidden_states"]
@@ -249,7 +251,7 @@ class LTX2Family(DiffusersFamily):
             "hidden_states": tokens.index_select(1, permutation),
             "video_coords": coordinates.index_select(2, permutation.to(coordinates.device)),
         }
-        for name in ("timestep", "video_keyframes_mask", "perturbation_mask"):
+        for name in ("timestep", "video_keyframes_mask"):
             value = inputs.get(name)
             if value is not None and value.ndim > 1 and value.shape[1] == len(permutation):
                 permuted[name] = value.index_select(1, permutation)
