@@ -87,12 +87,18 @@ def test_decoding_by_onednn_gives_what_diffusers_does(pipe, saved_tiny_pipeline:
 
 def test_what_a_run_cost_adds_up(pipe, saved_tiny_pipeline: Path) -> None:
     request = resolve_request(tiny_request(saved_tiny_pipeline, **SPARSE), LoadedModel(pipe))
-    start = time.perf_counter()
-    made = run_request(LoadedModel(pipe), request)
-    elapsed = time.perf_counter() - start
-    stages = (made.seconds_text, made.seconds_denoising, made.seconds_decoding)
-    assert all(seconds > 0 for seconds in stages)
-    assert 0.5 * elapsed < sum(stages) <= elapsed
+    shares = []
+    for _ in range(
+        3
+    ):  # since a busy machine, or a collection of garbage, can halt a tenth of a second's work anywhere
+        start = time.perf_counter()
+        made = run_request(LoadedModel(pipe), request)
+        elapsed = time.perf_counter() - start
+        stages = (made.seconds_text, made.seconds_denoising, made.seconds_decoding)
+        assert all(seconds > 0 for seconds in stages)
+        shares.append(sum(stages) / elapsed)
+    assert max(shares) <= 1
+    assert max(shares) > 0.5
     # one of two steps is sparse, in both layers, and a row keeps 2 or 3 of 6 blocks and a token of each other one
     assert 0.45 < made.layer_density <= 0.5
     assert made.run_density == pytest.approx((1 + made.layer_density) / 2)
