@@ -96,6 +96,8 @@ class ModelFamily(Protocol):
     """True if timesteps rise from step to step, as the noise falls."""
     guidance_passes: int
     """Forward passes of a step with guidance, each batch item of the same video being one."""
+    guidance_batch: int
+    """Most of them that the pipelines run as one batch."""
     whole_sequence: bool
     """True if one input holds the tokens that the grid calls text beside its video tokens. A token order is then a
     permutation of the whole sequence, in which they stay where they are."""

@@ -169,7 +169,8 @@ def plan_run(request: GenerationRequest, *, card: str | None = None, memory_gib:
         config=resolved.blade_config,
     )
     models = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
-    inputs = model.example_inputs(latent)
+    batch = family.guidance_batch if guidance else 1
+    inputs = family.example_inputs(transformer, latent, batch=batch)
 
     def forward_pass() -> None:
         with family.without_values():
@@ -197,7 +198,7 @@ def plan_run(request: GenerationRequest, *, card: str | None = None, memory_gib:
         stages = Stages(
             model=model,
             latent=latent,
-            batch=family.guidance_passes if guidance and family.batched_guidance is not None else 1,
+            batch=batch,
             encoders={name: partial(_encode, part, text_tokens) for name, part in encoders.items()},
             decode=lambda: pipe.vae.decode(model.empty_latent(latent), return_dict=False),
             tiny=_tiny_decoding(model, latent),

@@ -63,6 +63,7 @@ class AnyFlowFamily(WanFamily):
     """
 
     name = "AnyFlow (AnyFlowTransformer3DModel)"
+    batched_guidance = "BFCHW"
     transformers = (AnyFlowTransformer3DModel,)
     processors = (AnyFlowAttnProcessor,)
     sparse_processor = AnyFlowSparseProcessor

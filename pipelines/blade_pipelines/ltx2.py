@@ -118,6 +118,7 @@ class LTX2Family(DiffusersFamily):
     name = "LTX-2 (LTX2VideoTransformer3DModel)"
     guidance_takes_two_passes = True
     guidance_passes = 4  # also with self-attention perturbed, and with both modalities apart
+    guidance_batch = 2  # the other two by themselves
     whole_sequence = True
     transformers = (LTX2VideoTransformer3DModel,)
     processors = (LTX2AudioVideoAttnProcessor, PerturbedProcessor)

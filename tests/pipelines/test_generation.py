@@ -74,7 +74,13 @@ def test_a_video_is_made_and_summed_up(small_pipelines, conditions, name):
         blade_config=CONFIG,
         **given,
     )
-    made = run_request(LoadedModel(pipe), request)
+    model, batches = LoadedModel(pipe), []
+    record = model.transformer.register_forward_pre_hook(
+        lambda module, args, inputs: batches.append(len(inputs["hidden_states"])), with_kwargs=True
+    )
+    made = run_request(model, request)
+    record.remove()
+    assert max(batches) == model.family.guidance_batch
     assert made.video.shape[1:] == (3, size, size) and made.video.isfinite().all()
     assert min(made.seconds_text, made.seconds_denoising, made.seconds_decoding) >= 0
     layers, passes = made.summary.transformers[0].layers, PASSES[name]

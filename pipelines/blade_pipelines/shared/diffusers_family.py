@@ -63,6 +63,11 @@ class DiffusersFamily:
         return 2 if self.guidance_takes_two_passes else 1
 
     @property
+    def guidance_batch(self) -> int:
+        """Passes of guidance that are one batch: all of them, or each by itself."""
+        return 1 if self.batched_guidance is None else self.guidance_passes
+
+    @property
     def data(self) -> FamilyData:
         """Presets, released students and benchmark sizes."""
         return _read_data(Path(str(sys.modules[type(self).__module__].__file__)).with_suffix(".yaml"))

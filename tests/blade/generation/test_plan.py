@@ -1,6 +1,7 @@
 """Plans of runs, of models of which nothing but configuration files is there."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -125,3 +126,7 @@ def test_every_family_is_planned(name, configurations):
     scale, frames = (32, 3) if name == "LTXPipeline" else (16, 5)
     assert plan.cost.forward.grid.video_tokens == frames * (256 // scale) ** 2
     assert plan.cost.total > 0 and min(plan.activations_gib.values()) > 0
+    unguided = plan_run(replace(request, guidance_scale=1.0))
+    ratio = plan.activations_gib["transformer"] / unguided.activations_gib["transformer"]
+    assert 1.8 < ratio <= 2 if name in ("CogVideoXPipeline", "LTXPipeline") else ratio == 1  # guidance as a batch
+    assert plan.activations_gib["decoding"] == unguided.activations_gib["decoding"]
