@@ -5,15 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 import typer
 
 from blade.cli.command import run_command
 from blade.cli.options import make_command
+from blade.cli.progress import progress_line
 from blade.common.options import OptionGroup, option, option_names, read_group
 from blade.common.terminal import logger, print_line
+from blade.fleet.options import ADDRESS, FleetOptions
 from blade.generation.options import GROUPS, added_groups
+
+if TYPE_CHECKING:
+    from blade.generation.outputs import ListReport
+    from blade.generation.request import GenerationRequest
 
 FIRST = ("prompt", "model", "student", "sparsity", "output")
 """Options that most people need first."""
@@ -28,9 +34,9 @@ class OutputOptions(OptionGroup):
 
     title: ClassVar[str] = "Output"
 
-    output: Path | None = option()
+    output: str | None = option()
     """The MP4; a JSON goes beside it. By default outputs/PROMPT-SEED.mp4, with digits added where a video of another
-    prompt or other settings has that name."""
+    prompt or other settings has that name. With --workers also an address such as s3://bucket/folder."""
     compare: bool = option(False)
     """Also generate with dense attention, and write both side by side with PSNR and SSIM."""
     prompts: Path | None = option()
@@ -58,14 +64,25 @@ def _check_lists(own: OutputOptions, given: dict[str, Any]) -> None:
                 raise ValueError(f"`--{name.replace('_', '-')}` must not be given with `--{listing}`.")
 
 
+def _check_workers(own: OutputOptions, fleet: FleetOptions) -> None:
+    """Check that workers have more than one video to make, and that a bucket has workers."""
+    if fleet.is_given and own.prompts is None and own.seeds is None:
+        raise ValueError(
+            "`--workers` and `--ray-address` need `--prompts` or `--seeds`: each worker makes whole videos."
+        )
+    if not fleet.is_given and own.output is not None and ADDRESS.match(own.output):
+        raise ValueError(f"`--output` must be a path without `--workers` or `--ray-address`, got {own.output}.")
+
+
 def generate(given: dict[str, Any]) -> None:
     """Generate a video from a prompt with adaptive block-sparse attention."""
-    own = read_group(OutputOptions, given)
+    own, fleet = read_group(OutputOptions, given), read_group(FleetOptions, given)
     if own.card is not None and not own.dry_run:
         raise ValueError(f"`--card` must not be given without `--dry-run`, got {own.card!r}.")
     if own.memory is not None and not own.dry_run:
         raise ValueError(f"`--memory` must not be given without `--dry-run`, got {own.memory:g}.")
     _check_lists(own, given)
+    _check_workers(own, fleet)
     added = {name: given[name] for name in option_names(*added_groups()) if name in given}
     given = {name: value for name, value in given.items() if name in option_names(*GROUPS)}
     if added:
@@ -75,8 +92,7 @@ def generate(given: dict[str, Any]) -> None:
     import transformers
 
     from blade.evaluation.prompts import parse_seeds
-    from blade.generation.naming import OUTPUT_FOLDER
-    from blade.generation.outputs import generate_files, generate_list
+    from blade.generation.outputs import generate_files
     from blade.generation.prompts import read_prompts
     from blade.generation.record import read_request
     from blade.generation.request import NO_STUDENT, GenerationRequest, default_student, lost_student
@@ -105,16 +121,45 @@ def generate(given: dict[str, Any]) -> None:
         diffusers.utils.logging.disable_progress_bar()
         transformers.utils.logging.disable_progress_bar()
     if own.prompts is not None or seeds is not None:
-        folder = own.output or OUTPUT_FOLDER
-        inputs = {} if own.prompts is None else {own.prompts: "prompts"}
-        listed = listed or [request.prompt]
-        report = generate_list(request, listed, folder, seeds=seeds, compare=own.compare, inputs=inputs)
+        report = _list_report(request, listed or [request.prompt], seeds, own, fleet)
         print_line(report)
         if report.failed:
             raise typer.Exit(FAILED_EXIT_CODE)
         return
     inputs = {} if own.from_json is None else {own.from_json: "from_json"}
-    print_line(generate_files(request, own.output, compare=own.compare, inputs=inputs))
+    output = None if own.output is None else Path(own.output).expanduser()
+    print_line(generate_files(request, output, compare=own.compare, inputs=inputs))
+
+
+def _list_report(
+    request: GenerationRequest,
+    prompts: Sequence[str],
+    seeds: Sequence[int] | None,
+    own: OutputOptions,
+    fleet: FleetOptions,
+) -> ListReport:
+    """Make the videos of a list, here or by workers."""
+    from blade.generation.naming import OUTPUT_FOLDER
+    from blade.generation.outputs import generate_list
+
+    inputs = {} if own.prompts is None else {own.prompts: "prompts"}
+    output = own.output or str(OUTPUT_FOLDER)
+    if not fleet.is_given:
+        folder = Path(output).expanduser()
+        return generate_list(request, prompts, folder, seeds=seeds, compare=own.compare, inputs=inputs)
+    from blade.fleet.generation import generate_many
+
+    with progress_line() as say:
+        return generate_many(
+            request,
+            prompts,
+            output,
+            options=fleet,
+            seeds=seeds,
+            compare=own.compare,
+            inputs=inputs,
+            on_progress=lambda progress: say(str(progress)),
+        )
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -123,5 +168,5 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     Args:
         arguments: the command line without the program's name; None takes the process's own.
     """
-    groups = (*GROUPS, *added_groups(), OutputOptions)
+    groups = (*GROUPS, *added_groups(), OutputOptions, FleetOptions)
     run_command(make_command(generate, groups, first=FIRST, by_place="prompt"), arguments)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from hashlib import sha256
@@ -50,11 +50,11 @@ class GenerationReport:
 
     generation: Generation | None
     """The video itself; None in a list's report, as the videos of all its prompts would fill the memory."""
-    video_path: Path
-    """The MP4."""
-    record_path: Path
+    video_path: Path | str
+    """The MP4; its address in a bucket."""
+    record_path: Path | str
     """The JSON beside it."""
-    comparison_path: Path | None
+    comparison_path: Path | str | None
     """The dense and the sparse video side by side, if that was asked for."""
     record: Mapping[str, Any]
     """The content of the JSON."""
@@ -137,7 +137,7 @@ class ListReport:
 
     made: tuple[GenerationReport, ...]
     """The new videos."""
-    skipped: tuple[Path, ...]
+    skipped: tuple[Path | str, ...]
     """Videos of the same settings that were there before, or that another process made meanwhile."""
     failed: Mapping[str, str]
     """By prompt, and seed where there are several, why it has no video."""
@@ -279,13 +279,18 @@ class FinishedVideo:
         write_files(self.contents(path))
         return self.report(path)
 
-    def report(self, path: Path) -> GenerationReport:
-        """Return the report of the files, where the MP4 has this path."""
+    def report(self, path: Path, locate: Callable[[Path], Path | str] = Path) -> GenerationReport:
+        """Return the report of the files.
+
+        Args:
+            path: that of the MP4.
+            locate: returns where a file is shown to be.
+        """
         return GenerationReport(
             generation=self.generation,
-            video_path=path,
-            record_path=record_path(path),
-            comparison_path=None if self.comparison is None else comparison_path(path),
+            video_path=locate(path),
+            record_path=locate(record_path(path)),
+            comparison_path=None if self.comparison is None else locate(comparison_path(path)),
             record=self.record,
             published_students=self.published_students,
         )
