@@ -11,7 +11,7 @@ import socket
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -52,7 +52,8 @@ def import_ray() -> ModuleType:
         import ray
     except ImportError:
         raise ValueError('`workers` and `ray_address` need Ray: pip install "blade-video[ray]".') from None
-    return ray
+    module: ModuleType = ray
+    return module
 
 
 class Connection:
@@ -66,6 +67,7 @@ class Connection:
         """
         check_started_once()
         self.options, self._temporary = options, Path()
+        self.exits = ExitStack()
         self._is_owner = False
         if options.ray_address is None:
             for name, value in LOOPBACK.items():
@@ -91,7 +93,8 @@ class Connection:
         return self._ray
 
     def close(self) -> None:
-        """Leave the cluster, or end the Ray that was started."""
+        """End the workers, and leave the cluster, or end the Ray that was started."""
+        self.exits.close()
         if self._ray is not None and self._is_owner:
             with _own_signals():
                 self._ray.shutdown()

@@ -113,7 +113,6 @@ def _run(
             pool.run(driver.elsewhere.copy(), driver)
     finally:
         driver.release()
-        pool.close()
 
 
 def _shown(paths: Sequence[Path], bucket: Bucket | None) -> tuple[Path | str, ...]:

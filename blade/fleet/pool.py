@@ -163,7 +163,7 @@ class Pool:
         """Start the workers; each takes its first task once it has loaded.
 
         Args:
-            connection: the connection.
+            connection: the connection, at whose end the workers end too.
             job: the job.
             on_progress: called whenever something has happened, and about twice a second.
         """
@@ -180,6 +180,7 @@ class Pool:
         self._began, self._has_warned = time.monotonic(), False
         self._waiting: dict[Any, _Member] = {}
         self._members: list[_Member] = []
+        connection.exits.callback(self.close)
         for _ in range(self._crew.workers):
             self._members.append(_Member(self._actors.remote()))
             self._greet(self._members[-1])
