@@ -7,11 +7,14 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from blade import __version__
 from blade.common.errors import first_line
+from blade.common.machine import describe_versions
 from blade.common.terminal import logger
 from blade.fleet.connection import Connection
 from blade.fleet.worker import Job, Outcome, worker_class
+
+PACKAGE = "blade-video"
+"""Distribution whose version has to be the same on all machines."""
 
 RETRIES = 3
 """Times that a task is done again whose worker was lost."""
@@ -274,14 +277,12 @@ class Pool:
     def _met(self, member: _Member, about: dict[str, Any]) -> None:
         """Let a worker load, unless its machine has another version; one that was out of reach has loaded."""
         member.host = about["host"]
-        if about["version"] is None:
+        own, other = describe_versions((PACKAGE,))[PACKAGE], about["version"]
+        if other != own:
+            has = f"with BLADE {other}" if other else "without BLADE"
             raise ValueError(
-                f"`ray_address` has a machine without BLADE, {member.host}: pip install blade-video=={__version__}."
-            )
-        if about["version"] != __version__:
-            raise ValueError(
-                f"`ray_address` has a machine with BLADE {about['version']}, {member.host}; this is {__version__}: "
-                f"pip install blade-video=={__version__} there."
+                f"`ray_address` has a machine {has}, {member.host}, and this has {own}: pip install {PACKAGE}=={own} "
+                "there."
             )
         if about["has_loaded"]:
             self._loaded(member, Outcome())

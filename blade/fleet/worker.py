@@ -49,12 +49,13 @@ def worker_class() -> type:
         def about(self) -> dict[str, Any]:
             """Return the machine's name and the version of this package, None where it is missing."""
             import socket
+            from importlib.metadata import PackageNotFoundError, version
 
             try:
-                from blade import __version__ as version
-            except ImportError:
-                version = None  # type: ignore[assignment]
-            return {"host": socket.gethostname(), "version": version, "has_loaded": hasattr(self, "work")}
+                own = version("blade-video")
+            except PackageNotFoundError:
+                own = None  # type: ignore[assignment]
+            return {"host": socket.gethostname(), "version": own, "has_loaded": hasattr(self, "work")}
 
         def load(self, job: Any, device: str, threads: int) -> Any:
             """Load what the tasks of a job need."""
