@@ -7,12 +7,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from small_videos import SMALL
 
 from blade.generation.plan import resolve_without_weights
 from blade.generation.request import GenerationRequest, ResolvedRequest
-
-SMALL = {"height": 32, "width": 32, "frames": 5, "steps": 4, "student": "shapes-4-steps", "device": "cpu"}
-"""The smallest videos of the bundled model with its student."""
 
 
 @pytest.fixture(scope="module")
