@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -56,7 +57,7 @@ class FakeActor:
         self.ray, self.work = ray, None
         self.about = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=lambda: self.call(self._about)))
         self.load = SimpleNamespace(remote=lambda *arguments: self.call(self._load, *arguments))
-        self.run = SimpleNamespace(remote=lambda arguments: self.call(lambda: survive(self.work, arguments)))
+        self.run = SimpleNamespace(remote=lambda arguments: self.call(self._run, arguments))
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Return a reference to the result of a call."""
@@ -75,6 +76,9 @@ class FakeActor:
     def _about(self) -> dict[str, Any]:
         return {"host": "here", "version": self.ray.version, "has_loaded": self.work is not None}
 
+    def _run(self, arguments: Any) -> Outcome:
+        return self.ray.sent(survive(self.work, self.ray.sent(arguments)))
+
     def _load(self, job: Any, device: str, threads: int) -> Outcome:
         outcome = survive(job.load, device)
         self.work = outcome.value
@@ -89,13 +93,20 @@ class FakeRay:
         ActorDiedError=ActorDiedError,
     )  # fmt: skip
 
-    def __init__(self) -> None:
+    def __init__(self, pickles: bool) -> None:
+        self.pickles = pickles
         self.version = describe_versions(("blade-video",))["blade-video"]
         self.killed: list[bool] = []
 
     def put(self, value: Any) -> Any:
-        """Return the value itself."""
-        return value
+        """Return a value as a worker gets it."""
+        return self.sent(value)
+
+    def sent(self, value: Any) -> Any:
+        """Return what comes out of a journey to another process."""
+        from ray import cloudpickle
+
+        return cloudpickle.loads(cloudpickle.dumps(value)) if self.pickles else value
 
     def get(self, reference: Callable[[], Any]) -> Any:
         """Carry out a call."""
@@ -120,11 +131,17 @@ class FakeRay:
 class FakeConnection:
     """A connection to it."""
 
-    def __init__(self, workers: int) -> None:
-        self.fake = FakeRay()
+    def __init__(self, workers: int, *, pickles: bool = False) -> None:
+        self.fake = FakeRay(pickles)
         self.crew = Crew(workers=workers, cpus=1, gpus=0.0)
         self.exits = SimpleNamespace(callback=lambda function: None)
 
     def ray(self) -> FakeRay:
         """Return the module."""
         return self.fake
+
+
+@contextmanager
+def fake_connected(options: Any, device: str | None) -> Iterator[FakeConnection]:
+    """Yield a connection in place of `connected`, whose workers are in this process, and get what can be sent."""
+    yield FakeConnection(options.workers, pickles=True)

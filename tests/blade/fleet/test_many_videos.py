@@ -138,7 +138,10 @@ def test_killed_workers_and_a_killed_command_lose_nothing(expected, start, tmp_p
     assert len(lost) == 2, error
     _, alive = psutil.wait_procs(below, timeout=30)
     # two small ones of Ray look for what they have lost for a minute
-    assert {" ".join(process.cmdline()) for process in alive} <= {"ray::DashboardAgent", "ray::RuntimeEnvAgent"}
+    assert {" ".join(process.cmdline()).strip() for process in alive} <= {
+        "ray::DashboardAgent",
+        "ray::RuntimeEnvAgent",
+    }
 
     before = {path.name: path.stat().st_mtime_ns for path in output.glob("*.mp4")}
     report = generate_many(REQUEST, PROMPTS, output, options=FleetOptions(workers=2, cpus_per_worker=1))
