@@ -233,6 +233,11 @@ class VideoWorker:
         self.seconds_loading = time.perf_counter() - began
         self.model.pipe.set_progress_bar_config(disable=True)
 
+    def write_to(self, folder: Path) -> None:
+        """Take another folder for what is made from now on."""
+        self.evaluation = replace(self.evaluation, folder=folder)
+        self.reference_caches.clear()
+
     def forget(self) -> None:
         """Let go of the model, which a run that failed may have left half done."""
         self.model = self.loaded = None

@@ -13,7 +13,7 @@ from blade_kernels.crashes import naming_crashes
 
 from blade.common.errors import first_line
 from blade.common.files import append_json_line, write_files
-from blade.common.leftovers import files_in, remove
+from blade.common.leftovers import files_in
 from blade.common.terminal import logger
 from blade.evaluation.output_files import check_output_files, records_path, reference_path
 from blade.evaluation.plan import Evaluation, EvaluationPlan
@@ -197,37 +197,34 @@ class EvaluationJob:
 
 
 class _VideoMaker:
-    """A worker's `VideoWorker`, in a folder of its own."""
+    """A worker's `VideoWorker`, which writes each video into a folder that is then sent."""
 
     def __init__(self, plan: EvaluationPlan, device: str) -> None:
-        self._scratch = tempfile.TemporaryDirectory(prefix="blade-")
-        self.folder = Path(self._scratch.name)
         requests = {name: replace(request, device=device) for name, request in plan.requests.items()}
-        self.plan = replace(plan, evaluation=replace(plan.evaluation, folder=self.folder), requests=requests)
+        self.plan = replace(plan, requests=requests)
         self.worker = VideoWorker(self.plan)
 
     def make(self, order: VideoOrder) -> MeasuredVideo:
         """Make and measure a video."""
         prompt, run, given = order.prompt, order.run, set[Path]()
         reference = self.plan.evaluation.reference_of(run)
-        if reference is not None and order.reference is not None:
-            path = reference_path(self.folder, reference.name, prompt)
-            write_files({path: order.reference})
-            given.add(path)
-        try:
-            with naming_crashes(f"run `{run.name}`", self.worker.device):
-                record = self.worker.make(prompt, run)
-            made = [path for path in files_in(self.folder) if path not in given]
+        with tempfile.TemporaryDirectory(prefix="blade-") as scratch:
+            folder = Path(scratch)
+            self.worker.write_to(folder)
+            if reference is not None and order.reference is not None:
+                path = reference_path(folder, reference.name, prompt)
+                write_files({path: order.reference})
+                given.add(path)
+            try:
+                with naming_crashes(f"run `{run.name}`", self.worker.device):
+                    record = self.worker.make(prompt, run)
+            except BaseException:
+                self.worker.forget()
+                raise
+            made = [path for path in files_in(folder) if path not in given]
             return MeasuredVideo(
-                record=record,
-                files={path.relative_to(self.folder).as_posix(): path.read_bytes() for path in made},
+                record=record, files={path.relative_to(folder).as_posix(): path.read_bytes() for path in made}
             )
-        except BaseException:
-            self.worker.forget()
-            raise
-        finally:
-            for entry in self.folder.iterdir():
-                remove(entry)
 
 
 def predicted_work(plan: EvaluationPlan) -> dict[str, float]:

@@ -181,6 +181,7 @@ class Pool:
             scheduling_strategy="SPREAD",
         )
         self._began, self._has_warned = time.monotonic(), False
+        self._warnings = set[str]()
         self._waiting: dict[Any, _Member] = {}
         self._members: list[_Member] = []
         connection.exits.callback(self.close)
@@ -254,6 +255,7 @@ class Pool:
                 member.actor = self._actors.remote()
             self._lost(member, type(error).__name__, pending, driver, count)
             return
+        self._warn(() if isinstance(value, dict) else value.warnings)
         if isinstance(value, dict):
             self._met(member, value)
         elif value.is_crash:
@@ -269,6 +271,13 @@ class Pool:
             count.settle(member.task, "done")
             task, member.task = member.task, None
             driver.done(task, value.value)
+
+    def _warn(self, lines: Iterable[str]) -> None:
+        """Show warnings of workers, each once."""
+        for line in lines:
+            if line not in self._warnings:
+                self._warnings.add(line)
+                logger.warning(line)
 
     def _greet(self, member: _Member) -> None:
         """Ask a worker who it is, which waits until Ray has started it, however often it has to."""

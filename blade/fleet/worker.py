@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import pickle
 import traceback
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import Any, Protocol
 from blade_kernels.crashes import DeviceCrashError
 
 from blade.common.errors import first_line
+from blade.common.terminal import logger
 
 
 class Job(Protocol):
@@ -34,6 +36,8 @@ class Outcome:
     """The error instead, which is of the task and not of the worker."""
     is_crash: bool = False
     """True if the worker's GPU has crashed, so that only a new process can go on."""
+    warnings: tuple[str, ...] = ()
+    """What this package warned of meanwhile."""
 
 
 def worker_class() -> type:
@@ -54,18 +58,19 @@ def worker_class() -> type:
             try:
                 own = version("blade-video")
             except PackageNotFoundError:
-                own = None  # type: ignore[assignment]
+                own = None
             return {"host": socket.gethostname(), "version": own, "has_loaded": hasattr(self, "work")}
 
         def load(self, job: Any, device: str, threads: int) -> Any:
             """Load what the tasks of a job need."""
+            from dataclasses import replace
+
             from blade.fleet.worker import load
 
             outcome = load(job, device, threads)
-            if outcome.error is not None:
-                return outcome
-            self.work = outcome.value
-            return type(outcome)()
+            if outcome.error is None:
+                self.work = outcome.value
+            return replace(outcome, value=None)
 
         def run(self, arguments: Any) -> Any:
             """Do a task."""
@@ -95,10 +100,26 @@ def load(job: Job, device: str, threads: int) -> Outcome:
 
 def survive(function: Callable[[Any], Any], argument: Any) -> Outcome:
     """Call a function, and return its result or its error, without what the error holds of memory."""
+    told = _Warnings(logging.WARNING)
+    logger.addHandler(told)
     try:
-        return Outcome(value=function(argument))
+        return Outcome(value=function(argument), warnings=tuple(told.lines))
     except Exception as error:  # whatever a task does; the others have nothing to do with it
-        return Outcome(error=portable(error), is_crash=isinstance(error, DeviceCrashError))
+        is_crash = isinstance(error, DeviceCrashError)
+        return Outcome(error=portable(error), is_crash=is_crash, warnings=tuple(told.lines))
+    finally:
+        logger.removeHandler(told)
+
+
+class _Warnings(logging.Handler):
+    """Takes down warnings, which would end in a file of Ray's."""
+
+    def __init__(self, level: int) -> None:
+        super().__init__(level)
+        self.lines: dict[str, None] = {}
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines[record.getMessage()] = None
 
 
 def portable(error: Exception) -> Exception:

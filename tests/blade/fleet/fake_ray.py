@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -82,7 +83,7 @@ class FakeActor:
     def _load(self, job: Any, device: str, threads: int) -> Outcome:
         outcome = survive(job.load, device)
         self.work = outcome.value
-        return Outcome(error=outcome.error)
+        return replace(outcome, value=None)
 
 
 class FakeRay:

@@ -11,6 +11,7 @@ import pytest
 from blade_kernels.crashes import DeviceCrashError
 from fake_ray import FakeConnection, FakeJob, Lost, OutOfReach
 
+from blade.common.terminal import logger
 from blade.fleet.pool import (
     LEFT_OUT,
     RETRIES,
@@ -224,6 +225,19 @@ def test_a_machine_with_another_version_is_refused_by_name(version, said) -> Non
     connection.fake.version = version
     with pytest.raises(ValueError, match=f"`ray_address` has a machine {said}, here, and this has .* pip install"):
         run(tasks("ab"), connection=connection)
+
+
+def test_warnings_of_workers_are_shown_once(caplog) -> None:
+    def work(name: str) -> str:
+        logger.warning("the prompt is long")
+        if name == "b":
+            raise ValueError("no")
+        return name
+
+    with caplog.at_level(logging.WARNING):
+        run(tasks("abc"), work)
+    shown = [record.getMessage() for record in caplog.records if record.module == "pool"]
+    assert shown == ["the prompt is long"] and len(caplog.records) == 4
 
 
 def test_a_pool_does_several_lists() -> None:
