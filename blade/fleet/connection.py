@@ -26,7 +26,6 @@ from blade.fleet.options import HOST_AND_PORT, FleetOptions, check_started_once
 SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",  # nothing is reported to anybody
     "RAY_DEDUP_LOGS_SKIP_REGEX": ".*",  # Ray's own lines about lost workers, which are reported here
-    "RAY_BACKEND_LOG_LEVEL": "error",  # so that a command's lines are its own
 }
 """Variables of Ray's environment, unless they are set."""
 
