@@ -46,6 +46,9 @@ class OutputOptions(OptionGroup):
     """With --dry-run, also predict the seconds on this GPU: a name such as H200, or the JSON of a blade-bench gpu."""
     memory: float | None = option()
     """With --dry-run, also name weights, offloading and decoding that fit a GPU of so many GiB, such as 24."""
+    parallel: int | None = option()
+    """Processes that make one video together. With --dry-run: their memory, what they send each other and, with
+    --card, seconds and efficiency."""
     debug: bool = option(False)
     """Show the traceback of an error."""
 
@@ -58,13 +61,18 @@ def _check_lists(own: OutputOptions, given: dict[str, Any]) -> None:
                 raise ValueError(f"`--{name.replace('_', '-')}` must not be given with `--{listing}`.")
 
 
+def _check_plans(own: OutputOptions) -> None:
+    """Check that nothing is asked of a plan where a video is to be made."""
+    for name, value in (("card", own.card), ("memory", own.memory), ("parallel", own.parallel)):
+        if value is not None and not own.dry_run:
+            shown = repr(value) if isinstance(value, str) else f"{value:g}"
+            raise ValueError(f"`--{name}` must not be given without `--dry-run`, got {shown}.")
+
+
 def generate(given: dict[str, Any]) -> None:
     """Generate a video from a prompt with adaptive block-sparse attention."""
     own = read_group(OutputOptions, given)
-    if own.card is not None and not own.dry_run:
-        raise ValueError(f"`--card` must not be given without `--dry-run`, got {own.card!r}.")
-    if own.memory is not None and not own.dry_run:
-        raise ValueError(f"`--memory` must not be given without `--dry-run`, got {own.memory:g}.")
+    _check_plans(own)
     _check_lists(own, given)
     added = {name: given[name] for name in option_names(*added_groups()) if name in given}
     given = {name: value for name, value in given.items() if name in option_names(*GROUPS)}
@@ -98,7 +106,7 @@ def generate(given: dict[str, Any]) -> None:
     if own.dry_run:
         from blade.generation.plan import plan_run
 
-        print_line(plan_run(request, card=own.card, memory_gib=own.memory))
+        print_line(plan_run(request, card=own.card, memory_gib=own.memory, parallel=own.parallel))
         return
     if request.model == BUNDLED:
         # loaded in a moment, so that progress bars would only hide what follows
