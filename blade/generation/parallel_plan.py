@@ -6,16 +6,19 @@ they are treated one by one, by heads in self-attention; see `blade.models.commu
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+
+import torch
 
 from blade.attention.config import BladeConfig
 from blade.common.checks import check_integer
 from blade.common.machine import GIB
-from blade.generation.prediction import Prediction, seconds_text
-from blade.models.cards import Link
+from blade.generation.prediction import Prediction, predict, seconds_text
+from blade.models.cards import CardRates, Link
 from blade.models.communication import FLOAT32, SplitPass
-from blade.models.costs import RunCost
+from blade.models.costs import ForwardCost, RunCost, forward_cost
+from blade.models.loaded import LatentSize, LoadedModel
 
 LINK_SHARE = 0.8
 """Assumed share of a link's documented peak that collective operations reach. A copy between two H100 reached 380 of
@@ -27,6 +30,50 @@ LATENCY = 30e-6
 LOCAL_TENSORS = 5
 """Tensors of a rank's tokens and all heads beside those that are exchanged: the residual stream, its norm, queries,
 keys and values before they are packed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PassShape:
+    """Facts of a run's forward passes that do not depend on how many processes make them."""
+
+    batches: tuple[int, ...]
+    """Batch items of each call of the transformer in a step."""
+    whole_sequence: bool
+    """See `ModelFamily.whole_sequence`."""
+    element_size: int
+    """Bytes of a number."""
+    out_channels: int
+    """Numbers that the transformer puts out for a video token."""
+    whole_linear: float
+    """Operations of matrix products with weights in a pass of one item that every rank does whole: with text outside
+    of the sequence, which no rank has a part of."""
+
+    @classmethod
+    def of(cls, model: LoadedModel, latent: LatentSize, forward: ForwardCost, batches: tuple[int, ...]) -> PassShape:
+        """Find the facts out on the meta device.
+
+        Args:
+            model: the model without its weights.
+            latent: the size of its latent.
+            forward: the cost of a pass of one item.
+            batches: see the field.
+        """
+        transformer, family = model.transformer, model.family
+        inputs = model.example_inputs(latent)
+        with torch.no_grad(), torch.device("meta"), family.without_values():
+            output = transformer(**inputs)[0]
+        apart, tokens = 0.0, inputs["encoder_hidden_states"].shape[1]
+        if not forward.grid.text_tokens:  # the operations grow with the text, which is halved to find out how fast
+            half = forward_cost(transformer, latent, text_tokens=tokens // 2)
+            saved = forward.flops["linear layers"] - half.flops["linear layers"]
+            apart = saved / (tokens - tokens // 2) * tokens
+        return cls(
+            batches=batches,
+            whole_sequence=family.whole_sequence,
+            element_size=transformer.dtype.itemsize,
+            out_channels=output.numel() // forward.grid.video_tokens,
+            whole_linear=apart,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,27 +90,14 @@ class Traffic:
     """Steps of the second kind."""
 
     @classmethod
-    def of(
-        cls,
-        cost: RunCost,
-        config: BladeConfig | None,
-        *,
-        ranks: int,
-        batches: Sequence[int],
-        whole_sequence: bool,
-        element_size: int,
-        out_channels: int,
-    ) -> Traffic:
+    def of(cls, cost: RunCost, config: BladeConfig | None, shape: PassShape, ranks: int) -> Traffic:
         """Work out the traffic of a run.
 
         Args:
             cost: of its transformer.
             config: of its attention; None is dense.
+            shape: of its forward passes.
             ranks: number of processes.
-            batches: batch items of each call of the transformer in a step.
-            whole_sequence: see `SplitPass.equal`.
-            element_size: bytes of a number.
-            out_channels: numbers of a token of the output.
 
         Raises:
             ValueError: if a rank would have no head, or heads are dealt by cost.
@@ -77,10 +111,10 @@ class Traffic:
                 "`parallel` must not be given for a dry run with head patterns: which heads a process computes "
                 "follows from their cost, which the prediction does not know."
             )
-        steps, choosing, blocks = cost.passes // sum(batches), 0, None
+        steps, choosing, blocks = cost.passes // sum(shape.batches), 0, None
         layers: tuple[int, ...] = ()
         if config is not None and cost.sparse_passes and config.asa.budget == "layer":
-            choosing = -(-(cost.sparse_passes // sum(batches)) // config.asa.reselect_every)
+            choosing = -(-(cost.sparse_passes // sum(shape.batches)) // config.asa.reselect_every)
             blocks = -(-forward.grid.sequence_length // config.asa.block_size)
             layers = tuple(layer for layer in range(forward.layers) if layer not in config.dense_layers)
         plain = tuple(
@@ -91,12 +125,12 @@ class Traffic:
                 heads=forward.heads,
                 layers=forward.layers,
                 head_dim=forward.head_dim,
-                element_size=element_size,
-                out_channels=out_channels,
-                whole_sequence=whole_sequence,
+                element_size=shape.element_size,
+                out_channels=shape.out_channels,
+                whole_sequence=shape.whole_sequence,
                 score_blocks=blocks,
             )
-            for batch in batches
+            for batch in shape.batches
         )
         return cls(
             plain=plain,
@@ -179,6 +213,8 @@ class ParallelPrediction:
 class ParallelPlan:
     """A run on several cards; `print` it."""
 
+    shape: PassShape
+    """Facts of its forward passes."""
     traffic: Traffic
     """What the processes send each other."""
     weights_gib: float
@@ -220,6 +256,29 @@ class ParallelPlan:
         return "\n".join(f"{'' if number else 'parallel':<12}{line}" for number, line in enumerate(lines))
 
 
+def predict_parallel(
+    cost: RunCost, text_flops: float, decoding_flops: float, rates: CardRates, link: Link, plan: ParallelPlan
+) -> ParallelPrediction:
+    """Predict the seconds of a run on several cards, which wait for each other and for their links.
+
+    Args:
+        cost: of the transformer, on one card.
+        text_flops: operations of the text encoders.
+        decoding_flops: operations of the decoder.
+        rates: the speed of a card, which has all that the run needs.
+        link: what the cards are connected by.
+        plan: how the run is split.
+    """
+    own = rank_cost(cost, plan.traffic.largest, whole_linear=plan.shape.whole_linear)
+    return ParallelPrediction(
+        alone=predict(cost, text_flops, decoding_flops, rates),
+        rank=predict(own, text_flops, decoding_flops, rates),
+        waiting=plan.traffic.seconds(link),
+        link=link,
+        ranks=plan.ranks,
+    )
+
+
 def even_heads(split: SplitPass) -> float:
     """Return the efficiency of attention: the mean number of a rank's heads as a share of the largest."""
     return sum(split.heads[0]) / split.ranks / max(split.heads[0])
@@ -234,8 +293,7 @@ def rank_cost(cost: RunCost, split: SplitPass, *, whole_linear: float) -> RunCos
     Args:
         cost: of the whole run.
         split: a forward pass of it.
-        whole_linear: operations of matrix products with weights in a pass that every rank does whole, such as those
-            with text that cross-attention looks at.
+        whole_linear: see `PassShape`.
     """
     tokens, heads = max(split.tokens) / sum(split.tokens), max(split.heads[0]) / sum(split.heads[0])
     by = {"self-attention": heads, "block selection": heads, "other attention": tokens, "linear layers": tokens}

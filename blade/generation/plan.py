@@ -14,13 +14,7 @@ from blade.common.machine import GIB
 from blade.common.terminal import printable
 from blade.generation.memory import MemoryPlan, plan_memory
 from blade.generation.memory_stages import Stages
-from blade.generation.parallel_plan import (
-    ParallelPlan,
-    ParallelPrediction,
-    Traffic,
-    rank_activations_gib,
-    rank_cost,
-)
+from blade.generation.parallel_plan import ParallelPlan, PassShape, Traffic, predict_parallel, rank_activations_gib
 from blade.generation.prediction import Prediction, predict
 from blade.generation.request import GenerationRequest, ResolvedRequest, check_known
 from blade.generation.resolve import describe_student, resolve_request
@@ -228,7 +222,8 @@ def plan_run(
         plan = replace(plan, prediction=_predict(plan, model, known_card))
     if parallel is not None:
         batches = (batch, *(1 for _ in range(family.guidance_passes - batch))) if guidance else (1,)
-        plan = replace(plan, parallel=_plan_parallel(plan, model, latent, known_card, parallel, batches))
+        shape = PassShape.of(model, latent, forward, batches)
+        plan = replace(plan, parallel=_plan_parallel(plan, shape, known_card, parallel))
     return plan
 
 
@@ -251,38 +246,23 @@ def _predict(plan: RunPlan, model: LoadedModel, card: DocumentedCard | CardRepor
 
 
 def _plan_parallel(
-    plan: RunPlan,
-    model: LoadedModel,
-    latent: LatentSize,
-    card: DocumentedCard | CardReport | None,
-    ranks: int,
-    batches: tuple[int, ...],
+    plan: RunPlan, shape: PassShape, card: DocumentedCard | CardReport | None, ranks: int
 ) -> ParallelPlan:
     """Plan the same run for several processes.
 
     Args:
         plan: of one process.
-        model: the model without its weights.
-        latent: the size of its latent.
+        shape: of its forward passes.
         card: the card of each process, if it was named.
         ranks: number of processes.
-        batches: batch items of each call of the transformer in a step.
 
     Raises:
         ValueError: see `Traffic.of`.
     """
-    transformer, cost = model.transformer, plan.cost
-    traffic = Traffic.of(
-        cost,
-        plan.request.blade_config,
-        ranks=ranks,
-        batches=batches,
-        whole_sequence=model.family.whole_sequence,
-        element_size=transformer.dtype.itemsize,
-        out_channels=_output_channels(model, latent),
-    )
+    traffic = Traffic.of(plan.cost, plan.request.blade_config, shape, ranks)
     activations = rank_activations_gib(plan.activations_gib["transformer"], traffic.largest)
     parallel = ParallelPlan(
+        shape=shape,
         traffic=traffic,
         weights_gib=sum(plan.weights_gib.values()),
         activations_gib={**plan.activations_gib, "transformer": activations},
@@ -292,37 +272,12 @@ def _plan_parallel(
     if card.link is None:
         return replace(parallel, unpredicted=f"nothing is known of what connects several of {card.name}")
     if plan.prediction.lacking:
-        return replace(
-            parallel, unpredicted=f"the report has no speed of {', '.join(plan.prediction.lacking.values())}"
-        )
-    own = rank_cost(cost, traffic.largest, whole_linear=_text_flops_apart(model, latent, cost))
-    rank = predict(own, plan.text_flops, plan.decoding_flops, plan.prediction.rates)
-    prediction = ParallelPrediction(
-        alone=plan.prediction, rank=rank, waiting=traffic.seconds(card.link), link=card.link, ranks=ranks
+        lacking = ", ".join(plan.prediction.lacking.values())
+        return replace(parallel, unpredicted=f"the report has no speed of {lacking}")
+    flops = plan.text_flops, plan.decoding_flops
+    return replace(
+        parallel, prediction=predict_parallel(plan.cost, *flops, plan.prediction.rates, card.link, parallel)
     )
-    return replace(parallel, prediction=prediction)
-
-
-def _output_channels(model: LoadedModel, latent: LatentSize) -> int:
-    """Return the numbers that the transformer puts out for a video token."""
-    family, transformer = model.family, model.transformer
-    inputs = family.example_inputs(transformer, latent)
-    with torch.no_grad(), torch.device("meta"), family.without_values():
-        output = transformer(**inputs)[0]
-    return int(output.numel() // family.token_grid(transformer, inputs).video_tokens)
-
-
-def _text_flops_apart(model: LoadedModel, latent: LatentSize, cost: RunCost) -> float:
-    """Return the operations of a pass's matrix products with text outside of the sequence, which no rank has part of.
-
-    They grow with the text, which is halved to find out.
-    """
-    if cost.forward.grid.text_tokens:
-        return 0.0
-    tokens: int = model.example_inputs(latent)["encoder_hidden_states"].shape[1]
-    half = forward_cost(model.transformer, latent, text_tokens=tokens // 2)
-    saved = cost.forward.flops["linear layers"] - half.flops["linear layers"]
-    return saved / (tokens - tokens // 2) * tokens
 
 
 def _check_predictable(request: GenerationRequest) -> None:

@@ -15,7 +15,15 @@ from blade.attention.pattern_table import uniform_table
 from blade.attention.patterns import HeadPattern
 from blade.cli.generate import main
 from blade.common.machine import GIB
-from blade.generation.parallel_plan import LATENCY, LINK_SHARE, Traffic, even_heads, rank_activations_gib, rank_cost
+from blade.generation.parallel_plan import (
+    LATENCY,
+    LINK_SHARE,
+    PassShape,
+    Traffic,
+    even_heads,
+    rank_activations_gib,
+    rank_cost,
+)
 from blade.generation.plan import plan_run
 from blade.generation.request import GenerationRequest
 from blade.models.cards import Link, find_card
@@ -44,9 +52,11 @@ def adaptive(**changes) -> BladeConfig:
     return replace(config, asa=replace(config.asa, block_size=64, budget="layer", **changes))
 
 
-def traffic_of(cost: RunCost, config: BladeConfig | None = None, **changes) -> Traffic:
-    given = {"ranks": 8, "batches": (1, 1), "whole_sequence": False, "element_size": 2, "out_channels": 64}
-    return Traffic.of(cost, config, **(given | changes))
+def traffic_of(
+    cost: RunCost, config: BladeConfig | None = None, *, ranks: int = 8, batches: tuple[int, ...] = (1, 1)
+) -> Traffic:
+    shape = PassShape(batches=batches, whole_sequence=False, element_size=2, out_channels=64, whole_linear=0.0)
+    return Traffic.of(cost, config, shape, ranks)
 
 
 def test_uneven_heads_cost_attention_a_quarter() -> None:
