@@ -138,10 +138,12 @@ def _make_one(own: OutputOptions, request: GenerationRequest) -> None:
     inputs = {} if own.from_json is None else {own.from_json: "from_json"}
     parallel = launched_processes() if own.parallel is None else own.parallel
     with join_team(parallel, request.device) as team:
-        if team is None or team.is_first:
-            print_line(generate_files(request, own.output, compare=own.compare, inputs=inputs, team=team))
-        else:
+        if team is not None and not team.is_first:
             follow(team)
+            return
+        print_line(generate_files(request, own.output, compare=own.compare, inputs=inputs, team=team))
+        if team is not None:
+            team.tell(None)
 
 
 def _make_list(
@@ -162,6 +164,8 @@ def _make_list(
             request, prompts, own.output or OUTPUT_FOLDER, seeds=seeds, compare=own.compare, inputs=inputs, team=team
         )
         print_line(report)
+        if team is not None:
+            team.tell(None)
     if report.failed:
         raise typer.Exit(FAILED_EXIT_CODE)
 

@@ -151,7 +151,7 @@ class Team:
 def join_team(parallel: int, device: str | None) -> Iterator[Team | None]:
     """Join the processes that make each video together inside a `with` block; None where `parallel` is 1.
 
-    The others are told when the first is done. Where it fails, whoever launched them ends them.
+    Where one fails, whoever launched them ends the others.
 
     Args:
         parallel: number of processes.
@@ -165,8 +165,5 @@ def join_team(parallel: int, device: str | None) -> Iterator[Team | None]:
         return
     import torch.distributed as dist
 
-    team = Team(parallel, resolve_device(device))
-    yield team
-    if team.is_first:
-        team.tell(None)
+    yield Team(parallel, resolve_device(device))
     dist.destroy_process_group()

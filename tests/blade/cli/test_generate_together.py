@@ -1,4 +1,4 @@
-"""`blade-generate` in several processes that make each video together."""
+"""`blade-generate` and `blade-bench generate` in several processes that make each video together."""
 
 import json
 import os
@@ -16,11 +16,11 @@ SIZE = ("--height=64", "--width=96", "--frames=9", "--steps=3", "--guidance-scal
 SPARSE = ("--sparsity=0.5", "--dense-steps=1", "--dense-layers=0")
 
 
-def launch(folder, *arguments, processes=2):
-    """Run the command in several processes; return its exit code and what it printed."""
+def launch(folder, *arguments, command="generate", processes=2):
+    """Run a command in several processes; return its exit code and what it printed."""
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes))
     run = subprocess.run(
-        [sys.executable, *launcher, "-m", "blade.cli.generate", *map(str, arguments)],
+        [sys.executable, *launcher, "-m", f"blade.cli.{command}", *map(str, arguments)],
         cwd=folder,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         text=True,
@@ -65,6 +65,22 @@ def test_a_list_is_made_together_and_what_is_there_stays(saved_tiny_pipeline, tm
     assert code == 0, printed
     assert "2 made, 2 there before, 0 failed" in printed
     assert len(list((tmp_path / "out").glob("*.mp4"))) == 4
+
+
+@pytest.mark.slow
+def test_a_benchmark_times_passes_of_two_processes(saved_tiny_pipeline, tmp_path):
+    small = ("--height=64", "--width=64", "--frames=9", "--steps=2", "--student-steps=1", "--repeats=1")
+    sizes = (*small, "--measured-passes=1", "--sparsity=0.5")
+    code, printed = launch(
+        tmp_path, "generate", "--model", saved_tiny_pipeline, *sizes, "--output=out", command="bench"
+    )
+    assert code == 0, printed
+    assert printed.count("out/generation.json") == 1
+    report = json.loads((tmp_path / "out" / "generation.json").read_text(encoding="utf-8"))
+    assert report["processes"] == 2 and report["parts_ms"]["communication"] > 0
+    assert "2 processes compute every pass together" in (tmp_path / "out" / "generation.md").read_text(
+        encoding="utf-8"
+    )
 
 
 def test_the_number_of_processes_must_be_that_of_the_launched(monkeypatch, capsys, saved_tiny_pipeline):
