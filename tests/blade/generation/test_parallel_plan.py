@@ -232,7 +232,3 @@ def test_the_command_plans_several_processes(capsys: pytest.CaptureFixture[str])
     assert not ended.value.code and "parallel    2 processes of at most 96 tokens" in shown
     assert "2 of 3 heads, so that attention is split with an efficiency of 75 %" in shown
     assert "            each sends at most " in shown and "times as fast" not in shown
-    with pytest.raises(SystemExit) as ended:
-        main([*line, "--parallel", "2"])
-    message = "`--parallel` must not be given without `--dry-run`, got 2."
-    assert ended.value.code == 2 and message in " ".join(capsys.readouterr().err.split())
