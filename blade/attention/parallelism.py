@@ -111,7 +111,8 @@ class Parallelism:
     def release(self, transformer: Transformer) -> None:
         """Give the sequence back to Diffusers, as `enable_parallelism` would have cut it."""
         transformer.__dict__.pop("_cp_plan", None)
-        if self._ranks is None:
+        if self._ranks is None or getattr(transformer, "_parallel_config", None) is None:
+            self._forget()
             return
         context, plan = _ulysses(self._config), type(transformer)._cp_plan
         removed, processors = self._removed, self._processors

@@ -53,7 +53,8 @@ class Ranks:
         if missing:
             padding = tensor.new_zeros(*tensor.shape[:dim], missing, *tensor.shape[dim + 1 :])
             tensor = torch.cat((tensor, padding), dim=dim)
-        gathered = collectives.wait_tensor(collectives.all_gather_tensor(tensor.unsqueeze(0), 0, self.group))
+        gather = getattr(collectives, "all_gather_single", collectives.all_gather_tensor)  # its name before 2.13
+        gathered = collectives.wait_tensor(gather(tensor.unsqueeze(0), 0, self.group))
         return torch.cat([part.narrow(dim, 0, size) for part, size in zip(gathered.unbind(), sizes)], dim=dim)
 
 

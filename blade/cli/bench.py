@@ -360,3 +360,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         arguments: the command line without the program's name; None takes the process's own.
     """
     run_command(_application(), arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -278,3 +278,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     )
     names = (*GENERATION_OPTIONS, *option_names(RunOptions, PromptSetOptions, SearchOptions, ResultOptions))
     run_command(make_command(evaluate, groups, names=names, first=FIRST), arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 import typer
 
 from blade.cli.command import run_command
 from blade.cli.options import make_command
+from blade.common.checks import check_integer
 from blade.common.options import OptionGroup, option, option_names, read_group
 from blade.common.terminal import logger, print_line
 from blade.generation.options import GROUPS, added_groups
+
+if TYPE_CHECKING:
+    from blade.generation.request import GenerationRequest
 
 FIRST = ("prompt", "model", "student", "sparsity", "output")
 """Options that most people need first."""
@@ -46,6 +50,10 @@ class OutputOptions(OptionGroup):
     """With --dry-run, also predict the seconds on this GPU: a name such as H200, or the JSON of a blade-bench gpu."""
     memory: float | None = option()
     """With --dry-run, also name weights, offloading and decoding that fit a GPU of so many GiB, such as 24."""
+    parallel: int | None = option()
+    """Processes that make each video together, on a GPU each: accelerate launch --num_processes N. By default all
+    that were launched, or 1 with --prompts and --seeds, whose videos they share out. With --dry-run any number: their
+    memory, what they send each other and, with --card, seconds and efficiency."""
     debug: bool = option(False)
     """Show the traceback of an error."""
 
@@ -58,13 +66,20 @@ def _check_lists(own: OutputOptions, given: dict[str, Any]) -> None:
                 raise ValueError(f"`--{name.replace('_', '-')}` must not be given with `--{listing}`.")
 
 
+def _check_plans(own: OutputOptions) -> None:
+    """Check that nothing is asked of a plan where a video is to be made, and the number of processes."""
+    if own.parallel is not None:
+        check_integer("parallel", own.parallel, least=1)
+    for name, value in (("card", own.card), ("memory", own.memory)):
+        if value is not None and not own.dry_run:
+            shown = repr(value) if isinstance(value, str) else f"{value:g}"
+            raise ValueError(f"`--{name}` must not be given without `--dry-run`, got {shown}.")
+
+
 def generate(given: dict[str, Any]) -> None:
     """Generate a video from a prompt with adaptive block-sparse attention."""
     own = read_group(OutputOptions, given)
-    if own.card is not None and not own.dry_run:
-        raise ValueError(f"`--card` must not be given without `--dry-run`, got {own.card!r}.")
-    if own.memory is not None and not own.dry_run:
-        raise ValueError(f"`--memory` must not be given without `--dry-run`, got {own.memory:g}.")
+    _check_plans(own)
     _check_lists(own, given)
     added = {name: given[name] for name in option_names(*added_groups()) if name in given}
     given = {name: value for name, value in given.items() if name in option_names(*GROUPS)}
@@ -75,17 +90,34 @@ def generate(given: dict[str, Any]) -> None:
     import transformers
 
     from blade.evaluation.prompts import parse_seeds
-    from blade.generation.naming import OUTPUT_FOLDER
-    from blade.generation.outputs import generate_files, generate_list
     from blade.generation.prompts import read_prompts
-    from blade.generation.record import read_request
-    from blade.generation.request import NO_STUDENT, GenerationRequest, default_student, lost_student
     from blade.models.source import BUNDLED
 
     seeds = None if own.seeds is None else parse_seeds(own.seeds)
     listed = [] if own.prompts is None else read_prompts(own.prompts)
     if listed:
         given["prompt"] = listed[0]
+    request = _read_request(own, given)
+    if own.dry_run:
+        from blade.generation.plan import plan_run
+
+        print_line(plan_run(request, card=own.card, memory_gib=own.memory, parallel=own.parallel))
+        return
+    if request.model == BUNDLED:
+        # loaded in a moment, so that progress bars would only hide what follows
+        diffusers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.disable_progress_bar()
+    if listed or seeds is not None:
+        _make_list(own, request, listed or [request.prompt], seeds)
+    else:
+        _make_one(own, request)
+
+
+def _read_request(own: OutputOptions, given: dict[str, Any]) -> GenerationRequest:
+    """Return the request of the options, or of a record that they change."""
+    from blade.generation.record import read_request
+    from blade.generation.request import NO_STUDENT, GenerationRequest, default_student, lost_student
+
     if own.from_json is None and "prompt" not in given:
         raise ValueError('`--prompt` must be given, such as blade-generate "a red ball moving right".')
     if given.get("student") == NO_STUDENT:
@@ -94,27 +126,44 @@ def generate(given: dict[str, Any]) -> None:
         if notice := lost_student(given):
             logger.warning(notice)
         given["student"] = default_student(given)
-    request = GenerationRequest(**given) if own.from_json is None else read_request(own.from_json, given)
-    if own.dry_run:
-        from blade.generation.plan import plan_run
+    return GenerationRequest(**given) if own.from_json is None else read_request(own.from_json, given)
 
-        print_line(plan_run(request, card=own.card, memory_gib=own.memory))
-        return
-    if request.model == BUNDLED:
-        # loaded in a moment, so that progress bars would only hide what follows
-        diffusers.utils.logging.disable_progress_bar()
-        transformers.utils.logging.disable_progress_bar()
-    if own.prompts is not None or seeds is not None:
-        folder = own.output or OUTPUT_FOLDER
-        inputs = {} if own.prompts is None else {own.prompts: "prompts"}
-        listed = listed or [request.prompt]
-        report = generate_list(request, listed, folder, seeds=seeds, compare=own.compare, inputs=inputs)
-        print_line(report)
-        if report.failed:
-            raise typer.Exit(FAILED_EXIT_CODE)
-        return
+
+def _make_one(own: OutputOptions, request: GenerationRequest) -> None:
+    """Make one video, with all processes that were launched."""
+    from blade.generation.outputs import generate_files
+    from blade.generation.team import follow
+    from blade.models.parallel import join_team, launched_processes
+
     inputs = {} if own.from_json is None else {own.from_json: "from_json"}
-    print_line(generate_files(request, own.output, compare=own.compare, inputs=inputs))
+    parallel = launched_processes() if own.parallel is None else own.parallel
+    with join_team(parallel, request.device) as team:
+        if team is None or team.is_first:
+            print_line(generate_files(request, own.output, compare=own.compare, inputs=inputs, team=team))
+        else:
+            follow(team)
+
+
+def _make_list(
+    own: OutputOptions, request: GenerationRequest, prompts: Sequence[str], seeds: Sequence[int] | None
+) -> None:
+    """Make a video of every prompt and seed, as one of several processes or with all that were launched."""
+    from blade.generation.naming import OUTPUT_FOLDER
+    from blade.generation.outputs import generate_list
+    from blade.generation.team import follow
+    from blade.models.parallel import join_team
+
+    inputs = {} if own.prompts is None else {own.prompts: "prompts"}
+    with join_team(own.parallel or 1, request.device) as team:
+        if team is not None and not team.is_first:
+            follow(team)
+            return
+        report = generate_list(
+            request, prompts, own.output or OUTPUT_FOLDER, seeds=seeds, compare=own.compare, inputs=inputs, team=team
+        )
+        print_line(report)
+    if report.failed:
+        raise typer.Exit(FAILED_EXIT_CODE)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -125,3 +174,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """
     groups = (*GROUPS, *added_groups(), OutputOptions)
     run_command(make_command(generate, groups, first=FIRST, by_place="prompt"), arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -142,3 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     names = (*GENERATION_OPTIONS, *OBJECTIVES, *option_names(SearchOptions, ProfileOptions))
     groups = (budget_options(), *GENERATION_GROUPS, SearchOptions, ProfileOptions)
     run_command(make_command(profile, groups, names=names), arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -5,6 +5,9 @@ Diffusers' `enable_parallelism` needs an accelerator and a plan of its own for t
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,12 +15,13 @@ import torch
 from blade.attention.applied import applied_to
 from blade.families.registry import find_family
 from blade.families.transformers import Transformer
+from blade.models.devices import resolve_device
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 DATA, RING, ULYSSES = "data", "ring", "ulysses"
-"""Dimensions of the mesh: processes with videos of their own, and, as Diffusers names them, those that share one."""
+"""Dimensions of a mesh: processes with videos of their own, and, as Diffusers names them, those that share one."""
 
 
 def make_mesh(device: torch.device, degree: int) -> DeviceMesh:
@@ -92,3 +96,99 @@ def join_transformer(transformer: Transformer) -> None:
     assert applied is not None
     transformer._parallel_config = None
     applied.parallelism.follow(transformer)
+
+
+def launched_processes() -> int:
+    """Return the number of processes that accelerate or torchrun launched with this one."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+class Team:
+    """The processes that make one video together: all that were launched, on a GPU each or on the CPU."""
+
+    def __init__(self, parallel: int, device: torch.device) -> None:
+        """Join the others.
+
+        Args:
+            parallel: their number.
+            device: the device that was asked for, without a number.
+
+        Raises:
+            ValueError: if another number of processes was launched, or the device has a number.
+        """
+        launched = launched_processes()
+        if parallel != launched:
+            raise ValueError(
+                f"`parallel` must be the number of processes that were launched, {launched}, got {parallel}: "
+                f"accelerate launch --num_processes {parallel} -m blade.cli.generate ..."
+            )
+        if device.index is not None:
+            raise ValueError(f"`device` must have no number where every process takes a GPU of its own, got {device}.")
+        from accelerate import PartialState
+
+        state = PartialState(cpu=device.type == "cpu")
+        self.index: int = state.process_index
+        self.count: int = parallel
+        self.device: torch.device = state.device
+        self.mesh: DeviceMesh = make_mesh(self.device, parallel)
+
+    @property
+    def is_first(self) -> bool:
+        """True if this process writes files and reports."""
+        return self.index == 0
+
+    @contextmanager
+    def splitting(self, transformers: Iterable[Transformer]) -> Iterator[None]:
+        """Share out the sequences of transformers inside a `with` block, in which BLADE is applied to them.
+
+        Raises:
+            ValueError: if one cannot be split.
+        """
+        split = list(transformers)
+        try:
+            for transformer in split:
+                split_transformer(transformer, self.mesh)
+            yield
+        finally:
+            for transformer in split:
+                transformer._parallel_config = None
+
+    def tell(self, task: Any) -> None:
+        """Hand the others what to do next, as the first process; None: nothing more."""
+        self._broadcast(task)
+
+    def hear(self) -> Any:
+        """Wait for what the first process says is to be done next; None: nothing more."""
+        return self._broadcast(None)
+
+    def _broadcast(self, task: Any) -> Any:
+        import torch.distributed as dist
+
+        tasks = [task]
+        dist.broadcast_object_list(tasks, src=0, device=self.device)
+        return tasks[0]
+
+
+@contextmanager
+def join_team(parallel: int, device: str | None) -> Iterator[Team | None]:
+    """Join the processes that make each video together inside a `with` block; None where `parallel` is 1.
+
+    The others are told when the first is done. Where it fails, whoever launched them ends them.
+
+    Args:
+        parallel: number of processes.
+        device: the device that was asked for.
+
+    Raises:
+        ValueError: see `Team`.
+    """
+    if parallel == 1:
+        yield None
+        return
+    import torch.distributed as dist
+
+    team = Team(parallel, resolve_device(device))
+    yield team
+    if team.is_first:
+        team.tell(None)
+    dist.destroy_process_group()
