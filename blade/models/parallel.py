@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from blade.attention.applied import applied_to
 from blade.families.registry import find_family
 from blade.families.transformers import Transformer
 from blade.models.devices import resolve_device
@@ -64,16 +65,37 @@ def split_transformer(transformer: Transformer, mesh: DeviceMesh) -> None:
     transformer._parallel_config = config
 
 
-def check_splits(transformer: Transformer) -> None:
+def check_splits(transformer: Transformer, field: str = "parallel", *, trained: bool = False) -> None:
     """Check that a transformer's sequence can be split.
+
+    Args:
+        transformer: the transformer, with or without weights.
+        field: the option that asks for it.
+        trained: ask for gradients too.
 
     Raises:
         ValueError: if it cannot.
     """
-    if find_family(transformer).sequence_split(transformer) is None:
+    plan, name = find_family(transformer).sequence_split(transformer), type(transformer).__name__
+    if plan is None:
+        raise ValueError(f"`{field}` must be 1 for a {name}, as there is no plan for its sequence.")
+    if trained and plan.cut_keys:
         raise ValueError(
-            f"`parallel` must be 1 for a {type(transformer).__name__}, as there is no plan for its sequence."
+            f"`{field}` must be 1 for a {name}, which cannot be trained while it is split: a part of it is whole on "
+            "every GPU."
         )
+
+
+def join_transformer(transformer: Transformer) -> None:
+    """Undo `split_transformer`, before BLADE is applied anew.
+
+    Args:
+        transformer: the transformer, in every process, with BLADE.
+    """
+    applied = applied_to(transformer)
+    assert applied is not None
+    transformer._parallel_config = None
+    applied.parallelism.follow(transformer)
 
 
 def launched_processes() -> int:
