@@ -10,6 +10,7 @@ import torch
 
 from blade.cli.generate import main
 from blade.media.video import read_mp4
+from blade.models.devices import resolve_device
 from blade.models.parallel import Team
 
 SIZE = ("--height=64", "--width=96", "--frames=9", "--steps=3", "--guidance-scale=2")
@@ -96,5 +97,16 @@ def test_the_number_of_processes_must_be_that_of_the_launched(monkeypatch, capsy
 
 def test_a_numbered_device_is_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="`device` must have no number where every process takes a GPU of its own"):
-        Team(2, torch.device("cuda:1"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    with pytest.raises(ValueError, match="`device` must be cuda where every process takes its own, got cuda:1"):
+        Team(2, "cuda:1")
+
+
+def test_processes_of_a_machine_take_a_gpu_each(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert resolve_device() == torch.device("cuda")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert resolve_device() == torch.device("cuda:3") and resolve_device("cuda") == torch.device("cuda")
