@@ -7,7 +7,7 @@ seed gives the same video whatever else draws random numbers.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from blade_kernels.block_mask import BlockMask
@@ -20,6 +20,7 @@ from blade.attention.config import AdaptiveConfig, BladeConfig
 from blade.attention.frame_keys import FrameKeys
 from blade.attention.reuse import Kept
 from blade.attention.selectors import Selector, SelectorContext, find_selector
+from blade.attention.sequence_parallel import HeadShare
 from blade.token_grid import TokenGrid
 
 DRAWN_STEPS = 64
@@ -83,6 +84,10 @@ class AdaptivePlan:
     def head_places(self, rows: tuple[torch.Tensor, ...]) -> None:
         """All heads have the model's order."""
 
+    def rows_of_heads(self, rows: tuple[torch.Tensor, ...], heads: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return what some heads read of `rows`."""
+        return (self.selector.of_heads(rows[0], heads),)
+
     def attend(
         self,
         query: torch.Tensor,
@@ -93,9 +98,10 @@ class AdaptivePlan:
         places: torch.Tensor | None = None,
         kept: Kept | None = None,
         beside: FrameKeys | None = None,
+        share: HeadShare | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, str]:
         """Attend; `rows` is this layer's and step's row of `draw_table`. See `adaptive_attention`."""
-        return adaptive_attention(query, key, value, self, rows[0], key_lengths, kept, beside)
+        return adaptive_attention(query, key, value, self, rows[0], key_lengths, kept, beside, share)
 
     @property
     def min_blocks(self) -> int:
@@ -114,6 +120,7 @@ def adaptive_attention(
     key_lengths: torch.Tensor | None = None,
     kept: Kept | None = None,
     beside: FrameKeys | None = None,
+    share: HeadShare | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, str]:
     """Attend to the key blocks that matter. Differentiable, but for the choice of blocks.
 
@@ -126,6 +133,7 @@ def adaptive_attention(
         key_lengths: (B,) integers: the keys from there on, which are text, are absent. The density counts them.
         kept: returns the mask of an earlier step, or keeps the one that it calls for. None: choose.
         beside: keys for the queries of single frames, all of which are kept. The density does not count them.
+        share: where these are the heads of one rank, the heads of each.
 
     Returns:
         (B, S, H, D) output, the realised density, a float32 tensor of no dimensions, and the implementation that
@@ -133,9 +141,11 @@ def adaptive_attention(
     """
     with torch.no_grad():
         if kept is None:
-            mask = select(query, key, value, plan, draw, key_lengths)
+            mask = select(query, key, value, plan, draw, key_lengths, share)
         else:
-            mask = kept(lambda: select(query, key, value, plan, draw, key_lengths))
+            mask = kept(lambda: select(query, key, value, plan, draw, key_lengths, share))
+    if query.shape[2] == 0:  # a rank without heads, which had to take part in the selection
+        return query, query.new_zeros((), dtype=torch.float32), plan.implementation
     return attend_to_blocks(
         query, key, value, mask, plan.grid, pooled=_pool(key, value, plan), key_lengths=key_lengths, beside=beside,
         implementation=plan.implementation, precision=plan.precision,
@@ -222,9 +232,21 @@ def select(
     plan: AdaptivePlan,
     draw: torch.Tensor,
     key_lengths: torch.Tensor | None = None,
+    share: HeadShare | None = None,
 ) -> BlockMask:
-    """Choose the key blocks of every query block. See `adaptive_attention`."""
-    return keep_most_important(block_importance(query, key, value, plan, draw, key_lengths), plan)
+    """Choose the key blocks of every query block. See `adaptive_attention`.
+
+    Of a budget that all heads of the layer share, every rank works out the whole from the scores of all.
+    """
+    batch, _, heads, _ = query.shape
+    if heads:
+        importance = block_importance(query, key, value, plan, draw, key_lengths, share)
+    else:
+        importance = query.new_zeros(1, 1, plan.context.blocks, plan.context.blocks, dtype=torch.float32)
+    if share is None or plan.config.budget == "row" or plan.selector.scores_all_heads:
+        return keep_most_important(importance, plan)
+    mask = keep_most_important(share.gather_heads(importance.expand(batch, heads, -1, -1)), plan)
+    return BlockMask.from_dense(mask.keep.index_select(1, share.heads), mask.block_size, mask.capacity)
 
 
 def block_importance(
@@ -234,9 +256,13 @@ def block_importance(
     plan: AdaptivePlan,
     draw: torch.Tensor,
     key_lengths: torch.Tensor | None = None,
+    share: HeadShare | None = None,
 ) -> torch.Tensor:
     """Score the key blocks for every query block, (B or 1, H or 1, blocks, blocks). See `adaptive_attention`."""
-    scores = plan.selector.score(query, key, plan.context, draw, key_lengths)
+    context = plan.context
+    if share is not None:
+        context = replace(context, heads=share.heads, head_count=sum(share.counts))
+    scores = plan.selector.score(query, key, context, draw, key_lengths)
     if plan.config.value_weighting and not plan.selector.is_control:
         scores = scores * value_spread(value, plan.config.block_size, key_lengths=key_lengths).unsqueeze(2)
     return scores

@@ -19,7 +19,9 @@ from blade.attention.config import BladeConfig
 from blade.attention.hook_order import register_innermost, remove_innermost
 from blade.attention.layer import Plan, SparseLayer
 from blade.attention.methods import Method, method_of
+from blade.attention.parallelism import Parallelism
 from blade.attention.reuse import KeptChoices
+from blade.attention.sequence_parallel import HeadShare
 from blade.attention.steps import ASSUMED_STEPS, SHARED_TRANSFORMER, StepResolver
 from blade.common.rollback import unchanged_on_error
 from blade.common.terminal import logger
@@ -42,6 +44,8 @@ class PassState:
     """The row of their tables that they read."""
     sparse: tuple[bool, ...]
     """True for each sparse one."""
+    shares: tuple[HeadShare | None, ...] = ()
+    """The heads of each that ranks compute; empty on one rank."""
 
 
 class AppliedBlade(ModelHook):  # type: ignore[misc]  # Diffusers has no types
@@ -76,8 +80,8 @@ class AppliedBlade(ModelHook):  # type: ignore[misc]  # Diffusers has no types
 
         Raises:
             ValueError: if there is no such implementation, `dense_layers` names a layer that isn't there, the
-                transformer is split by a parallelism, a table of patterns is another model's, or, with `strict`, a
-                layer cannot be made sparse.
+                transformer is split by another parallelism than Ulysses, a table of patterns is another model's, or,
+                with `strict`, a layer cannot be made sparse.
         """
         super().__init__()
         self.family = family
@@ -103,7 +107,7 @@ class AppliedBlade(ModelHook):  # type: ignore[misc]  # Diffusers has no types
         self._innermost: Any = None  # the forward that runs this hook
         self._turn = Turn(SHARED_TRANSFORMER)
 
-        _refuse_parallelism(transformer)
+        self.parallelism = Parallelism(family)
         check_implementation(config.implementation, IMPLEMENTATIONS)
         self.attentions: tuple[Any, ...] = tuple(family.attention_layers(transformer))
         beyond = [layer for layer in config.dense_layers if layer >= len(self.attentions)]
@@ -121,6 +125,7 @@ class AppliedBlade(ModelHook):  # type: ignore[misc]  # Diffusers has no types
     def install(self, transformer: Transformer) -> None:
         """Put the processors and hooks in place, all of them or, if that fails, none."""
         with unchanged_on_error(transformer):
+            self.parallelism.prepare(transformer)
             for layer, attention in zip(self.layers, self.attentions):
                 attention.set_processor(self.family.make_processor(layer, attention.processor))
             self._handles = (
@@ -129,6 +134,7 @@ class AppliedBlade(ModelHook):  # type: ignore[misc]  # Diffusers has no types
                 transformer.register_forward_hook(self._after_forward, always_call=True),
             )
             self._innermost = register_innermost(transformer, self, HOOK_NAME)
+            self.parallelism.follow(transformer)
             _forget_cached(transformer)
 
     def uninstall(self, transformer: Transformer) -> None:
@@ -138,6 +144,7 @@ class AppliedBlade(ModelHook):  # type: ignore[misc]  # Diffusers has no types
             ValueError: if cache-dit was enabled since.
         """
         remove_innermost(transformer, HOOK_NAME, self._innermost)
+        self.parallelism.release(transformer)
         _forget_cached(transformer)
         for layer, attention in zip(self.layers, self.attentions):
             # somebody else's processor, set since, stays
@@ -156,13 +163,14 @@ class AppliedBlade(ModelHook):  # type: ignore[misc]  # Diffusers has no types
             self._begin_pass(module, inputs)
         for layer in self.layers:
             layer.running = True
-        if self.permutation is None:
-            return (), inputs
-        return (), self.family.permute_inputs(module, inputs, self.permutation)
+        if self.permutation is not None:
+            inputs = self.family.permute_inputs(module, inputs, self.permutation)
+        return (), self.parallelism.split_inputs(inputs)
 
     def post_forward(self, module: nn.Module, output: Any) -> Any:
         """Put the output's patches back."""
         inverse = self._inverse
+        self.parallelism.sum_densities(self.layers)
         if not torch.compiler.is_compiling():  # a graph leaves that to `_after_forward`
             self._end_pass()
         return output if inverse is None else self.family.restore_output(module, output, inverse)
@@ -190,7 +198,7 @@ class AppliedBlade(ModelHook):  # type: ignore[misc]  # Diffusers has no types
         if not torch.compiler.is_compiling():
             self._turn.take()
         self._end_pass()  # which an error may have left open
-        _refuse_parallelism(module)
+        self.parallelism.follow(module)
         _refuse_skipped_scores(self.attentions)
         plan = self._prepare(module, inputs)
         if plan is not None:
@@ -276,9 +284,25 @@ class AppliedBlade(ModelHook):  # type: ignore[misc]  # Diffusers has no types
                 and step >= dense_steps
                 and self.method.is_sparse(layer.index, row, self._rows)
             )
-        self.put_back(PassState(plan, row, tuple(sparse)))
+        self.put_back(PassState(plan, row, tuple(sparse), self._share_heads(module, inputs, plan, row, sparse)))
         self._keep_choices(plan if any(sparse) else None, step, inputs)
         return plan
+
+    def _share_heads(
+        self, module: nn.Module, inputs: Inputs, plan: Plan | None, row: int, sparse: Sequence[bool]
+    ) -> tuple[HeadShare | None, ...]:
+        """Deal the heads of every layer to the ranks; return nothing on one rank."""
+        if not self.parallelism.is_split:
+            return ()
+        self.parallelism.begin(self.family.token_grid(module, inputs))
+        shares, device = [], _device(inputs)
+        for layer, attention, is_sparse in zip(self.layers, self.attentions, sparse):
+            costs = None
+            if is_sparse:
+                assert plan is not None
+                costs = self.method.head_costs(layer.index, row, self._rows, plan)
+            shares.append(self.parallelism.share(self.family.heads(attention), costs, device))
+        return tuple(shares)
 
     def _may_be_sparse(self, module: nn.Module, inputs: Inputs) -> bool:
         """Return whether a layer can be sparse in a forward pass with these inputs, and say once why none can."""
@@ -308,8 +332,11 @@ class AppliedBlade(ModelHook):  # type: ignore[misc]  # Diffusers has no types
     def put_back(self, state: PassState) -> None:
         """Tell the layers what they were told before, such as for the forward pass that a backward pass recomputes."""
         self.state = state
-        for layer, sparse in zip(self.layers, state.sparse):
+        for number, (layer, sparse) in enumerate(zip(self.layers, state.sparse)):
             layer.plan, layer.sparse = state.plan, sparse
+            layer.share = state.shares[number] if state.shares else None
+        if state.shares and state.shares[0] is not None:
+            self.parallelism.shards = state.shares[0].shards
         self.step.fill_(state.row)
 
     def _fill_tables(self, total: int | None) -> None:
@@ -381,14 +408,6 @@ def applied_to(transformer: nn.Module) -> AppliedBlade | None:
     """Return BLADE's hook on a transformer, or None if it isn't applied."""
     registry = getattr(transformer, "_diffusers_hook", None)
     return registry.get_hook(HOOK_NAME) if registry is not None else None
-
-
-def _refuse_parallelism(transformer: nn.Module) -> None:
-    if getattr(transformer, "_parallel_config", None) is not None:
-        raise ValueError(
-            "BLADE's attention cannot be split by Diffusers' context or tensor parallelism (the transformer has a "
-            "`_parallel_config`); use the transformer without `enable_parallelism`."
-        )
 
 
 def _forget_cached(transformer: Transformer) -> None:

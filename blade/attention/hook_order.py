@@ -58,18 +58,23 @@ def remove_innermost(transformer: Transformer, name: str, innermost: Any) -> Non
     if is_wrapped_by_cache_dit(transformer) and transformer._original_forward is innermost:
         raise ValueError("cache-dit was enabled after `apply_blade`: call `cache_dit.disable_cache` first.")
     registry = transformer._diffusers_hook
-    above = registry._fn_refs[registry._hook_order.index(name) + 1 :]
-    if above:
-        replaced = above[0].forward  # which Diffusers would lose where it is a `new_forward`
-        registry.remove_hook(name, recurse=False)
-        if above[0].original_forward is not None:
-            above[0].original_forward, above[0].forward = above[0].forward, replaced
+    if registry._hook_order[-1] != name:
+        remove_hook(registry, name)
         return
     with _beneath_offloading(transformer):
         current = transformer.forward
         registry.remove_hook(name, recurse=False)
         if current is not innermost:  # somebody has put another forward there since, which stays
             transformer.forward = current
+
+
+def remove_hook(registry: HookRegistry, name: str) -> None:
+    """Take a hook off a module alone; the `new_forward` of a hook above, which Diffusers would lose, stays."""
+    above = registry._fn_refs[registry._hook_order.index(name) + 1 :]
+    replaced = above[0].forward if above else None
+    registry.remove_hook(name, recurse=False)
+    if above and above[0].original_forward is not None:
+        above[0].original_forward, above[0].forward = above[0].forward, replaced
 
 
 def _let_cache_dit_put_back(forward: Any) -> None:

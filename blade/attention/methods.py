@@ -46,6 +46,10 @@ class Method(Protocol):
         """Return whether a layer leaves anything out in the step of a row, of `rows`."""
         ...
 
+    def head_costs(self, layer: int, row: int, rows: int, plan: Plan) -> tuple[float, ...] | None:
+        """Return the relative costs of a layer's heads in the step of a row, of `rows`; None if they are equal."""
+        ...
+
 
 class AdaptiveMethod:
     """Blocks are chosen anew at every step."""
@@ -72,6 +76,9 @@ class AdaptiveMethod:
     def is_sparse(self, layer: int, row: int, rows: int) -> bool:
         """Every layer at every step, if any."""
         return True
+
+    def head_costs(self, layer: int, row: int, rows: int, plan: Plan) -> None:
+        """Heads that choose anew share a budget, or have the same."""
 
 
 class PatternMethod:
@@ -111,6 +118,12 @@ class PatternMethod:
     def is_sparse(self, layer: int, row: int, rows: int) -> bool:
         """Return whether a head of the layer has another pattern than `full`."""
         return bool(self._sparse[self._table.by_step(rows)[row], layer])
+
+    def head_costs(self, layer: int, row: int, rows: int, plan: Plan) -> tuple[float, ...]:
+        """The costs of the heads' patterns."""
+        assert isinstance(plan, PatternPlan)
+        costs = plan.pattern_costs()
+        return tuple(costs[pattern] for pattern in self._table.assignment[self._table.by_step(rows)[row], layer])
 
     def _refuse(self, differences: list[str]) -> None:
         if differences and not self._config.adapt_patterns:

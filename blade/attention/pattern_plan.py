@@ -14,6 +14,7 @@ from blade.attention.frame_keys import FrameKeys
 from blade.attention.pattern_table import PatternTable
 from blade.attention.patterns import pattern_blocks
 from blade.attention.reuse import Kept
+from blade.attention.sequence_parallel import HeadShare
 from blade.token_grid import TokenGrid
 
 
@@ -148,6 +149,21 @@ class PatternPlan:
             return None
         return self.places.index_select(0, self.order_of.index_select(0, rows[0].long()))
 
+    def rows_of_heads(self, rows: tuple[Tensor, ...], heads: Tensor) -> tuple[Tensor, ...]:
+        """Return what some heads read of `rows`."""
+        ids, *draws = rows
+        selected = () if self.adaptive is None else self.adaptive.rows_of_heads(tuple(draws), heads)
+        return (ids.index_select(0, heads), *selected)
+
+    def pattern_costs(self) -> tuple[float, ...]:
+        """Return the relative cost of a head of each pattern: the share of pairs that it computes, and one key block.
+
+        The block stands for what every head costs, one that computes nothing too: its output is written.
+        """
+        block = 1 / self.masks.shape[-1]
+        adaptive = 0.0 if self.adaptive is None else self.adaptive.budget.density
+        return tuple(block + (adaptive if density is None else density) for density in self.densities)
+
     def attend(
         self,
         query: Tensor,
@@ -158,6 +174,7 @@ class PatternPlan:
         places: Tensor | None = None,
         kept: Kept | None = None,
         beside: FrameKeys | None = None,
+        share: HeadShare | None = None,
     ) -> tuple[Tensor, Tensor, str]:
         """Attend by the heads' patterns. Differentiable.
 
@@ -170,6 +187,7 @@ class PatternPlan:
             places: `head_places`, if queries and keys are there already.
             kept: not used: heads may change their patterns from step to step.
             beside: see `adaptive_attention`.
+            share: see `adaptive_attention`.
 
         Returns:
             (B, S, H, D) output, the realised density, a float32 tensor of no dimensions, and the implementation that
@@ -182,6 +200,8 @@ class PatternPlan:
             raise ValueError(
                 "`order` of a head pattern must be the model's token order here: frames attend to keys of their own."
             )
+        if query.shape[2] == 0:  # a rank without heads
+            return query, query.new_zeros((), dtype=torch.float32), self.implementation
         ids = rows[0].long()
         if self.tokens is not None:
             assert self.order_of is not None
@@ -192,7 +212,7 @@ class PatternPlan:
         with torch.no_grad():
             chosen = None
             if self.adaptive is not None:
-                chosen = select(query, key, value, self.adaptive, rows[1], key_lengths)
+                chosen = select(query, key, value, self.adaptive, rows[1], key_lengths, share)
             mask = self.mask(ids, chosen)
         output, density, implementation = attend_to_blocks(
             query, key, value, mask, self.grid, key_lengths=key_lengths, beside=beside,

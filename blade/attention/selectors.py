@@ -74,6 +74,10 @@ class SelectorContext:
     """Blocks that the sequence is cut into."""
     prepared: Tensor | None
     """Result of `Selector.prepare`, on the device; None without one."""
+    heads: Tensor | None = None
+    """(heads,) int64, the numbers of the heads in hand, where other ranks have the others. None: all are."""
+    head_count: int | None = None
+    """With `heads`, the number of all heads of the layer."""
 
 
 class Score(Protocol):
@@ -113,11 +117,15 @@ class Selector:
     draw: Callable[[np.random.Generator, int, SelectorOptions], np.ndarray] | None = None
     """Drawing of the random values of one layer and step, of a generator keyed by both, the number of heads, and the
     options; a row of the layer's table. None: nothing."""
+    drawn_heads: int | None = None
+    """Dimension of those values that counts heads. None: none does."""
     prepare: Callable[[TokenGrid, SelectorOptions], Tensor] | None = None
     """Preparation from the grid and the options alone. None: there is none."""
     operations: Callable[[int, int, int, SelectorOptions], float] | None = None
     """Counts the floating-point operations of the matrix products that score one layer in one pass, of its tokens, its
     heads, the size of a head, and the options. None: there are no such products."""
+    scores_all_heads: bool = False
+    """True if its scores are the same for all heads."""
     is_control: bool = False
     """True for a control that looks at neither queries nor keys, which others have to beat at the same density."""
     colour: str | None = None
@@ -138,6 +146,10 @@ class Selector:
             return torch.empty(steps, 0)
         generators = [np.random.default_rng([seed, layer, step]) for step in range(steps)]
         return torch.from_numpy(np.stack([self.draw(generator, heads, options) for generator in generators]))
+
+    def of_heads(self, drawn: Tensor, heads: Tensor) -> Tensor:
+        """Return the numbers drawn for some heads, (heads,) int64, out of those of a layer and step."""
+        return drawn if self.drawn_heads is None else drawn.index_select(self.drawn_heads, heads)
 
     def count_operations(self, tokens: int, heads: int, head_dim: int, options: SelectorOptions) -> float:
         """Count the floating-point operations of scoring one layer in one pass. See `operations`."""
@@ -195,7 +207,8 @@ def _draw_hash_key(generator: np.random.Generator, heads: int, options: Selector
 def _score_random(
     query: Tensor, key: Tensor, context: SelectorContext, drawn: Tensor, key_lengths: Tensor | None
 ) -> Tensor:
-    return random_scores(drawn, (1, query.shape[2], context.blocks, context.blocks))
+    scores = random_scores(drawn, (1, context.head_count or query.shape[2], context.blocks, context.blocks))
+    return scores if context.heads is None else scores.index_select(1, context.heads)
 
 
 def random_scores(key: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -245,6 +258,7 @@ SELECTORS: dict[str, Selector] = {
             description="the largest attention weight among sampled pairs of tokens (the paper's)",
             score=_score_sampled,
             draw=_draw_offsets,
+            drawn_heads=1,
             operations=_sampled_operations,
         ),
         Selector(
@@ -267,6 +281,7 @@ SELECTORS: dict[str, Selector] = {
             description="nearness in the video",
             score=_score_local,
             prepare=block_nearness,
+            scores_all_heads=True,
             is_control=True,
             colour="#E69F00",
         ),

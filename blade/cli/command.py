@@ -51,8 +51,9 @@ SPIN_COUNT = 5000
 WAITING = {SPIN_COUNT_VARIABLE, "OMP_WAIT_POLICY"}
 """Variables of the environment that say how threads wait."""
 
-TORCHAO = ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao")
-"""Loggers of what torchao's import says. Diffusers and Transformers import it wherever it is installed."""
+QUANTIZERS = ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao", "bitsandbytes")
+"""Loggers of what imports of torchao and bitsandbytes say. Diffusers and Transformers import them wherever they are
+there."""
 
 READABLE = (ValueError, OSError, ArithmeticError, NotImplementedError, MemoryError)
 """Errors whose message says by itself what is wrong."""
@@ -219,13 +220,13 @@ class _StderrHandler(logging.Handler):
 
 @contextmanager
 def _plain_messages() -> Iterator[None]:
-    """Show warnings, and what BLADE logs, as plain lines on stderr, and not what an import of torchao says."""
+    """Show warnings, and what BLADE logs, as plain lines on stderr, and not what imports of quantizers say."""
     handler = _StderrHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
     loggers = [logging.getLogger(name) for name in ("blade", "blade_kernels", "blade_pipelines")]
     format_before = warnings.formatwarning
     warnings.formatwarning = lambda message, category, *where: f"{category.__name__}: {printable(str(message))}\n"
-    silenced = {logger: logger.level for logger in map(logging.getLogger, TORCHAO)}
+    silenced = {logger: logger.level for logger in map(logging.getLogger, QUANTIZERS)}
     for logger in loggers:
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)

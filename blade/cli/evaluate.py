@@ -305,3 +305,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     whole = (RunOptions, PromptSetOptions, SearchOptions, ResultOptions, FleetOptions)
     names = (*GENERATION_OPTIONS, *option_names(*whole))
     run_command(make_command(evaluate, groups, names=names, first=FIRST), arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -12,13 +12,13 @@ import typer
 from blade.cli.command import run_command
 from blade.cli.options import make_command
 from blade.cli.progress import progress_line
+from blade.common.checks import check_integer
 from blade.common.options import OptionGroup, option, option_names, read_group
 from blade.common.terminal import logger, print_line
 from blade.fleet.options import ADDRESS, FleetOptions
 from blade.generation.options import GROUPS, added_groups
 
 if TYPE_CHECKING:
-    from blade.generation.outputs import ListReport
     from blade.generation.request import GenerationRequest
 
 FIRST = ("prompt", "model", "student", "sparsity", "output")
@@ -52,6 +52,10 @@ class OutputOptions(OptionGroup):
     """With --dry-run, also predict the seconds on this GPU: a name such as H200, or the JSON of a blade-bench gpu."""
     memory: float | None = option()
     """With --dry-run, also name weights, offloading and decoding that fit a GPU of so many GiB, such as 24."""
+    parallel: int | None = option()
+    """Processes that make each video together, on a GPU each: accelerate launch --num_processes N. By default all
+    that were launched, or 1 with --prompts and --seeds, whose videos they share out. With --dry-run any number: their
+    memory, what they send each other and, with --card, seconds and efficiency."""
     debug: bool = option(False)
     """Show the traceback of an error."""
 
@@ -64,11 +68,25 @@ def _check_lists(own: OutputOptions, given: dict[str, Any]) -> None:
                 raise ValueError(f"`--{name.replace('_', '-')}` must not be given with `--{listing}`.")
 
 
+def _check_plans(own: OutputOptions) -> None:
+    """Check that nothing is asked of a plan where a video is to be made, and the number of processes."""
+    if own.parallel is not None:
+        check_integer("parallel", own.parallel, least=1)
+    for name, value in (("card", own.card), ("memory", own.memory)):
+        if value is not None and not own.dry_run:
+            shown = repr(value) if isinstance(value, str) else f"{value:g}"
+            raise ValueError(f"`--{name}` must not be given without `--dry-run`, got {shown}.")
+
+
 def _check_workers(own: OutputOptions, fleet: FleetOptions) -> None:
     """Check that workers have more than one video to make, and that a bucket has workers."""
     if fleet.is_given and own.prompts is None and own.seeds is None:
         raise ValueError(
             "`--workers` and `--ray-address` need `--prompts` or `--seeds`: each worker makes whole videos."
+        )
+    if fleet.is_given and own.parallel is not None:
+        raise ValueError(
+            "`--parallel` must not be given with `--workers` or `--ray-address`: a worker is one process."
         )
     if not fleet.is_given and own.output is not None and ADDRESS.match(own.output):
         raise ValueError(f"`--output` must be a path without `--workers` or `--ray-address`, got {own.output}.")
@@ -77,10 +95,7 @@ def _check_workers(own: OutputOptions, fleet: FleetOptions) -> None:
 def generate(given: dict[str, Any]) -> None:
     """Generate a video from a prompt with adaptive block-sparse attention."""
     own, fleet = read_group(OutputOptions, given), read_group(FleetOptions, given)
-    if own.card is not None and not own.dry_run:
-        raise ValueError(f"`--card` must not be given without `--dry-run`, got {own.card!r}.")
-    if own.memory is not None and not own.dry_run:
-        raise ValueError(f"`--memory` must not be given without `--dry-run`, got {own.memory:g}.")
+    _check_plans(own)
     _check_lists(own, given)
     _check_workers(own, fleet)
     added = {name: given[name] for name in option_names(*added_groups()) if name in given}
@@ -92,16 +107,34 @@ def generate(given: dict[str, Any]) -> None:
     import transformers
 
     from blade.evaluation.prompts import parse_seeds
-    from blade.generation.outputs import generate_files
     from blade.generation.prompts import read_prompts
-    from blade.generation.record import read_request
-    from blade.generation.request import NO_STUDENT, GenerationRequest, default_student, lost_student
     from blade.models.source import BUNDLED
 
     seeds = None if own.seeds is None else parse_seeds(own.seeds)
     listed = [] if own.prompts is None else read_prompts(own.prompts)
     if listed:
         given["prompt"] = listed[0]
+    request = _read_request(own, given)
+    if own.dry_run:
+        from blade.generation.plan import plan_run
+
+        print_line(plan_run(request, card=own.card, memory_gib=own.memory, parallel=own.parallel))
+        return
+    if request.model == BUNDLED:
+        # loaded in a moment, so that progress bars would only hide what follows
+        diffusers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.disable_progress_bar()
+    if listed or seeds is not None:
+        _make_list(own, fleet, request, listed or [request.prompt], seeds)
+    else:
+        _make_one(own, request)
+
+
+def _read_request(own: OutputOptions, given: dict[str, Any]) -> GenerationRequest:
+    """Return the request of the options, or of a record that they change."""
+    from blade.generation.record import read_request
+    from blade.generation.request import NO_STUDENT, GenerationRequest, default_student, lost_student
+
     if own.from_json is None and "prompt" not in given:
         raise ValueError('`--prompt` must be given, such as blade-generate "a red ball moving right".')
     if given.get("student") == NO_STUDENT:
@@ -110,56 +143,63 @@ def generate(given: dict[str, Any]) -> None:
         if notice := lost_student(given):
             logger.warning(notice)
         given["student"] = default_student(given)
-    request = GenerationRequest(**given) if own.from_json is None else read_request(own.from_json, given)
-    if own.dry_run:
-        from blade.generation.plan import plan_run
+    return GenerationRequest(**given) if own.from_json is None else read_request(own.from_json, given)
 
-        print_line(plan_run(request, card=own.card, memory_gib=own.memory))
-        return
-    if request.model == BUNDLED:
-        # loaded in a moment, so that progress bars would only hide what follows
-        diffusers.utils.logging.disable_progress_bar()
-        transformers.utils.logging.disable_progress_bar()
-    if own.prompts is not None or seeds is not None:
-        report = _list_report(request, listed or [request.prompt], seeds, own, fleet)
-        print_line(report)
-        if report.failed:
-            raise typer.Exit(FAILED_EXIT_CODE)
-        return
+
+def _make_one(own: OutputOptions, request: GenerationRequest) -> None:
+    """Make one video, with all processes that were launched."""
+    from blade.generation.outputs import generate_files
+    from blade.generation.team import follow
+    from blade.models.parallel import join_team, launched_processes
+
     inputs = {} if own.from_json is None else {own.from_json: "from_json"}
     output = None if own.output is None else Path(own.output).expanduser()
-    print_line(generate_files(request, output, compare=own.compare, inputs=inputs))
+    parallel = launched_processes() if own.parallel is None else own.parallel
+    with join_team(parallel, request.device) as team:
+        if team is not None and not team.is_first:
+            follow(team)
+            return
+        print_line(generate_files(request, output, compare=own.compare, inputs=inputs, team=team))
+        if team is not None:
+            team.tell(None)
 
 
-def _list_report(
+def _make_list(
+    own: OutputOptions,
+    fleet: FleetOptions,
     request: GenerationRequest,
     prompts: Sequence[str],
     seeds: Sequence[int] | None,
-    own: OutputOptions,
-    fleet: FleetOptions,
-) -> ListReport:
-    """Make the videos of a list, here or by workers."""
+) -> None:
+    """Make a video of every prompt and seed: by workers, as one of several processes, or with all of them."""
     from blade.generation.naming import OUTPUT_FOLDER
-    from blade.generation.outputs import generate_list
 
     inputs = {} if own.prompts is None else {own.prompts: "prompts"}
     output = own.output or str(OUTPUT_FOLDER)
-    if not fleet.is_given:
-        folder = Path(output).expanduser()
-        return generate_list(request, prompts, folder, seeds=seeds, compare=own.compare, inputs=inputs)
-    from blade.fleet.generation import generate_many
+    listed: dict[str, Any] = {"seeds": seeds, "compare": own.compare, "inputs": inputs}
+    if fleet.is_given:
+        from blade.fleet.generation import generate_many
 
-    with progress_line() as say:
-        return generate_many(
-            request,
-            prompts,
-            output,
-            options=fleet,
-            seeds=seeds,
-            compare=own.compare,
-            inputs=inputs,
-            on_progress=lambda progress: say(str(progress)),
-        )
+        with progress_line() as say:
+            report = generate_many(
+                request, prompts, output, options=fleet, on_progress=lambda progress: say(str(progress)), **listed
+            )
+        print_line(report)
+    else:
+        from blade.generation.outputs import generate_list
+        from blade.generation.team import follow
+        from blade.models.parallel import join_team
+
+        with join_team(own.parallel or 1, request.device) as team:
+            if team is not None and not team.is_first:
+                follow(team)
+                return
+            report = generate_list(request, prompts, Path(output).expanduser(), team=team, **listed)
+            print_line(report)
+            if team is not None:
+                team.tell(None)
+    if report.failed:
+        raise typer.Exit(FAILED_EXIT_CODE)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -170,3 +210,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """
     groups = (*GROUPS, *added_groups(), OutputOptions, FleetOptions)
     run_command(make_command(generate, groups, first=FIRST, by_place="prompt"), arguments)
+
+
+if __name__ == "__main__":
+    main()

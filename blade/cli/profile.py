@@ -166,3 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     names = (*GENERATION_OPTIONS, *OBJECTIVES, *option_names(SearchOptions, ProfileOptions, FleetOptions))
     groups = (budget_options(), *GENERATION_GROUPS, SearchOptions, ProfileOptions, FleetOptions)
     run_command(make_command(profile, groups, names=names), arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -11,6 +11,7 @@ from torch import nn
 
 from blade.families.data import FamilyData
 from blade.families.sampling_defaults import SamplingDefaults
+from blade.families.sequence_split import SequenceSplit
 from blade.families.video_lengths import VideoLengths
 from blade.token_grid import TokenGrid
 
@@ -39,6 +40,14 @@ class SparseAttention(Protocol):
 
     sparse: bool
     """True in a sparse forward pass."""
+    dense_attention: Callable[..., torch.Tensor] | None
+    """Dense attention over (B, S, H, D) queries, keys and values, and (B,) key lengths or None, for layers whose heads
+    are shared out to ranks; set by the processor."""
+
+    @property
+    def attends(self) -> bool:
+        """True if `attend` computes this pass, and not the processor that was there before."""
+        ...
 
     @property
     def grid(self) -> TokenGrid:
@@ -47,6 +56,10 @@ class SparseAttention(Protocol):
 
     def count_dense(self) -> None:
         """Count a dense forward pass."""
+        ...
+
+    def video_tokens(self, tokens: int) -> int:
+        """Return the video tokens of all ranks, of which this one has `tokens`."""
         ...
 
     def places(self) -> torch.Tensor | None:
@@ -269,6 +282,10 @@ class ModelFamily(Protocol):
 
     def restore_output(self, transformer: nn.Module, output: Any, inverse: torch.Tensor) -> Any:
         """Return the transformer's output with its patches put back from token order into raster order."""
+        ...
+
+    def sequence_split(self, transformer: nn.Module) -> SequenceSplit | None:
+        """Return where the sequence is cut for several ranks to compute one video, or None if it cannot be."""
         ...
 
     def hook_positions(self, transformer: nn.Module, permutation: Permutation) -> Sequence[Any]:

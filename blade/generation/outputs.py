@@ -28,16 +28,17 @@ from blade.generation.naming import (
     record_path,
 )
 from blade.generation.plan import resolve_without_weights
-from blade.generation.prepare import prepare_model
 from blade.generation.record import VIDEO_DIGEST, make_record
 from blade.generation.request import NO_STUDENT, GenerationRequest, ResolvedRequest
 from blade.generation.resolve import describe_student
-from blade.generation.run import Generation, run_request
+from blade.generation.run import Generation
+from blade.generation.team import lead, run_together
 from blade.generation.video_list import VideoList
 from blade.media.pictures import side_by_side
 from blade.media.video import encode_mp4
 from blade.metrics.registry import compare_videos, describe_comparison
 from blade.models.loaded import LoadedModel
+from blade.models.parallel import Team
 from blade.models.source import BUNDLED
 from blade.moving_shapes.bundled import BUNDLED_DEFAULTS, prompt_warning
 from blade.students.loading import published_students
@@ -101,6 +102,7 @@ def generate_files(
     *,
     compare: bool = False,
     inputs: Mapping[Path, str] | None = None,
+    team: Team | None = None,
 ) -> GenerationReport:
     """Make a video, and write it with its record: all files or none.
 
@@ -110,6 +112,7 @@ def generate_files(
             `default_output`; a video of other settings that is there stays, and the new one has digits in its name.
         compare: also make it with dense attention and the same seed, and write both side by side.
         inputs: files that are read beside those that the request names, with the options that name them.
+        team: the processes that make the video together; this is the first, and the others call `follow`.
 
     Raises:
         ValueError: for a request that cannot be met, or an output that is an input; found before the model runs.
@@ -124,7 +127,7 @@ def generate_files(
     with ExitStack() as stack:
         if output is not None:
             stack.enter_context(file_locked(plain))
-        model, resolved = prepare_model(request)
+        model, resolved = lead(request, team)
         check_comparable(resolved, compare)
         path = plain if output is not None else claim_path(stack, plain, resolved, inputs)
         seconds_loading = time.perf_counter() - start
@@ -157,6 +160,7 @@ def generate_list(
     seeds: Sequence[int] | None = None,
     compare: bool = False,
     inputs: Mapping[Path, str] | None = None,
+    team: Team | None = None,
 ) -> ListReport:
     """Make a video of every prompt, each as soon as it is there; those that are there with the same settings stay.
 
@@ -172,6 +176,7 @@ def generate_list(
         seeds: seeds of the noise, each with every prompt; None: the request's own.
         compare: see `generate_files`.
         inputs: see `generate_files`.
+        team: see `generate_files`.
 
     Returns:
         The outcome. One failing prompt does not stop the rest.
@@ -187,7 +192,7 @@ def generate_list(
     if listed.may_be_there() and (there := listed.there(resolve_without_weights(listed.request)[1])):
         return ListReport(made=(), skipped=there, failed=listed.failed)
     start = time.perf_counter()
-    model, resolved = prepare_model(listed.request)
+    model, resolved = lead(listed.request, team)
     check_comparable(resolved, compare)
     work = _ListWork(model, resolved, listed.inputs, compare, time.perf_counter() - start)
     elsewhere = []
@@ -313,7 +318,7 @@ def make_video(
     if resolved.model == BUNDLED and (warning := prompt_warning(resolved.prompt, resolved.negative_prompt)):
         logger.warning(warning)
     model.pipe.set_progress_bar_config(desc=f"denoising, {resolved.attention}")
-    generation = run_request(model, resolved)
+    generation = run_together(model, resolved)
     record = make_record(resolved, generation, seconds_loading=seconds_loading)
     record["score"] = _score(resolved, generation)
     video = encode_mp4(generation.video, record["fps"], generation.sound)
@@ -321,7 +326,7 @@ def make_video(
     comparison: bytes | None = None
     if compare:
         model.pipe.set_progress_bar_config(desc="denoising, dense")
-        dense = run_request(model, resolved.dense())
+        dense = run_together(model, resolved.dense())
         record |= compare_videos(generation.video, dense.video)
         record["seconds_denoising_dense"] = round(dense.seconds_denoising, 4)
         videos = {

@@ -14,11 +14,13 @@ from blade.common.machine import GIB
 from blade.common.terminal import printable
 from blade.generation.memory import MemoryPlan, plan_memory
 from blade.generation.memory_stages import Stages
+from blade.generation.parallel_plan import ParallelPlan, predict_parallel, rank_activations_gib
+from blade.generation.parallel_traffic import PassShape, Traffic
 from blade.generation.prediction import Prediction, predict
 from blade.generation.request import GenerationRequest, ResolvedRequest, check_known
 from blade.generation.resolve import describe_student, resolve_request
 from blade.models.acceleration import LEAST_CAPABILITIES
-from blade.models.cards import find_card
+from blade.models.cards import CardReport, DocumentedCard, find_card
 from blade.models.conditions import model_for
 from blade.models.costs import RunCost, count_flops, forward_cost, run_cost
 from blade.models.decoder_weights import decoder_dtype, load_tiny_decoder, published_layout
@@ -27,6 +29,7 @@ from blade.models.loaded import LatentSize, LoadedModel
 from blade.models.loading import load_empty_model
 from blade.models.loras import peek_loras
 from blade.models.memory_use import peak_bytes, weight_bytes
+from blade.models.parallel import check_splits
 from blade.models.tiny_decoder import TinyDecoder, TinyDecoderLayout
 from blade.models.transformer_files import load_transformers, replace_transformers
 from blade.students.loading import read_student
@@ -54,6 +57,8 @@ class RunPlan:
     """Seconds on a card, if one was named."""
     memory: MemoryPlan | None = None
     """Settings that fit a device, if its memory was named."""
+    parallel: ParallelPlan | None = None
+    """The same run made by several processes together, if that was asked for."""
 
     @property
     def flops(self) -> dict[str, float]:
@@ -104,6 +109,8 @@ class RunPlan:
             lines += str(self.memory).splitlines()
         if self.prediction is not None:
             lines.append(f"prediction  {self.prediction}")
+        if self.parallel is not None:
+            lines += str(self.parallel).splitlines()
         return "\n".join(map(printable, lines))
 
 
@@ -134,7 +141,13 @@ def resolve_without_weights(
     return model, replace(resolve_request(request, model, student=student), device=str(device))
 
 
-def plan_run(request: GenerationRequest, *, card: str | None = None, memory_gib: float | None = None) -> RunPlan:
+def plan_run(
+    request: GenerationRequest,
+    *,
+    card: str | None = None,
+    memory_gib: float | None = None,
+    parallel: int | None = None,
+) -> RunPlan:
     """Work out the operations and the memory of a request.
 
     Args:
@@ -143,10 +156,11 @@ def plan_run(request: GenerationRequest, *, card: str | None = None, memory_gib:
             `blade.models.cards.find_card`. A request that names no dtype then runs in the card's, bfloat16 by default.
         memory_gib: memory of a GPU that settings are to be found for; see `blade.generation.memory.plan_memory`. A
             request that names no dtype then runs in bfloat16.
+        parallel: number of processes that make the video together, each on a card of its own.
 
     Raises:
-        ValueError: for a request that cannot be met, a model whose operations cannot be counted, or a card that is
-            unknown or says nothing of such a run.
+        ValueError: for a request that cannot be met, a model whose operations cannot be counted, a card that is
+            unknown or says nothing of such a run, more processes than heads, or a sequence that cannot be split.
         ModelError: if there is no such model.
     """
     check_known(request)
@@ -156,12 +170,16 @@ def plan_run(request: GenerationRequest, *, card: str | None = None, memory_gib:
         request = replace(request, dtype=request.dtype or known_card.default_dtype)
     if memory_gib is not None:
         check_number("memory", memory_gib, "above 0 and finite", lambda x: x > 0)
+        if parallel is not None:
+            raise ValueError(f"`memory` must not be given with `parallel`: it is of one device, got {memory_gib:g}.")
         request = replace(request, dtype=request.dtype or "bfloat16")
     model, resolved = resolve_without_weights(request)
     pipe, device = model.pipe, torch.device(resolved.device)
     problem = model.family.plan_problem(pipe)
     if problem is not None:
         raise ValueError(f"`dry_run` must not be given for a {type(pipe).__name__}: {problem}.")
+    if parallel is not None:
+        check_splits(model.transformer)
     latent = model.latent_size(*resolved.size)
     transformer, family = model.transformer, model.family
     guidance = resolved.guidance_scale > 1 and family.guidance_takes_two_passes
@@ -210,16 +228,73 @@ def plan_run(request: GenerationRequest, *, card: str | None = None, memory_gib:
             tiny=_tiny_decoding(model, latent),
         )
         plan = replace(plan, memory=plan_memory(stages, resolved, memory_gib))
-    if known_card is None:
-        return plan
-    if resolved.precision not in (None, "full"):
-        raise ValueError(
-            f'`card` must not be given with `precision` "{resolved.precision}": its figures are not of 8-bit products.'
+    if known_card is not None:
+        plan = replace(plan, prediction=_predict(plan, model, known_card))
+    if parallel is not None:
+        batches = (batch, *(1 for _ in range(family.guidance_passes - batch))) if guidance else (1,)
+        shape = PassShape.of(
+            model,
+            latent,
+            forward,
+            steps=family.evaluations(resolved.steps),
+            skipped_steps=resolved.skipped_steps,
+            batches=batches,
         )
+        plan = replace(plan, parallel=_plan_parallel(plan, shape, known_card, parallel))
+    return plan
+
+
+def _predict(plan: RunPlan, model: LoadedModel, card: DocumentedCard | CardReport) -> Prediction:
+    """Predict the seconds of a run on a card.
+
+    Raises:
+        ValueError: if the card's figures are of other products.
+    """
+    precision = plan.request.precision
+    if precision not in (None, "full"):
+        raise ValueError(
+            f'`card` must not be given with `precision` "{precision}": its figures are not of 8-bit products.'
+        )
+    dtype = model.transformer.dtype
     # the VAE runs in float32 everywhere
-    decoding = torch.float32 if model.decoder is None else decoder_dtype(transformer.dtype, torch.device("cuda"))
-    rates = known_card.rates(transformer.dtype, decoding, forward.grid.sequence_length, cost.density)
-    return replace(plan, prediction=predict(cost, plan.text_flops, plan.decoding_flops, rates))
+    decoding = torch.float32 if model.decoder is None else decoder_dtype(dtype, torch.device("cuda"))
+    rates = card.rates(dtype, decoding, plan.cost.forward.grid.sequence_length, plan.cost.density)
+    return predict(plan.cost, plan.text_flops, plan.decoding_flops, rates)
+
+
+def _plan_parallel(
+    plan: RunPlan, shape: PassShape, card: DocumentedCard | CardReport | None, ranks: int
+) -> ParallelPlan:
+    """Plan the same run for several processes.
+
+    Args:
+        plan: of one process.
+        shape: of its forward passes.
+        card: the card of each process, if it was named.
+        ranks: number of processes.
+
+    Raises:
+        ValueError: see `Traffic.of`.
+    """
+    traffic = Traffic.of(plan.cost, plan.request.blade_config, shape, ranks)
+    activations = rank_activations_gib(plan.activations_gib["transformer"], traffic.largest)
+    parallel = ParallelPlan(
+        shape=shape,
+        traffic=traffic,
+        weights_gib=sum(plan.weights_gib.values()),
+        activations_gib={**plan.activations_gib, "transformer": activations},
+    )
+    if card is None or plan.prediction is None:
+        return parallel
+    if card.link is None:
+        return replace(parallel, unpredicted=f"nothing is known of what connects several of {card.name}")
+    if plan.prediction.lacking:
+        lacking = ", ".join(plan.prediction.lacking.values())
+        return replace(parallel, unpredicted=f"the report has no speed of {lacking}")
+    flops = plan.text_flops, plan.decoding_flops
+    return replace(
+        parallel, prediction=predict_parallel(plan.cost, *flops, plan.prediction.rates, card.link, parallel)
+    )
 
 
 def _check_predictable(request: GenerationRequest) -> None:

@@ -26,19 +26,19 @@ class Prediction:
         return sum(self.seconds.values())
 
     def __str__(self) -> str:
-        parts = ", ".join(f"{part} {_seconds(seconds)}" for part, seconds in self.seconds.items()) or "nothing"
+        parts = ", ".join(f"{part} {seconds_text(seconds)}" for part, seconds in self.seconds.items()) or "nothing"
         rates = self.rates
         if not rates.measured:
             peaks = {rate.of: f"{rate.tflops:g} TFLOP/s in {rate.of}" for rate in rates.rates.values()}
             return (
-                f"at least {_seconds(self.total)} at the documented peak of the {rates.card} "
+                f"at least {seconds_text(self.total)} at the documented peak of the {rates.card} "
                 f"({', '.join(peaks.values())}; assumed share of it 100 %, which no run reaches): {parts}"
             )
         speeds = ", ".join(f"{name} {rate.tflops:.3g} ({rate.of})" for name, rate in rates.rates.items())
         without = f", without the {' and the '.join(self.lacking)}" if self.lacking else ""
         missing = f"; the report has no speed of this {' or '.join(self.lacking.values())}" if self.lacking else ""
         return (
-            f"about {_seconds(self.total)}{without}, by what was measured on {rates.card}, matrix products alone: "
+            f"about {seconds_text(self.total)}{without}, by what was measured on {rates.card}, matrix products alone: "
             f"{parts}{missing}. TFLOP/s: {speeds}"
         )
 
@@ -85,7 +85,8 @@ def _by_rate(cost: RunCost) -> dict[str, float]:
     }
 
 
-def _seconds(seconds: float) -> str:
+def seconds_text(seconds: float) -> str:
+    """Return seconds for people."""
     if seconds >= 100:
         return f"{seconds:,.0f} s"
     return f"{seconds:.3g} s" if seconds >= 0.001 else f"{1e3 * seconds:.3g} ms"

@@ -16,16 +16,18 @@ from blade.models.devices import resolve_device, resolve_dtype
 from blade.models.loaded import LoadedModel
 from blade.models.loading import load_empty_model, load_model
 from blade.models.loras import load_loras, merge_loras
+from blade.models.parallel import Team, check_splits
 from blade.models.tiny_decoder import TinyDecoder
 from blade.models.transformer_files import check_stored, load_transformers
 from blade.students.loading import load_student
 
 
-def prepare_model(request: GenerationRequest) -> tuple[LoadedModel, ResolvedRequest]:
+def prepare_model(request: GenerationRequest, team: Team | None = None) -> tuple[LoadedModel, ResolvedRequest]:
     """Load a model with everything that a request asks for but BLADE itself, and fill the request in.
 
     Args:
         request: the request.
+        team: the processes that make each video together; each of them calls this. None: one does.
 
     Returns:
         The model, on its device, and the resolved request.
@@ -35,8 +37,13 @@ def prepare_model(request: GenerationRequest) -> tuple[LoadedModel, ResolvedRequ
         ModelError: if there is no such model, or it cannot be used.
     """
     check_known(request)
-    device = resolve_device(request.device)
+    device = resolve_device(request.device) if team is None else team.device
     dtype = resolve_dtype(request.dtype, device)
+    if team is not None:
+        for transformer in load_empty_model(
+            request.model, revision=request.revision, dtype=dtype
+        ).transformers.values():
+            check_splits(transformer)
     offload = request.offload
     if offload != "none" and device.type == "cpu":
         raise ValueError(f"`offload` must be none on the CPU, where weights are already, got {offload!r}.")
@@ -57,7 +64,7 @@ def prepare_model(request: GenerationRequest) -> tuple[LoadedModel, ResolvedRequ
             transformers = load_transformers(empty, request.transformer, dtype=dtype, device=device)
             check_stored(transformers, quantize=request.quantize, offload=offload)
     model = load_model(request.model, revision=request.revision, device=None, dtype=dtype, components=transformers)
-    model = replace(model_for(model, request.condition), decoder=decoder)
+    model = replace(model_for(model, request.condition), decoder=decoder, team=team)
     model.changes.update(load_loras(model, request.loras))
     if request.student is not None:
         weight = 1.0 if request.student_weight is None else request.student_weight

@@ -46,8 +46,9 @@ def make_record(request: ResolvedRequest, generation: Generation, *, seconds_loa
 
     Returns:
         First the fields of the request, by name, and the state of the files that it names (`inputs`), then what it
-        cost (`seconds_...`, densities, `peak_memory_gib`), how many modules of each transformer LoRAs and a student
-        change (`changed_modules`), the channels and samples a second of its `sound`, `machine` and `versions`.
+        cost (`seconds_...`, densities, `peak_memory_gib` of one of the `processes`), how many modules of each
+        transformer LoRAs and a student change (`changed_modules`), the channels and samples a second of its `sound`,
+        `machine` and `versions`.
     """
     device, sound = torch.device(request.device), generation.sound
     return _recorded_fields(request) | {
@@ -61,6 +62,7 @@ def make_record(request: ResolvedRequest, generation: Generation, *, seconds_loa
         "seconds_denoising": round(generation.seconds_denoising, 4),
         "seconds_decoding": round(generation.seconds_decoding, 4),
         "peak_memory_gib": round(peak_memory_gib(device), 4),
+        "processes": generation.processes,
         "machine": describe_machine(device),
         "versions": describe_versions(PACKAGES),
     }

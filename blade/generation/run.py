@@ -40,6 +40,8 @@ class Generation:
     """From there to the end of the last step."""
     seconds_decoding: float
     """From there to the finished frames."""
+    processes: int = 1
+    """Processes that made it together."""
     summary: BladeSummary | None
     """Densities as realised; None if the run was dense."""
     changes: Mapping[str, Reach]
@@ -82,14 +84,16 @@ def run_request(
         raise ValueError(f"`decoder` must be the one that the model was loaded with, got {request.decoder!r}.")
     pipe, arguments = model.pipe, call_arguments(model, request)
     prepare_sampler(model, request)
-    config = request.blade_config
-    if config is None and any(applied_to(transformer) for transformer in model.transformers.values()):
-        config = BladeConfig(attention="dense")  # a student brings its own
+    config, team = request.blade_config, model.team
+    if config is None and (team or any(applied_to(transformer) for transformer in model.transformers.values())):
+        config = BladeConfig(attention="dense")  # a student brings its own, and BLADE splits dense attention too
     sparse: AbstractContextManager[Any] = (
         nullcontext() if config is None else use_blade(pipe, config, dense_steps=config.dense_steps)
     )
     with ExitStack() as stack:
         stack.enter_context(sparse if attention is None else attention)
+        if team is not None:
+            stack.enter_context(team.splitting(model.transformers.values()))
         clock = stack.enter_context(_stage_clock(model))
         watch = stack.enter_context(watch_finite(pipe))
 
@@ -124,6 +128,7 @@ def run_request(
         seconds_text=clock.denoising - clock.start,
         seconds_denoising=clock.decoding - clock.denoising,
         seconds_decoding=clock.end - clock.decoding,
+        processes=1 if team is None else team.count,
         summary=summary,
         changes=dict(model.changes),
     )

@@ -1,4 +1,4 @@
-"""How fast a GPU multiplies: peaks as documented, or rates of a report of `blade-bench gpu`."""
+"""How fast a GPU multiplies, and copies to others: peaks as documented, or rates of a report of `blade-bench gpu`."""
 
 from __future__ import annotations
 
@@ -56,6 +56,18 @@ class CardRates:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Link:
+    """What the cards of a machine are connected by."""
+
+    name: str
+    """Its name, with its generation."""
+    gb_per_second: float
+    """Documented peak in one direction, for one card: GB/s, of 1e9 bytes."""
+    source: str
+    """Address of the documentation."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class DocumentedCard:
     """A card whose peaks are documented."""
 
@@ -67,6 +79,8 @@ class DocumentedCard:
     """TFLOP/s in TF32, which stands for float32."""
     source: str
     """Address of the documentation."""
+    link: Link
+    """What several of them are connected by."""
 
     default_dtype: DtypeName = "bfloat16"
     """The dtype of a run that names none."""
@@ -98,7 +112,10 @@ class DocumentedCard:
 def documented_cards() -> dict[str, DocumentedCard]:
     """Return the cards whose peaks are known by their names. Source: `cards.yaml`, which has an address for each."""
     values = yaml.safe_load(DATA.read_text(encoding="utf-8"))
-    return {name: DocumentedCard(name=name, **fields) for name, fields in values.items()}
+    return {
+        name: DocumentedCard(name=name, **{**fields, "link": Link(**fields["link"])})
+        for name, fields in values.items()
+    }
 
 
 def find_card(text: str) -> DocumentedCard | CardReport:
@@ -159,6 +176,9 @@ class CardReport:
             timed = ", ".join(sorted(map(str, dtypes))) or "nothing"
             raise ValueError(f"{self._what} must have timed attention or videos in one dtype, got {timed}.")
         self.default_dtype: DtypeName = dtypes.pop()
+        known = {_plain(name): card.link for name, card in documented_cards().items()}
+        self.link: Link | None = known.get(_plain(self.name))
+        """Documented, of the card of this name; None: there is none, and a report measures one card alone."""
 
     def rates(self, dtype: torch.dtype, decoder_dtype: torch.dtype, tokens: int, density: float) -> CardRates:
         """Return the rates that the report has.

@@ -20,6 +20,7 @@ from blade.families.transformers import Transformer, find_transformers
 from blade.families.video_lengths import VideoLengths
 from blade.models.adapters import Reach
 from blade.models.modular import call_parameters, is_modular
+from blade.models.parallel import Team
 from blade.models.tiny_decoder import TinyDecoder
 from blade.token_grid import TokenGrid
 
@@ -37,6 +38,8 @@ class LoadedModel:
     """Number of modules that the loaded LoRAs and student change in each transformer, by their sources."""
     decoder: TinyDecoder | None = None
     """The tiny decoder that stands in for the VAE's own, if any."""
+    team: Team | None = None
+    """The processes that make each of its videos together; None: one does."""
 
     @property
     def transformers(self) -> dict[str, Transformer]:

@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from blade.attention.adaptive import AdaptivePlan, block_importance, draw_table, keep_most_important
 from blade.attention.config import AdaptiveConfig, BladeConfig
 from blade.attention.frame_keys import FrameKeys
+from blade.attention.layer import Plan
 from blade.attention.pattern_plan import PatternPlan, order_places
 from blade.attention.pattern_table import uniform_table
 from blade.attention.patterns import HeadPattern, pattern_blocks
 from blade.attention.reuse import Kept
+from blade.attention.sequence_parallel import HeadShare
 from blade.families.protocol import ModelFamily
 from blade.profiling.assignment import GreedyRule
 from blade.profiling.measure import Candidates, LayerMeasurement, column_mass, measure_layer
@@ -116,6 +118,10 @@ class RecordingPlan:
     def head_places(self, rows: tuple[Tensor, ...]) -> None:
         """Return None: all heads have the model's order."""
 
+    def rows_of_heads(self, rows: tuple[Tensor, ...], heads: Tensor) -> tuple[Tensor, ...]:
+        """Return the layer and the step, whatever the heads."""
+        return rows
+
     def attend(
         self,
         query: Tensor,
@@ -126,6 +132,7 @@ class RecordingPlan:
         places: Tensor | None = None,
         kept: Kept | None = None,
         beside: FrameKeys | None = None,
+        share: HeadShare | None = None,
     ) -> tuple[Tensor, Tensor, str]:
         """Attend and measure; see `PatternPlan.attend`. `rows` holds the layer and the step.
 
@@ -134,6 +141,8 @@ class RecordingPlan:
         """
         if beside is not None:
             raise ValueError("This model cannot be profiled: its frames attend to keys beside the sequence.")
+        if share is not None:
+            raise ValueError("A model that is split among GPUs cannot be profiled.")
         layer, self.step = (int(number) for number in rows[0])
         recording = self.recording
         with torch.no_grad():
@@ -270,6 +279,9 @@ class RecordingMethod:
     def is_sparse(self, layer: int, row: int, rows: int) -> bool:
         """Return true: every layer goes through the plan."""
         return True
+
+    def head_costs(self, layer: int, row: int, rows: int, plan: Plan) -> None:
+        """Return None: all heads cost the same."""
 
 
 def most_attended_blocks(columns: np.ndarray, share: float, text: np.ndarray) -> tuple[int, ...]:

@@ -35,7 +35,7 @@ class AnyFlowSparseProcessor(SparseProcessor):
         rotary_emb: dict[str, torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """Attend; same signature as Diffusers' processor."""
-        if not self.layer.sparse:
+        if not self.layer.attends:
             self.layer.count_dense()
             dense: torch.Tensor = self.previous(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
             return dense

@@ -8,8 +8,9 @@ from typing import Any
 from diffusers.models.transformers.transformer_chronoedit import ChronoEditTransformer3DModel, WanAttnProcessor
 
 from blade.families.sampling_defaults import SamplingDefaults
+from blade.families.sequence_split import SequenceSplit
 from blade_pipelines.shared.diffusers_module import DiffusersModule
-from blade_pipelines.wan import WanFamily
+from blade_pipelines.wan import WanFamily, split_sequence
 
 EDIT_FRAMES = 5
 """Frames that the pipeline makes for an edit alone, whatever it is asked for."""
@@ -39,6 +40,10 @@ class ChronoEditFamily(WanFamily):
         if request.frames == EDIT_FRAMES:
             return {}
         return {"enable_temporal_reasoning": True, "num_temporal_reasoning_steps": request.steps}
+
+    def sequence_split(self, transformer: DiffusersModule) -> SequenceSplit:
+        """Return the places of Diffusers' own plan, which are Wan's."""
+        return split_sequence()
 
 
 FAMILIES = (ChronoEditFamily(),)

@@ -16,6 +16,7 @@ from torch import nn
 
 from blade.families.protocol import Condition, Inputs, Permutation
 from blade.families.sampling_defaults import SamplingDefaults
+from blade.families.sequence_split import SequenceSplit, SplitModule
 from blade.token_grid import TokenGrid
 from blade_pipelines.shared.diffusers_family import DiffusersFamily
 from blade_pipelines.shared.diffusers_module import DiffusersModule
@@ -35,7 +36,7 @@ class CogVideoXSparseProcessor(SparseProcessor):
         image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Attend; same signature as Diffusers' processor."""
-        if not self.layer.sparse:
+        if not self.layer.attends:
             self.layer.count_dense()
             dense: tuple[torch.Tensor, torch.Tensor] = self.previous(
                 attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb
@@ -145,6 +146,17 @@ class CogVideoXFamily(DiffusersFamily):
         latent = output[0] if isinstance(output, tuple) else output.sample
         latent = permute_patches(latent.transpose(1, 2), _patch(transformer), inverse).transpose(1, 2)
         return (latent, *output[1:]) if isinstance(output, tuple) else type(output)(sample=latent)
+
+    def sequence_split(self, transformer: DiffusersModule) -> SequenceSplit | None:
+        """Return where video and text are cut, each by itself; Diffusers has no plan."""
+        return SequenceSplit(
+            modules=(
+                SplitModule(name="", inputs={"image_rotary_emb": 0}),
+                SplitModule(name="transformer_blocks.0", inputs={"hidden_states": 1, "encoder_hidden_states": 1}),
+                SplitModule(name="proj_out", gathered_output=1),
+            ),
+            text_apart=True,
+        )
 
     def hook_positions(self, transformer: DiffusersModule, permutation: Permutation) -> Sequence[Any]:
         """Permute the output tokens of the patch embedding, which adds the learned positions."""

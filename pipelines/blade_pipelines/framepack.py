@@ -46,7 +46,7 @@ class FramepackSparseProcessor(HunyuanVideoSparseProcessor):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Attend; same signature as Diffusers' processor."""
         tables = image_rotary_emb
-        if not self.layer.sparse:
+        if not self.layer.attends:
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, tables)
         grid = self.layer.grid
         history = hidden_states.shape[1] - grid.video_tokens
@@ -78,6 +78,9 @@ class FramepackFamily(HunyuanVideoFamily):
     def sampling_defaults(self, pipe: Any, height: int | None, width: int | None) -> SamplingDefaults:
         """Return FramePack's frame rate, steps and guidance. Source: FramePack's example in Diffusers."""
         return SamplingDefaults(fps=30, steps=30, guidance_scale=9.0)
+
+    def sequence_split(self, transformer: DiffusersModule) -> None:
+        """Return None: the tokens of earlier frames cannot be split."""
 
     def plan_problem(self, pipe: Any) -> str | None:
         """Return that a video is made in sections."""

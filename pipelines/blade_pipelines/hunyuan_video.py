@@ -22,6 +22,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from blade.families.protocol import Inputs, Permutation, RowOrder
 from blade.families.sampling_defaults import SamplingDefaults
+from blade.families.sequence_split import SequenceSplit, SplitModule
 from blade.token_grid import TokenGrid
 from blade_pipelines.shared.diffusers_family import DiffusersFamily
 from blade_pipelines.shared.diffusers_module import DiffusersModule
@@ -99,7 +100,7 @@ class HunyuanVideoSparseProcessor(SparseProcessor):
         The mask marks the end of each batch item's text: (B, 1, 1, S) or, in HunyuanVideo-1.5, over the text only,
         (B, text).
         """
-        if not self.layer.sparse:
+        if not self.layer.attends:
             self.layer.count_dense()
             dense: tuple[torch.Tensor, torch.Tensor] = self.previous(
                 attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb
@@ -123,7 +124,7 @@ class HunyuanVideoSparseProcessor(SparseProcessor):
         lengths = None
         if attention_mask is not None:
             lengths = attention_mask.flatten(1).sum(dim=1, dtype=torch.int32)
-            lengths = lengths + video if attention_mask.ndim == 2 else lengths
+            lengths = lengths + self.layer.video_tokens(video) if attention_mask.ndim == 2 else lengths
         output = self.layer.attend(query, key, value, lengths, places=places).flatten(2, 3).type_as(query)
         hidden_states, encoder_hidden_states = output[:, :video], output[:, video:]
         if attn.to_out is not None:
@@ -214,6 +215,23 @@ class HunyuanVideoFamily(DiffusersFamily):
         if isinstance(output, tuple):
             return (permute_patches(output[0], patch, inverse), *output[1:])
         return type(output)(sample=permute_patches(output.sample, patch, inverse))
+
+    def sequence_split(self, transformer: DiffusersModule) -> SequenceSplit | None:
+        """Return where video and text are cut, each by itself; Diffusers has no plan.
+
+        Where the first frame is a given one, blocks are told how many of a rank's tokens are its.
+        """
+        first: dict[str, Any] = {"num_tokens": lambda count, shards: shards.local_count(count)}
+        names = [name for name in ("transformer_blocks", "single_transformer_blocks") if hasattr(transformer, name)]
+        return SequenceSplit(
+            modules=(
+                SplitModule(name="rope", cut_output=0),
+                SplitModule(name="transformer_blocks.0", inputs={"hidden_states": 1, "encoder_hidden_states": 1}),
+                *(SplitModule(name=f"{name}.*", inputs=first) for name in names),
+                SplitModule(name="proj_out", gathered_output=1),
+            ),
+            text_apart=True,
+        )
 
     def hook_positions(self, transformer: DiffusersModule, permutation: Permutation) -> Sequence[Any]:
         """Permute the tables, (tokens, D), that the rope module returns."""

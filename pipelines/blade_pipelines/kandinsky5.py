@@ -39,7 +39,7 @@ class Kandinsky5SparseProcessor(SparseProcessor):
         sparse_params: dict[str, Any] | None = None,
     ) -> torch.Tensor:
         """Attend; same signature as Diffusers' processor."""
-        if not self.layer.sparse:
+        if not self.layer.attends:
             self.layer.count_dense()
             dense: torch.Tensor = self.previous(attn, hidden_states, encoder_hidden_states, rotary_emb, sparse_params)
             return dense

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
+from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers import transformer_ltx2
 from diffusers.models.transformers.transformer_ltx2 import (
     LTX2Attention,
@@ -15,6 +17,7 @@ from diffusers.models.transformers.transformer_ltx2 import (
 
 from blade.families.protocol import Condition, Inputs, Permutation
 from blade.families.sampling_defaults import SamplingDefaults
+from blade.families.sequence_split import CutKeyAttention, SequenceSplit, SplitModule
 from blade.token_grid import TokenGrid
 from blade_pipelines.shared.coordinates import grid_of_coordinates
 from blade_pipelines.shared.diffusers_family import DiffusersFamily
@@ -72,7 +75,7 @@ class LTX2SparseProcessor(SparseProcessor):
         """Attend; same signature as Diffusers' processors."""
         if all_perturbed is None:
             all_perturbed = perturbation_mask is not None and bool((perturbation_mask == 0).all())
-        if not self.layer.sparse or all_perturbed:
+        if not self.layer.attends or all_perturbed:
             if not all_perturbed:  # where all is perturbed, nothing attends
                 self.layer.count_dense()
             perturbation: dict[str, Any] = {}
@@ -91,21 +94,68 @@ class LTX2SparseProcessor(SparseProcessor):
         if encoder_hidden_states is not None or attention_mask is not None:
             raise ValueError("A sparse LTX-2 layer takes neither `encoder_hidden_states` nor an `attention_mask`.")
 
-        query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
-        query, key = attn.norm_q(query), attn.norm_k(key)
-        if query_rotary_emb is not None:  # frequencies differ between heads, so `norm_and_rope` does not apply
-            rotate = getattr(transformer_ltx2, f"apply_{attn.rope_type}_rotary_emb")
-            query = rotate(query, query_rotary_emb)
-            key = rotate(key, query_rotary_emb if key_rotary_emb is None else key_rotary_emb)
-        query, key, value = (tensor.unflatten(2, (attn.heads, -1)) for tensor in (query, key, value))
+        query, key, value = _project(attn, hidden_states, hidden_states, query_rotary_emb, key_rotary_emb)
         output = self.layer.attend(query, key, value).type_as(query)
         if perturbation_mask is not None:  # 0 lets the values pass, 1 what was attended to
             output = torch.lerp(value, output, perturbation_mask.unsqueeze(-1).to(output.dtype))
-        gate = getattr(attn, "to_gate_logits", None)
-        if gate is not None:
-            output = output * (2 * gate(hidden_states).sigmoid()).unsqueeze(-1)
-        projected: torch.Tensor = attn.to_out[1](attn.to_out[0](output.flatten(2, 3)))
-        return projected
+        return _project_out(attn, hidden_states, output)
+
+
+class LTX2CutKeyProcessor:
+    """Attention of sound to video whose tokens are cut, where several ranks compute one video."""
+
+    def __init__(self, attend: CutKeyAttention, previous: Any) -> None:
+        """Create a processor.
+
+        Args:
+            attend: attention to keys and values that are cut.
+            previous: the processor to replace, whose attention backend is used.
+        """
+        self.attend = attend
+        self.previous = previous
+
+    def __call__(
+        self,
+        attn: LTX2Attention,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        query_rotary_emb: Tables | None = None,
+        key_rotary_emb: Tables | None = None,
+    ) -> torch.Tensor:
+        """Attend; same signature as Diffusers' processors."""
+        if attention_mask is not None:
+            raise ValueError("Sound attends to the video of several GPUs without an `attention_mask`.")
+        query, key, value = _project(attn, hidden_states, encoder_hidden_states, query_rotary_emb, key_rotary_emb)
+        attend = partial(dispatch_attention_fn, backend=self.previous._attention_backend)
+        return _project_out(attn, hidden_states, self.attend(query, key, value, attend).type_as(query))
+
+
+def _project(
+    attn: LTX2Attention,
+    hidden_states: torch.Tensor,
+    encoder_hidden_states: torch.Tensor,
+    query_tables: Tables | None,
+    key_tables: Tables | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Compute queries, and keys and values, (B, S, H, D), and rotate them."""
+    query, key = attn.norm_q(attn.to_q(hidden_states)), attn.norm_k(attn.to_k(encoder_hidden_states))
+    value = attn.to_v(encoder_hidden_states)
+    if query_tables is not None:  # frequencies differ between heads, so `norm_and_rope` does not apply
+        rotate = getattr(transformer_ltx2, f"apply_{attn.rope_type}_rotary_emb")
+        query = rotate(query, query_tables)
+        key = rotate(key, query_tables if key_tables is None else key_tables)
+    query, key, value = (tensor.unflatten(2, (attn.heads, -1)) for tensor in (query, key, value))
+    return query, key, value
+
+
+def _project_out(attn: LTX2Attention, hidden_states: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+    """Apply the gates, of the module's input, and the output projection to what was attended to, (B, S, H, D)."""
+    gate = getattr(attn, "to_gate_logits", None)
+    if gate is not None:
+        output = output * (2 * gate(hidden_states).sigmoid()).unsqueeze(-1)
+    projected: torch.Tensor = attn.to_out[1](attn.to_out[0](output.flatten(2, 3)))
+    return projected
 
 
 class LTX2Family(DiffusersFamily):
@@ -263,6 +313,22 @@ class LTX2Family(DiffusersFamily):
         if isinstance(output, tuple):
             return (output[0].index_select(1, inverse), *output[1:])
         return type(output)(sample=output.sample.index_select(1, inverse), audio_sample=output.audio_sample)
+
+    def sequence_split(self, transformer: DiffusersModule) -> SequenceSplit | None:
+        """Return where the video is cut; text and sound are whole on every rank.
+
+        Diffusers' own plan cuts the text instead of the positions that sound attends to, and no timesteps.
+        """
+        tokens = 2 if transformer.config.rope_type == "split" else 1
+        return SequenceSplit(
+            modules=(
+                SplitModule(name="", inputs={"hidden_states": 1, "timestep": 1, "video_keyframes_mask": 1}),
+                SplitModule(name="rope", cut_output=tokens),
+                SplitModule(name="cross_attn_rope", cut_output=tokens),
+                SplitModule(name="proj_out", gathered_output=1),
+            ),
+            cut_keys={"transformer_blocks.*.video_to_audio_attn": LTX2CutKeyProcessor},
+        )
 
     def hook_positions(self, transformer: DiffusersModule, permutation: Permutation) -> Sequence[Any]:
         """Hook nothing: positions are made from the coordinates, which `permute_inputs` permutes."""

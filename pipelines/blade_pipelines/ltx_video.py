@@ -16,6 +16,7 @@ from torch import nn
 
 from blade.families.protocol import Condition, Inputs, Permutation
 from blade.families.sampling_defaults import SamplingDefaults
+from blade.families.sequence_split import SequenceSplit, SplitModule
 from blade.token_grid import TokenGrid
 from blade_pipelines.shared.coordinates import grid_of_coordinates
 from blade_pipelines.shared.diffusers_family import DiffusersFamily
@@ -48,7 +49,7 @@ class LTXVideoSparseProcessor(SparseProcessor):
         image_rotary_emb: Tables | None = None,
     ) -> torch.Tensor:
         """Attend; same signature as Diffusers' processor."""
-        if not self.layer.sparse:
+        if not self.layer.attends:
             self.layer.count_dense()
             dense: torch.Tensor = self.previous(
                 attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb
@@ -150,6 +151,16 @@ class LTXVideoFamily(DiffusersFamily):
         if isinstance(output, tuple):
             return (output[0].index_select(1, inverse), *output[1:])
         return type(output)(sample=output.sample.index_select(1, inverse))
+
+    def sequence_split(self, transformer: DiffusersModule) -> SequenceSplit | None:
+        """Return the places of Diffusers' own plan; timesteps of single tokens are cut too, and the text is whole."""
+        return SequenceSplit(
+            modules=(
+                SplitModule(name="", inputs={"hidden_states": 1, "timestep": 1}),
+                SplitModule(name="rope", cut_output=1),
+                SplitModule(name="proj_out", gathered_output=1),
+            )
+        )
 
     def hook_positions(self, transformer: DiffusersModule, permutation: Permutation) -> Sequence[Any]:
         """Permute the tables that the rope module returns."""

@@ -18,6 +18,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from blade.families.protocol import Inputs, Permutation, RowOrder
 from blade.families.sampling_defaults import SamplingDefaults
+from blade.families.sequence_split import SequenceSplit, SplitModule
 from blade.families.video_lengths import VideoLengths
 from blade.token_grid import TokenGrid
 from blade_pipelines.shared.diffusers_family import DiffusersFamily
@@ -80,7 +81,7 @@ class MiniMaxH3SparseProcessor(SparseProcessor):
         attention_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Attend; same signature as Diffusers' processor."""
-        if not self.layer.sparse:
+        if not self.layer.attends:
             self.layer.count_dense()
             dense: torch.Tensor = self.previous(attn, hidden_states, rotary_emb, attention_mask)
             return dense
@@ -245,6 +246,19 @@ class MiniMaxH3Family(DiffusersFamily):
     def restore_output(self, transformer: DiffusersModule, output: Any, inverse: torch.Tensor) -> Any:
         """Return the output, which the transformer has in the latents' own order."""
         return output
+
+    def sequence_split(self, transformer: DiffusersModule) -> SequenceSplit | None:
+        """Return the places of Diffusers' own plan: one packed sequence of all modalities."""
+        return SequenceSplit(
+            modules=(
+                SplitModule(name="rope", cut_output=0),
+                SplitModule(name="transformer_blocks.0", inputs={"hidden_states": 1}),
+                SplitModule(name="transformer_blocks.*", inputs={"adaln_indices": 0}),
+                SplitModule(name="norm_out", inputs={"timestep_indices": 0}),
+                SplitModule(name="proj_out", gathered_output=1),
+                SplitModule(name="audio_proj_out", gathered_output=1),
+            )
+        )
 
     def hook_positions(self, transformer: DiffusersModule, permutation: Permutation) -> Sequence[Any]:
         """Hook nothing: positions come as inputs."""

@@ -12,6 +12,7 @@ from torch import nn
 
 from blade.families.protocol import Condition, Inputs, Permutation
 from blade.families.sampling_defaults import SamplingDefaults
+from blade.families.sequence_split import SequenceSplit, SplitModule
 from blade.token_grid import TokenGrid
 from blade_pipelines.shared.diffusers_family import DiffusersFamily
 from blade_pipelines.shared.diffusers_module import DiffusersModule
@@ -75,7 +76,7 @@ class WanSparseProcessor(SparseProcessor):
         **kwargs: Any,
     ) -> torch.Tensor:
         """Attend; same signature as Diffusers' processor."""
-        if not self.layer.sparse:
+        if not self.layer.attends:
             self.layer.count_dense()
             dense: torch.Tensor = self.previous(
                 attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb, **kwargs
@@ -248,6 +249,15 @@ class WanFamily(DiffusersFamily):
             return (permute_patches(output[0], patch, inverse), *output[1:])
         return type(output)(sample=permute_patches(output.sample, patch, inverse))
 
+    def sequence_split(self, transformer: DiffusersModule) -> SequenceSplit | None:
+        """Return the places where Diffusers' own plan cuts the sequence, and those of VACE's blocks beside."""
+        if isinstance(transformer, WanVACETransformer3DModel):
+            return split_sequence(
+                SplitModule(name="vace_blocks.0", inputs={"control_hidden_states": 1}),
+                SplitModule(name="vace_blocks.*", inputs={"hidden_states": 1}),
+            )
+        return split_sequence() if isinstance(transformer, WanTransformer3DModel) else None
+
     def hook_positions(self, transformer: DiffusersModule, permutation: Permutation) -> Sequence[Any]:
         """Permute the tables, (1, S, 1, D), that the rope module returns."""
 
@@ -256,6 +266,19 @@ class WanFamily(DiffusersFamily):
             return tables if order is None else tuple(table.index_select(1, order) for table in tables)
 
         return [transformer.rope.register_forward_hook(follow)]
+
+
+def split_sequence(*beside: SplitModule) -> SequenceSplit:
+    """Return the places where the sequence of Wan's architecture is cut, and others beside."""
+    return SequenceSplit(
+        modules=(
+            SplitModule(name="", inputs={"timestep": 1}),
+            SplitModule(name="rope", cut_output=1),
+            *beside,
+            SplitModule(name="blocks.0", inputs={"hidden_states": 1}),
+            SplitModule(name="proj_out", gathered_output=1),
+        )
+    )
 
 
 def _width(config: Any) -> int:

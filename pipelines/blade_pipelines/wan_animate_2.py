@@ -55,7 +55,7 @@ class WanAnimate2SparseProcessor(SparseProcessor):
         origin_latent_hw: int | None = None,
     ) -> torch.Tensor:
         """Attend; same signature as Diffusers' processor."""
-        if not self.layer.sparse:
+        if not self.layer.attends:
             self.layer.count_dense()
             dense: torch.Tensor = self.previous(
                 attn, hidden_states, rotary_emb, grid_sizes, kv_cache, kv_cache_mode, rope_stride,

@@ -4,6 +4,28 @@ import torch
 from small_family import TEXT_TOKENS, Family
 
 
+def make_wan(layers=3, heads=2, seed=0, peak=4.0, **config):
+    """A tiny `WanTransformer3DModel` with random weights.
+
+    Its attention is peaked: the norms of queries and keys are scaled up, so that it matters which token attends to
+    which, and where they are.
+    """
+    from diffusers import WanTransformer3DModel
+
+    return make_like_wan(WanTransformer3DModel, peak, seed, num_attention_heads=heads, num_layers=layers, **config)
+
+
+def wan_inputs(grid=(3, 5, 7), batch=1, seed=0, timestep=500.0, channels=4):
+    """Inputs of it for a grid of tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    frames, height, width = grid
+    return {
+        "hidden_states": torch.randn(batch, channels, frames, 2 * height, 2 * width, generator=generator),
+        "timestep": torch.full((batch,), timestep),
+        "encoder_hidden_states": torch.randn(batch, TEXT_TOKENS, 8, generator=generator),
+    }
+
+
 def make_wan_vace():
     """A tiny `WanVACETransformer3DModel`: two blocks, and one of the control latents."""
     from diffusers import WanVACETransformer3DModel
@@ -29,9 +51,9 @@ def make_wan_vace():
     return transformer
 
 
-def make_like_wan(kind, peak=4.0, **config):
+def make_like_wan(kind, peak=4.0, seed=0, **config):
     """A tiny transformer of a class that is built as Wan's."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     transformer = kind(
         **{
             "patch_size": (1, 2, 2),

@@ -161,20 +161,6 @@ def test_the_dense_fallback_keeps_its_attention_backend(make_wan):
     assert previous._attention_backend is None
 
 
-def test_parallelism_is_refused_before_and_after(make_wan, wan_inputs):
-    transformer = make_wan()
-    transformer._parallel_config = object()
-    with pytest.raises(ValueError, match="cannot be split by Diffusers' context or tensor parallelism"):
-        apply_blade(transformer, BladeConfig())
-    transformer._parallel_config = None
-    apply_blade(transformer, BladeConfig(asa=DETAILS))
-    with pytest.raises(ValueError, match="cannot be split by context parallelism"):
-        transformer.blocks[0].attn1.processor._parallel_config = object()
-    transformer._parallel_config = object()
-    with pytest.raises(ValueError, match="cannot be split by Diffusers' context or tensor parallelism"):
-        run(transformer, wan_inputs())
-
-
 def test_control_latents_of_another_size_are_refused(make_wan, wan_inputs):
     from blade_pipelines.wan import WanFamily
 

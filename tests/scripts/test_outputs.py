@@ -22,6 +22,7 @@ OPTIONS = {
     "draw_kernels": {},
     "draw_quality": {"line": ["missing=nothing"]},
     "pattern_density": {},
+    "plan_scale": {},
     "quality_by_density": {},
     "picture_report": {"report": Path("missing.html")},
 }

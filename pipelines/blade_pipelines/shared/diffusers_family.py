@@ -16,6 +16,7 @@ from torch import nn
 from blade.families.data import FamilyData
 from blade.families.protocol import Condition, GuidanceBatch, Inputs, RowOrder, SparseAttention
 from blade.families.sampling_defaults import SamplingDefaults
+from blade.families.sequence_split import SequenceSplit
 from blade.families.video_lengths import VideoLengths
 from blade_pipelines.shared.diffusers_module import DiffusersModule
 from blade_pipelines.shared.processor import SparseProcessor
@@ -157,6 +158,10 @@ class DiffusersFamily:
     def scheduler_counts_steps(self, inputs: Inputs) -> bool:
         """Return True: the pipelines step their scheduler itself."""
         return True
+
+    def sequence_split(self, transformer: DiffusersModule) -> SequenceSplit | None:
+        """Return None: the sequence cannot be split among ranks."""
+        return None
 
     def make_processor(self, layer: SparseAttention, previous: Any) -> SparseProcessor:
         """Return the processor for a layer."""

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from blade_kernels.qk_norm_rope import qk_norm_rope
+from diffusers.models.attention_dispatch import dispatch_attention_fn
 
 from blade.families.protocol import SparseAttention
 from blade_pipelines.shared.diffusers_module import DiffusersModule
@@ -23,6 +24,7 @@ class SparseProcessor:
         """
         self.layer = layer
         self.previous = previous
+        layer.dense_attention = self._attend_densely
 
     @property
     def _attention_backend(self) -> Any:
@@ -34,17 +36,27 @@ class SparseProcessor:
         self.previous._attention_backend = backend
 
     @property
-    def _parallel_config(self) -> None:
-        """Always None: context parallelism is not supported."""
-        return None
+    def _parallel_config(self) -> Any:
+        """Diffusers' parallelism, as the replaced processor has it; BLADE reads the transformer's."""
+        return getattr(self.previous, "_parallel_config", None)
 
     @_parallel_config.setter
     def _parallel_config(self, config: Any) -> None:
-        if config is not None:
-            raise ValueError(
-                "BLADE's attention cannot be split by context parallelism; call `remove_blade` before "
-                "`enable_parallelism`."
-            )
+        if hasattr(self.previous, "_parallel_config"):
+            self.previous._parallel_config = config
+
+    def _attend_densely(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, key_lengths: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Attend by Diffusers' attention backend from (B, S, H, D) to all keys that are there."""
+        there = None
+        if key_lengths is not None:
+            there = torch.arange(key.shape[1], device=key.device) < key_lengths[:, None]
+            there = there[:, None, None]  # (B, 1, 1, S)
+        output: torch.Tensor = dispatch_attention_fn(
+            query, key, value, attn_mask=there, backend=getattr(self.previous, "_attention_backend", None)
+        )
+        return output
 
 
 def norm_and_rope(

@@ -20,6 +20,16 @@ def test_every_documented_card_has_its_source() -> None:
     for name, card in cards.items():
         assert card.source.startswith("https://"), name
         assert card.half == pytest.approx(2 * card.tf32, rel=0.03), name  # as on every one of them
+        assert card.link.source.startswith("https://") and card.link.gb_per_second > 0, name
+    assert (cards["H200"].link.name, cards["H200"].link.gb_per_second) == ("NVLink 4", 450)
+    assert {name for name, card in cards.items() if "PCIe" in card.link.name} == {"L40S", "RTX 4090", "RTX 5090"}
+
+
+def test_the_link_of_a_report_is_that_of_the_card_of_its_name() -> None:
+    report = make_report()
+    assert CardReport("x", report).link is None
+    report["machine"]["device"] = "NVIDIA GeForce RTX 4090"
+    assert CardReport("x", report).link == documented_cards()["RTX 4090"].link
 
 
 @pytest.mark.parametrize(
