@@ -114,14 +114,20 @@ class RunPlan:
         return "\n".join(map(printable, lines))
 
 
-def resolve_without_weights(request: GenerationRequest) -> tuple[LoadedModel, ResolvedRequest]:
+def resolve_without_weights(
+    request: GenerationRequest, *, device: torch.device | None = None
+) -> tuple[LoadedModel, ResolvedRequest]:
     """Return a request's model without its weights, and the request with the model's defaults filled in.
+
+    Args:
+        request: the request.
+        device: a device of another machine, where it will run; None: the request's own, here.
 
     Raises:
         ValueError: for a request that cannot be met.
         ModelError: if there is no such model.
     """
-    device = resolve_device(request.device)
+    device = resolve_device(request.device) if device is None else device
     dtype = resolve_dtype(request.dtype, device)
     model = model_for(load_empty_model(request.model, revision=request.revision, dtype=dtype), request.condition)
     if request.transformer is not None:
