@@ -57,6 +57,12 @@ class Ranks:
         gathered = collectives.wait_tensor(gather(tensor.unsqueeze(0), 0, self.group))
         return torch.cat([part.narrow(dim, 0, size) for part, size in zip(gathered.unbind(), sizes)], dim=dim)
 
+    def from_first(self, value: Any) -> Any:
+        """Return what the first rank gives, anything that can be pickled, such as what it read from a file."""
+        values = [value]
+        dist.broadcast_object_list(values, group=self.group, group_src=0)
+        return values[0]
+
 
 @dataclass(frozen=True, eq=False)
 class TokenShards:
@@ -131,6 +137,13 @@ class HeadShare:
     """Numbers of the heads of each rank."""
     device: torch.device
     """The device of the tokens."""
+
+    def __post_init__(self) -> None:
+        with torch.inference_mode(False):  # before a layer, perhaps compiled, asks: Dynamo breaks at their lock
+            for name in ("counts", "heads", "_order", "_inverse"):
+                getattr(self, name)
+            for name in ("video_parts", "text_parts", "parts"):
+                getattr(self.shards, name)
 
     @classmethod
     def equal(cls, shards: TokenShards, heads: int, device: torch.device) -> HeadShare:
