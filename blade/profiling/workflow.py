@@ -20,13 +20,13 @@ from blade.common.names import check_no_input
 from blade.common.terminal import printable
 from blade.generation.inputs import input_paths
 from blade.generation.plan import resolve_without_weights
-from blade.generation.prepare import prepare_model
 from blade.generation.request import ResolvedRequest, check_known
-from blade.generation.run import run_request
+from blade.generation.team import lead, run_together
 from blade.metrics.similarity import psnr, ssim
 from blade.models.costs import forward_cost
 from blade.models.loaded import LatentSize, LoadedModel
 from blade.models.loading import load_empty_model
+from blade.models.parallel import Team
 from blade.profiling.adaptive_sparsity import AdaptiveChoice, adaptive_at_error
 from blade.profiling.assignment import GreedyRule
 from blade.profiling.candidates import default_candidates
@@ -124,7 +124,7 @@ class ProfileReport:
 
 
 def profile_attention(
-    request: ProfileRequest, on_progress: Callable[[str], None] | None = None
+    request: ProfileRequest, on_progress: Callable[[str], None] | None = None, *, team: Team | None = None
 ) -> ProfileReport | None:
     """Profile a model's attention, choose a pattern for every head, and verify the result.
 
@@ -134,6 +134,8 @@ def profile_attention(
     Args:
         request: the request.
         on_progress: called with a line of text at every stage and step.
+        team: the processes that make each video together, of which this is the first; the others call
+            `blade.profiling.team.follow`. None: one does.
 
     Returns:
         The result; None in one of several processes, which only records.
@@ -146,7 +148,7 @@ def profile_attention(
     """
     check_profile(request)
     with folder_locked(request.output, share=request.share):
-        return _profiled(request, on_progress or (lambda line: None))
+        return _profiled(request, on_progress or (lambda line: None), team)
 
 
 def check_profile(request: ProfileRequest) -> None:
@@ -177,9 +179,9 @@ def load_recorder(request: ProfileRequest) -> Callable[[Path, tuple[int, int]], 
     return record
 
 
-def _prepared(request: ProfileRequest) -> tuple[LoadedModel, list[ResolvedRequest], _Setup]:
+def _prepared(request: ProfileRequest, team: Team | None = None) -> tuple[LoadedModel, list[ResolvedRequest], _Setup]:
     """Load a request's model, and return it with a resolved request per prompt and the setup of the recording."""
-    model, resolved = prepare_model(replace(request.generation, prompt=request.prompts[0], attention="dense"))
+    model, resolved = lead(replace(request.generation, prompt=request.prompts[0], attention="dense"), team)
     model.pipe.set_progress_bar_config(disable=True)
     requests = [
         replace(resolved, prompt=prompt, seed=resolved.seed + number) for number, prompt in enumerate(request.prompts)
@@ -189,9 +191,9 @@ def _prepared(request: ProfileRequest) -> tuple[LoadedModel, list[ResolvedReques
     return model, requests, _Setup.of(request, resolved, model)
 
 
-def _profiled(request: ProfileRequest, say: Callable[[str], None]) -> ProfileReport | None:
+def _profiled(request: ProfileRequest, say: Callable[[str], None], team: Team | None) -> ProfileReport | None:
     """Profile, in a folder that no other process uses."""
-    model, requests, setup = _prepared(request)
+    model, requests, setup = _prepared(request, team)
     folder = request.output / RECORDINGS_NAME
     if request.method == "published":
         return _published(request, model, requests, setup, folder, say)
@@ -311,7 +313,7 @@ def _dense(model: LoadedModel, request: ResolvedRequest, recordings: Path, numbe
     try:
         return torch.from_numpy(dense_video(recordings, number)).float() / 255
     except FileNotFoundError:
-        return run_request(model, request.dense()).video
+        return run_together(model, request.dense()).video
 
 
 @dataclass(frozen=True, kw_only=True)
