@@ -328,6 +328,7 @@ class Pool:
                 return
         self._greet(member)
         if task is None:
+            logger.warning(f"a worker on {member.host or 'a machine'} was lost while it loaded ({reason})")
             return
         count.lost[task.key] = count.lost.get(task.key, 0) + 1
         if count.lost[task.key] <= RETRIES:

@@ -62,15 +62,15 @@ def children(process: subprocess.Popen[str]) -> list[psutil.Process]:
     return psutil.Process(process.pid).children(recursive=True)
 
 
-def workers(process: subprocess.Popen[str]) -> list[psutil.Process]:
-    """Return the actors of a command, which Ray names after their method while that runs."""
+def busy_workers(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    """Return the workers of a command that make a video: Ray names them after their method while that runs."""
     found = []
     for child in children(process):
         try:
             title = " ".join(child.cmdline())
         except psutil.Error:  # it has just ended
             continue
-        if title.startswith("ray::Worker"):
+        if title.startswith("ray::Worker.run"):
             found.append(child)
     return found
 
@@ -122,11 +122,18 @@ def test_killed_workers_and_a_killed_command_lose_nothing(expected, start, tmp_p
     output = tmp_path / "out"
     command = start(f"--output={output}", "--workers=2")
     killed = []
+
+    def kill_busy_worker() -> bool:
+        busy = busy_workers(command)
+        if busy:
+            killed.append(busy[0].pid)
+            os.kill(busy[0].pid, signal.SIGKILL)
+        return bool(busy)
+
     for count in (2, 5):
         wait_for(lambda count=count: output.is_dir() and len(videos(output)) >= count, f"{count} videos")
-        (victim, *_) = [worker for worker in workers(command) if worker.pid not in killed]
-        killed.append(victim.pid)
-        os.kill(victim.pid, signal.SIGKILL)
+        wait_for(kill_busy_worker, "a worker that makes a video")
+    assert len(set(killed)) == 2
     reached = len(videos(output))
     wait_for(lambda: len(videos(output)) >= reached + 3, "videos of workers that were started again")
     below = children(command)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from blade_kernels.crashes import DeviceCrashError
 from fake_ray import FakeConnection, FakeJob, Lost, OutOfReach
 
@@ -23,7 +24,7 @@ from blade.fleet.pool import (
     Task,
     in_order,
 )
-from blade.fleet.worker import portable
+from blade.fleet.worker import load, portable
 
 
 class Driver:
@@ -279,6 +280,14 @@ def test_time_left_follows_the_predicted_work(monkeypatch) -> None:
     _, progress, _ = run(given, work, workers=1)
     (after_first,) = {(p.seconds_left, p.per_minute) for p in progress if p.done == 1}
     assert after_first == (20.0, 2.0)  # three fifths took 30 s
+
+
+def test_a_worker_has_the_threads_that_it_is_told() -> None:
+    before = torch.get_num_threads()
+    try:
+        assert load(FakeJob(lambda _: torch.get_num_threads()), "cpu", before + 1).value("") == before + 1
+    finally:
+        torch.set_num_threads(before)
 
 
 class Awkward(Exception):
