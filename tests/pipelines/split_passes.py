@@ -58,7 +58,7 @@ def run_case(case, degree):
             forward(transformer, inputs)  # so that the plan is there, and the processes are connected
             before = sent_bytes()
             split = forward(transformer, inputs)
-            result["bytes"] = sent_bytes() - before
+            result["bytes"] = sent_bytes() - before  # rank 0's, headers of gloo's messages included
         else:
             split = gradients(transformer, inputs)
             for gradient in split.values():

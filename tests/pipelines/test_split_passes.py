@@ -16,6 +16,7 @@ from blade.attention.config import AdaptiveConfig
 from blade.attention.pattern_table import uniform_table
 from blade.attention.patterns import HeadPattern, Window
 from blade.families.registry import find_family
+from blade.models.communication import SplitPass
 
 SCRIPT = Path(__file__).parent / "split_passes.py"
 GRID = (3, 5, 7)  # 105 tokens: no multiple of 2 or 4
@@ -46,6 +47,9 @@ KINDS = [
     "wan", "wan-vace", "chronoedit", "cogvideox", "cogvideox-2b", "cogvideox-1.5", "hunyuan-video",
     "hunyuan-video-i2v", "hunyuan-video-1.5", "ltx-video", "ltx-2", "ltx-2.3", "minimax-h3", "minimax-h3-references",
 ]  # fmt: skip
+MEASURED = ("dense", "row", "layer", "dropped", "all", "patterns")
+HEADER_BYTES = 400
+"""At most, of the messages that gloo sends another rank in one collective operation."""
 OTHER_WAYS = ("wan", "cogvideox", "hunyuan-video", "minimax-h3")
 
 
@@ -102,6 +106,25 @@ def case_of(name):
     return make_case(name, *three_heads(), CONFIGS[config], **trained)
 
 
+def planned_bytes(name, result):
+    """Bytes that rank 0 sends in a pass by the formula of the documents, and the number of collective operations."""
+    (kind, config), (video, text) = name.split("/"), result["tokens"]
+    tokens = sum(video) + sum(text)
+    scored = config == "layer" or config == "dropped"  # by a budget that all heads of a layer share
+    split = SplitPass(
+        batch=2 if kind == "three-heads" else 1,
+        tokens=tuple(map(sum, zip(video, text))),
+        output_tokens=tuple(video),
+        heads=tuple(map(tuple, result["heads"])),
+        head_dim=16,
+        element_size=4,
+        out_channels=16,
+        score_blocks=-(-tokens // 8) if scored else None,
+        scored_layers=tuple(range(len(result["heads"]))) if scored else (),
+    )
+    return split.sent()[0], len(split.collectives())
+
+
 def run_cases(ranks, folder):
     """Results of so many ranks, by the name of the pass."""
     names = [name for name in names_of_cases(ranks) if not any(map(is_missing, name.split("/")))]
@@ -115,6 +138,7 @@ def run_cases(ranks, folder):
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_a_split_pass_equals_one_alone(ranks, tmp_path):
+    headers = {}
     for name, result in run_cases(ranks, tmp_path).items():
         if name.startswith("other ways"):
             assert len(result) == 4 and max(result.values()) < 2e-6, (name, result)
@@ -124,3 +148,12 @@ def test_a_split_pass_equals_one_alone(ranks, tmp_path):
         assert result["density_split"] == pytest.approx(result["density_alone"], abs=1e-6), name
         assert (result["density_split"] == 1) == name.endswith("dense"), name
         assert sum(result["tokens"][0]) % 2 and len(set(result["tokens"][0])) > 1, name  # unequal parts
+        if (
+            name.startswith(("wan/", "three-heads/", "hunyuan-video/", "cogvideox/"))
+            and name.split("/")[1] in MEASURED
+        ):
+            planned, collectives = planned_bytes(name, result)
+            headers.setdefault(collectives, set()).add(result["bytes"] - planned)
+    # what is beside the plan are headers, which depend on the number of messages alone
+    assert len(headers) == 2 and all(len(beside) == 1 for beside in headers.values()), headers
+    assert all(0 < min(beside) <= HEADER_BYTES * count * (ranks - 1) for count, beside in headers.items()), headers
