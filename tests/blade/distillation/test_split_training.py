@@ -13,8 +13,8 @@ from blade.distillation.workflow import distill
 
 BOUND = 1e-4
 """Relative error of each tensor and logged value after ten updates in float32. Some gradients of cross-attention
-nearly cancel, so that one process alone differs from itself with accumulation: with this seed by 2.4e-5, with others by
-up to 1.1e-4."""
+nearly cancel, so that one process differs from itself with accumulation: by 2.4e-5 with this seed, by up to 1.1e-4 with
+others."""
 COMPARED = ("student_loss", "student_norm", "fake_loss", "fake_norm", "difference", "critic_ratio", "sparsity")
 SPARSE = BladeConfig(
     sparsity=0.6,
@@ -62,6 +62,7 @@ def trainings(saved_patched_pipeline, small_settings, start_for_module, tmp_path
         {"settings": [*groups, *validated, "run.updates=10"], "fault": None},
         {"settings": [*groups, *one_group], "fault": None},  # which goes on with it
         {"settings": settings("full-groups", *FULL, *GROUPS, "run.parallel=ddp"), "fault": None},
+        {"settings": settings("dry", *WHOLE, *GROUPS, "run.parallel=fsdp"), "fault": None, "dry_run": True},
     ]
     for fault in ("own noise", "gradients averaged"):
         faulty = settings(fault, *WHOLE, *GROUPS, "run.parallel=fsdp", "run.updates=1")
@@ -70,6 +71,7 @@ def trainings(saved_patched_pipeline, small_settings, start_for_module, tmp_path
     four = start_for_module("split_trainings.py", str(folder / "split.json"), processes=4)
     output, _ = four.communicate(timeout=500)
     assert four.returncode == 0, output
+    (folder / "output.txt").write_text(output, encoding="utf-8")
     distill(load_config("shapes", settings("one", *WHOLE)))
     distill(load_config("shapes", settings("full-one", *FULL)))
     return folder
@@ -150,6 +152,13 @@ def test_dense_separate_networks_and_trajectories_are_split_too(trainings):
         errors = log_errors(one, groups)
         assert len(errors) == (3 if number == 0 else len(COMPARED))  # only the student's in ODE initialization
         assert max(errors.values()) < 1e-3, errors  # of points in half precision
+
+
+@pytest.mark.slow
+def test_a_dry_run_measures_groups_and_writes_nothing(trainings):
+    output = (trainings / "output.txt").read_text(encoding="utf-8")
+    assert output.count("of student and fake score together") == output.count("GiB at most on") == 1
+    assert not (trainings / "dry").exists()
 
 
 @pytest.mark.slow
