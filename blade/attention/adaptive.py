@@ -238,15 +238,40 @@ def select(
 
     Of a budget that all heads of the layer share, every rank works out the whole from the scores of all.
     """
+    return keep_own_heads(layer_importance(query, key, value, plan, draw, key_lengths, share), plan, share)
+
+
+def layer_importance(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    plan: AdaptivePlan,
+    draw: torch.Tensor,
+    key_lengths: torch.Tensor | None = None,
+    share: HeadShare | None = None,
+) -> torch.Tensor:
+    """Score the key blocks, of all heads of the layer where they share a budget. See `block_importance`."""
     batch, _, heads, _ = query.shape
     if heads:
         importance = block_importance(query, key, value, plan, draw, key_lengths, share)
     else:
         importance = query.new_zeros(1, 1, plan.context.blocks, plan.context.blocks, dtype=torch.float32)
-    if share is None or plan.config.budget == "row" or plan.selector.scores_all_heads:
-        return keep_most_important(importance, plan)
-    mask = keep_most_important(share.gather_heads(importance.expand(batch, heads, -1, -1)), plan)
+    if share is None or not _needs_all_heads(plan):
+        return importance
+    return share.gather_heads(importance.expand(batch, heads, -1, -1))
+
+
+def keep_own_heads(importance: torch.Tensor, plan: AdaptivePlan, share: HeadShare | None) -> BlockMask:
+    """Keep the blocks of the largest of `layer_importance`, and return this rank's heads."""
+    mask = keep_most_important(importance, plan)
+    if share is None or not _needs_all_heads(plan):
+        return mask
     return BlockMask.from_dense(mask.keep.index_select(1, share.heads), mask.block_size, mask.capacity)
+
+
+def _needs_all_heads(plan: AdaptivePlan) -> bool:
+    """Return whether a head's blocks depend on the scores of the others."""
+    return plan.config.budget != "row" and not plan.selector.scores_all_heads
 
 
 def block_importance(

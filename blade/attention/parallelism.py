@@ -11,7 +11,7 @@ from diffusers.hooks import HookRegistry
 from torch import nn
 
 from blade.attention.head_deal import deal_heads
-from blade.attention.hook_order import remove_hook
+from blade.attention.hook_order import is_wrapped_by_cache_dit, remove_hook
 from blade.attention.layer import SparseLayer
 from blade.attention.sequence_parallel import CutKeys, HeadShare, Ranks, SplitHooks, TokenShards, modules_of_name
 from blade.common.terminal import logger
@@ -21,6 +21,9 @@ from blade.token_grid import TokenGrid
 
 HOOK_PREFIXES = ("cp_input", "cp_output")
 """Beginnings of the names of Diffusers' hooks that cut and put together."""
+
+CACHES_BY_VALUE = {"fbc_leader_block_hook": "first-block", "sea_cache_root": "sea"}
+"""Caches that skip blocks by what tensors hold, by the names of Diffusers' hooks."""
 
 
 class Parallelism:
@@ -58,26 +61,41 @@ class Parallelism:
         """Take over the parallelism that is enabled, or notice that none is.
 
         Raises:
-            ValueError: if it is of another kind than Ulysses, or the model cannot be split.
+            ValueError: if it is of another kind than Ulysses, the model cannot be split, or a cache would let ranks
+                skip different blocks.
         """
         config = getattr(transformer, "_parallel_config", None)
-        if config is self._config:
+        if config is not None:
+            self._refuse_caches_by_value(transformer)
+        if config is self._config and self.is_split == (config is not None):  # which `release` ends
             return
         self._forget()
         if config is not None:
-            self._take_over(transformer, config)
+            self._take_over(transformer)
         self._config = config
 
-    def _take_over(self, transformer: Transformer, config: Any) -> None:
-        context, plan = _ulysses(config), self._family.sequence_split(transformer)
+    def _refuse_caches_by_value(self, transformer: Transformer) -> None:
+        registries = [
+            vars(module).get("_diffusers_hook") for module in (transformer, *self._family.blocks(transformer))
+        ]
+        hooks = {name for registry in registries if registry is not None for name in registry.hooks}
+        caches = [cache for hook, cache in CACHES_BY_VALUE.items() if hook in hooks]
+        if is_wrapped_by_cache_dit(transformer):
+            caches.append("cache-dit")
+        if caches:
+            raise ValueError(
+                f"`cache` must not be {caches[0]} where several ranks compute one video: it skips blocks by what a "
+                "rank's own tensors hold, so that some would wait for others without end. Use another cache."
+            )
+
+    def _take_over(self, transformer: Transformer) -> None:
+        ranks, plan = ranks_of(transformer), self._family.sequence_split(transformer)
         if plan is None:
             raise ValueError(
                 f"`parallel_config` must be None: a {type(transformer).__name__} cannot be split among GPUs, as there "
                 "is no plan for its sequence."
             )
-        self._ranks = Ranks(
-            context._ulysses_mesh.get_group(), context._ulysses_mesh.get_local_rank(), context.ulysses_degree
-        )
+        self._ranks = ranks
         for module in transformer.modules():
             registry = vars(module).get("_diffusers_hook")
             for name in () if registry is None else tuple(registry.hooks):
@@ -173,6 +191,20 @@ class Parallelism:
         for layer, density in zip(layers, parts.split(1)):
             layer.tally[0:1].add_(density)
             layer.density_part.zero_()
+
+
+def ranks_of(transformer: nn.Module) -> Ranks | None:
+    """Return the ranks that compute one video together with a transformer; None: it is whole on one.
+
+    Raises:
+        ValueError: if it is split by another parallelism than Ulysses.
+    """
+    config = getattr(transformer, "_parallel_config", None)
+    if config is None:
+        return None
+    context = _ulysses(config)
+    mesh = context._ulysses_mesh
+    return Ranks(mesh.get_group(), mesh.get_local_rank(), context.ulysses_degree)
 
 
 def _ulysses(config: Any) -> Any:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from blade.common.errors import first_line
 from blade.common.terminal import logger
 from blade.generation.prepare import prepare_model
@@ -25,11 +28,15 @@ def run_together(model: LoadedModel, request: ResolvedRequest) -> Generation:
     return run_request(model, request)
 
 
-def follow(team: Team) -> None:
+def follow(team: Team, make: Callable[[LoadedModel, Any], Any] = run_request) -> None:
     """Take part in the videos that the first process makes, until it has made all.
 
     Of a video that fails, the first process says so; where it does not, as the fault is this process's own, this one
     ends with the error, and the launcher ends the others.
+
+    Args:
+        team: the processes.
+        make: makes what the first process says, with the model that it has named.
     """
     request = team.hear()
     if request is None:
@@ -38,6 +45,6 @@ def follow(team: Team) -> None:
     model.pipe.set_progress_bar_config(disable=True)
     while (request := team.hear()) is not None:
         try:
-            run_request(model, request)
+            make(model, request)
         except (ValueError, ArithmeticError) as error:  # as in the first process, which goes on with its list
             logger.debug(first_line(error))

@@ -106,12 +106,12 @@ def launched_processes() -> int:
 class Team:
     """The processes that make one video together: all that were launched, on a GPU each or on the CPU."""
 
-    def __init__(self, parallel: int, device: torch.device) -> None:
+    def __init__(self, parallel: int, device: str | None) -> None:
         """Join the others.
 
         Args:
             parallel: their number.
-            device: the device that was asked for, without a number.
+            device: "cpu" or "cuda", of which every process takes its own; None takes CUDA if there is one.
 
         Raises:
             ValueError: if another number of processes was launched, or the device has a number.
@@ -122,11 +122,12 @@ class Team:
                 f"`parallel` must be the number of processes that were launched, {launched}, got {parallel}: "
                 f"accelerate launch --num_processes {parallel} -m blade.cli.generate ..."
             )
-        if device.index is not None:
-            raise ValueError(f"`device` must have no number where every process takes a GPU of its own, got {device}.")
+        kind = resolve_device(device).type
+        if device not in (None, kind):
+            raise ValueError(f"`device` must be {kind} where every process takes its own, got {device}.")
         from accelerate import PartialState
 
-        state = PartialState(cpu=device.type == "cpu")
+        state = PartialState(cpu=kind == "cpu")
         self.index: int = state.process_index
         self.count: int = parallel
         self.device: torch.device = state.device
@@ -158,8 +159,15 @@ class Team:
         self._broadcast(task)
 
     def hear(self) -> Any:
-        """Wait for what the first process says is to be done next; None: nothing more."""
-        return self._broadcast(None)
+        """Wait for what the first process says is to be done next; None: nothing more.
+
+        Raises:
+            ConnectionError: if the first process has ended.
+        """
+        try:
+            return self._broadcast(None)
+        except RuntimeError as error:
+            raise ConnectionError("The first of the processes has ended; it says why.") from error
 
     def _broadcast(self, task: Any) -> Any:
         import torch.distributed as dist
@@ -173,7 +181,7 @@ class Team:
 def join_team(parallel: int, device: str | None) -> Iterator[Team | None]:
     """Join the processes that make each video together inside a `with` block; None where `parallel` is 1.
 
-    The others are told when the first is done. Where it fails, whoever launched them ends them.
+    Where one fails, whoever launched them ends the others.
 
     Args:
         parallel: number of processes.
@@ -187,8 +195,5 @@ def join_team(parallel: int, device: str | None) -> Iterator[Team | None]:
         return
     import torch.distributed as dist
 
-    team = Team(parallel, resolve_device(device))
-    yield team
-    if team.is_first:
-        team.tell(None)
+    yield Team(parallel, device)
     dist.destroy_process_group()

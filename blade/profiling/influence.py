@@ -13,17 +13,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from blade.attention.apply import use_blade
 from blade.attention.config import BladeConfig
 from blade.common.fields import check_type
 from blade.common.files import write_files
 from blade.common.reading import read_json
 from blade.generation.request import ResolvedRequest
-from blade.generation.run import Generation, run_request
+from blade.generation.run import Generation
 from blade.models.loaded import LoadedModel
 from blade.profiling.record_prompts import dense_video
-from blade.profiling.recording import saved_passes
 from blade.profiling.search import Choice, PatternSearch
+from blade.profiling.team import make_configured
 
 STRETCHES = (0.0, 0.1, 0.2, 0.33, 0.5, 0.67, 0.83, 1.0)
 """Bounds of the stretches of steps as shares of a run; finer for the early steps, which matter most."""
@@ -142,8 +141,7 @@ def generate_resumable(model: LoadedModel, request: ResolvedRequest, config: Bla
     """Generate with a configuration, resuming an interrupted run bit-exactly; its saved passes are then deleted."""
     key = json.dumps([request.prompt, request.seed, config.to_dict()]).encode()
     passes = folder / hashlib.sha256(key).hexdigest()[:12]
-    with use_blade(model.pipe, config):
-        generation = run_request(model, request, attention=saved_passes(model.transformer, passes))
+    generation = make_configured(model, request, config, passes)
     shutil.rmtree(passes)
     return generation
 

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from blade.attention.sequence_parallel import HeadShare
+
 MAP_SIZE = 48
 """Most rows and columns of the attention map that is recorded of a head."""
 
@@ -63,6 +65,19 @@ class LayerMeasurement:
         """Return all values as tensors, for saving."""
         values = {name: getattr(self, name) for name in self.__dataclass_fields__}
         return {name: torch.as_tensor(value).cpu() for name, value in values.items()}
+
+    def of_all_heads(self, share: HeadShare) -> LayerMeasurement:
+        """Put together what ranks measured, each of its heads."""
+        parts = [*(getattr(self, name).mT for name in _BY_CANDIDATE), self.energy[:, None], self.block_map.flatten(1)]
+        gathered = share.gather_heads(torch.cat(parts, dim=1).unsqueeze(0)).squeeze(0)
+        *sums, energy, block_map = gathered.split([part.shape[1] for part in parts], dim=1)
+        return LayerMeasurement(
+            queries=self.queries,
+            energy=energy.squeeze(1),
+            block_map=block_map.unflatten(1, self.block_map.shape[1:]),
+            rows=self.rows,
+            **{name: tensor.mT for name, tensor in zip(_BY_CANDIDATE, sums)},
+        )
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> LayerMeasurement:
@@ -139,7 +154,7 @@ def column_mass(
     blocks = -(-tokens // block_size)
     sampled = torch.linspace(0, tokens - 1, min(queries, tokens), device=query.device).long()
     total = torch.zeros(heads, blocks, dtype=torch.float64, device=query.device)
-    chunk = max(1, CHUNK_BYTES // (heads * tokens * 4))
+    chunk = max(1, CHUNK_BYTES // (max(heads, 1) * tokens * 4))
     for item in range(len(query)):
         for positions in sampled.split(chunk):
             logits = _logits(query[item, positions].transpose(0, 1), key[item].transpose(0, 1), blocks * block_size)
@@ -222,7 +237,7 @@ _BY_CANDIDATE = ("output_error", "head_error", "mass", "best_mass")
 
 def _chunks(sampled: Tensor, heads: int, block_size: int, blocks: int, size: int) -> Iterator[Tensor]:
     """Split query blocks into chunks whose sums fit into `CHUNK_BYTES`."""
-    block_bytes = heads * block_size * blocks * (block_size + size) * 4
+    block_bytes = max(heads, 1) * block_size * blocks * (block_size + size) * 4
     return iter(sampled.split(max(1, CHUNK_BYTES // block_bytes)))
 
 

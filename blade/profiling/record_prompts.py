@@ -16,11 +16,10 @@ import numpy as np
 from blade.common.files import write_files
 from blade.common.reading import read_json
 from blade.generation.request import ResolvedRequest
-from blade.generation.run import run_request
 from blade.models.loaded import LoadedModel
 from blade.profiling.profile import AttentionProfile, ProfileSource, aggregate_passes, make_profile
-from blade.profiling.recording import recorded
 from blade.profiling.recording_plan import Recording
+from blade.profiling.team import make_recorded
 
 SOURCE_NAME = "source.json"
 """File in a folder of recordings that says what they were made of."""
@@ -62,7 +61,7 @@ def record_profile(
 ) -> AttentionProfile:
     """Record all prompts and combine the measurements into a profile; see `record_prompts`."""
     record_prompts(model, requests, recording, source, folder, on_step)
-    return make_profile(source, [_path(folder, number) for number in range(len(requests))])
+    return make_profile(source, [recording_path(folder, number) for number in range(len(requests))])
 
 
 def record_prompts(
@@ -79,7 +78,7 @@ def record_prompts(
     An interrupted recording resumes bit-exactly: a pass of the transformer that was saved is not computed again.
 
     Args:
-        model: the model, with one transformer.
+        model: the model, with one transformer. Of a team's, this is the first process, and the others follow it.
         requests: one resolved request per prompt.
         recording: the options of the recording.
         source: the origin of the profile.
@@ -98,16 +97,14 @@ def record_prompts(
             f"`model` must have one transformer to be profiled, but a {type(model.pipe).__name__} has "
             f"{len(transformers)}."
         )
-    (transformer,) = transformers.values()
     _check_folder(folder, source, recording, requests[0])
     numbers = range(share[0] - 1, len(requests), share[1])
     pace = _Pace(len(numbers), source.steps, on_step)
     for index, number in enumerate(numbers):
-        passes, path = folder / f"prompt-{number:03d}", _path(folder, number)
+        passes, path = folder / f"prompt-{number:03d}", recording_path(folder, number)
         pace.prompt_began(index)
         if not path.is_file():
-            measured_attention = recorded(transformer, recording, passes, model.pipe, pace.passed)
-            generation = run_request(model, requests[number].dense(), attention=measured_attention)
+            generation = make_recorded(model, requests[number].dense(), recording, passes, pace.passed)
             pixels = (generation.video.clamp(0, 1) * 255).round().byte().numpy()
             buffer = io.BytesIO()
             np.savez_compressed(buffer, frames=pixels)
@@ -116,7 +113,8 @@ def record_prompts(
         shutil.rmtree(passes, ignore_errors=True)
 
 
-def _path(folder: Path, number: int) -> Path:
+def recording_path(folder: Path, number: int) -> Path:
+    """Return the path of what was recorded of a prompt."""
     return folder / f"prompt-{number:03d}.safetensors"
 
 

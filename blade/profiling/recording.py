@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from blade.attention.applied import AppliedBlade, applied_to
 from blade.attention.config import BladeConfig
+from blade.attention.parallelism import ranks_of
 from blade.common.errors import first_line
 from blade.common.files import replaced_whole
 from blade.common.rollback import unchanged_on_error
@@ -45,18 +46,20 @@ OUTPUT = "output"
 @contextmanager
 def saved_passes(
     transformer: nn.Module,
-    folder: Path,
+    folder: Path | None,
     look: Callable[[], dict[str, Tensor]] | None = None,
     on_pass: Callable[[int, bool, int | None], None] | None = None,
 ) -> Iterator[None]:
     """Save the output of every forward pass of a transformer inside a `with` block to a file.
 
     A pass whose file exists is read instead of computed, so that an interrupted generation, started again with the
-    same noise, resumes bit-exactly.
+    same noise, resumes bit-exactly. Of a transformer that is split, the first rank reads and writes the files, and
+    sends the others what it read: they may be on other machines.
 
     Args:
         transformer: the transformer, after BLADE is applied to it.
-        folder: the folder of the files, `pass-00000.safetensors` and so on; made if missing.
+        folder: the folder of the files, `pass-00000.safetensors` and so on; made if missing. None: a rank that is not
+            the first, and has none.
         look: called after each computed pass; returns further tensors to save.
         on_pass: called after every pass with its number, true if it was read, and the `step` saved with it.
 
@@ -70,9 +73,12 @@ def saved_passes(
     def forward(*args: Any, **kwargs: Any) -> Any:
         nonlocal count
         inputs = {**dict(zip(parameters, args)), **kwargs}
-        number, path = count, folder / f"pass-{count:05d}.safetensors"
+        number, path = count, None if folder is None else folder / f"pass-{count:05d}.safetensors"
         count += 1
-        read = _read(path)
+        read = None if path is None else _read(path)
+        ranks = ranks_of(transformer)  # now, as it may be split since this block began
+        if ranks is not None:
+            read = ranks.from_first(read)
         if read is not None:
             saved = read
             device = inputs["hidden_states"].device
@@ -85,9 +91,10 @@ def saved_passes(
             result = inner(**inputs)
             outputs = result if isinstance(result, tuple) else result.to_tuple()
             saved = {} if look is None else look()
-            named = {f"{OUTPUT}{number or ''}": tensor for number, tensor in enumerate(outputs)}
-            with replaced_whole(path) as temporary:
-                save_file({name: x.detach().cpu().contiguous() for name, x in named.items()} | saved, temporary)
+            if path is not None:
+                named = {f"{OUTPUT}{number or ''}": tensor for number, tensor in enumerate(outputs)}
+                with replaced_whole(path) as temporary:
+                    save_file({name: x.detach().cpu().contiguous() for name, x in named.items()} | saved, temporary)
         if on_pass is not None:
             on_pass(number, read is not None, int(saved["step"]) if "step" in saved else None)
         if kwargs.get("return_dict", True):
@@ -106,19 +113,22 @@ def saved_passes(
 
 
 def _read(path: Path) -> dict[str, Tensor] | None:
-    """Return what was saved of a pass; None if nothing was, or, with a warning, if it cannot be read."""
+    """Return output and step of a saved pass; None if there is none, or, with a warning, if it cannot be read."""
     try:
-        return load_file(path) if path.is_file() else None
+        saved = load_file(path) if path.is_file() else None
     except (SafetensorError, OSError) as error:
         logger.warning(f"{path} cannot be read, and is made again: {first_line(error)}")
         return None
+    if saved is None:
+        return None
+    return {name: tensor for name, tensor in saved.items() if name == "step" or name.startswith(OUTPUT)}
 
 
 @contextmanager
 def recorded(
     transformer: nn.Module,
     recording: Recording,
-    folder: Path,
+    folder: Path | None,
     pipe: Any = None,
     on_pass: Callable[[int, bool, int | None], None] | None = None,
 ) -> Iterator[None]:
@@ -127,7 +137,7 @@ def recorded(
     Args:
         transformer: a transformer of a known family. BLADE is removed from it inside the block.
         recording: the options of the recording.
-        folder: the folder of the passes.
+        folder: the folder of the passes; see `saved_passes`.
         pipe: the transformer's pipeline, for its scheduler.
         on_pass: called after every pass with its number, true if it was read, and the `step` saved with it.
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from blade.attention.adaptive import AdaptivePlan, block_importance, draw_table, keep_most_important
+from blade.attention.adaptive import AdaptivePlan, draw_table, keep_own_heads, layer_importance
 from blade.attention.config import AdaptiveConfig, BladeConfig
 from blade.attention.frame_keys import FrameKeys
 from blade.attention.layer import Plan
@@ -136,13 +136,13 @@ class RecordingPlan:
     ) -> tuple[Tensor, Tensor, str]:
         """Attend and measure; see `PatternPlan.attend`. `rows` holds the layer and the step.
 
+        Every rank measures its own heads, and has the measurements of all afterwards.
+
         Raises:
             ValueError: if frames have keys beside the sequence, which no measurement knows.
         """
         if beside is not None:
             raise ValueError("This model cannot be profiled: its frames attend to keys beside the sequence.")
-        if share is not None:
-            raise ValueError("A model that is split among GPUs cannot be profiled.")
         layer, self.step = (int(number) for number in rows[0])
         recording = self.recording
         with torch.no_grad():
@@ -151,19 +151,31 @@ class RecordingPlan:
                 query,
                 key,
                 value,
-                self._candidates(layer, query, key, value, columns, key_lengths),
+                self._candidates(layer, query, key, value, columns, key_lengths, share),
                 candidates=recording.measured,
                 block_size=recording.block_size,
-                projection=self.family.output_projection(self.attentions[layer]),
+                projection=self._projection(layer, share),
                 key_lengths=key_lengths,
                 query_blocks=self._query_blocks(layer),
             )
-            self.columns[layer], self.measurements[layer] = columns, measured
+            if share is None:
+                self.columns[layer], self.measurements[layer] = columns, measured
+            else:
+                self.columns[layer] = share.gather_heads(columns.unsqueeze(0)).squeeze(0)
+                self.measurements[layer] = measured.of_all_heads(share)
             if recording.rule is None:
                 return _dense(query, key, value, key_lengths)
             errors = (measured.head_error / measured.queries).cpu().numpy()
             chosen = recording.rule.choose(errors, np.array(self.densities))
             return self.patterns.attend(query, key, value, (torch.from_numpy(chosen).to(query.device),), key_lengths)
+
+    def _projection(self, layer: int, share: HeadShare | None) -> Tensor | None:
+        """Return the weights of a layer's output projection, (channels, H * D), of this rank's heads."""
+        projection = self.family.output_projection(self.attentions[layer])
+        if share is None or projection is None:
+            return projection
+        by_head: Tensor = projection.unflatten(1, (sum(share.counts), -1))
+        return by_head.index_select(1, share.heads).flatten(1)
 
     @property
     def patterns(self) -> PatternPlan:
@@ -195,6 +207,7 @@ class RecordingPlan:
         value: Tensor,
         columns: Tensor,
         key_lengths: Tensor | None,
+        share: HeadShare | None,
     ) -> list[Candidates]:
         recording, groups = self.recording, []
         for order, (static_numbers, static_masks) in self._groups.items():
@@ -212,10 +225,13 @@ class RecordingPlan:
                 if plan.token_order != order:
                     continue
                 if plan.config not in scores:
-                    draw = self._draw(plan.config, layer, query.shape[2])
-                    scores[plan.config] = block_importance(q, k, v, plan, draw, key_lengths)
+                    heads = query.shape[2] if share is None else sum(share.counts)
+                    draw = self._draw(plan.config, layer, heads)
+                    if share is not None:
+                        draw = plan.selector.of_heads(draw, share.heads)
+                    scores[plan.config] = layer_importance(q, k, v, plan, draw, key_lengths, share)
                 numbers.append(len(recording.candidates) + number)
-                masks.append(keep_most_important(scores[plan.config], plan).keep)
+                masks.append(keep_own_heads(scores[plan.config], plan, share).keep)
             groups.append(Candidates(numbers=tuple(numbers), masks=tuple(masks), tokens=tokens))
         return groups
 
@@ -298,10 +314,13 @@ def most_attended_blocks(columns: np.ndarray, share: float, text: np.ndarray) ->
 
 
 def _dense(query: Tensor, key: Tensor, value: Tensor, key_lengths: Tensor | None) -> tuple[Tensor, Tensor, str]:
+    density = torch.ones((), device=query.device)
+    if query.shape[2] == 0:  # a rank without heads
+        return query, density, "dense"
     mask = None
     if key_lengths is not None:
         positions = torch.arange(key.shape[1], device=key.device)
         mask = (positions < key_lengths.unsqueeze(-1))[:, None, None]
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # heads before tokens
     output = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2)
-    return output, torch.ones((), device=query.device), "dense"
+    return output, density, "dense"

@@ -21,7 +21,8 @@ from blade.profiling.objectives import Budget
 from blade.profiling.profile import PROFILE_NAME, AttentionProfile
 from blade.profiling.record_prompts import dense_video
 from blade.profiling.recording_plan import Recording
-from blade.profiling.workflow import ProfileRequest, profile_attention
+from blade.profiling.request import ProfileRequest
+from blade.profiling.workflow import profile_attention
 
 PROMPTS = ("a red ball moving right", "a blue square moving up")
 FIELDS = ("error", "energy", "head_error", "mass", "best_mass", "columns", "maps")
@@ -190,12 +191,12 @@ class TwoTransformers(LoadedModel):
 
 
 def test_two_transformers_are_refused(request_for, monkeypatch):
-    def prepared(request):
+    def prepared(request, team):
         model, resolved = prepare_model(request)
         return TwoTransformers(model.pipe), resolved
 
     request = request_for(influence_prompts=0)
-    monkeypatch.setattr(workflow, "prepare_model", prepared)
+    monkeypatch.setattr(workflow, "lead", prepared)
     with pytest.raises(ValueError, match="`model` must have one transformer to be profiled, but a WanPipeline has 2"):
         profile_attention(request)
     assert not request.output.exists()
@@ -240,7 +241,7 @@ def test_parts_without_an_error_of_their_own_count_like_the_others():
 
 
 def test_what_cannot_be_written_is_found_before_the_model_is_loaded(request_for, monkeypatch, tmp_path):
-    monkeypatch.setattr(workflow, "prepare_model", lambda *args: pytest.fail("the model was loaded first"))
+    monkeypatch.setattr(workflow, "lead", lambda *args: pytest.fail("the model was loaded first"))
     (tmp_path / "file").touch()
     for folder, message in (("file", "Not a directory"), ("x" * 300, "File name too long")):
         with pytest.raises(OutputError, match=message):
