@@ -13,8 +13,8 @@ from blade.distillation.workflow import distill
 
 BOUND = 1e-4
 """Relative error of each tensor and logged value after ten updates in float32. Some gradients of cross-attention
-nearly cancel, so that one process differs from itself with accumulation: by 2.4e-5 with this seed, by up to 1.1e-4 with
-others."""
+nearly cancel, so that one process differs from itself with accumulation: by 2.4e-5 with this seed, by up to 1.1e-4
+with others."""
 COMPARED = ("student_loss", "student_norm", "fake_loss", "fake_norm", "difference", "critic_ratio", "sparsity")
 SPARSE = BladeConfig(
     sparsity=0.6,
