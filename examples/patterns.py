@@ -5,7 +5,8 @@ from pathlib import Path
 
 from blade import generate
 from blade.profiling.objectives import Budget
-from blade.profiling.workflow import ProfileRequest, profile_attention
+from blade.profiling.request import ProfileRequest
+from blade.profiling.workflow import profile_attention
 
 # For a real model: "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", a few prompts of the kind that it will be used with, and
 # SETTINGS = {}, which takes the size and the steps that its authors recommend.

@@ -21,9 +21,10 @@ import typer
 import yaml
 from safetensors.torch import load_file, save
 
-from blade.cli.command import keep_freed_memory, run_script
+from blade.cli.command import run_script
 from blade.cli.evaluate import main as evaluate
 from blade.cli.progress import progress_line
+from blade.common.allocator import keep_freed_memory
 from blade.common.files import write_files
 from blade.distillation.config import DistillationConfig
 from blade.distillation.recipes import load_config

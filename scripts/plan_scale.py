@@ -21,14 +21,8 @@ from blade.common.files import check_writable, write_files
 from blade.common.machine import describe_versions
 from blade.common.reading import read_json
 from blade.common.tables import check_table, markdown_table, write_table
-from blade.generation.parallel_plan import (
-    LATENCY,
-    LINK_SHARE,
-    ParallelPlan,
-    Traffic,
-    predict_parallel,
-    rank_activations_gib,
-)
+from blade.generation.parallel_plan import ParallelPlan, predict_parallel, rank_activations_gib
+from blade.generation.parallel_traffic import LATENCY, LINK_SHARE, Traffic
 from blade.generation.plan import RunPlan, plan_run
 from blade.generation.request import GenerationRequest
 from blade.models.cards import CardRates, CardReport, Link, Rate, documented_cards
@@ -155,6 +149,7 @@ def predict_clip(clip: Clip, attention: str, link: Link) -> dict[str, Any]:
         prompt="a cat", model=clip.model, dtype="bfloat16", device="cpu", **clip.size, **ATTENTIONS[attention]
     )
     plan = plan_run(request, parallel=1)
+    assert plan.parallel is not None
     forward = plan.cost.forward
     rates = kernel_rates(forward.grid.sequence_length, plan.cost.density)
     return {
@@ -168,6 +163,8 @@ def predict_clip(clip: Clip, attention: str, link: Link) -> dict[str, Any]:
         "layers": forward.layers,
         "heads": forward.heads,
         "head_dim": forward.head_dim,
+        "text_apart": plan.parallel.shape.text_apart,
+        "batches": list(plan.parallel.shape.batches),
         "density": plan.cost.density,
         "sparse_passes": plan.cost.sparse_passes,
         "flops": plan.flops,

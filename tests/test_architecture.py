@@ -34,6 +34,7 @@ LAYERS = (
     "blade.generation",
     "blade.profiling",
     "blade.evaluation",
+    "blade.fleet",
     "blade.distillation",
     "blade.benchmarks",
     "blade.cli",

@@ -28,6 +28,7 @@ from blade.metrics.timing import Stopwatch, measure, time_calls
 from blade.models.devices import resolve_device, resolve_dtype
 from blade.models.loaded import LatentSize, LoadedModel
 from blade.models.loading import load_empty_model, load_model
+from blade.models.parallel import Team, check_splits
 from blade.models.source import BUNDLED
 
 PACKAGES = ("blade-video", "diffusers", "torch", "triton", "flash-attn", "flash-attn-3")
@@ -39,8 +40,17 @@ BACKENDS = ("native", "_native_cudnn", "_native_flash", "flash", "_flash_3", "_f
 BACKEND_ERRORS = (RuntimeError, ValueError, ImportError, TypeError, NotImplementedError)
 """Exceptions that backends raise for unsupported inputs."""
 
-PARTS = ("attention", "block selection", "norms and RoPE", "linear layers", "token permutation", "other")
-"""Parts of a sparse pass. Attention includes pooling; other means cross-attention, modulation and activations."""
+PARTS = (
+    "attention",
+    "block selection",
+    "communication",
+    "norms and RoPE",
+    "linear layers",
+    "token permutation",
+    "other",
+)
+"""Parts of a sparse pass. Attention includes pooling; communication is the all-to-all of queries, keys, values and
+outputs, where several processes compute a pass; other means cross-attention, modulation and activations."""
 
 REACHED_SPEED = 0.85
 """Speed of sparse attention per query-key pair that the bound assumes, as a share of dense attention's."""
@@ -101,7 +111,11 @@ class GenerationBenchmark:
 
 
 def run_generation_benchmark(
-    settings: GenerationBenchmark, *, command: str | None = None, on_stage: Callable[[str], None] | None = None
+    settings: GenerationBenchmark,
+    *,
+    command: str | None = None,
+    on_stage: Callable[[str], None] | None = None,
+    team: Team | None = None,
 ) -> dict[str, Any]:
     """Measure a model's runs: dense with guidance, sparse with guidance, and sparse with few steps without guidance.
 
@@ -113,9 +127,11 @@ def run_generation_benchmark(
         settings: the options.
         command: the command line to record.
         on_stage: called with the name of each stage.
+        team: the processes that compute every pass together; each of them calls this, and measures itself.
 
     Returns:
-        Plain JSON values: `date`, `command`, `machine`, `versions`, `settings` and their resolved values: the size,
+        Plain JSON values: `date`, `command`, `machine`, `versions`, `processes` that compute a pass together,
+        `settings` and their resolved values: the size,
         `config`, `tokens`, `layers`, `density`; `dense_attention_ms` of one layer by backend, `backend`, the fastest
         that the transformer accepts, and `missing`, the reasons why others were not measured or accepted; `pass_ms` of
         a dense and a sparse pass; `parts_ms` of a sparse pass, by `PARTS`; `bound_ms`; `preset_pass_ms` by sparsity;
@@ -126,7 +142,7 @@ def run_generation_benchmark(
         ValueError: for a model or a size that cannot be measured.
     """
     on_stage = on_stage or (lambda stage: None)
-    device = resolve_device(settings.device)
+    device = resolve_device(settings.device) if team is None else team.device
     dtype = resolve_dtype(settings.dtype, device)
     on_stage("building the model")
     if settings.random_weights:
@@ -137,7 +153,7 @@ def run_generation_benchmark(
     options = {name: getattr(settings, name) for name in ("model", "height", "width", "frames", "steps")}
     request = resolve_request(GenerationRequest(prompt="a benchmark", blade_config=config, **options), loaded)
     latent = loaded.latent_size(*request.size)
-    model = _Model(loaded, latent, device)
+    model = _Model(loaded, latent, device, team)
     if configured_budget(config, model.grid).is_full:
         raise ValueError(
             f"`sparsity` must leave out a block, got {settings.sparsity} of {model.grid.sequence_length:,} tokens in "
@@ -148,6 +164,7 @@ def run_generation_benchmark(
         "command": command,
         "machine": describe_machine(device),
         "versions": describe_versions(PACKAGES),
+        "processes": 1 if team is None else team.count,
         "settings": {**asdict(settings), "device": str(device), "dtype": str(dtype).removeprefix("torch.")},
         **{name: getattr(request, name) for name in ("height", "width", "frames", "steps")},
         "config": config.to_dict(),
@@ -158,7 +175,7 @@ def run_generation_benchmark(
         on_stage("dense attention")
         report |= model.dense_attention(settings.repeats)
         on_stage("parts of a sparse pass")
-        with use_blade(model.transformer, config, dense_steps=0):
+        with model.using(config):
             report["parts_ms"] = model.parts(settings.repeats)
         on_stage("text encoding")
         report |= model.encoding(loaded, settings, dtype)
@@ -183,8 +200,10 @@ def run_generation_benchmark(
 class _Model:
     """A transformer with random inputs of one size."""
 
-    def __init__(self, loaded: LoadedModel, latent: LatentSize, device: torch.device) -> None:
-        self.transformer, self.family, self.device = loaded.transformer, loaded.family, device
+    def __init__(self, loaded: LoadedModel, latent: LatentSize, device: torch.device, team: Team | None) -> None:
+        self.transformer, self.family, self.device, self.team = loaded.transformer, loaded.family, device, team
+        if team is not None:
+            check_splits(self.transformer)
         self.inputs: Inputs = {name: _random(name, value) for name, value in loaded.example_inputs(latent).items()}
         self.grid = loaded.token_grid(latent)
         self.attentions = self.family.attention_layers(self.transformer)
@@ -199,6 +218,18 @@ class _Model:
             "parameters": sum(parameter.numel() for parameter in self.transformer.parameters()),
             "density": configured_budget(config, self.grid).density,
         }
+
+    @contextmanager
+    def using(self, config: BladeConfig | None) -> Iterator[None]:
+        """Apply a configuration, None for dense, inside a `with` block, in which the team shares out the passes."""
+        with ExitStack() as stack:
+            if config is None and self.team is not None:
+                config = BladeConfig(attention="dense")
+            if config is not None:
+                stack.enter_context(use_blade(self.transformer, config, dense_steps=0))
+            if self.team is not None:
+                stack.enter_context(self.team.splitting([self.transformer]))
+            yield
 
     def forward(self, _: int = 0) -> object:
         """Run one forward pass."""
@@ -249,7 +280,7 @@ class _Model:
     def preset_pass(self, preset: BladeConfig) -> float:
         """Return the milliseconds of a pass in which no step is dense, but the preset's layers are."""
         config = replace(preset, dense_steps=0, asa=replace(preset.asa, cumulative_mass=None))
-        with use_blade(self.transformer, config, dense_steps=0):
+        with self.using(config):
             self.forward()
             return time_calls(self.forward, self.device, PRESET_PASSES).median
 
@@ -266,13 +297,24 @@ class _Model:
         parts_ms = {name: ms / repeats for name, ms in watch.milliseconds().items()}
         layer, arguments = calls[0]
         query, key, value, *lengths = arguments
-        draw = layer.tables[0][0]
-        selection = measure(
-            lambda _: select(query, key, value, layer.plan, draw, *lengths), self.device, repeats
+        key_lengths = lengths[0] if lengths else None
+        rows, share = (layer.tables[0][0],), layer.share
+        timed = measure if share is None else time_calls  # as often in every process
+        apart = dict[str, float]()
+        if share is not None:
+            local = (query, key, value)
+            query, key, value = share.to_heads(*local)
+            rows = layer.plan.rows_of_heads(rows, share.heads)
+            apart["communication"] = timed(
+                lambda _: share.to_tokens(share.to_heads(*local)[0]), self.device, repeats
+            ).median
+        apart["block selection"] = timed(
+            lambda _: select(query, key, value, layer.plan, rows[0], key_lengths, share), self.device, repeats
         ).median
-        parts_ms["block selection"] = selection * len(calls) / repeats
-        parts_ms["attention"] -= parts_ms["block selection"]
-        return {name: parts_ms.get(name, 0.0) for name in PARTS}
+        for name, milliseconds in apart.items():
+            parts_ms[name] = milliseconds * len(calls) / repeats
+            parts_ms["attention"] -= parts_ms[name]
+        return {name: parts_ms.get(name, 0.0) for name in PARTS if name != "communication" or name in parts_ms}
 
     def run(
         self,
@@ -286,9 +328,7 @@ class _Model:
         """Time a run's passes, after a warm-up pass."""
         passes = self.family.evaluations(steps) * passes_of_step
         measured = min(passes, measured or passes)
-        with ExitStack() as stack:
-            if config is not None:
-                stack.enter_context(use_blade(self.transformer, config, dense_steps=0))
+        with self.using(config):
             self.forward()
             measurement = time_calls(self.forward, self.device, measured)
         kind, texts = "dense" if config is None else "sparse", min(passes_of_step, 2)
@@ -332,7 +372,8 @@ def _gib(size: int | None) -> float | None:
 
 def _conclude(report: dict[str, Any]) -> None:
     """Add the figures that follow from the measurements: shares, bound, speedups and their limits."""
-    attention = report["layers"] * report["dense_attention_ms"][report["backend"]]
+    # of one process, which has its share of the heads
+    attention = report["layers"] * report["dense_attention_ms"][report["backend"]] / report["processes"]
     dense, density = report["pass_ms"]["dense"], report["density"]
     without_attention = dense - attention
     bound = without_attention + attention * density / REACHED_SPEED + report["parts_ms"]["block selection"]

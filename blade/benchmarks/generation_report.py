@@ -60,11 +60,13 @@ def markdown(report: dict[str, Any]) -> str:
     settings = report["settings"]
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items() if version is not None)
     weights = "random weights" if settings["random_weights"] else "its own weights"
+    processes = report.get("processes", 1)
+    together = f"; {processes} processes compute every pass together" if processes > 1 else ""
     share = 100 * report["dense_attention_share"]
     lines = [
         "# Generation, dense and sparse",
         "",
-        f"{report['date']}, {report['machine']['device']}, {versions}.",
+        f"{report['date']}, {report['machine']['device']}, {versions}{together}.",
         "",
         markdown_block(report["command"]),
         "",

@@ -16,6 +16,7 @@ from blade.cli.command import run_command
 from blade.cli.options import make_command
 from blade.cli.progress import progress_line
 from blade.cli.tables import print_tables
+from blade.common.checks import check_integer
 from blade.common.files import check_writable
 from blade.common.options import OptionGroup, option, option_names, read_group
 from blade.common.tables import Table
@@ -105,11 +106,15 @@ class WholeRunOptions(OptionGroup):
     """cpu, cuda, cuda:1, ...; by default CUDA if there is one."""
     dtype: str | None = option(choices=DTYPE_NAMES)
     """Type of the transformer; by default bfloat16 on CUDA and float32 elsewhere."""
+    parallel: int | None = option()
+    """Processes that compute every pass together, on a GPU each; by default all that were launched."""
     output: Path | None = option()
     """Folder for generation.json and generation.md; by default nothing is written."""
 
     def check(self) -> None:
-        """Check the pooled tokens."""
+        """Check the pooled tokens, and the number of processes."""
+        if self.parallel is not None:
+            check_integer("parallel", self.parallel, least=1)
         if self.pooled_tokens not in ("none", "all", "dropped"):
             raise ValueError(f"`pooled_tokens` must be none, all or dropped, got {self.pooled_tokens!r}.")
 
@@ -214,6 +219,7 @@ def generate(given: dict[str, Any]) -> None:
     options = read_group(WholeRunOptions, given)
     from blade.benchmarks.generation import GenerationBenchmark, run_generation_benchmark
     from blade.benchmarks.generation_report import FILES, tables, write_report
+    from blade.models.parallel import join_team, launched_processes
 
     _check_writable(options.output, FILES)
     settings = GenerationBenchmark(
@@ -228,12 +234,16 @@ def generate(given: dict[str, Any]) -> None:
         dtype=options.dtype,
         device=options.device,
     )
-    with progress_line() as say:
-        report = run_generation_benchmark(
-            settings,
-            command=shlex.join(["blade-bench", *sys.argv[1:]]),
-            on_stage=lambda stage: say(f"{stage} ..."),
-        )
+    command = shlex.join(["blade-bench", *sys.argv[1:]])
+    parallel = launched_processes() if options.parallel is None else options.parallel
+    with join_team(parallel, options.device) as team:
+        if team is not None and not team.is_first:
+            run_generation_benchmark(settings, team=team)
+            return
+        with progress_line() as say:
+            report = run_generation_benchmark(
+                settings, command=command, on_stage=lambda stage: say(f"{stage} ..."), team=team
+            )
     print_tables(tables(report))
     if options.output is not None:
         for path in write_report(report, options.output):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import _thread
-import ctypes
 import logging
 import os
 import signal
@@ -19,6 +18,7 @@ from typing import Any, NoReturn
 
 import typer
 
+from blade.common.allocator import keep_freed_memory
 from blade.common.files import FULL
 from blade.common.terminal import print_line, printable, printable_records, write_out_what_streams_lack
 
@@ -42,10 +42,6 @@ DEBUG = "--debug"
 HELP_OPTIONS = ["-h", "--help"]
 
 VERSION = "--version"
-
-GLIBC_SIZES = {-3: 2**30, -1: 2**31 - 1, -2: 2**26}
-"""Of glibc's allocator, in bytes: M_MMAP_THRESHOLD, from which on memory comes from the kernel by itself,
-M_TRIM_THRESHOLD, how much free memory is kept, and M_TOP_PAD, how much is asked for at a time."""
 
 SPIN_COUNT_VARIABLE = "GOMP_SPINCOUNT"
 
@@ -183,19 +179,6 @@ def ended_by_sigterm() -> Iterator[None]:
             sys.unraisablehook = report
             for timer in repeated:
                 timer.cancel()
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep the memory of tensors that are gone for those to come; elsewhere nothing happens.
-
-    It would return large ones to the kernel at once, and touching new pages takes up to a third of a CPU's time.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, TypeError, AttributeError):  # another C library
-        return
-    for option, size in GLIBC_SIZES.items():
-        mallopt(option, size)
 
 
 def wait_asleep() -> None:

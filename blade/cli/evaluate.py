@@ -15,6 +15,7 @@ from blade.cli.progress import progress_line
 from blade.cli.tables import print_tables
 from blade.common.options import OptionGroup, option, option_names, read_group
 from blade.common.terminal import print_line
+from blade.fleet.options import FleetOptions, check_local_folder
 from blade.generation.options import AccelerationOptions, ModelOptions, VideoOptions
 
 if TYPE_CHECKING:
@@ -145,10 +146,12 @@ def evaluate(given: dict[str, Any]) -> None:
     chosen = read_group(PromptSetOptions, given)
     searched = read_group(SearchOptions, given)
     results = read_group(ResultOptions, given)
+    fleet = read_group(FleetOptions, given)
+    if results.output is not None:
+        check_local_folder(results.output, "blade-evaluate")
     # imported here, so that --help and usage errors don't wait for PyTorch
     from blade.common.errors import first_line
     from blade.evaluation.plan import Evaluation, plan_evaluation
-    from blade.evaluation.worker import evaluate_videos
 
     if searched.find_sparsity and chosen.protocol is not None:
         raise ValueError(f"`protocol` must not be given with `find_sparsity`, got {chosen.protocol}.")
@@ -164,24 +167,46 @@ def evaluate(given: dict[str, Any]) -> None:
         **videos | {name: given[name] for name in GENERATION_OPTIONS if name in given},
     )
     if searched.psnr is not None:
-        _search(evaluation, searched.psnr)
+        _search(evaluation, searched.psnr, fleet)
         return
     plan = plan_evaluation(evaluation)
-    with progress_line() as say:
-        failed = evaluate_videos(plan, on_video=lambda progress: say.log(str(progress)))
+    failed = _make_videos(plan, fleet)
     _report(plan, failed={name: first_line(error) for name, error in failed.items()})
     for error in failed.values():
         raise error
 
 
-def _search(evaluation: Evaluation, psnr: float) -> None:
-    """Find a sparsity, and report it with all that were tried."""
-    from blade.evaluation.sparsity_search import find_sparsity
-
+def _make_videos(plan: EvaluationPlan, fleet: FleetOptions) -> dict[str, Exception]:
+    """Make and measure the videos of a plan, here or by workers, and return the errors by run."""
     with progress_line() as say:
-        found = find_sparsity(
-            evaluation, psnr, on_video=lambda progress: say.log(str(progress)), on_candidate=print_line
-        )
+        if fleet.is_given:
+            from blade.fleet.evaluation import evaluate_many
+
+            return evaluate_many(plan, options=fleet, on_progress=lambda progress: say(str(progress)))
+        from blade.evaluation.worker import evaluate_videos
+
+        return evaluate_videos(plan, on_video=lambda progress: say.log(str(progress)))
+
+
+def _search(evaluation: Evaluation, psnr: float, fleet: FleetOptions) -> None:
+    """Find a sparsity, here or by workers, and report it with all that were tried."""
+    with progress_line() as say:
+        if fleet.is_given:
+            from blade.fleet.evaluation import find_sparsity_many
+
+            found = find_sparsity_many(
+                evaluation,
+                psnr,
+                options=fleet,
+                on_progress=lambda progress: say(str(progress)),
+                on_candidate=print_line,
+            )
+        else:
+            from blade.evaluation.sparsity_search import find_sparsity
+
+            found = find_sparsity(
+                evaluation, psnr, on_video=lambda progress: say.log(str(progress)), on_candidate=print_line
+            )
     found.save_config()
     _report(found.plan, sparsity_search=found.to_dict())
     print_line(found)
@@ -275,8 +300,10 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         AccelerationOptions,
         SearchOptions,
         ResultOptions,
+        FleetOptions,
     )
-    names = (*GENERATION_OPTIONS, *option_names(RunOptions, PromptSetOptions, SearchOptions, ResultOptions))
+    whole = (RunOptions, PromptSetOptions, SearchOptions, ResultOptions, FleetOptions)
+    names = (*GENERATION_OPTIONS, *option_names(*whole))
     run_command(make_command(evaluate, groups, names=names, first=FIRST), arguments)
 
 

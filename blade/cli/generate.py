@@ -11,9 +11,11 @@ import typer
 
 from blade.cli.command import run_command
 from blade.cli.options import make_command
+from blade.cli.progress import progress_line
 from blade.common.checks import check_integer
 from blade.common.options import OptionGroup, option, option_names, read_group
 from blade.common.terminal import logger, print_line
+from blade.fleet.options import ADDRESS, FleetOptions
 from blade.generation.options import GROUPS, added_groups
 
 if TYPE_CHECKING:
@@ -32,9 +34,9 @@ class OutputOptions(OptionGroup):
 
     title: ClassVar[str] = "Output"
 
-    output: Path | None = option()
+    output: str | None = option()
     """The MP4; a JSON goes beside it. By default outputs/PROMPT-SEED.mp4, with digits added where a video of another
-    prompt or other settings has that name."""
+    prompt or other settings has that name. With --workers also an address such as s3://bucket/folder."""
     compare: bool = option(False)
     """Also generate with dense attention, and write both side by side with PSNR and SSIM."""
     prompts: Path | None = option()
@@ -76,11 +78,26 @@ def _check_plans(own: OutputOptions) -> None:
             raise ValueError(f"`--{name}` must not be given without `--dry-run`, got {shown}.")
 
 
+def _check_workers(own: OutputOptions, fleet: FleetOptions) -> None:
+    """Check that workers have more than one video to make, and that a bucket has workers."""
+    if fleet.is_given and own.prompts is None and own.seeds is None:
+        raise ValueError(
+            "`--workers` and `--ray-address` need `--prompts` or `--seeds`: each worker makes whole videos."
+        )
+    if fleet.is_given and own.parallel is not None:
+        raise ValueError(
+            "`--parallel` must not be given with `--workers` or `--ray-address`: a worker is one process."
+        )
+    if not fleet.is_given and own.output is not None and ADDRESS.match(own.output):
+        raise ValueError(f"`--output` must be a path without `--workers` or `--ray-address`, got {own.output}.")
+
+
 def generate(given: dict[str, Any]) -> None:
     """Generate a video from a prompt with adaptive block-sparse attention."""
-    own = read_group(OutputOptions, given)
+    own, fleet = read_group(OutputOptions, given), read_group(FleetOptions, given)
     _check_plans(own)
     _check_lists(own, given)
+    _check_workers(own, fleet)
     added = {name: given[name] for name in option_names(*added_groups()) if name in given}
     given = {name: value for name, value in given.items() if name in option_names(*GROUPS)}
     if added:
@@ -108,7 +125,7 @@ def generate(given: dict[str, Any]) -> None:
         diffusers.utils.logging.disable_progress_bar()
         transformers.utils.logging.disable_progress_bar()
     if listed or seeds is not None:
-        _make_list(own, request, listed or [request.prompt], seeds)
+        _make_list(own, fleet, request, listed or [request.prompt], seeds)
     else:
         _make_one(own, request)
 
@@ -136,32 +153,51 @@ def _make_one(own: OutputOptions, request: GenerationRequest) -> None:
     from blade.models.parallel import join_team, launched_processes
 
     inputs = {} if own.from_json is None else {own.from_json: "from_json"}
+    output = None if own.output is None else Path(own.output).expanduser()
     parallel = launched_processes() if own.parallel is None else own.parallel
     with join_team(parallel, request.device) as team:
-        if team is None or team.is_first:
-            print_line(generate_files(request, own.output, compare=own.compare, inputs=inputs, team=team))
-        else:
-            follow(team)
-
-
-def _make_list(
-    own: OutputOptions, request: GenerationRequest, prompts: Sequence[str], seeds: Sequence[int] | None
-) -> None:
-    """Make a video of every prompt and seed, as one of several processes or with all that were launched."""
-    from blade.generation.naming import OUTPUT_FOLDER
-    from blade.generation.outputs import generate_list
-    from blade.generation.team import follow
-    from blade.models.parallel import join_team
-
-    inputs = {} if own.prompts is None else {own.prompts: "prompts"}
-    with join_team(own.parallel or 1, request.device) as team:
         if team is not None and not team.is_first:
             follow(team)
             return
-        report = generate_list(
-            request, prompts, own.output or OUTPUT_FOLDER, seeds=seeds, compare=own.compare, inputs=inputs, team=team
-        )
+        print_line(generate_files(request, output, compare=own.compare, inputs=inputs, team=team))
+        if team is not None:
+            team.tell(None)
+
+
+def _make_list(
+    own: OutputOptions,
+    fleet: FleetOptions,
+    request: GenerationRequest,
+    prompts: Sequence[str],
+    seeds: Sequence[int] | None,
+) -> None:
+    """Make a video of every prompt and seed: by workers, as one of several processes, or with all of them."""
+    from blade.generation.naming import OUTPUT_FOLDER
+
+    inputs = {} if own.prompts is None else {own.prompts: "prompts"}
+    output = own.output or str(OUTPUT_FOLDER)
+    listed: dict[str, Any] = {"seeds": seeds, "compare": own.compare, "inputs": inputs}
+    if fleet.is_given:
+        from blade.fleet.generation import generate_many
+
+        with progress_line() as say:
+            report = generate_many(
+                request, prompts, output, options=fleet, on_progress=lambda progress: say(str(progress)), **listed
+            )
         print_line(report)
+    else:
+        from blade.generation.outputs import generate_list
+        from blade.generation.team import follow
+        from blade.models.parallel import join_team
+
+        with join_team(own.parallel or 1, request.device) as team:
+            if team is not None and not team.is_first:
+                follow(team)
+                return
+            report = generate_list(request, prompts, Path(output).expanduser(), team=team, **listed)
+            print_line(report)
+            if team is not None:
+                team.tell(None)
     if report.failed:
         raise typer.Exit(FAILED_EXIT_CODE)
 
@@ -172,7 +208,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     Args:
         arguments: the command line without the program's name; None takes the process's own.
     """
-    groups = (*GROUPS, *added_groups(), OutputOptions)
+    groups = (*GROUPS, *added_groups(), OutputOptions, FleetOptions)
     run_command(make_command(generate, groups, first=FIRST, by_place="prompt"), arguments)
 
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, make_dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 from blade.cli.command import run_command
 from blade.cli.options import make_command
 from blade.cli.progress import progress_line
 from blade.common.options import OptionGroup, option, option_names, read_group
 from blade.common.terminal import print_line
+from blade.fleet.options import FleetOptions, check_local_folder
 from blade.generation.options import (
     AccelerationOptions,
     ModelOptions,
@@ -22,6 +23,10 @@ from blade.generation.options import (
     VideoOptions,
 )
 from blade.profiling.objectives import OBJECTIVES, Budget
+
+if TYPE_CHECKING:
+    from blade.profiling.request import ProfileRequest
+    from blade.profiling.workflow import ProfileReport
 
 GENERATION_GROUPS = (ModelOptions, VideoOptions, SamplingOptions, StudentOptions, AccelerationOptions)
 """Groups of a generation's options, of which the command has those that a profile can be made with."""
@@ -92,14 +97,13 @@ def profile(given: dict[str, Any]) -> None:
     budgets = {name: given[name] for name in OBJECTIVES if name in given}
     own = read_group(ProfileOptions, given)
     search = read_group(SearchOptions, given)
+    fleet = read_group(FleetOptions, given)
+    check_local_folder(own.output, "blade-profile")
     # imported here, so that --help and usage errors don't wait for PyTorch
-    from accelerate import PartialState
-
-    from blade.models.devices import resolve_device
     from blade.profiling.assignment import GreedyRule
     from blade.profiling.prompts import profile_prompts
     from blade.profiling.report_data import write_attention_report
-    from blade.profiling.workflow import ProfileRequest, profile_attention
+    from blade.profiling.request import ProfileRequest
 
     request = ProfileRequest.of(
         generation,
@@ -115,22 +119,42 @@ def profile(given: dict[str, Any]) -> None:
         influence_prompts=own.influence_prompts,
         verify_prompts=own.verify_prompts,
     )
-    state = PartialState(cpu=resolve_device(request.generation.device).type == "cpu")
     with progress_line() as say:
-        if state.num_processes > 1:  # started by `accelerate launch`
-            share = (state.process_index + 1, state.num_processes)
-            one = request.generation
-            if one.device is None and state.device.type == "cuda":
-                one = replace(one, device=str(state.device))
-            profile_attention(replace(request, generation=one, share=share), on_progress=say)
-            state.wait_for_everyone()
-            if not state.is_main_process:
-                return
-        report = profile_attention(request, on_progress=say)
-    assert report is not None
+        report = _by_workers(request, fleet, say) if fleet.is_given else _in_processes(request, say)
+    if report is None:
+        return
     path = write_attention_report(report, command=shlex.join(["blade-profile", *sys.argv[1:]]))
     print_line(report)
     print_line(f"report      {path}")
+
+
+def _by_workers(request: ProfileRequest, fleet: FleetOptions, say: Callable[[str], None]) -> ProfileReport:
+    """Record prompts by workers of Ray, and search here."""
+    from blade.fleet.profiling import profile_many
+
+    return profile_many(
+        request, options=fleet, on_recording=lambda progress: say(f"recording: {progress}"), on_progress=say
+    )
+
+
+def _in_processes(request: ProfileRequest, say: Callable[[str], None]) -> ProfileReport | None:
+    """Record in every process of `accelerate launch`, and search in the first; None in the others."""
+    from accelerate import PartialState
+
+    from blade.models.devices import resolve_device
+    from blade.profiling.workflow import profile_attention
+
+    state = PartialState(cpu=resolve_device(request.generation.device).type == "cpu")
+    if state.num_processes > 1:
+        share = (state.process_index + 1, state.num_processes)
+        one = request.generation
+        if one.device is None and state.device.type == "cuda":
+            one = replace(one, device=str(state.device))
+        profile_attention(replace(request, generation=one, share=share), on_progress=say)
+        state.wait_for_everyone()
+        if not state.is_main_process:
+            return None
+    return profile_attention(request, on_progress=say)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -139,8 +163,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     Args:
         arguments: the command line without the program's name; None takes the process's own.
     """
-    names = (*GENERATION_OPTIONS, *OBJECTIVES, *option_names(SearchOptions, ProfileOptions))
-    groups = (budget_options(), *GENERATION_GROUPS, SearchOptions, ProfileOptions)
+    names = (*GENERATION_OPTIONS, *OBJECTIVES, *option_names(SearchOptions, ProfileOptions, FleetOptions))
+    groups = (budget_options(), *GENERATION_GROUPS, SearchOptions, ProfileOptions, FleetOptions)
     run_command(make_command(profile, groups, names=names), arguments)
 
 

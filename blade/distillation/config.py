@@ -248,7 +248,7 @@ class RunConfig:
     updates: int = 300
     """Updates of the generator."""
     batch_size: int = 1
-    """Samples per forward pass on each process."""
+    """Samples per forward pass on each process, or each group of `sequence_parallel` processes."""
     accumulation: int = 1
     """Forward passes of each process per update."""
     precision: str | None = None
@@ -258,6 +258,8 @@ class RunConfig:
     """Recompute the blocks in the backward pass instead of keeping their activations."""
     parallel: str = "ddp"
     """Parallelism of several processes: `ddp`, or `fsdp`, which shards the base's weights too."""
+    sequence_parallel: int = 1
+    """Processes in a group that computes its samples together, each a part of the tokens (Ulysses); 1: no groups."""
     device: str | None = None
     """Device of a single process: cpu, cuda, cuda:1, ...; none: CUDA if available."""
     seed: int = 0
@@ -273,6 +275,7 @@ class RunConfig:
         for name in ("updates", "accumulation", "checkpoint_every", "checkpoints_kept"):
             check_integer(f"run.{name}", getattr(self, name), least=1)
         check_integer("run.batch_size", self.batch_size, least=1, most=MOST_BATCH)
+        check_integer("run.sequence_parallel", self.sequence_parallel, least=1)
         check_integer("run.seed", self.seed, least=0)
         check_number("run.skip_factor", self.skip_factor, "above 1", lambda x: x > 1)
         check_choice("run.parallel", self.parallel, ("ddp", "fsdp"))

@@ -55,7 +55,7 @@ def _second_update(trainer: Trainer, number: int) -> float:
 def _trajectories(trainer: Trainer) -> tuple[float, float]:
     """Estimate the seconds and GiB of all teacher trajectories, extrapolated from one of the student's steps."""
     run, device, count = trainer.config.run, trainer.processes.device, trainer.config.generator.trajectories
-    times, rounds = trainer.trajectory_times(), math.ceil(count / (run.batch_size * trainer.processes.count))
+    times, rounds = trainer.trajectory_times(), math.ceil(count / (run.batch_size * trainer.processes.groups))
     conditions = trainer.embeddings.rows([0] * run.batch_size).on(device)
     noise = torch.zeros(run.batch_size, *conditions.latent_shape, device=device)
     for _ in range(2):

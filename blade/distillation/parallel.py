@@ -6,8 +6,9 @@ import inspect
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import reduce
@@ -17,6 +18,10 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from blade.common.locks import folder_locked
 from blade.distillation.roles import Network
 from blade.families.protocol import ModelFamily
+from blade.models.parallel import make_mesh
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 class Processes:
@@ -28,24 +33,55 @@ class Processes:
     does not pass on `forward_sync_buffers`, and would add a second global state beside `PartialState` for one call.
     """
 
-    def __init__(self, state: Any, parallel: str, device: torch.device | None = None) -> None:
+    def __init__(
+        self, state: Any, parallel: str, device: torch.device | None = None, sequence_parallel: int = 1
+    ) -> None:
         """Take the state of the processes.
 
         Args:
             state: Accelerate's `PartialState`, or an object with its attributes.
             parallel: `ddp` or `fsdp`.
             device: device of this process, instead of the state's.
+            sequence_parallel: processes in a group, which computes each of its samples together.
+
+        Raises:
+            ValueError: if the number of processes is no multiple of `sequence_parallel`.
         """
         self.device: torch.device = device or state.device
         self.index: int = state.process_index
         self.count: int = state.num_processes
         self.parallel = parallel
+        self.group_size = sequence_parallel
         self._state = state
+        if self.count % sequence_parallel:
+            raise ValueError(
+                f"`run.sequence_parallel` must divide the number of processes, {self.count}, got {sequence_parallel}."
+            )
+
+    @property
+    def groups(self) -> int:
+        """Number of groups, each of which has samples of its own."""
+        return self.count // self.group_size
+
+    @property
+    def group(self) -> int:
+        """Index of this process's group; neighbours are one group."""
+        return self.index // self.group_size
+
+    @property
+    def is_first_of_group(self) -> bool:
+        """True if this process writes the files of its group's samples."""
+        return self.index % self.group_size == 0
 
     @property
     def is_first(self) -> bool:
         """True if this process writes files."""
         return self.index == 0
+
+    @cached_property
+    def mesh(self) -> DeviceMesh:
+        """The processes in their groups; all processes must ask for it."""
+        return make_mesh(self.device, self.group_size)
 
     @property
     def shards_weights(self) -> bool:
@@ -98,6 +134,14 @@ class Processes:
                     find_unused_parameters=True,
                     **sync,
                 )
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Run the backward pass of a loss, which is the same in all processes of a group.
+
+        Each of them has the gradients of its own part of the sample, of which the sum is wanted, while `wrap` averages
+        over all processes.
+        """
+        (loss * self.group_size).backward()
 
     @contextmanager
     def accumulating(self, network: Network, last: bool) -> Iterator[None]:

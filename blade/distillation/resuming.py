@@ -30,6 +30,7 @@ FREE = (
     "run.checkpoints_kept",
     "run.device",
     "run.parallel",
+    "run.sequence_parallel",
     "run.batch_size",
     "run.accumulation",
 )
@@ -116,7 +117,7 @@ def check_resumable(
     names = [name for name in now if not name.startswith(FREE) and before.get(name) != now[name]]
     differences = [f"`{name}` {before.get(name)} instead of {now[name]}" for name in names]
     run = config.run
-    batch = run.batch_size * run.accumulation * processes.count
+    batch = run.batch_size * run.accumulation * processes.groups
     if saved["batch_size"] != batch:
         differences.append(f"{saved['batch_size']} samples an update instead of {batch}")
     if config.optimizer.schedule != "constant" and before["run.updates"] != now["run.updates"]:

@@ -86,7 +86,7 @@ class TeacherTrajectories:
             embeddings: embeddings of the prompts.
             facts: the settings that the trajectories depend on.
             processes: the processes that share the work.
-            batch_size: number of trajectories that a process makes at a time.
+            batch_size: number of trajectories that a process, or a group of processes, makes at a time.
             on_progress: called with the progress as text.
 
         Raises:
@@ -102,18 +102,18 @@ class TeacherTrajectories:
         if processes.is_first:
             write_files({self.folder / INDEX_NAME: (json.dumps(dict(facts), indent=2) + "\n").encode()})
         processes.wait()
-        for first in range(0, len(missing), processes.count):
-            assigned = missing[first + processes.index :][:1]
+        for first in range(0, len(missing), processes.groups):
+            assigned = missing[first + processes.group :][:1]
             # with sharded weights all processes must take part in every forward pass
             (numbers,) = assigned or missing[:1]
             conditions = embeddings.rows(self.prompt_numbers(numbers)).on(processes.device)
             noise = Draws(NOISE_SEED, 0, 0).noise(START, numbers, conditions.latent_shape).to(processes.device)
             with torch.no_grad():
                 batch_points = run(conditions, noise).to("cpu", POINTS_DTYPE)
-            for number, points in zip(numbers if assigned else (), batch_points):
+            for number, points in zip(numbers if assigned and processes.is_first_of_group else (), batch_points):
                 data = save({POINTS: points.contiguous()}, metadata={PROMPTS_KEY: self._prompt(number)})
                 write_files({self._path(number): data})
-            done = sum(map(len, missing[: first + processes.count]))
+            done = sum(map(len, missing[: first + processes.groups]))
             on_progress(f"{done}/{sum(map(len, missing))} trajectories of the teacher")
         processes.wait()
 

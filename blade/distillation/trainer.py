@@ -13,20 +13,19 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from typing import Any
 
 import torch
 from diffusers.training_utils import EMAModel
 from torch import nn
 
-from blade.attention.apply import install_blade
 from blade.attention.config import BladeConfig
 from blade.distillation.conditioning import Conditions, ExampleConditions, PromptEmbeddings
 from blade.distillation.config import DistillationConfig
 from blade.distillation.draws import COUNT, Draws, prompt_numbers
 from blade.distillation.optimizers import RoleOptimizer, learning_rate_share
 from blade.distillation.parallel import Processes, copy_weights, sharded_like, unsharded
+from blade.distillation.role_attention import RoleAttention
 from blade.distillation.roles import FAKE, STUDENT, TRAINED, Lora, Roles, adapter_roles, separate_roles
 from blade.distillation.teacher_trajectories import ExampleTrajectories, TeacherTrajectories
 from blade.distillation.trajectory import Trajectory
@@ -38,9 +37,6 @@ from blade.students.step_condition import ATTRIBUTE
 
 ROLLOUT_PART = 0
 """Index of the rollout among the parts of an update, as a key of random draws; those of the updates follow."""
-
-WARMUP_STAGES = 8
-"""Number of sparsity levels in a warm-up."""
 
 
 class Trainer:
@@ -77,7 +73,8 @@ class Trainer:
         transformer = model.transformer
         self._family = find_family(transformer)
         self.roles = self._make_roles(transformer)
-        self._sparsity = self._install_attention()
+        self._attention = RoleAttention(self.roles, attention, config.attention, model.pipe, processes)
+        self._sparsity = self._attention.install(self.update)
         networks = self.roles.distinct()
         if config.run.gradient_checkpointing:
             for network in networks:
@@ -95,7 +92,7 @@ class Trainer:
     def batch_size(self) -> int:
         """Number of samples of an update, over all processes."""
         run = self.config.run
-        return run.batch_size * run.accumulation * self.processes.count
+        return run.batch_size * run.accumulation * self.processes.groups
 
     def trajectory_number(self, steps: int) -> int:
         """Return the index of the trajectory with a number of steps."""
@@ -111,7 +108,7 @@ class Trainer:
             ArithmeticError: if training has diverged.
         """
         began, config, number = time.perf_counter(), self.config, self.update
-        self._sparsity = self._install_attention()
+        self._sparsity = self._attention.install(number)
         updates = self.updates[Draws(config.run.seed, number, ROLLOUT_PART).integer(COUNT, len(self.updates))]
         draws = [Draws(config.run.seed, number, 1 + part) for part in range(config.fake.updates + 1)]
         if number < config.generator.ode_updates:
@@ -178,7 +175,7 @@ class Trainer:
     def _student_batches(self, updates: Updates) -> tuple[list[Batch], list[Start]]:
         """Return this process's batches of the update, and the ends of their rollouts."""
         run, processes = self.config.run, self.processes
-        draws, share = Draws(run.seed, self.update, ROLLOUT_PART), run.batch_size * processes.count
+        draws, share = Draws(run.seed, self.update, ROLLOUT_PART), run.batch_size * processes.groups
         batches, starts = [], []
         for number, samples in enumerate(self._samples()):
             conditions = self.embeddings.rows(self._numbers(samples, len(self.embeddings))).on(processes.device)
@@ -200,14 +197,14 @@ class Trainer:
             for number, (batch, start) in enumerate(zip(batches, starts)):
                 with updates.acting(FAKE, start, fake_draws), self._accumulating(FAKE, number, batches):
                     loss = updates.fake_loss(batch, start, fake_draws) / len(batches)
-                    loss.backward()
+                    self.processes.backward(loss)
                 losses.append(loss.detach())
             log |= self._step(FAKE, losses)
         estimates = []
         for number, (batch, start) in enumerate(zip(batches, starts)):
             with updates.acting(STUDENT, start, draws[-1]), self._accumulating(STUDENT, number, batches):
                 estimate = updates.generator_loss(batch, start, draws[-1])
-                (estimate.loss / len(batches)).backward()
+                self.processes.backward(estimate.loss / len(batches))
             estimates.append(estimate)
         log |= self._step(STUDENT, [estimate.loss.detach() / len(batches) for estimate in estimates])
         sums = [
@@ -230,7 +227,7 @@ class Trainer:
         for number, (batch, start) in enumerate(zip(batches, starts)):
             with updates.acting(STUDENT, start, draws), self._accumulating(STUDENT, number, batches):
                 loss = loss_of(batch, start, draws) / len(batches)
-                loss.backward()
+                self.processes.backward(loss)
             losses.append(loss.detach())
         return self._step(STUDENT, losses)
 
@@ -281,9 +278,9 @@ class Trainer:
             ema.to(self.processes.device)
 
     def _samples(self) -> list[range]:
-        """Return the indices of this process's samples in the whole batch, for each forward pass of the update."""
+        """Return the indices of this group's samples in the whole batch, for each forward pass of the update."""
         run, processes = self.config.run, self.processes
-        firsts = [(number * processes.count + processes.index) * run.batch_size for number in range(run.accumulation)]
+        firsts = [(number * processes.groups + processes.group) * run.batch_size for number in range(run.accumulation)]
         return [range(first, first + run.batch_size) for first in firsts]
 
     def _numbers(self, samples: range, count: int) -> list[int]:
@@ -360,19 +357,3 @@ class Trainer:
             )
             all_updates.append(updates)
         return all_updates
-
-    def _install_attention(self) -> float:
-        """Apply the attention of the current update, and return its sparsity."""
-        if self.attention is None:
-            return 0.0
-        warmup, sparsity = self.config.attention.warmup_updates, self.attention.sparsity
-        if self.update < warmup:
-            sparsity *= (1 + self.update * WARMUP_STAGES // warmup) / (WARMUP_STAGES + 1)
-        attention = replace(self.attention, sparsity=sparsity)
-        student = self.roles.networks[STUDENT]
-        if student.applied is None or student.applied.config != attention:
-            install_blade(self.model.pipe, attention)
-            fake = self.roles.networks[FAKE]
-            if fake is not student and FAKE in self.roles.sparse:
-                install_blade(fake.transformer, attention)
-        return sparsity

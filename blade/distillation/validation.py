@@ -51,9 +51,9 @@ def validate(
     pipe.scheduler = FewStepScheduler.from_config(sampler.config)
     trainer.use_averaged()
     try:
-        # the same number for each process, since with sharded weights all must take part in every forward pass
-        for first in range(0, len(prompts), processes.count):
-            number = (first + processes.index) % len(prompts)
+        # the same number for each group, since with sharded weights all must take part in every forward pass
+        for first in range(0, len(prompts), processes.groups):
+            number = (first + processes.group) % len(prompts)
             for steps in trainer.config.trajectory.steps:
                 sampled = replace(
                     request, prompt=prompts[number], seed=number, steps=steps, guidance_scale=1.0, flow_shift=None
@@ -61,6 +61,8 @@ def validate(
                 with torch.no_grad(), roles.acting(STUDENT):
                     roles.networks[STUDENT].numbers = (STUDENT, torch.tensor([trainer.trajectory_number(steps)]))
                     made = run_request(trainer.model, sampled, attention=nullcontext())
+                if not processes.is_first_of_group:
+                    continue
                 stem = f"{file_name(sampled.prompt)}-{number}-steps-{steps}"
                 record = {"prompt": sampled.prompt, "seed": number, "steps": steps, **_scores(sampled, made.video)}
                 write_files(

@@ -50,6 +50,7 @@ from blade.generation.resolve import resolve_request
 from blade.models.devices import DTYPES, resolve_device
 from blade.models.loaded import LoadedModel
 from blade.models.loading import load_empty_model, load_model
+from blade.models.parallel import check_splits
 from blade.models.source import BUNDLED
 from blade.students.scheduler import FewStepScheduler
 
@@ -73,7 +74,8 @@ def distill(
 ) -> DistillationReport | Estimate:
     """Train a student, or resume an interrupted training bit-exactly.
 
-    Several processes, started by `accelerate launch` or torchrun, share the work.
+    Several processes, started by `accelerate launch` or torchrun, share the work, and with `run.sequence_parallel` the
+    tokens of each sample.
 
     Args:
         config: the configuration.
@@ -96,7 +98,9 @@ def distill(
 
     device = resolve_device(config.run.device)
     state = PartialState(cpu=device.type == "cpu")
-    processes = Processes(state, config.run.parallel, device if state.num_processes == 1 else None)
+    processes = Processes(
+        state, config.run.parallel, device if state.num_processes == 1 else None, config.run.sequence_parallel
+    )
     output = Path(config.output).expanduser()
     _check_trackers(config.trackers)
     if random_weights and not dry_run:
@@ -200,6 +204,8 @@ class _Job:
         """Load the base onto the device."""
         config, device = self.config, self.processes.device
         options: dict[str, Any] = {"revision": config.revision, "dtype": self.base_dtype}
+        if config.run.sequence_parallel > 1:  # before weights are loaded
+            check_splits(load_empty_model(config.model, **options).transformer, "run.sequence_parallel", trained=True)
         if random_weights:
             model = load_empty_model(config.model, **options, random_weights_on=device)
         else:
@@ -229,7 +235,7 @@ class _Job:
         config, processes = self.config, self.processes
         prompts = list(self.prompts)
         if dry_run:
-            batch = config.run.batch_size * config.run.accumulation * processes.count
+            batch = config.run.batch_size * config.run.accumulation * processes.groups
             prompts = prompts[: 2 * batch]
         share = (processes.index, processes.count)
         # trainings with other outputs may share the folder

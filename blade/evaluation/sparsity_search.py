@@ -15,7 +15,7 @@ from blade.common.locks import folder_locked
 from blade.evaluation.plan import Evaluation, EvaluationPlan, plan_evaluation
 from blade.evaluation.records import read_records
 from blade.evaluation.runs import RunSettings
-from blade.evaluation.worker import Progress, VideoWorker
+from blade.evaluation.worker import Progress, VideoMaker, VideoWorker
 from blade.metrics.estimates import mean_of_worst
 from blade.metrics.similarity import MAX_PSNR
 from blade.models.source import BUNDLED
@@ -166,6 +166,7 @@ def find_sparsity(
     *,
     on_video: Callable[[Progress], None] | None = None,
     on_candidate: Callable[[Candidate], None] | None = None,
+    maker: Callable[[EvaluationPlan], VideoMaker] | None = None,
 ) -> FoundSparsity:
     """Find the highest sparsity of `GRID` whose videos have a PSNR to dense of at least so much in the mean.
 
@@ -177,6 +178,7 @@ def find_sparsity(
         psnr: In dB.
         on_video: Called after each video.
         on_candidate: Called after each sparsity.
+        maker: See `blade.evaluation.worker.evaluate_videos`.
 
     Raises:
         ValueError: If an option makes no sense, or no sparsity reaches the target.
@@ -187,19 +189,20 @@ def find_sparsity(
     check_target(psnr)
     plan = plan_search(evaluation)
     with folder_locked(evaluation.folder):
-        return _found(evaluation, plan, psnr, on_video, on_candidate)
+        return _found(evaluation, plan, (maker or VideoWorker)(plan), psnr, on_video, on_candidate)
 
 
 def _found(
     evaluation: Evaluation,
     plan: EvaluationPlan,
+    worker: VideoMaker,
     psnr: float,
     on_video: Callable[[Progress], None] | None,
     on_candidate: Callable[[Candidate], None] | None,
 ) -> FoundSparsity:
     """Search, in a folder that no other process uses."""
     (run,), runs = evaluation.runs, {one.name: one for one in plan.evaluation.runs}
-    dense, worker = runs["dense"], VideoWorker(plan)
+    dense = runs["dense"]
     candidates: list[Candidate] = []
     reached, missed, number = -1, len(GRID), _start(plan, run)
     while missed - reached > 1:

@@ -16,7 +16,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -90,14 +90,51 @@ class Progress:
         return f"{video}: {', '.join(figures)}"
 
 
-def evaluate_videos(plan: EvaluationPlan, on_video: Callable[[Progress], None] | None = None) -> dict[str, Exception]:
+class VideoMaker(Protocol):
+    """Makes the videos of an evaluation: a `VideoWorker`, or whoever shares them out."""
+
+    def make_missing(
+        self, runs: Iterable[RunSettings], on_video: Callable[[Progress], None] | None = None
+    ) -> dict[str, Exception]:
+        """Make and measure every video of runs that has no record yet; see `VideoWorker.make_missing`."""
+
+
+def evaluate_videos(
+    plan: EvaluationPlan,
+    on_video: Callable[[Progress], None] | None = None,
+    maker: Callable[[EvaluationPlan], VideoMaker] | None = None,
+) -> dict[str, Exception]:
     """Make and measure every video of this shard that has no record yet; see `VideoWorker.make_missing`.
+
+    Args:
+        plan: The evaluation.
+        on_video: Called after each video.
+        maker: Returns what makes the videos; None takes a `VideoWorker`.
 
     Raises:
         InUseError: If another process makes videos of this shard, or of others by another number of shards.
     """
     with folder_locked(plan.evaluation.folder, share=plan.evaluation.shard):
-        return VideoWorker(plan).make_missing(plan.evaluation.runs, on_video)
+        return (maker or VideoWorker)(plan).make_missing(plan.evaluation.runs, on_video)
+
+
+def missing_videos(plan: EvaluationPlan, runs: Iterable[RunSettings]) -> list[tuple[EvaluationPrompt, RunSettings]]:
+    """Return the videos of runs, of this shard, that have no record yet, in the order in which they are made.
+
+    Raises:
+        ValueError: If the folder holds records of the same names with other settings or another model.
+    """
+    done = set(read_records(plan))
+    # dense runs first: the others are compared with them
+    runs = sorted(runs, key=lambda run: not run.is_dense)
+    missing = [(prompt, run) for prompt in plan.evaluation.own_prompts for run in runs]
+    missing = [(prompt, run) for prompt, run in missing if (run.name, *prompt.key) not in done]
+    # grouped by student and LoRA, since loading one takes time
+    return sorted(missing, key=lambda pair: _loading_order(pair[1]))
+
+
+def _loading_order(run: RunSettings) -> tuple[str, str, float]:
+    return run.lora or "", run.student or "", run.noise_kept or 0.0
 
 
 class VideoWorker:
@@ -142,17 +179,13 @@ class VideoWorker:
         """
         path = records_path(self.evaluation.folder, self.evaluation.shard)
         check_writable(path)
-        done, prompts = set(read_records(self.plan)), self.evaluation.own_prompts
-        # dense runs first: the others are compared with them
-        runs = sorted(runs, key=lambda run: not run.is_dense)
-        missing = [(prompt, run) for prompt in prompts for run in runs if (run.name, *prompt.key) not in done]
-        # grouped by student and LoRA, since loading one takes time
-        missing.sort(key=lambda pair: (pair[1].lora or "", pair[1].student or "", pair[1].noise_kept or 0.0))
+        runs = list(runs)
+        missing = missing_videos(self.plan, runs)
         failed: dict[str, Exception] = {}
         if not missing:
             return failed
         check_output_files(self.plan, missing, compares=self.compares)
-        total, began = len(prompts) * len(runs), time.monotonic()
+        total, began = len(self.evaluation.own_prompts) * len(runs), time.monotonic()
         for finished, (prompt, run) in enumerate(missing, start=1):
             if run.name in failed:
                 continue
@@ -164,7 +197,7 @@ class VideoWorker:
             except Exception as error:  # whatever a run does to the model; the others have nothing to do with it
                 failed[run.name] = error
                 _let_go(error)
-                self.model = self.loaded = None  # which it may have left half done
+                self.forget()
                 logger.warning(f"run `{run.name}` failed, and its remaining videos are left out: {first_line(error)}")
                 continue
             append_json_line(path, record)
@@ -199,6 +232,15 @@ class VideoWorker:
         self.loaded = (run.student, run.noise_kept, run.lora)
         self.seconds_loading = time.perf_counter() - began
         self.model.pipe.set_progress_bar_config(disable=True)
+
+    def write_to(self, folder: Path) -> None:
+        """Take another folder for what is made from now on."""
+        self.evaluation = replace(self.evaluation, folder=folder)
+        self.reference_caches.clear()
+
+    def forget(self) -> None:
+        """Let go of the model, which a run that failed may have left half done."""
+        self.model = self.loaded = None
 
     def make(self, prompt: EvaluationPrompt, run: RunSettings) -> Record:
         """Generate a video, measure it and write it."""

@@ -1,4 +1,7 @@
-"""Paths of videos: unique for what was asked for, and never an input."""
+"""Paths of videos: unique for what was asked for, and never an input.
+
+They are paths of files here, or names in a bucket: `VideoFiles` says what is there.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import chain, count
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from blade.common.files import check_writable
 from blade.common.locks import InUseError, file_locked
@@ -27,6 +30,49 @@ OUTPUT_FOLDER = Path("outputs")
 
 SETTINGS_DIGITS = 8
 """Hexadecimal digits of a request's hash in the name of a video beside one of other settings."""
+
+
+class VideoFiles(Protocol):
+    """The files that are where videos go, in a folder or in a bucket."""
+
+    def has(self, path: Path) -> bool:
+        """Return whether a file is there."""
+
+    def is_taken(self, path: Path) -> bool:
+        """Return whether something is there that no video without a record may replace."""
+
+    def record(self, path: Path) -> dict[str, Any] | None:
+        """Return the record of a video; None if there is none."""
+
+    def is_its_video(self, path: Path, record: Mapping[str, Any]) -> bool:
+        """Return whether a file is the video that a record was written with."""
+
+
+class LocalFiles:
+    """Files of this machine."""
+
+    def has(self, path: Path) -> bool:
+        """Return whether a file is there."""
+        return path.is_file()
+
+    def is_taken(self, path: Path) -> bool:
+        """Return whether anything is there, a broken link too."""
+        return os.path.lexists(path)
+
+    def record(self, path: Path) -> dict[str, Any] | None:
+        """Return the record of a video; see `read_record`."""
+        return read_record(path)
+
+    def is_its_video(self, path: Path, record: Mapping[str, Any]) -> bool:
+        """Return whether a file has the digest of its record; records of 0.1.0 do not tell it."""
+        if VIDEO_DIGEST not in record:
+            return True
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return bool(digest == record[VIDEO_DIGEST])
+
+
+LOCAL_FILES = LocalFiles()
 
 
 def default_output(request: GenerationRequest) -> Path:
@@ -95,24 +141,20 @@ def read_record(path: Path) -> dict[str, Any] | None:
         record = read_json(record_path(path), "the record")
     except ValueError:
         return None
-    return record if {"prompt", "seed", "steps"} <= record.keys() else None
+    return record if is_record(record) else None
 
 
-def is_made(path: Path, request: ResolvedRequest, compare: bool) -> bool:
+def is_record(values: Mapping[str, Any]) -> bool:
+    """Return whether a JSON object is a video's record."""
+    return {"prompt", "seed", "steps"} <= values.keys()
+
+
+def is_made(path: Path, request: ResolvedRequest, compare: bool, files: VideoFiles = LOCAL_FILES) -> bool:
     """Return whether a video is there whose record says this request, with all of its files."""
-    if not all(file.is_file() for file in files_of(path, compare)):
+    if not all(files.has(file) for file in files_of(path, compare)):
         return False
-    record = read_record(path)
-    return record is not None and not changed_fields(record, request) and _is_its_video(path, record)
-
-
-def _is_its_video(path: Path, record: Mapping[str, Any]) -> bool:
-    """Return whether a file is the video that a record was written with; records of 0.1.0 do not tell it."""
-    if VIDEO_DIGEST not in record:
-        return True
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return bool(digest == record[VIDEO_DIGEST])
+    record = files.record(path)
+    return record is not None and not changed_fields(record, request) and files.is_its_video(path, record)
 
 
 def settings_hash(request: ResolvedRequest) -> str:
@@ -120,30 +162,35 @@ def settings_hash(request: ResolvedRequest) -> str:
     return short_hash(json.dumps(deciding_fields(request), sort_keys=True), SETTINGS_DIGITS)
 
 
-def possible_paths(plain: Path, request: ResolvedRequest, inputs: Mapping[Path, str]) -> Iterator[Path]:
+def possible_paths(
+    plain: Path, request: ResolvedRequest, inputs: Mapping[Path, str], files: VideoFiles = LOCAL_FILES
+) -> Iterator[Path]:
     """Yield the paths that a video may have: the first of them that is free, or has this very video.
 
     Args:
         plain: the first.
         request: its request, whose hash is in the others.
         inputs: paths that must not be written.
+        files: what is there.
     """
     stem = f"{plain.stem}-{settings_hash(request)}"
     others = (plain.with_name(f"{stem}{'' if number == 1 else f'-{number}'}{plain.suffix}") for number in count(1))
     for path in chain((plain,), others):
-        if _may_be_written(path, request, inputs):
+        if _may_be_written(path, request, inputs, files):
             yield path
 
 
-def _may_be_written(path: Path, request: ResolvedRequest, inputs: Mapping[Path, str]) -> bool:
+def _may_be_written(
+    path: Path, request: ResolvedRequest, inputs: Mapping[Path, str], files: VideoFiles = LOCAL_FILES
+) -> bool:
     """Return whether nothing is in a video's place but the same video, and none of its files is an input."""
-    files = files_of(path, True)
-    if any(is_same_file(file, source) for file in files for source in inputs):
+    named = files_of(path, True)
+    if any(is_same_file(file, source) for file in named for source in inputs):
         return False
-    record = read_record(path)
+    record = files.record(path)
     if record is not None:
-        return not changed_fields(record, request) and not (path.is_file() and not _is_its_video(path, record))
-    return not any(os.path.lexists(file) for file in files)
+        return not changed_fields(record, request) and not (files.has(path) and not files.is_its_video(path, record))
+    return not any(files.is_taken(file) for file in named)
 
 
 def claim_path(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from hashlib import sha256
@@ -25,16 +25,15 @@ from blade.generation.naming import (
     comparison_path,
     default_output,
     is_made,
-    possible_paths,
     record_path,
 )
 from blade.generation.plan import resolve_without_weights
-from blade.generation.prompts import without_repetitions
 from blade.generation.record import VIDEO_DIGEST, make_record
-from blade.generation.request import NO_STUDENT, GenerationRequest, ResolvedRequest, refused_prompts
+from blade.generation.request import NO_STUDENT, GenerationRequest, ResolvedRequest
 from blade.generation.resolve import describe_student
 from blade.generation.run import Generation
 from blade.generation.team import lead, run_together
+from blade.generation.video_list import VideoList
 from blade.media.pictures import side_by_side
 from blade.media.video import encode_mp4
 from blade.metrics.registry import compare_videos, describe_comparison
@@ -52,11 +51,11 @@ class GenerationReport:
 
     generation: Generation | None
     """The video itself; None in a list's report, as the videos of all its prompts would fill the memory."""
-    video_path: Path
-    """The MP4."""
-    record_path: Path
+    video_path: Path | str
+    """The MP4; its address in a bucket."""
+    record_path: Path | str
     """The JSON beside it."""
-    comparison_path: Path | None
+    comparison_path: Path | str | None
     """The dense and the sparse video side by side, if that was asked for."""
     record: Mapping[str, Any]
     """The content of the JSON."""
@@ -129,9 +128,10 @@ def generate_files(
         if output is not None:
             stack.enter_context(file_locked(plain))
         model, resolved = lead(request, team)
-        _check_comparable(resolved, compare)
+        check_comparable(resolved, compare)
         path = plain if output is not None else claim_path(stack, plain, resolved, inputs)
-        return _make_files(model, resolved, path, compare=compare, seconds_loading=time.perf_counter() - start)
+        seconds_loading = time.perf_counter() - start
+        return make_video(model, resolved, compare=compare, seconds_loading=seconds_loading).write(path)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +140,7 @@ class ListReport:
 
     made: tuple[GenerationReport, ...]
     """The new videos."""
-    skipped: tuple[Path, ...]
+    skipped: tuple[Path | str, ...]
     """Videos of the same settings that were there before, or that another process made meanwhile."""
     failed: Mapping[str, str]
     """By prompt, and seed where there are several, why it has no video."""
@@ -185,40 +185,25 @@ def generate_list(
         ValueError: for a request that cannot be met with any prompt.
         OutputError: if the folder cannot be written.
     """
-    failed = refused_prompts(request, prompts)
-    prompts = [prompt for prompt in prompts if prompt not in failed]
-    if not prompts:
-        return ListReport(made=(), skipped=(), failed=failed)
-    inputs = {**(inputs or {}), **input_paths(request)}
-    if Path(folder).suffix.lower() == ".mp4":
-        raise ValueError(f"`output` must be a folder where several videos are made, got {folder}.")
-    seeds = (request.seed,) if seeds is None else seeds
-    own = [(prompt, seed) for prompt in without_repetitions(prompts) for seed in seeds]
-    paths = {
-        (prompt, seed): Path(folder) / default_output(replace(request, prompt=prompt, seed=seed)).name
-        for prompt, seed in own
-    }
-    check_outputs(request, [*paths.values()], compare)
-    if all(record_path(path).is_file() for path in paths.values()):
-        resolved = resolve_without_weights(replace(request, prompt=own[0][0]))[1]
-        owns = [(path, replace(resolved, prompt=prompt, seed=seed)) for (prompt, seed), path in paths.items()]
-        there = [next(possible_paths(path, own, inputs)) for path, own in owns]
-        if all(is_made(path, own, compare) for path, (_, own) in zip(there, owns, strict=True)):
-            return ListReport(made=(), skipped=tuple(there), failed=failed)
+    listed = VideoList.of(request, prompts, Path(folder), seeds=seeds, compare=compare, inputs=inputs)
+    if not listed.paths:
+        return ListReport(made=(), skipped=(), failed=listed.failed)
+    check_outputs(request, [*listed.paths.values()], compare)
+    if listed.may_be_there() and (there := listed.there(resolve_without_weights(listed.request)[1])):
+        return ListReport(made=(), skipped=there, failed=listed.failed)
     start = time.perf_counter()
-    model, resolved = lead(replace(request, prompt=own[0][0]), team)
-    _check_comparable(resolved, compare)
-    work = _ListWork(model, resolved, inputs, compare, time.perf_counter() - start)
+    model, resolved = lead(listed.request, team)
+    check_comparable(resolved, compare)
+    work = _ListWork(model, resolved, listed.inputs, compare, time.perf_counter() - start)
     elsewhere = []
-    names = {key: key[0] if len(seeds) == 1 else f"{key[0]}, seed {key[1]}" for key in paths}
-    for number, (key, path) in enumerate(paths.items(), start=1):
+    for number, (key, path) in enumerate(listed.paths.items(), start=1):
         try:
-            work.make(key, path, names[key], f"{number}/{len(paths)} ")
+            work.make(key, path, listed.names[key], f"{number}/{len(listed.paths)} ")
         except InUseError:
             elsewhere.append(key)
     for key in elsewhere:
-        work.make(key, paths[key], names[key], wait=True)
-    return ListReport(made=tuple(work.made), skipped=tuple(work.skipped), failed=failed | work.failed)
+        work.make(key, listed.paths[key], listed.names[key], wait=True)
+    return ListReport(made=tuple(work.made), skipped=tuple(work.skipped), failed=listed.failed | work.failed)
 
 
 class _ListWork:
@@ -249,10 +234,8 @@ class _ListWork:
                     return
                 logger.info(f"{counted}{name}")
                 with naming_crashes(f"prompt {name!r}", own.device):
-                    report = _make_files(
-                        self.model, own, path, compare=self.compare, seconds_loading=self.seconds_loading
-                    )
-                self.made.append(report.without_video())
+                    made = make_video(self.model, own, compare=self.compare, seconds_loading=self.seconds_loading)
+                self.made.append(made.write(path).without_video())
             except (InUseError, DeviceCrashError):
                 raise
             except Exception as error:  # whatever a prompt does to the model; the others have nothing to do with it
@@ -260,14 +243,78 @@ class _ListWork:
                 logger.warning(f"failed: {self.failed[name]}")
 
 
-def _check_comparable(resolved: ResolvedRequest, compare: bool) -> None:
+def check_comparable(resolved: ResolvedRequest, compare: bool) -> None:
+    """Check that there is something to compare with dense attention.
+
+    Raises:
+        ValueError: if the request is dense.
+    """
     if compare and resolved.attention == "dense":
         raise ValueError("`compare` sets sparse attention beside dense, but this request is dense already.")
 
 
-def _make_files(
-    model: LoadedModel, resolved: ResolvedRequest, path: Path, *, compare: bool, seconds_loading: float
-) -> GenerationReport:
+@dataclass(frozen=True, kw_only=True)
+class FinishedVideo:
+    """A video that was made, as the contents of its files."""
+
+    record: Mapping[str, Any]
+    """The content of the JSON."""
+    video: bytes
+    """The MP4."""
+    comparison: bytes | None
+    """The MP4 of the comparison, if that was asked for."""
+    published_students: tuple[str, ...]
+    """See `GenerationReport`."""
+    generation: Generation | None
+    """The video itself; None where it is not kept."""
+
+    def contents(self, path: Path) -> dict[Path, bytes]:
+        """Return the contents of the files by their paths, where the MP4 has this one; the record first."""
+        comparison = {} if self.comparison is None else {comparison_path(path): self.comparison}
+        text = json.dumps(dict(self.record), indent=2) + "\n"
+        return {record_path(path): text.encode(), **comparison, path: self.video}
+
+    def write(self, path: Path) -> GenerationReport:
+        """Write the files: all or none.
+
+        Raises:
+            OutputError: if one cannot be written.
+        """
+        # the video last: where a kill comes between them, there is none to be taken for that of the record
+        write_files(self.contents(path))
+        return self.report(path)
+
+    def report(self, path: Path, locate: Callable[[Path], Path | str] = Path) -> GenerationReport:
+        """Return the report of the files.
+
+        Args:
+            path: that of the MP4.
+            locate: returns where a file is shown to be.
+        """
+        return GenerationReport(
+            generation=self.generation,
+            video_path=locate(path),
+            record_path=locate(record_path(path)),
+            comparison_path=None if self.comparison is None else locate(comparison_path(path)),
+            record=self.record,
+            published_students=self.published_students,
+        )
+
+
+def make_video(
+    model: LoadedModel, resolved: ResolvedRequest, *, compare: bool, seconds_loading: float
+) -> FinishedVideo:
+    """Make a video with a loaded model, and write nothing.
+
+    Args:
+        model: see `blade.generation.prepare.prepare_model`.
+        resolved: its request.
+        compare: also make it with dense attention.
+        seconds_loading: how long loading the model took.
+
+    Raises:
+        NonFiniteError: see `blade.generation.run.generate`.
+    """
     if resolved.model == BUNDLED and (warning := prompt_warning(resolved.prompt, resolved.negative_prompt)):
         logger.warning(warning)
     model.pipe.set_progress_bar_config(desc=f"denoising, {resolved.attention}")
@@ -276,7 +323,7 @@ def _make_files(
     record["score"] = _score(resolved, generation)
     video = encode_mp4(generation.video, record["fps"], generation.sound)
     record[VIDEO_DIGEST] = sha256(video).hexdigest()
-    comparison: dict[Path, bytes] = {}
+    comparison: bytes | None = None
     if compare:
         model.pipe.set_progress_bar_config(desc="denoising, dense")
         dense = run_together(model, resolved.dense())
@@ -286,16 +333,13 @@ def _make_files(
             "dense": dense.video,
             f"{resolved.attention}, density {generation.run_density:.2f}": generation.video,
         }
-        comparison[comparison_path(path)] = encode_mp4(side_by_side(videos), record["fps"])
-    # the video last: where a kill comes between them, there is none to be taken for that of the record
-    write_files({record_path(path): (json.dumps(record, indent=2) + "\n").encode(), **comparison, path: video})
-    return GenerationReport(
-        generation=generation,
-        video_path=path,
-        record_path=record_path(path),
-        comparison_path=next(iter(comparison), None),
+        comparison = encode_mp4(side_by_side(videos), record["fps"])
+    return FinishedVideo(
         record=record,
+        video=video,
+        comparison=comparison,
         published_students=_other_students(model, resolved),
+        generation=generation,
     )
 
 

@@ -9,164 +9,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-import torch
-
-from blade.attention.config import BladeConfig
-from blade.common.checks import check_integer
 from blade.common.machine import GIB
+from blade.generation.parallel_traffic import LATENCY, LINK_SHARE, PassShape, Traffic
 from blade.generation.prediction import Prediction, predict, seconds_text
 from blade.models.cards import CardRates, Link
-from blade.models.communication import FLOAT32, SplitPass
-from blade.models.costs import ForwardCost, RunCost, forward_cost
-from blade.models.loaded import LatentSize, LoadedModel
+from blade.models.communication import FLOAT32, SplitPass, shares
+from blade.models.costs import RunCost
 
-LINK_SHARE = 0.8
-"""Assumed share of a link's documented peak that collective operations reach. A copy between two H100 reached 380 of
-450 GB/s (84 %): https://github.com/NVIDIA/nccl/issues/1264. Not measured here."""
-
-LATENCY = 30e-6
-"""Assumed seconds that a collective operation takes beside its bytes. Not measured here."""
-
-LOCAL_TENSORS = 5
-"""Tensors of a rank's tokens and all heads beside those that are exchanged: the residual stream, its norm, queries,
-keys and values before they are packed."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PassShape:
-    """Facts of a run's forward passes that do not depend on how many processes make them."""
-
-    batches: tuple[int, ...]
-    """Batch items of each call of the transformer in a step."""
-    whole_sequence: bool
-    """See `ModelFamily.whole_sequence`."""
-    element_size: int
-    """Bytes of a number."""
-    out_channels: int
-    """Numbers that the transformer puts out for a video token."""
-    whole_linear: float
-    """Operations of matrix products with weights in a pass of one item that every rank does whole: with text outside
-    of the sequence, which no rank has a part of."""
-
-    @classmethod
-    def of(cls, model: LoadedModel, latent: LatentSize, forward: ForwardCost, batches: tuple[int, ...]) -> PassShape:
-        """Find the facts out on the meta device.
-
-        Args:
-            model: the model without its weights.
-            latent: the size of its latent.
-            forward: the cost of a pass of one item.
-            batches: see the field.
-        """
-        transformer, family = model.transformer, model.family
-        inputs = model.example_inputs(latent)
-        with torch.no_grad(), torch.device("meta"), family.without_values():
-            output = transformer(**inputs)[0]
-        apart, tokens = 0.0, inputs["encoder_hidden_states"].shape[1]
-        if not forward.grid.text_tokens:  # the operations grow with the text, which is halved to find out how fast
-            half = forward_cost(transformer, latent, text_tokens=tokens // 2)
-            saved = forward.flops["linear layers"] - half.flops["linear layers"]
-            apart = saved / (tokens - tokens // 2) * tokens
-        return cls(
-            batches=batches,
-            whole_sequence=family.whole_sequence,
-            element_size=transformer.dtype.itemsize,
-            out_channels=output.numel() // forward.grid.video_tokens,
-            whole_linear=apart,
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Traffic:
-    """The forward passes of a run, as the ranks make them together."""
-
-    plain: tuple[SplitPass, ...]
-    """The calls of the transformer in a step."""
-    choosing: tuple[SplitPass, ...]
-    """The same in a step in which sparse layers gather block scores."""
-    plain_steps: int
-    """Steps of the first kind."""
-    choosing_steps: int
-    """Steps of the second kind."""
-
-    @classmethod
-    def of(cls, cost: RunCost, config: BladeConfig | None, shape: PassShape, ranks: int) -> Traffic:
-        """Work out the traffic of a run.
-
-        Args:
-            cost: of its transformer.
-            config: of its attention; None is dense.
-            shape: of its forward passes.
-            ranks: number of processes.
-
-        Raises:
-            ValueError: if a rank would have no head, or heads are dealt by cost.
-        """
-        forward = cost.forward
-        check_integer("parallel", ranks, least=1)
-        if ranks > forward.heads:
-            raise ValueError(f"`parallel` must be at most the model's {forward.heads} heads, got {ranks}.")
-        if config is not None and config.attention == "patterns":
-            raise ValueError(
-                "`parallel` must not be given for a dry run with head patterns: which heads a process computes "
-                "follows from their cost, which the prediction does not know."
-            )
-        steps, choosing, blocks = cost.passes // sum(shape.batches), 0, None
-        layers: tuple[int, ...] = ()
-        if config is not None and cost.sparse_passes and config.asa.budget == "layer":
-            choosing = -(-(cost.sparse_passes // sum(shape.batches)) // config.asa.reselect_every)
-            blocks = -(-forward.grid.sequence_length // config.asa.block_size)
-            layers = tuple(layer for layer in range(forward.layers) if layer not in config.dense_layers)
-        plain = tuple(
-            SplitPass.equal(
-                forward.grid,
-                ranks=ranks,
-                batch=batch,
-                heads=forward.heads,
-                layers=forward.layers,
-                head_dim=forward.head_dim,
-                element_size=shape.element_size,
-                out_channels=shape.out_channels,
-                whole_sequence=shape.whole_sequence,
-                score_blocks=blocks,
-            )
-            for batch in shape.batches
-        )
-        return cls(
-            plain=plain,
-            choosing=tuple(replace(split, scored_layers=layers) for split in plain),
-            plain_steps=steps - choosing,
-            choosing_steps=choosing,
-        )
-
-    @property
-    def largest(self) -> SplitPass:
-        """The call that sends most."""
-        calls = self.choosing if self.choosing_steps else self.plain
-        return max(calls, key=lambda split: split.batch)
-
-    def sent(self) -> tuple[int, ...]:
-        """Return the bytes that each rank sends in the run."""
-        totals = [0] * self.plain[0].ranks
-        for steps, calls in ((self.plain_steps, self.plain), (self.choosing_steps, self.choosing)):
-            for split in calls if steps else ():
-                totals = [total + steps * sent for total, sent in zip(totals, split.sent())]
-        return tuple(totals)
-
-    def seconds(self, link: Link) -> float:
-        """Return the seconds that the ranks wait for collective operations.
-
-        Each takes `LATENCY`, and its busiest link's bytes at `LINK_SHARE` of the peak. Nothing is computed meanwhile.
-
-        Args:
-            link: what the ranks' cards are connected by.
-        """
-        speed, total = 1e9 * link.gb_per_second * LINK_SHARE, 0.0
-        for steps, calls in ((self.plain_steps, self.plain), (self.choosing_steps, self.choosing)):
-            for split in calls if steps else ():
-                busiest = [operation.busiest for operation in split.collectives()]
-                total += steps * sum(LATENCY + count / speed for count in busiest if count)
-        return total
+OWN_TENSORS, WHOLE_TENSORS = 11, 6
+"""Tensors that are there at once in attention: of a rank's own tokens and all heads (the residual stream, its norm,
+queries, keys and values, their stack, and what is sent), and of all tokens and a rank's heads (what is received, and
+the same put together). See `blade.attention.sequence_parallel.HeadShare.to_heads`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,12 +91,12 @@ class ParallelPlan:
 
     def __str__(self) -> str:
         split = self.traffic.largest
-        heads = split.heads[0]
+        most = max(max(heads) for heads in split.heads)
         uneven = f", so that attention is split with an efficiency of {100 * even_heads(split):.0f} %"
         layer, run = split.layer_sent(split.layers - 1), self.traffic.sent()
         parts = ", ".join(f"{part} {gib:.2f}" for part, gib in self.activations_gib.items())
         lines = [
-            f"{self.ranks} processes of at most {max(split.tokens):,} tokens and {max(heads)} of {sum(heads)} heads"
+            f"{self.ranks} processes of at most {max(split.tokens):,} tokens and {most} of {sum(split.heads[0])} heads"
             + (uneven if even_heads(split) < 1 else ""),
             f"{self.needed_gib:.2f} GiB in each with all parts on its device; beside the weights {parts}",
             f"each sends at most {bytes_text(max(layer))} in an attention layer, {bytes_text(max(split.sent()))} in a "
@@ -269,7 +122,7 @@ def predict_parallel(
         link: what the cards are connected by.
         plan: how the run is split.
     """
-    own = rank_cost(cost, plan.traffic.largest, whole_linear=plan.shape.whole_linear)
+    own = rank_cost(cost, plan.traffic, plan.shape)
     return ParallelPrediction(
         alone=predict(cost, text_flops, decoding_flops, rates),
         rank=predict(own, text_flops, decoding_flops, rates),
@@ -280,35 +133,43 @@ def predict_parallel(
 
 
 def even_heads(split: SplitPass) -> float:
-    """Return the efficiency of attention: the mean number of a rank's heads as a share of the largest."""
-    return sum(split.heads[0]) / split.ranks / max(split.heads[0])
+    """Return the efficiency of dense attention: the mean number of a rank's heads as a share of the largest."""
+    heads = shares(sum(split.heads[0]), split.ranks)
+    return sum(heads) / split.ranks / max(heads)
 
 
-def rank_cost(cost: RunCost, split: SplitPass, *, whole_linear: float) -> RunCost:
+def rank_cost(cost: RunCost, traffic: Traffic, shape: PassShape) -> RunCost:
     """Return the operations of the rank that has most.
 
     Self-attention and the choice of blocks are split by heads, other attention and matrix products with weights by
-    tokens. Patch embeddings are computed whole by every rank.
+    tokens, but for what every rank does whole, patch embeddings among it.
 
     Args:
         cost: of the whole run.
-        split: a forward pass of it.
-        whole_linear: see `PassShape`.
+        traffic: how it is split.
+        shape: of its forward passes.
     """
-    tokens, heads = max(split.tokens) / sum(split.tokens), max(split.heads[0]) / sum(split.heads[0])
-    by = {"self-attention": heads, "block selection": heads, "other attention": tokens, "linear layers": tokens}
-    flops = {part: by.get(part, 1.0) * count for part, count in cost.flops.items()}
-    flops["linear layers"] += (1 - tokens) * whole_linear * cost.passes
-    own = {part: round(by.get(part, 1.0) * count) for part, count in cost.forward.flops.items()}
+    split = traffic.largest
+    tokens, dense = max(split.tokens) / sum(split.tokens), 1 / (split.ranks * even_heads(split))
+    flops = dict(cost.flops)
+    for part in ("linear layers", "other attention"):
+        whole = shape.whole.get(part, 0.0) * cost.passes
+        flops[part] = whole + tokens * (flops[part] - whole)
+    sparse = cost.sparse_self_attention
+    flops["self-attention"] = dense * (flops["self-attention"] - sparse) + traffic.sparse_share * sparse
+    if "block selection" in flops:
+        flops["block selection"] *= traffic.sparse_share
+    own = {**cost.forward.flops}
+    own["self-attention"] = round(traffic.sparse_share * own["self-attention"])  # which says what is sparse
     return replace(cost, flops=flops, forward=replace(cost.forward, flops=own))
 
 
 def rank_activations_gib(activations_gib: float, split: SplitPass) -> float:
     """Return about the most memory beside the weights in a rank's forward pass.
 
-    The most of two: the share by tokens of the whole pass's, and attention, with tensors of all tokens of a rank's
-    heads beside those of its own tokens. To both are added the embedded tokens of the whole sequence, which the first
-    block takes its piece of, and the gathered block scores.
+    The most of two: the share by tokens of the whole pass's, and attention with the tensors that an exchange takes.
+    To both are added the embedded tokens of the whole sequence, which the first block takes its piece of, and the
+    gathered block scores. What a block keeps beside attention is not known here.
 
     Args:
         activations_gib: of the same pass on one device.
@@ -316,10 +177,10 @@ def rank_activations_gib(activations_gib: float, split: SplitPass) -> float:
     """
     if split.ranks == 1:
         return activations_gib
-    length, tokens, heads = sum(split.tokens), max(split.tokens), max(split.heads[0])
-    count = sum(split.heads[0])
+    length, tokens, count = sum(split.tokens), max(split.tokens), sum(split.heads[0])
+    heads = max(max(counts) for counts in split.heads)
     number = split.batch * split.head_dim * split.element_size
-    attention = number * ((LOCAL_TENSORS + 3) * tokens * count + 3 * length * heads) / GIB
+    attention = number * (OWN_TENSORS * tokens * count + WHOLE_TENSORS * length * heads) / GIB
     beside: float = number * length * count
     if split.scored_layers:
         assert split.score_blocks is not None

@@ -14,7 +14,8 @@ from blade.common.machine import GIB
 from blade.common.terminal import printable
 from blade.generation.memory import MemoryPlan, plan_memory
 from blade.generation.memory_stages import Stages
-from blade.generation.parallel_plan import ParallelPlan, PassShape, Traffic, predict_parallel, rank_activations_gib
+from blade.generation.parallel_plan import ParallelPlan, predict_parallel, rank_activations_gib
+from blade.generation.parallel_traffic import PassShape, Traffic
 from blade.generation.prediction import Prediction, predict
 from blade.generation.request import GenerationRequest, ResolvedRequest, check_known
 from blade.generation.resolve import describe_student, resolve_request
@@ -28,6 +29,7 @@ from blade.models.loaded import LatentSize, LoadedModel
 from blade.models.loading import load_empty_model
 from blade.models.loras import peek_loras
 from blade.models.memory_use import peak_bytes, weight_bytes
+from blade.models.parallel import check_splits
 from blade.models.tiny_decoder import TinyDecoder, TinyDecoderLayout
 from blade.models.transformer_files import load_transformers, replace_transformers
 from blade.students.loading import read_student
@@ -112,14 +114,20 @@ class RunPlan:
         return "\n".join(map(printable, lines))
 
 
-def resolve_without_weights(request: GenerationRequest) -> tuple[LoadedModel, ResolvedRequest]:
+def resolve_without_weights(
+    request: GenerationRequest, *, device: torch.device | None = None
+) -> tuple[LoadedModel, ResolvedRequest]:
     """Return a request's model without its weights, and the request with the model's defaults filled in.
+
+    Args:
+        request: the request.
+        device: a device of another machine, where it will run; None: the request's own, here.
 
     Raises:
         ValueError: for a request that cannot be met.
         ModelError: if there is no such model.
     """
-    device = resolve_device(request.device)
+    device = resolve_device(request.device) if device is None else device
     dtype = resolve_dtype(request.dtype, device)
     model = model_for(load_empty_model(request.model, revision=request.revision, dtype=dtype), request.condition)
     if request.transformer is not None:
@@ -152,7 +160,7 @@ def plan_run(
 
     Raises:
         ValueError: for a request that cannot be met, a model whose operations cannot be counted, a card that is
-            unknown or says nothing of such a run, or more processes than heads.
+            unknown or says nothing of such a run, more processes than heads, or a sequence that cannot be split.
         ModelError: if there is no such model.
     """
     check_known(request)
@@ -170,6 +178,8 @@ def plan_run(
     problem = model.family.plan_problem(pipe)
     if problem is not None:
         raise ValueError(f"`dry_run` must not be given for a {type(pipe).__name__}: {problem}.")
+    if parallel is not None:
+        check_splits(model.transformer)
     latent = model.latent_size(*resolved.size)
     transformer, family = model.transformer, model.family
     guidance = resolved.guidance_scale > 1 and family.guidance_takes_two_passes
@@ -222,7 +232,14 @@ def plan_run(
         plan = replace(plan, prediction=_predict(plan, model, known_card))
     if parallel is not None:
         batches = (batch, *(1 for _ in range(family.guidance_passes - batch))) if guidance else (1,)
-        shape = PassShape.of(model, latent, forward, batches)
+        shape = PassShape.of(
+            model,
+            latent,
+            forward,
+            steps=family.evaluations(resolved.steps),
+            skipped_steps=resolved.skipped_steps,
+            batches=batches,
+        )
         plan = replace(plan, parallel=_plan_parallel(plan, shape, known_card, parallel))
     return plan
 

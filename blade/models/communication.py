@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
 from blade.common.checks import check_integer
 from blade.token_grid import TokenGrid
@@ -44,22 +43,20 @@ def shares(count: int, ranks: int) -> tuple[int, ...]:
     return tuple(size + (rank < larger) for rank in range(ranks))
 
 
-def cut_sequence(grid: TokenGrid, ranks: int, *, whole: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the tokens of each rank's piece of the sequence, and the video tokens among them.
+def cut_sequence(grid: TokenGrid, ranks: int, *, text_apart: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the tokens of each rank's piece of the sequence, and those of them whose output is gathered.
 
     Args:
         grid: all tokens.
         ranks: number of pieces.
-        whole: cut the sequence as it is. Otherwise video and text are streams of their own, each cut by itself.
+        text_apart: whether text is a tensor of its own, which is cut by itself and has no output;
+            `SequenceSplit.text_apart`. Otherwise all tokens are cut together.
     """
-    if not whole:
-        video, text = shares(grid.video_tokens, ranks), shares(grid.text_tokens, ranks)
-        return tuple(map(sum, zip(video, text))), video
-    tokens = shares(grid.sequence_length, ranks)
-    stops = list(accumulate(tokens))
-    return tokens, tuple(
-        max(min(stop, grid.video_stop) - max(stop - size, grid.video_start), 0) for stop, size in zip(stops, tokens)
-    )
+    if not text_apart:
+        tokens = shares(grid.sequence_length, ranks)
+        return tokens, tokens
+    video, text = shares(grid.video_tokens, ranks), shares(grid.text_tokens, ranks)
+    return tuple(map(sum, zip(video, text))), video
 
 
 def exchange_heads(
@@ -105,7 +102,8 @@ def exchange_outputs(
 def gather_scores(*, batch: int, heads: Sequence[int], blocks: int) -> Collective:
     """Return the all-gather of a layer's block scores, (B, H, n, n) float32, for a budget of the whole layer.
 
-    Rank r sends `B * H_r * n * n * 4` bytes to each of the N - 1 others.
+    With as many heads as the largest share has, H_p, every rank sends `B * H_p * n * n * 4` bytes to each of the N - 1
+    others: smaller shares are padded.
 
     Args:
         batch: batch items.
@@ -115,18 +113,19 @@ def gather_scores(*, batch: int, heads: Sequence[int], blocks: int) -> Collectiv
     return _gather([batch * computed * blocks**2 * FLOAT32 for computed in heads])
 
 
-def gather_output(*, batch: int, video_tokens: Sequence[int], out_channels: int, element_size: int) -> Collective:
+def gather_output(*, batch: int, tokens: Sequence[int], out_channels: int, element_size: int) -> Collective:
     """Return the all-gather of the output at the end of a forward pass.
 
-    Rank r sends `B * V_r * out_channels` elements, V_r being its video tokens, to each of the N - 1 others.
+    With as many tokens as the largest piece has, V_p, every rank sends `B * V_p * out_channels` elements to each of
+    the N - 1 others: smaller pieces are padded.
 
     Args:
         batch: batch items.
-        video_tokens: of the output, by rank.
+        tokens: of the output, by rank.
         out_channels: numbers of a token of the output.
         element_size: bytes of a number.
     """
-    return _gather([batch * own * out_channels * element_size for own in video_tokens])
+    return _gather([batch * own * out_channels * element_size for own in tokens])
 
 
 def reduce_densities(*, ranks: int, layers: int) -> Collective:
@@ -138,6 +137,32 @@ def reduce_densities(*, ranks: int, layers: int) -> Collective:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CutKeys:
+    """Attention of queries that every rank has to keys and values that are cut."""
+
+    queries: int
+    """Number of the queries."""
+    heads: int
+    """Heads, which are dealt out in equal parts."""
+    head_dim: int
+    """Numbers in one head of one token."""
+
+    def collectives(self, *, batch: int, tokens: Sequence[int], element_size: int) -> tuple[Collective, Collective]:
+        """Return the all-to-all of keys and values, and the all-gather of the heads' outputs.
+
+        Args:
+            batch: batch items.
+            tokens: of the keys, by rank.
+            element_size: bytes of a number.
+        """
+        heads, head_dim = shares(self.heads, len(tokens)), self.head_dim
+        exchanged = exchange_heads(
+            batch=batch, tokens=tokens, heads=heads, head_dim=head_dim, element_size=element_size, tensors=2
+        )
+        return exchanged, _gather([batch * own * self.queries * head_dim * element_size for own in heads])
+
+
+@dataclass(frozen=True, kw_only=True)
 class SplitPass:
     """One forward pass that ranks make together."""
 
@@ -145,8 +170,8 @@ class SplitPass:
     """Batch items."""
     tokens: tuple[int, ...]
     """Tokens of the sequence, by rank: of video and of what else self-attention sees."""
-    video_tokens: tuple[int, ...]
-    """Video tokens, by rank."""
+    output_tokens: tuple[int, ...]
+    """Tokens whose output is gathered, by rank."""
     heads: tuple[tuple[int, ...], ...]
     """Heads that each rank computes, by layer; see `equal`."""
     head_dim: int
@@ -155,6 +180,8 @@ class SplitPass:
     """Bytes of a number of queries, keys, values and outputs."""
     out_channels: int
     """Numbers of a token of the output."""
+    cut_keys: tuple[CutKeys, ...] = ()
+    """Attention beside the layers' own that concerns all ranks."""
     score_blocks: int | None = None
     """Blocks of the sequence, where block scores are gathered; None: they are not."""
     scored_layers: tuple[int, ...] = ()
@@ -163,7 +190,7 @@ class SplitPass:
     def __post_init__(self) -> None:
         for name in ("batch", "head_dim", "element_size", "out_channels"):
             check_integer(name, getattr(self, name), least=1)
-        _check_ranks(tokens=self.tokens, video_tokens=self.video_tokens)
+        _check_ranks(tokens=self.tokens, output_tokens=self.output_tokens)
         if not self.heads:
             raise ValueError("`heads` must have a layer, got none.")
         for heads in self.heads:
@@ -195,7 +222,8 @@ class SplitPass:
         head_dim: int,
         element_size: int,
         out_channels: int,
-        whole_sequence: bool = False,
+        text_apart: bool = False,
+        cut_keys: tuple[CutKeys, ...] = (),
         score_blocks: int | None = None,
         scored_layers: tuple[int, ...] = (),
     ) -> SplitPass:
@@ -210,19 +238,21 @@ class SplitPass:
             head_dim: see the field.
             element_size: see the field.
             out_channels: see the field.
-            whole_sequence: whether video and text are one sequence, `ModelFamily.whole_sequence`; see `cut_sequence`.
+            text_apart: see `cut_sequence`.
+            cut_keys: see the field.
             score_blocks: see the field.
             scored_layers: see the field.
         """
-        tokens, video_tokens = cut_sequence(grid, ranks, whole=whole_sequence)
+        tokens, output_tokens = cut_sequence(grid, ranks, text_apart=text_apart)
         return cls(
             batch=batch,
             tokens=tokens,
-            video_tokens=video_tokens,
+            output_tokens=output_tokens,
             heads=(shares(heads, ranks),) * layers,
             head_dim=head_dim,
             element_size=element_size,
             out_channels=out_channels,
+            cut_keys=cut_keys,
             score_blocks=score_blocks,
             scored_layers=scored_layers,
         )
@@ -245,11 +275,13 @@ class SplitPass:
         return named
 
     def collectives(self) -> list[Collective]:
-        """Return the collective operations of the whole pass, in the order in which they run."""
+        """Return the collective operations of the whole pass."""
         listed = [operation for layer in range(self.layers) for operation in self.layer_collectives(layer).values()]
+        for attention in self.cut_keys:
+            listed += attention.collectives(batch=self.batch, tokens=self.tokens, element_size=self.element_size)
         output = gather_output(
             batch=self.batch,
-            video_tokens=self.video_tokens,
+            tokens=self.output_tokens,
             out_channels=self.out_channels,
             element_size=self.element_size,
         )
@@ -269,10 +301,9 @@ def _sent(operations: Iterable[Collective]) -> tuple[int, ...]:
 
 
 def _gather(parts: Sequence[int]) -> Collective:
-    """Return an all-gather of parts of so many bytes."""
-    return Collective(
-        sent=tuple((len(parts) - 1) * part for part in parts), received=tuple(sum(parts) - part for part in parts)
-    )
+    """Return an all-gather of parts of so many bytes, which are padded to the largest."""
+    bytes_of_each = ((len(parts) - 1) * max(parts),) * len(parts)
+    return Collective(sent=bytes_of_each, received=bytes_of_each)
 
 
 def _check_ranks(**counts: Sequence[int]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from blade.models.choices import DTYPE_NAMES
@@ -14,13 +16,17 @@ def resolve_device(device: str | None = None) -> torch.device:
     """Return a device that is there.
 
     Args:
-        device: "cpu", "cuda", "cuda:1", ...; None takes CUDA if there is one.
+        device: "cpu", "cuda", "cuda:1", ...; None takes CUDA if there is one, and in processes that accelerate or
+            torchrun launched on a machine the GPU of this one.
 
     Raises:
         ValueError: if it is no device, or isn't there.
     """
     if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        local = os.environ.get("LOCAL_RANK")
+        return torch.device("cuda") if local is None else torch.device("cuda", int(local) % torch.cuda.device_count())
     try:
         resolved = torch.device(device)
     except RuntimeError:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from blade.attention.applied import applied_to
 from blade.families.registry import find_family
 from blade.families.transformers import Transformer
 from blade.models.devices import resolve_device
@@ -64,16 +65,37 @@ def split_transformer(transformer: Transformer, mesh: DeviceMesh) -> None:
     transformer._parallel_config = config
 
 
-def check_splits(transformer: Transformer) -> None:
+def check_splits(transformer: Transformer, field: str = "parallel", *, trained: bool = False) -> None:
     """Check that a transformer's sequence can be split.
+
+    Args:
+        transformer: the transformer, with or without weights.
+        field: the option that asks for it.
+        trained: ask for gradients too.
 
     Raises:
         ValueError: if it cannot.
     """
-    if find_family(transformer).sequence_split(transformer) is None:
+    plan, name = find_family(transformer).sequence_split(transformer), type(transformer).__name__
+    if plan is None:
+        raise ValueError(f"`{field}` must be 1 for a {name}, as there is no plan for its sequence.")
+    if trained and plan.cut_keys:
         raise ValueError(
-            f"`parallel` must be 1 for a {type(transformer).__name__}, as there is no plan for its sequence."
+            f"`{field}` must be 1 for a {name}, which cannot be trained while it is split: a part of it is whole on "
+            "every GPU."
         )
+
+
+def join_transformer(transformer: Transformer) -> None:
+    """Undo `split_transformer`, before BLADE is applied anew.
+
+    Args:
+        transformer: the transformer, in every process, with BLADE.
+    """
+    applied = applied_to(transformer)
+    assert applied is not None
+    transformer._parallel_config = None
+    applied.parallelism.follow(transformer)
 
 
 def launched_processes() -> int:
@@ -84,12 +106,12 @@ def launched_processes() -> int:
 class Team:
     """The processes that make one video together: all that were launched, on a GPU each or on the CPU."""
 
-    def __init__(self, parallel: int, device: torch.device) -> None:
+    def __init__(self, parallel: int, device: str | None) -> None:
         """Join the others.
 
         Args:
             parallel: their number.
-            device: the device that was asked for, without a number.
+            device: "cpu" or "cuda", of which every process takes its own; None takes CUDA if there is one.
 
         Raises:
             ValueError: if another number of processes was launched, or the device has a number.
@@ -100,11 +122,12 @@ class Team:
                 f"`parallel` must be the number of processes that were launched, {launched}, got {parallel}: "
                 f"accelerate launch --num_processes {parallel} -m blade.cli.generate ..."
             )
-        if device.index is not None:
-            raise ValueError(f"`device` must have no number where every process takes a GPU of its own, got {device}.")
+        kind = resolve_device(device).type
+        if device not in (None, kind):
+            raise ValueError(f"`device` must be {kind} where every process takes its own, got {device}.")
         from accelerate import PartialState
 
-        state = PartialState(cpu=device.type == "cpu")
+        state = PartialState(cpu=kind == "cpu")
         self.index: int = state.process_index
         self.count: int = parallel
         self.device: torch.device = state.device
@@ -151,7 +174,7 @@ class Team:
 def join_team(parallel: int, device: str | None) -> Iterator[Team | None]:
     """Join the processes that make each video together inside a `with` block; None where `parallel` is 1.
 
-    The others are told when the first is done. Where it fails, whoever launched them ends them.
+    Where one fails, whoever launched them ends the others.
 
     Args:
         parallel: number of processes.
@@ -165,8 +188,5 @@ def join_team(parallel: int, device: str | None) -> Iterator[Team | None]:
         return
     import torch.distributed as dist
 
-    team = Team(parallel, resolve_device(device))
-    yield team
-    if team.is_first:
-        team.tell(None)
+    yield Team(parallel, device)
     dist.destroy_process_group()

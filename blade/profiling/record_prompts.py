@@ -61,7 +61,7 @@ def record_profile(
 ) -> AttentionProfile:
     """Record all prompts and combine the measurements into a profile; see `record_prompts`."""
     record_prompts(model, requests, recording, source, folder, on_step)
-    return make_profile(source, [_path(folder, number) for number in range(len(requests))])
+    return make_profile(source, [recording_path(folder, number) for number in range(len(requests))])
 
 
 def record_prompts(
@@ -101,7 +101,7 @@ def record_prompts(
     numbers = range(share[0] - 1, len(requests), share[1])
     pace = _Pace(len(numbers), source.steps, on_step)
     for index, number in enumerate(numbers):
-        passes, path = folder / f"prompt-{number:03d}", _path(folder, number)
+        passes, path = folder / f"prompt-{number:03d}", recording_path(folder, number)
         pace.prompt_began(index)
         if not path.is_file():
             generation = make_recorded(model, requests[number].dense(), recording, passes, pace.passed)
@@ -113,7 +113,8 @@ def record_prompts(
         shutil.rmtree(passes, ignore_errors=True)
 
 
-def _path(folder: Path, number: int) -> Path:
+def recording_path(folder: Path, number: int) -> Path:
+    """Return the path of what was recorded of a prompt."""
     return folder / f"prompt-{number:03d}.safetensors"
 
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -14,7 +13,6 @@ from blade.attention.budget import configured_budget
 from blade.attention.config import CONFIG_NAME, BladeConfig
 from blade.attention.pattern_plan import PatternPlan
 from blade.attention.pattern_table import TABLE_NAME, uniform_table
-from blade.common.checks import check_integer
 from blade.common.files import check_writable
 from blade.common.leftovers import files_in
 from blade.common.locks import folder_locked
@@ -22,7 +20,7 @@ from blade.common.names import check_no_input
 from blade.common.terminal import printable
 from blade.generation.inputs import input_paths
 from blade.generation.plan import resolve_without_weights
-from blade.generation.request import GenerationRequest, ResolvedRequest, check_known
+from blade.generation.request import ResolvedRequest, check_known
 from blade.generation.team import lead, run_together
 from blade.metrics.similarity import psnr, ssim
 from blade.models.costs import forward_cost
@@ -35,11 +33,12 @@ from blade.profiling.candidates import default_candidates
 from blade.profiling.costs import AttentionCosts
 from blade.profiling.influence import generate_resumable, measure_influences
 from blade.profiling.measure import MAP_SIZE
-from blade.profiling.objectives import Budget, density_objectives
+from blade.profiling.objectives import Budget
 from blade.profiling.profile import PROFILE_NAME, AttentionProfile, ProfileSource
 from blade.profiling.published import START_NAME, published_candidates, published_search
 from blade.profiling.record_prompts import dense_video, record_profile, record_prompts
 from blade.profiling.recording_plan import Recording
+from blade.profiling.request import ProfileRequest
 from blade.profiling.search import Choice, PatternSearch, check_groups
 
 RECORDINGS_NAME = "recordings"
@@ -53,68 +52,6 @@ ADAPTIVE_SPARSITIES = (0.5, 0.65, 0.8, 0.9)
 
 REPORT_NAME = "report.html"
 """File name of the report."""
-
-METHODS = ("budgeted", "published")
-"""Search methods: the least error within the budget, or the published rule for every head independently."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ProfileRequest:
-    """A request to profile a model and to search for head patterns."""
-
-    generation: GenerationRequest
-    """Model and sampling options; the prompt in it is not used."""
-    prompts: tuple[str, ...]
-    """Prompts of the recorded generations; each has the seed of `generation` plus its index."""
-    output: Path
-    """Folder of the results; recordings go into `recordings` there."""
-    budget: Budget | None = None
-    """Limit of the search; None only with the published method, which then uses its threshold."""
-    method: str = "budgeted"
-    """One of `METHODS`."""
-    rule: GreedyRule = field(default_factory=GreedyRule)
-    """The published rule."""
-    groups: int | None = None
-    """Number of groups of steps that share an assignment; None: every step has its own."""
-    sampled_blocks: int | None = 8
-    """Query blocks sampled in a layer, different ones in every step; None: all."""
-    own_orders: bool = True
-    """Allow heads their own token orders."""
-    costs: str = "auto"
-    """Source of the costs: `operations`, `time` (on the device), or `auto`, which is `time` on CUDA."""
-    influence_prompts: int = 1
-    """Number of prompts with which the influence of each step and layer is measured; 0: all count the same."""
-    verify_prompts: int = 1
-    """Number of prompts generated with the finished table and compared with dense attention."""
-    share: tuple[int, int] = (1, 1)
-    """(i, n): record every n-th prompt from the i-th, as one of n processes, without a search if n > 1."""
-
-    @classmethod
-    def of(cls, generation: Mapping[str, Any], *, prompts: Sequence[str], **options: Any) -> ProfileRequest:
-        """Make a request from fields of a `GenerationRequest` except its prompt, and other fields of this class."""
-        return cls(generation=GenerationRequest(prompt=prompts[0], **generation), prompts=tuple(prompts), **options)
-
-    def __post_init__(self) -> None:
-        if not self.prompts:
-            raise ValueError("`prompts` must hold at least one prompt, got none.")
-        if self.method not in METHODS:
-            raise ValueError(f"`method` must be one of {', '.join(METHODS)}, got {self.method!r}.")
-        if self.costs not in ("auto", "operations", "time"):
-            raise ValueError(f"`costs` must be auto, operations or time, got {self.costs!r}.")
-        if self.budget is None and self.method == "budgeted":
-            Budget()  # raises an error that lists the objectives
-        if self.method == "published" and self.budget is not None and not self.budget.objective.bounds_density:
-            raise ValueError(f"{density_objectives()} is the only budget of the published method, got {self.budget}.")
-        if self.sampled_blocks is not None:
-            check_integer("sampled_blocks", self.sampled_blocks, 1)
-        if self.method == "published" and self.share[1] > 1:
-            raise ValueError("`method` must be budgeted in several processes, got published, which goes step by step.")
-        for name in ("influence_prompts", "verify_prompts"):
-            value = getattr(self, name)
-            if not 0 <= value <= len(self.prompts):
-                raise ValueError(
-                    f"`{name}` must be from 0 to {len(self.prompts)}, the number of prompts, got {value}."
-                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,16 +146,41 @@ def profile_attention(
         InUseError: if another process profiles into the same folder.
         OutputError: if the folder cannot be written.
     """
-    for prompt in request.prompts:
-        check_known(replace(request.generation, prompt=prompt))
-    check_no_input([request.output], input_paths(request.generation))
-    _check_output_files(request)
+    check_profile(request)
     with folder_locked(request.output, share=request.share):
         return _profiled(request, on_progress or (lambda line: None), team)
 
 
-def _profiled(request: ProfileRequest, say: Callable[[str], None], team: Team | None) -> ProfileReport | None:
-    """Profile, in a folder that no other process uses."""
+def check_profile(request: ProfileRequest) -> None:
+    """Check, before the model is loaded, that it can draw the prompts, and that files can be written.
+
+    Raises:
+        ValueError: for a prompt that it cannot, or an output that is an input.
+        OutputError: if a file cannot be written, or there is too little room for a prompt's passes.
+    """
+    for prompt in request.prompts:
+        check_known(replace(request.generation, prompt=prompt))
+    check_no_input([request.output], input_paths(request.generation))
+    _check_output_files(request)
+
+
+def load_recorder(request: ProfileRequest) -> Callable[[Path, tuple[int, int]], None]:
+    """Load a request's model, and return what records a share of its prompts into a folder; see `record_prompts`.
+
+    Raises:
+        ValueError: for a request that cannot be met.
+        ModelError: if the model does not exist or cannot be used.
+    """
+    model, requests, setup = _prepared(request)
+
+    def record(folder: Path, share: tuple[int, int]) -> None:
+        record_prompts(model, requests, setup.recording, setup.source, folder, share=share)
+
+    return record
+
+
+def _prepared(request: ProfileRequest, team: Team | None = None) -> tuple[LoadedModel, list[ResolvedRequest], _Setup]:
+    """Load a request's model, and return it with a resolved request per prompt and the setup of the recording."""
     model, resolved = lead(replace(request.generation, prompt=request.prompts[0], attention="dense"), team)
     model.pipe.set_progress_bar_config(disable=True)
     requests = [
@@ -226,7 +188,12 @@ def _profiled(request: ProfileRequest, say: Callable[[str], None], team: Team | 
     ]
     if request.groups is not None:
         check_groups(request.groups, resolved.steps)
-    setup = _Setup.of(request, resolved, model)
+    return model, requests, _Setup.of(request, resolved, model)
+
+
+def _profiled(request: ProfileRequest, say: Callable[[str], None], team: Team | None) -> ProfileReport | None:
+    """Profile, in a folder that no other process uses."""
+    model, requests, setup = _prepared(request, team)
     folder = request.output / RECORDINGS_NAME
     if request.method == "published":
         return _published(request, model, requests, setup, folder, say)
@@ -253,7 +220,7 @@ def _profiled(request: ProfileRequest, say: Callable[[str], None], team: Team | 
 
 
 def _check_output_files(request: ProfileRequest) -> None:
-    """Check, before the model is loaded, that files can be written, and that there is room for a prompt's passes."""
+    """Check that files can be written, and that there is room for a prompt's passes."""
     empty, resolved = resolve_without_weights(replace(request.generation, prompt=request.prompts[0]))
     latent = empty.latent_size(*resolved.size)
     forward = forward_cost(empty.transformer, latent)

@@ -61,6 +61,14 @@ def saved_tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def saved_patched_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny pipeline with patches of 2 x 2, so that a video can have an odd number of tokens."""
+    path = tmp_path_factory.mktemp("models") / "patched-wan"
+    build_tiny_pipeline(patch_size=(1, 2, 2)).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
 def saved_tiny_ti2v(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a tiny pipeline that can start from an image, as that of Wan 2.2 TI2V; to be read only."""
     path = tmp_path_factory.mktemp("models") / "tiny-ti2v"

@@ -80,14 +80,15 @@ def test_the_record_follows_from_its_facts(record):
 
 def test_bytes_of_a_dense_layer_are_the_formulas(record):
     for run in record["runs"]:
-        if run["attention"] != "dense" or "LTX" in run["clip"]:  # whose passes of guidance are two at once
+        if run["attention"] != "dense":
             continue
+        video, text = run["video_tokens"], run["text_tokens"]
         for split in run["by_gpus"]:
-            ranks = split["gpus"]
-            pieces = zip(shares(run["video_tokens"], ranks), shares(run["text_tokens"], ranks))
+            ranks, streams = split["gpus"], (video, text) if run["text_apart"] else (video + text,)
             sizes = {
-                "batch": 1, "tokens": [sum(piece) for piece in pieces], "heads": shares(run["heads"], ranks),
-                "head_dim": run["head_dim"], "element_size": 2,
+                "batch": max(run["batches"]), "heads": shares(run["heads"], ranks), "head_dim": run["head_dim"],
+                "tokens": [sum(piece) for piece in zip(*(shares(stream, ranks) for stream in streams))],
+                "element_size": 2,
             }  # fmt: skip
             sent = map(sum, zip(exchange_heads(**sizes).sent, exchange_outputs(**sizes).sent))
             assert split["layer_bytes"] == max(sent)

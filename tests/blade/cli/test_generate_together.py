@@ -1,4 +1,4 @@
-"""`blade-generate` in several processes that make each video together."""
+"""`blade-generate` and `blade-bench generate` in several processes that make each video together."""
 
 import json
 import os
@@ -10,17 +10,18 @@ import torch
 
 from blade.cli.generate import main
 from blade.media.video import read_mp4
+from blade.models.devices import resolve_device
 from blade.models.parallel import Team
 
 SIZE = ("--height=64", "--width=96", "--frames=9", "--steps=3", "--guidance-scale=2")
 SPARSE = ("--sparsity=0.5", "--dense-steps=1", "--dense-layers=0")
 
 
-def launch(folder, *arguments, processes=2):
-    """Run the command in several processes; return its exit code and what it printed."""
+def launch(folder, *arguments, command="generate", processes=2):
+    """Run a command in several processes; return its exit code and what it printed."""
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes))
     run = subprocess.run(
-        [sys.executable, *launcher, "-m", "blade.cli.generate", *map(str, arguments)],
+        [sys.executable, *launcher, "-m", f"blade.cli.{command}", *map(str, arguments)],
         cwd=folder,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         text=True,
@@ -67,6 +68,22 @@ def test_a_list_is_made_together_and_what_is_there_stays(saved_tiny_pipeline, tm
     assert len(list((tmp_path / "out").glob("*.mp4"))) == 4
 
 
+@pytest.mark.slow
+def test_a_benchmark_times_passes_of_two_processes(saved_tiny_pipeline, tmp_path):
+    small = ("--height=64", "--width=64", "--frames=9", "--steps=2", "--student-steps=1", "--repeats=1")
+    sizes = (*small, "--measured-passes=1", "--sparsity=0.5")
+    code, printed = launch(
+        tmp_path, "generate", "--model", saved_tiny_pipeline, *sizes, "--output=out", command="bench"
+    )
+    assert code == 0, printed
+    assert printed.count("out/generation.json") == 1
+    report = json.loads((tmp_path / "out" / "generation.json").read_text(encoding="utf-8"))
+    assert report["processes"] == 2 and report["parts_ms"]["communication"] > 0
+    assert "2 processes compute every pass together" in (tmp_path / "out" / "generation.md").read_text(
+        encoding="utf-8"
+    )
+
+
 def test_the_number_of_processes_must_be_that_of_the_launched(monkeypatch, capsys, saved_tiny_pipeline):
     monkeypatch.setenv("WORLD_SIZE", "1")
     with pytest.raises(SystemExit) as end:
@@ -80,5 +97,16 @@ def test_the_number_of_processes_must_be_that_of_the_launched(monkeypatch, capsy
 
 def test_a_numbered_device_is_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="`device` must have no number where every process takes a GPU of its own"):
-        Team(2, torch.device("cuda:1"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    with pytest.raises(ValueError, match="`device` must be cuda where every process takes its own, got cuda:1"):
+        Team(2, "cuda:1")
+
+
+def test_processes_of_a_machine_take_a_gpu_each(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert resolve_device() == torch.device("cuda")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert resolve_device() == torch.device("cuda:3") and resolve_device("cuda") == torch.device("cuda")

@@ -46,13 +46,22 @@ def prompt_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def small_settings(prompt_file):
+    """Return a function that makes settings of a model for an output folder, with others over them."""
+
+    def make(model: Path, output: Path, *others: str) -> list[str]:
+        return [f"model={model}", f"prompts={prompt_file}", f"output={output}", *SETTINGS, *others]
+
+    return make
+
+
 @pytest.fixture
-def settings(saved_tiny_pipeline, prompt_file, tmp_path):
+def settings(saved_tiny_pipeline, small_settings, tmp_path):
     """Return a function that makes settings for an output folder, with others over them."""
 
     def make(output: str, *others: str) -> list[str]:
-        own = [f"model={saved_tiny_pipeline}", f"prompts={prompt_file}", f"output={tmp_path / output}"]
-        return [*own, *SETTINGS, *others]
+        return small_settings(saved_tiny_pipeline, tmp_path / output, *others)
 
     return make
 
@@ -60,6 +69,20 @@ def settings(saved_tiny_pipeline, prompt_file, tmp_path):
 @pytest.fixture
 def start():
     """Return a function that starts Python on one process or several, in this folder; what still runs is killed."""
+    with starting() as run:
+        yield run
+
+
+@pytest.fixture(scope="module")
+def start_for_module():
+    """Return what `start` does, for fixtures of a module."""
+    with starting() as run:
+        yield run
+
+
+@contextlib.contextmanager
+def starting():
+    """Yield a function that starts Python on one process or several; what still runs at the end is killed."""
     started = []
 
     def run(*arguments: str, processes: int = 1) -> subprocess.Popen[str]:
@@ -77,7 +100,9 @@ def start():
         started.append(process)
         return process
 
-    yield run
-    for process in started:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+    try:
+        yield run
+    finally:
+        for process in started:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)

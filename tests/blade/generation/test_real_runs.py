@@ -22,7 +22,7 @@ from blade.attention.apply import use_blade
 from blade.attention.config import AdaptiveConfig, BladeConfig
 from blade.cli.generate import main
 from blade.generation import outputs
-from blade.generation.outputs import GenerationReport, generate_files, generate_list
+from blade.generation.outputs import FinishedVideo, generate_files, generate_list
 from blade.generation.plan import plan_run, resolve_without_weights
 from blade.generation.prepare import prepare_model
 from blade.generation.prompts import read_prompts
@@ -459,11 +459,11 @@ def test_a_prompt_that_cannot_be_drawn_does_not_stop_the_others(
     """Nor is it loaded for: the first prompt is the one that is refused."""
     drawn = []
 
-    def made(model, request, path, **options):
+    def made(model, request, **options):
         drawn.append(request.prompt)
-        return GenerationReport(generation=None, video_path=path, record_path=path, comparison_path=None, record={})
+        return FinishedVideo(record={}, video=b"a video", comparison=None, published_students=(), generation=None)
 
-    monkeypatch.setattr(outputs, "_make_files", made)
+    monkeypatch.setattr(outputs, "make_video", made)
     monkeypatch.setattr(outputs, "prepare_model", lambda request: (None, resolve_without_weights(request)[1]))
     prompts = ["a cat walks on the grass", "a red ball going right", "a blue sqare moving up"]
     request = GenerationRequest(prompt=prompts[0])

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from blade.models.communication import (
     Collective,
+    CutKeys,
     SplitPass,
     cut_sequence,
     exchange_heads,
@@ -60,12 +61,14 @@ def test_exchanges_are_every_chunk_between_ranks(counts, batch, head_dim, elemen
 @settings(max_examples=30, deadline=None)
 @given(COUNTS, SMALL, SMALL)
 def test_gathers_bring_every_part_to_every_other_rank(counts, batch, blocks) -> None:
-    video, heads = counts
+    tokens, heads = counts
     ranks = range(len(heads))
-    parts = [(head, rank, batch * blocks * blocks * 4) for head in owners(heads) for rank in ranks]
+    even = owners([max(heads)] * len(heads))  # padded
+    parts = [(head, rank, batch * blocks * blocks * 4) for head in even for rank in ranks]
     assert gather_scores(batch=batch, heads=heads, blocks=blocks) == add_up(iter(parts), len(heads))
-    parts = [(token, rank, batch * 7 * 2) for token in owners(video) for rank in ranks]
-    output = gather_output(batch=batch, video_tokens=video, out_channels=7, element_size=2)
+    even = owners([max(tokens)] * len(tokens))
+    parts = [(token, rank, batch * 7 * 2) for token in even for rank in ranks]
+    output = gather_output(batch=batch, tokens=tokens, out_channels=7, element_size=2)
     assert output == add_up(iter(parts), len(heads))
     assert reduce_densities(ranks=len(heads), layers=3).sent == ((len(heads) - 1) * 12,) * len(heads)
 
@@ -77,23 +80,32 @@ def test_shares_are_those_of_tensor_split(count, ranks) -> None:
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(1, 3), st.integers(0, 5), st.integers(0, 5), st.integers(1, 6))
-def test_the_sequence_is_cut_as_tensors_are(frames, before, after, ranks) -> None:
-    grid = TokenGrid(frames, 2, 3, text_before=before, text_after=after)
-    marks = torch.zeros(grid.sequence_length)
-    marks[grid.video_start : grid.video_stop] = 1
-    pieces = marks.tensor_split(ranks)
-    tokens, video = cut_sequence(grid, ranks, whole=True)
-    assert list(tokens) == [len(piece) for piece in pieces] and list(video) == [int(piece.sum()) for piece in pieces]
-    tokens, video = cut_sequence(grid, ranks, whole=False)
-    assert video == shares(grid.video_tokens, ranks) and sum(tokens) == grid.sequence_length
-    assert [own - shown for own, shown in zip(tokens, video)] == list(shares(before + after, ranks))
+@given(st.integers(1, 3), st.integers(0, 5), st.integers(1, 6))
+def test_the_sequence_is_cut_as_tensors_are(frames, text, ranks) -> None:
+    grid = TokenGrid(frames, 2, 3, text_after=text)
+    tokens, output = cut_sequence(grid, ranks, text_apart=False)
+    assert tokens == output == shares(grid.sequence_length, ranks)
+    tokens, output = cut_sequence(grid, ranks, text_apart=True)
+    assert output == shares(grid.video_tokens, ranks)
+    assert [own - shown for own, shown in zip(tokens, output)] == list(shares(text, ranks))
+
+
+@settings(max_examples=30, deadline=None)
+@given(COUNTS, SMALL, SMALL)
+def test_keys_that_are_cut_go_to_the_ranks_of_their_heads(counts, batch, head_dim) -> None:
+    tokens, _ = counts
+    keys = CutKeys(queries=7, heads=5, head_dim=head_dim)
+    exchanged, gathered = keys.collectives(batch=batch, tokens=tokens, element_size=2)
+    heads, chunk = shares(5, len(tokens)), batch * head_dim * 2
+    moves = ((token, head, 2 * chunk) for token in owners(tokens) for head in owners(heads))
+    assert exchanged == add_up(moves, len(tokens))
+    assert gathered.sent == gathered.received == ((len(tokens) - 1) * heads[0] * 7 * chunk,) * len(tokens)
 
 
 def split_of(ranks: int, **changes) -> SplitPass:
     given_values = {
         "batch": 2, "heads": 12, "layers": 3, "head_dim": 16, "element_size": 2, "out_channels": 64,
-        "score_blocks": 5, "scored_layers": (1, 2),
+        "score_blocks": 5, "scored_layers": (1, 2), "text_apart": True,
     }  # fmt: skip
     return SplitPass.equal(TokenGrid(3, 4, 5, text_after=7), ranks=ranks, **(given_values | changes))
 
@@ -107,24 +119,38 @@ def test_a_pass_is_its_layers_and_its_end() -> None:
     split = split_of(8)
     assert split.heads[0] == (2, 2, 2, 2, 1, 1, 1, 1) and split.tokens == (9, 9, 9, 9, 8, 8, 8, 7)
     unit = 2 * 16 * 2  # a head of a token, of both batch items
-    scores = [7 * 2 * heads * 25 * 4 for heads in split.heads[0]]
+    scores = 7 * 2 * 2 * 25 * 4
     exchanged = [
         unit * (3 * own * (12 - heads) + (67 - own) * heads) for own, heads in zip(split.tokens, split.heads[0])
     ]
     assert split.layer_sent(0) == tuple(exchanged)
-    assert split.layer_sent(1) == tuple(map(sum, zip(exchanged, scores)))
-    end = [7 * (2 * own * 64 * 2 + 4 * 3) for own in split.video_tokens]
+    assert split.layer_sent(1) == tuple(sent + scores for sent in exchanged)
+    end = 7 * (2 * max(split.output_tokens) * 64 * 2 + 4 * 3)
     layers = [split.layer_sent(layer) for layer in range(3)]
-    assert split.sent() == tuple(map(sum, zip(*layers, end)))
+    assert split.sent() == tuple(sum(sent) + end for sent in zip(*layers))
     assert list(split.layer_collectives(1)) == ["queries, keys and values", "block scores", "attention outputs"]
     assert len(split.collectives()) == 3 * 2 + 2 + 2
     # a rank with two of twelve heads gets more than it sends
     assert split.layer_collectives(0)["queries, keys and values"].busiest == 3 * unit * (67 - 9) * 2
 
 
+def test_attention_beside_the_layers_is_counted() -> None:
+    keys = CutKeys(queries=9, heads=4, head_dim=8)
+    more = [split.sent() for split in (split_of(2, cut_keys=(keys, keys)), split_of(2))]
+    exchanged, gathered = keys.collectives(batch=2, tokens=split_of(2).tokens, element_size=2)
+    expected = [2 * sum(sent) for sent in zip(exchanged.sent, gathered.sent)]
+    assert [longer - shorter for longer, shorter in zip(*more)] == expected and min(expected) > 0
+
+
 def test_heads_may_differ_from_layer_to_layer() -> None:
     split = SplitPass(
-        batch=1, tokens=(5, 4), video_tokens=(5, 4), heads=((1, 3), (2, 2)), head_dim=8, element_size=4, out_channels=3
+        batch=1,
+        tokens=(5, 4),
+        output_tokens=(5, 4),
+        heads=((1, 3), (2, 2)),
+        head_dim=8,
+        element_size=4,
+        out_channels=3,
     )
     assert split.layer_sent(0) == (32 * (3 * 5 * 3 + 4 * 1), 32 * (3 * 4 * 1 + 5 * 3))
     assert split.layer_sent(1) == (32 * (3 * 5 * 2 + 4 * 2), 32 * (3 * 4 * 2 + 5 * 2))

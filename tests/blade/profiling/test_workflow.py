@@ -21,7 +21,8 @@ from blade.profiling.objectives import Budget
 from blade.profiling.profile import PROFILE_NAME, AttentionProfile
 from blade.profiling.record_prompts import dense_video
 from blade.profiling.recording_plan import Recording
-from blade.profiling.workflow import ProfileRequest, profile_attention
+from blade.profiling.request import ProfileRequest
+from blade.profiling.workflow import profile_attention
 
 PROMPTS = ("a red ball moving right", "a blue square moving up")
 FIELDS = ("error", "energy", "head_error", "mass", "best_mass", "columns", "maps")
