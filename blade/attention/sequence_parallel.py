@@ -161,18 +161,18 @@ class HeadShare:
         return torch.tensor(self.deal[self.shards.ranks.index], dtype=torch.int64, device=self.device)
 
     @cached_property
-    def _order(self) -> torch.Tensor:
-        """All heads, rank by rank."""
-        return torch.tensor([head for heads in self.deal for head in heads], device=self.device)
+    def _order(self) -> torch.Tensor | None:
+        """All heads, rank by rank; None where that is their own order."""
+        order = [head for heads in self.deal for head in heads]
+        return None if order == sorted(order) else torch.tensor(order, device=self.device)
 
     @cached_property
-    def _inverse(self) -> torch.Tensor:
-        return self._order.argsort()
+    def _inverse(self) -> torch.Tensor | None:
+        return None if self._order is None else self._order.argsort()
 
     def gather_heads(self, tensor: torch.Tensor) -> torch.Tensor:
         """Put together what ranks have of their heads, (B, this rank's heads, ...), in the heads' own order."""
-        gathered = self.shards.ranks.all_gather(tensor, 1, self.counts)
-        return gathered.index_select(1, self._inverse)
+        return _ordered(self.shards.ranks.all_gather(tensor, 1, self.counts), 1, self._inverse)
 
     def to_heads(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Gather all tokens for this rank's heads, in one all-to-all. Differentiable.
@@ -193,8 +193,8 @@ class HeadShare:
                 f"Rank {ranks.index} of {ranks.count} must have {parts[ranks.index]} tokens of {sum(self.counts)} "
                 f"heads here, got {tokens} of {heads}."
             )
-        stacked = torch.stack(tensors).index_select(3, self._order)
-        sent = torch.cat([part.flatten() for part in stacked.split(self.counts, dim=3)])
+        by_rank = zip(*(_ordered(tensor, 2, self._order).split(self.counts, dim=2) for tensor in tensors))
+        sent = torch.cat([part.flatten() for parts_of_rank in by_rank for part in parts_of_rank])
         own, each = self.counts[ranks.index], len(tensors) * batch * size
         received = self._exchange(
             sent,
@@ -229,13 +229,17 @@ class HeadShare:
         sizes = [batch * tokens * count * size for count in self.counts]
         received = self._exchange(sent, [batch * part * own * size for part in parts], sizes)
         pieces = [piece.view(batch, tokens, count, size) for piece, count in zip(received.split(sizes), self.counts)]
-        return torch.cat(pieces, dim=2).index_select(2, self._inverse)
+        return _ordered(torch.cat(pieces, dim=2), 2, self._inverse)
 
     def _exchange(self, sent: torch.Tensor, sent_sizes: list[int], received_sizes: list[int]) -> torch.Tensor:
         received: torch.Tensor = collectives.all_to_all_single_autograd(
             sent, received_sizes, sent_sizes, self.shards.ranks.group
         )
         return received
+
+
+def _ordered(tensor: torch.Tensor, dim: int, order: torch.Tensor | None) -> torch.Tensor:
+    return tensor if order is None else tensor.index_select(dim, order)
 
 
 class CutKeys:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 from blade.cli.command import run_command
 from blade.cli.options import make_command
 from blade.cli.progress import progress_line
+from blade.common.checks import check_integer
 from blade.common.options import OptionGroup, option, option_names, read_group
 from blade.common.terminal import print_line
 from blade.fleet.options import FleetOptions, check_local_folder
@@ -58,6 +59,9 @@ class ProfileOptions(OptionGroup):
     """Prompts with which it is measured how much each step and layer matters; by default 1, 0: none."""
     verify_prompts: int = option(1)
     """Prompts that are generated with the result and compared with dense attention; by default 1."""
+    parallel: int = option(1)
+    """Processes of accelerate launch that make each video together, on a GPU each; by default 1: they share out the
+    prompts."""
     debug: bool = option(False)
     """Show the traceback of an error."""
 
@@ -99,6 +103,9 @@ def profile(given: dict[str, Any]) -> None:
     search = read_group(SearchOptions, given)
     fleet = read_group(FleetOptions, given)
     check_local_folder(own.output, "blade-profile")
+    check_integer("parallel", own.parallel, least=1)
+    if fleet.is_given and own.parallel > 1:
+        raise ValueError("`--parallel` must be 1 with `--workers` or `--ray-address`: a worker is one process.")
     # imported here, so that --help and usage errors don't wait for PyTorch
     from blade.profiling.assignment import GreedyRule
     from blade.profiling.prompts import profile_prompts
@@ -119,8 +126,11 @@ def profile(given: dict[str, Any]) -> None:
         influence_prompts=own.influence_prompts,
         verify_prompts=own.verify_prompts,
     )
-    with progress_line() as say:
-        report = _by_workers(request, fleet, say) if fleet.is_given else _in_processes(request, say)
+    if own.parallel > 1:
+        report = _together(request, own.parallel)
+    else:
+        with progress_line() as say:
+            report = _by_workers(request, fleet, say) if fleet.is_given else _in_processes(request, say)
     if report is None:
         return
     path = write_attention_report(report, command=shlex.join(["blade-profile", *sys.argv[1:]]))
@@ -135,6 +145,23 @@ def _by_workers(request: ProfileRequest, fleet: FleetOptions, say: Callable[[str
     return profile_many(
         request, options=fleet, on_recording=lambda progress: say(f"recording: {progress}"), on_progress=say
     )
+
+
+def _together(request: ProfileRequest, parallel: int) -> ProfileReport | None:
+    """Make each video with all processes, and search in the first; None in the others."""
+    from blade.models.parallel import join_team
+    from blade.profiling.team import follow
+    from blade.profiling.workflow import profile_attention
+
+    with join_team(parallel, request.generation.device) as team:
+        assert team is not None
+        if not team.is_first:
+            follow(team)
+            return None
+        with progress_line() as say:
+            report = profile_attention(request, on_progress=say, team=team)
+        team.tell(None)
+        return report
 
 
 def _in_processes(request: ProfileRequest, say: Callable[[str], None]) -> ProfileReport | None:

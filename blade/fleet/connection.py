@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import secrets
 import shutil
 import signal
 import socket
@@ -12,6 +13,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -29,6 +31,10 @@ SETTINGS = {
 
 LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 """Variable by which a Ray of one machine listens on the loopback interface alone, on Linux too."""
+
+AUTHENTICATION = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")
+"""Variables by which a Ray takes those alone who know its token. It sets the first, and without the second would leave
+a token in the home folder."""
 
 STORE_BYTES = 200 * 2**20
 """Shared memory in which results wait until they are written; what does not fit goes to the disk."""
@@ -67,7 +73,7 @@ class Connection:
         """
         check_started_once()
         self.options, self._temporary = options, Path()
-        self.exits = ExitStack()
+        self.exits, self._restore = ExitStack(), ExitStack()
         self._is_owner = False
         if options.ray_address is None:
             for name, value in LOOPBACK.items():
@@ -98,6 +104,7 @@ class Connection:
         if self._ray is not None and self._is_owner:
             with _own_signals():
                 self._ray.shutdown()
+        self._restore.close()
         if self._temporary.name:
             remove(self._temporary)
 
@@ -105,6 +112,9 @@ class Connection:
         root = Path("/tmp") if os.name == "posix" else Path(tempfile.gettempdir())  # paths of sockets must be short
         sweep_leftovers(root)
         self._temporary, self._is_owner = temporary_path(root / "ray"), True
+        for name in AUTHENTICATION:
+            self._restore.callback(_set_variable, name, os.environ.get(name))
+        os.environ.setdefault(AUTHENTICATION[1], _token())
         with _own_signals():
             ray.init(
                 num_cpus=crew.workers * crew.cpus,
@@ -165,7 +175,8 @@ def _reason(error: Exception, address: str) -> str:
     if len(versions) == 2:
         (ray, python), (own_ray, own_python) = versions
         return f"it is of Ray {ray} and Python {python}, this is of Ray {own_ray} and Python {own_python}."
-    return f"{text or type(error).__name__}"[:300].rstrip(".") + "."
+    told = f"{text or type(error).__name__}"[:300].rstrip(".")
+    return f"{told}; where it asks for a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN."
 
 
 def _machines(ray: Any) -> list[Machine]:
@@ -181,6 +192,20 @@ def _store_bytes() -> int:
     except OSError:  # another system
         return STORE_BYTES
     return max(min(STORE_BYTES, free // 2), LEAST_STORE_BYTES)
+
+
+@cache
+def _token() -> str:
+    """Return the token of this process's own Rays; Ray itself remembers the first."""
+    return secrets.token_hex(32)
+
+
+def _set_variable(name: str, value: str | None) -> None:
+    """Set a variable of the environment, or remove it."""
+    if value is None:
+        os.environ.pop(name, None)
+    else:
+        os.environ[name] = value
 
 
 @contextmanager

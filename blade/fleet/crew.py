@@ -56,7 +56,7 @@ def plan_crew(options: FleetOptions, machines: Sequence[Machine], device: str | 
     if device not in (None, "cpu", "cuda"):
         raise ValueError(f"`device` must be cpu or cuda with `workers`, which Ray gives their GPUs, got {device!r}.")
     gpus, cpus = sum(machine.gpus for machine in machines), sum(machine.cpus for machine in machines)
-    where = "this machine has" if options.ray_address is None else f"the {len(machines)} machines of Ray have"
+    where = "this machine has" if options.ray_address is None else f"the cluster of {len(machines)} has"
     on_gpus = device != "cpu" and gpus > 0
     if not on_gpus and (device == "cuda" or options.gpus_per_worker is not None):
         named = "`device`" if device == "cuda" else "`gpus_per_worker`"

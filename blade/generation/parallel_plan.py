@@ -164,16 +164,17 @@ def rank_cost(cost: RunCost, traffic: Traffic, shape: PassShape) -> RunCost:
     return replace(cost, flops=flops, forward=replace(cost.forward, flops=own))
 
 
-def rank_activations_gib(activations_gib: float, split: SplitPass) -> float:
+def rank_activations_gib(activations_gib: float, split: SplitPass, table_bytes: int) -> float:
     """Return about the most memory beside the weights in a rank's forward pass.
 
     The most of two: the share by tokens of the whole pass's, and attention with the tensors that an exchange takes.
-    To both are added the embedded tokens of the whole sequence, which the first block takes its piece of, and the
-    gathered block scores. What a block keeps beside attention is not known here.
+    To both are added the embedded tokens of the whole sequence, which the first block takes its piece of, rotary
+    tables, and the gathered block scores. What a block keeps beside attention is not known here.
 
     Args:
         activations_gib: of the same pass on one device.
         split: the pass.
+        table_bytes: see `PassShape`.
     """
     if split.ranks == 1:
         return activations_gib
@@ -181,7 +182,7 @@ def rank_activations_gib(activations_gib: float, split: SplitPass) -> float:
     heads = max(max(counts) for counts in split.heads)
     number = split.batch * split.head_dim * split.element_size
     attention = number * (OWN_TENSORS * tokens * count + WHOLE_TENSORS * length * heads) / GIB
-    beside: float = number * length * count
+    beside: float = number * length * count + table_bytes
     if split.scored_layers:
         assert split.score_blocks is not None
         beside += split.batch * count * split.score_blocks**2 * FLOAT32

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from blade.attention.pattern_plan import PatternPlan
 from blade.attention.selectors import find_selector
 from blade.attention.sequence_parallel import modules_of_name
 from blade.common.checks import check_integer
+from blade.families.sequence_split import SequenceSplit
 from blade.models.cards import Link
 from blade.models.communication import CutKeys, SplitPass
 from blade.models.costs import ForwardCost, RunCost, forward_cost
@@ -46,6 +47,8 @@ class PassShape:
     """Numbers of a token of what is put together at the end of a pass."""
     cut_keys: tuple[CutKeys, ...]
     """Attention that other queries pay to tokens of the sequence."""
+    table_bytes: int
+    """Bytes of tensors of the whole sequence that every rank makes and keeps, such as rotary tables."""
     whole: Mapping[str, float]
     """Operations of a pass of one item by part that every rank does whole: those that do not grow with the video, such
     as products with text outside of the sequence, and with sound."""
@@ -74,6 +77,7 @@ class PassShape:
         transformer = model.transformer
         split = model.family.sequence_split(transformer)
         assert split is not None  # as `check_splits` checks
+        cut_keys, table_bytes = _observe(model, latent, split)
         gathered = [part.name for part in split.modules if part.gathered_output is not None]
         whole = {}
         if not forward.grid.text_tokens:  # text in the sequence is cut like video
@@ -87,30 +91,49 @@ class PassShape:
             text_apart=split.text_apart,
             element_size=transformer.dtype.itemsize,
             out_channels=sum(transformer.get_submodule(name).weight.shape[0] for name in gathered),
-            cut_keys=_cut_keys(model, latent, tuple(split.cut_keys)),
+            cut_keys=cut_keys,
+            table_bytes=table_bytes,
             whole=whole,
         )
 
 
-def _cut_keys(model: LoadedModel, latent: LatentSize, names: Iterable[str]) -> tuple[CutKeys, ...]:
-    """Return the sizes of attention modules, by the form of their names, in a pass on the meta device."""
-    transformer, family, seen = model.transformer, model.family, list[CutKeys]()
+def _observe(model: LoadedModel, latent: LatentSize, split: SequenceSplit) -> tuple[tuple[CutKeys, ...], int]:
+    """Return the sizes of attention to keys that are cut, and the bytes of outputs that are, in a pass without values.
 
-    def note(module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    Args:
+        model: the model without its weights.
+        latent: the size of its latent.
+        split: the places where its sequence is cut.
+    """
+    transformer, family, seen, sizes = model.transformer, model.family, list[CutKeys](), list[int]()
+
+    def note_keys(module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         queries = args[0] if args else kwargs["hidden_states"]
         width = module.to_k.weight.shape[0]
         seen.append(CutKeys(queries=queries.shape[1], heads=module.heads, head_dim=width // module.heads))
 
-    modules = [module for name in names for module in modules_of_name(transformer, name)]
-    handles = [module.register_forward_pre_hook(note, with_kwargs=True) for module in modules]
+    def note_tables(module: Any, args: Any, output: Any) -> None:
+        tensors = output if isinstance(output, list | tuple) else [output]
+        sizes.append(sum(tensor.numel() * tensor.element_size() for tensor in tensors))
+
+    handles = [
+        module.register_forward_pre_hook(note_keys, with_kwargs=True)
+        for name in split.cut_keys
+        for module in modules_of_name(transformer, name)
+    ]
+    handles += [
+        module.register_forward_hook(note_tables)
+        for part in split.modules
+        if part.cut_output is not None
+        for module in modules_of_name(transformer, part.name)
+    ]
     try:
-        if modules:
-            with torch.no_grad(), torch.device("meta"), family.without_values():
-                transformer(**model.example_inputs(latent))
+        with torch.no_grad(), torch.device("meta"), family.without_values():
+            transformer(**model.example_inputs(latent))
     finally:
         for handle in handles:
             handle.remove()
-    return tuple(seen)
+    return tuple(seen), sum(sizes)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -159,8 +159,15 @@ class Team:
         self._broadcast(task)
 
     def hear(self) -> Any:
-        """Wait for what the first process says is to be done next; None: nothing more."""
-        return self._broadcast(None)
+        """Wait for what the first process says is to be done next; None: nothing more.
+
+        Raises:
+            ConnectionError: if the first process has ended.
+        """
+        try:
+            return self._broadcast(None)
+        except RuntimeError as error:
+            raise ConnectionError("The first of the processes has ended; it says why.") from error
 
     def _broadcast(self, task: Any) -> Any:
         import torch.distributed as dist

@@ -36,7 +36,7 @@ def predict(roles, role, inputs):
     return roles.predict(role, inputs, torch.zeros(len(inputs["hidden_states"]), dtype=torch.int64))
 
 
-def gradients(roles, role, inputs, *, detour, step=(3, None)):
+def gradients(roles, role, inputs, *, detour, step=(3, None), backward=torch.Tensor.backward):
     """The gradients of a role, with other roles' passes between its forward and its backward pass or without."""
     with roles.acting(role, step):
         output = predict(roles, role, inputs)
@@ -45,7 +45,7 @@ def gradients(roles, role, inputs, *, detour, step=(3, None)):
                 for other, other_step in ((TEACHER, None), (FAKE, (5, None)), (STUDENT, (1, None))):
                     with roles.acting(other, other_step):
                         predict(roles, other, inputs)
-        output.square().mean().backward()
+        backward(output.square().mean())
     return {name: parameter.grad for name, parameter in roles.named_parameters(role).items()}
 
 

@@ -1,18 +1,13 @@
 """A training is the same where groups of processes compute each sample together."""
 
 import json
-import os
-from types import SimpleNamespace
 
 import pytest
-import torch
 from safetensors.torch import load_file
 
 from blade import BladeConfig
 from blade.attention.config import AdaptiveConfig
 from blade.common.training_log import load_checkpoint
-from blade.distillation import workflow
-from blade.distillation.parallel import Processes
 from blade.distillation.recipes import load_config
 from blade.distillation.workflow import distill
 
@@ -107,7 +102,7 @@ def log_errors(first, second):
 def test_two_groups_equal_one_process_with_the_double_batch(trainings):
     errors = weight_errors(trainings, "groups", 10)
     assert set(errors) == {"student", "fake"} and max(errors.values()) < BOUND, errors
-    assert 0 < min(errors.values())  # two computations
+    assert min(errors.values()) > 0  # two computations
     one, groups = log(trainings / "one"), log(trainings / "groups")
     assert [record["sparsity"] for record in one[:5]] == sorted({record["sparsity"] for record in one})  # and stays
     for update in range(10):

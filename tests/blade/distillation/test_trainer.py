@@ -98,8 +98,12 @@ def test_two_processes_share_out_the_trajectories(settings, start, tmp_path, par
 
 
 @pytest.mark.slow
-def test_sigterm_ends_two_processes_which_then_resume(settings, start, tmp_path):
-    others = ("run.batch_size=1", "run.updates=400")
+@pytest.mark.parametrize(
+    "shared", [("run.batch_size=1",), ("run.batch_size=2", "run.sequence_parallel=2", "run.parallel=fsdp")]
+)
+def test_sigterm_ends_two_processes_which_then_resume(settings, start, tmp_path, shared):
+    """Each has samples of its own, or both are one group."""
+    others = (*shared, "run.updates=400")
     two = start("-m", "blade.cli.distill", "shapes", *settings("out", *others), processes=2)
     checkpoints = tmp_path / "out" / "checkpoints"
     while not list(checkpoints.glob("*.pt")) and two.poll() is None:
@@ -117,7 +121,7 @@ def test_sigterm_ends_two_processes_which_then_resume(settings, start, tmp_path)
 
 @pytest.mark.slow
 def test_gradients_on_two_processes(start):
-    process = start("two_processes.py", str(Path(__file__).parents[2]), processes=2)
+    process = start("two_processes.py", str(Path(__file__).parents[2] / "pipelines"), processes=2)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
 

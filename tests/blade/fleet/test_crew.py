@@ -48,7 +48,7 @@ def test_workers_share_cpus_and_gpus(machines, options, expected) -> None:
         ([(8, 1)], None, {"workers": 3}, "this machine has 1 GPU. With --gpus-per-worker 0.33 each"),
         (
             [(8, 1), (8, 1)], None, {"workers": 3, "ray_address": ADDRESS},
-            "the 2 machines of Ray have 2 GPUs. With --gpus-per-worker 0.5",
+            "the cluster of 2 has 2 GPUs. With --gpus-per-worker 0.5",
         ),
         ([(2, 0)], None, {"workers": 3}, "`workers` must be at most 2 with 1 CPU each, got 3: this machine has 2"),
         ([(4, 0)], None, {"workers": 3, "cpus_per_worker": 2}, "`workers` must be at most 2 with 2 CPUs each, got 3"),

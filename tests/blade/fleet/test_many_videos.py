@@ -137,7 +137,7 @@ def test_killed_workers_and_a_killed_command_lose_nothing(expected, start, tmp_p
     lost = [line for line in error.splitlines() if "was lost (" in line and line.endswith("it is done again")]
     assert len(lost) == 2, error
     _, alive = psutil.wait_procs(below, timeout=30)
-    # two small ones of Ray look for what they have lost for a minute
+    # two small ones of Ray look for what they have lost for a while
     assert {" ".join(process.cmdline()).strip() for process in alive} <= {
         "ray::DashboardAgent",
         "ray::RuntimeEnvAgent",
@@ -211,11 +211,11 @@ run_command(main, [])
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("sent", "code", "said"), [("SIGINT", 130, "interrupted"), ("SIGTERM", 143, "terminated")])
-def test_a_signal_ends_the_command_and_its_ray(sent: str, code: int, said: str) -> None:
+def test_a_signal_ends_the_command_and_its_ray(sent: str, code: int, said: str, tmp_path: Path) -> None:
     """Ctrl-C goes to the whole group of processes, as from a terminal; SIGTERM to the command alone."""
     command = subprocess.Popen(
         [sys.executable, "-c", SLEEPERS], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        start_new_session=True,
+        start_new_session=True, env={**os.environ, "HOME": str(tmp_path)},
     )  # fmt: skip
     assert command.stdout is not None and command.stdout.readline() == "0\n", command.communicate()
     below = children(command)
@@ -235,4 +235,4 @@ def test_a_signal_ends_the_command_and_its_ray(sent: str, code: int, said: str) 
     assert error.splitlines()[-1] == f"error: {said}" and "Traceback" not in error and "(raylet)" not in error
     _, alive = psutil.wait_procs(below, timeout=20)
     assert alive == []
-    assert not temporary.exists()
+    assert not temporary.exists() and not (tmp_path / ".ray").exists()
