@@ -78,7 +78,7 @@ def generate_many(
         check_outputs(request, [*listed.paths.values()], compare)
     else:
         listed = replace(listed, files=bucket, inputs={})
-        bucket.open()
+        bucket.look()
         bucket.read_ahead(listed.paths.values())
     with connected(options, request.device) as connection:
         device = connection.crew.device

@@ -72,7 +72,7 @@ class Bucket:
     def __reduce__(self) -> tuple[type[Bucket], tuple[str]]:
         return Bucket, (self.address,)
 
-    def open(self) -> None:
+    def look(self) -> None:
         """Look what is there, and check that something can be written.
 
         Raises:

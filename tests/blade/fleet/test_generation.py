@@ -17,7 +17,7 @@ from blade.common.locks import file_locked
 from blade.fleet import generation
 from blade.fleet.generation import generate_many
 from blade.fleet.options import FleetOptions
-from blade.generation import outputs
+from blade.generation import team
 from blade.generation.outputs import FinishedVideo, ListReport, generate_list
 from blade.generation.prepare import prepare_model
 from blade.generation.request import GenerationRequest
@@ -37,8 +37,8 @@ def loaded() -> Any:
 def workers_in_this_process(monkeypatch: pytest.MonkeyPatch, loaded: Any) -> None:
     """Workers that have the model loaded."""
     monkeypatch.setattr(generation, "connected", fake_connected)
-    for module in (generation, outputs):
-        monkeypatch.setattr(module, "prepare_model", lambda request: loaded)
+    for module in (generation, team):
+        monkeypatch.setattr(module, "prepare_model", lambda request, team=None: loaded)
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def videos(folder: Path) -> dict[str, bytes]:
 
 def refusing(monkeypatch: pytest.MonkeyPatch, prompt: str, error: BaseException, times: int = 1000) -> None:
     """Let workers raise for a prompt, so many times."""
-    left, real = [times], outputs.run_request
+    left, real = [times], team.run_request
 
     def run(model: Any, request: Any, **options: Any) -> Any:
         if request.prompt == prompt and left[0]:
@@ -66,7 +66,7 @@ def refusing(monkeypatch: pytest.MonkeyPatch, prompt: str, error: BaseException,
             raise error
         return real(model, request, **options)
 
-    monkeypatch.setattr(outputs, "run_request", run)
+    monkeypatch.setattr(team, "run_request", run)
 
 
 def test_videos_names_and_comparisons_are_those_of_one_process(make, tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ def opened(address: str) -> Bucket:
     """Return a bucket that was looked into."""
     bucket = parse_output(address)
     assert isinstance(bucket, Bucket)
-    bucket.open()
+    bucket.look()
     return bucket
 
 
