@@ -59,6 +59,7 @@ def mixed_patterns(transformer):
     layers = family.attention_layers(transformer)
     table = uniform_table(PATTERNS[0], len(layers), family.heads(layers[0]), block_size=8, token_order="raster")
     drawn = np.random.default_rng(0).integers(1, len(PATTERNS), table.assignment.shape)
+    drawn[..., 0, -1] = [pattern.kind for pattern in PATTERNS].index("asa")  # of a head that is not a rank's first
     table = replace(table, patterns=PATTERNS, assignment=drawn.astype(table.assignment.dtype))
     return BladeConfig(attention="patterns", patterns=table, adapt_patterns=True)
 
