@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from blade.attention.apply import use_blade
 from blade.attention.config import AdaptiveConfig, BladeConfig
 from blade.cli.generate import main
-from blade.generation import outputs
+from blade.generation import outputs, team
 from blade.generation.outputs import FinishedVideo, generate_files, generate_list
 from blade.generation.plan import plan_run, resolve_without_weights
 from blade.generation.prepare import prepare_model
@@ -384,19 +384,19 @@ def test_a_list_of_prompts_is_resumed_and_survives_a_failure(
     saved_tiny_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prompts = ["a red ball moving right", "a blue ball moving up", "a white square moving left"]
-    original = outputs.run_request
+    original = team.run_request
 
     def sometimes(model, request):
         if "blue" in request.prompt:
             raise RuntimeError("out of luck")
         return original(model, request)
 
-    monkeypatch.setattr(outputs, "run_request", sometimes)
+    monkeypatch.setattr(team, "run_request", sometimes)
     report = generate_list(tiny(saved_tiny_pipeline), prompts, tmp_path)
     assert [path.video_path.name[:10] for path in report.made] == ["a-red-ball", "a-white-sq"]
     assert report.failed == {"a blue ball moving up": "out of luck"}
     assert "2 made, 0 there before, 1 failed" in str(report)
-    monkeypatch.setattr(outputs, "run_request", original)
+    monkeypatch.setattr(team, "run_request", original)
     again = generate_list(tiny(saved_tiny_pipeline), prompts, tmp_path)
     assert (len(again.made), len(again.skipped), len(again.failed)) == (1, 2, 0)
     alone = generate_files(tiny(saved_tiny_pipeline, prompt=prompts[1]), tmp_path / "alone.mp4")
@@ -406,14 +406,14 @@ def test_a_list_of_prompts_is_resumed_and_survives_a_failure(
 def test_a_list_keeps_no_video_in_memory(
     saved_tiny_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made, original = [], outputs.run_request
+    made, original = [], team.run_request
 
     def watched(model, request):
         generation = original(model, request)
         made.append(weakref.ref(generation))
         return generation
 
-    monkeypatch.setattr(outputs, "run_request", watched)
+    monkeypatch.setattr(team, "run_request", watched)
     report = generate_list(tiny(saved_tiny_pipeline), ["a red ball moving right", "a blue ball moving up"], tmp_path)
     gc.collect()
     assert [generation() for generation in made] == [None, None]
@@ -426,16 +426,16 @@ def test_the_memory_of_a_list_does_not_grow_with_it(saved_tiny_pipeline: Path, t
     """The resident memory after 60 prompts is within 5 % of that after the third, which 40 MiB each would not be."""
     code = f"""
 import psutil, torch
-from blade.generation import outputs
+from blade.generation import outputs, team
 from blade.generation.request import GenerationRequest
-run, resident = outputs.run_request, []
+run, resident = team.run_request, []
 def measured(model, request, **options):
     resident.append(psutil.Process().memory_info().rss)
     generation = run(model, request, **options)
     larger = torch.nn.functional.interpolate(generation.video, size=(620, 620))  # which glibc frees at once
     object.__setattr__(generation, "video", larger)
     return generation
-outputs.run_request = measured
+team.run_request = measured
 outputs.encode_mp4 = lambda video, fps, sound: b"a video"
 words = [f"a {{colour}} {{shape}} moving {{way}}" for colour in ("red", "green", "blue", "yellow", "white")
          for shape in ("ball", "square", "triangle") for way in ("left", "right", "up", "down")]
@@ -464,7 +464,7 @@ def test_a_prompt_that_cannot_be_drawn_does_not_stop_the_others(
         return FinishedVideo(record={}, video=b"a video", comparison=None, published_students=(), generation=None)
 
     monkeypatch.setattr(outputs, "make_video", made)
-    monkeypatch.setattr(outputs, "prepare_model", lambda request: (None, resolve_without_weights(request)[1]))
+    monkeypatch.setattr(team, "prepare_model", lambda request, team: (None, resolve_without_weights(request)[1]))
     prompts = ["a cat walks on the grass", "a red ball going right", "a blue sqare moving up"]
     request = GenerationRequest(prompt=prompts[0])
     report = generate_list(request, prompts, tmp_path)
@@ -472,7 +472,7 @@ def test_a_prompt_that_cannot_be_drawn_does_not_stop_the_others(
     assert list(report.failed) == [prompts[0], prompts[2]]
     assert '"cat", "walks", "on", "the", "grass"' in report.failed[prompts[0]]
     assert '"sqare" (did you mean square?)' in report.failed[prompts[2]]
-    monkeypatch.setattr(outputs, "prepare_model", lambda request: pytest.fail("loaded"))
+    monkeypatch.setattr(team, "prepare_model", lambda request, team: pytest.fail("loaded"))
     assert len(generate_list(request, ["a cat"], tmp_path).failed) == 1
 
 
@@ -483,7 +483,7 @@ def test_a_crashed_gpu_ends_a_list(saved_tiny_pipeline: Path, tmp_path: Path, mo
         drawn.append(request.prompt)
         raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
 
-    monkeypatch.setattr(outputs, "run_request", crash)
+    monkeypatch.setattr(team, "run_request", crash)
     with pytest.raises(DeviceCrashError, match="prompt 'a red ball moving right' has crashed cpu: CUDA error"):
         generate_list(tiny(saved_tiny_pipeline), ["a red ball moving right", "a blue ball moving up"], tmp_path)
     assert drawn == ["a red ball moving right"]
