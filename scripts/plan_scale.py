@@ -180,7 +180,7 @@ def predict_split(plan: RunPlan, ranks: int, rates: CardRates, link: Link) -> di
     shape = plan.parallel.shape
     traffic = Traffic.of(plan.cost, plan.request.blade_config, shape, ranks)
     split = traffic.largest
-    own = rank_activations_gib(plan.activations_gib["transformer"], split, shape.table_bytes)
+    own = rank_activations_gib(plan.activations_gib["transformer"], split, shape)
     parallel = ParallelPlan(
         shape=shape,
         traffic=traffic,

@@ -101,7 +101,8 @@ class TokenShards:
             return type(value)(self.cut(item, dim) for item in value)
         if not isinstance(value, torch.Tensor) or value.ndim <= dim or value.shape[dim] not in (self.video, self.text):
             return value
-        return value.tensor_split(self.ranks.count, dim)[self.ranks.index]
+        # a copy, as a view would keep the whole in memory
+        return value.tensor_split(self.ranks.count, dim)[self.ranks.index].clone(memory_format=torch.contiguous_format)
 
     def gather(self, value: Any, dim: int) -> Any:
         """Put together a tensor of all video tokens, or each of several. Differentiable.
@@ -193,11 +194,10 @@ class HeadShare:
                 f"Rank {ranks.index} of {ranks.count} must have {parts[ranks.index]} tokens of {sum(self.counts)} "
                 f"heads here, got {tokens} of {heads}."
             )
-        by_rank = zip(*(_ordered(tensor, 2, self._order).split(self.counts, dim=2) for tensor in tensors))
-        sent = torch.cat([part.flatten() for parts_of_rank in by_rank for part in parts_of_rank])
         own, each = self.counts[ranks.index], len(tensors) * batch * size
+        by_rank = zip(*(_ordered(tensor, 2, self._order).split(self.counts, dim=2) for tensor in tensors))
         received = self._exchange(
-            sent,
+            _packed([part for parts_of_rank in by_rank for part in parts_of_rank]),
             [each * tokens * count for count in self.counts],
             [each * part * own for part in parts],
         )
@@ -221,10 +221,8 @@ class HeadShare:
         ranks, parts = self.shards.ranks, self.shards.parts
         batch, _, own, size = output.shape
         video, text = output.split([self.shards.video, self.shards.text], dim=1)
-        sent = torch.cat([
-            torch.cat(streams, dim=1).flatten()
-            for streams in zip(video.split(self.shards.video_parts, dim=1), text.split(self.shards.text_parts, dim=1))
-        ])  # fmt: skip
+        streams = zip(video.split(self.shards.video_parts, dim=1), text.split(self.shards.text_parts, dim=1))
+        sent = _packed([torch.cat(both, dim=1) if self.shards.text else both[0] for both in streams])
         tokens = parts[ranks.index]
         sizes = [batch * tokens * count * size for count in self.counts]
         received = self._exchange(sent, [batch * part * own * size for part in parts], sizes)
@@ -236,6 +234,17 @@ class HeadShare:
             sent, received_sizes, sent_sizes, self.shards.ranks.group
         )
         return received
+
+
+def _packed(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return the numbers of tensors one after the other; where no gradient is wanted, copied once."""
+    if torch.is_grad_enabled():
+        return torch.cat([part.flatten() for part in parts])
+    sizes = [part.numel() for part in parts]
+    packed = parts[0].new_empty(sum(sizes))
+    for piece, part in zip(packed.split(sizes), parts):
+        piece.view(part.shape).copy_(part)
+    return packed
 
 
 def _ordered(tensor: torch.Tensor, dim: int, order: torch.Tensor | None) -> torch.Tensor:

@@ -237,7 +237,8 @@ class _Job:
         if dry_run:
             batch = config.run.batch_size * config.run.accumulation * processes.groups
             prompts = prompts[: 2 * batch]
-        share = (processes.index, processes.count)
+        # in a dry run every process has a folder of its own
+        share = (0, 1) if dry_run else (processes.index, processes.count)
         # trainings with other outputs may share the folder
         with processes.locked(folder, "embeddings", wait=True):
             encode_prompts(self.model, self.request, prompts, folder, share=share, on_progress=on_progress)

@@ -16,10 +16,11 @@ from blade.models.cards import CardRates, Link
 from blade.models.communication import FLOAT32, SplitPass, shares
 from blade.models.costs import RunCost
 
-OWN_TENSORS, WHOLE_TENSORS = 11, 6
-"""Tensors that are there at once in attention: of a rank's own tokens and all heads (the residual stream, its norm,
-queries, keys and values, their stack, and what is sent), and of all tokens and a rank's heads (what is received, and
-the same put together). See `blade.attention.sequence_parallel.HeadShare.to_heads`."""
+TENSORS_AT_ONCE = ((10, 4), (7, 7))
+"""Tensors that are there at once in attention, of a rank's own tokens and all heads, and of all tokens and a rank's
+heads: while queries, keys and values are exchanged (the residual stream, its norm, those three, and what is sent and
+received), and while what was received is put together; each with what a family keeps beside.
+See `blade.attention.sequence_parallel.HeadShare.to_heads`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,25 +165,26 @@ def rank_cost(cost: RunCost, traffic: Traffic, shape: PassShape) -> RunCost:
     return replace(cost, flops=flops, forward=replace(cost.forward, flops=own))
 
 
-def rank_activations_gib(activations_gib: float, split: SplitPass, table_bytes: int) -> float:
+def rank_activations_gib(activations_gib: float, split: SplitPass, shape: PassShape) -> float:
     """Return about the most memory beside the weights in a rank's forward pass.
 
     The most of two: the share by tokens of the whole pass's, and attention with the tensors that an exchange takes.
-    To both are added the embedded tokens of the whole sequence, which the first block takes its piece of, rotary
-    tables, and the gathered block scores. What a block keeps beside attention is not known here.
+    To both are added the embedded tokens of the whole sequence, where the first block takes its piece of them, its
+    part of rotary tables, and the gathered block scores. What a block keeps beside attention is not known here.
 
     Args:
         activations_gib: of the same pass on one device.
         split: the pass.
-        table_bytes: see `PassShape`.
+        shape: of the run's passes.
     """
     if split.ranks == 1:
         return activations_gib
     length, tokens, count = sum(split.tokens), max(split.tokens), sum(split.heads[0])
     heads = max(max(counts) for counts in split.heads)
     number = split.batch * split.head_dim * split.element_size
-    attention = number * (OWN_TENSORS * tokens * count + WHOLE_TENSORS * length * heads) / GIB
-    beside: float = number * length * count + table_bytes
+    at_once = max(own * tokens * count + whole * length * heads for own, whole in TENSORS_AT_ONCE)
+    attention = number * at_once / GIB
+    beside = shape.embeds_whole * number * length * count + shape.table_bytes * tokens / length
     if split.scored_layers:
         assert split.score_blocks is not None
         beside += split.batch * count * split.score_blocks**2 * FLOAT32

@@ -48,7 +48,9 @@ class PassShape:
     cut_keys: tuple[CutKeys, ...]
     """Attention that other queries pay to tokens of the sequence."""
     table_bytes: int
-    """Bytes of tensors of the whole sequence that every rank makes and keeps, such as rotary tables."""
+    """Bytes of tensors of the whole sequence of which every rank keeps its part, such as rotary tables."""
+    embeds_whole: bool
+    """True if the tokens of the whole sequence are embedded, and the first block cuts them."""
     whole: Mapping[str, float]
     """Operations of a pass of one item by part that every rank does whole: those that do not grow with the video, such
     as products with text outside of the sequence, and with sound."""
@@ -93,6 +95,7 @@ class PassShape:
             out_channels=sum(transformer.get_submodule(name).weight.shape[0] for name in gathered),
             cut_keys=cut_keys,
             table_bytes=table_bytes,
+            embeds_whole=not any(not part.name and "hidden_states" in part.inputs for part in split.modules),
             whole=whole,
         )
 

@@ -277,7 +277,7 @@ def _plan_parallel(
         ValueError: see `Traffic.of`.
     """
     traffic = Traffic.of(plan.cost, plan.request.blade_config, shape, ranks)
-    activations = rank_activations_gib(plan.activations_gib["transformer"], traffic.largest, shape.table_bytes)
+    activations = rank_activations_gib(plan.activations_gib["transformer"], traffic.largest, shape)
     parallel = ParallelPlan(
         shape=shape,
         traffic=traffic,

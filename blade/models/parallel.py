@@ -87,7 +87,7 @@ def check_splits(transformer: Transformer, field: str = "parallel", *, trained: 
 
 
 def join_transformer(transformer: Transformer) -> None:
-    """Undo `split_transformer`, before BLADE is applied anew.
+    """Undo `split_transformer`, before BLADE is applied anew, so that Diffusers does not cut the sequence in between.
 
     Args:
         transformer: the transformer, in every process, with BLADE.

@@ -17,6 +17,7 @@ from ranks import join_ranks, leave_ranks
 
 from blade import apply_blade, blade_summary, remove_blade
 from blade.attention.applied import applied_to
+from blade.attention.sequence_parallel import HeadShare, Ranks, TokenShards
 
 
 def sent_bytes():
@@ -58,7 +59,7 @@ def run_case(case, degree):
             forward(transformer, inputs)  # so that the plan is there, and the processes are connected
             before = sent_bytes()
             split = forward(transformer, inputs)
-            result["bytes"] = sent_bytes() - before
+            result["bytes"] = sent_bytes() - before  # rank 0's, headers of gloo's messages included
         else:
             split = gradients(transformer, inputs)
             for gradient in split.values():
@@ -102,6 +103,26 @@ def run_other_ways(case, degree):
     return errors
 
 
+def run_exchange(case, degree):
+    """Largest difference on any rank after each exchange, of heads that are dealt out in no order."""
+    shards = TokenShards(Ranks(dist.group.WORLD, dist.get_rank(), degree), 7, 5)
+    shuffled = (3, 0, 4, 1, 2)
+    share = HeadShare(shards, tuple(shuffled[rank::degree] for rank in range(degree)), torch.device("cpu"))
+    whole = torch.randn(2, 12, 5, 3, generator=torch.Generator().manual_seed(0))
+    video, text = whole.split([shards.video, shards.text], dim=1)
+    tokens = torch.cat((shards.cut(video, 1), shards.cut(text, 1)), dim=1)
+    (heads,) = share.to_heads(tokens)
+    differences = {
+        "to heads": heads - whole.index_select(2, share.heads),
+        "to tokens": share.to_tokens(heads) - tokens,
+        "gathered heads": share.gather_heads(heads.transpose(1, 2)) - whole.transpose(1, 2),
+        "gathered tokens": shards.gather(shards.cut(video, 1), 1) - video,
+    }
+    largest = torch.stack([difference.abs().max() for difference in differences.values()])
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return dict(zip(differences, largest.tolist()))
+
+
 def hook_names(module):
     registry = vars(module).get("_diffusers_hook")
     return () if registry is None else tuple(registry.hooks)
@@ -111,7 +132,7 @@ def main(path):
     rank, count = join_ranks()
     results = {}
     for case in torch.load(path, weights_only=False):
-        run = run_other_ways if case["name"].startswith("other ways") else run_case
+        run = {"other ways": run_other_ways, "exchange": run_exchange}.get(case["name"].partition("/")[0], run_case)
         results[case["name"]] = run(case, count)
     if rank == 0:
         path.with_suffix(".json").write_text(json.dumps(results), encoding="utf-8")

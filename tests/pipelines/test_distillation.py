@@ -2,16 +2,22 @@
 
 import pytest
 import torch
+from small_families import is_missing
+from small_ltx import make_ltx2
 
 from blade import BladeConfig
 from blade.attention.apply import install_blade
 from blade.attention.config import AdaptiveConfig
+from blade.distillation import workflow
 from blade.distillation.conditioning import PromptEmbeddings, capture, check_text_alone, encode_prompts
+from blade.distillation.parallel import Processes
+from blade.distillation.recipes import load_config
 from blade.distillation.roles import FAKE, STUDENT, TARGETS, TEACHER, Lora, adapter_roles
 from blade.families.registry import find_family
 from blade.generation.request import GenerationRequest
 from blade.generation.resolve import resolve_request
 from blade.models.loaded import LoadedModel
+from blade.models.parallel import check_splits
 
 CONFIG = BladeConfig(
     sparsity=0.6,
@@ -73,3 +79,22 @@ def test_a_pipeline_that_needs_an_image_is_refused(small_pipelines):
     for name, needed in (("WanImageToVideoPipeline", "image"), ("CogVideoXImageToVideoPipeline", "image")):
         with pytest.raises(ValueError, match=f"from text alone, but a Small needs `{needed}`"):
             check_text_alone(LoadedModel(small_pipelines[name]()))
+
+
+def test_a_model_that_cannot_be_split_is_refused_before_it_is_loaded(configurations, tmp_path, monkeypatch):
+    (tmp_path / "prompts.txt").write_text("a prompt", encoding="utf-8")
+    model, output = configurations("SkyReelsV2Pipeline"), tmp_path / "out"
+    # several processes, as far as the check can see
+    monkeypatch.setattr(workflow, "Processes", lambda state, *others: Processes(state, "fsdp"))
+    monkeypatch.setattr(workflow, "load_model", lambda *args, **options: pytest.fail("it was loaded"))
+    options = [f"model={model}", f"output={output}", f"prompts={tmp_path / 'prompts.txt'}", "run.sequence_parallel=2"]
+    with pytest.raises(ValueError, match=r"`run\.sequence_parallel` must be 1 for a SkyReelsV2Transformer3DModel, as"):
+        workflow.distill(load_config("shapes", options))
+
+
+@pytest.mark.skipif(is_missing("ltx-2"), reason="the installed Diffusers lacks it")
+def test_a_model_with_cut_keys_is_split_but_not_trained():
+    transformer = make_ltx2()
+    check_splits(transformer)
+    with pytest.raises(ValueError, match=r"`run\.sequence_parallel` must be 1 for a LTX2\w+, which cannot be trained"):
+        check_splits(transformer, "run.sequence_parallel", trained=True)

@@ -18,7 +18,7 @@ from ranks import join_ranks, leave_ranks
 from small_families import FAMILIES
 from small_wan import make_wan, wan_inputs
 
-from blade import BladeConfig, apply_blade, blade_summary
+from blade import BladeConfig, apply_blade, blade_summary, use_blade
 from blade.attention.applied import applied_to
 from blade.attention.config import AdaptiveConfig
 from blade.families.registry import find_family
@@ -95,6 +95,19 @@ def lora_after(mesh):
     add_lora(transformer)
     alone = forward(apply_blade(add_lora(make_wan()), CONFIG))
     return {"error": relative_error(forward(transformer), alone), "change": relative_error(alone, plain())}
+
+
+def put_back(mesh):
+    """BLADE that another has stood in for while the transformer was split."""
+    transformer = apply_blade(make_wan(), CONFIG)
+    alone = forward(transformer)
+    split_transformer(transformer, mesh)
+    forward(transformer)
+    with use_blade(transformer, BladeConfig(attention="dense")):
+        dense = forward(transformer)
+    result = {"error": relative_error(forward(transformer), alone), "change": relative_error(alone, dense)}
+    assert is_split(transformer)
+    return result
 
 
 def quantized(mesh, kind):
@@ -200,6 +213,7 @@ def cases(mesh, folder):
         "lora": lambda: lora(mesh),
         "merged lora": lambda: merged_lora(mesh),
         "late lora": lambda: lora_after(mesh),
+        "put back": lambda: put_back(mesh),
     }
     if importlib.util.find_spec("torchao"):
         for kind in ("int8", "int8-dynamic"):

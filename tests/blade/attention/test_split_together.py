@@ -21,7 +21,15 @@ def results(saved_tiny_pipeline, tmp_path_factory):
 
 @pytest.mark.slow
 def test_what_else_is_done_to_a_split_transformer_changes_nothing(results):
-    assert {"lora", "merged lora", "late lora", "compiled", "offloaded groups", "offloaded whole"} <= results.keys()
+    assert {
+        "lora",
+        "merged lora",
+        "late lora",
+        "put back",
+        "compiled",
+        "offloaded groups",
+        "offloaded whole",
+    } <= results.keys()
     for name, result in results.items():
         if not name.startswith(REFUSED):
             assert result["error"] < 2e-6, (name, result)

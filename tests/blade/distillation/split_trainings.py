@@ -35,7 +35,9 @@ def main(path):
     for run in json.loads(path.read_text(encoding="utf-8")):
         config = load_config("shapes", run["settings"])
         if run["fault"] is None:
-            distill(config)
+            report = distill(config, dry_run=run.get("dry_run", False))
+            if PartialState().is_main_process:
+                print(report)
         else:
             with FAULTS[run["fault"]]():
                 distill(config)

@@ -52,7 +52,8 @@ def shape_of(
 ) -> PassShape:
     return PassShape(
         steps=steps, skipped_steps=skipped_steps, batches=batches, text_apart=False, element_size=2, out_channels=64,
-        cut_keys=(), table_bytes=0, whole={name.replace("_", " "): count for name, count in whole.items()},
+        cut_keys=(), table_bytes=0, embeds_whole=True,
+        whole={name.replace("_", " "): count for name, count in whole.items()},
     )  # fmt: skip
 
 

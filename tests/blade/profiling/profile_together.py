@@ -7,7 +7,6 @@ import os
 import sys
 from pathlib import Path
 
-import torch
 from ranks import join_ranks, leave_ranks
 
 from blade.models.parallel import Team
@@ -29,7 +28,7 @@ def request_of(name, model, folder):
     """A request for a profile of the small pipeline, by its name."""
     generation = {
         "model": str(model),
-        "steps": 3,
+        "steps": 2,
         "guidance_scale": 2.0,
         "height": 64,
         "width": 64,
@@ -44,7 +43,7 @@ def main(model, folder, names):
     _, count = join_ranks()
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}  # which accelerate looks for, and does not use
     for name in names:
-        team = Team(count, torch.device("cpu"))
+        team = Team(count, "cpu")
         if team.is_first:
             profile_attention(request_of(name, model, folder), team=team)
             team.tell(None)
