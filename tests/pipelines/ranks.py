@@ -21,6 +21,7 @@ def run_ranks(script, count, folder, *arguments):
     Raises:
         AssertionError: if one fails, with what it printed.
     """
+    (folder / "group").unlink(missing_ok=True)  # of an earlier group, which would be waited for
     paths = [str(TESTS.parent / part) for part in (".", "kernels", "pipelines", "tests/pipelines", "tests/kernels")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
     processes = [

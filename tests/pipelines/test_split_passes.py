@@ -61,7 +61,9 @@ def mixed_patterns(transformer):
     drawn = np.random.default_rng(0).integers(1, len(PATTERNS), table.assignment.shape)
     drawn[..., 0, -1] = [pattern.kind for pattern in PATTERNS].index("asa")  # of a head that is not a rank's first
     table = replace(table, patterns=PATTERNS, assignment=drawn.astype(table.assignment.dtype))
-    return BladeConfig(attention="patterns", patterns=table, adapt_patterns=True)
+    # few of a block's tokens are sampled, so that it matters which
+    asa = replace(ASA, probe_tokens=2)
+    return BladeConfig(attention="patterns", patterns=table, adapt_patterns=True, asa=asa)
 
 
 def three_heads():
