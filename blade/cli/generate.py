@@ -53,9 +53,8 @@ class OutputOptions(OptionGroup):
     memory: float | None = option()
     """With --dry-run, also name weights, offloading and decoding that fit a GPU of so many GiB, such as 24."""
     parallel: int | None = option()
-    """Processes that make each video together, on a GPU each: accelerate launch --num_processes N. By default all
-    that were launched, or 1 with --prompts and --seeds, whose videos they share out. With --dry-run any number: their
-    memory, what they send each other and, with --card, seconds and efficiency."""
+    """Processes of accelerate launch that make each video together, on a GPU each: by default all, or 1 with --prompts
+    or --seeds, which they share out. With --dry-run any number: their memory, what they send and their seconds."""
     debug: bool = option(False)
     """Show the traceback of an error."""
 

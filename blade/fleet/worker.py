@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-import pickle
 import traceback
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -125,12 +125,13 @@ class _Warnings(logging.Handler):
 def portable(error: Exception) -> Exception:
     """Return an error as another process can read it, with its traceback as a note."""
     text = "".join(traceback.format_exception(error))
-    copy: Any
-    try:
-        copy = pickle.loads(pickle.dumps(error))
-    except Exception:  # a class whose arguments are not its message, or that holds what cannot be sent
-        copy = None
-    is_same = isinstance(copy, type(error)) and str(copy) == str(error)
-    told: Exception = copy if is_same else RuntimeError(f"{type(error).__name__}: {first_line(error)}")
+    told: Any = None
+    if all(isinstance(argument, str | int | float | None) for argument in error.args):
+        try:
+            told = copy(error)
+        except Exception:  # a class whose arguments are not its message
+            told = None
+    if type(told) is not type(error) or str(told) != str(error):
+        told = RuntimeError(f"{type(error).__name__}: {first_line(error)}")
     told.add_note(f"In a worker:\n{text}")
-    return told
+    return told  # type: ignore[no-any-return]

@@ -84,7 +84,7 @@ def test_every_way_to_the_terminal_is_harmless() -> None:
 
 
 def test_what_other_packages_log_is_harmless() -> None:
-    stream = io.StringIO()
+    stream, factory = io.StringIO(), logging.getLogRecordFactory()
     handler, other = logging.StreamHandler(stream), logging.getLogger("another_package")
     other.addHandler(handler)
 
@@ -96,7 +96,7 @@ def test_what_other_packages_log_is_harmless() -> None:
         run_command(command, [])
     other.removeHandler(handler)
     assert stream.getvalue().count(r"\x1b[31mred") == 2 and not OBEYED.search(stream.getvalue())
-    assert logging.getLogRecordFactory() is logging.LogRecord
+    assert logging.getLogRecordFactory() is factory
 
 
 def test_progress_on_a_terminal_is_harmless(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,14 +63,14 @@ def test_the_files_are_those_of_one_process(request_: ProfileRequest, tmp_path: 
 
 
 def test_a_prompt_that_fails_keeps_the_other_recordings(request_: ProfileRequest, monkeypatch) -> None:
-    run = record_prompts.run_request
+    make = record_prompts.make_recorded
 
-    def fail(model: Any, request: Any, **options: Any) -> Any:
+    def fail(model: Any, request: Any, *options: Any) -> Any:
         if request.prompt == PROMPTS[1]:
             raise ValueError("not finite")
-        return run(model, request, **options)
+        return make(model, request, *options)
 
-    monkeypatch.setattr(record_prompts, "run_request", fail)
+    monkeypatch.setattr(record_prompts, "make_recorded", fail)
     with pytest.raises(ValueError, match="not finite"):
         profile_many(request_, options=OPTIONS)
     names = {path.name for path in (request_.output / "recordings").iterdir()}

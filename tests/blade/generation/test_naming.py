@@ -94,7 +94,7 @@ def test_a_list_with_other_settings_is_made_anew_beside_the_old_videos(tiny, mon
     other = generate_list(tiny(steps=2), prompts)
     assert (len(other.made), len(other.skipped)) == (2, 0) and len(names()) == 4
     assert {name: Path("outputs", name).read_bytes() for name in before} == before
-    monkeypatch.setattr(outputs, "prepare_model", None)  # nothing is loaded for what is there
+    monkeypatch.setattr(outputs, "lead", None)  # nothing is loaded for what is there
     for request in (tiny(), tiny(steps=2)):
         assert len(generate_list(request, prompts).skipped) == 2
 
@@ -206,7 +206,7 @@ def test_a_default_output_is_no_input(tiny) -> None:
 
 
 def test_an_input_is_refused_as_output_before_anything_is_loaded(saved_tiny_pipeline, tiny, monkeypatch) -> None:
-    monkeypatch.setattr(outputs, "prepare_model", None)
+    monkeypatch.setattr(outputs, "lead", None)
     video, record = Path("in.mp4"), Path("in.json")
     video.write_bytes(encode_mp4(torch.full((5, 3, 64, 64), 0.5), 16))
     record.write_text(json.dumps({"prompt": PROMPT, "seed": 0, "steps": 1}))
@@ -229,7 +229,7 @@ def test_an_input_is_refused_as_output_before_anything_is_loaded(saved_tiny_pipe
 
 
 def test_a_file_that_is_no_record_is_not_replaced_by_one(tiny, monkeypatch) -> None:
-    monkeypatch.setattr(outputs, "prepare_model", None)
+    monkeypatch.setattr(outputs, "lead", None)
     Path("blade_config.json").write_text('{"attention": "asa"}')
     with pytest.raises(ValueError, match=r"`output` blade_config.mp4 would replace blade_config.json, which is not a"):
         generate_files(tiny(), "blade_config.mp4")
@@ -254,7 +254,7 @@ def test_a_long_prompt_of_wide_characters_has_a_file(tiny, seed) -> None:
 
 
 def test_a_name_that_is_too_long_is_refused_before_anything_is_loaded(tiny, monkeypatch) -> None:
-    monkeypatch.setattr(outputs, "prepare_model", None)
+    monkeypatch.setattr(outputs, "lead", None)
     with pytest.raises(OutputError, match=r"`output` a+\.json cannot be written: File name too long"):
         generate_files(tiny(), "a" * 252 + ".mp4")
     with pytest.raises(OutputError, match=r"a+-compare\.mp4 cannot be written: File name too long"):
@@ -262,7 +262,7 @@ def test_a_name_that_is_too_long_is_refused_before_anything_is_loaded(tiny, monk
 
 
 def test_a_folder_in_the_records_place_is_refused_before_anything_is_loaded(tiny, monkeypatch) -> None:
-    monkeypatch.setattr(outputs, "prepare_model", None)
+    monkeypatch.setattr(outputs, "lead", None)
     Path("video.json").mkdir()
     with pytest.raises(OSError, match=r"`output` video.json is a folder"):
         generate_files(tiny(), "video.mp4")

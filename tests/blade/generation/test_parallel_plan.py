@@ -147,9 +147,12 @@ def test_memory_of_a_rank() -> None:
     sizes = {"batch": 1, "heads": 4, "layers": 2, "head_dim": 16, "element_size": 2, "out_channels": 8}
     split = SplitPass.equal(TokenGrid(1, 8, 10), ranks=4, score_blocks=5, scored_layers=(1,), **sizes)
     tensor, embedded, scores = 20 * 4 * 16 * 2, 80 * 4 * 16 * 2, 4 * 25 * 4
-    assert rank_activations_gib(0.0, split, 1000) * GIB == pytest.approx(17 * tensor + embedded + scores + 1000)
-    assert rank_activations_gib(1.0, split, 0) * GIB == pytest.approx(GIB / 4 + embedded + scores)
-    assert rank_activations_gib(1.0, SplitPass.equal(TokenGrid(1, 8, 10), ranks=1, **sizes), 1000) == 1.0
+    shape, tables = shape_of(), replace(shape_of(), table_bytes=1000)
+    assert rank_activations_gib(0.0, split, tables) * GIB == pytest.approx(14 * tensor + embedded + scores + 250)
+    assert rank_activations_gib(1.0, split, shape) * GIB == pytest.approx(GIB / 4 + embedded + scores)
+    cut = replace(shape, embeds_whole=False)
+    assert rank_activations_gib(1.0, split, cut) * GIB == pytest.approx(GIB / 4 + scores)
+    assert rank_activations_gib(1.0, SplitPass.equal(TokenGrid(1, 8, 10), ranks=1, **sizes), tables) == 1.0
 
 
 def test_one_process_is_the_run_itself() -> None:
