@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from itertools import pairwise
+from itertools import accumulate, pairwise
+
+from blade.common.checks import check_integer
 
 Deal = tuple[tuple[int, ...], ...]
 """Numbers of the heads of each rank, ascending."""
@@ -16,11 +18,20 @@ MOST_STATES = 50_000
 """Partial deals that the search for a better one looks at."""
 
 
+def shares(count: int, ranks: int) -> tuple[int, ...]:
+    """Return the sizes of the pieces that `torch.tensor_split` cuts so many things into: the first are larger by one.
+
+    Raises:
+        ValueError: if there is no rank.
+    """
+    check_integer("ranks", ranks, least=1)
+    size, larger = divmod(count, ranks)
+    return tuple(size + (rank < larger) for rank in range(ranks))
+
+
 def equal_deal(heads: int, ranks: int) -> Deal:
     """Deal heads that cost the same: neighbours together, and one more to the first ranks where they do not divide."""
-    share, rest = divmod(heads, ranks)
-    starts = [rank * share + min(rank, rest) for rank in range(ranks + 1)]
-    return tuple(tuple(range(start, stop)) for start, stop in pairwise(starts))
+    return tuple(tuple(range(*ends)) for ends in pairwise(accumulate(shares(heads, ranks), initial=0)))
 
 
 @cache

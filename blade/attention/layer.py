@@ -174,7 +174,10 @@ class SparseLayer:
         if not self.sparse:
             self.count_dense()
             assert share is not None and self.dense_attention is not None
-            return share.to_tokens(self.dense_attention(*share.to_heads(query, key, value), key_lengths))
+            query, key, value = share.to_heads(query, key, value)
+            if len(share.heads):  # some ranks may have none
+                query = self.dense_attention(query, key, value, key_lengths)
+            return share.to_tokens(query)
         # A backward pass that recomputes the layer (gradient checkpointing) comes after the transformer has ended.
         if plan is None or not (self.running or torch.is_grad_enabled()):
             raise RuntimeError(

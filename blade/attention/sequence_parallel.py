@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed import _functional_collectives as collectives
 
-from blade.attention.head_deal import Deal, equal_deal
+from blade.attention.head_deal import Deal, equal_deal, shares
 from blade.families.protocol import Inputs
 from blade.families.sequence_split import SequenceSplit, SplitModule
 
@@ -38,8 +38,7 @@ class Ranks:
 
     def parts(self, tokens: int) -> tuple[int, ...]:
         """Return how many of so many tokens each has: as `torch.tensor_split` cuts them."""
-        share, rest = divmod(tokens, self.count)
-        return tuple(share + (rank < rest) for rank in range(self.count))
+        return shares(tokens, self.count)
 
     def all_gather(self, tensor: torch.Tensor, dim: int, sizes: Sequence[int]) -> torch.Tensor:
         """Put the tensors of all ranks together along a dimension, of which each has another size. Not differentiable.

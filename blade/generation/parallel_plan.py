@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from blade.attention.head_deal import shares
 from blade.common.machine import GIB
 from blade.generation.parallel_traffic import LATENCY, LINK_SHARE, PassShape, Traffic
 from blade.generation.prediction import Prediction, predict, seconds_text
 from blade.models.cards import CardRates, Link
-from blade.models.communication import FLOAT32, SplitPass, shares
+from blade.models.communication import FLOAT32, SplitPass
 from blade.models.costs import RunCost
 
 TENSORS_AT_ONCE = ((10, 4), (7, 7))

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from blade.attention.head_deal import shares
 from blade.common.checks import check_integer
 from blade.token_grid import TokenGrid
 
@@ -30,17 +31,6 @@ class Collective:
     def busiest(self) -> int:
         """Bytes in one direction of the link that carries most: links carry both directions at once."""
         return max(*self.sent, *self.received)
-
-
-def shares(count: int, ranks: int) -> tuple[int, ...]:
-    """Return the sizes of the pieces that `torch.tensor_split` cuts so many things into: the first are larger by one.
-
-    Raises:
-        ValueError: if there is no rank.
-    """
-    check_integer("ranks", ranks, least=1)
-    size, larger = divmod(count, ranks)
-    return tuple(size + (rank < larger) for rank in range(ranks))
 
 
 def cut_sequence(grid: TokenGrid, ranks: int, *, text_apart: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from blade.attention.head_deal import shares
 from blade.models.cards import documented_cards
-from blade.models.communication import exchange_heads, exchange_outputs, shares
+from blade.models.communication import exchange_heads, exchange_outputs
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from blade.attention.head_deal import shares
 from blade.models.communication import (
     Collective,
     CutKeys,
@@ -19,7 +20,6 @@ from blade.models.communication import (
     gather_output,
     gather_scores,
     reduce_densities,
-    shares,
 )
 from blade.token_grid import TokenGrid
 
